@@ -1,0 +1,47 @@
+"""Every error that proxytune raises on purpose, in one place.
+
+    ProxyTuneError (ValueError)
+    ├── RecipeError       the recipe itself is wrong: a field, a value, a missing file
+    ├── MemberError       a member named by the recipe cannot be loaded or does not fit
+    ├── VocabularyError   two members do not have the same tokens under the same ids
+    ├── PromptError       a prompt is empty, too long, or cannot be made for a member
+    └── AlphaError        alpha is not finite, or has the wrong shape
+
+The command line prints the message as one sentence and exits with status 2, so a message names what is
+wrong and what to do, and never needs a traceback to be understood.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AlphaError",
+    "MemberError",
+    "PromptError",
+    "ProxyTuneError",
+    "RecipeError",
+    "VocabularyError",
+]
+
+
+class ProxyTuneError(ValueError):
+    """Base of all errors raised on purpose; a ``ValueError``, because all of them are bad input."""
+
+
+class RecipeError(ProxyTuneError):
+    """The recipe is wrong: an unknown field, a bad value, a missing file."""
+
+
+class MemberError(ProxyTuneError):
+    """A member cannot be loaded, or does not fit the others."""
+
+
+class VocabularyError(ProxyTuneError):
+    """Members disagree about which token an id stands for."""
+
+
+class PromptError(ProxyTuneError):
+    """A prompt is empty, longer than a member's context, or cannot be rendered for a member."""
+
+
+class AlphaError(ProxyTuneError):
+    """Alpha is not a finite number, or its shape fits neither the batch nor the experts."""
