@@ -1,0 +1,362 @@
+"""The recipe: which models take part, what each one is shown, and how strongly each expert steers.
+
+A recipe is a Hugging Face model directory whose ``config.json`` has ``"model_type": "proxytune"``:
+
+    {"model_type": "proxytune",
+     "base": {"model": "meta-llama/Llama-2-13b-hf"},
+     "experts": [{"name": "chat",
+                  "expert": {"model": "meta-llama/Llama-2-7b-chat-hf", "prompt": "chat"},
+                  "anti_expert": {"model": "meta-llama/Llama-2-7b-hf"},
+                  "alpha": 1.0}]}
+
+:class:`ProxyTuneConfig` is that file as a transformers config; :class:`Member`, :class:`Expert` and
+:class:`Prompt` are its parts, frozen and validated. Nothing here loads a weight.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from proxytune.errors import AlphaError, RecipeError
+
+__all__ = ["Expert", "Member", "Prompt", "ProxyTuneConfig", "finite_alpha"]
+
+PROMPT_KINDS = ("raw", "chat", "template")
+DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one member is shown in place of the raw prompt; the continuation is shared by all members.
+
+    - ``raw``: the very ids that the caller gave.
+    - ``chat``: the member's own chat template around ``system`` and the prompt as the user's turn.
+    - ``template``: any text with one ``{prompt}`` in it.
+
+    ``response_prefix`` is put where the answer begins; where the raw prompt ends with it, it is moved there
+    (the paper moves ``Answer:`` behind ``[/INST]``), so that all members continue from the same words.
+    """
+
+    kind: Literal["raw", "chat", "template"] = "raw"
+    system: str | None = None
+    response_prefix: str = ""
+    template: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in PROMPT_KINDS:
+            raise RecipeError(f"prompt kind {self.kind!r} is not one of {', '.join(PROMPT_KINDS)}")
+        if (self.template is not None) != (self.kind == "template"):
+            raise RecipeError("a prompt has a `template` if and only if its kind is `template`")
+        if self.template is not None and self.template.count("{prompt}") != 1:
+            raise RecipeError(f"the prompt template {self.template!r} must contain {{prompt}} exactly once")
+        if self.system is not None and self.kind != "chat":
+            raise RecipeError("a `system` prompt needs the prompt kind `chat`")
+        if self.response_prefix and self.kind == "raw":
+            raise RecipeError("a `response_prefix` needs the prompt kind `chat` or `template`")
+
+    @classmethod
+    def parse(cls, value: Prompt | str | Mapping[str, Any] | None) -> Prompt:
+        """Read ``"raw"``, ``"chat"``, a template string with ``{prompt}``, or an object of the fields."""
+        if isinstance(value, Prompt):
+            return value
+        if value is None:
+            return cls()
+        if isinstance(value, str):
+            return cls(kind="template", template=value) if "{prompt}" in value else cls(kind=value)  # type: ignore[arg-type]
+        return cls(**_known_fields(cls, value, "a prompt"))
+
+    def to_json(self) -> str | dict[str, Any]:
+        value = _non_defaults(self)
+        return self.kind if set(value) <= {"kind"} else value
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of the recipe.
+
+    ``model`` is a hub id, a local directory, or a ``.gguf`` file; ``None`` stands for a model that was given
+    in memory and has no place on disk yet. ``adapter`` is a LoRA (PEFT) directory or hub id on top of it.
+    """
+
+    model: str | None
+    revision: str | None = None
+    gguf_file: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
+    dtype: str | None = None
+    device_map: str | dict[str, Any] | int | None = None
+    quantization_config: dict[str, Any] | None = None
+    prompt: Prompt = field(default_factory=Prompt)
+
+    def __post_init__(self) -> None:
+        if self.model is not None and not (isinstance(self.model, str) and self.model.strip()):
+            raise RecipeError(f"a member's `model` must be a hub id or a path, not {self.model!r}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise RecipeError(f"dtype {self.dtype!r} of member {self.model!r} is not one of {', '.join(DTYPES)}")
+
+    @classmethod
+    def parse(cls, value: Member | str | Mapping[str, Any]) -> Member:
+        """Read a hub id or path, or an object of the fields."""
+        if isinstance(value, Member):
+            return value
+        if isinstance(value, (str, os.PathLike)):
+            return cls(model=os.fspath(value))
+        if not isinstance(value, Mapping) or "model" not in value:
+            raise RecipeError(f"a member must be a string or an object with `model`, not {value!r}")
+        known = _known_fields(cls, value, f"member {value['model']!r}")
+        return cls(**{**known, "prompt": Prompt.parse(known.get("prompt"))})
+
+    def to_json(self) -> dict[str, Any]:
+        value = _non_defaults(self)
+        if "prompt" in value:
+            value["prompt"] = self.prompt.to_json()
+        return value
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One steering term, ``alpha * (expert - anti_expert)`` (2401.08565, eq. 1; DExperts 2105.03023, eq. 2).
+
+    Either side may be missing: without an anti-expert the term is ``alpha * expert``, without an expert it is
+    ``-alpha * anti_expert`` (contrastive decoding). A negative alpha steers away.
+    """
+
+    name: str
+    expert: Member | None = None
+    anti_expert: Member | None = None
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name or any(c in self.name for c in " =,."):
+            raise RecipeError(f"an expert's name must be a word without spaces, '=', ',' or '.', not {self.name!r}")
+        if self.expert is None and self.anti_expert is None:
+            raise RecipeError(f"expert {self.name!r} names neither an `expert` nor an `anti_expert`; give one")
+        finite_alpha(self.alpha, f"alpha of expert {self.name!r}")
+
+    @classmethod
+    def parse(cls, value: Expert | Mapping[str, Any], index: int = 0) -> Expert:
+        if isinstance(value, Expert):
+            return value
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"experts[{index}] must be an object with `expert` and/or `anti_expert`, not {value!r}")
+        known = _known_fields(cls, value, f"experts[{index}]")
+        for side in ("expert", "anti_expert"):
+            if known.get(side) is not None:
+                known[side] = Member.parse(known[side])
+        known.setdefault("name", "expert" if index == 0 else f"expert{index + 1}")
+        return cls(**known)
+
+    def to_json(self) -> dict[str, Any]:
+        value: dict[str, Any] = {"name": self.name}
+        for side, member in (("expert", self.expert), ("anti_expert", self.anti_expert)):
+            if member is not None:
+                value[side] = member.to_json()
+        return {**value, "alpha": self.alpha}
+
+
+def finite_alpha(alpha: Any, what: str = "alpha") -> float:
+    """Return ``alpha`` as a float; raise :class:`AlphaError` unless it is a finite number."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise AlphaError(f"{what} must be a finite number, not {alpha!r}")
+    return float(alpha)
+
+
+class ProxyTuneConfig(PreTrainedConfig):
+    """A recipe as a transformers config.
+
+    Args:
+        base: the model that is steered (:class:`Member`, or its JSON form).
+        experts: one :class:`Expert` (or JSON form) per steering term, in order.
+        plausibility: only tokens with ``p_base(x) >= plausibility * max p_base`` may be chosen
+            (2210.15097, eq. 3); in (0, 1], or None for no mask.
+        text_config: the base's own config, kept so that a recipe says what it is without loading the base.
+
+    Raises:
+        RecipeError: for an unknown field or a bad value. AlphaError: for an alpha that is not finite.
+    """
+
+    model_type: ClassVar[str] = "proxytune"
+    # Composition, not inheritance: tools that look for the text model (vLLM, generation) ask get_text_config().
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+    has_no_defaults_at_init: ClassVar[bool] = True
+
+    base: Any = None
+    experts: Any = None
+    plausibility: float | None = None
+    text_config: Any = None
+    vocab_size: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for key in kwargs:  # others may add fields of their own; a misspelt one of ours must not be ignored
+            if near := difflib.get_close_matches(key, ("base", "experts", "plausibility"), n=1, cutoff=0.75):
+                raise RecipeError(f"the recipe has an unknown field {key!r}; did you mean {near[0]!r}?")
+        if self.base is None:
+            raise RecipeError("the recipe names no `base`; give the model to be steered")
+        base = Member.parse(self.base)
+        if not isinstance(self.experts, (list, tuple)) or not self.experts:
+            raise RecipeError("the recipe's `experts` must be a list of at least one expert")
+        experts = [Expert.parse(value, index) for index, value in enumerate(self.experts)]
+        names = [expert.name for expert in experts]
+        if len(set(names)) != len(names):
+            raise RecipeError(f"two experts have the same name: {', '.join(names)}; names must differ")
+        if self.plausibility is not None and not (
+            isinstance(self.plausibility, (int, float)) and 0.0 < self.plausibility <= 1.0
+        ):
+            raise RecipeError(f"plausibility must lie in (0, 1], not {self.plausibility!r}")
+        # The JSON form is what is kept, since a config's attributes are what it serialises.
+        self.base = base.to_json()
+        self.experts = [expert.to_json() for expert in experts]
+        if isinstance(self.text_config, Mapping):
+            self.text_config = _config_from_dict(dict(self.text_config))
+        if self.text_config is not None:
+            self.vocab_size = self.text_config.get_text_config().vocab_size
+            self.tie_word_embeddings = False
+        kwargs.setdefault("architectures", self.architectures or ["ProxyTunedForCausalLM"])
+        self.architectures = kwargs.pop("architectures")
+        super().__post_init__(**kwargs)
+
+    # -- the parsed view ------------------------------------------------------------------------------------
+    @property
+    def base_member(self) -> Member:
+        return Member.parse(self.base)
+
+    @property
+    def expert_list(self) -> list[Expert]:
+        return [Expert.parse(value, index) for index, value in enumerate(self.experts)]
+
+    @property
+    def alphas(self) -> list[float]:
+        """The recipe's alpha for each expert, in order. (Not called ``alpha``: ``AutoConfig.from_pretrained``
+        would swallow ``alpha=`` into an attribute of that name, and the model would never see it.)"""
+        return [expert.alpha for expert in self.expert_list]
+
+    def members(self) -> Iterator[tuple[str, Member]]:
+        """Every member with the name that messages and outputs use: ``base``, ``NAME.expert``, ``NAME.anti_expert``."""
+        yield "base", self.base_member
+        for expert in self.expert_list:
+            if expert.expert is not None:
+                yield f"{expert.name}.expert", expert.expert
+            if expert.anti_expert is not None:
+                yield f"{expert.name}.anti_expert", expert.anti_expert
+
+    def with_members(self, change: Any) -> ProxyTuneConfig:
+        """A copy in which ``change(name, member)`` stands for each member."""
+        experts = [
+            replace(
+                expert,
+                expert=expert.expert and change(f"{expert.name}.expert", expert.expert),
+                anti_expert=expert.anti_expert and change(f"{expert.name}.anti_expert", expert.anti_expert),
+            )
+            for expert in self.expert_list
+        ]
+        values = {**self.to_dict(), "base": change("base", self.base_member), "experts": experts}
+        copied = ProxyTuneConfig(**{key: value for key, value in values.items() if key != "model_type"})
+        copied.name_or_path = self.name_or_path
+        return copied
+
+    def with_alpha(self, alpha: Mapping[str, float] | list[float] | tuple[float, ...] | float) -> ProxyTuneConfig:
+        """A copy with other alphas: a number for all experts, a list in order, or a mapping by name."""
+        experts = self.expert_list
+        names = [expert.name for expert in experts]
+        if isinstance(alpha, Mapping):
+            if unknown := set(alpha) - set(names):
+                raise AlphaError(f"no expert is called {sorted(unknown)[0]!r}; the recipe has {', '.join(names)}")
+            values = [alpha.get(expert.name, expert.alpha) for expert in experts]
+        elif isinstance(alpha, (list, tuple)):
+            if len(alpha) != len(experts):
+                raise AlphaError(f"{len(alpha)} alphas for {len(experts)} experts ({', '.join(names)})")
+            values = list(alpha)
+        else:
+            values = [alpha] * len(experts)
+        changed = [
+            replace(expert, alpha=finite_alpha(value, f"alpha of expert {expert.name!r}"))
+            for expert, value in zip(experts, values)
+        ]
+        copied = self.with_members(lambda _, member: member)
+        copied.experts = [expert.to_json() for expert in changed]
+        return copied
+
+
+# -- where a member lies --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Source:
+    """Where ``from_pretrained`` finds something: a path or hub id, with revision and subfolder for the hub."""
+
+    path: str
+    revision: str | None = None
+    subfolder: str = ""
+
+    @property
+    def is_local(self) -> bool:
+        return os.path.exists(self.path)
+
+
+def resolve(path: str, recipe: str | None, revision: str | None = None, recipe_revision: str | None = None) -> Source:
+    """Find a member's ``path``: absolute, relative to the ``recipe`` directory or hub repository, or a hub id.
+
+    Raises:
+        RecipeError: if it is plainly a path and nothing lies there.
+    """
+    expanded = os.path.expanduser(path)
+    looks_like_path = expanded.startswith((".", os.sep)) or expanded.endswith(".gguf") or expanded.count("/") > 1
+    if os.path.isabs(expanded):
+        if not os.path.exists(expanded):
+            raise RecipeError(f"member {path!r} does not exist; correct the path in the recipe")
+        return Source(os.path.normpath(expanded))
+    if recipe and os.path.isdir(recipe):
+        beside = os.path.normpath(os.path.join(recipe, expanded))
+        if os.path.exists(beside):
+            return Source(beside)
+        if looks_like_path:
+            raise RecipeError(f"member {path!r} does not exist beside the recipe {recipe!r} (looked at {beside!r})")
+    elif recipe and (looks_like_path or path.startswith("members/")):
+        # A bundled recipe on the hub keeps its members in folders of its own repository.
+        return Source(recipe, recipe_revision, os.path.normpath(expanded))
+    elif os.path.exists(expanded):
+        return Source(os.path.abspath(expanded))
+    if looks_like_path:
+        raise RecipeError(f"member {path!r} does not exist; give a path that does, or a hub id")
+    return Source(path, revision)
+
+
+def rebase(path: str | None, old: str | None, new: str | Path) -> str | None:
+    """Say ``path``, relative to directory ``old``, relative to directory ``new``; other paths stay as they are."""
+    if path is None or os.path.isabs(os.path.expanduser(path)) or not old or not os.path.isdir(old):
+        return path
+    target = os.path.normpath(os.path.join(os.path.abspath(old), path))
+    return os.path.relpath(target, os.path.abspath(new)) if os.path.exists(target) else path
+
+
+# -- helpers --------------------------------------------------------------------------------------------------
+def _known_fields(cls: type, value: Mapping[str, Any], what: str) -> dict[str, Any]:
+    known = [f.name for f in fields(cls)]
+    for key in value:
+        if key not in known:
+            raise RecipeError(f"{what} has an unknown field {key!r}; known are {', '.join(known)}")
+    return dict(value)
+
+
+def _non_defaults(part: Prompt | Member) -> dict[str, Any]:
+    always = "kind" if isinstance(part, Prompt) else "model"
+    empty = type(part)(**({"model": None} if isinstance(part, Member) else {}))
+    return {
+        f.name: getattr(part, f.name)
+        for f in fields(part)
+        if f.name == always or getattr(part, f.name) != getattr(empty, f.name)
+    }
+
+
+def _config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
+    model_type = values.pop("model_type", None)
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except ValueError:  # a base whose config is remote code: keep what it says, without running it
+        return PreTrainedConfig(**values)

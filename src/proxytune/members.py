@@ -1,0 +1,402 @@
+"""From the recipe's members to models in memory: each set of weights is loaded once.
+
+Members that use the same weights sit in one :class:`Lane` and are computed in one forward, each as a block of
+rows of the batch: the anti-expert and the LoRA expert on top of it, or one model under two prompts. A LoRA
+adapter then touches only its own block, so the shared weights are read once for all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from proxytune.config import Member, Prompt, ProxyTuneConfig, Source, resolve
+from proxytune.errors import MemberError
+
+__all__ = ["Lane", "Loading", "Seat", "load_config", "load_lanes", "load_tokenizer"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What the caller of ``from_pretrained`` asks of every member that the recipe leaves open."""
+
+    dtype: Any = None
+    device_map: Any = None
+    quantization_config: Any = None
+    attn_implementation: Any = None
+    trust_remote_code: bool = False
+    share: bool = True
+    hub: dict[str, Any] = field(default_factory=dict)  # token, cache_dir, local_files_only, force_download
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One block of rows in a lane: the members it serves, its prompt, and the adapter its rows pass through."""
+
+    names: tuple[str, ...]
+    prompt: Prompt
+    adapter: str | None = None
+
+
+class Lane(nn.Module):
+    """One set of weights and the seats that are computed with it.
+
+    A forward takes the seats' rows stacked, shape = (n_seats * n_batch, n_columns), block by block.
+    """
+
+    def __init__(self, model: PreTrainedModel, seats: Sequence[Seat], source: Member | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.seats = tuple(seats)
+        self.source = source  # None for a model that was given in memory
+        self.blocks = RowBlocks()
+        if len({seat.adapter for seat in seats}) > 1:
+            _swap_in_row_lora(model, self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.model.config.get_text_config(decoder=True)
+
+    def forward(self, input_ids: Tensor, *, logits_to_keep: int | Tensor, **inputs: Any) -> Tensor:
+        """Logits of the stacked rows, shape = (n_seats * n_batch, n_kept, n_vocab), in the model's dtype."""
+        n_batch = input_ids.shape[0] // len(self.seats)
+        with self.blocks.of(self.seats, n_batch):
+            if self.model._supports_logits_to_keep():
+                inputs["logits_to_keep"] = logits_to_keep
+                return self.model(input_ids=input_ids, **inputs).logits
+            logits = self.model(input_ids=input_ids, **inputs).logits
+        if isinstance(logits_to_keep, int):
+            return logits[:, -logits_to_keep:] if logits_to_keep else logits
+        return logits[:, logits_to_keep]
+
+
+# -- LoRA on a block of rows ----------------------------------------------------------------------------------
+class RowBlocks:
+    """Which rows of the forward in progress pass through which adapter; shared by all layers of a lane."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, slice]] | None = None
+
+    @contextmanager
+    def of(self, seats: Sequence[Seat], n_batch: int) -> Iterator[None]:
+        self.rows = [
+            (seat.adapter, slice(index * n_batch, (index + 1) * n_batch))
+            for index, seat in enumerate(seats)
+            if seat.adapter is not None
+        ]
+        try:
+            yield
+        finally:
+            self.rows = None
+
+
+class RowLoRA(nn.Module):
+    """A PEFT LoRA layer whose adapters each touch one block of rows: ``y = W x``, then ``y[rows] += s B A x[rows]``.
+
+    PEFT's own mixed-adapter batch gathers rows layer by layer; blocks need only views. Outside a lane's forward
+    the layer is PEFT's own.
+    """
+
+    def __init__(self, layer: Any, blocks: RowBlocks) -> None:
+        super().__init__()
+        self.peft_layer = layer
+        self.blocks = blocks
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.blocks.rows is None:
+            return self.peft_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        y = self.peft_layer.base_layer(x, *args, **kwargs)
+        for adapter, rows in self.blocks.rows:
+            if adapter in self.peft_layer.lora_A:
+                down, up = self.peft_layer.lora_A[adapter], self.peft_layer.lora_B[adapter]
+                dropout = self.peft_layer.lora_dropout[adapter]
+                delta = up(down(dropout(x[rows].to(down.weight.dtype)))) * self.peft_layer.scaling[adapter]
+                y[rows] += delta.to(y.dtype)
+        return y  # type: ignore[no-any-return]
+
+
+def _swap_in_row_lora(model: nn.Module, blocks: RowBlocks) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer) and not isinstance(parent, RowLoRA):
+                setattr(parent, name, RowLoRA(child, blocks))
+
+
+def _cannot_share(adapter: Any) -> str | None:
+    """Why a PEFT config cannot be applied to a block of rows, or None where it can."""
+    if str(getattr(adapter.peft_type, "value", adapter.peft_type)) != "LORA":
+        return f"its type is {adapter.peft_type}"
+    for name in ("use_dora", "modules_to_save", "lora_bias", "layer_replication", "trainable_token_indices"):
+        if getattr(adapter, name, None):
+            return f"it sets {name}"
+    if getattr(adapter, "target_parameters", None):
+        return "it sets target_parameters"
+    return None if adapter.bias == "none" else "it trains biases"
+
+
+# -- loading --------------------------------------------------------------------------------------------------
+def load_lanes(config: ProxyTuneConfig, loading: Loading, given: Mapping[str, Any]) -> list[Lane]:
+    """Load every member of the recipe, each set of weights once.
+
+    Args:
+        config: the recipe.
+        loading: what the caller asks of every member.
+        given: member name -> a model in memory (a PeftModel too), which is used as it is.
+
+    Raises:
+        MemberError: naming the member that cannot be loaded, and why.
+    """
+    weights: dict[Any, list[tuple[str, Member]]] = {}
+    for name, member in config.members():
+        model = given.get(name)
+        key = ("memory", id(_bare(model))) if model is not None else _weights_key(config, member, loading)
+        weights.setdefault(key, []).append((name, member))
+
+    lanes = []
+    for group in weights.values():
+        name, member = group[0]
+        if name in given:
+            lanes.append(_given_lane(group, given))
+            continue
+        adapters = {m.adapter for _, m in group}
+        reasons = {a: _unshareable(config, n, m, loading) for n, m in group if (a := m.adapter) is not None}
+        if len(adapters) == 1 or (loading.share and not any(reasons.values())):
+            lanes.append(_loaded_lane(config, group, loading))
+            continue
+        for adapter, reason in reasons.items():
+            if reason:
+                logger.warning("adapter %s is loaded with weights of its own, because %s", adapter, reason)
+        for adapter in sorted(adapters, key=str):
+            lanes.append(_loaded_lane(config, [(n, m) for n, m in group if m.adapter == adapter], loading))
+    return lanes
+
+
+def _bare(model: Any) -> Any:
+    """The transformers model under a PeftModel."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _given_lane(group: list[tuple[str, Member]], given: Mapping[str, Any]) -> Lane:
+    adapters: dict[str, str | None] = {}
+    for name, _ in group:
+        model = given[name]
+        adapters[name] = model.active_adapter if hasattr(model, "get_base_model") else None
+        if adapters[name] is not None and len(group) > 1:
+            reason = _cannot_share(model.peft_config[adapters[name]])
+            if reason:
+                raise MemberError(
+                    f"{name} shares its weights with another member, but its adapter cannot be applied to a part of "
+                    f"the batch because {reason}; give members with weights of their own"
+                )
+    return Lane(_bare(given[group[0][0]]), _seats(group, adapters))
+
+
+def _loaded_lane(config: ProxyTuneConfig, group: list[tuple[str, Member]], loading: Loading) -> Lane:
+    name, member = group[0]
+    model = load_model(config, name, member, loading)
+    paths = sorted({m.adapter for _, m in group if m.adapter is not None})
+    names = {path: f"adapter{index}" for index, path in enumerate(paths)}
+    if paths:
+        peft = _peft(name)
+        wrapped = None
+        for path, adapter in names.items():
+            owner, at = next((n, m) for n, m in group if m.adapter == path)
+            source = _adapter_source(config, at)
+            kwargs = {"revision": source.revision, "subfolder": source.subfolder or None, **loading.hub}
+            kwargs = {key: value for key, value in kwargs.items() if value is not None}
+            with _one_sentence(owner, path):
+                if wrapped is None:
+                    wrapped = peft.PeftModel.from_pretrained(model, source.path, adapter_name=adapter, **kwargs)
+                else:
+                    wrapped.load_adapter(source.path, adapter_name=adapter, **kwargs)
+        if len({m.adapter for _, m in group}) == 1 and getattr(model, "hf_quantizer", None) is None:
+            model = wrapped.merge_and_unload()  # alone on its weights: merged, it costs nothing
+        else:
+            model = wrapped.get_base_model()
+    model.requires_grad_(False)
+    adapters = {n: names[m.adapter] if m.adapter is not None else None for n, m in group}
+    return Lane(model.eval(), _seats(group, adapters), source=member)
+
+
+def _seats(group: list[tuple[str, Member]], adapters: Mapping[str, str | None]) -> list[Seat]:
+    """One seat for each distinct (adapter, prompt): members that agree in both are computed once."""
+    seats: dict[tuple[str | None, Prompt], list[str]] = {}
+    for name, member in group:
+        seats.setdefault((adapters[name], member.prompt), []).append(name)
+    return [Seat(tuple(names), prompt, adapter) for (adapter, prompt), names in seats.items()]
+
+
+def load_model(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> PreTrainedModel:
+    """Load one member's weights (without its adapter)."""
+    source, gguf_file = member_source(config, name, member)
+    kwargs: dict[str, Any] = {
+        "dtype": member.dtype or loading.dtype,
+        "device_map": member.device_map if member.device_map is not None else loading.device_map,
+        "quantization_config": member.quantization_config or loading.quantization_config,
+        "attn_implementation": loading.attn_implementation,
+        "gguf_file": gguf_file,
+        "revision": source.revision,
+        "subfolder": source.subfolder or None,
+        "trust_remote_code": loading.trust_remote_code,
+        **loading.hub,
+    }
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    if isinstance(kwargs.get("quantization_config"), dict):
+        from transformers.quantizers.auto import AutoQuantizationConfig
+
+        kwargs["quantization_config"] = AutoQuantizationConfig.from_dict(dict(kwargs["quantization_config"]))
+    with _one_sentence(name, member.model):
+        model = AutoModelForCausalLM.from_pretrained(source.path, **kwargs)
+    if model.config.model_type == ProxyTuneConfig.model_type:
+        raise MemberError(f"{name} ({member.model}) is itself a recipe; name the models in it instead")
+    if model.config.is_encoder_decoder:
+        raise MemberError(f"{name} ({member.model}) is an encoder-decoder; members must be decoder-only")
+    return model  # type: ignore[no-any-return]
+
+
+def load_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> PreTrainedConfig:
+    """Load one member's config alone."""
+    source, gguf_file = member_source(config, name, member)
+    kwargs = {
+        "revision": source.revision,
+        "subfolder": source.subfolder,
+        "gguf_file": gguf_file,
+        **loading.hub,
+    }
+    with _one_sentence(name, member.model):
+        return AutoConfig.from_pretrained(  # type: ignore[no-any-return]
+            source.path,
+            trust_remote_code=loading.trust_remote_code,
+            **{key: value for key, value in kwargs.items() if value},
+        )
+
+
+def load_tokenizer(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> Any:
+    """One member's tokenizer, or None where its directory has none."""
+    source, gguf_file = member_source(config, name, member)
+    if source.is_local and gguf_file is None and not _has_tokenizer(Path(source.path) / source.subfolder):
+        return None
+    kwargs = {
+        "revision": source.revision,
+        "subfolder": source.subfolder,
+        "gguf_file": gguf_file,
+        **loading.hub,
+    }
+    with _one_sentence(name, member.model):
+        return AutoTokenizer.from_pretrained(
+            source.path,
+            trust_remote_code=loading.trust_remote_code,
+            **{key: value for key, value in kwargs.items() if value},
+        )
+
+
+def member_source(config: ProxyTuneConfig, name: str, member: Member) -> tuple[Source, str | None]:
+    """Where a member lies, and the GGUF file in that place if it is one."""
+    if member.model is None:
+        raise MemberError(f"{name} was a model in memory when this recipe was made; save it and name its directory")
+    source = resolve(member.model, config.name_or_path, member.revision, getattr(config, "_commit_hash", None))
+    if source.path.endswith(".gguf"):
+        path = Path(source.path)
+        return Source(str(path.parent), source.revision, source.subfolder), path.name
+    return source, member.gguf_file
+
+
+def _adapter_source(config: ProxyTuneConfig, member: Member) -> Source:
+    assert member.adapter is not None
+    return resolve(member.adapter, config.name_or_path, member.adapter_revision, getattr(config, "_commit_hash", None))
+
+
+def _unshareable(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> str | None:
+    source = _adapter_source(config, member)
+    kwargs = {"revision": source.revision, "subfolder": source.subfolder or None, **loading.hub}
+    with _one_sentence(name, member.adapter):
+        adapter = _peft(name).PeftConfig.from_pretrained(
+            source.path, **{key: value for key, value in kwargs.items() if value is not None}
+        )
+    return _cannot_share(adapter)
+
+
+def _weights_key(config: ProxyTuneConfig, member: Member, loading: Loading) -> Any:
+    source = resolve(member.model or "", config.name_or_path, member.revision) if member.model else None
+    return (
+        source,
+        member.gguf_file,
+        member.dtype,
+        repr(member.device_map),
+        repr(member.quantization_config),
+    )
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+    return any((directory / name).exists() for name in names)
+
+
+def _peft(name: str) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise MemberError(f"{name} is a LoRA adapter, which needs PEFT: pip install 'proxytune[lora]'") from error
+    return peft
+
+
+@contextmanager
+def _one_sentence(name: str, where: str | None) -> Iterator[None]:
+    """Turn whatever a loader raises into one sentence that names the member."""
+    try:
+        yield
+    except MemberError:
+        raise
+    except ImportError as error:
+        hint = ": pip install 'proxytune[gguf]'" if "gguf" in str(error).lower() else ""
+        raise MemberError(f"{name} ({where}) needs a package that is missing{hint} ({_first_line(error)})") from error
+    except Exception as error:  # a loader raises anything: OSError, KeyError, RuntimeError of a size mismatch
+        raise MemberError(f"{name} ({where}) cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+# -- saving ---------------------------------------------------------------------------------------------------
+def plain_weights(lane: Lane) -> dict[str, Tensor]:
+    """The lane's weights under the names they have without adapters."""
+    weights = {}
+    for name, tensor in lane.model.state_dict().items():
+        if any(part in name for part in (".lora_", ".lora_magnitude_vector")):
+            continue
+        weights[name.replace(".peft_layer.", ".").replace(".base_layer.", ".")] = tensor
+    return weights
+
+
+def save_adapter(lane: Lane, adapter: str, directory: Path) -> None:
+    """Save one of the lane's LoRA adapters as a PEFT directory."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    peft_config = lane.model.peft_config[adapter]  # type: ignore[index]
+    state = {name.replace(".peft_layer.", "."): tensor for name, tensor in lane.model.state_dict().items()}
+    tensors = get_peft_model_state_dict(lane.model, state_dict=state, adapter_name=adapter)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()},
+        directory / "adapter_model.safetensors",
+    )
+    peft_config.save_pretrained(str(directory))

@@ -1,0 +1,122 @@
+"""The arithmetic of steering, as pure functions of tensors.
+
+Equation 1 of 2401.08565 (and 2 of 2105.03023), summed over experts k:
+
+    logits = base + sum_k alpha_k * (expert_k - anti_expert_k)
+
+Everything is float32: the difference of two nearly equal logits is what steers, and bfloat16 has eight bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from proxytune.errors import AlphaError
+
+__all__ = ["alpha_tensor", "mix"]
+
+
+def mix(
+    base: Tensor,
+    experts: Sequence[tuple[Tensor | None, Tensor | None]],
+    alpha: Tensor,
+    *,
+    plausibility: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Mix the members' logits.
+
+    Args:
+        base: the base's logits, shape = (n_batch, n_positions, n_vocab), any float dtype.
+        experts: for each expert the logits of its expert and anti-expert, either of which may be None;
+            same leading shape as ``base``, possibly another vocabulary width.
+        alpha: shape = (n_batch or 1, n_experts), float32.
+        plausibility: keep only tokens with ``p_base >= plausibility * max p_base`` (2210.15097, eq. 3).
+        vocab_size: the ids below it are in every member's vocabulary; by default the narrowest width.
+
+    Returns:
+        float32 logits, shape = (n_batch, n_positions, n_vocab of the base). Ids that not every member has are
+        -inf: nothing says how to steer them, and a member that lacks an id could not read it back.
+    """
+    sides = [side for pair in experts for side in pair if side is not None]
+    shared = min(logits.shape[-1] for logits in (base, *sides)) if vocab_size is None else vocab_size
+    # In place while nothing is trained; `copy` keeps the caller's logits whole where no conversion copies them.
+    in_place = not (torch.is_grad_enabled() and any(logits.requires_grad for logits in (base, *sides)))
+    steered = base[..., :shared].to(torch.float32, copy=in_place)
+    for index, pair in enumerate(experts):
+        weight = alpha[:, index, None, None].to(base.device)  # (n_batch or 1, 1, 1)
+        for sign, side in zip((1.0, -1.0), pair):
+            if side is not None:
+                term = side[..., :shared].to(device=base.device, dtype=torch.float32)
+                add = steered.addcmul_ if in_place else steered.addcmul
+                steered = add(weight, term, value=sign)
+    if plausibility is not None:
+        scores = base[..., :shared].float()  # the threshold is taken over the ids that can be chosen at all
+        implausible = scores < scores.amax(dim=-1, keepdim=True) + math.log(plausibility)
+        steered = steered.masked_fill(implausible, -torch.inf)
+    if shared < base.shape[-1]:
+        steered = torch.nn.functional.pad(steered, (0, base.shape[-1] - shared), value=-torch.inf)
+    return steered
+
+
+def alpha_tensor(
+    alpha: float | Sequence[float] | Mapping[str, object] | Tensor | None,
+    *,
+    default: Sequence[float],
+    names: Sequence[str],
+    n_batch: int,
+) -> Tensor:
+    """Bring every accepted form of alpha into one shape.
+
+    Args:
+        alpha: a number for all experts; a flat list or 1-D tensor in the recipe's order, or, where there is one
+            expert, one value a row; a 2-D (n_batch, n_experts) tensor; a mapping from an expert's name to a
+            number or to one value a row; None for ``default``.
+        default: the recipe's alphas, which experts left out of a mapping keep.
+        names: the experts' names, in order.
+        n_batch: rows of the batch.
+
+    Returns:
+        float32, shape = (n_batch, n_experts).
+
+    Raises:
+        AlphaError: for a shape that fits neither rows nor experts, an unknown name, or a value not finite.
+    """
+    n_experts = len(names)
+    rows = torch.tensor(list(default), dtype=torch.float32).expand(n_batch, n_experts).clone()
+    if isinstance(alpha, Mapping):
+        for name, value in alpha.items():
+            if name not in names:
+                raise AlphaError(f"no expert is called {name!r}; the recipe has {', '.join(names)}")
+            column = _finite(value)
+            if column.dim() > 1 or column.numel() not in (1, n_batch):
+                raise AlphaError(f"alpha of {name!r} must be a number or {n_batch} values, one a row")
+            rows[:, list(names).index(name)] = column
+    elif alpha is not None:
+        given = _finite(alpha)
+        if given.dim() == 0 or (given.dim() == 1 and given.numel() == n_experts):
+            rows[:] = given
+        elif given.dim() == 1 and n_experts == 1 and given.numel() == n_batch:
+            rows[:, 0] = given
+        elif given.dim() == 2 and given.shape[0] in (1, n_batch) and given.shape[1] in (1, n_experts):
+            rows[:] = given
+        else:
+            raise AlphaError(
+                f"alpha of shape {tuple(given.shape)} fits neither {n_experts} expert(s) ({', '.join(names)}) nor "
+                f"{n_batch} row(s); give a number, one value an expert, or shape ({n_batch}, {n_experts})"
+            )
+    return rows
+
+
+def _finite(alpha: object) -> Tensor:
+    try:
+        values = torch.as_tensor(alpha, dtype=torch.float32, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise AlphaError(f"alpha must be a finite number or a rectangular list of them, not {alpha!r}") from error
+    if not bool(torch.isfinite(values).all()):
+        raise AlphaError(f"alpha must be finite, not {alpha!r}")
+    return values

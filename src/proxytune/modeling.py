@@ -1,0 +1,733 @@
+"""The transformers composite: a proxy-tuned model is just a model.
+
+Top to bottom: the cache of all members, the model, and its one hot path, :meth:`ProxyTunedForCausalLM.forward`:
+each lane (a set of weights) runs its members' rows, and the members' logits are mixed. Everything else that
+``generate`` does, greedy, sampling, beams, assistants, streamers, stop strings, is transformers' own.
+
+The outer world sees one sequence: ``input_ids``, as the base reads it. A member with a prompt of its own reads
+``own prompt + continuation``, where the continuation is what follows column ``prompt_length`` of ``input_ids``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig
+from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError
+from proxytune.members import Lane, Loading, load_config, load_lanes, load_tokenizer
+from proxytune.mixing import alpha_tensor, mix
+from proxytune.prompts import Prompter, left_pad
+from proxytune.vocabulary import compare
+
+__all__ = ["ProxyTunedCache", "ProxyTunedForCausalLM", "ProxyTunedOutput"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ProxyTunedOutput(CausalLMOutputWithPast):
+    """A causal LM's output, and on request each member's own logits.
+
+    Attributes:
+        member_logits: member name -> float logits, shape = (n_batch, n_positions, n_vocab of the member).
+    """
+
+    member_logits: dict[str, Tensor] | None = None
+
+
+@dataclass
+class LanePrompt:
+    """The prompts that a lane's seats read instead of ``input_ids``, stacked like the lane's rows.
+
+    ids, mask: shape = (n_seats * n_batch, width), left-padded.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    def map(self, change: Any) -> LanePrompt:
+        return LanePrompt(change(self.ids), change(self.mask))
+
+
+class ProxyTunedCache(Cache):
+    """One cache for all members: every lane's layers in a row, and a view of them for each lane.
+
+    The views hold the very layer objects, so what ``generate`` does to the whole (crop, reorder, repeat) happens
+    to each member. A lane of k seats holds k blocks of rows, which is why rows are selected block by block.
+    """
+
+    def __init__(self, configs: Sequence[PreTrainedConfig], n_seats: Sequence[int]) -> None:
+        self.views = [DynamicCache(config=config) for config in configs]
+        super().__init__(layers=[layer for view in self.views for layer in view.layers])
+        self.n_seats = list(n_seats)
+        self.prompts: list[LanePrompt | None] = [None] * len(self.views)
+        self.prompt_length = 0
+        self.n_batch = 0
+        self.n_columns = 0  # columns of the outer input_ids that all members have read
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.n_columns
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:  # the older meaning: the length to keep
+            tokens_to_remove = min(tokens_to_remove - self.n_columns, 0)
+        if self.n_columns + tokens_to_remove < self.prompt_length and self._has_prompts():
+            raise PromptError("a cache cannot be cropped into the prompt while members have prompts of their own")
+        super().crop(tokens_to_remove)
+        self.n_columns += tokens_to_remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx, "reorder_cache")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(indices, "batch_select_indices")
+        self.n_batch = int(indices.sum()) if indices.dtype == torch.bool else len(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for view in self.views:
+            view.batch_repeat_interleave(repeats)
+        self.prompts = [p and p.map(lambda t: t.repeat_interleave(repeats, dim=0)) for p in self.prompts]
+        self.n_batch *= repeats
+
+    def reset(self) -> None:
+        super().reset()
+        self.prompts = [None] * len(self.views)
+        self.n_columns = self.prompt_length = 0
+
+    def _has_prompts(self) -> bool:
+        return any(prompt is not None for prompt in self.prompts)
+
+    def _select(self, rows: Tensor, how: str) -> None:
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero().flatten()
+        for index, (view, n_seats) in enumerate(zip(self.views, self.n_seats)):
+            stacked = torch.cat([rows + block * self.n_batch for block in range(n_seats)])
+            getattr(view, how)(stacked)
+            if (prompt := self.prompts[index]) is not None:
+                self.prompts[index] = prompt.map(lambda t, at=stacked: t[at.to(t.device)])
+
+
+class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
+    """A base model steered by experts, as a Hugging Face model (2401.08565, eq. 1).
+
+    Make one with :meth:`from_pretrained` (a recipe) or :meth:`from_members` (models, paths or hub ids).
+    """
+
+    config: ProxyTuneConfig
+    config_class = ProxyTuneConfig
+    main_input_name = "input_ids"
+    base_model_prefix = ""
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: ProxyTuneConfig,
+        lanes: Sequence[Lane] | None = None,
+        *,
+        tokenizers: Mapping[str, Any] | None = None,
+    ) -> None:
+        if lanes is None:
+            raise RecipeError("a recipe has no weights of its own; use from_pretrained or from_members")
+        super().__init__(config)
+        self.lanes = nn.ModuleList(lanes)
+        self.tokenizers = dict(tokenizers or {})  # member name -> its tokenizer, where one is known
+        self.tokenizer = self.tokenizers.get("base")
+        self.prompter = Prompter(
+            self.tokenizer,
+            {
+                name: (member.prompt, self.tokenizers.get(name) or self.tokenizer)
+                for name, member in config.members()
+                if member.prompt.kind != "raw"
+            },
+        )
+        self.experts = config.expert_list
+        # member name -> (lane, block of rows in it)
+        self.seats = {
+            name: (lane, block)
+            for lane, lane_module in enumerate(lanes)
+            for block, seat in enumerate(lane_module.seats)
+            for name in seat.names
+        }
+        widths = [lane.config.vocab_size for lane in lanes]
+        self.shared_vocab = min(widths)
+        # A lane reads prompts of its own as soon as one of its seats does: its rows must stay aligned.
+        self.own_prompts = [any(seat.prompt.kind != "raw" for seat in lane.seats) for lane in lanes]
+        self._is_stateful = any(getattr(lane.model, "_is_stateful", False) for lane in lanes)
+        contexts = {name: self.context_of(name) for name in self.seats}
+        self.shortest = min(contexts, key=lambda name: contexts[name] or float("inf"))
+        config.max_position_embeddings = contexts[self.shortest]
+
+    # -- the parts ------------------------------------------------------------------------------------------
+    def member(self, name: str) -> PreTrainedModel:
+        """The model that computes member ``name`` (``base``, ``NAME.expert``, ``NAME.anti_expert``)."""
+        return self._lane(self.seats[name][0]).model
+
+    def context_of(self, name: str) -> int | None:
+        """How many tokens member ``name`` can read, or None where its config sets no limit."""
+        return getattr(self._lane(self.seats[name][0]).config, "max_position_embeddings", None)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        return self.member("base")
+
+    def _lane(self, index: int) -> Lane:
+        return cast(Lane, self.lanes[index])
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> None:
+        return None  # the mixture's head is spread over the members
+
+    # -- the hot path ---------------------------------------------------------------------------------------
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: ProxyTunedCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        labels: Tensor | None = None,
+        alpha: Any = None,
+        member_input_ids: Mapping[str, Tensor] | None = None,
+        member_attention_mask: Mapping[str, Tensor] | None = None,
+        prompt_length: int | None = None,
+        output_member_logits: bool = False,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ProxyTunedOutput | tuple[Any, ...]:
+        """Run every member and mix their logits.
+
+        Args:
+            input_ids: shape = (n_batch, n_columns), the columns not yet in the cache.
+            attention_mask: shape = (n_batch, n_cached + n_columns), 0 at padding.
+            position_ids: shape = (n_batch or 1, n_columns), for members that read ``input_ids``.
+            past_key_values: made by an earlier call, or by :meth:`new_cache`.
+            logits_to_keep: how many of the last positions to compute, 0 for all.
+            labels: shape = (n_batch, n_columns); the loss is transformers' causal LM loss on the mixed logits.
+            alpha: see :func:`proxytune.mixing.alpha_tensor`; the recipe's by default.
+            member_input_ids: member name -> its own prompt, shape = (n_batch, its width), left-padded.
+            member_attention_mask: member name -> mask of that shape; all ones by default.
+            prompt_length: how many columns of the whole outer sequence are prompt; needed with own prompts.
+            output_member_logits: also return each member's own logits.
+
+        Returns:
+            float32 logits, shape = (n_batch, n_positions, n_vocab of the base). With own prompts the positions
+            begin with the last prompt token: before it the members read different texts.
+
+        Raises:
+            PromptError: own prompts without a boundary. AlphaError: see ``alpha``.
+        """
+        self._refuse(kwargs)
+        n_batch, n_columns = input_ids.shape
+        if use_cache is None:
+            use_cache = not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
+        cache = past_key_values
+        n_cached = cache.n_columns if cache is not None else 0
+        prompts, prompt_length = self._prompts(
+            input_ids, attention_mask, cache, member_input_ids, member_attention_mask, prompt_length
+        )
+        # The columns of this call that all members share, and the number of positions they can be compared at.
+        continuation = input_ids[:, max(prompt_length - n_cached, 0) :]
+        if any(self.own_prompts):
+            logits_to_keep = self._comparable(logits_to_keep, continuation.shape[1], n_cached < prompt_length, labels)
+
+        logits: list[Tensor] = []  # one a lane: (n_seats * n_batch, n_positions, n_vocab)
+        for index, lane in enumerate(cast(Sequence[Lane], self.lanes)):
+            view = cache.views[index] if cache is not None else None
+            n_seats, own = len(lane.seats), prompts[index]
+            if own is None:
+                inputs = {
+                    "input_ids": input_ids,
+                    "attention_mask": attention_mask,
+                    "position_ids": position_ids if position_ids is None else position_ids.expand(n_batch, -1),
+                }
+                inputs = {
+                    key: value if value is None or n_seats == 1 else value.repeat(n_seats, 1)
+                    for key, value in inputs.items()
+                }
+            else:
+                inputs = own_inputs(own, continuation, attention_mask, prompt_length, n_cached)
+            logits.append(
+                lane(
+                    **{key: None if value is None else value.to(lane.device) for key, value in inputs.items()},
+                    past_key_values=view,
+                    use_cache=use_cache,
+                    logits_to_keep=logits_to_keep,
+                )
+            )
+        if cache is not None:
+            cache.n_batch, cache.n_columns = n_batch, n_cached + n_columns
+
+        def of(member: str | None) -> Tensor | None:
+            if member not in self.seats:
+                return None
+            lane, block = self.seats[member]
+            return logits[lane][block * n_batch : (block + 1) * n_batch]
+
+        mixed = mix(
+            cast(Tensor, of("base")),
+            [(of(f"{expert.name}.expert"), of(f"{expert.name}.anti_expert")) for expert in self.experts],
+            self.alpha_rows(alpha, n_batch),
+            plausibility=self.config.plausibility,
+            vocab_size=self.shared_vocab,
+        )
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=mixed, labels=labels, vocab_size=mixed.shape[-1], **kwargs)
+        output = ProxyTunedOutput(
+            loss=loss,
+            logits=cast(Any, mixed),
+            past_key_values=cache,
+            member_logits={name: cast(Tensor, of(name)) for name in self.seats} if output_member_logits else None,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def alpha_rows(self, alpha: Any, n_batch: int) -> Tensor:
+        """``alpha`` in any accepted form as float32, shape = (n_batch or 1, n_experts)."""
+        if isinstance(alpha, Tensor) and alpha.dim() == 2 and alpha.shape == (n_batch, len(self.experts)):
+            return alpha
+        return alpha_tensor(
+            alpha, default=self.config.alphas, names=[expert.name for expert in self.experts], n_batch=n_batch
+        )
+
+    def _prompts(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: ProxyTunedCache | None,
+        member_input_ids: Mapping[str, Tensor] | None,
+        member_attention_mask: Mapping[str, Tensor] | None,
+        prompt_length: int | None,
+    ) -> tuple[list[LanePrompt | None], int]:
+        """Each lane's own prompts, or None where it reads ``input_ids``; and where the continuation begins."""
+        if not any(self.own_prompts):
+            if member_input_ids:
+                raise PromptError("`member_input_ids` were given, but every member of the recipe reads the raw prompt")
+            return [None] * len(self.lanes), 0
+        n_cached = cache.n_columns if cache is not None else 0
+        if cache is not None and n_cached and (prompt_length is None or cache.prompt_length == prompt_length):
+            return cache.prompts, cache.prompt_length
+        if n_cached:
+            raise PromptError(
+                "members have prompts of their own, so a cache cannot be continued with a longer prompt (nor be "
+                "filled by `prefill_chunk_size`); start without `past_key_values`"
+            )
+        if prompt_length is None or member_input_ids is None:
+            raise PromptError(
+                "members have prompts of their own, so a forward needs `member_input_ids` and `prompt_length` to know "
+                "where the shared continuation begins; use generate(), which makes both"
+            )
+        prompts: list[LanePrompt | None] = []
+        for own, lane in zip(self.own_prompts, cast(Sequence[Lane], self.lanes)):
+            if not own:
+                prompts.append(None)
+                continue
+            blocks = []
+            for seat in lane.seats:
+                if seat.prompt.kind == "raw":
+                    ids = input_ids[:, :prompt_length]
+                    mask = None if attention_mask is None else attention_mask[:, :prompt_length]
+                else:
+                    name = seat.names[0]
+                    if name not in member_input_ids:
+                        raise PromptError(f"`member_input_ids` has no prompt for member {name!r}")
+                    ids = member_input_ids[name]
+                    mask = (member_attention_mask or {}).get(name)
+                    if ids.dim() != 2 or ids.shape[0] != input_ids.shape[0]:
+                        raise PromptError(
+                            f"the prompt of member {name!r} has shape {tuple(ids.shape)}; give ({len(input_ids)}, width)"
+                        )
+                blocks.append((ids, torch.ones_like(ids) if mask is None else mask))
+            width = max(ids.shape[1] for ids, _ in blocks)
+            stacked = [
+                torch.cat([nn.functional.pad(block[part], (width - block[part].shape[1], 0)) for block in blocks])
+                for part in (0, 1)
+            ]
+            prompts.append(LanePrompt(*(tensor.to(input_ids.device) for tensor in stacked)))
+        if cache is not None:
+            cache.prompts, cache.prompt_length = prompts, prompt_length
+        return prompts, prompt_length
+
+    def _comparable(self, logits_to_keep: int | Tensor, n_shared: int, prefill: bool, labels: Tensor | None) -> int:
+        """How many positions to compute where members have read different prompts."""
+        n_positions = n_shared + prefill  # the last prompt token predicts the first shared one
+        if labels is not None:
+            raise PromptError("`labels` need one prompt for all members; mask the prompt in a recipe of raw prompts")
+        if not isinstance(logits_to_keep, int) or logits_to_keep > n_positions:
+            raise PromptError(
+                f"members have prompts of their own, so only the last {n_positions} positions can be mixed; "
+                "give that number or fewer as `logits_to_keep`"
+            )
+        return logits_to_keep or n_positions
+
+    def _refuse(self, kwargs: dict[str, Any]) -> None:
+        """No option is accepted and ignored."""
+        for name in ("inputs_embeds", "output_attentions", "output_hidden_states"):
+            if kwargs.pop(name, None) is not None and kwargs.get(name) is not False:
+                raise ProxyTuneError(
+                    f"`{name}` belongs to one member, not to the mixture; ask model.member(NAME) for it"
+                )
+
+    # -- generate -------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        alpha: Any = None,
+        member_input_ids: Mapping[str, Any] | None = None,
+        member_attention_mask: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' ``generate``, with every option of its own, steered.
+
+        Args:
+            alpha: see :func:`proxytune.mixing.alpha_tensor`: a number, one a row, one an expert, or by name.
+            member_input_ids: member name -> its own prompt: a list of lists of ids, or a left-padded tensor of
+                shape (n_batch, its width). By default made from the text of ``input_ids``, by the recipe.
+            member_attention_mask: member name -> the mask of such a tensor.
+
+        Raises:
+            PromptError: a prompt that is empty, longer than the shortest member's context, or that cannot be made.
+        """
+        implementation = kwargs.get("cache_implementation", getattr(generation_config, "cache_implementation", None))
+        if implementation not in (None, "dynamic"):
+            raise ProxyTuneError(
+                f"cache_implementation={implementation!r} is not available for several members; use 'dynamic'"
+            )
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if input_ids is not None:
+            if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+                raise PromptError("the prompt is empty; give at least one token")
+            if alpha is not None:
+                alpha = self.alpha_rows(alpha, input_ids.shape[0])
+            if any(self.own_prompts) and member_input_ids is None:
+                member_input_ids = self.prompter.from_ids(input_ids, kwargs.get("attention_mask"))
+            if member_input_ids is not None:
+                member_input_ids, member_attention_mask = _as_tensors(member_input_ids, member_attention_mask)
+            self._check_prompts(input_ids, kwargs.get("attention_mask"), member_input_ids)
+        return super().generate(
+            inputs,
+            generation_config,
+            alpha=alpha,
+            member_input_ids=member_input_ids,
+            member_attention_mask=member_attention_mask,
+            **kwargs,
+        )
+
+    def _check_prompts(
+        self, input_ids: Tensor, attention_mask: Tensor | None, own: Mapping[str, Tensor] | None
+    ) -> None:
+        """Each member can read its prompt: no id beyond its vocabulary, no more tokens than its context."""
+        shown = {name: (own or {}).get(name, input_ids) for name in self.seats}
+        for name, ids in shown.items():
+            width = self._lane(self.seats[name][0]).config.vocab_size
+            if (highest := int(ids.max())) >= width or int(ids.min()) < 0:
+                raise PromptError(f"the prompt has token id {highest}, but member {name!r} has only {width} tokens")
+            length = ids.shape[1]
+            if ids is input_ids and attention_mask is not None:
+                length = int(attention_mask.sum(dim=1).max())
+            limit = self.context_of(name)
+            if limit is not None and length > limit:
+                raise PromptError(
+                    f"the prompt has {length} tokens, but member {name!r} can read only {limit}; shorten the prompt"
+                )
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        for key in (
+            "member_input_ids",
+            "member_attention_mask",
+        ):  # transformers expands tensors, not mappings
+            if model_kwargs.get(key) is not None and expand_size > 1:
+                model_kwargs[key] = {
+                    name: ids.repeat_interleave(expand_size, dim=0) for name, ids in model_kwargs[key].items()
+                }
+        if any(self.own_prompts) and input_ids is not None:
+            model_kwargs["prompt_length"] = input_ids.shape[1]
+        return super()._expand_inputs_for_generation(  # type: ignore[no-any-return]
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        cache = model_kwargs.get("past_key_values")
+        if cache is None and generation_config.use_cache is not False:
+            cache = model_kwargs["past_key_values"] = self.new_cache()
+        elif cache is not None and not isinstance(cache, ProxyTunedCache):
+            raise ProxyTuneError("`past_key_values` must come from this model; make one with model.new_cache()")
+        elif cache is not None:
+            cache._is_user_defined = True
+        if cache is not None and generation_config.is_assistant:
+            cache.activate_past_recording()
+
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        ours = ("alpha", "member_input_ids", "member_attention_mask", "prompt_length", "output_member_logits")
+        plain = {key: value for key, value in model_kwargs.items() if key not in ours}
+        return super()._get_candidate_generator(*args, model_kwargs=plain, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        raise ProxyTuneError(
+            "continuous batching of transformers does not fit several members' caches; serve the recipe without it"
+        )
+
+    def new_cache(self) -> ProxyTunedCache:
+        """An empty cache for all members."""
+        lanes = cast(Sequence[Lane], self.lanes)
+        return ProxyTunedCache([lane.config for lane in lanes], [len(lane.seats) for lane in lanes])
+
+    # -- making one -----------------------------------------------------------------------------------------
+    @classmethod
+    def from_members(
+        cls,
+        base: PreTrainedModel | Member | str,
+        expert: PreTrainedModel | Member | str | None = None,
+        anti_expert: PreTrainedModel | Member | str | None = None,
+        alpha: float = 1.0,
+        *,
+        experts: Sequence[Expert | Mapping[str, Any]] | None = None,
+        plausibility: float | None = None,
+        tokenizer: Any = None,
+        tokenizers: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> ProxyTunedForCausalLM:
+        """Compose models that are in memory, on disk or on the hub.
+
+        Args:
+            base, expert, anti_expert: a transformers model (or PeftModel), a :class:`Member`, a path or a hub id.
+            alpha: the strength of the one expert.
+            experts: instead of ``expert``, ``anti_expert`` and ``alpha``: several, each a mapping with ``name``,
+                ``expert``, ``anti_expert`` and ``alpha``, whose sides may be models too.
+            plausibility: see :class:`ProxyTuneConfig`.
+            tokenizer, tokenizers: the base's, and by member name those of members in memory; needed to compare
+                vocabularies and to make own prompts.
+            **kwargs: what :meth:`from_pretrained` takes for members that are loaded (``dtype``, ``device_map``, ...).
+        """
+        if experts is None:
+            experts = [{"expert": expert, "anti_expert": anti_expert, "alpha": alpha}]
+        elif expert is not None or anti_expert is not None:
+            raise RecipeError("give either `expert`/`anti_expert` or the list `experts`, not both")
+        given: dict[str, Any] = {}
+        listed = []
+        for index, value in enumerate(experts):
+            parts = dict(value) if isinstance(value, Mapping) else vars(value).copy()
+            parts.setdefault("name", "expert" if index == 0 else f"expert{index + 1}")
+            for side in ("expert", "anti_expert"):
+                prompt = parts.pop(f"{side}_prompt", None)
+                parts[side] = _placeholder(parts.get(side), f"{parts['name']}.{side}", given, prompt)
+            listed.append(Expert(**parts))
+        config = ProxyTuneConfig(
+            base=_placeholder(base, "base", given, None), experts=listed, plausibility=plausibility
+        )
+        return cls._load(config, given, tokenizer, dict(tokenizers or {}), kwargs)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *model_args: Any,
+        config: ProxyTuneConfig | None = None,
+        alpha: Any = None,
+        **kwargs: Any,
+    ) -> ProxyTunedForCausalLM:
+        """Load a recipe: a directory, a hub id, or ``"demo"``.
+
+        Args:
+            alpha: in place of the recipe's: a number, a list in its order, or a mapping by name.
+            dtype, device_map, quantization_config, attn_implementation: for members whose entry leaves it open.
+            member_trust_remote_code: run code that a *member's* repository brings. ``trust_remote_code``, which
+                lets a recipe be loaded without importing proxytune first, does not reach the members.
+            share: False loads LoRA members with weights of their own.
+
+        Raises:
+            RecipeError, MemberError, VocabularyError, AlphaError: each one sentence.
+        """
+        from proxytune.recipe import HUB_ARGUMENTS, load_recipe
+
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        if not isinstance(config, ProxyTuneConfig):
+            config = load_recipe(pretrained_model_name_or_path, **hub)
+        if alpha is not None:
+            config = config.with_alpha(alpha)
+        model = cls._load(config, {}, None, {}, kwargs)
+        model.adjust_generation_config(config, hub)
+        return model
+
+    @classmethod
+    def _load(
+        cls,
+        config: ProxyTuneConfig,
+        given: dict[str, Any],
+        tokenizer: Any,
+        tokenizers: dict[str, Any],
+        kwargs: dict[str, Any],
+    ) -> ProxyTunedForCausalLM:
+        from proxytune.recipe import HUB_ARGUMENTS
+
+        loading = _loading(config, kwargs, HUB_ARGUMENTS)
+        tokenizers["base"] = tokenizers.get("base", tokenizer)
+        widths, seen = {}, {}
+        for name, member in config.members():
+            if name in given:
+                widths[name] = given[name].config.get_text_config(decoder=True).vocab_size
+                tokenizers.setdefault(name, None)
+                continue
+            widths[name] = load_config(config, name, member, loading).get_text_config(decoder=True).vocab_size
+            if tokenizers.get(name) is None:  # members of one directory share one tokenizer
+                place = (member.model, member.revision, member.gguf_file)
+                if place not in seen:
+                    seen[place] = load_tokenizer(config, name, member, loading)
+                tokenizers[name] = seen[place]
+        compare({"base": tokenizers["base"], **tokenizers}, widths).raise_for_mismatch()
+
+        lanes = load_lanes(config, loading, given)
+        if config.text_config is None:
+            base = next(lane for lane in lanes if any("base" in seat.names for seat in lane.seats))
+            config.text_config = base.model.config
+            config.vocab_size = widths["base"]
+        model = cls(config, lanes, tokenizers=tokenizers)
+        model.generation_config = GenerationConfig.from_dict(model.base.generation_config.to_dict())
+        return model.eval()
+
+    def adjust_generation_config(self, config: ProxyTuneConfig, hub: dict[str, Any]) -> None:
+        """Take the recipe's generation_config.json where it has one; otherwise the base's stays."""
+        try:
+            self.generation_config = GenerationConfig.from_pretrained(config.name_or_path, **hub)
+        except OSError:
+            logger.info("the recipe has no generation_config.json; the base's is used")
+
+    @classmethod
+    def _from_config(cls, config: ProxyTuneConfig, **kwargs: Any) -> ProxyTunedForCausalLM:
+        raise RecipeError("a recipe has no weights of its own; use from_pretrained or from_members")
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        *,
+        bundle: bool = False,
+        max_shard_size: int | str = "50GB",
+        **kwargs: Any,
+    ) -> None:
+        """Write the recipe; see :func:`proxytune.recipe.save_model`."""
+        from proxytune.recipe import save_model
+
+        save_model(self, Path(save_directory), bundle=bundle, max_shard_size=max_shard_size)
+
+
+def own_inputs(
+    own: LanePrompt, continuation: Tensor, attention_mask: Tensor | None, prompt_length: int, n_cached: int
+) -> dict[str, Tensor | None]:
+    """What a lane with prompts of its own reads in one call.
+
+    Args:
+        own: the lane's prompts, (n_rows, width) with n_rows = n_seats * n_batch.
+        continuation: the shared columns of this call, (n_batch, n_shared).
+        attention_mask: the outer mask, (n_batch, n_cached + n_columns); its part from ``prompt_length`` on is shared.
+    """
+    n_seats = own.ids.shape[0] // continuation.shape[0]
+    ids = continuation.repeat(n_seats, 1)
+    n_before = max(n_cached - prompt_length, 0)  # continuation columns already in the cache
+    if n_cached < prompt_length:
+        ids = torch.cat([own.ids, ids], dim=1)
+    if attention_mask is None:
+        shared = continuation.new_ones(continuation.shape[0], n_before + continuation.shape[1])
+    else:
+        shared = attention_mask[:, prompt_length:].to(own.mask.dtype)
+    mask = torch.cat([own.mask, shared.repeat(n_seats, 1)], dim=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+def _as_tensors(
+    ids: Mapping[str, Any], masks: Mapping[str, Tensor] | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Own prompts as left-padded tensors with their masks."""
+    tensors, found = {}, dict(masks or {})
+    for name, rows in ids.items():
+        if isinstance(rows, Tensor):
+            tensors[name] = rows
+            found.setdefault(name, torch.ones_like(rows))
+        else:
+            if any(len(row) == 0 for row in rows):
+                raise PromptError(f"the prompt of member {name!r} is empty; give at least one token")
+            tensors[name], found[name] = left_pad(rows)
+    return tensors, found
+
+
+def _placeholder(value: Any, name: str, given: dict[str, Any], prompt: Any) -> Member | None:
+    """A member for the recipe; a model in memory is put into ``given``."""
+    if value is None or isinstance(value, Member):
+        return value
+    if isinstance(value, (str, Path, Mapping)):
+        return Member.parse(value if isinstance(value, Mapping) else str(value))
+    if not isinstance(value, nn.Module) or not hasattr(value, "config"):
+        raise MemberError(f"{name} must be a transformers model, a path or a hub id, not {type(value).__name__}")
+    given[name] = value
+    return Member(model=None, prompt=Prompt.parse(prompt))
+
+
+def _loading(config: ProxyTuneConfig, kwargs: dict[str, Any], hub: Sequence[str]) -> Loading:
+    """Sort what ``from_pretrained`` was given; an option that nothing reads is an error, not ignored."""
+    kwargs = dict(kwargs)
+    for name in (
+        "_from_auto",
+        "_from_pipeline",
+        "_commit_hash",
+        "trust_remote_code",
+        "adapter_kwargs",
+        "code_revision",
+    ):
+        kwargs.pop(name, None)
+    for name in ("revision", "subfolder"):  # they place the recipe, not its members
+        kwargs.pop(name, None)
+    attention = kwargs.pop("attn_implementation", None)
+    loading = Loading(
+        dtype=kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None),
+        device_map=kwargs.pop("device_map", None),
+        quantization_config=kwargs.pop("quantization_config", None),
+        attn_implementation=attention or config._attn_implementation,  # AutoConfig puts it there
+        trust_remote_code=bool(kwargs.pop("member_trust_remote_code", False)),
+        share=bool(kwargs.pop("share", True)),
+        hub={
+            key: kwargs.pop(key) for key in hub if kwargs.get(key) is not None and key not in ("revision", "subfolder")
+        },
+    )
+    kwargs = {key: value for key, value in kwargs.items() if value is not None and key not in hub}
+    if kwargs:
+        raise RecipeError(f"from_pretrained does not take {', '.join(sorted(kwargs))}")
+    return loading

@@ -1,0 +1,241 @@
+"""Recipes on disk and on the hub: finding one, writing one, bundling its members, and its model card."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from transformers import AutoConfig, GenerationConfig
+
+from proxytune.config import Member, ProxyTuneConfig, rebase
+from proxytune.errors import MemberError, RecipeError
+
+if TYPE_CHECKING:
+    from proxytune.modeling import ProxyTunedForCausalLM
+
+__all__ = ["load_recipe", "model_card", "save_model", "write_recipe"]
+
+logger = logging.getLogger(__name__)
+
+HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "token",
+    "revision",
+    "subfolder",
+    "proxies",
+)
+
+# With this one-line module beside config.json, trust_remote_code=True loads a recipe without `import proxytune`.
+SHIM_NAME = "proxytune_shim"
+SHIM = '''"""Loads this recipe with trust_remote_code=True; needs `pip install proxytune`."""
+
+from proxytune import ProxyTuneConfig, ProxyTunedForCausalLM
+
+__all__ = ["ProxyTuneConfig", "ProxyTunedForCausalLM"]
+'''
+AUTO_MAP = {
+    "AutoConfig": f"{SHIM_NAME}.ProxyTuneConfig",
+    "AutoModelForCausalLM": f"{SHIM_NAME}.ProxyTunedForCausalLM",
+}
+
+
+def load_recipe(recipe: str | Path, **hub: Any) -> ProxyTuneConfig:
+    """Read a recipe's ``config.json``: a directory, a hub id, or ``"demo"`` for the embedded one.
+
+    Raises:
+        RecipeError: if there is none, or it is not a recipe.
+    """
+    path = os.path.expanduser(os.fspath(recipe))
+    if path == "demo" and not os.path.isdir(path):
+        from proxytune.demo import demo_recipe
+
+        path = str(demo_recipe())
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, hub.get("subfolder", ""), "config.json")):
+        raise RecipeError(f"{path!r} has no config.json, so it is not a recipe; make one with `proxytune new`")
+    if os.path.isfile(path):
+        raise RecipeError(f"{path!r} is a file; a recipe is a directory with a config.json")
+    if not os.path.isdir(path) and (path.startswith((".", "/")) or path.count("/") > 1):
+        raise RecipeError(f"there is no recipe at {path!r}; make one with `proxytune new`")
+    try:
+        config = AutoConfig.from_pretrained(path, **hub)
+    except RecipeError:
+        raise
+    except Exception as error:  # missing, unreachable, malformed: each raises something of its own
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise RecipeError(
+            f"the recipe {path!r} cannot be read: {lines[0] if lines else type(error).__name__}"
+        ) from error
+    if not isinstance(config, ProxyTuneConfig):
+        raise RecipeError(
+            f"{path!r} is a {config.model_type} model, not a recipe; `proxytune new DIR --base {path}` makes one of it"
+        )
+    return config
+
+
+def write_recipe(
+    config: ProxyTuneConfig,
+    directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    generation_config: GenerationConfig | None = None,
+) -> Path:
+    """Write a recipe directory: config.json, the shim, the base's tokenizer and generation config.
+
+    Relative member paths are said anew from ``directory``. The weights stay where they are.
+    """
+    directory = Path(directory)
+
+    def moved(_: str, member: Member) -> Member:
+        return replace(
+            member,
+            model=rebase(member.model, config.name_or_path, directory),
+            adapter=rebase(member.adapter, config.name_or_path, directory),
+        )
+
+    written = config.with_members(moved)
+    written.auto_map = AUTO_MAP
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        if generation_config is not None:
+            generation_config.save_pretrained(directory)
+        (directory / f"{SHIM_NAME}.py").write_text(SHIM, encoding="utf-8")
+        written.save_pretrained(directory)  # last: a directory with a config.json is a whole recipe
+    except OSError as error:
+        raise RecipeError(f"the recipe cannot be written to {str(directory)!r}: {error.strerror or error}") from error
+    return directory
+
+
+def save_model(
+    model: ProxyTunedForCausalLM, directory: Path, *, bundle: bool = False, max_shard_size: int | str = "50GB"
+) -> None:
+    """Write a composite's recipe, and the weights that lie nowhere else.
+
+    A member that was given in memory, or that is being trained (some parameter requires a gradient), is saved
+    under ``directory/members``; the others stay where they are. ``bundle=True`` saves every member there, which
+    makes the directory portable.
+    """
+    places: dict[str, tuple[str, str | None]] = {}  # member name -> (model, adapter)
+    try:
+        for lane in model.lanes:
+            names = [name for seat in lane.seats for name in seat.names]
+            trained = any(parameter.requires_grad for parameter in lane.model.parameters())
+            if lane.source is None or trained or bundle:
+                places |= _save_lane(lane, model, directory / "members", max_shard_size, names)
+    except OSError as error:
+        raise RecipeError(f"the members cannot be written to {str(directory)!r}: {error.strerror or error}") from error
+
+    def placed(name: str, member: Member) -> Member:
+        if name not in places:
+            return member
+        weights, adapter = places[name]
+        return Member(
+            model=weights,
+            adapter=adapter,
+            dtype=member.dtype,
+            device_map=member.device_map,
+            prompt=member.prompt,
+        )
+
+    # Members that stay keep paths relative to the old recipe; write_recipe moves those, and leaves the new ones.
+    config = model.config.with_members(placed)
+    write_recipe(config, directory, tokenizer=model.tokenizer, generation_config=model.generation_config)
+
+
+def _save_lane(
+    lane: Any, model: ProxyTunedForCausalLM, members: Path, max_shard_size: int | str, names: list[str]
+) -> dict[str, tuple[str, str | None]]:
+    """Save one lane's weights and adapters; member name -> (model, adapter), relative to the recipe."""
+    from proxytune.members import plain_weights, save_adapter
+
+    own = next(iter(names))
+    for name in names:  # named after a member that uses the weights as they are, where there is one
+        seat = next(seat for seat in lane.seats if name in seat.names)
+        if seat.adapter is None:
+            own = name
+            break
+    target = members / own
+    lane.model.save_pretrained(target, state_dict=plain_weights(lane), max_shard_size=max_shard_size)
+    tokenizer = model.tokenizers.get(own) or model.tokenizer
+    if tokenizer is not None:
+        tokenizer.save_pretrained(target)
+    places: dict[str, tuple[str, str | None]] = {}
+    for seat in lane.seats:
+        adapter = None
+        if seat.adapter is not None:
+            adapter = f"members/{seat.names[0]}-adapter"
+            save_adapter(lane, seat.adapter, members.parent / adapter)
+        places |= {name: (f"members/{own}", adapter) for name in seat.names}
+    return places
+
+
+# -- the model card -------------------------------------------------------------------------------------------
+def model_card(config: ProxyTuneConfig) -> ModelCard:
+    """A model card that names the members, their licences, and how they are mixed."""
+    licences = {name: _licence(config, member) for name, member in config.members()}
+    rows = [f"| {name} | {_shown(member)} | {licences[name]} |" for name, member in config.members()]
+    alphas = ", ".join(f"{expert.name} {expert.alpha:g}" for expert in config.expert_list)
+    known = set(licences.values())
+    data = ModelCardData(
+        library_name="transformers",
+        tags=["proxytune", "proxy-tuning"],
+        pipeline_tag="text-generation",
+        license=known.pop() if len(known) == 1 and known != {"unknown"} else "other",
+    )
+    text = "\n".join(
+        [
+            "# A proxy-tuned model",
+            "",
+            "The base is steered at decoding time: `logits = base + alpha * (expert - anti_expert)` "
+            "([Liu et al. 2024](https://arxiv.org/abs/2401.08565)). No weight of it is changed. "
+            f"Alpha: {alphas}.",
+            "",
+            "| member | model | licence |",
+            "|---|---|---|",
+            *rows,
+            "",
+            "Each member keeps its own licence; using this recipe means keeping all of them.",
+            "",
+            "```python",
+            "import proxytune",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("this repository")',
+            "```",
+        ]
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+
+
+def _shown(member: Member) -> str:
+    where = str(member.model)
+    return where + (f" + adapter {member.adapter}" if member.adapter else "")
+
+
+def _licence(config: ProxyTuneConfig, member: Member) -> str:
+    """A member's licence as its own card says, or ``unknown``."""
+    from proxytune.members import member_source
+
+    try:
+        source, _ = member_source(config, "member", member)
+    except (RecipeError, MemberError):
+        return "unknown"
+    if source.is_local:
+        readme = Path(source.path) / "README.md"
+        if readme.is_file() and (found := re.search(r"^license:\s*(\S+)", readme.read_text("utf-8"), re.MULTILINE)):
+            return found.group(1)
+        return "unknown"
+    try:
+        card = HfApi().model_info(source.path, revision=source.revision).card_data
+    except Exception as error:  # offline, private, gone: the card must still be written
+        logger.warning("the licence of %s cannot be looked up (%s)", source.path, error)
+        return "unknown"
+    return str(getattr(card, "license", None) or "unknown")

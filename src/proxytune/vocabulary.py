@@ -1,0 +1,79 @@
+"""Are these tokenizers the same, and where not?
+
+Logits can be added only where a row means the same token in every member. So tokens are compared by identity
+(id -> string), not by the size of the vocabulary:
+
+- ids that all members have, under one string, are mixed;
+- ids that some member lacks (padding rows, 32000 against 32016) are *extra*: they are reported, and never chosen;
+- one id under two strings is a mismatch, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from proxytune.errors import VocabularyError
+
+__all__ = ["VocabularyReport", "compare"]
+
+SHOWN = 3  # how many differing ids a message names
+
+
+@dataclass(frozen=True)
+class VocabularyReport:
+    """What :func:`compare` found.
+
+    Attributes:
+        shared: ids below it are in every member's logits, and are mixed.
+        extra: member name -> how many of its logit rows lie at or above ``shared`` (never chosen).
+        mismatches: (id, member, token in the base, token in the member), in order of id.
+        unchecked: members without a tokenizer, whose tokens are taken on trust.
+    """
+
+    shared: int
+    extra: dict[str, int]
+    mismatches: list[tuple[int, str, str, str]]
+    unchecked: list[str]
+
+    def raise_for_mismatch(self) -> None:
+        """Raise :class:`VocabularyError`, naming the first differing ids and both their tokens."""
+        if not self.mismatches:
+            return
+        member = self.mismatches[0][1]
+        of_member = [m for m in self.mismatches if m[1] == member]
+        shown = "; ".join(f"id {i} is {ours!r} in the base and {theirs!r}" for i, _, ours, theirs in of_member[:SHOWN])
+        raise VocabularyError(
+            f"member {member!r} does not share the base's vocabulary ({len(of_member)} ids differ): {shown}. "
+            "Choose members with the same tokenizer"
+        )
+
+
+def compare(tokenizers: Mapping[str, Any], widths: Mapping[str, int]) -> VocabularyReport:
+    """Compare every member with the base, id by id.
+
+    Args:
+        tokenizers: member name -> its tokenizer, or None where it has none. The key ``base`` comes first.
+        widths: member name -> number of its logits (``config.vocab_size``).
+    """
+    shared = min(widths.values())
+    strings = {
+        name: {index: token for token, index in tokenizer.get_vocab().items()}
+        for name, tokenizer in tokenizers.items()
+        if tokenizer is not None
+    }
+    base = strings.get("base", {})
+    mismatches = [
+        (index, name, base[index], theirs[index])
+        for name, theirs in strings.items()
+        for index in sorted(base.keys() & theirs.keys())
+        if index < shared and base[index] != theirs[index]
+    ]
+    mismatches.sort(key=lambda mismatch: (list(strings).index(mismatch[1]), mismatch[0]))
+    return VocabularyReport(
+        shared=shared,
+        extra={name: width - shared for name, width in widths.items() if width > shared},
+        mismatches=mismatches,
+        unchecked=[name for name in widths if name not in strings],
+    )
