@@ -346,7 +346,7 @@ def _known_fields(cls: type, value: Mapping[str, Any], what: str) -> dict[str, A
 
 def _non_defaults(part: Prompt | Member) -> dict[str, Any]:
     always = "kind" if isinstance(part, Prompt) else "model"
-    empty = type(part)(**({"model": None} if isinstance(part, Member) else {}))
+    empty = Prompt() if isinstance(part, Prompt) else Member(model=None)
     return {
         f.name: getattr(part, f.name)
         for f in fields(part)

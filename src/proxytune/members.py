@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Lane(nn.Module):
 
     def __init__(self, model: PreTrainedModel, seats: Sequence[Seat], source: Member | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.seats = tuple(seats)
         self.source = source  # None for a model that was given in memory
         self.blocks = RowBlocks()
@@ -65,11 +65,11 @@ class Lane(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return cast(torch.device, self.model.device)
 
     @property
     def config(self) -> PreTrainedConfig:
-        return self.model.config.get_text_config(decoder=True)
+        return cast(PreTrainedConfig, self.model.config.get_text_config(decoder=True))
 
     def forward(self, input_ids: Tensor, *, logits_to_keep: int | Tensor, **inputs: Any) -> Tensor:
         """Logits of the stacked rows, shape = (n_seats * n_batch, n_kept, n_vocab), in the model's dtype."""
@@ -77,8 +77,8 @@ class Lane(nn.Module):
         with self.blocks.of(self.seats, n_batch):
             if self.model._supports_logits_to_keep():
                 inputs["logits_to_keep"] = logits_to_keep
-                return self.model(input_ids=input_ids, **inputs).logits
-            logits = self.model(input_ids=input_ids, **inputs).logits
+                return cast(Tensor, self.model(input_ids=input_ids, **inputs).logits)
+            logits: Tensor = self.model(input_ids=input_ids, **inputs).logits
         if isinstance(logits_to_keep, int):
             return logits[:, -logits_to_keep:] if logits_to_keep else logits
         return logits[:, logits_to_keep]
@@ -175,13 +175,13 @@ def load_lanes(config: ProxyTuneConfig, loading: Loading, given: Mapping[str, An
             lanes.append(_given_lane(group, given))
             continue
         adapters = {m.adapter for _, m in group}
-        reasons = {a: _unshareable(config, n, m, loading) for n, m in group if (a := m.adapter) is not None}
+        reasons = {m.adapter: _unshareable(config, n, m, loading) for n, m in group if m.adapter is not None}
         if len(adapters) == 1 or (loading.share and not any(reasons.values())):
             lanes.append(_loaded_lane(config, group, loading))
             continue
-        for adapter, reason in reasons.items():
+        for path, reason in reasons.items():
             if reason:
-                logger.warning("adapter %s is loaded with weights of its own, because %s", adapter, reason)
+                logger.warning("adapter %s is loaded with weights of its own, because %s", path, reason)
         for adapter in sorted(adapters, key=str):
             lanes.append(_loaded_lane(config, [(n, m) for n, m in group if m.adapter == adapter], loading))
     return lanes
@@ -214,7 +214,7 @@ def _loaded_lane(config: ProxyTuneConfig, group: list[tuple[str, Member]], loadi
     names = {path: f"adapter{index}" for index, path in enumerate(paths)}
     if paths:
         peft = _peft(name)
-        wrapped = None
+        wrapped: Any = None
         for path, adapter in names.items():
             owner, at = next((n, m) for n, m in group if m.adapter == path)
             source = _adapter_source(config, at)
@@ -388,15 +388,14 @@ def plain_weights(lane: Lane) -> dict[str, Tensor]:
 
 def save_adapter(lane: Lane, adapter: str, directory: Path) -> None:
     """Save one of the lane's LoRA adapters as a PEFT directory."""
-    from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    peft_config = lane.model.peft_config[adapter]  # type: ignore[index]
-    state = {name.replace(".peft_layer.", "."): tensor for name, tensor in lane.model.state_dict().items()}
-    tensors = get_peft_model_state_dict(lane.model, state_dict=state, adapter_name=adapter)
+    tensors = {}
+    for name, tensor in lane.model.state_dict().items():
+        if ".lora_" in name and f".{adapter}." in name:
+            plain = name.replace(".peft_layer.", ".").replace(f".{adapter}.", ".")
+            tensors[f"base_model.model.{plain}"] = tensor.contiguous()
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()},
-        directory / "adapter_model.safetensors",
-    )
+    save_file(tensors, directory / "adapter_model.safetensors")
+    peft_config = lane.model.peft_config[adapter]
     peft_config.save_pretrained(str(directory))

@@ -73,6 +73,7 @@ class ProxyTunedCache(Cache):
         self.prompts: list[LanePrompt | None] = [None] * len(self.views)
         self.prompt_length = 0
         self.n_batch = 0
+        self._is_user_defined = False
         self.n_columns = 0  # columns of the outer input_ids that all members have read
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -360,7 +361,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
                     mask = (member_attention_mask or {}).get(name)
                     if ids.dim() != 2 or ids.shape[0] != input_ids.shape[0]:
                         raise PromptError(
-                            f"the prompt of member {name!r} has shape {tuple(ids.shape)}; give ({len(input_ids)}, width)"
+                            f"the prompt of member {name!r} has shape {tuple(ids.shape)}, not ({len(input_ids)}, width)"
                         )
                 blocks.append((ids, torch.ones_like(ids) if mask is None else mask))
             width = max(ids.shape[1] for ids, _ in blocks)
@@ -395,7 +396,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
 
     # -- generate -------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
@@ -432,7 +433,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             if member_input_ids is not None:
                 member_input_ids, member_attention_mask = _as_tensors(member_input_ids, member_attention_mask)
             self._check_prompts(input_ids, kwargs.get("attention_mask"), member_input_ids)
-        return super().generate(
+        return super().generate(  # type: ignore[misc]
             inputs,
             generation_config,
             alpha=alpha,
@@ -463,9 +464,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
         **model_kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
         for key in (
             "member_input_ids",
             "member_attention_mask",
@@ -476,30 +477,31 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
                 }
         if any(self.own_prompts) and input_ids is not None:
             model_kwargs["prompt_length"] = input_ids.shape[1]
-        return super()._expand_inputs_for_generation(  # type: ignore[no-any-return]
+        return super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
             input_ids=input_ids,
             **model_kwargs,
         )
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         cache = model_kwargs.get("past_key_values")
-        if cache is None and generation_config.use_cache is not False:
-            cache = model_kwargs["past_key_values"] = self.new_cache()
-        elif cache is not None and not isinstance(cache, ProxyTunedCache):
+        if cache is not None and not isinstance(cache, ProxyTunedCache):
             raise ProxyTuneError("`past_key_values` must come from this model; make one with model.new_cache()")
-        elif cache is not None:
-            cache._is_user_defined = True
+        if cache is not None:
+            cache._is_user_defined = True  # transformers asks it of a cache that outlives generate()
+        elif generation_config.use_cache is not False:
+            cache = model_kwargs["past_key_values"] = self.new_cache()
         if cache is not None and generation_config.is_assistant:
             cache.activate_past_recording()
 
-    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
+        # An assistant is another model: what steers this one means nothing to it.
         ours = ("alpha", "member_input_ids", "member_attention_mask", "prompt_length", "output_member_logits")
         plain = {key: value for key, value in model_kwargs.items() if key not in ours}
-        return super()._get_candidate_generator(*args, model_kwargs=plain, **kwargs)
+        return super()._get_candidate_generator(*args, model_kwargs=plain, **kwargs)  # type: ignore[misc]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         raise ProxyTuneError(
@@ -627,7 +629,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     def adjust_generation_config(self, config: ProxyTuneConfig, hub: dict[str, Any]) -> None:
         """Take the recipe's generation_config.json where it has one; otherwise the base's stays."""
         try:
-            self.generation_config = GenerationConfig.from_pretrained(config.name_or_path, **hub)
+            self.generation_config = GenerationConfig.from_pretrained(str(config.name_or_path), **hub)
         except OSError:
             logger.info("the recipe has no generation_config.json; the base's is used")
 
@@ -647,6 +649,14 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         from proxytune.recipe import save_model
 
         save_model(self, Path(save_directory), bundle=bundle, max_shard_size=max_shard_size)
+
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, *, bundle: bool = False, commit_message: str = "Upload recipe", **kwargs: Any
+    ) -> str:
+        """Upload the recipe with a model card; see :func:`proxytune.recipe.push_model`."""
+        from proxytune.recipe import push_model
+
+        return push_model(self, repo_id, bundle=bundle, commit_message=commit_message, **kwargs)
 
 
 def own_inputs(

@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import re
+import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import AutoConfig, GenerationConfig
 
 from proxytune.config import Member, ProxyTuneConfig, rebase
 from proxytune.errors import MemberError, RecipeError
+from proxytune.members import Lane, member_source, plain_weights, save_adapter
 
 if TYPE_CHECKING:
     from proxytune.modeling import ProxyTunedForCausalLM
 
-__all__ = ["load_recipe", "model_card", "save_model", "write_recipe"]
+__all__ = ["load_recipe", "model_card", "push_model", "save_model", "write_recipe"]
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +128,7 @@ def save_model(
     """
     places: dict[str, tuple[str, str | None]] = {}  # member name -> (model, adapter)
     try:
-        for lane in model.lanes:
+        for lane in cast(Sequence[Lane], model.lanes):
             names = [name for seat in lane.seats for name in seat.names]
             trained = any(parameter.requires_grad for parameter in lane.model.parameters())
             if lane.source is None or trained or bundle:
@@ -151,11 +154,9 @@ def save_model(
 
 
 def _save_lane(
-    lane: Any, model: ProxyTunedForCausalLM, members: Path, max_shard_size: int | str, names: list[str]
+    lane: Lane, model: ProxyTunedForCausalLM, members: Path, max_shard_size: int | str, names: list[str]
 ) -> dict[str, tuple[str, str | None]]:
     """Save one lane's weights and adapters; member name -> (model, adapter), relative to the recipe."""
-    from proxytune.members import plain_weights, save_adapter
-
     own = next(iter(names))
     for name in names:  # named after a member that uses the weights as they are, where there is one
         seat = next(seat for seat in lane.seats if name in seat.names)
@@ -175,6 +176,49 @@ def _save_lane(
             save_adapter(lane, seat.adapter, members.parent / adapter)
         places |= {name: (f"members/{own}", adapter) for name in seat.names}
     return places
+
+
+def push_model(
+    model: ProxyTunedForCausalLM,
+    repo_id: str,
+    *,
+    bundle: bool = False,
+    commit_message: str = "Upload recipe",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload a recipe to the hub with a model card that names its members and their licences.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        RecipeError: if a member lies on this machine only, and is not bundled.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, Path(folder), bundle=bundle)
+        written = load_recipe(folder)
+        for name, member in written.members():
+            source, _ = member_source(written, name, member)
+            if source.is_local and not Path(source.path).is_relative_to(folder):
+                raise RecipeError(
+                    f"member {name} lies on this machine ({source.path}), where others cannot load it; "
+                    "push with bundle=True"
+                )
+        # The card tells of the members as they were named, not of the copies in the bundle.
+        model_card(model.config).save(Path(folder) / "README.md")
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return str(commit)
 
 
 # -- the model card -------------------------------------------------------------------------------------------
@@ -222,8 +266,6 @@ def _shown(member: Member) -> str:
 
 def _licence(config: ProxyTuneConfig, member: Member) -> str:
     """A member's licence as its own card says, or ``unknown``."""
-    from proxytune.members import member_source
-
     try:
         source, _ = member_source(config, "member", member)
     except (RecipeError, MemberError):
