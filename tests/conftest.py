@@ -1,0 +1,49 @@
+"""Fixtures that many files share. Nothing here reaches the network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client, which reads it once
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+import tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The real data that ``PROXYTUNE_DATA`` names."""
+    place = os.environ.get("PROXYTUNE_DATA")
+    if not place or not Path(place).is_dir():
+        pytest.skip("PROXYTUNE_DATA does not name a directory of real data")
+    return Path(place)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def trio() -> SimpleNamespace:
+    """Models in memory, of unequal sizes and families: never change them."""
+    return SimpleNamespace(
+        base=tiny.llama("base", 1), expert=tiny.qwen2("small", 2), anti_expert=tiny.qwen2("small", 3)
+    )
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory) -> Path:
+    """A directory of written things: ``base``, ``expert``, ``anti``, ``adapter`` (on anti), ``recipe``. Read only."""
+    root = tmp_path_factory.mktemp("shelf")
+    tiny.write_recipe(root / "recipe")
+    tiny.write_adapter(root / "adapter", root / "anti")
+    return root
