@@ -219,8 +219,8 @@ class ProxyTuneConfig(PreTrainedConfig):
         if self.text_config is not None:
             self.vocab_size = self.text_config.get_text_config().vocab_size
             self.tie_word_embeddings = False
-        kwargs.setdefault("architectures", self.architectures or ["ProxyTunedForCausalLM"])
-        self.architectures = kwargs.pop("architectures")
+        # `transformers serve` looks the first one up in transformers itself; vLLM takes the one it knows.
+        self.architectures = self.architectures or ["AutoModelForCausalLM", "ProxyTunedForCausalLM"]
         super().__post_init__(**kwargs)
 
     # -- the parsed view ------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ class Loading:
     device_map: Any = None
     quantization_config: Any = None
     attn_implementation: Any = None
+    tqdm_class: Any = None  # of a progress bar over the weights; `transformers serve` gives one
     trust_remote_code: bool = False
     share: bool = True
     hub: dict[str, Any] = field(default_factory=dict)  # token, cache_dir, local_files_only, force_download
@@ -250,6 +251,7 @@ def load_model(config: ProxyTuneConfig, name: str, member: Member, loading: Load
         "device_map": member.device_map if member.device_map is not None else loading.device_map,
         "quantization_config": member.quantization_config or loading.quantization_config,
         "attn_implementation": loading.attn_implementation,
+        "tqdm_class": loading.tqdm_class,
         "gguf_file": gguf_file,
         "revision": source.revision,
         "subfolder": source.subfolder or None,

@@ -731,6 +731,7 @@ def _loading(config: ProxyTuneConfig, kwargs: dict[str, Any], hub: Sequence[str]
         device_map=kwargs.pop("device_map", None),
         quantization_config=kwargs.pop("quantization_config", None),
         attn_implementation=attention or config._attn_implementation,  # AutoConfig puts it there
+        tqdm_class=kwargs.pop("tqdm_class", None),
         trust_remote_code=bool(kwargs.pop("member_trust_remote_code", False)),
         share=bool(kwargs.pop("share", True)),
         hub={
