@@ -114,6 +114,26 @@ def _made(kind: type[PreTrainedModel], config: type[PreTrainedConfig], seed: int
     return made.eval().requires_grad_(False)
 
 
+def compose(oracle: Any, **kwargs: Any) -> Any:
+    """The composite of an oracle's very models."""
+    from proxytune import ProxyTunedForCausalLM
+
+    experts = [
+        {"name": name, "expert": expert, "anti_expert": anti_expert, "alpha": alpha}
+        for name, expert, anti_expert, alpha in oracle.experts
+    ]
+    return ProxyTunedForCausalLM.from_members(oracle.base, experts=experts, plausibility=oracle.plausibility, **kwargs)
+
+
+def padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Rows of ids as a left-padded batch."""
+    width = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[PAD] * (width - len(row)) + row for row in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+    }
+
+
 # -- the tokenizer --------------------------------------------------------------------------------------------
 @cache
 def _trained(bos: bool) -> str:

@@ -389,7 +389,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         """No option is accepted and ignored."""
         for name in ("inputs_embeds", "output_attentions", "output_hidden_states"):
-            if kwargs.pop(name, None) is not None and kwargs.get(name) is not False:
+            if (value := kwargs.pop(name, None)) is not None and value is not False:
                 raise ProxyTuneError(
                     f"`{name}` belongs to one member, not to the mixture; ask model.member(NAME) for it"
                 )
