@@ -503,10 +503,14 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         plain = {key: value for key, value in model_kwargs.items() if key not in ours}
         return super()._get_candidate_generator(*args, model_kwargs=plain, **kwargs)  # type: ignore[misc]
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        raise ProxyTuneError(
-            "continuous batching of transformers does not fit several members' caches; serve the recipe without it"
-        )
+    @property
+    def init_continuous_batching(self) -> Any:
+        # Paged attention has one cache, not one a member. Servers ask with hasattr(), and then serve without it.
+        raise AttributeError("a recipe cannot be served with transformers' continuous batching")
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: transformers' continuous batching keeps one paged cache, not one a member."""
+        raise ProxyTuneError("generate_batch() does not fit several members' caches; use generate()")
 
     def new_cache(self) -> ProxyTunedCache:
         """An empty cache for all members."""
