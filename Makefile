@@ -37,7 +37,7 @@ types: install  ## mypy, strict
 	$(BIN)/mypy
 
 docs: install  ## the pages, warnings are errors
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/sphinx-build --quiet --fail-on-warning --builder html docs site
 
 check: lint types docs  ## all that must hold before a commit lands
 	$(BIN)/python -m pytest
