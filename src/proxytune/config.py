@@ -16,7 +16,6 @@ A recipe is a Hugging Face model directory whose ``config.json`` has ``"model_ty
 from __future__ import annotations
 
 import difflib
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -30,6 +29,7 @@ from proxytune.errors import AlphaError, RecipeError
 __all__ = ["Expert", "Member", "Prompt", "ProxyTuneConfig", "finite_alpha"]
 
 PROMPT_KINDS = ("raw", "chat", "template")
+LARGEST_ALPHA = 3.4e38
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 
 
@@ -164,7 +164,8 @@ class Expert:
 
 def finite_alpha(alpha: Any, what: str = "alpha") -> float:
     """Return ``alpha`` as a float; raise :class:`AlphaError` unless it is a finite number."""
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    # Bounded by what float32, in which logits are mixed, can hold; and an int may be too long for a float at all.
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= LARGEST_ALPHA:
         raise AlphaError(f"{what} must be a finite number, not {alpha!r}")
     return float(alpha)
 

@@ -1,0 +1,364 @@
+"""From prompts to answers: what ``proxytune generate`` and ``proxytune chat`` share.
+
+A prompt is encoded for every member, a batch of them goes through the model's own ``generate``, and what comes
+back is cut to each row's own tokens. Sampling draws every row from a generator of its own, so that a row's answer
+does not depend on which other rows it shares a batch with, nor on where a job was interrupted.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from proxytune.config import finite_alpha
+from proxytune.errors import AlphaError, PromptError, ProxyTuneError
+from proxytune.prompts import left_pad
+
+if TYPE_CHECKING:
+    from proxytune.modeling import ProxyTunedForCausalLM
+
+__all__ = [
+    "Answer",
+    "Encoded",
+    "Printer",
+    "Sampling",
+    "answer",
+    "encode",
+    "resolve_alpha",
+    "shown_alpha",
+]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: greedy unless one of the first four is given.
+
+    What is not given is off (temperature 1, no top-p, top-k or min-p), whatever the recipe's generation_config says.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ProxyTuneError(f"temperature must be a finite number of at least 0, not {self.temperature!r}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ProxyTuneError(f"top-p must lie in (0, 1], not {self.top_p!r}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ProxyTuneError(f"top-k must be at least 1, not {self.top_k!r}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ProxyTuneError(f"min-p must lie in [0, 1], not {self.min_p!r}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken (temperature 0 says so too)."""
+        return self.temperature == 0 or (self.temperature, self.top_p, self.top_k, self.min_p) == (None,) * 4
+
+    def warpers(self) -> LogitsProcessorList:
+        """transformers' own processors, in its own order."""
+        found = LogitsProcessorList()
+        if self.temperature not in (None, 1.0):
+            found.append(TemperatureLogitsWarper(float(self.temperature or 1.0)))
+        if self.top_k is not None:
+            found.append(TopKLogitsWarper(self.top_k))
+        if self.top_p is not None and self.top_p < 1:
+            found.append(TopPLogitsWarper(self.top_p))
+        if self.min_p is not None:
+            found.append(MinPLogitsWarper(self.min_p))
+        return found
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One prompt, as every member reads it.
+
+    Attributes:
+        ids: what members with a raw prompt read.
+        own: member name -> the ids of its own prompt.
+        room: how many new tokens the shortest context leaves, or None where no member sets a limit.
+    """
+
+    ids: list[int]
+    own: dict[str, list[int]] = field(default_factory=dict)
+    room: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one prompt was answered.
+
+    Attributes:
+        text: the new text, without special tokens.
+        tokens: the new ids in order, the end-of-sequence token included where the model chose it, no padding.
+        finish: ``stop`` if the model ended the text itself, ``length`` if the limit of new tokens or a member's
+            context did, ``interrupt`` if the caller did.
+    """
+
+    text: str
+    tokens: list[int]
+    finish: Literal["stop", "length", "interrupt"]
+
+
+# -- alpha ----------------------------------------------------------------------------------------------------
+def resolve_alpha(alpha: Any, names: Sequence[str], default: Sequence[float]) -> tuple[float, ...]:
+    """One alpha an expert, in order, from a number, a list in order, a mapping by name, or None for ``default``.
+
+    Raises:
+        AlphaError: for a value that is not finite, an unknown name, or a list of the wrong length.
+    """
+    if alpha is None:
+        return tuple(default)
+    if isinstance(alpha, Mapping):
+        for name in alpha:
+            if name not in names:
+                raise AlphaError(f"no expert is called {name!r}; the recipe has {', '.join(names)}")
+        return tuple(
+            finite_alpha(alpha.get(name, value), f"alpha of expert {name!r}") for name, value in zip(names, default)
+        )
+    if isinstance(alpha, (list, tuple)):
+        if len(alpha) != len(names):
+            raise AlphaError(f"{len(alpha)} alphas for {len(names)} experts ({', '.join(names)})")
+        return tuple(finite_alpha(value, f"alpha of expert {name!r}") for name, value in zip(names, alpha))
+    return (finite_alpha(alpha),) * len(names)
+
+
+def shown_alpha(alphas: Sequence[float], names: Sequence[str]) -> float | dict[str, float]:
+    """The JSON form: a number where there is one expert, otherwise an object by name."""
+    return alphas[0] if len(names) == 1 else dict(zip(names, alphas))
+
+
+# -- prompts --------------------------------------------------------------------------------------------------
+def encode(
+    model: ProxyTunedForCausalLM, tokenizer: Any, prompt: str, *, chat: bool = False, system: str | None = None
+) -> Encoded:
+    """Encode one prompt for every member.
+
+    Args:
+        chat: put the prompt, as the user's turn, into the chat template of the recipe's tokenizer. Members with a
+            prompt of their own are shown theirs all the same.
+        system: a system prompt for that template.
+
+    Raises:
+        PromptError: if the prompt is empty, cannot be rendered, or leaves some member no room for a token.
+    """
+    if not prompt.strip():
+        raise PromptError("the prompt is empty")
+    if chat:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        ids = render_chat(tokenizer, [*messages, {"role": "user", "content": prompt}])
+    else:
+        ids = list(tokenizer(prompt)["input_ids"])
+    own = {name: list(rows[0]) for name, rows in model.prompter.from_texts([prompt]).items()}
+    return with_room(model, ids, own)
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """The ids of a conversation that the assistant is to answer, by the tokenizer's chat template."""
+    if not tokenizer.chat_template:
+        raise PromptError("the recipe's tokenizer has no chat template; leave out --chat")
+    try:
+        shown = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program: it raises what it likes (no system role, turns out of order)
+        raise PromptError(f"the recipe's chat template refuses this conversation: {error}") from error
+    return list(tokenizer(shown, add_special_tokens=False)["input_ids"])
+
+
+def with_room(model: ProxyTunedForCausalLM, ids: list[int], own: dict[str, list[int]]) -> Encoded:
+    """Count what the members' contexts leave for new tokens; the last new token is never read back."""
+    if not ids:
+        raise PromptError("the prompt is empty: its text gives no token")
+    room: int | None = None
+    for name in model.seats:
+        limit, length = model.context_of(name), len(own.get(name, ids))
+        if limit is None:
+            continue
+        if length > limit:
+            raise PromptError(
+                f"the prompt has {length} tokens, but member {name!r} can read only {limit}; shorten the prompt"
+            )
+        room = min(limit - length + 1, room) if room is not None else limit - length + 1
+    return Encoded(ids, own, room)
+
+
+# -- generation -----------------------------------------------------------------------------------------------
+def answer(
+    model: ProxyTunedForCausalLM,
+    tokenizer: Any,
+    prompts: Sequence[Encoded],
+    alphas: Sequence[Sequence[float]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    rows: Sequence[int] | None = None,
+    streamer: BaseStreamer | None = None,
+    stopped: Callable[[], bool] | None = None,
+    past_key_values: Any = None,
+    **options: Any,
+) -> list[Answer]:
+    """Answer a batch of prompts.
+
+    Args:
+        alphas: one tuple a prompt, one value an expert.
+        rows: what each row's random numbers are drawn from, together with the seed; its place by default.
+        streamer: is given the tokens of a single prompt as they come.
+        stopped: asked after every token; True ends all rows.
+        past_key_values: a cache of the first columns of a single prompt.
+        **options: more of ``generate``'s own.
+    """
+    rows = range(len(prompts)) if rows is None else rows
+    ids, mask = left_pad([prompt.ids for prompt in prompts])  # (n_batch, n_columns)
+    limits = [max_new_tokens if p.room is None else min(max_new_tokens, p.room) for p in prompts]
+    config = plain_generation_config(model, max(limits))
+    processors = LogitsProcessorList()
+    if not sampling.greedy:
+        processors.append(RowSampler(sampling, rows))
+    own = {name: [prompt.own[name] for prompt in prompts] for name in prompts[0].own}
+    with torch.inference_mode():
+        sequences = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            alpha=torch.tensor([list(row) for row in alphas], dtype=torch.float32),
+            member_input_ids=own or None,
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList([RowLimit(ids.shape[1], limits, stopped)]),
+            streamer=streamer,
+            past_key_values=past_key_values,
+            **options,
+        )
+    ends = config.eos_token_id if isinstance(config.eos_token_id, (list, tuple)) else [config.eos_token_id]
+    return [
+        _cut(tokenizer, prompt.ids, new, limit, ends)
+        for prompt, new, limit in zip(prompts, sequences[:, ids.shape[1] :].tolist(), limits)
+    ]
+
+
+def _cut(tokenizer: Any, prompt: list[int], new: list[int], limit: int, ends: Sequence[int | None]) -> Answer:
+    """A row's own tokens: up to its end-of-sequence token or its limit; what follows is padding."""
+    end = next((at for at, token in enumerate(new) if token in ends), None)
+    if end is not None and end < limit:
+        tokens, finish = new[: end + 1], "stop"
+    else:
+        tokens, finish = new[:limit], "length" if len(new) >= limit else "interrupt"
+    return Answer(new_text(tokenizer, prompt, tokens), tokens, finish)  # type: ignore[arg-type]
+
+
+def plain_generation_config(model: ProxyTunedForCausalLM, max_new_tokens: int) -> GenerationConfig:
+    """The recipe's generation config with the choice of tokens left to :class:`Sampling`."""
+    config = copy.deepcopy(model.generation_config)
+    for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"):
+        setattr(config, name, None)
+    config.do_sample = False
+    config.num_beams = config.num_return_sequences = 1
+    config.max_new_tokens, config.max_length, config.min_length = max_new_tokens, None, None
+    config.return_dict_in_generate = False
+    if config.pad_token_id is None and config.eos_token_id is not None:
+        ends = config.eos_token_id
+        config.pad_token_id = ends[0] if isinstance(ends, (list, tuple)) else ends
+    return config
+
+
+class RowSampler(LogitsProcessor):
+    """Sample each row from a generator of its own, by the race that ``torch.multinomial`` runs.
+
+    With exponential draws e, ``argmax p / e`` is a sample from p; so these are scores for a greedy choice.
+    """
+
+    def __init__(self, sampling: Sampling, rows: Sequence[int]) -> None:
+        self.warpers = sampling.warpers()
+        self.generators = [torch.Generator().manual_seed(row_seed(sampling.seed, row)) for row in rows]
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Scores of shape (n_batch, n_vocab) in, scores whose argmax is the sample out."""
+        p = torch.softmax(self.warpers(input_ids, scores), dim=-1)
+        draws = [torch.empty(p.shape[-1]).exponential_(generator=generator) for generator in self.generators]
+        return p / torch.stack(draws).to(p.device)
+
+
+def row_seed(seed: int, row: int) -> int:
+    """A seed for one row: neighbours must not get related streams, so it is hashed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{row}".encode()).digest()[:8], "big") >> 1
+
+
+class RowLimit(StoppingCriteria):
+    """Ends each row at its own number of new tokens, or all of them when ``stopped`` says so."""
+
+    def __init__(self, n_prompt: int, limits: Sequence[int], stopped: Callable[[], bool] | None) -> None:
+        self.n_prompt, self.limits, self.stopped = n_prompt, torch.tensor(limits), stopped
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Shape (n_batch,), True where the row is finished."""
+        if self.stopped is not None and self.stopped():
+            return torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        return (self.limits <= input_ids.shape[1] - self.n_prompt).to(input_ids.device)
+
+
+# -- text -----------------------------------------------------------------------------------------------------
+def new_text(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text of ``new`` as it continues ``prompt``.
+
+    Decoded behind the end of the prompt, since SentencePiece drops the space of a text's first word.
+    """
+    before = list(prompt[-8:])
+    context = _decode(tokenizer, before)
+    whole = _decode(tokenizer, before + list(new))
+    return whole[len(context) :] if whole.startswith(context) else _decode(tokenizer, list(new))
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class Printer(BaseStreamer):
+    """Hands a single answer's text to ``write`` piece by piece; the pieces add up to :attr:`Answer.text`."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], Any]) -> None:
+        self.tokenizer, self.write = tokenizer, write
+        self.prompt: list[int] | None = None
+        self.tokens: list[int] = []
+        self.shown = 0
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, shape (1, n_columns), and then each new token."""
+        if self.prompt is None:
+            self.prompt = value.flatten().tolist()
+            return
+        self.tokens += value.flatten().tolist()
+        self._show(whole=False)
+
+    def end(self) -> None:
+        """Write what was held back."""
+        self._show(whole=True)
+
+    def _show(self, *, whole: bool) -> None:
+        text = new_text(self.tokenizer, self.prompt or [], self.tokens)
+        if whole or not text.endswith("\ufffd"):  # half a character: its other bytes are still to come
+            if len(text) > self.shown:
+                self.write(text[self.shown :])
+            self.shown = max(self.shown, len(text))
+
+
+def batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Cut a list into batches, in order."""
+    return [items[at : at + size] for at in range(0, len(items), size)]
