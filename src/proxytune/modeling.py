@@ -310,8 +310,6 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def alpha_rows(self, alpha: Any, n_batch: int) -> Tensor:
         """``alpha`` in any accepted form as float32, shape = (n_batch or 1, n_experts)."""
-        if isinstance(alpha, Tensor) and alpha.dim() == 2 and alpha.shape == (n_batch, len(self.experts)):
-            return alpha
         return alpha_tensor(
             alpha, default=self.config.alphas, names=[expert.name for expert in self.experts], n_batch=n_batch
         )
