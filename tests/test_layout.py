@@ -1,0 +1,118 @@
+"""The rooms: who may import whom, what each module exports, and that the README's map matches the disk."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "proxytune"
+MODULES = sorted(
+    path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py")
+)
+
+# The core, from the bottom up: module -> the modules of ours that it may import when it is imported.
+ROOMS = {
+    "errors": set(),
+    "mixing": {"errors"},
+    "config": {"errors"},
+    "vocabulary": {"errors"},
+    "prompts": {"errors", "config"},
+    "members": {"errors", "config"},
+    "recipe": {"errors", "config", "members"},
+    "modeling": {"errors", "config", "mixing", "vocabulary", "prompts", "members"},
+}
+# Imports inside functions, which break a circle or keep something heavy out of start-up.
+LAZY = {"recipe": {"demo"}, "modeling": {"recipe"}}
+
+
+def our_imports(module: str) -> tuple[set[str], set[str]]:
+    """The first-level modules of ours that ``module`` imports: (at the top, inside functions)."""
+    tree = ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text("utf-8"))
+    top, lazy = set(), set()
+
+    def visit(node, found):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                continue
+            inner = lazy if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) else found
+            if isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{module} has a relative import"
+                parts = (child.module or "").split(".")
+                if parts[0] == "proxytune":
+                    found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in child.names}
+            elif isinstance(child, ast.Import):
+                found |= {name.split(".")[1] for a in child.names if (name := a.name).startswith("proxytune.")}
+            visit(child, inner)
+
+    visit(tree, top)
+    return top, lazy
+
+
+@pytest.mark.parametrize("module", ROOMS)
+def test_a_room_imports_only_what_lies_below(module):
+    top, lazy = our_imports(module)
+    assert top <= ROOMS[module], f"{module} imports {sorted(top - ROOMS[module])}"
+    assert lazy <= ROOMS[module] | LAZY.get(module, set()), f"{module} imports {sorted(lazy)} in functions"
+
+
+def test_the_check_sees_imports():
+    """It would be worthless if it found none."""
+    assert our_imports("modeling")[0] == ROOMS["modeling"]
+    assert our_imports("recipe")[1] == LAZY["recipe"]
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if not module.startswith(("cli", "__"))])
+def test_nothing_imports_the_command_line(module):
+    top, lazy = our_imports(module)
+    assert "cli" not in top | lazy
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not m.startswith(("demo", "cli", "__")) and m not in ROOMS])
+def test_the_demo_is_imported_only_when_it_is_asked_for(module):
+    assert "demo" not in our_imports(module)[0]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_all_names_what_exists(module):
+    if module == "__main__":
+        pytest.skip("importing it runs the command line")
+    imported = importlib.import_module(
+        f"proxytune.{module}".removesuffix(".__init__").removesuffix("__init__").rstrip(".")
+    )
+    names = getattr(imported, "__all__", None)
+    assert names is not None, f"{module} has no __all__"
+    assert list(names) == sorted(names)
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert hasattr(imported, name), f"{module}.__all__ names {name}, which does not exist"
+    assert imported.__doc__, f"{module} does not say what it is for"
+
+
+def mapped() -> dict[str, str]:
+    """The README's file map: path -> what it says of it."""
+    rows = re.findall(r"^\| `(src/[^`]+)` \| ([^|]+) \|$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    return dict(rows)
+
+
+def test_the_readme_maps_every_file():
+    parts = {f"src/proxytune/{path.name}" for path in PACKAGE.glob("*.py")}
+    parts |= {f"src/proxytune/{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    missing = sorted(parts - set(mapped()))
+    assert not missing, f"README.md's map does not mention {', '.join(missing)}"
+
+
+def test_the_readme_maps_nothing_that_is_gone():
+    gone = sorted(path for path in mapped() if not (ROOT / path).exists())
+    assert not gone, f"README.md's map names {', '.join(gone)}, which is not on disk"
+
+
+def test_the_package_says_its_version_and_its_types():
+    import proxytune
+
+    assert proxytune.__version__.count(".") == 2
+    assert (PACKAGE / "py.typed").exists()

@@ -1,0 +1,133 @@
+"""Tokens are compared by identity: the same id must be the same string."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import tiny
+from proxytune import PromptError, ProxyTunedForCausalLM, VocabularyError
+from proxytune.vocabulary import compare
+
+
+class Words:
+    """A tokenizer that is only its vocabulary."""
+
+    def __init__(self, *tokens, **at):
+        self.vocab = {token: index for index, token in enumerate(tokens)} | at
+
+    def get_vocab(self):
+        return self.vocab
+
+
+ABCD = Words("a", "b", "c", "d")
+
+
+def test_equal_tokenizers_are_shared():
+    report = compare({"base": ABCD, "e": Words("a", "b", "c", "d")}, {"base": 4, "e": 4})
+    assert (report.shared, report.extra, report.mismatches, report.unchecked) == (4, {}, [], [])
+    report.raise_for_mismatch()
+
+
+def test_extra_rows_are_counted_for_each_member():
+    report = compare({"base": ABCD, "e": ABCD, "x": ABCD}, {"base": 16, "e": 10, "x": 4})
+    assert report.shared == 4
+    assert report.extra == {"base": 12, "e": 6}
+    report.raise_for_mismatch()
+
+
+def test_tokens_beyond_the_shared_width_may_differ():
+    """32000 against 32016: what was added later is not mixed, so it need not agree."""
+    report = compare({"base": Words("a", "b", "new"), "e": Words("a", "b", "other")}, {"base": 3, "e": 2})
+    report.raise_for_mismatch()
+
+
+def test_a_mismatch_names_the_first_ids_and_both_tokens():
+    swapped = Words("a", "B", "C", "D")
+    report = compare({"base": ABCD, "fine": ABCD, "e.expert": swapped}, {"base": 4, "fine": 4, "e.expert": 4})
+    assert report.mismatches == [(1, "e.expert", "b", "B"), (2, "e.expert", "c", "C"), (3, "e.expert", "d", "D")]
+    with pytest.raises(
+        VocabularyError,
+        match=r"member 'e\.expert' does not share the base's vocabulary \(3 ids differ\): id 1 is 'b' in the base and "
+        r"'B'; id 2 is 'c' in the base and 'C'; id 3 is 'd'",
+    ):
+        report.raise_for_mismatch()
+
+
+def test_only_a_few_ids_are_named():
+    with pytest.raises(VocabularyError, match=r"\(100 ids differ\)") as caught:
+        compare(
+            {"base": Words(*map(str, range(100))), "e": Words(*(f"_{i}" for i in range(100)))}, {"base": 100, "e": 100}
+        ).raise_for_mismatch()
+    assert str(caught.value).count("id ") == 3
+
+
+def test_the_first_bad_member_is_named():
+    report = compare({"base": ABCD, "x": Words("a", "X"), "y": Words("Y", "b")}, {"base": 4, "x": 4, "y": 4})
+    with pytest.raises(VocabularyError, match=r"member 'x'.*1 ids differ"):
+        report.raise_for_mismatch()
+
+
+def test_members_without_a_tokenizer_are_taken_on_trust_and_said():
+    report = compare({"base": ABCD, "e": None}, {"base": 4, "e": 4, "x": 4})
+    assert report.unchecked == ["e", "x"]
+
+
+# -- in the composite -----------------------------------------------------------------------------------------
+def test_loading_refuses_other_tokens_under_the_same_ids(tmp_path):
+    strange = tiny.tokenizer(swap=("a", "b"))
+    ids = sorted(strange.get_vocab()[token] for token in "ab")
+    tiny.write_model(tmp_path / "anti", "qwen2", "small", 3, tokenizer_=strange)
+    tiny.write_recipe(tmp_path / "recipe")
+    with pytest.raises(VocabularyError, match=f"member 'expert.anti_expert'.*2 ids differ.*id {ids[0]} is 'a' in"):
+        ProxyTunedForCausalLM.from_pretrained(tmp_path / "recipe")
+
+
+def test_models_in_memory_are_compared_by_the_tokenizers_given(trio, tokenizer):
+    with pytest.raises(VocabularyError, match=r"'expert\.expert'"):
+        ProxyTunedForCausalLM.from_members(
+            trio.base,
+            trio.expert,
+            trio.anti_expert,
+            tokenizer=tokenizer,
+            tokenizers={"expert.expert": tiny.tokenizer(swap=("a", "b"))},
+        )
+
+
+@pytest.fixture(scope="module")
+def unequal():
+    """A base with 16 rows more than the anti-expert, whose logits would win if they could."""
+    base = tiny.llama("base", 1, vocab_size=tiny.VOCAB + 16)
+    with torch.no_grad():
+        base.lm_head.weight[tiny.VOCAB :] *= 20
+    return ProxyTunedForCausalLM.from_members(
+        base, tiny.qwen2("small", 2, vocab_size=tiny.VOCAB + 64), tiny.qwen2("small", 3)
+    )
+
+
+@torch.no_grad()
+def test_extra_rows_are_minus_infinity(unequal):
+    logits = unequal(torch.tensor([[1, 5, 6]])).logits
+    assert logits.shape[-1] == tiny.VOCAB + 16, "as wide as the base"
+    assert (logits[..., tiny.VOCAB :] == -math.inf).all()
+    assert torch.isfinite(logits[..., : tiny.VOCAB]).all()
+    assert unequal.config.vocab_size == tiny.VOCAB + 16
+
+
+@pytest.mark.parametrize("mode", [{}, {"do_sample": True, "top_k": 0}, {"num_beams": 3}], ids=str)
+def test_extra_rows_are_never_chosen(unequal, mode):
+    ids = torch.tensor([[1, 5, 6]])
+    alone = unequal.base.generate(ids, do_sample=False, max_new_tokens=8, eos_token_id=None)
+    assert int(alone.max()) >= tiny.VOCAB, "the base alone chooses one"
+    torch.manual_seed(0)
+    out = unequal.generate(ids, **{"do_sample": False, "eos_token_id": None, "max_new_tokens": 24, **mode})
+    assert int(out.max()) < tiny.VOCAB
+
+
+def test_a_prompt_id_that_a_member_lacks_is_refused(unequal):
+    with pytest.raises(PromptError, match=rf"token id {tiny.VOCAB + 3}, but member 'expert\.anti_expert' has only"):
+        unequal.generate(torch.tensor([[1, 5, tiny.VOCAB + 3]]), max_new_tokens=1)
+    with pytest.raises(PromptError, match="token id"):
+        unequal.generate(torch.tensor([[1, 5, -1]]), max_new_tokens=1)
