@@ -455,5 +455,6 @@ def test_an_option_that_is_off_is_not_refused(steered):
 
 
 def test_continuous_batching_is_refused(steered):
-    with pytest.raises(ProxyTuneError, match="continuous batching"):
-        steered.model.init_continuous_batching()
+    assert not hasattr(steered.model, "init_continuous_batching")  # how a server asks
+    with pytest.raises(ProxyTuneError, match="several members' caches"):
+        steered.model.generate_batch([[5, 6]])

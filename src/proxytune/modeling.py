@@ -33,6 +33,9 @@ __all__ = ["ProxyTunedCache", "ProxyTunedForCausalLM", "ProxyTunedOutput"]
 
 logger = logging.getLogger(__name__)
 
+# What transformers hands to a forward besides its own arguments: to the loss, and from generate().
+PASSED_ALONG = ("num_items_in_batch", "ignore_index", "shift_labels", "tokenizer", "assistant_tokenizer")
+
 
 @dataclass
 class ProxyTunedOutput(CausalLMOutputWithPast):
@@ -252,51 +255,28 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         prompts, prompt_length = self._prompts(
             input_ids, attention_mask, cache, member_input_ids, member_attention_mask, prompt_length
         )
-        # The columns of this call that all members share, and the number of positions they can be compared at.
-        continuation = input_ids[:, max(prompt_length - n_cached, 0) :]
         if any(self.own_prompts):
-            logits_to_keep = self._comparable(logits_to_keep, continuation.shape[1], n_cached < prompt_length, labels)
+            n_shared = n_columns - max(prompt_length - n_cached, 0)
+            logits_to_keep = self._comparable(logits_to_keep, n_shared, n_cached < prompt_length, labels)
 
-        logits: list[Tensor] = []  # one a lane: (n_seats * n_batch, n_positions, n_vocab)
-        for index, lane in enumerate(cast(Sequence[Lane], self.lanes)):
-            view = cache.views[index] if cache is not None else None
-            n_seats, own = len(lane.seats), prompts[index]
-            if own is None:
-                inputs = {
-                    "input_ids": input_ids,
-                    "attention_mask": attention_mask,
-                    "position_ids": position_ids if position_ids is None else position_ids.expand(n_batch, -1),
-                }
-                inputs = {
-                    key: value if value is None or n_seats == 1 else value.repeat(n_seats, 1)
-                    for key, value in inputs.items()
-                }
-            else:
-                inputs = own_inputs(own, continuation, attention_mask, prompt_length, n_cached)
-            logits.append(
-                lane(
-                    **{key: None if value is None else value.to(lane.device) for key, value in inputs.items()},
-                    past_key_values=view,
-                    use_cache=use_cache,
-                    logits_to_keep=logits_to_keep,
-                )
+        logits = [
+            self.run_lane(
+                index,
+                input_ids,
+                attention_mask,
+                position_ids,
+                n_cached=n_cached,
+                view=None if cache is None else cache.views[index],
+                prompt=prompts[index],
+                prompt_length=prompt_length,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
             )
+            for index in range(len(self.lanes))
+        ]
         if cache is not None:
             cache.n_batch, cache.n_columns = n_batch, n_cached + n_columns
-
-        def of(member: str | None) -> Tensor | None:
-            if member not in self.seats:
-                return None
-            lane, block = self.seats[member]
-            return logits[lane][block * n_batch : (block + 1) * n_batch]
-
-        mixed = mix(
-            cast(Tensor, of("base")),
-            [(of(f"{expert.name}.expert"), of(f"{expert.name}.anti_expert")) for expert in self.experts],
-            self.alpha_rows(alpha, n_batch),
-            plausibility=self.config.plausibility,
-            vocab_size=self.shared_vocab,
-        )
+        mixed = self.mix_lanes(logits, self.alpha_rows(alpha, n_batch))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=mixed, labels=labels, vocab_size=mixed.shape[-1], **kwargs)
@@ -304,9 +284,63 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=cast(Any, mixed),
             past_key_values=cache,
-            member_logits={name: cast(Tensor, of(name)) for name in self.seats} if output_member_logits else None,
+            member_logits=(
+                {name: self.member_logits(name, logits) for name in self.seats} if output_member_logits else None
+            ),
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def run_lane(
+        self,
+        index: int,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        *,
+        n_cached: int,
+        view: DynamicCache | None,
+        prompt: LanePrompt | None,
+        prompt_length: int,
+        use_cache: bool,
+        logits_to_keep: int | Tensor,
+    ) -> Tensor:
+        """One lane's forward over new columns of the outer sequence: (n_seats * n_batch, n_positions, n_vocab)."""
+        lane = self._lane(index)
+        if prompt is not None:
+            continuation = input_ids[:, max(prompt_length - n_cached, 0) :]  # the columns that all members share
+            inputs = own_inputs(prompt, continuation, attention_mask, prompt_length, n_cached)
+        else:
+            positions = position_ids if position_ids is None else position_ids.expand(input_ids.shape[0], -1)
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+            if (n_seats := len(lane.seats)) > 1:
+                inputs = {name: value if value is None else value.repeat(n_seats, 1) for name, value in inputs.items()}
+        logits: Tensor = lane(
+            **{name: None if value is None else value.to(lane.device) for name, value in inputs.items()},
+            past_key_values=view,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+        )
+        return logits
+
+    def member_logits(self, name: str, lane_logits: Sequence[Tensor]) -> Tensor:
+        """The rows of one member in its lane's logits: (n_batch, n_positions, n_vocab of the member)."""
+        lane, block = self.seats[name]
+        n_batch = lane_logits[lane].shape[0] // len(self._lane(lane).seats)
+        return lane_logits[lane][block * n_batch : (block + 1) * n_batch]
+
+    def mix_lanes(self, lane_logits: Sequence[Tensor], alpha: Tensor) -> Tensor:
+        """The mixture of all lanes' logits, float32, (n_batch, n_positions, n_vocab of the base)."""
+
+        def of(name: str) -> Tensor | None:
+            return self.member_logits(name, lane_logits) if name in self.seats else None
+
+        return mix(
+            self.member_logits("base", lane_logits),
+            [(of(f"{expert.name}.expert"), of(f"{expert.name}.anti_expert")) for expert in self.experts],
+            alpha,
+            plausibility=self.config.plausibility,
+            vocab_size=self.shared_vocab,
+        )
 
     def alpha_rows(self, alpha: Any, n_batch: int) -> Tensor:
         """``alpha`` in any accepted form as float32, shape = (n_batch or 1, n_experts)."""
@@ -391,6 +425,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ProxyTuneError(
                     f"`{name}` belongs to one member, not to the mixture; ask model.member(NAME) for it"
                 )
+        if unknown := [name for name, value in kwargs.items() if value is not None and name not in PASSED_ALONG]:
+            raise TypeError(f"forward() does not take {', '.join(sorted(unknown))}")
 
     # -- generate -------------------------------------------------------------------------------------------
     @torch.no_grad()
