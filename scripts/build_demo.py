@@ -22,6 +22,7 @@ import math
 import os
 import random
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -46,18 +47,18 @@ class Plan:
     """Every choice that the dev split made."""
 
     layers: tuple[int, ...] = (0, 1, 2, 11, 20, 29)
-    general_gsm8k: int = 1100
-    general_flan: int = 110  # of each set
-    generated: int = 1600
-    sampled: int = 512
+    general_gsm8k: int = 800
+    general_flan: int = 80  # of each set
+    generated: int = 1200
+    sampled: int = 384
     task_repeats: int = 2
-    heal_steps: int = 220
+    heal_steps: int = 200
     heal_tokens: int = 2048  # a step
     heal_lr: float = 1e-3
-    cross_entropy: float = 0.3
+    heal_unused: int = 6000  # tokens outside the corpus, drawn anew each step
     hidden: float = 0.3
     tune_problems: int = 1600
-    tune_epochs: float = 2.0
+    tune_epochs: float = 1.0
     tune_batch: int = 24
     tune_lr: float = 1e-3
     rank: int = 32
@@ -165,17 +166,17 @@ def warm_cosine(step: int, steps: int, warm: int) -> float:
 def heal(plan: Plan, seed: int, base: Any, whole: Corpus) -> dict[str, Tensor]:
     """Train the kept layers to give the base's distributions; the float32 state dict of the layers.
 
-    The loss is the KL divergence to the base over the tokens that the corpus uses (a fifth of the vocabulary,
-    a fifth of the work), plus some cross-entropy to the text, plus the distance of the last hidden states.
+    The loss is the KL divergence to the base plus the distance of the last hidden states; the text itself is
+    no target, else M- would learn the very format that M+ is to add. The divergence is taken over the tokens
+    that the corpus uses and, each step, a random draw of the others: a third of the vocabulary, a third of the
+    work. Without that draw the other tokens drift, and M+ - M- lifts them.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    places = {f"{old}": new for new, old in enumerate(plan.layers)}
     kept = {
-        f"{places[layer]}.{rest}": tensor.float().clone()
-        for layer, _, rest in (name.partition(".") for name in base.model.layers.state_dict())
-        if layer in places
-        for tensor in [base.model.layers.state_dict()[f"{layer}.{rest}"]]
+        f"{new}.{name}": tensor.clone()
+        for new, old in enumerate(plan.layers)
+        for name, tensor in base.model.layers[old].state_dict().items()
     }
     student: Any = layers_from_base(base, kept, len(plan.layers))
     student.requires_grad_(False)
@@ -183,10 +184,9 @@ def heal(plan: Plan, seed: int, base: Any, whole: Corpus) -> dict[str, Tensor]:
     for parameter in parameters:
         parameter.requires_grad_(True)
 
-    used = torch.tensor(sorted({token for row in whole.ids for token in row}))
-    place = torch.full((base.config.vocab_size,), -1)
-    place[used] = torch.arange(len(used))
-    head = base.lm_head.weight.detach()[used].bfloat16()  # (n_used, n_hidden)
+    head = base.lm_head.weight.detach().bfloat16()  # (n_vocab, n_hidden)
+    counts = torch.bincount(torch.tensor([token for row in whole.ids for token in row]), minlength=len(head))
+    used, unused = counts.nonzero().flatten(), (counts == 0).nonzero().flatten()
 
     def batches() -> Iterator[list[int]]:
         while True:  # an epoch: texts of like length together, the batches shuffled
@@ -206,18 +206,17 @@ def heal(plan: Plan, seed: int, base: Any, whole: Corpus) -> dict[str, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
             hidden = student.model(input_ids=ids, attention_mask=mask).last_hidden_state
         real = mask.bool()
-        followed = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1).bool()[real]
-        target = place[ids.roll(-1, dims=1)[real][followed]]  # (n,)
-        ours = hidden[real].float()[followed]  # (n, n_hidden)
-        theirs = torch.cat([whole.hidden[i] for i in batch]).float()[followed]
-        log_q = F.log_softmax((ours.bfloat16() @ head.T).float(), dim=-1)
-        p = F.softmax((theirs.bfloat16() @ head.T).float(), dim=-1)
-        kl = F.kl_div(log_q, p, reduction="sum") / len(target)
+        ours = hidden[real].float()  # (n, n_hidden)
+        theirs = torch.cat([whole.hidden[i] for i in batch]).float()
+        columns = head[torch.cat([used, unused[torch.randperm(len(unused))[: plan.heal_unused]]])]
+        log_q = F.log_softmax((ours.bfloat16() @ columns.T).float(), dim=-1)
+        with torch.no_grad():
+            log_p = F.log_softmax((theirs.bfloat16() @ columns.T).float(), dim=-1)
+        kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / len(ours)
         distance = (ours - theirs).pow(2).mean() / theirs.pow(2).mean()
-        text = F.nll_loss(log_q, target)
-        loss = kl + plan.cross_entropy * text + plan.hidden * distance
+        loss = kl + plan.hidden * distance
         descend(loss, parameters, optimizer, plan.heal_lr * warm_cosine(step, plan.heal_steps, 20))
-        log(step, kl=kl, text=text, distance=distance)
+        log(step, kl=kl, distance=distance)
     state: dict[str, Tensor] = student.model.layers.state_dict()
     return {name: tensor.detach() for name, tensor in state.items()}
 
@@ -297,14 +296,14 @@ def build(plan: Plan, seed: int, work: Path, out: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     base, tokenizer = load_base()
-    whole = corpus(plan, seed, work, base, tokenizer)
-    print(f"corpus: {len(whole.ids)} texts, {sum(map(len, whole.ids))} tokens", flush=True)
-
-    base, tokenizer = load_base()  # in float32 again
-    packed = pack_layers(heal(plan, seed, base, whole))
-    save_file(packed, out / "anti_expert.safetensors")
-
-    base, tokenizer = load_base()  # healing trained with the shared final norm frozen, but start clean
+    healed = work / f"healed-{seed}.safetensors"
+    if not healed.exists():  # another choice in step 5 needs no second healing
+        whole = corpus(plan, seed, work, base, tokenizer)
+        print(f"corpus: {len(whole.ids)} texts, {sum(map(len, whole.ids))} tokens", flush=True)
+        base, tokenizer = load_base()  # in float32 again
+        save_file(pack_layers(heal(plan, seed, base, whole)), healed)
+    shutil.copyfile(healed, out / "anti_expert.safetensors")
+    packed = load_file(healed)
     small = layers_from_base(base, unpack_layers(packed), len(plan.layers))
     tune(plan, seed, small, tokenizer, out)
     facts = {"layers": list(plan.layers), "seed": seed, "alpha": plan.alpha, "plan": asdict(plan)}

