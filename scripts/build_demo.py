@@ -157,6 +157,7 @@ def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def warm_cosine(step: int, steps: int, warm: int) -> float:
+    """The learning rate's factor: a linear warm-up, then a cosine down to a twentieth."""
     return min(1.0, (step + 1) / warm) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / steps)))
 
 
@@ -264,6 +265,7 @@ def tune(plan: Plan, seed: int, model: Any, tokenizer: Any, out: Path) -> None:
 
 
 def descend(loss: Tensor, parameters: list[Any], optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """One step of the optimiser."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     loss.backward()
@@ -280,6 +282,7 @@ class Log:
         self.sums: dict[str, float] = {}
 
     def __call__(self, step: int, **numbers: Tensor) -> None:
+        """Take in one step's numbers."""
         for name, number in numbers.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(number.detach()) / 20
         if step % 20 == 19:
@@ -292,6 +295,7 @@ class Log:
 
 
 def build(plan: Plan, seed: int, work: Path, out: Path) -> None:
+    """All five steps for one seed."""
     started = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -312,6 +316,7 @@ def build(plan: Plan, seed: int, work: Path, out: Path) -> None:
 
 
 def main() -> None:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     builder = commands.add_parser("build", help="train one seed's models")

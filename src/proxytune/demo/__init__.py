@@ -1,9 +1,9 @@
 """The embedded demo: proxy-tuning on a real language model, small enough to ship.
 
-    problems.py  the task: short math word problems with train, dev and test templates, and a strict scorer
-    assets.py    what is shipped (int8 layers, a LoRA adapter), and how it becomes models in a cache
-    score.py     intervals and paired tests
-    run.py       the six arms, side by side and counted
+problems.py  the task: short math word problems with train, dev and test templates, and a strict scorer
+assets.py    what is shipped (int8 layers, a LoRA adapter), and how it becomes models in a cache
+score.py     intervals and paired tests
+run.py       the six arms, side by side and counted
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ def demo_recipe(cache_dir: Path | None = None) -> Path:
     return materialize(cache_dir) / "recipe"
 
 
-def run_demo(
-    problems: int | None = None, seed: int = 0, json_path: Path | None = None, **options: Any
-) -> DemoResult:
+def run_demo(problems: int | None = None, seed: int = 0, json_path: Path | None = None, **options: Any) -> DemoResult:
     """Show the demo; see :func:`proxytune.demo.run.run_demo`, which is imported only now."""
     from proxytune.demo.run import run_demo as run
 

@@ -96,6 +96,10 @@ def _numbers(operation: Operation, rng: random.Random) -> tuple[int, int, int]:
     return a * b, b, a
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 def _parse(text: str) -> tuple[Template, ...]:
     """Lines ``operation | story | question``."""
     templates = []
@@ -107,18 +111,18 @@ def _parse(text: str) -> tuple[Template, ...]:
 
 
 _NAMES: dict[Split, Sequence[str]] = {
-    "train": "Nora Eli Tom Mary Sam Lucy Ben Kate Paul Jane Omar Rosa Ivan Lily Noah Emma".split(),
-    "dev": "Hugo Clara Felix Diana Amir Paula Oscar Wendy".split(),
-    "test": "Maya Leo Greta Victor Priya Simon Alice Marco Yuki Carl Tessa Jonas".split(),
+    "train": _words("Nora Eli Tom Mary Sam Lucy Ben Kate Paul Jane Omar Rosa Ivan Lily Noah Emma"),
+    "dev": _words("Hugo Clara Felix Diana Amir Paula Oscar Wendy"),
+    "test": _words("Maya Leo Greta Victor Priya Simon Alice Marco Yuki Carl Tessa Jonas"),
 }
 
 _THINGS: dict[Split, Sequence[str]] = {
-    "train": (
-        "plums apples stickers marbles pencils coins shells cards stamps buttons cookies books balloons eggs "
-        "oranges stones"
-    ).split(),
-    "dev": "peaches crayons beads magnets muffins badges candles dolls".split(),
-    "test": "pears erasers tickets postcards cherries ribbons bottles lemons keys bananas flowers toys".split(),
+    "train": _words(
+        "plums apples stickers marbles pencils coins shells cards "
+        "stamps buttons cookies books balloons eggs oranges stones"
+    ),
+    "dev": _words("peaches crayons beads magnets muffins badges candles dolls"),
+    "test": _words("pears erasers tickets postcards cherries ribbons bottles lemons keys bananas flowers toys"),
 }
 
 TEMPLATES: dict[Split, tuple[Template, ...]] = {
@@ -194,7 +198,7 @@ TEMPLATES: dict[Split, tuple[Template, ...]] = {
         + | {n} drove {a} kilometers before lunch and {b} kilometers after it. | How far did {n} drive that day?
         + | A hen house has {a} white hens and {b} brown hens. | What is the number of hens in the hen house?
         + | Lunch costs ${a} and dinner costs ${b}. | What must {n} pay for both meals?
-        + | {n} wrote {a} letters in spring and {b} letters in summer. | How many letters were written over both seasons?
+        + | {n} wrote {a} letters in spring and {b} letters in summer. | How many letters are that over both seasons?
         + | A tree was {a} feet tall and has grown {b} feet since. | What is the height of the tree today?
         + | {n} put {a} {o} into a basket, then added {b} from the kitchen. | How many {o} does the basket contain?
         + | {a} guests came by car and {b} guests came on foot. | How many guests came to the party?

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Arms:
 
     def __init__(self, place: Path) -> None:
         self.steered: Any = ProxyTunedForCausalLM.from_pretrained(place / "recipe")
-        self.tokenizer = self.steered.tokenizer
+        self.tokenizer: Any = self.steered.tokenizer
         self.tokenizer.padding_side = "left"
         anti_expert: Any = AutoModelForCausalLM.from_pretrained(place / "anti_expert", dtype=torch.float32)
         expert: Any = AutoModelForCausalLM.from_pretrained(place / "expert", dtype=torch.float32)
@@ -197,7 +198,7 @@ def run_demo(
         def go_on() -> bool:
             """With no number given: only while another batch, as long as the longest so far, fits the minute."""
             batch_seconds.append(time.monotonic())
-            longest = max(b - a for a, b in zip(batch_seconds, batch_seconds[1:], strict=False))
+            longest = max(b - a for a, b in pairwise(batch_seconds))
             return problems is not None or batch_seconds[-1] - started + longest < SECONDS
 
         with Live(_table(result), console=console, refresh_per_second=4) as live:
