@@ -102,18 +102,24 @@ def fingerprint(config: ProxyTuneConfig, settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def result(item: Item, answer: Answer, names: Sequence[str], run: str | None = None) -> dict[str, Any]:
-    """The object that is written for one prompt."""
-    made: dict[str, Any] = {"line": item.line} if run is not None else {}
-    made |= {
+def result(
+    item: Item, answer: Answer, names: Sequence[str], *, numbered: bool = False, run: str | None = None
+) -> dict[str, Any]:
+    """The object that is written for one prompt.
+
+    Args:
+        names: the recipe's experts. numbered: say the line of the input. run: say the job's :func:`fingerprint`.
+    """
+    return {
+        **({"line": item.line} if numbered else {}),
         "prompt": item.prompt,
         **item.extra,
         "text": answer.text,
         "tokens": answer.tokens,
         "alpha": shown_alpha(item.alphas, names),
         "finish": answer.finish,
+        **({"run": run} if run is not None else {}),
     }
-    return made if run is None else {**made, "run": run}
 
 
 class Output:

@@ -9,9 +9,7 @@ __all__ = ["PRESETS"]
 
 def _llama2(size: str, name: str, expert: Member) -> ProxyTuneConfig:
     anti_expert = Member("meta-llama/Llama-2-7b-hf")
-    return ProxyTuneConfig(
-        base=Member(f"meta-llama/Llama-2-{size}-hf"), experts=[Expert(name, expert, anti_expert)]
-    )
+    return ProxyTuneConfig(base=Member(f"meta-llama/Llama-2-{size}-hf"), experts=[Expert(name, expert, anti_expert)])
 
 
 def _chat(size: str) -> ProxyTuneConfig:

@@ -1,0 +1,149 @@
+"""A conversation with a steered model, its cache carried from turn to turn.
+
+Each turn is the whole transcript by the chat template; what of it the cache already holds is not read again. The
+transcript is text between the turns, so a turn's tokens may differ from those that were generated: the cache is cut
+back to what both have in common. Members with prompts of their own cannot continue a cache, and read all again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from proxytune.config import Prompt
+from proxytune.errors import PromptError
+from proxytune.generation import Answer, Encoded, Printer, Sampling, answer, render_chat, with_room
+from proxytune.prompts import render
+
+if TYPE_CHECKING:
+    from proxytune.modeling import ProxyTunedForCausalLM
+
+__all__ = ["Conversation"]
+
+Message = dict[str, str]
+NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
+
+
+class Conversation:
+    """A multi-turn conversation.
+
+    Args:
+        model: the steered model. tokenizer: the recipe's.
+        alphas: one value an expert; may be set anew between turns, since no cache depends on it.
+        system: a system prompt for the recipe's chat template.
+
+    Attributes:
+        messages: what was said so far.
+        read: the ids that the cache holds.
+        reused: how many of them the last turn did not have to read again.
+    """
+
+    def __init__(
+        self,
+        model: ProxyTunedForCausalLM,
+        tokenizer: Any,
+        alphas: Sequence[float],
+        *,
+        sampling: Sampling,
+        max_new_tokens: int,
+        system: str | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.alphas = model, tokenizer, tuple(alphas)
+        self.sampling, self.max_new_tokens, self.system = sampling, max_new_tokens, system
+        self.n_turns = 0
+        self.messages: list[Message]
+        self.read: list[int]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system is not None else []
+        self._forget()
+
+    def say(self, text: str, write: Callable[[str], Any], stopped: Callable[[], bool] | None = None) -> Answer:
+        """Answer ``text``; the answer's pieces are handed to ``write``, and ``stopped`` may end it.
+
+        Raises:
+            PromptError: if the transcript cannot be rendered or is too long; nothing has been said then.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        encoded = self.encode(messages)
+        self._cut_back(encoded.ids)
+        self.n_turns += 1
+        templated = bool(self.tokenizer.chat_template)
+        try:
+            made = answer(
+                self.model,
+                self.tokenizer,
+                [encoded],
+                [self.alphas],
+                max_new_tokens=self.max_new_tokens,
+                sampling=self.sampling,
+                rows=[self.n_turns],  # each turn draws numbers of its own
+                streamer=Printer(self.tokenizer, write),
+                stopped=stopped,
+                past_key_values=self.cache,
+                **({} if templated else {"stop_strings": [f"\n{NAMES['user']}:"], "tokenizer": self.tokenizer}),
+            )[0]
+        except BaseException:  # in the middle of a forward some members have read a token that others have not
+            self._forget()
+            raise
+        self.read = (encoded.ids + made.tokens)[: self.cache.n_columns]
+        said = made.text if templated else made.text.split(f"\n{NAMES['user']}:")[0]
+        self.messages = [*messages, {"role": "assistant", "content": said.strip()}]
+        return replace(made, text=said)
+
+    def encode(self, messages: Sequence[Message]) -> Encoded:
+        """The transcript as each member reads it."""
+        if self.tokenizer.chat_template:
+            ids = render_chat(self.tokenizer, messages)
+        else:
+            ids = list(self.tokenizer(f"{transcript(messages)}\n{NAMES['assistant']}:")["input_ids"])
+        own = {
+            name: render_conversation(prompt, tokenizer, messages)
+            for name, (prompt, tokenizer) in self.model.prompter.own.items()
+        }
+        return with_room(self.model, ids, own)
+
+    def _forget(self) -> None:
+        self.cache = self.model.new_cache()
+        self.read = []
+        self.reused = 0
+
+    def _cut_back(self, ids: Sequence[int]) -> None:
+        """Cut the cache back to what it has in common with ``ids``, of which one at least is left to be read."""
+        if any(self.model.own_prompts):
+            self._forget()
+            return
+        pairs = zip(self.read, ids[:-1])
+        common = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(self.read), len(ids) - 1))
+        surplus = len(self.read) - common
+        if surplus:
+            try:
+                self.cache.crop(-surplus)
+            except RuntimeError:  # a sliding window has already let go of what would have to come back
+                common = 0
+        if common == 0:
+            self._forget()
+        self.read, self.reused = self.read[:common], common
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    """A conversation as plain text, for models without a chat template."""
+    return "\n".join(f"{NAMES[message['role']]}: {message['content']}" for message in messages)
+
+
+def render_conversation(prompt: Prompt, tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """The ids that a member with a prompt of its own is shown for a conversation."""
+    said = [message for message in messages if message["role"] != "system"]
+    if prompt.kind != "chat":
+        return render(prompt, tokenizer, said[0]["content"] if len(said) == 1 else transcript(said))
+    if tokenizer is None or not tokenizer.chat_template:
+        raise PromptError("a member's prompt is `chat`, but its tokenizer has no chat template; use a `template`")
+    system = prompt.system
+    if system is None:  # the recipe's own system prompt comes before the conversation's
+        system = next((message["content"] for message in messages if message["role"] == "system"), None)
+    shown: list[Message] = [{"role": "system", "content": system}] if system is not None else []
+    text = tokenizer.apply_chat_template([*shown, *said], tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text + prompt.response_prefix, add_special_tokens=False)["input_ids"])

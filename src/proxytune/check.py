@@ -1,0 +1,376 @@
+"""What ``proxytune check`` computes: will a recipe work, and what memory does it need?
+
+Only configs and tokenizers are loaded. Parameters are counted on models without storage (the meta device), and so
+are the bytes that one token adds to the cache, which makes both right for any architecture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from proxytune import members as loading_of
+from proxytune.config import Member, ProxyTuneConfig
+from proxytune.errors import MemberError, ProxyTuneError
+from proxytune.members import Loading, load_config, load_tokenizer, member_source
+from proxytune.prompts import render
+from proxytune.vocabulary import compare
+
+__all__ = ["MemberReport", "Report", "check_recipe"]
+
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.pt")
+
+
+@dataclass(frozen=True)
+class MemberReport:
+    """One member, counted.
+
+    Attributes:
+        parameters: of its weights and its adapter.
+        weight_bytes: in memory, of what it does not share with a member above it.
+        kv_bytes_per_token: of cache, where it is not computed together with a member above it; None if unknown.
+        sliding_window: tokens after which (some of) its layers' cache stops growing.
+        shares_with: the member above it that has the same weights.
+    """
+
+    name: str
+    model: str | None
+    adapter: str | None
+    prompt: str
+    architecture: str
+    dtype: str
+    parameters: int
+    weight_bytes: int
+    kv_bytes_per_token: int | None
+    context: int | None
+    sliding_window: int | None
+    vocab_size: int
+    shares_with: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        works: whether the recipe can be loaded and used.
+        problems: why not, one sentence each.
+        notes: what is worth knowing all the same.
+        context: the shortest member's, in tokens.
+        shared_vocab: ids below it are mixed.
+    """
+
+    works: bool
+    problems: list[str]
+    notes: list[str]
+    members: list[MemberReport]
+    alpha: dict[str, float]
+    plausibility: float | None
+    weight_bytes: int
+    kv_bytes_per_token: int | None
+    context: int | None
+    shared_vocab: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+@dataclass
+class _Found:
+    """What is known of a member while the report is made."""
+
+    member: Member
+    config: PreTrainedConfig
+    tokenizer: Any = None
+    text: PreTrainedConfig = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.text = self.config.get_text_config(decoder=True)
+
+
+def check_recipe(config: ProxyTuneConfig, loading: Loading | None = None) -> Report:
+    """Check a recipe without loading a weight."""
+    loading = loading or Loading()
+    problems: list[str] = []
+    notes: list[str] = []
+    found: dict[str, _Found] = {}
+    for name, member in config.members():
+        try:
+            found[name] = _Found(member, _member_config(config, name, member, loading))
+            found[name].tokenizer = load_tokenizer(config, name, member, loading)
+        except ProxyTuneError as error:
+            problems.append(str(error))
+    complete = len(found) == sum(1 for _ in config.members())
+    shared = _check_vocabulary(found, problems, notes) if complete else None
+    _check_prompts(found, problems)
+    _check_outputs(found, notes)
+    members = _count(config, found, loading, problems, notes)
+    contexts = [report.context for report in members if report.context is not None]
+    grown = [report.kv_bytes_per_token for report in members]
+    return Report(
+        works=not problems,
+        problems=problems,
+        notes=notes,
+        members=members,
+        alpha=dict(zip((expert.name for expert in config.expert_list), config.alphas)),
+        plausibility=config.plausibility,
+        weight_bytes=sum(report.weight_bytes for report in members),
+        kv_bytes_per_token=None if None in grown else sum(size or 0 for size in grown),
+        context=min(contexts, default=None),
+        shared_vocab=shared,
+    )
+
+
+def _member_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> PreTrainedConfig:
+    found = load_config(config, name, member, loading)
+    if found.model_type == ProxyTuneConfig.model_type:
+        raise MemberError(f"{name} ({member.model}) is itself a recipe; name the models in it instead")
+    if found.is_encoder_decoder:
+        raise MemberError(f"{name} ({member.model}) is an encoder-decoder; members must be decoder-only")
+    source, _ = member_source(config, name, member)
+    if source.is_local and not any(
+        any((Path(source.path) / source.subfolder).glob(pattern)) for pattern in WEIGHT_FILES
+    ):
+        raise MemberError(f"{name} ({member.model}) has no weights in its directory")
+    return found
+
+
+# -- will it work? --------------------------------------------------------------------------------------------
+def _check_vocabulary(found: Mapping[str, _Found], problems: list[str], notes: list[str]) -> int:
+    report = compare(
+        {name: one.tokenizer for name, one in found.items()},
+        {name: one.text.vocab_size for name, one in found.items()},
+    )
+    try:
+        report.raise_for_mismatch()
+    except ProxyTuneError as error:
+        problems.append(str(error))
+    for name, extra in report.extra.items():
+        notes.append(f"{name} has {extra} ids that another member lacks (from {report.shared} on); never chosen")
+    for name in report.unchecked:
+        notes.append(f"{name} has no tokenizer; that its tokens are the base's is taken on trust")
+    return report.shared
+
+
+def _check_prompts(found: Mapping[str, _Found], problems: list[str]) -> None:
+    base = found["base"].tokenizer if "base" in found else None
+    for name, one in found.items():
+        if one.member.prompt.kind == "raw":
+            continue
+        try:
+            render(one.member.prompt, one.tokenizer or base, "Hello")
+        except ProxyTuneError as error:
+            problems.append(f"the prompt of {name} cannot be made: {error}")
+        except Exception as error:  # a chat template is a program: it raises what it likes
+            problems.append(f"the prompt of {name} cannot be made, its chat template says: {error}")
+
+
+def _check_outputs(found: Mapping[str, _Found], notes: list[str]) -> None:
+    caps = {name: getattr(one.text, "final_logit_softcapping", None) for name, one in found.items()}
+    if len(set(caps.values())) > 1:
+        capped = ", ".join(name for name, cap in caps.items() if cap)
+        notes.append(f"only some members cap their logits ({capped}), so their differences are of unlike scale")
+
+
+# -- what does it need? ---------------------------------------------------------------------------------------
+def _count(
+    config: ProxyTuneConfig,
+    found: Mapping[str, _Found],
+    loading: Loading,
+    problems: list[str],
+    notes: list[str],
+) -> list[MemberReport]:
+    reports: list[MemberReport] = []
+    own_weights = _weights(config, found, loading, notes)
+    weights_of: dict[Any, str] = {}  # a set of weights -> the first member that has it
+    seats: set[Any] = set()
+    for name, one in found.items():
+        member, key = one.member, own_weights[name]
+        try:
+            model = _empty(one.config, loading)
+        except Exception as error:  # an architecture that transformers lacks, remote code
+            problems.append(f"{name} ({member.model}) cannot be built: {loading_of._first_line(error)}")
+            continue
+        dtype = _dtype(config, name, one, loading)
+        n_weights, n_bytes = _weigh(model, one, loading, dtype, name, notes)
+        n_adapter, kept = 0, False
+        if member.adapter is not None:
+            try:
+                n_adapter = _adapter_parameters(config, name, member, one, loading)
+            except ProxyTuneError as error:
+                problems.append(str(error))
+            kept = any(other != name and own_weights[other] == key for other in found)  # alone, it is merged
+        shares = weights_of.get(key)
+        seat = (key, member.adapter, member.prompt)
+        reports.append(
+            MemberReport(
+                name=name,
+                model=member.model,
+                adapter=member.adapter,
+                prompt=member.prompt.kind,
+                architecture=type(model).__name__,
+                dtype=str(dtype).removeprefix("torch."),
+                parameters=n_weights + n_adapter,
+                # PEFT keeps an adapter in float32.
+                weight_bytes=(0 if shares else n_bytes) + (n_adapter * 4 if kept else 0),
+                kv_bytes_per_token=0 if seat in seats else _kv_bytes(model, dtype),
+                context=getattr(one.text, "max_position_embeddings", None),
+                sliding_window=_window(one.text),
+                vocab_size=one.text.vocab_size,
+                shares_with=shares,
+            )
+        )
+        weights_of.setdefault(key, name)
+        seats.add(seat)
+    return reports
+
+
+def _weights(
+    config: ProxyTuneConfig, found: Mapping[str, _Found], loading: Loading, notes: list[str]
+) -> dict[str, Any]:
+    """Member name -> a key that members with one set of weights in memory have in common.
+
+    The rule is :func:`proxytune.members.load_lanes`'s.
+    """
+    keys = {name: loading_of._weights_key(config, one.member, loading) for name, one in found.items()}
+    for key in set(keys.values()):
+        group = [name for name in found if keys[name] == key]
+        if len({found[name].member.adapter for name in group}) == 1:
+            continue
+        reasons = {}
+        for name in group:
+            if found[name].member.adapter is not None:
+                try:
+                    reasons[name] = loading_of._unshareable(config, name, found[name].member, loading)
+                except ProxyTuneError:  # reported where its parameters are counted
+                    reasons[name] = None
+        if any(reasons.values()):
+            notes += [f"{name} has weights of its own, because {why}" for name, why in reasons.items() if why]
+            keys |= {name: (key, found[name].member.adapter) for name in group}
+    return keys
+
+
+def _empty(config: PreTrainedConfig, loading: Loading) -> PreTrainedModel:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=loading.trust_remote_code)
+    return model  # type: ignore[no-any-return]
+
+
+def _dtype(config: ProxyTuneConfig, name: str, one: _Found, loading: Loading) -> torch.dtype:
+    """The dtype that loading gives: what is asked for, or what the config or the checkpoint says."""
+    asked = one.member.dtype or loading.dtype
+    if asked not in (None, "auto"):
+        return asked if isinstance(asked, torch.dtype) else getattr(torch, str(asked))  # type: ignore[no-any-return]
+    said = getattr(one.config, "dtype", None) or getattr(one.text, "dtype", None)
+    if said is not None:
+        return said if isinstance(said, torch.dtype) else getattr(torch, str(said))  # type: ignore[no-any-return]
+    source, gguf = member_source(config, name, one.member)
+    if source.is_local and gguf is None:
+        for path in sorted((Path(source.path) / source.subfolder).glob("*.safetensors")):
+            return _file_dtype(path)
+    return torch.float32
+
+
+def _file_dtype(path: Path) -> torch.dtype:
+    """The dtype of a safetensors file's first floating tensor, from its header alone."""
+    known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    kinds = (value.get("dtype") for name, value in header.items() if name != "__metadata__")
+    return next((known[kind] for kind in kinds if kind in known), torch.float32)
+
+
+def _weigh(
+    model: PreTrainedModel, one: _Found, loading: Loading, dtype: torch.dtype, name: str, notes: list[str]
+) -> tuple[int, int]:
+    """A model's parameters and the bytes they take, quantized where the recipe or the checkpoint says so."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    quantization = (
+        one.member.quantization_config
+        or loading.quantization_config
+        or getattr(one.config, "quantization_config", None)
+    )
+    n_bytes = total * dtype.itemsize
+    if quantization:
+        said = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        method, bits = str(said.get("quant_method", "")), _bits(said)
+        if bits is None:
+            notes.append(f"{name} is quantized ({method or 'unknown method'}); its bytes are an upper bound")
+        else:  # the linear layers are quantized; the embeddings and the head are not
+            head = model.get_output_embeddings()
+            inner = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+            n_bytes = (total - inner) * dtype.itemsize + inner * bits // 8
+            notes.append(f"{name} is quantized to {bits} bits ({method}); scales are not counted")
+    return total, n_bytes
+
+
+def _bits(quantization: Mapping[str, Any]) -> int | None:
+    """Bits a weight, or None where the config does not say."""
+    if quantization.get("load_in_4bit") or quantization.get("_load_in_4bit"):
+        return 4
+    if quantization.get("load_in_8bit") or quantization.get("_load_in_8bit"):
+        return 8
+    known = {"fp8": 8, "fbgemm_fp8": 8, "finegrained_fp8": 8, "mxfp4": 4}.get(str(quantization.get("quant_method")))
+    bits = quantization.get("bits", quantization.get("w_bit", known))
+    return bits if isinstance(bits, int) else None
+
+
+def _kv_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int | None:
+    """Bytes that one token adds to the cache: what a forward without storage leaves in it."""
+    n_tokens = 4
+    ids = torch.zeros(1, n_tokens, dtype=torch.long, device="meta")
+    try:
+        with torch.no_grad():
+            cache = model(input_ids=ids, use_cache=True).past_key_values
+        states = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    except Exception:  # a model that looks at values, or keeps another kind of state
+        return _kv_bytes_by_config(model.config.get_text_config(decoder=True), dtype)
+    return sum(tensor.numel() for tensor in states) // n_tokens * dtype.itemsize
+
+
+def _kv_bytes_by_config(config: PreTrainedConfig, dtype: torch.dtype) -> int | None:
+    layers, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads"))
+    width = getattr(config, "hidden_size", None)
+    if not (layers and heads and width):
+        return None
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head = getattr(config, "head_dim", None) or width // heads
+    return int(2 * layers * kv_heads * head * dtype.itemsize)
+
+
+def _window(config: PreTrainedConfig) -> int | None:
+    """The sliding window, where some layer has one."""
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
+    return window if window and slides else None
+
+
+def _adapter_parameters(config: ProxyTuneConfig, name: str, member: Member, one: _Found, loading: Loading) -> int:
+    """Build the adapter on an empty model: that shows whether it fits, and counts it."""
+    peft = loading_of._peft(name)
+    source = loading_of._adapter_source(config, member)
+    kwargs = {"revision": source.revision, "subfolder": source.subfolder or None, **loading.hub}
+    if source.is_local and not any(
+        os.path.exists(os.path.join(source.path, source.subfolder, f"adapter_model.{end}"))
+        for end in ("safetensors", "bin")
+    ):
+        raise MemberError(f"{name} ({member.adapter}) has no adapter weights in its directory")
+    with loading_of._one_sentence(name, member.adapter):
+        adapter = peft.PeftConfig.from_pretrained(
+            source.path, **{key: value for key, value in kwargs.items() if value is not None}
+        )
+        model = _empty(one.config, replace(loading))
+        before = sum(parameter.numel() for parameter in model.parameters())
+        with torch.device("meta"):
+            adapted = peft.get_peft_model(model, adapter)
+        return sum(parameter.numel() for parameter in adapted.parameters()) - before

@@ -1,0 +1,756 @@
+"""The command line: ``proxytune new``, ``check``, ``generate``, ``chat`` and ``demo``.
+
+Thin on purpose: each command reads its options, calls the module that does the work, and shows what comes back.
+Results go to stdout, everything else to stderr. What was raised on purpose is told in one sentence, with status 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from proxytune.errors import AlphaError, ProxyTuneError
+
+if TYPE_CHECKING:
+    from proxytune.batch import Item
+    from proxytune.chat import Conversation
+    from proxytune.check import Report
+    from proxytune.config import ProxyTuneConfig
+    from proxytune.generation import Sampling
+    from proxytune.modeling import ProxyTunedForCausalLM
+
+__all__ = ["app", "main"]
+
+FAILED = 2
+
+
+class Commands(TyperGroup):
+    """The commands, with every foreseen failure told in one sentence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        import torch
+
+        try:
+            value = super().invoke(ctx)
+            sys.stdout.flush()  # here, where a full disk can still be told
+            return value
+        except ProxyTuneError as error:
+            fail(str(error))
+        except BrokenPipeError:  # the reader has seen enough, as in `| head`
+            drop_stdout()
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise typer.Exit(130) from None
+        except (MemoryError, torch.OutOfMemoryError):
+            fail("out of memory; `proxytune check` says what a recipe needs, --dtype and --device-map change it")
+        except OSError as error:
+            drop_stdout()
+            where = f"{error.filename}: " if error.filename else ""
+            kept = "; what was written before is whole" if error.errno == errno.ENOSPC else ""
+            fail(f"{where}{error.strerror or error}{kept}")
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Steer a language model at decoding time with two small ones: logits = base + alpha * (expert - anti_expert).",
+    epilog="RECIPE is a directory made by `proxytune new`, a hub id, or the word demo for the embedded recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line (the entry point ``proxytune``)."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # its advice on options that we set ourselves is not the user's concern
+    logging.disable_progress_bar()
+    app()
+
+
+# -- options that several commands take -----------------------------------------------------------------------
+Recipe = Annotated[str, typer.Argument(help="Recipe directory, hub id, or [bold]demo[/bold].", show_default=False)]
+Alpha = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--alpha",
+        "-a",
+        metavar="NUMBER|NAME=NUMBER",
+        help="Strength of steering in place of the recipe's, for all experts or for one; repeatable.",
+        show_default=False,
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most new tokens of an answer.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(help="Sample at this temperature; 0 is greedy.", rich_help_panel="Sampling", show_default=False),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p",
+        help="Sample from the likeliest tokens that sum to P.",
+        rich_help_panel="Sampling",
+        show_default=False,
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option("--top-k", help="Sample from the K likeliest tokens.", rich_help_panel="Sampling", show_default=False),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        "--min-p",
+        help="Sample from tokens at least P times as likely as the likeliest.",
+        rich_help_panel="Sampling",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="float32|float16|bfloat16|auto",
+        help="Dtype of members whose entry in the recipe sets none; the checkpoint's by default.",
+        rich_help_panel="Loading",
+        show_default=False,
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        metavar="auto|DEVICE",
+        help="Where members go whose entry sets none: auto, cpu, cuda:1.",
+        rich_help_panel="Loading",
+        show_default=False,
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that the members bring along.", rich_help_panel="Loading"),
+]
+System = Annotated[str | None, typer.Option(help="System prompt for the recipe's chat template.", show_default=False)]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from proxytune import __version__
+
+        typer.echo(f"proxytune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+# -- new ------------------------------------------------------------------------------------------------------
+def _panel(title: str, *names: str, **options: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=title, show_default=False, **options)
+
+
+@app.command()
+def new(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to be made.", show_default=False)],
+    base: Annotated[str | None, _panel("Members", "--base", help="The model that is steered.")] = None,
+    expert: Annotated[str | None, _panel("Members", "--expert", help="The model it is steered towards.")] = None,
+    anti_expert: Annotated[
+        str | None, _panel("Members", "--anti-expert", help="What the expert was before it was tuned.")
+    ] = None,
+    alpha: Annotated[float | None, _panel("Mixing", "--alpha", "-a", help="Strength; 1 by default.")] = None,
+    name: Annotated[str | None, _panel("Mixing", "--name", help="The expert's name; `expert` by default.")] = None,
+    add_expert: Annotated[
+        list[str] | None,
+        _panel(
+            "Members",
+            "--add-expert",
+            metavar="NAME=EXPERT[,FIELD=VALUE…]",
+            help="One more expert; fields: anti, alpha, adapter, and prompt, dtype, revision (anti-… for the "
+            "anti-expert). With no EXPERT the adapter is on the anti-expert. Repeatable.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        _panel("Members", "--preset", help="A known trio; other options replace its parts."),
+    ] = None,
+    expert_adapter: Annotated[
+        str | None,
+        _panel("Members", "--expert-adapter", help="LoRA adapter on the expert, or, without one, on the anti-expert."),
+    ] = None,
+    base_revision: Annotated[str | None, _panel("Members", "--base-revision", help="Branch, tag or commit.")] = None,
+    expert_revision: Annotated[str | None, _panel("Members", "--expert-revision", help="The same.")] = None,
+    anti_expert_revision: Annotated[str | None, _panel("Members", "--anti-expert-revision", help="The same.")] = None,
+    base_prompt: Annotated[
+        str | None,
+        _panel("Prompts", "--base-prompt", metavar="raw|chat|TEXT", help="What it is shown; TEXT holds {prompt}."),
+    ] = None,
+    expert_prompt: Annotated[
+        str | None, _panel("Prompts", "--expert-prompt", metavar="raw|chat|TEXT", help="The same.")
+    ] = None,
+    anti_expert_prompt: Annotated[
+        str | None, _panel("Prompts", "--anti-expert-prompt", metavar="raw|chat|TEXT", help="The same.")
+    ] = None,
+    system: Annotated[
+        str | None, _panel("Prompts", "--system", help="System prompt of the members whose prompt is chat.")
+    ] = None,
+    response_prefix: Annotated[
+        str | None,
+        _panel(
+            "Prompts",
+            "--response-prefix",
+            help="Words that answers begin with, such as 'Answer:', moved behind the members' own prompts.",
+        ),
+    ] = None,
+    base_dtype: Annotated[str | None, _panel("Loading", "--base-dtype", help="float32, bfloat16, …")] = None,
+    expert_dtype: Annotated[str | None, _panel("Loading", "--expert-dtype", help="The same.")] = None,
+    anti_expert_dtype: Annotated[str | None, _panel("Loading", "--anti-expert-dtype", help="The same.")] = None,
+    base_device_map: Annotated[str | None, _panel("Loading", "--base-device-map", help="auto, cpu, cuda:1, …")] = None,
+    expert_device_map: Annotated[str | None, _panel("Loading", "--expert-device-map", help="The same.")] = None,
+    anti_expert_device_map: Annotated[
+        str | None, _panel("Loading", "--anti-expert-device-map", help="The same.")
+    ] = None,
+    plausibility: Annotated[
+        float | None,
+        _panel("Mixing", "--plausibility", help="Choose only tokens with p_base >= P * max p_base."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write into a directory that is not empty.")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Do not reach the hub; leave out what is not cached.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Make a recipe: a model directory that names its members and how they mix.
+
+    A member is a hub id, a local directory or a .gguf file. Its weights stay where they are; the base's config,
+    tokenizer and generation config are copied. Relative paths are kept relative to DIR.
+    """
+    from proxytune.compose import Given, compose, configure
+
+    config = configure(
+        preset=preset,
+        base=Given(base, base_revision, base_dtype, base_prompt, base_device_map),
+        expert=Given(expert, expert_revision, expert_dtype, expert_prompt, expert_device_map),
+        anti_expert=Given(
+            anti_expert, anti_expert_revision, anti_expert_dtype, anti_expert_prompt, anti_expert_device_map
+        ),
+        expert_adapter=expert_adapter,
+        name=name,
+        alpha=alpha,
+        add_expert=add_expert or (),
+        system=system,
+        response_prefix=response_prefix,
+        plausibility=plausibility,
+    )
+    notes = compose(config, directory, force=force, offline=offline, trust_remote_code=trust_remote_code)
+    for note in notes:
+        say(f"note: {note}")
+    say(f"wrote {directory}; whether it works is told by: proxytune check {directory}")
+
+
+# -- check ----------------------------------------------------------------------------------------------------
+@app.command()
+def check(
+    recipe: Recipe,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Say whether a recipe works and what memory it needs; reads configs and tokenizers alone.
+
+    The exit status is 0 if it works and 2 if it does not.
+    """
+    from proxytune.check import check_recipe
+    from proxytune.members import Loading
+    from proxytune.recipe import load_recipe
+
+    report = check_recipe(load_recipe(recipe), Loading(dtype=_dtype(dtype), trust_remote_code=trust_remote_code))
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
+    else:
+        show_report(report, Console())
+    if not report.works:
+        raise typer.Exit(FAILED)
+
+
+def show_report(report: Report, console: Console) -> None:
+    """Print what ``check`` found: a table of the members, the totals, and what is wrong."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("member", overflow="fold")
+    table.add_column("model", overflow="fold")
+    for heading in ("params", "dtype", "weights", "KV/token", "context"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in report.members:
+        model = str(one.model) + (f" + {one.adapter}" if one.adapter else "")
+        table.add_row(
+            one.name,
+            model + ("" if one.prompt == "raw" else f" [{one.prompt} prompt]").replace("[", "\\["),
+            count(one.parameters),
+            one.dtype.replace("bfloat", "bf").replace("float", "f"),
+            size(one.weight_bytes) if not one.shares_with else f"+{size(one.weight_bytes)}",
+            "unknown" if one.kv_bytes_per_token is None else size(one.kv_bytes_per_token),
+            "any" if one.context is None else f"{one.context:,}",
+        )
+    if report.members:
+        console.print(table)
+        console.print()
+    for one in report.members:
+        if one.shares_with:
+            console.print(f"{one.name} shares its weights with {one.shares_with}", highlight=False)
+        if one.sliding_window:
+            console.print(f"{one.name} has layers that keep only {one.sliding_window:,} tokens", highlight=False)
+    if report.works:
+        memory = f"weights {size(report.weight_bytes)}"
+        if report.kv_bytes_per_token is not None:
+            memory += f", cache {size(report.kv_bytes_per_token)} a token"
+            if report.context is not None:
+                memory += f" ({size(report.kv_bytes_per_token * report.context)} for the whole context)"
+        console.print(f"memory: {memory}", highlight=False)
+        if report.context is not None:
+            shortest = next(one.name for one in report.members if one.context == report.context)
+            console.print(f"context: {report.context:,} tokens, set by {shortest}", highlight=False)
+        alpha = ", ".join(f"{name} {value:g}" for name, value in report.alpha.items())
+        console.print(f"alpha: {alpha}", highlight=False)
+    for note in report.notes:
+        console.print(f"[yellow]note[/yellow] {note}", highlight=False)
+    for problem in report.problems:
+        console.print(f"[red]wrong[/red] {problem}", highlight=False)
+    console.print("[green]the recipe works[/green]" if report.works else "[red]the recipe does not work[/red]")
+
+
+# -- generate -------------------------------------------------------------------------------------------------
+@app.command()
+def generate(
+    recipe: Recipe,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="What is to be continued.", show_default=False)
+    ] = None,
+    alpha: Alpha = None,
+    max_new_tokens: MaxNewTokens = 256,
+    chat_: Annotated[
+        bool, typer.Option("--chat", help="Put each prompt into the recipe's chat template, as the user's turn.")
+    ] = False,
+    system: System = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the sampling; each prompt draws by its place.", rich_help_panel="Sampling")
+    ] = 0,
+    input_: Annotated[
+        str | None,
+        typer.Option(
+            "--input",
+            "-i",
+            metavar="FILE",
+            help='JSON lines {"prompt": ..., "alpha": ...} instead of PROMPTs; - is stdin. Other fields are passed on.',
+            rich_help_panel="Jobs",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write JSON lines there; what an interrupted run has left is kept, and the rest is done.",
+            rich_help_panel="Jobs",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", min=1, help="Prompts at once.", rich_help_panel="Jobs")
+    ] = 8,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a prompt, in order.", rich_help_panel="Jobs")
+    ] = False,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Continue prompts, steered.
+
+    Greedy unless --temperature, --top-p, --top-k or --min-p is given; what is not given of these is off. A single
+    prompt is streamed to a terminal.
+
+    JSON objects have the fields prompt, text, tokens (the new ids, with the end-of-sequence token where the model
+    chose it, without padding), alpha (a number, or an object by name where there are several experts) and finish
+    (stop, or length where the limit or a member's context ended it), in a job also line (the input's, from 1) and
+    run (which recipe and options made it). A line that cannot be read is reported by its number, the others are
+    answered, and the exit status is 2.
+    """
+    from proxytune.batch import Item, Output, fingerprint, json_line, read_items, result
+    from proxytune.generation import Printer, answer, batches, encode, resolve_alpha
+    from proxytune.recipe import load_recipe
+
+    if bool(prompts) == (input_ is not None):
+        raise ProxyTuneError("give either prompts or --input FILE")
+    if system is not None and not chat_:
+        raise ProxyTuneError("--system needs --chat: a raw prompt has no place for it")
+    sampling = _sampling(temperature, top_p, top_k, min_p, seed)
+    config = load_recipe(recipe)
+    names = [expert.name for expert in config.expert_list]
+    alphas = resolve_alpha(parse_alpha(alpha), names, config.alphas)
+    broken = 0
+    if input_ is None:
+        items = [Item(line, prompt, alphas) for line, prompt in enumerate(prompts or [], start=1)]
+        if any(not item.prompt.strip() for item in items):
+            raise ProxyTuneError("the prompt is empty")
+    else:
+        if output is not None and input_ != "-" and output.exists() and output.samefile(input_):
+            raise ProxyTuneError("--input and --output are the same file")
+        items, unread = read_items(_lines(input_), names, alphas)
+        for bad in unread:
+            say(f"{input_}, line {bad.line}: {bad.reason}")
+        broken = len(unread)
+    settings = {"sampling": vars(sampling), "max_new_tokens": max_new_tokens, "chat": chat_, "system": system}
+    run = fingerprint(config, {**settings, "dtype": dtype})
+
+    with contextlib.ExitStack() as stack:
+        remaining, sink = items, None
+        if output is not None:
+            sink = stack.enter_context(Output(output, items, run, names))
+            remaining = sink.remaining
+            if len(remaining) < len(items):
+                say(f"{len(items) - len(remaining)} of {len(items)} prompts are done already in {output}")
+        if not remaining:
+            if broken:
+                raise typer.Exit(FAILED)
+            return
+        model, tokenizer = _load(config, dtype, device_map, trust_remote_code)
+        encoded = []
+        for item in remaining:
+            try:
+                encoded.append((item, encode(model, tokenizer, item.prompt, chat=chat_, system=system)))
+            except ProxyTuneError as error:
+                if input_ is None:
+                    raise
+                say(f"{input_}, line {item.line}: {error}")
+                broken += 1
+        streamed = sink is None and not as_json and len(items) == 1 and sys.stdout.isatty()
+        advance = stack.enter_context(_progress(len(encoded), sink is not None or not sys.stdout.isatty()))
+        for batch in batches(encoded, batch_size):
+            made = answer(
+                model,
+                tokenizer,
+                [prompt for _, prompt in batch],
+                [item.alphas for item, _ in batch],
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                rows=[item.line for item, _ in batch],
+                streamer=Printer(tokenizer, _write) if streamed else None,
+            )
+            pairs = [(item, one) for (item, _), one in zip(batch, made)]
+            if sink is not None:
+                sink.append([result(item, one, names, numbered=True, run=run) for item, one in pairs])
+            else:
+                for item, one in pairs:
+                    if as_json or input_ is not None:
+                        _write(json_line(result(item, one, names, numbered=input_ is not None)))
+                    else:
+                        _show_answer(item, "" if streamed else one.text, alone=len(items) == 1)
+            advance(len(batch))
+        if streamed and made[0].finish == "length" and len(made[0].tokens) < max_new_tokens:
+            say("the shortest member's context is full")
+    if sink is not None:
+        say(f"wrote {len(encoded)} answers to {output}")
+    if broken:
+        say(f"{broken} lines could not be answered")
+        raise typer.Exit(FAILED)
+
+
+# -- chat -----------------------------------------------------------------------------------------------------
+CHAT_HELP = """\
+/alpha NUMBER        steer that strongly from now on (with several experts also NAME=NUMBER)
+/alpha               say how strongly it steers
+/reset               forget the conversation
+/help                this list
+/quit                leave (so does Ctrl-D)
+Ctrl-C stops an answer."""
+
+
+@app.command()
+def chat(
+    recipe: Recipe,
+    alpha: Alpha = None,
+    max_new_tokens: MaxNewTokens = 512,
+    system: System = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the sampling; by default another each time.", rich_help_panel="Sampling"),
+    ] = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Talk with a steered model.
+
+    Greedy unless a sampling option is given. The members' caches are kept from turn to turn, except where members
+    have prompts of their own. While talking, /alpha 0.5 changes the strength, /reset forgets, /help lists more.
+    """
+    from proxytune.chat import Conversation
+    from proxytune.generation import resolve_alpha
+    from proxytune.recipe import load_recipe
+
+    sampling = _sampling(
+        temperature, top_p, top_k, min_p, int.from_bytes(os.urandom(4), "big") if seed is None else seed
+    )
+    config = load_recipe(recipe)
+    names = [expert.name for expert in config.expert_list]
+    alphas = resolve_alpha(parse_alpha(alpha), names, config.alphas)
+    model, tokenizer = _load(config, dtype, device_map, trust_remote_code)
+    conversation = Conversation(
+        model, tokenizer, alphas, sampling=sampling, max_new_tokens=max_new_tokens, system=system
+    )
+    if not tokenizer.chat_template:
+        say("the recipe has no chat template, so its base is shown a plain transcript")
+    say("/help lists the commands, /quit leaves")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (editing and history at the prompt)
+    while True:
+        try:
+            line = input("\n> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            if sys.stdin.isatty():
+                say("")
+            return
+        if line in ("/quit", "/exit", "/q"):
+            return
+        if line:
+            try:
+                take_turn(conversation, line, names)
+            except ProxyTuneError as error:
+                say(f"error: {error}")
+
+
+def take_turn(conversation: Conversation, line: str, names: Sequence[str]) -> None:
+    """Do what one line of a conversation asks for."""
+    from proxytune.generation import resolve_alpha
+
+    command, *rest = line.split()
+    if command == "/alpha":
+        if rest:
+            conversation.alphas = resolve_alpha(parse_alpha(rest), names, conversation.alphas)
+        say("alpha: " + ", ".join(f"{name} {value:g}" for name, value in zip(names, conversation.alphas)))
+    elif command == "/reset":
+        conversation.reset()
+        say("forgotten")
+    elif command == "/help":
+        say(CHAT_HELP)
+    elif command.startswith("/"):
+        say(f"there is no command {command}; /help lists those there are")
+    else:
+        with interruptible() as stopped:
+            made = conversation.say(line, _write, stopped)
+        _write("\n")
+        if made.finish == "interrupt":
+            say("(stopped)")
+        elif made.finish == "length":
+            say("(cut off: --max-new-tokens, or the context, is used up)")
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Any]:
+    """Within it Ctrl-C makes ``stopped()`` true, so that a forward is never torn; a second one interrupts at once."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# -- demo -----------------------------------------------------------------------------------------------------
+@app.command()
+def demo(
+    problems: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many problems; by default what fits about a minute.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which problems.")] = 0,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the counts there too, as JSON.", show_default=False),
+    ] = None,
+) -> None:
+    """Show proxy-tuning at work on a small real model: base, expert and both controls against proxy-tuned."""
+    from proxytune.demo import run_demo
+
+    run_demo(problems, seed, json_file)
+
+
+# -- helpers --------------------------------------------------------------------------------------------------
+def fail(message: str) -> NoReturn:
+    """Tell what is wrong in one line and leave."""
+    say(f"error: {' '.join(message.split())}")
+    raise typer.Exit(FAILED)
+
+
+def say(message: str) -> None:
+    """Tell the user something that is no result."""
+    typer.echo(message, err=True)
+
+
+def drop_stdout() -> None:
+    """Let what is still buffered go nowhere, so that leaving does not fail on it a second time."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def parse_alpha(given: Sequence[str] | None) -> float | Mapping[str, float] | None:
+    """Read ``0.5`` or ``NAME=0.5`` ...; None where nothing was given."""
+    if not given:
+        return None
+    named: dict[str, float] = {}
+    for text in given:
+        name, equals, number = text.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError as error:
+            raise AlphaError(f"alpha must be a number or NAME=NUMBER, not {text!r}") from error
+        if not equals and len(given) > 1:
+            raise AlphaError("give one alpha for all experts, or NAME=NUMBER for each")
+        if not equals:
+            return value
+        named[name.strip()] = value
+    return named
+
+
+def count(number: int) -> str:
+    """A count of parameters: 6.74 B, 135 M."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return str(number)
+
+
+def size(n_bytes: int) -> str:
+    """Bytes in binary units: 12.6 GiB."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:,.{0 if n_bytes >= 100 * scale else 1}f} {unit}"
+    return f"{n_bytes} B"
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _show_answer(item: Item, text: str, *, alone: bool) -> None:
+    """An answer for people: of several prompts, each is told before its answer."""
+    _write(f"{text}\n" if alone else f"> {item.prompt}\n{text}\n\n")
+
+
+def _sampling(
+    temperature: float | None, top_p: float | None, top_k: int | None, min_p: float | None, seed: int
+) -> Sampling:
+    from proxytune.generation import Sampling
+
+    return Sampling(temperature, top_p, top_k, min_p, seed)
+
+
+def _dtype(text: str | None) -> str | None:
+    from proxytune.config import DTYPES
+
+    if text is not None and text not in DTYPES:
+        raise ProxyTuneError(f"--dtype {text!r} is not one of {', '.join(DTYPES)}")
+    return text
+
+
+def _lines(path: str) -> list[bytes]:
+    if path == "-":
+        return sys.stdin.buffer.readlines()
+    with open(path, "rb") as file:
+        return file.readlines()
+
+
+def _load(
+    config: ProxyTuneConfig, dtype: str | None, device_map: str | None, trust_remote_code: bool
+) -> tuple[ProxyTunedForCausalLM, Any]:
+    """The model, and the recipe's tokenizer (the base's where the recipe has none)."""
+    from transformers import AutoTokenizer
+
+    from proxytune.compose import device_map as parsed
+    from proxytune.modeling import ProxyTunedForCausalLM
+
+    console = Console(stderr=True)
+    with console.status("loading the members") if console.is_terminal else contextlib.nullcontext():
+        model = ProxyTunedForCausalLM.from_pretrained(
+            str(config.name_or_path),
+            config=config,
+            dtype=_dtype(dtype),
+            device_map=parsed(device_map),
+            member_trust_remote_code=trust_remote_code,
+        )
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(config.name_or_path)
+        except (OSError, ValueError, KeyError):
+            tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise ProxyTuneError("neither the recipe nor its base has a tokenizer; copy the base's into the recipe")
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Any]:
+    """A progress bar on stderr; yields a function that advances it by a number of prompts."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    # Never let rich redirect stdout: it carries the results.
+    bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=True)
+    if not (shown and total > 1 and console.is_terminal):
+        yield lambda n: None
+        return
+    with bar:
+        task = bar.add_task("prompts", total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+if __name__ == "__main__":
+    main()

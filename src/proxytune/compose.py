@@ -1,0 +1,255 @@
+"""From what ``proxytune new`` is told to a recipe on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig
+from proxytune.errors import MemberError, RecipeError
+from proxytune.members import Loading, load_config, load_tokenizer, member_source
+from proxytune.presets import PRESETS
+from proxytune.recipe import write_recipe
+
+__all__ = ["EXPERT_SYNTAX", "Given", "compose", "configure", "device_map", "parse_expert"]
+
+EXPERT_SYNTAX = "NAME=EXPERT[,anti=MODEL][,alpha=NUMBER][,adapter=PATH][,prompt=raw|chat][,dtype=…][,revision=…]"
+
+
+# -- reading the options --------------------------------------------------------------------------------------
+def parse_expert(text: str) -> Expert:
+    """Read one ``--add-expert``: a name, its model, and fields after commas.
+
+    ``prompt``, ``dtype`` and ``revision`` belong to the expert; ``anti-prompt``, ``anti-dtype`` and
+    ``anti-revision`` to the anti-expert. With an empty model (``NAME=,anti=...``) there is an adapter on the
+    anti-expert, or, without an adapter, no expert at all.
+
+    Raises:
+        RecipeError: if it cannot be read.
+    """
+    first, *rest = text.split(",")
+    name, found, model = first.partition("=")
+    if not found or not name.strip():
+        raise RecipeError(f"--add-expert {text!r} does not begin with NAME=; write {EXPERT_SYNTAX}")
+    fields: dict[str, str] = {}
+    known = ("anti", "alpha", "adapter", "prompt", "dtype", "revision", "anti-prompt", "anti-dtype", "anti-revision")
+    for part in rest:
+        key, found, value = part.partition("=")
+        if not found or key.strip() not in known:
+            raise RecipeError(f"--add-expert {text!r}: {part!r} is not one of {'=, '.join(known)}=")
+        if key.strip() in fields:
+            raise RecipeError(f"--add-expert {text!r} gives {key.strip()} twice")
+        fields[key.strip()] = value.strip()
+    try:
+        alpha = float(fields.get("alpha", "1"))
+    except ValueError as error:
+        raise RecipeError(f"--add-expert {text!r}: alpha must be a number, not {fields['alpha']!r}") from error
+    anti_expert = Given(
+        fields.get("anti"), fields.get("anti-revision"), fields.get("anti-dtype"), fields.get("anti-prompt")
+    ).over(None, "the anti-expert")
+    expert = Given(model.strip() or None, fields.get("revision"), fields.get("dtype"), fields.get("prompt"))
+    return Expert(name.strip(), expert_of(expert, None, anti_expert, fields.get("adapter")), anti_expert, alpha)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the options say of one member."""
+
+    model: str | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    prompt: str | None = None
+    device_map: str | None = None
+
+    def over(self, known: Member | None, what: str) -> Member | None:
+        """The member, these options put in place of what is ``known`` of it, say from a preset.
+
+        Another model keeps the known one's prompt and nothing else. None where there is neither.
+        """
+        given: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
+        if self.prompt is not None:
+            given["prompt"] = Prompt.parse(self.prompt)
+        if self.device_map is not None:
+            given["device_map"] = device_map(self.device_map)
+        if self.model is None and known is None:
+            if given:
+                raise RecipeError(f"{next(iter(given))} is given for {what}, but no model; name one")
+            return None
+        if self.model is not None:
+            return Member(**{"prompt": known.prompt if known else Prompt(), **given})
+        return replace(known, **given)  # type: ignore[type-var]
+
+
+def expert_of(given: Given, known: Member | None, anti_expert: Member | None, adapter: str | None) -> Member | None:
+    """The expert: a model, a LoRA adapter on it, or an adapter alone, which stands on the anti-expert's model."""
+    if adapter is not None and given.model is None and known is None:
+        if anti_expert is None:
+            raise RecipeError("an expert adapter needs a model under it; give the expert or the anti-expert too")
+        known = replace(anti_expert, prompt=Prompt())
+    expert = given.over(known, "the expert")
+    return expert if adapter is None or expert is None else replace(expert, adapter=adapter)
+
+
+def device_map(text: str | None) -> str | int | None:
+    """``auto``, ``cpu``, ``cuda:1``, or a number of a device."""
+    return int(text) if text is not None and text.isdigit() else text
+
+
+def configure(
+    *,
+    preset: str | None = None,
+    base: Given,
+    expert: Given,
+    anti_expert: Given,
+    expert_adapter: str | None = None,
+    name: str | None = None,
+    alpha: float | None = None,
+    add_expert: Sequence[str] = (),
+    system: str | None = None,
+    response_prefix: str | None = None,
+    plausibility: float | None = None,
+) -> ProxyTuneConfig:
+    """The recipe that the options describe, with paths as they were given.
+
+    Raises:
+        RecipeError: for options that make no recipe.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise RecipeError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    start = PRESETS[preset][1]() if preset is not None else None
+    first = start.expert_list[0] if start is not None else None
+    made_base = base.over(start.base_member if start is not None else None, "the base")
+    if made_base is None:
+        raise RecipeError("no base is given; name the model to be steered with --base, or use --preset")
+    anti = anti_expert.over(first.anti_expert if first else None, "the anti-expert")
+    towards = expert_of(expert, first.expert if first else None, anti, expert_adapter)
+    experts = [parse_expert(text) for text in add_expert]
+    if towards is not None or anti is not None:
+        name = name or (first.name if first else "expert")
+        alpha = (first.alpha if first else 1.0) if alpha is None else alpha
+        experts.insert(0, Expert(name, towards, anti, alpha))
+    elif not experts:
+        raise RecipeError("no expert is given; name one with --expert (or --anti-expert alone), or use --preset")
+    elif alpha is not None or name is not None:
+        raise RecipeError("--alpha and --name belong to --expert; write NAME=EXPERT,alpha=... in --add-expert")
+    config = ProxyTuneConfig(base=made_base, experts=experts, plausibility=plausibility)
+    return _with_texts(config, system, response_prefix)
+
+
+def _with_texts(config: ProxyTuneConfig, system: str | None, response_prefix: str | None) -> ProxyTuneConfig:
+    """Give every member that has a prompt of its own a system prompt (chat alone) and a response prefix."""
+    kinds = [one.prompt.kind for _, one in config.members()]
+    if system is not None and "chat" not in kinds:
+        raise RecipeError("a system prompt needs a member whose prompt is `chat`; add --expert-prompt chat")
+    if response_prefix and set(kinds) == {"raw"}:
+        raise RecipeError("a response prefix needs a member with a prompt of its own; add --expert-prompt chat")
+
+    def changed(_: str, one: Member) -> Member:
+        prompt = one.prompt
+        if system is not None and prompt.kind == "chat":
+            prompt = replace(prompt, system=system)
+        if response_prefix and prompt.kind != "raw":
+            prompt = replace(prompt, response_prefix=response_prefix)
+        return replace(one, prompt=prompt)
+
+    return config.with_members(changed)
+
+
+# -- writing it -----------------------------------------------------------------------------------------------
+def compose(
+    config: ProxyTuneConfig,
+    directory: Path,
+    *,
+    force: bool = False,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+) -> list[str]:
+    """Write a recipe whose relative paths are meant from the current directory; return notes for the user.
+
+    The base's config, tokenizer, chat template and generation config are copied into it. The end-of-sequence
+    tokens of the experts that are steered towards join the base's: what a chat expert ends its turns with must
+    end the mixture's.
+
+    Raises:
+        RecipeError: if the directory is in use, or a path does not exist.
+        MemberError: if the base cannot be read; ``offline`` then writes what can be had without it.
+    """
+    if directory.is_file():
+        raise RecipeError(f"{str(directory)!r} is a file; give a directory to be made")
+    if not force and directory.is_dir() and any(directory.iterdir()):
+        raise RecipeError(f"{str(directory)!r} is not empty; give another directory, or --force to write into it")
+    loading = Loading(trust_remote_code=trust_remote_code, hub={"local_files_only": True} if offline else {})
+    for name, one in config.members():
+        member_source(config, name, one)  # a path that does not exist is told now, not when the recipe is used
+    notes: list[str] = []
+    text_config, tokenizer, generation = None, None, None
+    try:
+        text_config = load_config(config, "base", config.base_member, loading)
+        if text_config.model_type == ProxyTuneConfig.model_type:
+            raise RecipeError(
+                f"the base {config.base_member.model!r} is itself a recipe; name the models in it instead"
+            )
+        text_config.name_or_path = ""  # where it lay on this machine is not the recipe's to tell
+        tokenizer = load_tokenizer(config, "base", config.base_member, loading)
+        generation = _generation_config(config, text_config, loading)
+    except MemberError as error:
+        if not offline:
+            raise MemberError(f"{error} (--offline writes the recipe without the base's files)") from error
+        notes.append("the base is not at hand, so the recipe has no tokenizer of its own; it is loaded with the base")
+    if text_config is not None and tokenizer is None:
+        notes.append("the base has no tokenizer, so the recipe has none")
+    if tokenizer is not None and not tokenizer.chat_template:
+        notes.append("the base has no chat template; `proxytune chat` will show it a plain transcript")
+
+    written = ProxyTuneConfig(
+        base=config.base, experts=config.experts, plausibility=config.plausibility, text_config=text_config
+    )
+    written = written.with_members(_seen_from(directory))
+    write_recipe(written, directory, tokenizer=tokenizer, generation_config=generation)
+    return notes
+
+
+def _generation_config(config: ProxyTuneConfig, text_config: PreTrainedConfig, loading: Loading) -> GenerationConfig:
+    generation = _own_generation_config(config, "base", config.base_member, loading)
+    if generation is None:
+        generation = GenerationConfig.from_model_config(text_config)
+    ends = _ends(generation)
+    for expert in config.expert_list:
+        if expert.expert is not None and expert.alpha > 0:
+            own = _own_generation_config(config, f"{expert.name}.expert", expert.expert, loading)
+            ends += [end for end in _ends(own) if end not in ends]
+    if ends:
+        generation.eos_token_id = ends[0] if len(ends) == 1 else ends
+    return generation
+
+
+def _own_generation_config(
+    config: ProxyTuneConfig, name: str, one: Member, loading: Loading
+) -> GenerationConfig | None:
+    source, _ = member_source(config, name, one)
+    kwargs: dict[str, Any] = {"revision": source.revision, "subfolder": source.subfolder, **loading.hub}
+    with contextlib.suppress(OSError, ValueError):  # it has none, or cannot be reached
+        return GenerationConfig.from_pretrained(source.path, **{k: v for k, v in kwargs.items() if v})
+    return None
+
+
+def _ends(generation: GenerationConfig | None) -> list[int]:
+    ends = None if generation is None else generation.eos_token_id
+    return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
+
+
+def _seen_from(directory: Path) -> Callable[[str, Member], Member]:
+    """Says paths that were relative to the current directory relative to ``directory``."""
+
+    def moved(path: str | None) -> str | None:
+        if path is None or os.path.isabs(os.path.expanduser(path)) or not os.path.exists(path):
+            return path
+        return os.path.relpath(path, directory)
+
+    return lambda _, one: replace(one, model=moved(one.model), adapter=moved(one.adapter))
