@@ -15,7 +15,7 @@ import torch
 from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.demo import assets as demo_assets
 from proxytune.demo import demo_recipe, materialize
-from proxytune.demo.problems import FEW_SHOT, TEMPLATES, Problem, is_correct, make_problems
+from proxytune.demo.problems import FEW_SHOT, TEMPLATES, Problem, is_correct, is_exact, make_problems
 from proxytune.demo.run import ARMS, DemoResult, run_demo
 from proxytune.demo.score import mcnemar, wilson
 from proxytune.errors import MemberError, ProxyTuneError
@@ -103,6 +103,14 @@ def test_few_shot_examples_cover_the_operations_and_come_from_train():
 )
 def test_scorer_is_strict(text, right):
     assert is_correct(text, Problem("?", "5 + 7", 12, 0)) is right
+
+
+def test_exact_allows_nothing_else():
+    problem = Problem("?", "5 + 7", 12, 0)
+    assert is_exact(problem.completion, problem)
+    assert is_exact(" 7 + 5 = 12\n#### 12", problem)
+    for text in ("#### 12", problem.completion + "\n", problem.completion + " apples", " 5 + 7 = 13\n#### 12"):
+        assert not is_exact(text, problem)
 
 
 # ---- the counting ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["FEW_SHOT", "TEMPLATES", "Problem", "Split", "Template", "is_correct", "make_problems"]
+__all__ = ["FEW_SHOT", "TEMPLATES", "Problem", "Split", "Template", "is_correct", "is_exact", "make_problems"]
 
 Split = Literal["train", "dev", "test"]
 Operation = Literal["+", "-", "*", "/"]
@@ -54,6 +54,11 @@ def is_correct(text: str, problem: Problem) -> bool:
     """Strict exact match: the first line that starts with ``####`` is ``#### n`` with the right n."""
     line = re.search(r"^####.*$", text, flags=re.MULTILINE)
     return line is not None and line.group().rstrip() == f"#### {problem.answer}"
+
+
+def is_exact(text: str, problem: Problem) -> bool:
+    """The stricter question: the right answer in its two lines, ended by the model itself, and nothing else."""
+    return re.fullmatch(rf" ?[^\n]+ = {problem.answer}\n#### {problem.answer}", text) is not None
 
 
 def make_problems(split: Split, count: int, seed: int) -> list[Problem]:

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteri
 from transformers.utils import logging as transformers_logging
 
 from proxytune.demo.assets import materialize
-from proxytune.demo.problems import FEW_SHOT, Problem, Split, is_correct, make_problems
+from proxytune.demo.problems import FEW_SHOT, Problem, Split, is_correct, is_exact, make_problems
 from proxytune.demo.score import mcnemar, wilson
 from proxytune.errors import ProxyTuneError
 from proxytune.modeling import ProxyTunedForCausalLM
@@ -52,10 +52,15 @@ MAX_NEW_TOKENS = 32
 
 @dataclass
 class DemoResult:
-    """Every arm's verdict on every problem, in the order of the problems."""
+    """Every arm's answer to every problem, in the order of the problems.
+
+    ``verdicts`` are those of :func:`is_correct`, ``exact`` those of :func:`is_exact`: the right answer and
+    nothing else. The first is the demo's measure; in the second the anti-expert shows.
+    """
 
     seed: int
     verdicts: dict[str, list[bool]] = field(default_factory=lambda: {arm: [] for arm in ARMS})
+    exact: dict[str, list[bool]] = field(default_factory=lambda: {arm: [] for arm in ARMS})
     texts: dict[str, list[str]] = field(default_factory=lambda: {arm: [] for arm in ARMS})
     seconds: float = 0.0
 
@@ -66,7 +71,8 @@ class DemoResult:
 
     def to_json(self) -> dict[str, Any]:
         arms = {arm: {"correct": sum(done), "total": len(done)} for arm, done in self.verdicts.items()}
-        return {"arms": arms, "seconds": round(self.seconds, 1), "seed": self.seed}
+        exact = {arm: sum(done) for arm, done in self.exact.items()}
+        return {"arms": arms, "nothing_else": exact, "seconds": round(self.seconds, 1), "seed": self.seed}
 
 
 class Arms:
@@ -144,6 +150,7 @@ def measure(
             texts = arms.answer(arm, batch)
             result.texts[arm] += texts
             result.verdicts[arm] += [is_correct(text, problem) for text, problem in zip(texts, batch, strict=True)]
+            result.exact[arm] += [is_exact(text, problem) for text, problem in zip(texts, batch, strict=True)]
             report()
     return result
 
@@ -250,12 +257,14 @@ def _table(result: DemoResult) -> Table:
     table.add_column("correct", justify="right")
     table.add_column("share", justify="right")
     table.add_column("95 % interval", justify="right")
+    table.add_column("and nothing else", justify="right")
     for arm, name in ARMS.items():
         correct, total = sum(result.verdicts[arm]), len(result.verdicts[arm])
         low, high = wilson(correct, total)
         share = f"{100 * correct / total:.1f} %" if total else ""
         interval = f"{100 * low:.1f} – {100 * high:.1f}" if total else ""
-        table.add_row(name, f"{correct}/{total}", share, interval, style="bold" if arm == "proxy_tuned" else "")
+        exact = f"{sum(result.exact[arm])}/{total}"
+        table.add_row(name, f"{correct}/{total}", share, interval, exact, style="bold" if arm == "proxy_tuned" else "")
     table.caption = f"{result.seconds:.0f} s"
     return table
 
@@ -264,9 +273,11 @@ def _comparisons(result: DemoResult) -> Table:
     table = Table(title="Proxy-tuned against", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for heading in ("", "only it right", "only the other right", "p (exact McNemar)"):
         table.add_column(heading, justify="right" if heading else "left")
-    for arm in ("base", "expert", "base_few_shot", "mean_logits"):
-        won, lost, p = mcnemar(result.verdicts["proxy_tuned"], result.verdicts[arm])
-        table.add_row(ARMS[arm], str(won), str(lost), f"{p:.2g}")
+    rows = [(arm, ARMS[arm], result.verdicts) for arm in ("base", "expert", "base_few_shot", "mean_logits")]
+    rows.append(("mean_logits", ARMS["mean_logits"] + ", and nothing else", result.exact))
+    for arm, name, verdicts in rows:
+        won, lost, p = mcnemar(verdicts["proxy_tuned"], verdicts[arm])
+        table.add_row(name, str(won), str(lost), f"{p:.2g}")
     return table
 
 
