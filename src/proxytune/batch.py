@@ -164,13 +164,13 @@ class Output:
         """Write some results and return when they are on disk."""
         assert self._file is not None
         data = memoryview("".join(json_line(value) for value in results).encode())
-        while data:
-            data = data[self._file.write(data) :]
         try:
+            while data:
+                data = data[self._file.write(data) :]
             os.fsync(self._file.fileno())
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a pipe or a device cannot be synced
-                raise
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.done |= {value["line"] for value in results}
 
     def _lock(self) -> None:

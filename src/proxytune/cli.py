@@ -21,6 +21,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from proxytune.errors import AlphaError, ProxyTuneError
+from proxytune.presets import PRESETS
 
 if TYPE_CHECKING:
     from proxytune.batch import Item
@@ -59,7 +60,7 @@ class Commands(TyperGroup):
         except OSError as error:
             drop_stdout()
             where = f"{error.filename}: " if error.filename else ""
-            kept = "; what was written before is whole" if error.errno == errno.ENOSPC else ""
+            kept = "; what was written before is kept" if where and error.errno == errno.ENOSPC else ""
             fail(f"{where}{error.strerror or error}{kept}")
 
 
@@ -70,22 +71,26 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
 def main() -> None:
     """Run the command line (the entry point ``proxytune``)."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()  # its advice on options that we set ourselves is not the user's concern
     logging.disable_progress_bar()
     app()
 
 
 # -- options that several commands take -----------------------------------------------------------------------
-Recipe = Annotated[str, typer.Argument(help="Recipe directory, hub id, or [bold]demo[/bold].", show_default=False)]
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Recipe directory, hub id, or `demo`.", show_default=False)
+]
 Alpha = Annotated[
     list[str] | None,
     typer.Option(
@@ -96,15 +101,20 @@ Alpha = Annotated[
         show_default=False,
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most new tokens of an answer.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="Most new tokens of an answer.")
+]
 Temperature = Annotated[
     float | None,
-    typer.Option(help="Sample at this temperature; 0 is greedy.", rich_help_panel="Sampling", show_default=False),
+    typer.Option(
+        metavar="T", help="Sample at this temperature; 0 is greedy.", rich_help_panel="Sampling", show_default=False
+    ),
 ]
 TopP = Annotated[
     float | None,
     typer.Option(
         "--top-p",
+        metavar="P",
         help="Sample from the likeliest tokens that sum to P.",
         rich_help_panel="Sampling",
         show_default=False,
@@ -112,12 +122,19 @@ TopP = Annotated[
 ]
 TopK = Annotated[
     int | None,
-    typer.Option("--top-k", help="Sample from the K likeliest tokens.", rich_help_panel="Sampling", show_default=False),
+    typer.Option(
+        "--top-k",
+        metavar="K",
+        help="Sample from the K likeliest tokens.",
+        rich_help_panel="Sampling",
+        show_default=False,
+    ),
 ]
 MinP = Annotated[
     float | None,
     typer.Option(
         "--min-p",
+        metavar="P",
         help="Sample from tokens at least P times as likely as the likeliest.",
         rich_help_panel="Sampling",
         show_default=False,
@@ -146,7 +163,9 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run code that the members bring along.", rich_help_panel="Loading"),
 ]
-System = Annotated[str | None, typer.Option(help="System prompt for the recipe's chat template.", show_default=False)]
+System = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="System prompt for the recipe's chat template.", show_default=False)
+]
 
 
 def _version(wanted: bool) -> None:
@@ -174,13 +193,19 @@ def _panel(title: str, *names: str, **options: Any) -> Any:
 @app.command()
 def new(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to be made.", show_default=False)],
-    base: Annotated[str | None, _panel("Members", "--base", help="The model that is steered.")] = None,
-    expert: Annotated[str | None, _panel("Members", "--expert", help="The model it is steered towards.")] = None,
-    anti_expert: Annotated[
-        str | None, _panel("Members", "--anti-expert", help="What the expert was before it was tuned.")
+    base: Annotated[str | None, _panel("Members", "--base", metavar="MODEL", help="The model that is steered.")] = None,
+    expert: Annotated[
+        str | None, _panel("Members", "--expert", metavar="MODEL", help="The model it is steered towards.")
     ] = None,
-    alpha: Annotated[float | None, _panel("Mixing", "--alpha", "-a", help="Strength; 1 by default.")] = None,
-    name: Annotated[str | None, _panel("Mixing", "--name", help="The expert's name; `expert` by default.")] = None,
+    anti_expert: Annotated[
+        str | None, _panel("Members", "--anti-expert", metavar="MODEL", help="What the expert was before it was tuned.")
+    ] = None,
+    alpha: Annotated[
+        float | None, _panel("Mixing", "--alpha", "-a", metavar="NUMBER", help="Strength; 1 by default.")
+    ] = None,
+    name: Annotated[
+        str | None, _panel("Mixing", "--name", metavar="NAME", help="The expert's name; `expert` by default.")
+    ] = None,
     add_expert: Annotated[
         list[str] | None,
         _panel(
@@ -193,47 +218,77 @@ def new(
     ] = None,
     preset: Annotated[
         str | None,
-        _panel("Members", "--preset", help="A known trio; other options replace its parts."),
+        _panel(
+            "Members",
+            "--preset",
+            metavar="NAME",
+            help=f"A known trio, whose parts other options replace: {', '.join(PRESETS)}.",
+        ),
     ] = None,
     expert_adapter: Annotated[
         str | None,
-        _panel("Members", "--expert-adapter", help="LoRA adapter on the expert, or, without one, on the anti-expert."),
+        _panel(
+            "Members",
+            "--expert-adapter",
+            metavar="PATH",
+            help="LoRA adapter on the expert, or, without one, on the anti-expert.",
+        ),
     ] = None,
-    base_revision: Annotated[str | None, _panel("Members", "--base-revision", help="Branch, tag or commit.")] = None,
-    expert_revision: Annotated[str | None, _panel("Members", "--expert-revision", help="The same.")] = None,
-    anti_expert_revision: Annotated[str | None, _panel("Members", "--anti-expert-revision", help="The same.")] = None,
+    base_revision: Annotated[
+        str | None, _panel("Members", "--base-revision", metavar="REVISION", help="The base's branch, tag or commit.")
+    ] = None,
+    expert_revision: Annotated[
+        str | None, _panel("Members", "--expert-revision", metavar="REVISION", help="The expert's.")
+    ] = None,
+    anti_expert_revision: Annotated[
+        str | None, _panel("Members", "--anti-expert-revision", metavar="REVISION", help="The anti-expert's.")
+    ] = None,
     base_prompt: Annotated[
         str | None,
-        _panel("Prompts", "--base-prompt", metavar="raw|chat|TEXT", help="What it is shown; TEXT holds {prompt}."),
+        _panel(
+            "Prompts", "--base-prompt", metavar="raw|chat|TEXT", help="What the base is shown; TEXT holds {prompt}."
+        ),
     ] = None,
     expert_prompt: Annotated[
-        str | None, _panel("Prompts", "--expert-prompt", metavar="raw|chat|TEXT", help="The same.")
+        str | None, _panel("Prompts", "--expert-prompt", metavar="raw|chat|TEXT", help="The expert's.")
     ] = None,
     anti_expert_prompt: Annotated[
-        str | None, _panel("Prompts", "--anti-expert-prompt", metavar="raw|chat|TEXT", help="The same.")
+        str | None, _panel("Prompts", "--anti-expert-prompt", metavar="raw|chat|TEXT", help="The anti-expert's.")
     ] = None,
     system: Annotated[
-        str | None, _panel("Prompts", "--system", help="System prompt of the members whose prompt is chat.")
+        str | None,
+        _panel("Prompts", "--system", metavar="TEXT", help="System prompt of the members whose prompt is chat."),
     ] = None,
     response_prefix: Annotated[
         str | None,
         _panel(
             "Prompts",
             "--response-prefix",
+            metavar="TEXT",
             help="Words that answers begin with, such as 'Answer:', moved behind the members' own prompts.",
         ),
     ] = None,
-    base_dtype: Annotated[str | None, _panel("Loading", "--base-dtype", help="float32, bfloat16, …")] = None,
-    expert_dtype: Annotated[str | None, _panel("Loading", "--expert-dtype", help="The same.")] = None,
-    anti_expert_dtype: Annotated[str | None, _panel("Loading", "--anti-expert-dtype", help="The same.")] = None,
-    base_device_map: Annotated[str | None, _panel("Loading", "--base-device-map", help="auto, cpu, cuda:1, …")] = None,
-    expert_device_map: Annotated[str | None, _panel("Loading", "--expert-device-map", help="The same.")] = None,
+    base_dtype: Annotated[
+        str | None, _panel("Loading", "--base-dtype", metavar="DTYPE", help="The base's: float32, bfloat16 …")
+    ] = None,
+    expert_dtype: Annotated[
+        str | None, _panel("Loading", "--expert-dtype", metavar="DTYPE", help="The expert's.")
+    ] = None,
+    anti_expert_dtype: Annotated[
+        str | None, _panel("Loading", "--anti-expert-dtype", metavar="DTYPE", help="The anti-expert's.")
+    ] = None,
+    base_device_map: Annotated[
+        str | None, _panel("Loading", "--base-device-map", metavar="DEVICE", help="Where it goes: auto, cuda:1.")
+    ] = None,
+    expert_device_map: Annotated[
+        str | None, _panel("Loading", "--expert-device-map", metavar="DEVICE", help="The expert.")
+    ] = None,
     anti_expert_device_map: Annotated[
-        str | None, _panel("Loading", "--anti-expert-device-map", help="The same.")
+        str | None, _panel("Loading", "--anti-expert-device-map", metavar="DEVICE", help="The anti-expert.")
     ] = None,
     plausibility: Annotated[
         float | None,
-        _panel("Mixing", "--plausibility", help="Choose only tokens with p_base >= P * max p_base."),
+        _panel("Mixing", "--plausibility", metavar="P", help="Choose only tokens with p_base >= P * max p_base."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a directory that is not empty.")] = False,
     offline: Annotated[
@@ -359,7 +414,10 @@ def generate(
     top_k: TopK = None,
     min_p: MinP = None,
     seed: Annotated[
-        int, typer.Option(help="Seed of the sampling; each prompt draws by its place.", rich_help_panel="Sampling")
+        int,
+        typer.Option(
+            metavar="N", help="Seed of the sampling; each prompt draws by its place.", rich_help_panel="Sampling"
+        ),
     ] = 0,
     input_: Annotated[
         str | None,
@@ -384,7 +442,7 @@ def generate(
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", min=1, help="Prompts at once.", rich_help_panel="Jobs")
+        int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Prompts at once.", rich_help_panel="Jobs")
     ] = 8,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a prompt, in order.", rich_help_panel="Jobs")
@@ -506,7 +564,9 @@ def chat(
     min_p: MinP = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Seed of the sampling; by default another each time.", rich_help_panel="Sampling"),
+        typer.Option(
+            metavar="N", help="Seed of the sampling; by default another each time.", rich_help_panel="Sampling"
+        ),
     ] = None,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
@@ -601,9 +661,11 @@ def interruptible() -> Iterator[Any]:
 def demo(
     problems: Annotated[
         int | None,
-        typer.Option(min=1, help="How many problems; by default what fits about a minute.", show_default=False),
+        typer.Option(
+            metavar="N", min=1, help="How many problems; by default what fits about a minute.", show_default=False
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Which problems.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Which problems.")] = 0,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write the counts there too, as JSON.", show_default=False),

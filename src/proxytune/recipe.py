@@ -64,7 +64,7 @@ def load_recipe(recipe: str | Path, **hub: Any) -> ProxyTuneConfig:
         raise RecipeError(f"{path!r} has no config.json, so it is not a recipe; make one with `proxytune new`")
     if os.path.isfile(path):
         raise RecipeError(f"{path!r} is a file; a recipe is a directory with a config.json")
-    if not os.path.isdir(path) and (path.startswith((".", "/")) or path.count("/") > 1):
+    if not os.path.isdir(path) and (path.startswith((".", "/")) or path.count("/") != 1):
         raise RecipeError(f"there is no recipe at {path!r}; make one with `proxytune new`")
     try:
         config = AutoConfig.from_pretrained(path, **hub)
