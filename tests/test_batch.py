@@ -148,7 +148,7 @@ def test_a_full_disk_names_the_file():
 
     items, results = job()
     with (
-        pytest.raises(OSError, match="No space left.*dev/full"),
+        pytest.raises(OSError, match=r"No space left.*dev/full"),
         Output(Path("/dev/full"), items, "r", ["expert"]) as o,
     ):
         o.append(results)
@@ -238,10 +238,8 @@ def test_temperature_zero_is_greedy():
 
 
 def test_the_pieces_add_up_to_the_text(tokenizer):
-    prompt, new = (
-        tokenizer("the fox")["input_ids"],
-        tokenizer(" jumps — über 漢字 🦊 over", add_special_tokens=False)["input_ids"],
-    )
+    text = " jumps — über 漢字 🦊 over"
+    prompt, new = tokenizer("the fox")["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
     pieces = []
     printer = Printer(tokenizer, pieces.append)
     printer.put(torch.tensor([prompt]))
