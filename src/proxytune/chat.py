@@ -84,7 +84,7 @@ class Conversation:
                 streamer=Printer(self.tokenizer, write),
                 stopped=stopped,
                 past_key_values=self.cache,
-                **({} if templated else {"stop_strings": [f"\n{NAMES['user']}:"], "tokenizer": self.tokenizer}),
+                stop_strings=() if templated else [f"\n{NAMES['user']}:"],
             )[0]
         except BaseException:  # in the middle of a forward some members have read a token that others have not
             self._forget()

@@ -47,6 +47,9 @@ __all__ = [
 ]
 
 
+Finish = Literal["stop", "length", "interrupt"]
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen: greedy unless one of the first four is given.
@@ -111,13 +114,13 @@ class Answer:
     Attributes:
         text: the new text, without special tokens.
         tokens: the new ids in order, the end-of-sequence token included where the model chose it, no padding.
-        finish: ``stop`` if the model ended the text itself, ``length`` if the limit of new tokens or a member's
-            context did, ``interrupt`` if the caller did.
+        finish: ``stop`` if the model ended the text itself (or wrote a stop string), ``length`` if the limit of new
+            tokens or a member's context did, ``interrupt`` if the caller did.
     """
 
     text: str
     tokens: list[int]
-    finish: Literal["stop", "length", "interrupt"]
+    finish: Finish
 
 
 # -- alpha ----------------------------------------------------------------------------------------------------
@@ -214,7 +217,7 @@ def answer(
     streamer: BaseStreamer | None = None,
     stopped: Callable[[], bool] | None = None,
     past_key_values: Any = None,
-    **options: Any,
+    stop_strings: Sequence[str] = (),
 ) -> list[Answer]:
     """Answer a batch of prompts.
 
@@ -224,7 +227,7 @@ def answer(
         streamer: is given the tokens of a single prompt as they come.
         stopped: asked after every token; True ends all rows.
         past_key_values: a cache of the first columns of a single prompt.
-        **options: more of ``generate``'s own.
+        stop_strings: end a single prompt's answer; they are part of it.
     """
     rows = range(len(prompts)) if rows is None else rows
     ids, mask = left_pad([prompt.ids for prompt in prompts])  # (n_batch, n_columns)
@@ -234,6 +237,7 @@ def answer(
     if not sampling.greedy:
         processors.append(RowSampler(sampling, rows))
     own = {name: [prompt.own[name] for prompt in prompts] for name in prompts[0].own}
+    limit_rows = RowLimit(ids.shape[1], limits, stopped)
     with torch.inference_mode():
         sequences = model.generate(
             ids.to(model.device),
@@ -242,26 +246,30 @@ def answer(
             alpha=torch.tensor([list(row) for row in alphas], dtype=torch.float32),
             member_input_ids=own or None,
             logits_processor=processors,
-            stopping_criteria=StoppingCriteriaList([RowLimit(ids.shape[1], limits, stopped)]),
+            stopping_criteria=StoppingCriteriaList([limit_rows]),
             streamer=streamer,
             past_key_values=past_key_values,
-            **options,
+            **({"stop_strings": list(stop_strings), "tokenizer": tokenizer} if stop_strings else {}),
         )
     ends = config.eos_token_id if isinstance(config.eos_token_id, (list, tuple)) else [config.eos_token_id]
     return [
-        _cut(tokenizer, prompt.ids, new, limit, ends)
+        _cut(tokenizer, prompt.ids, new, limit, ends, limit_rows.interrupted)
         for prompt, new, limit in zip(prompts, sequences[:, ids.shape[1] :].tolist(), limits)
     ]
 
 
-def _cut(tokenizer: Any, prompt: list[int], new: list[int], limit: int, ends: Sequence[int | None]) -> Answer:
+def _cut(
+    tokenizer: Any, prompt: list[int], new: list[int], limit: int, ends: Sequence[int | None], interrupted: bool
+) -> Answer:
     """A row's own tokens: up to its end-of-sequence token or its limit; what follows is padding."""
-    end = next((at for at, token in enumerate(new) if token in ends), None)
-    if end is not None and end < limit:
-        tokens, finish = new[: end + 1], "stop"
-    else:
-        tokens, finish = new[:limit], "length" if len(new) >= limit else "interrupt"
-    return Answer(new_text(tokenizer, prompt, tokens), tokens, finish)  # type: ignore[arg-type]
+    end = next((at for at, token in enumerate(new[:limit]) if token in ends), None)
+    tokens = new[:limit] if end is None else new[: end + 1]
+    finish: Finish = "stop"
+    if end is None and len(tokens) == limit:
+        finish = "length"
+    elif end is None and interrupted:
+        finish = "interrupt"
+    return Answer(new_text(tokenizer, prompt, tokens), tokens, finish)
 
 
 def plain_generation_config(model: ProxyTunedForCausalLM, max_new_tokens: int) -> GenerationConfig:
@@ -306,10 +314,12 @@ class RowLimit(StoppingCriteria):
 
     def __init__(self, n_prompt: int, limits: Sequence[int], stopped: Callable[[], bool] | None) -> None:
         self.n_prompt, self.limits, self.stopped = n_prompt, torch.tensor(limits), stopped
+        self.interrupted = False
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         """Shape (n_batch,), True where the row is finished."""
         if self.stopped is not None and self.stopped():
+            self.interrupted = True
             return torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         return (self.limits <= input_ids.shape[1] - self.n_prompt).to(input_ids.device)
 

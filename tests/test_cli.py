@@ -1,0 +1,519 @@
+"""The command line: what each command prints, and every way it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging
+from typer.testing import CliRunner
+
+import tiny
+from proxytune import ProxyTunedForCausalLM, RecipeError, load_recipe
+from proxytune.chat import Conversation, render_conversation
+from proxytune.cli import app, count, interruptible, size
+from proxytune.compose import parse_expert
+from proxytune.config import Prompt
+from proxytune.generation import Sampling, answer
+from proxytune.presets import PRESETS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*args, input=None, status=0):
+    """Run a command in this process; the result has ``stdout`` and ``stderr``."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args], input=input)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == status, result.stderr + result.stdout
+    return result
+
+
+def fails(*args, input=None):
+    """Run a command that must fail with one sentence; return it."""
+    result = run(*args, input=input, status=2)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def entry(*args, **options):
+    """Run the installed ``proxytune``."""
+    command = [str(Path(sys.executable).with_name("proxytune")), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+@pytest.fixture(autouse=True)
+def _no_progress():
+    """As ``main`` does in a process of its own."""
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def recipe(shelf):
+    return shelf / "recipe"
+
+
+# -- new ------------------------------------------------------------------------------------------------------
+def trio(shelf):
+    return "--base", shelf / "base", "--expert", shelf / "expert", "--anti-expert", shelf / "anti"
+
+
+def test_new_makes_a_recipe_that_works(shelf, tmp_path):
+    made = run("new", tmp_path / "made", *trio(shelf), "--alpha", "0.5", "--plausibility", "0.1", "--name", "chat")
+    assert made.stdout == ""
+    assert "proxytune check" in made.stderr
+    config = load_recipe(tmp_path / "made")
+    assert [(one.name, one.alpha) for one in config.expert_list] == [("chat", 0.5)]
+    assert config.plausibility == 0.1
+    assert config.vocab_size == tiny.VOCAB
+    assert config.base_member.model == str(shelf / "base")  # absolute paths stay absolute
+    assert str(tmp_path) not in json.dumps(config.text_config.to_dict())
+    assert {path.name for path in (tmp_path / "made").iterdir()} >= {"tokenizer.json", "generation_config.json"}
+    assert (tmp_path / "made" / "chat_template.jinja").read_text() == tiny.CHAT_TEMPLATE
+    assert run("check", tmp_path / "made").stdout.endswith("the recipe works\n")
+
+
+def test_new_keeps_relative_paths_relative_to_the_recipe(shelf, tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    for name in ("base", "expert", "anti"):
+        (tmp_path / name).symlink_to(shelf / name)
+    monkeypatch.chdir(tmp_path)
+    run("new", "deep/made", "--base", "base", "--expert", "./expert", "--anti-expert", "anti")
+    members = dict(load_recipe("deep/made").members())
+    assert [one.model for one in members.values()] == ["../../base", "../../expert", "../../anti"]
+    monkeypatch.chdir("/")
+    run("check", tmp_path / "deep" / "made")
+
+
+def test_new_with_everything(shelf, tmp_path):
+    run(
+        *("new", tmp_path / "made", "--base", shelf / "base", "--anti-expert", shelf / "anti"),
+        *("--expert-adapter", shelf / "adapter", "--expert-prompt", "chat", "--system", "Be brief."),
+        *("--response-prefix", "Answer:", "--base-dtype", "bfloat16", "--base-device-map", "cpu"),
+        *("--add-expert", f"code={shelf / 'expert'},anti={shelf / 'anti'},alpha=-0.5,dtype=float32"),
+        *("--add-expert", f"lora=,anti={shelf / 'anti'},adapter={shelf / 'adapter'},alpha=2"),
+    )
+    first, code, lora = load_recipe(tmp_path / "made").expert_list
+    assert first.expert.model == str(shelf / "anti")
+    assert first.expert.adapter == str(shelf / "adapter")
+    assert first.expert.prompt == Prompt("chat", system="Be brief.", response_prefix="Answer:")
+    assert first.anti_expert.prompt == Prompt()
+    assert (code.alpha, code.expert.dtype, code.anti_expert.dtype) == (-0.5, "float32", None)
+    assert (lora.alpha, lora.expert.model, lora.expert.adapter) == (2.0, str(shelf / "anti"), str(shelf / "adapter"))
+    base = load_recipe(tmp_path / "made").base_member
+    assert (base.dtype, base.device_map) == ("bfloat16", "cpu")
+
+
+def test_new_ends_where_the_expert_ends(shelf, tmp_path):
+    expert = tiny.write_model(tmp_path / "expert", "qwen2", "small", 2, eos_token_id=7)
+    run("new", tmp_path / "made", "--base", shelf / "base", "--expert", expert, "--anti-expert", shelf / "anti")
+    assert json.loads((tmp_path / "made" / "generation_config.json").read_text())["eos_token_id"] == [tiny.EOS, 7]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_recipes(preset, tmp_path):
+    made = run("new", tmp_path / "made", "--preset", preset, "--offline")
+    assert "the base is not at hand" in made.stderr
+    config = load_recipe(tmp_path / "made")
+    assert [name.split(".")[-1] for name, _ in config.members()] == ["base", "expert", "anti_expert"]
+
+
+def test_a_preset_with_parts_replaced(shelf, tmp_path):
+    run("new", tmp_path / "made", "--preset", "llama2-13b-chat", "--base", shelf / "base", "--expert-revision", "v1")
+    config = load_recipe(tmp_path / "made")
+    expert = config.expert_list[0].expert
+    assert config.base_member.model == str(shelf / "base")
+    assert (expert.model, expert.revision) == ("meta-llama/Llama-2-7b-chat-hf", "v1")
+    assert expert.prompt.kind == "chat"
+
+
+def test_new_refuses_a_directory_in_use(shelf, tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "mine").write_text("x")
+    assert "is not empty" in fails("new", tmp_path / "made", *trio(shelf))
+    run("new", tmp_path / "made", *trio(shelf), "--force")
+    assert (tmp_path / "made" / "mine").exists()
+    assert "is a file" in fails("new", tmp_path / "made" / "mine", *trio(shelf))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--expert", "EXPERT"], "no base is given"),
+        (["--base", "BASE"], "no expert is given"),
+        (["--base", "./gone", "--expert", "EXPERT"], "'./gone' does not exist"),
+        (["--base", "BASE", "--expert", "/gone"], "'/gone' does not exist"),
+        (["--base", "some/model", "--expert", "EXPERT"], "--offline writes the recipe without"),
+        (["--base", "BASE", "--expert", "EXPERT", "--alpha", "nan"], "finite"),
+        (["--base", "BASE", "--expert", "EXPERT", "--plausibility", "2"], "plausibility"),
+        (["--base", "BASE", "--expert", "EXPERT", "--base-dtype", "int8"], "dtype 'int8'"),
+        (["--base", "BASE", "--expert", "EXPERT", "--system", "x"], "needs a member whose prompt is `chat`"),
+        (["--base", "BASE", "--expert", "EXPERT", "--response-prefix", "x"], "needs a member with a prompt"),
+        (["--base", "BASE", "--expert", "EXPERT", "--expert-prompt", "shout"], "prompt kind 'shout'"),
+        (["--base", "BASE", "--expert", "EXPERT", "--anti-expert-dtype", "float32"], "no model; name one"),
+        (["--base", "BASE", "--expert-adapter", "x"], "needs a model under it"),
+        (["--base", "BASE", "--add-expert", "EXPERT"], "does not begin with NAME="),
+        (["--base", "BASE", "--add-expert", "a=b,what=c"], "'what=c' is not one of"),
+        (["--base", "BASE", "--add-expert", "a=b,alpha=x"], "alpha must be a number"),
+        (["--base", "BASE", "--add-expert", "a=EXPERT", "--alpha", "2"], "belong to --expert"),
+        (["--preset", "gpt5"], "there is no preset 'gpt5'; there are llama2-13b-chat"),
+        (["--base", "RECIPE", "--expert", "EXPERT"], "is itself a recipe"),
+    ],
+)
+def test_new_says_what_is_wrong(shelf, tmp_path, args, message):
+    places = {"BASE": "base", "EXPERT": "expert", "RECIPE": "recipe"}
+    args = [str(shelf / places[arg]) if arg in places else arg for arg in args]
+    assert message in fails("new", tmp_path / "made", *args)
+    assert not (tmp_path / "made").exists()
+
+
+def test_add_expert_gives_a_field_once():
+    with pytest.raises(RecipeError, match="alpha twice"):
+        parse_expert("a=b,alpha=1,alpha=2")
+
+
+# -- check ----------------------------------------------------------------------------------------------------
+def test_check_shows_a_table(recipe):
+    shown = run("check", recipe).stdout
+    assert "expert.anti_expert" in shown
+    assert "memory: weights" in shown
+    assert "context: 256 tokens" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_check_prints_json(recipe):
+    report = json.loads(run("check", recipe, "--json").stdout)
+    assert report["works"] is True
+    assert [one["name"] for one in report["members"]] == ["base", "expert.expert", "expert.anti_expert"]
+
+
+def test_check_fails_where_the_recipe_does(tmp_path, shelf):
+    config = json.loads((shelf / "recipe" / "config.json").read_text())
+    config["base"] = {"model": str(shelf / "base")}
+    config["experts"] = [{"name": "expert", "expert": {"model": "./gone"}}]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = run("check", tmp_path, status=2)
+    assert "the recipe does not work" in result.stdout
+    assert "./gone" in result.stdout
+
+
+# -- generate -------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def model(recipe):
+    return ProxyTunedForCausalLM.from_pretrained(recipe)
+
+
+def test_json_has_the_prompts_in_order(recipe, model, tokenizer):
+    prompts = ["the quick brown fox", "a", "Steering a large model"]
+    shown = run("generate", recipe, *prompts, "--json", "-n", "9", "--alpha", "0.5", "-b", "2").stdout
+    lines = [json.loads(line) for line in shown.splitlines()]
+    assert [line["prompt"] for line in lines] == prompts
+    for line in lines:
+        assert list(line) == ["prompt", "text", "tokens", "alpha", "finish"]
+        assert line["alpha"] == 0.5
+        ids = torch.tensor([tokenizer(line["prompt"])["input_ids"]])
+        reference = model.generate(ids, alpha=0.5, max_new_tokens=9, do_sample=False)[0, ids.shape[1] :]
+        assert line["tokens"] == reference.tolist()
+
+
+def test_a_prompt_is_continued(recipe):
+    one = run("generate", recipe, "the fox", "-n", "5").stdout
+    text = json.loads(run("generate", recipe, "the fox", "-n", "5", "--json").stdout)["text"]
+    assert one == text + "\n"
+    assert run("generate", recipe, "the fox", "a", "-n", "5").stdout.startswith(f"> the fox\n{text}\n\n> a\n")
+
+
+def test_sampling_follows_the_seed(recipe):
+    def sampled(*args):
+        return run("generate", recipe, "the fox", "-n", "12", "--json", "--temperature", "1.5", *args).stdout
+
+    assert sampled("--seed", "1") == sampled("--seed", "1") != sampled("--seed", "2")
+
+
+def test_chat_puts_the_prompt_into_the_template(recipe, model, tokenizer):
+    shown = run("generate", recipe, "the fox", "--chat", "--system", "Rules", "--json", "-n", "6").stdout
+    text = "<s>[system] Rules\n[user] the fox\n[assistant]"
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    assert json.loads(shown)["tokens"] == model.generate(ids, max_new_tokens=6)[0, ids.shape[1] :].tolist()
+
+
+def test_alpha_by_name(shelf, tmp_path):
+    experts = [
+        {"name": name, "expert": {"model": str(shelf / "expert")}, "anti_expert": {"model": str(shelf / "anti")}}
+        for name in ("one", "two")
+    ]
+    made = tiny.write_recipe(tmp_path / "r", {"base": {"model": str(shelf / "base")}, "experts": experts})
+    shown = run("generate", made, "the fox", "--json", "-n", "2", "-a", "two=0.25").stdout
+    assert json.loads(shown)["alpha"] == {"one": 1.0, "two": 0.25}
+    assert "no expert is called 'three'" in fails("generate", made, "a", "-a", "three=1")
+
+
+def test_jobs_from_stdin_name_broken_lines_and_go_on(recipe):
+    lines = '{"prompt": "a", "id": 1}\nbroken\n{"prompt": "' + "the fox " * 300 + '"}\n{"prompt": "b", "alpha": 0}\n'
+    result = run("generate", recipe, "--input", "-", "-n", "3", input=lines, status=2)
+    made = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(one["line"], one["prompt"], one["alpha"]) for one in made] == [(1, "a", 1.0), (4, "b", 0.0)]
+    assert made[0]["id"] == 1
+    assert "-, line 2: it is not JSON" in result.stderr
+    assert "-, line 3: the prompt has" in result.stderr
+    assert "can read only 256" in result.stderr
+
+
+def test_a_finished_job_is_left_as_it_is(recipe, tmp_path):
+    out = tmp_path / "out.jsonl"
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    job = ("generate", recipe, "-i", source, "-o", out, "-n", "3")
+    assert "wrote 2 answers" in run(*job).stderr
+    before = out.read_bytes()
+    assert "2 of 2 prompts are done already" in run(*job).stderr
+    assert out.read_bytes() == before
+    assert "other options" in fails_last(*job, "--temperature", "1")
+    source.write_text('{"prompt": "z"}\n{"prompt": "b"}\n')
+    assert "another prompt" in fails_last(*job)
+    assert out.read_bytes() == before
+
+
+def fails_last(*args):
+    return run(*args, status=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nowhere", "a"], "there is no recipe at 'nowhere'"),
+        (["./nowhere", "a"], "there is no recipe at './nowhere'"),
+        (["some/recipe", "a"], "'some/recipe' cannot be read"),
+        (["EXPERT", "a"], "is a qwen2 model, not a recipe"),
+        (["RECIPE", ""], "the prompt is empty"),
+        (["RECIPE", "a", " "], "the prompt is empty"),
+        (["RECIPE"], "give either prompts or --input"),
+        (["RECIPE", "a", "--input", "x"], "give either prompts or --input"),
+        (["RECIPE", "--input", "/gone.jsonl"], "/gone.jsonl: No such file"),
+        (["RECIPE", "a", "--output", "/gone/out.jsonl"], "/gone/out.jsonl: No such file"),
+        (["RECIPE", "a", "--alpha", "nan"], "alpha must be a finite number"),
+        (["RECIPE", "a", "--alpha", "inf"], "alpha must be a finite number"),
+        (["RECIPE", "a", "--alpha", "much"], "alpha must be a number or NAME=NUMBER"),
+        (["RECIPE", "a", "--alpha", "1", "--alpha", "2"], "one alpha for all experts"),
+        (["RECIPE", "a", "--temperature", "-1"], "temperature"),
+        (["RECIPE", "a", "--dtype", "int3"], "--dtype 'int3'"),
+        (["RECIPE", "a", "--system", "x"], "--system needs --chat"),
+        (["RECIPE", "the fox " * 300], "can read only 256; shorten the prompt"),
+    ],
+)
+def test_generate_says_what_is_wrong(shelf, args, message):
+    places = {"EXPERT": "expert", "RECIPE": "recipe"}
+    assert message in fails("generate", *[str(shelf / places[arg]) if arg in places else arg for arg in args])
+
+
+def test_input_and_output_differ(recipe, tmp_path):
+    (tmp_path / "x").write_text('{"prompt": "a"}\n')
+    assert "the same file" in fails("generate", recipe, "-i", tmp_path / "x", "-o", tmp_path / "x")
+
+
+# -- chat -----------------------------------------------------------------------------------------------------
+def conversation(model, tokenizer, **options):
+    return Conversation(model, tokenizer, (1.0,), sampling=Sampling(), **{"max_new_tokens": 10, **options})
+
+
+def talk(one, *texts):
+    return [one.say(text, lambda piece: None) for text in texts]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_the_cache_of_a_conversation_changes_nothing(family, tokenizer):
+    """Greedy answers are those of reading every transcript anew, also beyond a sliding window."""
+    model = ProxyTunedForCausalLM.from_members(
+        tiny.model(family, "base", 1),
+        tiny.model(family, "small", 2),
+        tiny.model(family, "small", 3),
+        tokenizer=tokenizer,
+    )
+    one = conversation(model, tokenizer, system="the rules")
+    reused = []
+    for text in ("the fox", "and the dog", "why?", "Steering a model"):
+        made = talk(one, text)[0]
+        reused.append(one.reused)
+        fresh = answer(
+            model, tokenizer, [one.encode(one.messages[:-1])], [(1.0,)], max_new_tokens=10, sampling=Sampling()
+        )[0]
+        assert made == fresh
+    if family == "llama":
+        assert all(reused[1:])  # the cache was used, or the test says nothing
+
+
+def test_a_new_alpha_needs_no_new_cache(model, tokenizer):
+    one, other = conversation(model, tokenizer), conversation(model, tokenizer)
+    talk(one, "the fox")
+    talk(other, "the fox")
+    one.alphas = (0.0,)
+    steered, unsteered = talk(other, "again")[0], talk(one, "again")[0]
+    assert one.reused > 0
+    fresh = answer(model, tokenizer, [one.encode(one.messages[:-1])], [(0.0,)], max_new_tokens=10, sampling=Sampling())
+    assert unsteered == fresh[0] != steered
+
+
+def test_a_stopped_answer_leaves_the_cache_whole(model, tokenizer):
+    one = conversation(model, tokenizer)
+    asked = []
+    made = one.say("the fox", lambda piece: None, lambda: asked.append(1) or len(asked) == 3)
+    assert made.finish == "interrupt"
+    assert len(made.tokens) == 3
+    after = talk(one, "go on")[0]
+    fresh = answer(model, tokenizer, [one.encode(one.messages[:-1])], [(1.0,)], max_new_tokens=10, sampling=Sampling())
+    assert after == fresh[0]
+
+
+def test_a_torn_forward_forgets_the_cache_alone(model, tokenizer):
+    one = conversation(model, tokenizer)
+    talk(one, "the fox")
+    said = list(one.messages)
+
+    def tear(piece):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        one.say("more", tear)
+    assert one.messages == said
+    assert one.read == []
+    talk(one, "more")
+
+
+def test_members_with_prompts_of_their_own_read_the_conversation(tokenizer, shelf, tmp_path):
+    expert = {"model": str(shelf / "expert"), "prompt": {"kind": "chat", "system": "own"}}
+    values = {
+        "base": {"model": str(shelf / "base")},
+        "experts": [{"expert": expert, "anti_expert": str(shelf / "anti")}],
+    }
+    made = tiny.write_recipe(tmp_path / "r", values, tokenizer_=tiny.tokenizer(chat_template=None))
+    model = ProxyTunedForCausalLM.from_pretrained(made)
+    one = conversation(model, tiny.tokenizer(chat_template=None))
+    talk(one, "the fox", "and the dog")
+    encoded = one.encode([*one.messages, {"role": "user", "content": "why"}])
+    shown = tokenizer.decode(encoded.own["expert.expert"])
+    assert shown.startswith("<s>[system] own\n[user] the fox\n[assistant] ")
+    assert shown.endswith("[user] why\n[assistant]")
+    assert tokenizer.decode(encoded.ids).startswith("<s>User: the fox\nAssistant: ")
+    assert one.reused == 0
+    run("chat", made, "-n", "3", input="the fox\nand\n/quit\n")
+
+
+def test_a_plain_transcript_ends_at_the_users_name(model):
+    """Without a chat template a model may go on as the user; that is cut off."""
+    plain = tiny.tokenizer(chat_template=None)
+    one = conversation(model, plain, max_new_tokens=60)
+    wanted = plain("yes\nUser: no", add_special_tokens=False)["input_ids"]
+
+    def dictated(prompts, *args, **kwargs):
+        ids = torch.tensor([[*prompts.tolist()[0], *wanted]])
+        assert kwargs["stop_strings"] == ["\nUser:"]
+        one.cache.n_columns = ids.shape[1] - 1
+        return ids
+
+    generate, model.generate = model.generate, dictated
+    try:
+        assert one.say("well?", lambda piece: None).text == "yes"
+    finally:
+        model.generate = generate
+    assert one.messages[-1] == {"role": "assistant", "content": "yes"}
+
+
+def test_a_template_is_filled_with_the_transcript(tokenizer):
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    prompt = Prompt("template", template="Q: {prompt}\nA:")
+    assert tokenizer.decode(render_conversation(prompt, tokenizer, said[:1])) == "<s>Q: a\nA:"
+    assert tokenizer.decode(render_conversation(prompt, tokenizer, said)) == "<s>Q: User: a\nAssistant: b\nUser: c\nA:"
+
+
+def test_chat_takes_commands(recipe):
+    said = "the fox\n/alpha\n/alpha 0.5\n/alpha nan\n/nothing\n/help\n/reset\n\nthe fox\n/quit\nnever read\n"
+    result = run("chat", recipe, "-n", "4", input=said)
+    assert len(result.stdout.splitlines()) >= 2
+    for told in ("alpha: expert 1\n", "alpha: expert 0.5\n", "error: alpha must be a finite", "no command /nothing"):
+        assert told in result.stderr
+    assert "Ctrl-C stops an answer" in result.stderr
+    assert "forgotten" in result.stderr
+
+
+def test_chat_goes_on_after_a_message_that_is_too_long(recipe):
+    result = run("chat", recipe, "-n", "3", input="the fox " * 300 + "\nthe fox\n")
+    assert "can read only 256" in result.stderr
+    assert result.stdout
+
+
+def test_ctrl_c_stops_an_answer_and_a_second_one_everything():
+    before = signal.getsignal(signal.SIGINT)
+    with interruptible() as stopped:
+        assert not stopped()
+        signal.raise_signal(signal.SIGINT)
+        assert stopped()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# -- the whole ------------------------------------------------------------------------------------------------
+def test_the_page_is_made_of_the_help():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "cli_docs.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["new"], ["check"], ["generate"], ["chat"], ["demo"]])
+def test_help(command):
+    assert "Usage: " in run(*command, "--help").stdout
+
+
+def test_the_entry_point(recipe):
+    from proxytune import __version__
+
+    done = entry("generate", recipe, "the fox", "--json", "-n", "3")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["prompt"] == "the fox"
+    assert run("--version").stdout == f"proxytune {__version__}\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk(recipe):
+    with open("/dev/full", "w") as full:
+        command = [str(Path(sys.executable).with_name("proxytune")), "generate", str(recipe), "a", "--json", "-n", "2"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: No space left on device\n"
+    told = fails_last("generate", recipe, "a", "-n", "2", "--output", "/dev/full")
+    assert "error: /dev/full: No space left on device; what was written before is kept" in told
+
+
+def test_ctrl_c_leaves_a_job_cleanly(recipe, tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(f'{{"prompt": "the fox {i}"}}\n' for i in range(500)))
+    command = [str(Path(sys.executable).with_name("proxytune")), "generate", str(recipe), "-n", "60", "-b", "1"]
+    process = subprocess.Popen(
+        [*command, "-i", str(source), "-o", str(out)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (not out.exists() or out.read_bytes().count(b"\n") < 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in told
+    assert "interrupted" in told
+
+
+def test_sizes_are_said_as_people_say_them():
+    assert [size(n) for n in (12, 2048, 5 * 2**20, 26 * 10**9)] == ["12 B", "2.0 KiB", "5.0 MiB", "24.2 GiB"]
+    assert [count(n) for n in (12, 47_800, 134_515_008, 13_015_864_320)] == ["12", "47.8 k", "135 M", "13 B"]
