@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -369,8 +370,9 @@ def _adapter_parameters(config: ProxyTuneConfig, name: str, member: Member, one:
         adapter = peft.PeftConfig.from_pretrained(
             source.path, **{key: value for key, value in kwargs.items() if value is not None}
         )
-        model = _empty(one.config, replace(loading))
+        model = _empty(one.config, loading)
         before = sum(parameter.numel() for parameter in model.parameters())
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT notes that it is told another path of the model
             adapted = peft.get_peft_model(model, adapter)
         return sum(parameter.numel() for parameter in adapted.parameters()) - before
