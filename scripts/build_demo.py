@@ -52,13 +52,13 @@ class Plan:
     generated: int = 1200
     sampled: int = 384
     task_repeats: int = 2
-    heal_steps: int = 200
+    heal_steps: int = 120
     heal_tokens: int = 2048  # a step
     heal_lr: float = 1e-3
     heal_unused: int = 6000  # tokens outside the corpus, drawn anew each step
     hidden: float = 0.3
     tune_problems: int = 1600
-    tune_epochs: float = 1.0
+    tune_epochs: float = 1.5
     tune_batch: int = 24
     tune_lr: float = 1e-3
     rank: int = 32

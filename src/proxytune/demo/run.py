@@ -12,6 +12,7 @@ Six arms, all decoded greedily by ``generate``:
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging as transformers_logging
 
 from proxytune.demo.assets import materialize
@@ -47,7 +48,7 @@ ARMS: Mapping[str, str] = {
     "mean_logits": "control: mean of base and expert",
 }
 SECONDS = 60.0
-MAX_NEW_TOKENS = 32
+MAX_NEW_TOKENS = 28
 
 
 @dataclass
@@ -79,13 +80,13 @@ class Arms:
     """The six arms, made of the four models of a materialised demo."""
 
     def __init__(self, place: Path) -> None:
-        self.steered: Any = ProxyTunedForCausalLM.from_pretrained(place / "recipe")
-        self.tokenizer: Any = self.steered.tokenizer
-        self.tokenizer.padding_side = "left"
+        self.steered = ProxyTunedForCausalLM.from_pretrained(place / "recipe")
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(place / "recipe", padding_side="left")
         anti_expert: Any = AutoModelForCausalLM.from_pretrained(place / "anti_expert", dtype=torch.float32)
         expert: Any = AutoModelForCausalLM.from_pretrained(place / "expert", dtype=torch.float32)
         # Greedy choices do not feel a scale, so base + expert chooses what their mean would.
         mean = ProxyTunedForCausalLM.from_members(self.steered.base, expert, tokenizer=self.tokenizer)
+        self.few_shot: tuple[torch.Tensor, DynamicCache] | None = None
         self.models: dict[str, Any] = {
             "base": self.steered.base,
             "anti_expert": anti_expert.eval(),
@@ -97,18 +98,36 @@ class Arms:
 
     def answer(self, arm: str, problems: Sequence[Problem]) -> list[str]:
         """The arm's greedy answers."""
-        shown = "".join(f"{p.prompt}{p.completion}\n\n" for p in FEW_SHOT) if arm == "base_few_shot" else ""
-        inputs = self.tokenizer([shown + p.prompt for p in problems], return_tensors="pt", padding=True)
-        n_prompt = inputs.input_ids.shape[1]
-        ids = self.models[arm].generate(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
+        inputs = self.tokenizer([problem.prompt for problem in problems], return_tensors="pt", padding=True)
+        ids, mask, cache = inputs.input_ids, inputs.attention_mask, {}
+        if arm == "base_few_shot":
+            shown, past = self._shown()
+            ids = torch.cat([shown.expand(len(ids), -1), ids], dim=1)
+            mask = torch.cat([torch.ones_like(shown).expand(len(ids), -1), mask], dim=1)
+            past.batch_repeat_interleave(len(ids))
+            cache = {"past_key_values": past}
+        n_prompt = ids.shape[1]
+        generated = self.models[arm].generate(
+            input_ids=ids,
+            attention_mask=mask,
             do_sample=False,
             max_new_tokens=MAX_NEW_TOKENS,
             stopping_criteria=StoppingCriteriaList([_Answered(self.tokenizer, n_prompt)]),
+            **cache,
         )
-        texts: list[str] = self.tokenizer.batch_decode(ids[:, n_prompt:], skip_special_tokens=True)
+        texts: list[str] = self.tokenizer.batch_decode(generated[:, n_prompt:], skip_special_tokens=True)
         return texts
+
+    @torch.inference_mode()
+    def _shown(self) -> tuple[torch.Tensor, DynamicCache]:
+        """The few-shot examples' ids, (1, n_shown), and a fresh cache that has read them; read only once."""
+        if self.few_shot is None:
+            shown = "".join(f"{problem.prompt}{problem.completion}\n\n" for problem in FEW_SHOT)
+            ids = self.tokenizer(shown, return_tensors="pt").input_ids
+            output = self.models["base_few_shot"](input_ids=ids, use_cache=True, logits_to_keep=1)
+            self.few_shot = ids, output.past_key_values
+        ids, past = self.few_shot
+        return ids, copy.deepcopy(past)
 
     @torch.inference_mode()
     def steered_tokens(self, problem: Problem, text: str) -> list[tuple[str, bool]]:
@@ -193,7 +212,7 @@ def run_demo(
         with console.status("Loading"):
             arms = Arms(place)
 
-        batch_size = 8 if problems is None else min(problems, 25)
+        batch_size = 8 if problems is None else min(problems, 50)
         chosen = make_problems(split, problems or 400, seed)
         with console.status("Solving the first problems"):
             measure(arms, chosen[:batch_size], result, batch_size=batch_size)
