@@ -120,13 +120,20 @@ class RowLoRA(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.blocks.rows is None:
             return self.peft_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        y = self.peft_layer.base_layer(x, *args, **kwargs)
+        layer = self.peft_layer
+        y = layer.base_layer(x, *args, **kwargs)
         for adapter, rows in self.blocks.rows:
-            if adapter in self.peft_layer.lora_A:
-                down, up = self.peft_layer.lora_A[adapter], self.peft_layer.lora_B[adapter]
-                dropout = self.peft_layer.lora_dropout[adapter]
-                delta = up(down(dropout(x[rows].to(down.weight.dtype)))) * self.peft_layer.scaling[adapter]
-                y[rows] += delta.to(y.dtype)
+            if adapter in layer.lora_A:
+                down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+                delta = up(down(layer.lora_dropout[adapter](x[rows].to(down.weight.dtype))))
+            elif adapter in layer.lora_embedding_A:  # x are ids; A and B are kept transposed
+                down, up = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+                delta = layer._embed(x[rows], down.T) @ up.T
+                if (scale := layer._get_embed_scale()) is not None:  # Gemma's embeddings scale themselves
+                    delta = delta * scale.to(delta.dtype)
+            else:
+                continue
+            y[rows] += (delta * layer.scaling[adapter]).to(y.dtype)
         return y  # type: ignore[no-any-return]
 
 
