@@ -73,7 +73,25 @@ class DemoResult:
     def to_json(self) -> dict[str, Any]:
         arms = {arm: {"correct": sum(done), "total": len(done)} for arm, done in self.verdicts.items()}
         exact = {arm: sum(done) for arm, done in self.exact.items()}
-        return {"arms": arms, "nothing_else": exact, "seconds": round(self.seconds, 1), "seed": self.seed}
+        return {
+            "arms": arms,
+            "seconds": round(self.seconds, 1),
+            "seed": self.seed,
+            "nothing_else": exact,
+            "proxy_tuned_against": [
+                {"arm": name, "only_proxy_tuned": won, "only_other": lost, "p": p}
+                for name, won, lost, p in self.comparisons()
+            ],
+        }
+
+    def comparisons(self) -> list[tuple[str, int, int, float]]:
+        """Against each arm: problems that only the proxy-tuned base solved, that only the other did, and p."""
+        rows = [(arm, self.verdicts, arm) for arm in ("base", "expert", "base_few_shot", "mean_logits")]
+        rows.append(("mean_logits, nothing else", self.exact, "mean_logits"))
+        return [
+            (name, *mcnemar(verdicts["proxy_tuned"][: self.total], verdicts[arm][: self.total]))
+            for name, verdicts, arm in rows
+        ]
 
 
 class Arms:
@@ -292,11 +310,9 @@ def _comparisons(result: DemoResult) -> Table:
     table = Table(title="Proxy-tuned against", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for heading in ("", "only it right", "only the other right", "p (exact McNemar)"):
         table.add_column(heading, justify="right" if heading else "left")
-    rows = [(arm, ARMS[arm], result.verdicts) for arm in ("base", "expert", "base_few_shot", "mean_logits")]
-    rows.append(("mean_logits", ARMS["mean_logits"] + ", and nothing else", result.exact))
-    for arm, name, verdicts in rows:
-        won, lost, p = mcnemar(verdicts["proxy_tuned"], verdicts[arm])
-        table.add_row(name, str(won), str(lost), f"{p:.2g}")
+    for name, won, lost, p in result.comparisons():
+        arm, _, rest = name.partition(",")
+        table.add_row(ARMS[arm] + (f",{rest}" if rest else ""), str(won), str(lost), f"{p:.2g}")
     return table
 
 
