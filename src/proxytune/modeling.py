@@ -367,13 +367,18 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             return cache.prompts, cache.prompt_length
         if n_cached:
             raise PromptError(
-                "members have prompts of their own, so a cache cannot be continued with a longer prompt (nor be "
-                "filled by `prefill_chunk_size`); start without `past_key_values`"
+                "members have prompts of their own, so a cache cannot be continued with a longer prompt; start without "
+                "`past_key_values`"
             )
         if prompt_length is None or member_input_ids is None:
             raise PromptError(
                 "members have prompts of their own, so a forward needs `member_input_ids` and `prompt_length` to know "
                 "where the shared continuation begins; use generate(), which makes both"
+            )
+        if not 0 < prompt_length <= input_ids.shape[1]:
+            raise PromptError(
+                f"members have prompts of their own, so their first forward reads the whole prompt, {prompt_length} "
+                f"columns, not {input_ids.shape[1]}; do without `prefill_chunk_size`"
             )
         prompts: list[LanePrompt | None] = []
         for own, lane in zip(self.own_prompts, cast(Sequence[Lane], self.lanes)):
