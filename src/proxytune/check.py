@@ -18,10 +18,18 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from proxytune import members as loading_of
 from proxytune.config import Member, ProxyTuneConfig
-from proxytune.errors import MemberError, ProxyTuneError
-from proxytune.members import Loading, load_config, load_tokenizer, member_source
+from proxytune.errors import MemberError, ProxyTuneError, first_line
+from proxytune.members import (
+    Loading,
+    adapter_source,
+    group_by_weights,
+    load_adapter_config,
+    load_config,
+    load_tokenizer,
+    loading_of,
+    member_source,
+)
 from proxytune.prompts import render
 from proxytune.vocabulary import compare
 
@@ -199,7 +207,7 @@ def _count(
         try:
             model = _empty(one.config, loading)
         except Exception as error:  # an architecture that transformers lacks, remote code
-            problems.append(f"{name} ({member.model}) cannot be built: {loading_of._first_line(error)}")
+            problems.append(f"{name} ({member.model}) cannot be built: {first_line(error)}")
             continue
         dtype = _dtype(config, name, one, loading)
         n_weights, n_bytes = _weigh(model, one, loading, dtype, name, notes)
@@ -240,24 +248,15 @@ def _weights(
 ) -> dict[str, Any]:
     """Member name -> a key that members with one set of weights in memory have in common.
 
-    The rule is :func:`proxytune.members.load_lanes`'s.
+    The rule is :func:`proxytune.members.group_by_weights`'s.
     """
-    keys = {name: loading_of._weights_key(config, one.member, loading) for name, one in found.items()}
-    for key in set(keys.values()):
-        group = [name for name in found if keys[name] == key]
-        if len({found[name].member.adapter for name in group}) == 1:
-            continue
-        reasons = {}
-        for name in group:
-            if found[name].member.adapter is not None:
-                try:
-                    reasons[name] = loading_of._unshareable(config, name, found[name].member, loading)
-                except ProxyTuneError:  # reported where its parameters are counted
-                    reasons[name] = None
-        if any(reasons.values()):
-            notes += [f"{name} has weights of its own, because {why}" for name, why in reasons.items() if why]
-            keys |= {name: (key, found[name].member.adapter) for name in group}
-    return keys
+    members = [(name, one.member) for name, one in found.items()]
+    try:
+        groups, reasons = group_by_weights(config, members, loading)
+    except ProxyTuneError:  # an adapter that cannot be read is reported where its parameters are counted
+        return {name: name for name, _ in members}
+    notes += [f"{name} has weights of its own, because {why}" for name, why in reasons.items()]
+    return {name: index for index, group in enumerate(groups) for name, _ in group}
 
 
 def _empty(config: PreTrainedConfig, loading: Loading) -> PreTrainedModel:
@@ -358,21 +357,19 @@ def _window(config: PreTrainedConfig) -> int | None:
 
 def _adapter_parameters(config: ProxyTuneConfig, name: str, member: Member, one: _Found, loading: Loading) -> int:
     """Build the adapter on an empty model: that shows whether it fits, and counts it."""
-    peft = loading_of._peft(name)
-    source = loading_of._adapter_source(config, member)
-    kwargs = {"revision": source.revision, "subfolder": source.subfolder or None, **loading.hub}
+    source = adapter_source(config, member)
+    adapter = load_adapter_config(config, name, member, loading)
     if source.is_local and not any(
         os.path.exists(os.path.join(source.path, source.subfolder, f"adapter_model.{end}"))
         for end in ("safetensors", "bin")
     ):
         raise MemberError(f"{name} ({member.adapter}) has no adapter weights in its directory")
-    with loading_of._one_sentence(name, member.adapter):
-        adapter = peft.PeftConfig.from_pretrained(
-            source.path, **{key: value for key, value in kwargs.items() if value is not None}
-        )
+    with loading_of(name, member.adapter):
+        from peft import get_peft_model
+
         model = _empty(one.config, loading)
         before = sum(parameter.numel() for parameter in model.parameters())
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT notes that it is told another path of the model
-            adapted = peft.get_peft_model(model, adapter)
+            adapted = get_peft_model(model, adapter)
         return sum(parameter.numel() for parameter in adapted.parameters()) - before

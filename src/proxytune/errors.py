@@ -45,3 +45,8 @@ class PromptError(ProxyTuneError):
 
 class AlphaError(ProxyTuneError):
     """Alpha is not a finite number, or its shape fits neither the batch nor the experts."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says first: its first line with text, or its kind."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -19,9 +19,21 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from proxytune.config import Member, Prompt, ProxyTuneConfig, Source, resolve
-from proxytune.errors import MemberError
+from proxytune.errors import MemberError, first_line
 
-__all__ = ["Lane", "Loading", "Seat", "load_config", "load_lanes", "load_tokenizer"]
+__all__ = [
+    "Lane",
+    "Loading",
+    "Seat",
+    "adapter_source",
+    "group_by_weights",
+    "load_adapter_config",
+    "load_config",
+    "load_lanes",
+    "load_tokenizer",
+    "loading_of",
+    "member_source",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -170,29 +182,55 @@ def load_lanes(config: ProxyTuneConfig, loading: Loading, given: Mapping[str, An
     Raises:
         MemberError: naming the member that cannot be loaded, and why.
     """
-    weights: dict[Any, list[tuple[str, Member]]] = {}
+    in_memory: dict[int, list[tuple[str, Member]]] = {}
     for name, member in config.members():
-        model = given.get(name)
-        key = ("memory", id(_bare(model))) if model is not None else _weights_key(config, member, loading)
-        weights.setdefault(key, []).append((name, member))
-
-    lanes = []
-    for group in weights.values():
-        name, member = group[0]
         if name in given:
-            lanes.append(_given_lane(group, given))
-            continue
-        adapters = {m.adapter for _, m in group}
-        reasons = {m.adapter: _unshareable(config, n, m, loading) for n, m in group if m.adapter is not None}
-        if len(adapters) == 1 or (loading.share and not any(reasons.values())):
-            lanes.append(_loaded_lane(config, group, loading))
-            continue
-        for path, reason in reasons.items():
-            if reason:
-                logger.warning("adapter %s is loaded with weights of its own, because %s", path, reason)
-        for adapter in sorted(adapters, key=str):
-            lanes.append(_loaded_lane(config, [(n, m) for n, m in group if m.adapter == adapter], loading))
-    return lanes
+            in_memory.setdefault(id(_bare(given[name])), []).append((name, member))
+    named = [(name, member) for name, member in config.members() if name not in given]
+    groups, reasons = group_by_weights(config, named, loading)
+    for name, reason in reasons.items():
+        logger.warning("the adapter of %s is loaded with weights of its own, because %s", name, reason)
+    return [
+        *(_given_lane(group, given) for group in in_memory.values()),
+        *(_loaded_lane(config, group, loading) for group in groups),
+    ]
+
+
+def group_by_weights(
+    config: ProxyTuneConfig, members: Sequence[tuple[str, Member]], loading: Loading
+) -> tuple[list[list[tuple[str, Member]]], dict[str, str]]:
+    """Which members use one set of weights.
+
+    Members of one model are a group, whatever their adapters and prompts, unless sharing is turned off or some
+    adapter cannot be applied to a part of a batch: then each adapter has a group of its own.
+
+    Returns:
+        The groups, and for each member whose adapter stands in the way, why.
+    """
+    same_model: dict[Any, list[tuple[str, Member]]] = {}
+    for name, member in members:
+        source = None if member.model is None else resolve(member.model, config.name_or_path, member.revision)
+        placed = (member.gguf_file, member.dtype, repr(member.device_map), repr(member.quantization_config))
+        same_model.setdefault((source, *placed), []).append((name, member))
+
+    groups: list[list[tuple[str, Member]]] = []
+    reasons: dict[str, str] = {}
+    for group in same_model.values():
+        adapters = {member.adapter for _, member in group}
+        hindered = {}
+        if len(adapters) > 1 and loading.share:
+            found = {
+                name: _cannot_share(load_adapter_config(config, name, m, loading))
+                for name, m in group
+                if m.adapter is not None
+            }
+            hindered = {name: reason for name, reason in found.items() if reason}
+        if len(adapters) == 1 or (loading.share and not hindered):
+            groups.append(group)
+        else:
+            groups += [[(n, m) for n, m in group if m.adapter == adapter] for adapter in sorted(adapters, key=str)]
+        reasons |= hindered
+    return groups, reasons
 
 
 def _bare(model: Any) -> Any:
@@ -225,10 +263,10 @@ def _loaded_lane(config: ProxyTuneConfig, group: list[tuple[str, Member]], loadi
         wrapped: Any = None
         for path, adapter in names.items():
             owner, at = next((n, m) for n, m in group if m.adapter == path)
-            source = _adapter_source(config, at)
+            source = adapter_source(config, at)
             kwargs = {"revision": source.revision, "subfolder": source.subfolder or None, **loading.hub}
             kwargs = {key: value for key, value in kwargs.items() if value is not None}
-            with _one_sentence(owner, path):
+            with loading_of(owner, path):
                 if wrapped is None:
                     wrapped = peft.PeftModel.from_pretrained(model, source.path, adapter_name=adapter, **kwargs)
                 else:
@@ -270,7 +308,7 @@ def load_model(config: ProxyTuneConfig, name: str, member: Member, loading: Load
         from transformers.quantizers.auto import AutoQuantizationConfig
 
         kwargs["quantization_config"] = AutoQuantizationConfig.from_dict(dict(kwargs["quantization_config"]))
-    with _one_sentence(name, member.model):
+    with loading_of(name, member.model):
         model = AutoModelForCausalLM.from_pretrained(source.path, **kwargs)
     if model.config.model_type == ProxyTuneConfig.model_type:
         raise MemberError(f"{name} ({member.model}) is itself a recipe; name the models in it instead")
@@ -288,7 +326,7 @@ def load_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loa
         "gguf_file": gguf_file,
         **loading.hub,
     }
-    with _one_sentence(name, member.model):
+    with loading_of(name, member.model):
         return AutoConfig.from_pretrained(  # type: ignore[no-any-return]
             source.path,
             trust_remote_code=loading.trust_remote_code,
@@ -307,7 +345,7 @@ def load_tokenizer(config: ProxyTuneConfig, name: str, member: Member, loading: 
         "gguf_file": gguf_file,
         **loading.hub,
     }
-    with _one_sentence(name, member.model):
+    with loading_of(name, member.model):
         return AutoTokenizer.from_pretrained(
             source.path,
             trust_remote_code=loading.trust_remote_code,
@@ -326,30 +364,20 @@ def member_source(config: ProxyTuneConfig, name: str, member: Member) -> tuple[S
     return source, member.gguf_file
 
 
-def _adapter_source(config: ProxyTuneConfig, member: Member) -> Source:
+def adapter_source(config: ProxyTuneConfig, member: Member) -> Source:
+    """Where a member's adapter lies."""
     assert member.adapter is not None
     return resolve(member.adapter, config.name_or_path, member.adapter_revision, getattr(config, "_commit_hash", None))
 
 
-def _unshareable(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> str | None:
-    source = _adapter_source(config, member)
+def load_adapter_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> Any:
+    """The PEFT config of a member's adapter."""
+    source = adapter_source(config, member)
     kwargs = {"revision": source.revision, "subfolder": source.subfolder or None, **loading.hub}
-    with _one_sentence(name, member.adapter):
-        adapter = _peft(name).PeftConfig.from_pretrained(
+    with loading_of(name, member.adapter):
+        return _peft(name).PeftConfig.from_pretrained(
             source.path, **{key: value for key, value in kwargs.items() if value is not None}
         )
-    return _cannot_share(adapter)
-
-
-def _weights_key(config: ProxyTuneConfig, member: Member, loading: Loading) -> Any:
-    source = resolve(member.model or "", config.name_or_path, member.revision) if member.model else None
-    return (
-        source,
-        member.gguf_file,
-        member.dtype,
-        repr(member.device_map),
-        repr(member.quantization_config),
-    )
 
 
 def _has_tokenizer(directory: Path) -> bool:
@@ -366,7 +394,7 @@ def _peft(name: str) -> Any:
 
 
 @contextmanager
-def _one_sentence(name: str, where: str | None) -> Iterator[None]:
+def loading_of(name: str, where: str | None) -> Iterator[None]:
     """Turn whatever a loader raises into one sentence that names the member."""
     try:
         yield
@@ -374,14 +402,9 @@ def _one_sentence(name: str, where: str | None) -> Iterator[None]:
         raise
     except ImportError as error:
         hint = ": pip install 'proxytune[gguf]'" if "gguf" in str(error).lower() else ""
-        raise MemberError(f"{name} ({where}) needs a package that is missing{hint} ({_first_line(error)})") from error
+        raise MemberError(f"{name} ({where}) needs a package that is missing{hint} ({first_line(error)})") from error
     except Exception as error:  # a loader raises anything: OSError, KeyError, RuntimeError of a size mismatch
-        raise MemberError(f"{name} ({where}) cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+        raise MemberError(f"{name} ({where}) cannot be loaded: {first_line(error)}") from error
 
 
 # -- saving ---------------------------------------------------------------------------------------------------

@@ -79,7 +79,10 @@ def render(prompt: Prompt, tokenizer: Any, text: str) -> list[int]:
         raise PromptError("a member's prompt is `chat`, but its tokenizer has no chat template; use a `template`")
     messages = [{"role": "system", "content": prompt.system}] if prompt.system is not None else []
     messages.append({"role": "user", "content": body})
-    shown = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        shown = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a chat template is a program, and raises what it likes
+        raise PromptError(f"a member's chat template refuses the prompt: {error}") from error
     return list(tokenizer(shown + prompt.response_prefix, add_special_tokens=False)["input_ids"])
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import AutoConfig, GenerationConfig
 
 from proxytune.config import Member, ProxyTuneConfig, rebase
-from proxytune.errors import MemberError, RecipeError
+from proxytune.errors import MemberError, RecipeError, first_line
 from proxytune.members import Lane, member_source, plain_weights, save_adapter
 
 if TYPE_CHECKING:
@@ -71,10 +71,7 @@ def load_recipe(recipe: str | Path, **hub: Any) -> ProxyTuneConfig:
     except RecipeError:
         raise
     except Exception as error:  # missing, unreachable, malformed: each raises something of its own
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise RecipeError(
-            f"the recipe {path!r} cannot be read: {lines[0] if lines else type(error).__name__}"
-        ) from error
+        raise RecipeError(f"the recipe {path!r} cannot be read: {first_line(error)}") from error
     if not isinstance(config, ProxyTuneConfig):
         raise RecipeError(
             f"{path!r} is a {config.model_type} model, not a recipe; `proxytune new DIR --base {path}` makes one of it"
