@@ -26,6 +26,7 @@ __all__ = [
     "Loading",
     "Seat",
     "adapter_source",
+    "forget_gguf",
     "group_by_weights",
     "load_adapter_config",
     "load_config",
@@ -33,6 +34,7 @@ __all__ = [
     "load_tokenizer",
     "loading_of",
     "member_source",
+    "refuse_unfit",
 ]
 
 logger = logging.getLogger(__name__)
@@ -310,11 +312,25 @@ def load_model(config: ProxyTuneConfig, name: str, member: Member, loading: Load
         kwargs["quantization_config"] = AutoQuantizationConfig.from_dict(dict(kwargs["quantization_config"]))
     with loading_of(name, member.model):
         model = AutoModelForCausalLM.from_pretrained(source.path, **kwargs)
-    if model.config.model_type == ProxyTuneConfig.model_type:
-        raise MemberError(f"{name} ({member.model}) is itself a recipe; name the models in it instead")
-    if model.config.is_encoder_decoder:
-        raise MemberError(f"{name} ({member.model}) is an encoder-decoder; members must be decoder-only")
+    refuse_unfit(name, member, model.config)
+    if gguf_file is not None:
+        forget_gguf(model)
     return model  # type: ignore[no-any-return]
+
+
+def forget_gguf(model: PreTrainedModel) -> None:
+    """Drop the note that a model was quantized: transformers dequantizes GGUF, and refuses to save what is noted so."""
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def refuse_unfit(name: str, member: Member, own: PreTrainedConfig) -> None:
+    """Raise :class:`MemberError` if a model of this config cannot be a member."""
+    if own.model_type == ProxyTuneConfig.model_type:
+        raise MemberError(f"{name} ({member.model}) is itself a recipe; name the models in it instead")
+    if own.is_encoder_decoder:
+        raise MemberError(f"{name} ({member.model}) is an encoder-decoder; members must be decoder-only")
 
 
 def load_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> PreTrainedConfig:

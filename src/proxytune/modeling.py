@@ -10,6 +10,7 @@ The outer world sees one sequence: ``input_ids``, as the base reads it. A member
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig
 from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError
-from proxytune.members import Lane, Loading, load_config, load_lanes, load_tokenizer
+from proxytune.members import Lane, Loading, load_config, load_lanes, load_tokenizer, refuse_unfit
 from proxytune.mixing import alpha_tensor, mix
 from proxytune.prompts import Prompter, left_pad
 from proxytune.vocabulary import compare
@@ -652,7 +653,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
                 widths[name] = given[name].config.get_text_config(decoder=True).vocab_size
                 tokenizers.setdefault(name, None)
                 continue
-            widths[name] = load_config(config, name, member, loading).get_text_config(decoder=True).vocab_size
+            member_config = load_config(config, name, member, loading)
+            refuse_unfit(name, member, member_config)
+            widths[name] = member_config.get_text_config(decoder=True).vocab_size
             if tokenizers.get(name) is None:  # members of one directory share one tokenizer
                 place = (member.model, member.revision, member.gguf_file)
                 if place not in seen:
@@ -663,7 +666,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         lanes = load_lanes(config, loading, given)
         if config.text_config is None:
             base = next(lane for lane in lanes if any("base" in seat.names for seat in lane.seats))
-            config.text_config = base.model.config
+            config.text_config = copy.deepcopy(base.model.config)
+            config.text_config.name_or_path = ""  # where it lay on this machine is not the recipe's to tell
             config.vocab_size = widths["base"]
         model = cls(config, lanes, tokenizers=tokenizers)
         model.generation_config = GenerationConfig.from_dict(model.base.generation_config.to_dict())

@@ -92,14 +92,7 @@ def write_recipe(
     """
     directory = Path(directory)
 
-    def moved(_: str, member: Member) -> Member:
-        return replace(
-            member,
-            model=rebase(member.model, config.name_or_path, directory),
-            adapter=rebase(member.adapter, config.name_or_path, directory),
-        )
-
-    written = config.with_members(moved)
+    written = config.with_members(lambda _, member: _moved(member, config.name_or_path, directory))
     written.auto_map = AUTO_MAP
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -112,6 +105,11 @@ def write_recipe(
     except OSError as error:
         raise RecipeError(f"the recipe cannot be written to {str(directory)!r}: {error.strerror or error}") from error
     return directory
+
+
+def _moved(member: Member, old: str, new: Path) -> Member:
+    """The member with its relative paths, meant from the directory ``old``, said from ``new``."""
+    return replace(member, model=rebase(member.model, old, new), adapter=rebase(member.adapter, old, new))
 
 
 def save_model(
@@ -135,7 +133,7 @@ def save_model(
 
     def placed(name: str, member: Member) -> Member:
         if name not in places:
-            return member
+            return _moved(member, model.config.name_or_path, directory)
         weights, adapter = places[name]
         return Member(
             model=weights,
@@ -145,8 +143,8 @@ def save_model(
             prompt=member.prompt,
         )
 
-    # Members that stay keep paths relative to the old recipe; write_recipe moves those, and leaves the new ones.
     config = model.config.with_members(placed)
+    config.name_or_path = ""  # all paths are said from the new directory: write_recipe moves none
     write_recipe(config, directory, tokenizer=model.tokenizer, generation_config=model.generation_config)
 
 

@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from proxytune.errors import MemberError, ProxyTuneError
+from proxytune.members import forget_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -113,10 +114,7 @@ def load_base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     path = base_gguf()
     model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    # The weights are plain floats by now; with the GGUF quantisation still noted, save_pretrained refuses.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    forget_gguf(model)
     model.config.name_or_path = "SmolLM2-135M-Instruct"
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     return model.eval(), tokenizer
