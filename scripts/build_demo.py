@@ -322,6 +322,7 @@ def main() -> None:
     builder = commands.add_parser("build", help="train one seed's models")
     builder.add_argument("--seed", type=int, default=0)
     builder.add_argument("--work", type=Path, default=Path("runs/demo"), help="where the teacher's work is kept")
+    builder.add_argument("--tune-epochs", type=float, default=Plan.tune_epochs, help="fewer: a less sure expert")
     builder.add_argument("--out", type=Path, required=True, help="where the assets go")
     measurer = commands.add_parser("measure", help="count every arm's right answers")
     measurer.add_argument("--assets", type=Path, required=True)
@@ -334,7 +335,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.command == "build":
-        build(Plan(), arguments.seed, arguments.work, arguments.out)
+        build(Plan(tune_epochs=arguments.tune_epochs), arguments.seed, arguments.work, arguments.out)
     else:
         from proxytune.demo.run import run_demo
 
