@@ -232,12 +232,11 @@ def run_demo(
 
         batch_size = 8 if problems is None else min(problems, 50)
         chosen = make_problems(split, problems or 400, seed)
+        batch_seconds = [time.monotonic()]
         with console.status("Solving the first problems"):
             measure(arms, chosen[:batch_size], result, batch_size=batch_size)
         for problem, texts in zip(chosen[:examples], _rows(result), strict=False):
             console.print(_side_by_side(arms, problem, texts))
-
-        batch_seconds = [time.monotonic()]
 
         def go_on() -> bool:
             """With no number given: only while another batch, as long as the longest so far, fits the minute."""
@@ -256,6 +255,7 @@ def run_demo(
             measure(arms, chosen[batch_size:], result, batch_size=batch_size, go_on=go_on, report=report)
     result.seconds = time.monotonic() - started
     _save(result, json_path)
+    console.print()
     console.print(_comparisons(result))
     return result
 
