@@ -318,7 +318,7 @@ def load_model(config: ProxyTuneConfig, name: str, member: Member, loading: Load
     return model  # type: ignore[no-any-return]
 
 
-def forget_gguf(model: PreTrainedModel) -> None:
+def forget_gguf(model: Any) -> None:
     """Drop the note that a model was quantized: transformers dequantizes GGUF, and refuses to save what is noted so."""
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):

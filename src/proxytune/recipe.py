@@ -107,7 +107,7 @@ def write_recipe(
     return directory
 
 
-def _moved(member: Member, old: str, new: Path) -> Member:
+def _moved(member: Member, old: str | None, new: Path) -> Member:
     """The member with its relative paths, meant from the directory ``old``, said from ``new``."""
     return replace(member, model=rebase(member.model, old, new), adapter=rebase(member.adapter, old, new))
 
