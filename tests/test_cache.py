@@ -7,6 +7,7 @@ import torch
 
 import tiny
 from oracle import Oracle, assert_same_tokens
+from proxytune import ProxyTunedForCausalLM
 
 PROMPT = [1, *(20 + (7 * i) % 90 for i in range(2 * tiny.WINDOW + 3))]  # longer than any window
 REPEATING = [1, *[40, 41, 42, 43, 44] * 5, 40, 41]
@@ -56,6 +57,15 @@ def test_rejected_drafts_are_rolled_back(oracle, model, draft, prompt):
     assert_same_tokens(out[0, len(prompt) :], oracle.greedy(prompt, 24))
 
 
+@pytest.mark.parametrize("prompt", [REPEATING, REPEATING[:7]], ids=["beyond the window", "into the window"])
+def test_a_composite_drafts_and_is_rolled_back(model, prompt):
+    """As the assistant of a model that often disagrees, and of itself."""
+    ids = torch.tensor([prompt])
+    for main in (tiny.llama("base", 1), model):
+        alone = main.generate(ids, **QUIET, max_new_tokens=20)
+        assert torch.equal(main.generate(ids, **QUIET, max_new_tokens=20, assistant_model=model), alone)
+
+
 @torch.no_grad()
 def test_crop_is_as_if_never_read(oracle, model):
     """Read a prompt, then five columns too many, crop them, read others: the logits are the plain loop's."""
@@ -85,10 +95,39 @@ def test_rows_are_repeated_and_chosen_for_every_member(oracle, model):
         torch.testing.assert_close(out.logits[index, -1], expected, rtol=1e-4, atol=1e-3)
 
 
-# -- the cache alone, with a lane of two seats ----------------------------------------------------------------
+@torch.no_grad()
+def test_rows_of_two_seats_and_their_prompts_move_together(tokenizer):
+    """One model under two prompts, ragged, is one lane of two blocks of rows."""
+    base = tiny.gpt2("small", 1)
+    prompts = {"base": [[1, 5, 6], [1, 7]], "e.expert": [[1, 30, 31, 32, 33], [1, 40, 41]]}
+    experts = [{"name": "e", "expert": base, "expert_prompt": "Q: {prompt}"}]
+    model = ProxyTunedForCausalLM.from_members(base, experts=experts, tokenizer=tokenizer)
+    oracle, cache = Oracle(base, [("e", base, None, 1.0)]), model.new_cache()
+    assert [len(lane.seats) for lane in model.lanes] == [2]
+    own = tiny.padded(prompts["e.expert"])
+    model(
+        **tiny.padded(prompts["base"]),
+        past_key_values=cache,
+        prompt_length=3,
+        member_input_ids={"e.expert": own["input_ids"]},
+        member_attention_mask={"e.expert": own["attention_mask"]},
+    )
+    cache.batch_repeat_interleave(2)  # rows 0 0 1 1
+    cache.reorder_cache(torch.tensor([2, 0, 1, 3]))  # rows 1 0 0 1
+    cache.batch_select_indices(torch.tensor([False, True, False, True]))  # rows 0 1
+    cache.reorder_cache(torch.tensor([1, 0]))  # rows 1 0
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    positions = torch.tensor([[2], [3]])
+    out = model(torch.tensor([[50], [60]]), attention_mask=mask, position_ids=positions, past_key_values=cache)
+    for index, (row, token) in enumerate(((1, 50), (0, 60))):
+        expected = oracle.logits({name: rows[row] for name, rows in prompts.items()}, [token])[-1]
+        torch.testing.assert_close(out.logits[index, -1], expected, rtol=1e-4, atol=1e-3)
+
+
+# -- the cache alone ------------------------------------------------------------------------------------------
 @pytest.fixture
 def shared():
-    """Base and anti-expert are one model, so that a lane would hold one seat; its expert another lane."""
+    """Base and anti-expert are one model, so there are two lanes."""
     base = tiny.llama("small", 1)
     return tiny.compose(Oracle(base, [("e", tiny.qwen2("mini", 2), base, 1.0)]))
 

@@ -291,6 +291,23 @@ def test_a_forward_is_continued_from_its_cache(model, oracle, tokenizer):
         cache.crop(-1)
 
 
+@torch.no_grad()
+def test_a_hidden_column_of_the_continuation_is_hidden_from_all(model, oracle, tokenizer):
+    """As a rejected draft in a batch is: masked, and not counted in the positions."""
+    own = prompts_of(TEXTS[0], tokenizer)
+    n_prompt, new = len(own["base"]), [40, 99, 42]
+    mask = torch.ones(1, n_prompt + 3, dtype=torch.long)
+    mask[0, n_prompt + 1] = 0
+    out = model(
+        torch.tensor([[*own["base"], *new]]),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+        prompt_length=n_prompt,
+        member_input_ids={name: torch.tensor([ids]) for name, ids in own.items() if name != "base"},
+    )
+    torch.testing.assert_close(out.logits[0, -1], oracle.logits(own, [40, 42])[-1], rtol=1e-4, atol=1e-3)
+
+
 def test_a_bare_forward_is_refused(model, tokenizer):
     ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
     own = {name: torch.tensor([[1, 5]]) for name in ("e.expert", "e.anti_expert")}
