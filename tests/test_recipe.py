@@ -515,3 +515,22 @@ def test_greedy_through_the_auto_class(shelf):
     out = AutoModelForCausalLM.from_pretrained(shelf / "recipe").generate(IDS, **QUIET, max_new_tokens=8)
     oracle = Oracle(base, [("e", expert, anti, 1.0)])
     assert_same_tokens(out[0, IDS.shape[1] :], oracle.greedy(IDS[0].tolist(), 8))
+
+
+def test_a_base_with_idle_sampling_flags_can_be_written(tmp_path):
+    """Llama-2's first generation_config.json: a temperature without do_sample, which transformers won't save."""
+    idle = GenerationConfig(temperature=0.9, top_p=0.6, max_length=64, eos_token_id=2)
+    recipe = ProxyTuneConfig(base="base", experts=[{"expert": "expert"}])
+    write_recipe(recipe, tmp_path, generation_config=idle)
+    written = GenerationConfig.from_pretrained(tmp_path)
+    assert (written.max_length, written.eos_token_id, written.temperature) == (64, 2, None)
+    assert idle.temperature == 0.9  # the caller's is left alone
+
+    base = tiny.llama()
+    base.generation_config = idle
+    ProxyTunedForCausalLM.from_members(base, tiny.llama(), alpha=0.5).save_pretrained(tmp_path / "bundle")
+    assert (tmp_path / "bundle" / "members" / "base" / "model.safetensors").is_file()
+
+    sampling = GenerationConfig(do_sample=True, temperature=0.9)
+    write_recipe(recipe, tmp_path, generation_config=sampling)
+    assert GenerationConfig.from_pretrained(tmp_path).temperature == 0.9

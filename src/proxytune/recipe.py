@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
@@ -99,12 +100,27 @@ def write_recipe(
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         if generation_config is not None:
-            generation_config.save_pretrained(directory)
+            _valid(generation_config).save_pretrained(directory)
         (directory / f"{SHIM_NAME}.py").write_text(SHIM, encoding="utf-8")
         written.save_pretrained(directory)  # last: a directory with a config.json is a whole recipe
     except OSError as error:
         raise RecipeError(f"the recipe cannot be written to {str(directory)!r}: {error.strerror or error}") from error
     return directory
+
+
+def _valid(generation_config: GenerationConfig) -> GenerationConfig:
+    """A generation config that transformers agrees to write.
+
+    Older checkpoints (Llama-2 as first published) set a temperature without ``do_sample``. They decode greedily all
+    the same, but transformers refuses to save such a file; without the idle flags it says what it did.
+    """
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:
+        generation_config = copy.deepcopy(generation_config)
+        for flag in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(generation_config, flag, None)
+    return generation_config
 
 
 def _moved(member: Member, old: str | None, new: Path) -> Member:
@@ -159,6 +175,7 @@ def _save_lane(
             own = name
             break
     target = members / own
+    lane.model.generation_config = _valid(lane.model.generation_config)
     lane.model.save_pretrained(target, state_dict=plain_weights(lane), max_shard_size=max_shard_size)
     tokenizer = model.tokenizers.get(own) or model.tokenizer
     if tokenizer is not None:
