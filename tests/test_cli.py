@@ -502,7 +502,12 @@ def test_ctrl_c_leaves_a_job_cleanly(recipe, tmp_path):
     source.write_text("".join(f'{{"prompt": "the fox {i}"}}\n' for i in range(500)))
     command = [str(Path(sys.executable).with_name("proxytune")), "generate", str(recipe), "-n", "60", "-b", "1"]
     process = subprocess.Popen(
-        [*command, "-i", str(source), "-o", str(out)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*command, "-i", str(source), "-o", str(out)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A test run in the background of a shell ignores Ctrl-C, and would hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and (not out.exists() or out.read_bytes().count(b"\n") < 2):

@@ -131,3 +131,22 @@ def test_a_prompt_id_that_a_member_lacks_is_refused(unequal):
         unequal.generate(torch.tensor([[1, 5, tiny.VOCAB + 3]]), max_new_tokens=1)
     with pytest.raises(PromptError, match="token id"):
         unequal.generate(torch.tensor([[1, 5, -1]]), max_new_tokens=1)
+
+
+def test_padding_beyond_a_members_vocabulary_is_no_prompt():
+    """A base with an added pad token (32000): small members never read it, at the left or after the end."""
+    base, expert, anti = tiny.llama(vocab_size=tiny.VOCAB + 8), tiny.llama("small", 1), tiny.llama("small", 2)
+    pad = tiny.VOCAB + 7
+    model = ProxyTunedForCausalLM.from_members(base, expert, anti)
+    assert model.shared_vocab < pad
+    ids = torch.tensor([[pad, pad, 7, 9, 11], [5, 40, 77, 102, 9]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    quiet = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": pad}
+    alone = model.generate(ids[1:], eos_token_id=None, **quiet)
+    end = int(alone[0, 6])  # the second row ends after two tokens and is padded from there
+    both = model.generate(ids, attention_mask=mask, eos_token_id=end, **quiet)
+    first = model.generate(ids[:1, 2:], eos_token_id=end, **quiet)
+    new = first.shape[1] - 3
+    assert both[0, 5 : 5 + new].tolist() == first[0, 3:].tolist()
+    with pytest.raises(PromptError, match=f"token id {pad}"):
+        model(ids)

@@ -167,7 +167,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             for name in seat.names
         }
         widths = [lane.config.vocab_size for lane in lanes]
-        self.shared_vocab = min(widths)
+        self.shared_vocab, self.widest_vocab = min(widths), max(widths)
         # A lane reads prompts of its own as soon as one of its seats does: its rows must stay aligned.
         self.own_prompts = [any(seat.prompt.kind != "raw" for seat in lane.seats) for lane in lanes]
         self._is_stateful = any(getattr(lane.model, "_is_stateful", False) for lane in lanes)
@@ -253,6 +253,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = self.new_cache()
         cache = past_key_values
         n_cached = cache.n_columns if cache is not None else 0
+        if n_cached == 0 and self.shared_vocab < self.widest_vocab:
+            for name in self.seats:
+                self._check_ids(name, input_ids, attention_mask)
         prompts, prompt_length = self._prompts(
             input_ids, attention_mask, cache, member_input_ids, member_attention_mask, prompt_length
         )
@@ -307,6 +310,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Tensor:
         """One lane's forward over new columns of the outer sequence: (n_seats * n_batch, n_positions, n_vocab)."""
         lane = self._lane(index)
+        if lane.config.vocab_size < self.widest_vocab:
+            # An id that this member lacks is never chosen, and refused in a prompt: what is left of them is padding.
+            input_ids = input_ids.clamp(max=lane.config.vocab_size - 1)
         if prompt is not None:
             continuation = input_ids[:, max(prompt_length - n_cached, 0) :]  # the columns that all members share
             inputs = own_inputs(prompt, continuation, attention_mask, prompt_length, n_cached)
@@ -488,9 +494,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         """Each member can read its prompt: no id beyond its vocabulary, no more tokens than its context."""
         shown = {name: (own or {}).get(name, input_ids) for name in self.seats}
         for name, ids in shown.items():
-            width = self._lane(self.seats[name][0]).config.vocab_size
-            if (highest := int(ids.max())) >= width or int(ids.min()) < 0:
-                raise PromptError(f"the prompt has token id {highest}, but member {name!r} has only {width} tokens")
+            self._check_ids(name, ids, attention_mask if ids is input_ids else None)
             length = ids.shape[1]
             if ids is input_ids and attention_mask is not None:
                 length = int(attention_mask.sum(dim=1).max())
@@ -499,6 +503,13 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
                 raise PromptError(
                     f"the prompt has {length} tokens, but member {name!r} can read only {limit}; shorten the prompt"
                 )
+
+    def _check_ids(self, name: str, ids: Tensor, mask: Tensor | None) -> None:
+        """Member ``name`` has every id that is not masked."""
+        width = self._lane(self.seats[name][0]).config.vocab_size
+        read = ids if mask is None else ids.masked_fill(mask[:, -ids.shape[1] :] == 0, 0)
+        if (highest := int(read.max())) >= width or int(read.min()) < 0:
+            raise PromptError(f"the prompt has token id {highest}, but member {name!r} has only {width} tokens")
 
     def _expand_inputs_for_generation(
         self,
@@ -661,7 +672,15 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
                 if place not in seen:
                     seen[place] = load_tokenizer(config, name, member, loading)
                 tokenizers[name] = seen[place]
-        compare({"base": tokenizers["base"], **tokenizers}, widths).raise_for_mismatch()
+        vocabulary = compare({"base": tokenizers["base"], **tokenizers}, widths)
+        vocabulary.raise_for_mismatch()
+        for name, extra in vocabulary.extra.items():
+            logger.warning(
+                "%s has %d ids that another member lacks (from %d on); they are never chosen",
+                name,
+                extra,
+                vocabulary.shared,
+            )
 
         lanes = load_lanes(config, loading, given)
         if config.text_config is None:

@@ -3,9 +3,11 @@
 Logits can be added only where a row means the same token in every member. So tokens are compared by identity
 (id -> string), not by the size of the vocabulary:
 
-- ids that all members have, under one string, are mixed;
-- ids that some member lacks (padding rows, 32000 against 32016) are *extra*: they are reported, and never chosen;
-- one id under two strings is a mismatch, and is refused.
+- ids that all members have logits for are mixed, unless two of them give one id two strings: that is a mismatch, and
+  is refused;
+- ids beyond some member's logits (32000 against 32016) are *extra*: they are reported, and never chosen.
+
+An id that is a token in one member and a mere padding row in another is mixed: its row there is all but constant.
 """
 
 from __future__ import annotations
