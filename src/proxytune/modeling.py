@@ -352,7 +352,10 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     def alpha_rows(self, alpha: Any, n_batch: int) -> Tensor:
         """``alpha`` in any accepted form as float32, shape = (n_batch or 1, n_experts)."""
         return alpha_tensor(
-            alpha, default=self.config.alphas, names=[expert.name for expert in self.experts], n_batch=n_batch
+            alpha,
+            default=[expert.alpha for expert in self.experts],  # the config would be parsed again at every token
+            names=[expert.name for expert in self.experts],
+            n_batch=n_batch,
         )
 
     def _prompts(
