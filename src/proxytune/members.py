@@ -266,8 +266,7 @@ def _loaded_lane(config: ProxyTuneConfig, group: list[tuple[str, Member]], loadi
         for path, adapter in names.items():
             owner, at = next((n, m) for n, m in group if m.adapter == path)
             source = adapter_source(config, at)
-            kwargs = {"revision": source.revision, "subfolder": source.subfolder or None, **loading.hub}
-            kwargs = {key: value for key, value in kwargs.items() if value is not None}
+            kwargs = _hub_arguments(source, loading)
             with loading_of(owner, path):
                 if wrapped is None:
                     wrapped = peft.PeftModel.from_pretrained(model, source.path, adapter_name=adapter, **kwargs)
@@ -299,13 +298,10 @@ def load_model(config: ProxyTuneConfig, name: str, member: Member, loading: Load
         "quantization_config": member.quantization_config or loading.quantization_config,
         "attn_implementation": loading.attn_implementation,
         "tqdm_class": loading.tqdm_class,
-        "gguf_file": gguf_file,
-        "revision": source.revision,
-        "subfolder": source.subfolder or None,
         "trust_remote_code": loading.trust_remote_code,
-        **loading.hub,
     }
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    kwargs |= _hub_arguments(source, loading, gguf_file)
     if isinstance(kwargs.get("quantization_config"), dict):
         from transformers.quantizers.auto import AutoQuantizationConfig
 
@@ -336,17 +332,11 @@ def refuse_unfit(name: str, member: Member, own: PreTrainedConfig) -> None:
 def load_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> PreTrainedConfig:
     """Load one member's config alone."""
     source, gguf_file = member_source(config, name, member)
-    kwargs = {
-        "revision": source.revision,
-        "subfolder": source.subfolder,
-        "gguf_file": gguf_file,
-        **loading.hub,
-    }
     with loading_of(name, member.model):
         return AutoConfig.from_pretrained(  # type: ignore[no-any-return]
             source.path,
             trust_remote_code=loading.trust_remote_code,
-            **{key: value for key, value in kwargs.items() if value},
+            **_hub_arguments(source, loading, gguf_file),
         )
 
 
@@ -355,17 +345,11 @@ def load_tokenizer(config: ProxyTuneConfig, name: str, member: Member, loading: 
     source, gguf_file = member_source(config, name, member)
     if source.is_local and gguf_file is None and not _has_tokenizer(Path(source.path) / source.subfolder):
         return None
-    kwargs = {
-        "revision": source.revision,
-        "subfolder": source.subfolder,
-        "gguf_file": gguf_file,
-        **loading.hub,
-    }
     with loading_of(name, member.model):
         return AutoTokenizer.from_pretrained(
             source.path,
             trust_remote_code=loading.trust_remote_code,
-            **{key: value for key, value in kwargs.items() if value},
+            **_hub_arguments(source, loading, gguf_file),
         )
 
 
@@ -389,11 +373,14 @@ def adapter_source(config: ProxyTuneConfig, member: Member) -> Source:
 def load_adapter_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> Any:
     """The PEFT config of a member's adapter."""
     source = adapter_source(config, member)
-    kwargs = {"revision": source.revision, "subfolder": source.subfolder or None, **loading.hub}
     with loading_of(name, member.adapter):
-        return _peft(name).PeftConfig.from_pretrained(
-            source.path, **{key: value for key, value in kwargs.items() if value is not None}
-        )
+        return _peft(name).PeftConfig.from_pretrained(source.path, **_hub_arguments(source, loading))
+
+
+def _hub_arguments(source: Source, loading: Loading, gguf_file: str | None = None) -> dict[str, Any]:
+    """What every ``from_pretrained`` is told of a place, besides its path."""
+    place = {"revision": source.revision, "subfolder": source.subfolder or None, "gguf_file": gguf_file}
+    return {key: value for key, value in {**place, **loading.hub}.items() if value is not None}
 
 
 def _has_tokenizer(directory: Path) -> bool:
