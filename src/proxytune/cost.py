@@ -12,20 +12,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["MAX_GAMMA", "Cost", "Costs", "expected_tokens"]
+__all__ = ["MAX_DRAFTS", "Cost", "Costs", "cost_of_weights", "expected_tokens"]
 
-MAX_GAMMA = 12  # drafted tokens a cycle; beyond, acceptance has decayed for any realistic expert
+MAX_DRAFTS = 12  # of one cycle; beyond, acceptance has decayed for any realistic expert
+
+# What a layer costs besides its weights: launching its kernels, as the bytes that could be read in that time.
+# Orders of magnitude of eager PyTorch, enough to choose a number of drafts; `proxytune plan --probe` measures.
+LAYER_BYTES = {"cpu": 8e6, "cuda": 2e8}
+# Arithmetic of one more row, as a share of the time that reading the weights takes.
+ROW_SHARE = {"cpu": 0.03, "cuda": 0.004}
+# PyTorch's CPU `linear` lays weights out anew in each call with more than one row (see kernels.py).
+UNPACKED_CPU = 1.6
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One forward of a lane (a set of weights): ``fixed + per_row * rows``, in any unit."""
+    """One forward of a lane (a set of weights) over ``rows`` rows, in any unit.
+
+    Attributes:
+        fixed: whatever the rows. per_row: of each row. several: the factor on ``fixed`` where there are several rows.
+    """
 
     fixed: float
     per_row: float = 0.0
+    several: float = 1.0
 
     def of(self, rows: int) -> float:
-        return self.fixed + self.per_row * rows
+        return self.fixed * (self.several if rows > 1 else 1.0) + self.per_row * rows
 
 
 @dataclass(frozen=True)
@@ -35,44 +48,70 @@ class Costs:
     Attributes:
         base: the lane that holds the base. draft: the lane that drafts, with ``draft_seats`` members in it.
         others: the remaining lanes, each with its number of seats.
-        overhead: what one step costs beyond the forwards: mixing, choosing, bookkeeping.
+        overhead: what one cycle costs beyond the forwards: mixing, choosing, bookkeeping.
     """
 
     base: Cost
-    draft: Cost | None
+    draft: Cost | None = None
     draft_seats: int = 1
     others: Sequence[tuple[Cost, int]] = ()
     overhead: float = 0.0
+    base_seats: int = 1
 
     def base_alone(self, n_batch: int = 1) -> float:
         """One token of every row, by the base alone."""
         return self.base.of(n_batch)
 
-    def cycle(self, gamma: int, acceptance: float, n_batch: int = 1) -> float:
-        """One cycle: ``gamma`` drafting steps, one verifying pass of all other lanes, and the drafting lane's step
-        on the last draft, which is only taken where some row accepted all of them. ``gamma`` = 0 is plain decoding.
+    def cycle(self, n_drafts: int, acceptance: float, n_batch: int = 1) -> float:
+        """One cycle: the drafting steps, one verifying pass of all other lanes, and the drafting lane's step on the
+        last draft, which is only taken where some row accepted all of them. No drafts: plain decoding.
         """
         draft = 0.0
         if self.draft is not None:
-            last = 1 - (1 - acceptance**gamma) ** n_batch
-            draft = (gamma + last) * self.draft.of(n_batch * self.draft_seats)
-        verify = self.base.of(n_batch * (gamma + 1))
-        verify += sum(cost.of(n_batch * (gamma + 1) * seats) for cost, seats in self.others)
-        return draft + verify + self.overhead
+            last = 1 - (1 - acceptance**n_drafts) ** n_batch
+            draft = (n_drafts + last) * self.draft.of(n_batch * self.draft_seats)
+        return draft + self._verify(n_drafts, n_batch) + self.overhead
 
-    def per_token(self, gamma: int, acceptance: float, n_batch: int = 1) -> float:
+    def lookup_cycle(self, n_drafts: int, n_batch: int = 1) -> float:
+        """One cycle whose drafts were looked up: every lane reads them in one pass."""
+        draft = 0.0 if self.draft is None else self.draft.of(n_batch * (n_drafts + 1) * self.draft_seats)
+        return draft + self._verify(n_drafts, n_batch) + self.overhead
+
+    def _verify(self, n_drafts: int, n_batch: int) -> float:
+        rows = n_batch * (n_drafts + 1)
+        return self.base.of(rows * self.base_seats) + sum(cost.of(rows * seats) for cost, seats in self.others)
+
+    def per_token(self, n_drafts: int, acceptance: float, n_batch: int = 1) -> float:
         """The cost of one more token of every row."""
-        return self.cycle(gamma, acceptance, n_batch) / expected_tokens(acceptance, gamma)
+        return self.cycle(n_drafts, acceptance, n_batch) / expected_tokens(acceptance, n_drafts)
 
-    def best_gamma(self, acceptance: float, n_batch: int = 1, most: int = MAX_GAMMA) -> int:
+    def lookup_per_token(self, n_drafts: int, acceptance: float, n_batch: int = 1) -> float:
+        """The same with looked-up drafts."""
+        return self.lookup_cycle(n_drafts, n_batch) / expected_tokens(acceptance, n_drafts)
+
+    def best_drafts(self, acceptance: float, n_batch: int = 1, most: int = MAX_DRAFTS) -> int:
         """The number of drafts that makes a token cheapest; 0 where drafting does not pay."""
         if self.draft is None:
             return 0
-        return min(range(most + 1), key=lambda gamma: self.per_token(gamma, acceptance, n_batch))
+        return min(range(most + 1), key=lambda n: self.per_token(n, acceptance, n_batch))
 
 
-def expected_tokens(acceptance: float, gamma: int) -> float:
-    """Tokens a cycle: ``(1 - a^(gamma + 1)) / (1 - a)`` (2211.17192, eq. 1), at least the one that M gives itself."""
+def cost_of_weights(n_bytes: float, n_layers: int, device: str = "cuda", *, packed: bool = True) -> Cost:
+    """One lane's cost in bytes, from what it reads in a step.
+
+    Args:
+        n_bytes: of all weights that a token passes through.
+        n_layers: decoder layers.
+        device: a torch device type; what is not listed counts as ``cuda``.
+        packed: on a CPU, whether :func:`proxytune.kernels.pack` has laid the weights out.
+    """
+    kind = device if device in LAYER_BYTES else "cuda"
+    several = UNPACKED_CPU if kind == "cpu" and not packed else 1.0
+    return Cost(n_bytes + n_layers * LAYER_BYTES[kind], n_bytes * ROW_SHARE[kind], several)
+
+
+def expected_tokens(acceptance: float, n_drafts: int) -> float:
+    """Tokens a cycle: ``(1 - a^(γ + 1)) / (1 - a)`` (2211.17192, eq. 1), at least the one that M gives itself."""
     if acceptance >= 1:
-        return gamma + 1.0
-    return (1 - acceptance ** (gamma + 1)) / (1 - acceptance)
+        return n_drafts + 1.0
+    return (1 - acceptance ** (n_drafts + 1)) / (1 - acceptance)

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from proxytune.config import Member, Prompt, ProxyTuneConfig, Source, resolve
 from proxytune.errors import MemberError, first_line
+from proxytune.kernels import pack
 
 __all__ = [
     "Lane",
@@ -51,6 +52,7 @@ class Loading:
     tqdm_class: Any = None  # of a progress bar over the weights; `transformers serve` gives one
     trust_remote_code: bool = False
     share: bool = True
+    pack: bool = False
     hub: dict[str, Any] = field(default_factory=dict)  # token, cache_dir, local_files_only, force_download
 
 
@@ -74,6 +76,8 @@ class Lane(nn.Module):
         self.model: Any = model
         self.seats = tuple(seats)
         self.source = source  # None for a model that was given in memory
+        self.packed = False
+        self.read_bytes = _bytes_read(model)
         self.blocks = RowBlocks()
         if len({seat.adapter for seat in seats}) > 1:
             _swap_in_row_lora(model, self.blocks)
@@ -85,6 +89,11 @@ class Lane(nn.Module):
     @property
     def config(self) -> PreTrainedConfig:
         return cast(PreTrainedConfig, self.model.config.get_text_config(decoder=True))
+
+    def pack(self) -> None:
+        """Lay the weights out for fast inference on a CPU; see :func:`proxytune.kernels.pack`."""
+        pack(self.model)
+        self.packed = True
 
     def forward(self, input_ids: Tensor, *, logits_to_keep: int | Tensor, **inputs: Any) -> Tensor:
         """Logits of the stacked rows, shape = (n_seats * n_batch, n_kept, n_vocab), in the model's dtype."""
@@ -160,6 +169,16 @@ def _swap_in_row_lora(model: nn.Module, blocks: RowBlocks) -> None:
                 setattr(parent, name, RowLoRA(child, blocks))
 
 
+def _bytes_read(model: nn.Module) -> int:
+    """What a token's forward reads of the weights: all of them, but of input embeddings only a row."""
+    sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
+    head = cast(Any, model).get_output_embeddings()
+    for name, parameter in cast(Any, model).get_input_embeddings().named_parameters():
+        if name == "weight" and (head is None or getattr(head, "weight", None) is not parameter):
+            sizes.pop(id(parameter), None)
+    return sum(sizes.values())
+
+
 def _cannot_share(adapter: Any) -> str | None:
     """Why a PEFT config cannot be applied to a block of rows, or None where it can."""
     if str(getattr(adapter.peft_type, "value", adapter.peft_type)) != "LORA":
@@ -192,10 +211,14 @@ def load_lanes(config: ProxyTuneConfig, loading: Loading, given: Mapping[str, An
     groups, reasons = group_by_weights(config, named, loading)
     for name, reason in reasons.items():
         logger.warning("the adapter of %s is loaded with weights of its own, because %s", name, reason)
-    return [
+    lanes = [
         *(_given_lane(group, given) for group in in_memory.values()),
         *(_loaded_lane(config, group, loading) for group in groups),
     ]
+    if loading.pack:
+        for lane in lanes:
+            lane.pack()
+    return lanes
 
 
 def group_by_weights(

@@ -28,6 +28,7 @@ from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeErr
 from proxytune.members import Lane, Loading, load_config, load_lanes, load_tokenizer, refuse_unfit
 from proxytune.mixing import alpha_tensor, mix
 from proxytune.prompts import Prompter, left_pad
+from proxytune.speculation import SpeculationStats, choose_drafting, costs_of, decode, parse_speculate
 from proxytune.vocabulary import compare
 
 __all__ = ["ProxyTunedCache", "ProxyTunedForCausalLM", "ProxyTunedOutput"]
@@ -143,6 +144,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         lanes: Sequence[Lane] | None = None,
         *,
         tokenizers: Mapping[str, Any] | None = None,
+        speculate: Any = "auto",
     ) -> None:
         if lanes is None:
             raise RecipeError("a recipe has no weights of its own; use from_pretrained or from_members")
@@ -170,6 +172,10 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         self.shared_vocab, self.widest_vocab = min(widths), max(widths)
         # A lane reads prompts of its own as soon as one of its seats does: its rows must stay aligned.
         self.own_prompts = [any(seat.prompt.kind != "raw" for seat in lane.seats) for lane in lanes]
+        self.drafting = choose_drafting(self)
+        self.costs = costs_of(self)
+        self.speculate = parse_speculate(speculate)
+        self.speculation_stats = SpeculationStats()  # of the last greedy or sampling call of generate()
         self._is_stateful = any(getattr(lane.model, "_is_stateful", False) for lane in lanes)
         contexts = {name: self.context_of(name) for name in self.seats}
         self.shortest = min(contexts, key=lambda name: contexts[name] or float("inf"))
@@ -220,6 +226,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         member_attention_mask: Mapping[str, Tensor] | None = None,
         prompt_length: int | None = None,
         output_member_logits: bool = False,
+        speculate: Any = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ProxyTunedOutput | tuple[Any, ...]:
@@ -237,6 +244,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             member_attention_mask: member name -> mask of that shape; all ones by default.
             prompt_length: how many columns of the whole outer sequence are prompt; needed with own prompts.
             output_member_logits: also return each member's own logits.
+            speculate: only for :meth:`generate`; a number of drafts is refused here.
 
         Returns:
             float32 logits, shape = (n_batch, n_positions, n_vocab of the base). With own prompts the positions
@@ -246,6 +254,10 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             PromptError: own prompts without a boundary. AlphaError: see ``alpha``.
         """
         self._refuse(kwargs)
+        if speculate not in (None, "auto", False):
+            raise ProxyTuneError(
+                f"speculate={speculate} is for greedy decoding and sampling with a cache; leave it out"
+            )
         n_batch, n_columns = input_ids.shape
         if use_cache is None:
             use_cache = not self.training
@@ -453,6 +465,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         alpha: Any = None,
         member_input_ids: Mapping[str, Any] | None = None,
         member_attention_mask: Mapping[str, Tensor] | None = None,
+        speculate: Any = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' ``generate``, with every option of its own, steered.
@@ -462,6 +475,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             member_input_ids: member name -> its own prompt: a list of lists of ids, or a left-padded tensor of
                 shape (n_batch, its width). By default made from the text of ``input_ids``, by the recipe.
             member_attention_mask: member name -> the mask of such a tensor.
+            speculate: ``"auto"``: let a member draft, in greedy decoding and sampling, where that is predicted to pay;
+                False: never; a number: always draft so many tokens. By default what was given at load. Greedy
+                output is the same; samples have the same distribution, but the same seed gives other ones.
 
         Raises:
             PromptError: a prompt that is empty, longer than the shortest member's context, or that cannot be made.
@@ -488,7 +504,35 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             alpha=alpha,
             member_input_ids=member_input_ids,
             member_attention_mask=member_attention_mask,
+            speculate=self.speculate if speculate is None else parse_speculate(speculate),
             **kwargs,
+        )
+
+    def _sample(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy decoding and sampling: our loop, or transformers' own where ours has no place."""
+        plain = synced_gpus or generation_config.is_assistant or model_kwargs.get("past_key_values") is None
+        if plain:
+            return super()._sample(  # type: ignore[misc]
+                cast(Any, input_ids),
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus,
+                streamer,
+                **model_kwargs,
+            )
+        speculate = model_kwargs.pop("speculate")
+        return decode(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs, speculate
         )
 
     def _check_prompts(
@@ -553,7 +597,14 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
         # An assistant is another model: what steers this one means nothing to it.
-        ours = ("alpha", "member_input_ids", "member_attention_mask", "prompt_length", "output_member_logits")
+        ours = (
+            "alpha",
+            "member_input_ids",
+            "member_attention_mask",
+            "prompt_length",
+            "output_member_logits",
+            "speculate",
+        )
         plain = {key: value for key, value in model_kwargs.items() if key not in ours}
         return super()._get_candidate_generator(*args, model_kwargs=plain, **kwargs)  # type: ignore[misc]
 
@@ -633,6 +684,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             member_trust_remote_code: run code that a *member's* repository brings. ``trust_remote_code``, which
                 lets a recipe be loaded without importing proxytune first, does not reach the members.
             share: False loads LoRA members with weights of their own.
+            speculate: what :meth:`generate` does where it is not told, ``"auto"`` by default.
+            pack: lay the members' weights out for fast inference on a CPU, see :func:`proxytune.kernels.pack`.
 
         Raises:
             RecipeError, MemberError, VocabularyError, AlphaError: each one sentence.
@@ -659,6 +712,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> ProxyTunedForCausalLM:
         from proxytune.recipe import HUB_ARGUMENTS
 
+        speculate = parse_speculate(kwargs.pop("speculate", "auto"))
         loading = _loading(config, kwargs, HUB_ARGUMENTS)
         tokenizers["base"] = tokenizers.get("base", tokenizer)
         widths, seen = {}, {}
@@ -691,7 +745,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             config.text_config = copy.deepcopy(base.model.config)
             config.text_config.name_or_path = ""  # where it lay on this machine is not the recipe's to tell
             config.vocab_size = widths["base"]
-        model = cls(config, lanes, tokenizers=tokenizers)
+        model = cls(config, lanes, tokenizers=tokenizers, speculate=speculate)
         model.generation_config = GenerationConfig.from_dict(model.base.generation_config.to_dict())
         return model.eval()
 
@@ -803,6 +857,7 @@ def _loading(config: ProxyTuneConfig, kwargs: dict[str, Any], hub: Sequence[str]
         tqdm_class=kwargs.pop("tqdm_class", None),
         trust_remote_code=bool(kwargs.pop("member_trust_remote_code", False)),
         share=bool(kwargs.pop("share", True)),
+        pack=bool(kwargs.pop("pack", False)),
         hub={
             key: kwargs.pop(key) for key in hub if kwargs.get(key) is not None and key not in ("revision", "subfolder")
         },

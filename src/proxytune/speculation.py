@@ -1,0 +1,737 @@
+"""The decoding loop of greedy search and sampling, and exact speculation in it: the experts draft, M verifies.
+
+M+ must be run at every token anyway, and it resembles the mixture. So it runs ahead (2310.12962, section 4.2;
+2211.17192): it drafts γ tokens and keeps its logits; M reads all of them in one pass, and so do the members that did
+not draft; drafts are accepted by the rule of 2211.17192 held against the *mixture*, so that greedy output is the same
+tokens, and sampled output has the same distribution, as without drafts.
+
+Top to bottom: what is counted, the rule (:func:`accept_greedy`, :func:`accept_sampled`), where drafts come from, how
+many (:class:`Pace`), one lane in mid-generation (:class:`LaneRun`), and the loop (:func:`decode`).
+
+Rows of a batch accept different numbers of drafts. What a row rejected is dropped from its caches, and the row is
+moved to the right, so that a batch stays what it was: left-padded, its newest tokens in one column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor
+from transformers import generation
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from proxytune.cost import MAX_DRAFTS, Costs, cost_of_weights
+from proxytune.errors import ProxyTuneError
+from proxytune.mixing import mix
+
+if TYPE_CHECKING:
+    from proxytune.modeling import ProxyTunedForCausalLM
+
+__all__ = ["Speculate", "SpeculationStats", "accept_greedy", "accept_sampled", "decode", "parse_speculate"]
+
+Speculate = Literal["auto"] | bool | int
+
+
+def parse_speculate(value: Any) -> Speculate:
+    """``"auto"``, False (off), or a number of drafts from 1 to 12, as it was given; else :class:`ProxyTuneError`."""
+    if value == "auto" or value is False or (value == 0 and isinstance(value, int)):
+        return "auto" if value == "auto" else False
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_DRAFTS:
+        return value
+    raise ProxyTuneError(
+        f"speculate must be 'auto', False, or a number of drafts from 1 to {MAX_DRAFTS}, not {value!r}"
+    )
+
+
+@dataclass
+class SpeculationStats:
+    """What one call of ``generate`` drafted. Counts are of tokens, summed over the rows that were not yet finished.
+
+    Attributes:
+        cycles: passes of M after the prompt's. emitted: new tokens, the prompt's own pass included.
+        drafted, accepted: tokens that a member drafted, and how many of them were accepted.
+        looked_up, lookups_accepted: the same of drafts copied from the text so far.
+        judged: drafts of both kinds that were held against the mixture: all but those behind a rejected one.
+    """
+
+    cycles: int = 0
+    emitted: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    looked_up: int = 0
+    lookups_accepted: int = 0
+    judged: int = 0
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of judged drafts that was accepted (the α of 2211.17192), or None where nothing was drafted."""
+        return (self.accepted + self.lookups_accepted) / self.judged if self.judged else None
+
+
+# ---- the rule ------------------------------------------------------------------------------------------------
+def accept_greedy(drafts: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Accept the longest prefix of drafts that greedy decoding would have chosen itself.
+
+    Args:
+        drafts: shape = (n_batch, γ). scores: the mixture's, at the positions of the drafts, (n_batch, γ, n_vocab).
+
+    Returns:
+        How many drafts each row accepts, and the token in place of the first rejected one (meaningless where all
+        were accepted); both shape = (n_batch,).
+    """
+    best = scores.argmax(dim=-1)
+    n_accepted = (best == drafts).long().cumprod(dim=1).sum(dim=1)
+    at = n_accepted.clamp(max=drafts.shape[1] - 1)
+    return n_accepted, best.gather(1, at[:, None]).squeeze(1)
+
+
+def accept_sampled(drafts: Tensor, p: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Accept drafts so that the outcome is distributed as ``p``, whatever ``q`` is (2211.17192, section 2.3).
+
+    A draft x, drawn from q, is accepted with probability min(1, p(x) / q(x)); in place of the first one rejected
+    stands a draw from norm(max(0, p − q)).
+
+    Args:
+        drafts: shape = (n_batch, γ).
+        p: the mixture's distribution at the positions of the drafts, after all logits processors,
+            (n_batch, γ, n_vocab), float32.
+        q: the distributions that the drafts were drawn from, of p's shape; None where they were not drawn but
+            looked up, which is a distribution with all its mass on the draft.
+
+    Returns:
+        As :func:`accept_greedy`.
+    """
+    p_draft = p.gather(2, drafts[:, :, None]).squeeze(2)
+    q_draft = torch.ones_like(p_draft) if q is None else q.gather(2, drafts[:, :, None]).squeeze(2)
+    accepted = torch.rand_like(p_draft) * q_draft < p_draft
+    n_accepted = accepted.long().cumprod(dim=1).sum(dim=1)
+
+    at = n_accepted.clamp(max=drafts.shape[1] - 1)[:, None]  # (n_batch, 1): the first rejected
+    p_at = p.take_along_dim(at[:, :, None], dim=1).squeeze(1)  # (n_batch, n_vocab)
+    if q is None:
+        rest = p_at.scatter(1, drafts.gather(1, at), 0.0)
+    else:
+        rest = (p_at - q.take_along_dim(at[:, :, None], dim=1).squeeze(1)).clamp_(min=0)
+    # Nothing is left only where p and q agree to the last bit, and then nothing is rejected but by rounding.
+    rest = torch.where(rest.sum(dim=1, keepdim=True) > 0, rest, p_at)
+    return n_accepted, torch.multinomial(rest, num_samples=1).squeeze(1)
+
+
+# ---- who drafts, how many, or from where ---------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Drafting:
+    """The lane that drafts, and how its members' logits become a guess at the mixture.
+
+    Attributes:
+        stand_in: the block of rows that stands in for the base.
+        shifts: for each expert with all its sides in the lane: its column of alpha, and the blocks of its sides.
+    """
+
+    lane: int
+    stand_in: int
+    shifts: tuple[tuple[int, int | None, int | None], ...]
+
+
+def choose_drafting(model: ProxyTunedForCausalLM) -> Drafting | None:
+    """The cheapest lane besides the base's, of equals the one with more members; None where there is none.
+
+    M- stands in for M where it sits in the lane: the guess is M- + alpha (M+ - M-), which is M+ at alpha 1 and M- at
+    alpha 0, and holds for several experts on one M-. Otherwise the expert speaks for itself.
+    """
+    base_lane = model.seats["base"][0]
+    rivals = []
+    for at, lane in enumerate(cast(Sequence[Any], model.lanes)):
+        if at == base_lane:
+            continue
+        block = {name: seat for name, (where, seat) in model.seats.items() if where == at}
+        antis = [name for name in block if name.endswith(".anti_expert")]
+        experts = [name for name in block if not name.endswith(".anti_expert")]
+        shifts = []
+        for column, expert in enumerate(model.experts):
+            sides = (f"{expert.name}.expert", f"{expert.name}.anti_expert")
+            if all(side in block for side in sides if side in model.seats):
+                shifts.append((column, block.get(sides[0]), block.get(sides[1])))
+        chosen = Drafting(at, block[antis[0]], tuple(shifts)) if antis else Drafting(at, block[experts[0]], ())
+        rivals.append(((lane.read_bytes, -len(block), not experts), chosen))
+    return min(rivals, key=lambda rival: rival[0])[1] if rivals else None
+
+
+def costs_of(model: ProxyTunedForCausalLM) -> Costs:
+    """What the lanes cost, from their sizes; see :func:`proxytune.cost.cost_of_weights`."""
+    costs = []
+    for lane in cast(Sequence[Any], model.lanes):
+        fast = lane.packed or lane.model.dtype != torch.float32
+        layers = getattr(lane.config, "num_hidden_layers", 1)
+        costs.append((cost_of_weights(lane.read_bytes, layers, lane.device.type, packed=fast), len(lane.seats)))
+    base, drafting = model.seats["base"][0], model.drafting
+    others = [cost for at, cost in enumerate(costs) if at != base and (drafting is None or at != drafting.lane)]
+    draft, seats = (None, 1) if drafting is None else costs[drafting.lane]
+    return Costs(costs[base][0], draft, seats, tuple(others), base_seats=costs[base][1])
+
+
+@dataclass
+class Estimate:
+    """A running estimate of acceptance: begins at ``prior``, and forgets with a horizon of about 50 drafts."""
+
+    prior: float
+    weight: float = 6.0
+    accepted: float = 0.0
+    judged: float = 0.0
+
+    @property
+    def value(self) -> float:
+        return (self.prior * self.weight + self.accepted) / (self.weight + self.judged)
+
+    def saw(self, accepted: int, judged: int) -> None:
+        fade = 0.98**judged
+        self.accepted, self.judged = self.accepted * fade + accepted, self.judged * fade + judged
+
+
+class Pace:
+    """Chooses how many tokens to draft, from the costs of the lanes and from what was accepted so far.
+
+    Nothing here reads a clock: the same seed gives the same drafts, and so the same samples.
+    """
+
+    PROBE_EVERY = 24  # plain steps after which one draft is tried again
+
+    def __init__(self, speculate: Speculate, costs: Costs, n_batch: int) -> None:
+        self.fixed = None if speculate == "auto" else int(speculate)
+        self.costs, self.n_batch = costs, n_batch
+        self.by_member = Estimate(0.7)
+        self.by_lookup = Estimate(0.6)
+        self.could_pay = costs.best_drafts(1.0, n_batch) > 0
+        self.plain_steps = 0
+
+    def from_member(self) -> int:
+        """How many tokens the drafting lane shall draft."""
+        if self.fixed is not None:
+            return self.fixed
+        n_drafts = self.costs.best_drafts(self.by_member.value, self.n_batch)
+        self.plain_steps = 0 if n_drafts else self.plain_steps + 1
+        if self.could_pay and self.plain_steps > self.PROBE_EVERY:
+            self.plain_steps, n_drafts = 0, 1
+        return n_drafts
+
+    def from_lookup(self, found: int) -> int:
+        """How many of ``found`` looked-up tokens to use: 0 where the drafting lane promises more."""
+        if self.fixed is not None or found == 0:
+            return 0
+        a = self.by_lookup.value
+        n_drafts = min(range(1, found + 1), key=lambda n: self.costs.lookup_per_token(n, a, self.n_batch))
+        b = self.by_member.value
+        rival = self.costs.per_token(self.costs.best_drafts(b, self.n_batch), b, self.n_batch)
+        return n_drafts if self.costs.lookup_per_token(n_drafts, a, self.n_batch) < rival else 0
+
+
+@dataclass
+class Lookup:
+    """Drafts copied from the text so far: what followed the last tokens when they stood there before (2304.04487)."""
+
+    tokens: list[int]
+    sizes: tuple[int, ...] = (3, 2)
+    ends: dict[tuple[int, ...], int] = field(default_factory=dict)  # n-gram -> where it last ended
+    indexed: int = 0
+
+    def find(self, most: int) -> list[int]:
+        """Up to ``most`` tokens that may come next."""
+        tokens = self.tokens
+        for end in range(self.indexed + 1, len(tokens)):  # the n-gram that ends the text is no place to copy from
+            for size in self.sizes:
+                if end >= size:
+                    self.ends[tuple(tokens[end - size : end])] = end
+        self.indexed = max(self.indexed, len(tokens) - 1)
+        for size in self.sizes:
+            if (end := self.ends.get(tuple(tokens[-size:]), 0)) and len(tokens) > size:
+                return tokens[end : end + most]
+        return []
+
+
+# ---- one lane in mid-generation --------------------------------------------------------------------------------
+class LaneRun:
+    """A lane, its cache, and where its rows stand. Rows are the seats' blocks, n_rows = n_seats * n_batch."""
+
+    def __init__(
+        self,
+        model: ProxyTunedForCausalLM,
+        index: int,
+        view: DynamicCache,
+        mask: Tensor | None,
+        position: Tensor,
+        room: int,
+        rolls_back: bool,
+    ) -> None:
+        """
+        Args:
+            mask: (n_rows, n_read), 0 at padding; None where nothing is masked.
+            position: (n_rows, 1), of the next token to read.
+            room: how many more tokens can be read at all, before the text is full.
+            rolls_back: whether tokens that were read will have to be forgotten.
+        """
+        self.rolls_back = rolls_back
+        if rolls_back:
+            view.activate_past_recording()
+        self.lane = cast(Any, model.lanes[index])
+        self.view = view
+        self.n_seats = len(self.lane.seats)
+        self.clamp = self.lane.config.vocab_size - 1 if self.lane.config.vocab_size < model.widest_vocab else None
+        self.position = position.to(self.lane.device)
+        # Drafts beyond the end of the text are thrown away, but they must be readable where positions are a table.
+        self.last_position = self.position + max(room - 2, 0)
+        self.steps = torch.arange(MAX_DRAFTS + 1, device=self.lane.device)
+        self.n_read = 0 if mask is None else mask.shape[1]
+        self.mask = None
+        if mask is not None:  # what comes is never padding: one buffer serves to the end
+            self.mask = torch.nn.functional.pad(mask, (0, room + MAX_DRAFTS + 1), value=1).to(self.lane.device)
+        self.pending = 0  # columns read since the last `keep`
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Read the next tokens, shape = (n_batch, k); the logits after each, (n_rows, k, n_vocab of the lane)."""
+        k = ids.shape[1]
+        ids = ids if self.clamp is None else ids.clamp(max=self.clamp)
+        position = self.position + self.pending
+        logits: Tensor = self.lane(
+            (ids.repeat(self.n_seats, 1) if self.n_seats > 1 else ids).to(self.lane.device),
+            attention_mask=None if self.mask is None else self.mask[:, : self.n_read + self.pending + k],
+            position_ids=torch.minimum(position + self.steps[:k], self.last_position),
+            past_key_values=self.view,
+            use_cache=True,
+            logits_to_keep=0,
+        )
+        self.pending += k
+        return logits
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Of what was read since the last call keep each batch row's first ``kept`` columns, and forget the rest."""
+        longest = max(kept)
+        unequal = min(kept) < longest
+        if unequal:
+            self._shift(torch.tensor([longest - k for k in kept], device=self.lane.device).repeat(self.n_seats))
+        if self.rolls_back:
+            self.view.crop(longest - self.pending)  # crop(0) still lets sliding windows forget what lies behind them
+        self.n_read += longest
+        self.pending = 0
+        if unequal:
+            self.position = self.position + torch.tensor(kept, device=self.lane.device).repeat(self.n_seats)[:, None]
+            self._trim()
+        else:
+            self.position = self.position + longest
+
+    def _shift(self, by: Tensor) -> None:
+        """Move each row ``by`` columns to the right; what falls out at the right was rejected, the left is padding."""
+        assert self.mask is not None
+        for layer in cast(Sequence[Any], self.view.layers):
+            n_heads, width, n_values = layer.keys.shape[1:]
+            source = (torch.arange(width, device=by.device) - by[:, None]).clamp_(min=0)[:, None, :, None]
+            layer.keys = layer.keys.gather(2, source.expand(-1, n_heads, -1, n_values))
+            layer.values = layer.values.gather(2, source.expand(-1, n_heads, -1, layer.values.shape[-1]))
+        columns = torch.arange(self.n_read + self.pending, device=by.device)
+        source = columns - by[:, None]
+        moved = self.mask[:, : len(columns)].gather(1, source.clamp(min=0))
+        self.mask[:, : len(columns)] = moved.masked_fill(source < 0, 0)
+
+    def _trim(self) -> None:
+        """Drop the columns at the left that have become padding in every row."""
+        assert self.mask is not None
+        if (surplus := int(self.mask.any(dim=0).long().argmax())) == 0:
+            return
+        self.mask = self.mask[:, surplus:]
+        self.n_read -= surplus
+        for layer in cast(Sequence[Any], self.view.layers):
+            # A sliding window holds the last columns only, and counts the others.
+            n_held = min(layer.keys.shape[2], self.n_read)
+            layer.keys, layer.values = layer.keys[:, :, -n_held:], layer.values[:, :, -n_held:]
+            if layer.is_sliding:
+                layer.cumulative_length = self.n_read
+
+
+def can_roll_back(view: DynamicCache) -> bool:
+    """Whether rejected tokens can be taken out of this cache again, row by row."""
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in view.layers)
+
+
+# ---- what the drafts may be held against -------------------------------------------------------------------------
+# Processors that look at one row's scores alone: all positions of all rows go through them in one call.
+CONTEXT_FREE = tuple(
+    getattr(generation, name)
+    for name in (
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "InfNanRemoveLogitsProcessor",
+        "LogitNormalization",
+        "MinPLogitsWarper",
+        "SuppressTokensLogitsProcessor",
+        "TemperatureLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "TypicalLogitsWarper",
+    )
+)
+# Those, and processors and criteria that treat each row of a batch for itself: rows of unequal lengths can be given
+# to them one by one. Anything else (a class of the user's, one that counts rows) sees the whole batch, undrafted.
+ROW_BY_ROW = CONTEXT_FREE + tuple(
+    getattr(generation, name)
+    for name in (
+        "ExponentialDecayLengthPenalty",
+        "ForcedEOSTokenLogitsProcessor",
+        "MinLengthLogitsProcessor",
+        "MinNewTokensLengthLogitsProcessor",
+        "NoBadWordsLogitsProcessor",
+        "NoRepeatNGramLogitsProcessor",
+        "RepetitionPenaltyLogitsProcessor",
+        "SequenceBiasLogitsProcessor",
+        "SuppressTokensAtBeginLogitsProcessor",
+        "EosTokenCriteria",
+        "MaxLengthCriteria",
+        "MaxTimeCriteria",
+        "StopStringCriteria",
+    )
+)
+
+
+def decode(
+    model: ProxyTunedForCausalLM,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any,
+    model_kwargs: dict[str, Any],
+    speculate: Speculate,
+) -> Any:
+    """Greedy decoding or sampling, with drafts where they pay; what ``generate`` returns.
+
+    Args:
+        input_ids: the prompt, (n_batch, n_columns), left-padded.
+        model_kwargs: what ``generate`` has prepared: the cache, mask, positions, alpha, own prompts.
+        The others are those of transformers' ``_sample``.
+
+    Raises:
+        ProxyTuneError: if a number of drafts was asked for that this call cannot have.
+    """
+    run = _Decoding(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+    outputs = cast(Any, model)._prefill(input_ids, generation_config, model_kwargs)
+    run.start(outputs.past_key_values, model_kwargs, speculate)
+    first = run.choose(outputs.logits[:, -1:])
+    del outputs  # the prompt's logits are large
+    run.emit(first[:, None].tolist())
+    while not all(run.done):
+        run.cycle()
+    return run.finish()
+
+
+class _Decoding:
+    """One call of :func:`decode`: the text of each row so far, and the lanes that read it.
+
+    Rows that are drafted for grow unequally, and finished ones stand still. Where that cannot be (``aligned``), all
+    rows grow by one token a step, and finished ones by padding, as in transformers' own loop.
+    """
+
+    def __init__(
+        self,
+        model: ProxyTunedForCausalLM,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        streamer: Any,
+    ) -> None:
+        self.model, self.config, self.streamer = model, generation_config, streamer
+        self.processors, self.criteria = logits_processor, stopping_criteria
+        self.context_free = all(type(each) in CONTEXT_FREE for each in logits_processor)
+        self.sampling = bool(generation_config.do_sample)
+        self.has_eos = any(hasattr(each, "eos_token_id") for each in stopping_criteria)
+        pad = generation_config._pad_token_tensor
+        self.pad = 0 if pad is None else int(pad)
+        self.stats = model.speculation_stats = SpeculationStats()
+
+        self.n_batch, self.n_prompt = input_ids.shape
+        self.length = [self.n_prompt] * self.n_batch
+        self.done = [False] * self.n_batch
+        # Room for drafts beyond the end: where processors look at the text, drafts stand in it before they are judged.
+        width = stopping_criteria.max_length + MAX_DRAFTS + 1
+        self.ids = torch.full((self.n_batch, width), self.pad, device=input_ids.device)
+        self.ids[:, : self.n_prompt] = input_ids
+        self.lookups = [Lookup(row) for row in input_ids.tolist()]
+        wanted = generation_config.return_dict_in_generate
+        self.kept_scores: list[Tensor] | None = [] if wanted and generation_config.output_scores else None
+        self.kept_logits: list[Tensor] | None = [] if wanted and generation_config.output_logits else None
+        self.weighed: list[tuple[Tensor, Tensor]] = []  # this cycle's logits and scores, where they are wanted
+
+    def start(self, cache: Any, model_kwargs: dict[str, Any], speculate: Speculate) -> None:
+        """Take over the caches, which have read the prompt."""
+        self.cache = cache
+        self.alpha = self.model.alpha_rows(model_kwargs.get("alpha"), self.n_batch)
+        obstacle = self._obstacle()
+        if obstacle is not None and speculate not in ("auto", False):
+            raise ProxyTuneError(f"speculate={speculate} is not possible here, because {obstacle}; leave it out")
+        self.drafting = self.model.drafting if obstacle is None else None
+        self.pace = Pace(speculate if obstacle is None else False, self.model.costs, self.n_batch)
+        self.aligned = self.n_batch == 1 or self.pace.fixed == 0
+
+        room = self.criteria.max_length - self.n_prompt
+        mask, position = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
+        self.runs: list[LaneRun] = []
+        rows: Tensor | None
+        for at, (view, own) in enumerate(zip(cache.views, cache.prompts)):
+            n_seats = len(cast(Any, self.model.lanes[at]).seats)
+            if own is not None:
+                shared = cache.n_columns - cache.prompt_length  # columns of a conversation that is carried on
+                rows = torch.nn.functional.pad(own.mask, (0, shared), value=1)
+                next_position = rows.sum(dim=1, keepdim=True)
+            else:
+                rows = None if mask is None else mask.repeat(n_seats, 1)
+                next_position = position[:, -1:].expand(self.n_batch, -1).repeat(n_seats, 1) + 1
+            if rows is None and not self.aligned:  # the rows will be moved apart
+                rows = self.ids.new_ones(self.n_batch * n_seats, cache.n_columns)
+            self.runs.append(LaneRun(self.model, at, view, rows, next_position, room, self.pace.fixed != 0))
+
+    def _obstacle(self) -> str | None:
+        """Why nothing can be drafted in this call, or None."""
+        if self.model.drafting is None:
+            return "no member with weights of its own can draft for the base"
+        if not all(can_roll_back(view) for view in self.cache.views):
+            return "a member's cache cannot forget rejected tokens"
+        if self.n_batch == 1:
+            return None
+        for each in (*self.processors, *self.criteria):
+            if type(each) not in ROW_BY_ROW:
+                return f"{type(each).__name__} must see the rows of a batch side by side"
+        if self.streamer is not None:
+            return "a streamer takes the rows of a batch side by side"
+        if self.config.return_dict_in_generate or self.cache._is_user_defined:
+            return "the scores and the cache of a batch are returned row beside row"
+        if not self.has_eos and len(self.criteria) > 1:
+            return "without an end token the rows of a batch stop together"
+        return None
+
+    # -- the loop's body ------------------------------------------------------------------------------------------
+    def cycle(self) -> None:
+        """Draft, verify, accept, and take back what was rejected."""
+        longest_room = self.criteria.max_length - min(n for n, done in zip(self.length, self.done) if not done)
+        last = self._newest()
+        drafts, q, drafted = self._draft(last, longest_room - 1)
+        n_drafts = drafts.shape[1]
+
+        # Every lane but the one that drafted reads all drafts in one pass.
+        drafting_lane = None if drafted is None or self.drafting is None else self.drafting.lane
+        read = torch.cat([last, drafts], dim=1)
+        lanes = [
+            cast(Tensor, drafted) if lane == drafting_lane else run.read(read) for lane, run in enumerate(self.runs)
+        ]
+        n_accepted, tokens = self._judge([each[:, :n_drafts] for each in lanes], drafts, q)
+        complete = n_accepted == n_drafts
+        if bool(complete.any()):
+            # The position behind the last draft is of use only here, so the drafting lane has not read it yet.
+            if drafting_lane is not None:
+                lanes[drafting_lane] = self.runs[drafting_lane].read(drafts[:, -1:])
+            behind = self.choose(self.model.mix_lanes([each[:, -1:] for each in lanes], self.alpha), offset=n_drafts)
+            tokens = torch.where(complete, behind, tokens)
+
+        counts = n_accepted.tolist()
+        self._count(counts, n_drafts, looked_up=drafted is None)
+        rows = torch.cat([drafts, tokens[:, None]], dim=1).tolist()
+        kept = self.emit([[*row[:n], row[-1]] for row, n in zip(rows, counts)])
+        if not self.aligned:  # rows that have ended are carried along
+            kept = [n or max(kept) for n in kept]
+        for run in self.runs:
+            run.keep(kept)
+
+    def _draft(self, last: Tensor, room: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """At most ``room`` drafts (n_batch, γ), what they were drawn from, and the drafting lane's logits.
+
+        Looked-up drafts, and no drafts, come without logits: the drafting lane has read none of them.
+        """
+        copied = self._look_up(room)
+        n_drafts = 0 if copied is not None else min(self.pace.from_member(), room)
+        if n_drafts == 0 or self.drafting is None:
+            if copied is not None:
+                self._write(copied)
+            return (last[:, :0] if copied is None else copied), None, None
+        run = self.runs[self.drafting.lane]
+        drafts, logits, distributions = last[:, :0], [], []
+        newest = last
+        for step in range(n_drafts):
+            logits.append(run.read(newest))
+            scores = self.process(self._guess(logits[-1]), offset=step)
+            if self.sampling:
+                distributions.append(scores.softmax(dim=-1))
+                newest = torch.multinomial(distributions[-1][:, 0], num_samples=1)
+            else:
+                newest = scores.argmax(dim=-1)
+            drafts = torch.cat([drafts, newest], dim=1)
+            self._write(drafts)
+        return drafts, torch.cat(distributions, dim=1) if self.sampling else None, torch.cat(logits, dim=1)
+
+    def _guess(self, logits: Tensor) -> Tensor:
+        """The drafting lane's guess at the mixture, (n_batch, 1, n_vocab of the base); see `choose_drafting`."""
+        assert self.drafting is not None
+        blocks = logits.to(self.ids.device).split(self.n_batch)
+
+        def block(at: int | None) -> Tensor | None:
+            return None if at is None else blocks[at]
+
+        shifts = self.drafting.shifts
+        base = blocks[self.drafting.stand_in]
+        scores = mix(
+            base,
+            [(block(expert), block(anti)) for _, expert, anti in shifts],
+            self.alpha[:, [column for column, _, _ in shifts]],
+            vocab_size=min(self.model.shared_vocab, base.shape[-1]),
+        )
+        missing = (
+            cast(int, self.model.config.vocab_size) - scores.shape[-1]
+        )  # negative where the lane has more ids: they are cut
+        return torch.nn.functional.pad(scores, (0, missing), value=-torch.inf) if missing else scores
+
+    def _look_up(self, room: int) -> Tensor | None:
+        """Drafts copied from each row's text, of one length, or None where some row has none or they do not pay."""
+        if self.pace.fixed is not None or room <= 0:
+            return None
+        found = [
+            lookup.find(min(room, MAX_DRAFTS))
+            for lookup, done in zip(self.lookups, self.done)
+            if not done or self.aligned
+        ]
+        n_drafts = self.pace.from_lookup(min(map(len, found)))
+        if n_drafts == 0:
+            return None
+        copies = iter(found)
+        ended = [self.pad] * n_drafts
+        rows = [ended if done and not self.aligned else next(copies)[:n_drafts] for done in self.done]
+        return torch.tensor(rows, device=self.ids.device)
+
+    def _judge(self, lanes: Sequence[Tensor], drafts: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
+        """How many drafts each row accepts, and what stands in place of the first rejected; both (n_batch,)."""
+        if drafts.shape[1] == 0:
+            none = drafts.new_zeros(self.n_batch)
+            return none, none
+        scores = self._weigh(self.model.mix_lanes(lanes, self.alpha), offset=0)
+        return accept_sampled(drafts, scores.softmax(dim=-1), q) if self.sampling else accept_greedy(drafts, scores)
+
+    def choose(self, mixed: Tensor, offset: int = 0) -> Tensor:
+        """One token from the mixture at one position, (n_batch, 1, n_vocab) -> (n_batch,)."""
+        scores = self._weigh(mixed, offset)[:, 0]
+        if self.sampling:
+            return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+        return scores.argmax(dim=-1)
+
+    def _weigh(self, mixed: Tensor, offset: int) -> Tensor:
+        """The mixture after all processors, remembered where the caller of ``generate`` wants to see it."""
+        if self.kept_logits is None and self.kept_scores is None:
+            return self.process(mixed, offset)
+        self.weighed.append((mixed, self.process(mixed.clone(), offset)))
+        return self.weighed[-1][1]
+
+    def process(self, scores: Tensor, offset: int) -> Tensor:
+        """Put scores, (n_batch, k, n_vocab), through the logits processors.
+
+        Position j of a row follows its text and ``offset + j`` drafts, which have been written behind the text.
+        """
+        if not self.processors:
+            return scores
+        if self.context_free:
+            return self.processors(self.ids[:, :1].repeat(scores.shape[1], 1), scores.flatten(0, 1)).view_as(scores)  # type: ignore[no-any-return]
+        result = torch.empty_like(scores).copy_(scores)
+        for j in range(scores.shape[1]):
+            for rows, length in self._by_length():
+                result[rows, j] = self.processors(self.ids[rows, : length + offset + j], scores[rows, j])
+        return result
+
+    # -- the text -------------------------------------------------------------------------------------------------
+    def emit(self, proposed: Sequence[Sequence[int]]) -> list[int]:
+        """Append tokens to each row until one of them ends it; how many each row took."""
+        taken = [0] * self.n_batch
+        for j in range(max(map(len, proposed))):
+            if all(self.done):
+                break
+            growing = [
+                row for row in range(self.n_batch) if j < len(proposed[row]) and (self.aligned or not self.done[row])
+            ]
+            for row in growing:
+                token = self.pad if self.done[row] and self.has_eos else proposed[row][j]
+                self.ids[row, self.length[row]] = token
+                self.lookups[row].tokens.append(token)
+                self.length[row] += 1
+                taken[row] += 1
+                self.stats.emitted += not self.done[row]
+            for rows, length in self._by_length(growing):
+                stops = self.criteria(self.ids[rows, :length], None)
+                for row, stop in zip(range(self.n_batch) if isinstance(rows, slice) else rows, stops.tolist()):
+                    self.done[row] = self.done[row] or stop
+            if self.streamer is not None:
+                self.streamer.put(self.ids[:, self.length[0] - 1].cpu())
+        if self.weighed:
+            self._keep_weighed(taken[0])
+        return taken
+
+    def _by_length(self, rows: Sequence[int] | None = None) -> list[tuple[Any, int]]:
+        """Rows, all by default, grouped by the length of their text: (index into the batch, length)."""
+        if self.aligned:
+            return [(slice(None), self.length[0])]
+        groups: dict[int, list[int]] = {}
+        for row in range(self.n_batch) if rows is None else rows:
+            groups.setdefault(self.length[row], []).append(row)
+        return [(group, length) for length, group in groups.items()]
+
+    def _newest(self) -> Tensor:
+        """The last token of each row, which no lane has read, (n_batch, 1)."""
+        if self.aligned:
+            return self.ids[:, self.length[0] - 1 : self.length[0]]
+        return self.ids.gather(1, torch.tensor(self.length, device=self.ids.device)[:, None] - 1)
+
+    def _write(self, drafts: Tensor) -> None:
+        """Write drafts behind the text, where processors will look for them."""
+        if self.context_free:
+            return
+        for row, length in enumerate(self.length):
+            self.ids[row, length : length + drafts.shape[1]] = drafts[row]
+
+    def _count(self, n_accepted: Sequence[int], n_drafts: int, looked_up: bool) -> None:
+        active = [n for n, done in zip(n_accepted, self.done) if not done]
+        accepted, judged = sum(active), sum(min(n + 1, n_drafts) for n in active)
+        self.stats.cycles += 1
+        self.stats.judged += judged
+        if looked_up:
+            self.stats.looked_up += n_drafts * len(active)
+            self.stats.lookups_accepted += accepted
+        else:
+            self.stats.drafted += n_drafts * len(active)
+            self.stats.accepted += accepted
+        if judged:
+            (self.pace.by_lookup if looked_up else self.pace.by_member).saw(accepted, judged)
+
+    def _keep_weighed(self, n_tokens: int) -> None:
+        """Of what was weighed in this cycle, keep the positions that became text."""
+        logits, scores = (torch.cat(parts, dim=1)[:, :n_tokens].unbind(dim=1) for parts in zip(*self.weighed))
+        if self.kept_logits is not None:
+            self.kept_logits += logits
+        if self.kept_scores is not None:
+            self.kept_scores += scores
+        self.weighed = []
+
+    # -- what generate returns ------------------------------------------------------------------------------------
+    def finish(self) -> Any:
+        """The rows side by side, padded on the right, with what else was asked for."""
+        if self.streamer is not None:
+            self.streamer.end()
+        for view in self.cache.views:
+            for layer in view.layers:
+                if type(layer) is DynamicSlidingWindowLayer:
+                    layer.record_past = False
+        self.cache.n_columns += self.length[0] - self.n_prompt - 1  # the newest token is read by the next call
+        for row, length in enumerate(self.length):
+            self.ids[row, length:] = self.pad
+        sequences = self.ids[:, : max(self.length)].clone()
+        if not self.config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=cast(Any, sequences),
+            scores=None if self.kept_scores is None else cast(Any, tuple(self.kept_scores)),
+            logits=None if self.kept_logits is None else cast(Any, tuple(self.kept_logits)),
+            past_key_values=self.cache,
+        )
