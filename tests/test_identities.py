@@ -22,11 +22,15 @@ MODES = [
 
 
 def same_as_base(model, base, **options):
-    """The composite's answers to a ragged batch are the base's own, in the same mode from the same seed."""
+    """The composite's answers to a ragged batch are the base's own, in the same mode from the same seed.
+
+    Without drafts, which draw other samples from one seed.
+    """
     batch, answers = tiny.padded(ROWS), []
     for each in (model, base):
         torch.manual_seed(0)
-        answers.append(each.generate(**batch, **{**QUIET, "max_new_tokens": 12, **options}))
+        plain = {"speculate": False} if each is model else {}
+        answers.append(each.generate(**batch, **{**QUIET, "max_new_tokens": 12, **options, **plain}))
     return torch.equal(*answers)
 
 

@@ -62,24 +62,26 @@ class Costs:
         """One token of every row, by the base alone."""
         return self.base.of(n_batch)
 
+    def draft_step(self, n_batch: int = 1) -> float:
+        """The drafting lane reads one token of every row."""
+        return 0.0 if self.draft is None else self.draft.of(n_batch * self.draft_seats)
+
+    def verify(self, n_drafts: int, n_batch: int = 1) -> float:
+        """All other lanes read the newest token and the drafts in one pass."""
+        rows = n_batch * (n_drafts + 1)
+        return self.base.of(rows * self.base_seats) + sum(cost.of(rows * seats) for cost, seats in self.others)
+
     def cycle(self, n_drafts: int, acceptance: float, n_batch: int = 1) -> float:
-        """One cycle: the drafting steps, one verifying pass of all other lanes, and the drafting lane's step on the
-        last draft, which is only taken where some row accepted all of them. No drafts: plain decoding.
+        """One cycle: the drafting steps, the verifying pass, and the drafting lane's step on the last draft, which is
+        only taken where some row accepted all of them. No drafts: plain decoding.
         """
-        draft = 0.0
-        if self.draft is not None:
-            last = 1 - (1 - acceptance**n_drafts) ** n_batch
-            draft = (n_drafts + last) * self.draft.of(n_batch * self.draft_seats)
-        return draft + self._verify(n_drafts, n_batch) + self.overhead
+        last = 1 - (1 - acceptance**n_drafts) ** n_batch
+        return (n_drafts + last) * self.draft_step(n_batch) + self.verify(n_drafts, n_batch) + self.overhead
 
     def lookup_cycle(self, n_drafts: int, n_batch: int = 1) -> float:
         """One cycle whose drafts were looked up: every lane reads them in one pass."""
         draft = 0.0 if self.draft is None else self.draft.of(n_batch * (n_drafts + 1) * self.draft_seats)
-        return draft + self._verify(n_drafts, n_batch) + self.overhead
-
-    def _verify(self, n_drafts: int, n_batch: int) -> float:
-        rows = n_batch * (n_drafts + 1)
-        return self.base.of(rows * self.base_seats) + sum(cost.of(rows * seats) for cost, seats in self.others)
+        return draft + self.verify(n_drafts, n_batch) + self.overhead
 
     def per_token(self, n_drafts: int, acceptance: float, n_batch: int = 1) -> float:
         """The cost of one more token of every row."""

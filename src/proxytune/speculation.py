@@ -122,6 +122,25 @@ def accept_sampled(drafts: Tensor, p: Tensor, q: Tensor | None) -> tuple[Tensor,
 
 
 # ---- who drafts, how many, or from where ---------------------------------------------------------------------------
+@dataclass
+class Draft:
+    """The drafts of one cycle.
+
+    Attributes:
+        tokens: shape = (n_batch, γ).
+        q: what they were drawn from, (n_batch, γ, n_vocab); None in greedy decoding, and where they were looked up.
+        logits: the drafting lane's, of the positions it has read, (n_rows, γ or more, n_vocab of the lane); None
+            where it has read nothing.
+        confidences: of each row that grows, its probability in q of each draft.
+    """
+
+    tokens: Tensor
+    q: Tensor | None = None
+    logits: Tensor | None = None
+    confidences: list[list[float]] = field(default_factory=list)
+    looked_up: bool = False
+
+
 @dataclass(frozen=True)
 class Drafting:
     """The lane that drafts, and how its members' logits become a guess at the mixture.
@@ -178,7 +197,7 @@ class Estimate:
     """A running estimate of acceptance: begins at ``prior``, and forgets with a horizon of about 50 drafts."""
 
     prior: float
-    weight: float = 6.0
+    weight: float = 4.0
     accepted: float = 0.0
     judged: float = 0.0
 
@@ -192,40 +211,92 @@ class Estimate:
 
 
 class Pace:
-    """Chooses how many tokens to draft, from the costs of the lanes and from what was accepted so far.
+    """Decides how far to draft: as long as another draft is expected to bring more than its cost.
+
+    A first draft is all but free, since its logits are part of the mixture. For each further one the drafting lane
+    must read the last, which it would otherwise do only if all were accepted. That is worth it while the tokens to
+    be gained, at the price that a token has had so far, outweigh it (the marginal value theorem). How likely a draft
+    is to be accepted is learnt, for sure and for unsure drafts separately.
 
     Nothing here reads a clock: the same seed gives the same drafts, and so the same samples.
     """
 
-    PROBE_EVERY = 24  # plain steps after which one draft is tried again
+    PROBE_EVERY = 24  # steps without drafts after which one is tried again
+    LEVELS = 8  # of confidence
 
     def __init__(self, speculate: Speculate, costs: Costs, n_batch: int) -> None:
         self.fixed = None if speculate == "auto" else int(speculate)
         self.costs, self.n_batch = costs, n_batch
-        self.by_member = Estimate(0.7)
-        self.by_lookup = Estimate(0.6)
-        self.could_pay = costs.best_drafts(1.0, n_batch) > 0
-        self.plain_steps = 0
+        self.overall, self.by_lookup = Estimate(0.7), Estimate(0.6)
+        self.by_confidence = [Estimate((level + 0.5) / self.LEVELS) for level in range(self.LEVELS)]
+        self.earned = 10.0 * n_batch
+        self.spent = 10 * costs.per_token(costs.best_drafts(0.7, n_batch), 0.7, n_batch)
+        self.idle = 0
 
-    def from_member(self) -> int:
-        """How many tokens the drafting lane shall draft."""
+    def chance(self, confidence: float) -> float:
+        """How likely a draft of this confidence is to be accepted."""
+        return self.by_confidence[self._level(confidence)].value
+
+    def _level(self, confidence: float) -> int:
+        return min(int(confidence * self.LEVELS), self.LEVELS - 1)
+
+    def first(self, chances: Sequence[float]) -> bool:
+        """Whether to draft at all, given each growing row's chance that its first draft is accepted."""
         if self.fixed is not None:
-            return self.fixed
-        n_drafts = self.costs.best_drafts(self.by_member.value, self.n_batch)
-        self.plain_steps = 0 if n_drafts else self.plain_steps + 1
-        if self.could_pay and self.plain_steps > self.PROBE_EVERY:
-            self.plain_steps, n_drafts = 0, 1
-        return n_drafts
+            return self.fixed > 0
+        more = self.costs.verify(1, self.n_batch) - self.costs.verify(0, self.n_batch)
+        worth = self._price * sum(chances) > more + self._some(chances) * self.costs.draft_step(self.n_batch)
+        self.idle = 0 if worth or self.idle >= self.PROBE_EVERY else self.idle + 1
+        return self.idle == 0
+
+    def another(self, n_drafts: int, chances: Sequence[float]) -> bool:
+        """Whether to draft one more, given each growing row's chance that all its drafts so far are accepted."""
+        if self.fixed is not None:
+            return n_drafts < self.fixed
+        a = self.overall.value
+        some = self._some(chances)
+        more = self.costs.verify(n_drafts + 1, self.n_batch) - self.costs.verify(n_drafts, self.n_batch)
+        more += (1 - some + some * a) * self.costs.draft_step(self.n_batch)
+        return n_drafts < MAX_DRAFTS and self._price * a * sum(chances) > more
+
+    @property
+    def _price(self) -> float:
+        """What a token has cost so far."""
+        return self.spent / self.earned
+
+    @staticmethod
+    def _some(chances: Sequence[float]) -> float:
+        """The chance that at least one row accepts all."""
+        none = 1.0
+        for chance in chances:
+            none *= 1 - chance
+        return 1 - none
 
     def from_lookup(self, found: int) -> int:
         """How many of ``found`` looked-up tokens to use: 0 where the drafting lane promises more."""
         if self.fixed is not None or found == 0:
             return 0
         a = self.by_lookup.value
-        n_drafts = min(range(1, found + 1), key=lambda n: self.costs.lookup_per_token(n, a, self.n_batch))
-        b = self.by_member.value
-        rival = self.costs.per_token(self.costs.best_drafts(b, self.n_batch), b, self.n_batch)
-        return n_drafts if self.costs.lookup_per_token(n_drafts, a, self.n_batch) < rival else 0
+        price, n_drafts = min((self.costs.lookup_per_token(n, a, self.n_batch), n) for n in range(1, found + 1))
+        return n_drafts if price < self._price * self.n_batch else 0
+
+    def drafted(self, confidences: Sequence[Sequence[float]], n_accepted: Sequence[int], n_steps: int) -> None:
+        """Learn from a cycle: of each growing row its drafts' confidences, and how many were accepted."""
+        n_drafts = len(confidences[0]) if confidences else 0
+        for row, n in zip(confidences, n_accepted):
+            for at, confidence in enumerate(row[: n + 1]):
+                self.by_confidence[self._level(confidence)].saw(at < n, 1)
+            self.overall.saw(n, min(n + 1, n_drafts))
+        cost = n_steps * self.costs.draft_step(self.n_batch) + self.costs.verify(n_drafts, self.n_batch)
+        self._account(cost + self.costs.overhead, sum(n_accepted) + len(n_accepted))
+
+    def looked_up(self, n_drafts: int, n_accepted: Sequence[int]) -> None:
+        """Learn from a cycle of looked-up drafts. They come and go with the text, so they do not set the price."""
+        for n in n_accepted:
+            self.by_lookup.saw(n, min(n + 1, n_drafts))
+
+    def _account(self, cost: float, tokens: int) -> None:
+        self.spent, self.earned = 0.97 * self.spent + cost, 0.97 * self.earned + tokens
 
 
 @dataclass
@@ -512,60 +583,74 @@ class _Decoding:
     # -- the loop's body ------------------------------------------------------------------------------------------
     def cycle(self) -> None:
         """Draft, verify, accept, and take back what was rejected."""
-        longest_room = self.criteria.max_length - min(n for n, done in zip(self.length, self.done) if not done)
+        growing = [row for row, done in enumerate(self.done) if self.aligned or not done]
+        room = self.criteria.max_length - min(self.length[row] for row in growing) - 1
         last = self._newest()
-        drafts, q, drafted = self._draft(last, longest_room - 1)
-        n_drafts = drafts.shape[1]
+        draft = self._draft(last, growing, room)
+        n_drafts = draft.tokens.shape[1]
 
         # Every lane but the one that drafted reads all drafts in one pass.
-        drafting_lane = None if drafted is None or self.drafting is None else self.drafting.lane
-        read = torch.cat([last, drafts], dim=1)
+        drafting_lane = None if draft.logits is None or self.drafting is None else self.drafting.lane
+        read = torch.cat([last, draft.tokens], dim=1)
         lanes = [
-            cast(Tensor, drafted) if lane == drafting_lane else run.read(read) for lane, run in enumerate(self.runs)
+            cast(Tensor, draft.logits) if lane == drafting_lane else run.read(read)
+            for lane, run in enumerate(self.runs)
         ]
-        n_accepted, tokens = self._judge([each[:, :n_drafts] for each in lanes], drafts, q)
+        n_accepted, tokens = self._judge([each[:, :n_drafts] for each in lanes], draft)
         complete = n_accepted == n_drafts
+        n_steps = 0 if draft.logits is None else draft.logits.shape[1]
         if bool(complete.any()):
             # The position behind the last draft is of use only here, so the drafting lane has not read it yet.
-            if drafting_lane is not None:
-                lanes[drafting_lane] = self.runs[drafting_lane].read(drafts[:, -1:])
+            if drafting_lane is not None and n_steps == n_drafts:
+                lanes[drafting_lane] = self.runs[drafting_lane].read(draft.tokens[:, -1:])
+                n_steps += 1
             behind = self.choose(self.model.mix_lanes([each[:, -1:] for each in lanes], self.alpha), offset=n_drafts)
             tokens = torch.where(complete, behind, tokens)
 
         counts = n_accepted.tolist()
-        self._count(counts, n_drafts, looked_up=drafted is None)
-        rows = torch.cat([drafts, tokens[:, None]], dim=1).tolist()
+        self._learn(draft, [counts[row] for row in growing], n_steps)
+        rows = torch.cat([draft.tokens, tokens[:, None]], dim=1).tolist()
         kept = self.emit([[*row[:n], row[-1]] for row, n in zip(rows, counts)])
         if not self.aligned:  # rows that have ended are carried along
             kept = [n or max(kept) for n in kept]
         for run in self.runs:
             run.keep(kept)
 
-    def _draft(self, last: Tensor, room: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """At most ``room`` drafts (n_batch, γ), what they were drawn from, and the drafting lane's logits.
+    def _draft(self, last: Tensor, growing: Sequence[int], room: int) -> Draft:
+        """At most ``room`` drafts behind the newest tokens ``last``, (n_batch, 1)."""
+        none = last[:, :0]
+        if self.drafting is None or self.pace.fixed == 0 or room <= 0:
+            return Draft(none)
+        if (copied := self._look_up(growing, room)) is not None:
+            self._write(copied)
+            return Draft(copied, looked_up=True)
 
-        Looked-up drafts, and no drafts, come without logits: the drafting lane has read none of them.
-        """
-        copied = self._look_up(room)
-        n_drafts = 0 if copied is not None else min(self.pace.from_member(), room)
-        if n_drafts == 0 or self.drafting is None:
-            if copied is not None:
-                self._write(copied)
-            return (last[:, :0] if copied is None else copied), None, None
         run = self.runs[self.drafting.lane]
-        drafts, logits, distributions = last[:, :0], [], []
+        draft = Draft(none, confidences=[[] for _ in growing])
+        logits, distributions, chances = [], [], [1.0] * len(growing)
         newest = last
-        for step in range(n_drafts):
+        while True:
             logits.append(run.read(newest))
-            scores = self.process(self._guess(logits[-1]), offset=step)
-            if self.sampling:
-                distributions.append(scores.softmax(dim=-1))
-                newest = torch.multinomial(distributions[-1][:, 0], num_samples=1)
-            else:
-                newest = scores.argmax(dim=-1)
-            drafts = torch.cat([drafts, newest], dim=1)
-            self._write(drafts)
-        return drafts, torch.cat(distributions, dim=1) if self.sampling else None, torch.cat(logits, dim=1)
+            draft.logits = torch.cat(logits, dim=1)
+            q = self.process(self._guess(logits[-1]), offset=draft.tokens.shape[1]).softmax(dim=-1)
+            newest = torch.multinomial(q[:, 0], num_samples=1) if self.sampling else q.argmax(dim=-1)
+            if self.pace.fixed is None:
+                sure = q[:, 0].gather(1, newest).squeeze(1).tolist()
+                for at, row in enumerate(growing):
+                    draft.confidences[at].append(sure[row])
+                    chances[at] *= self.pace.chance(sure[row])
+                if draft.tokens.shape[1] == 0 and not self.pace.first(chances):
+                    draft.confidences = []
+                    return draft
+            draft.tokens = torch.cat([draft.tokens, newest], dim=1)
+            distributions.append(q)
+            self._write(draft.tokens)
+            n_drafts = draft.tokens.shape[1]
+            if n_drafts == room or not self.pace.another(n_drafts, chances):
+                break
+        if self.sampling:
+            draft.q = torch.cat(distributions, dim=1)
+        return draft
 
     def _guess(self, logits: Tensor) -> Tensor:
         """The drafting lane's guess at the mixture, (n_batch, 1, n_vocab of the base); see `choose_drafting`."""
@@ -588,30 +673,27 @@ class _Decoding:
         )  # negative where the lane has more ids: they are cut
         return torch.nn.functional.pad(scores, (0, missing), value=-torch.inf) if missing else scores
 
-    def _look_up(self, room: int) -> Tensor | None:
+    def _look_up(self, growing: Sequence[int], room: int) -> Tensor | None:
         """Drafts copied from each row's text, of one length, or None where some row has none or they do not pay."""
-        if self.pace.fixed is not None or room <= 0:
+        if self.pace.fixed is not None:
             return None
-        found = [
-            lookup.find(min(room, MAX_DRAFTS))
-            for lookup, done in zip(self.lookups, self.done)
-            if not done or self.aligned
-        ]
-        n_drafts = self.pace.from_lookup(min(map(len, found)))
+        found = {row: self.lookups[row].find(min(room, MAX_DRAFTS)) for row in growing}
+        n_drafts = self.pace.from_lookup(min(map(len, found.values())))
         if n_drafts == 0:
             return None
-        copies = iter(found)
         ended = [self.pad] * n_drafts
-        rows = [ended if done and not self.aligned else next(copies)[:n_drafts] for done in self.done]
+        rows = [found.get(row, ended)[:n_drafts] for row in range(self.n_batch)]
         return torch.tensor(rows, device=self.ids.device)
 
-    def _judge(self, lanes: Sequence[Tensor], drafts: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _judge(self, lanes: Sequence[Tensor], draft: Draft) -> tuple[Tensor, Tensor]:
         """How many drafts each row accepts, and what stands in place of the first rejected; both (n_batch,)."""
-        if drafts.shape[1] == 0:
-            none = drafts.new_zeros(self.n_batch)
+        if draft.tokens.shape[1] == 0:
+            none = draft.tokens.new_zeros(self.n_batch)
             return none, none
         scores = self._weigh(self.model.mix_lanes(lanes, self.alpha), offset=0)
-        return accept_sampled(drafts, scores.softmax(dim=-1), q) if self.sampling else accept_greedy(drafts, scores)
+        if self.sampling:
+            return accept_sampled(draft.tokens, scores.softmax(dim=-1), draft.q)
+        return accept_greedy(draft.tokens, scores)
 
     def choose(self, mixed: Tensor, offset: int = 0) -> Tensor:
         """One token from the mixture at one position, (n_batch, 1, n_vocab) -> (n_batch,)."""
@@ -691,19 +773,20 @@ class _Decoding:
         for row, length in enumerate(self.length):
             self.ids[row, length : length + drafts.shape[1]] = drafts[row]
 
-    def _count(self, n_accepted: Sequence[int], n_drafts: int, looked_up: bool) -> None:
-        active = [n for n, done in zip(n_accepted, self.done) if not done]
-        accepted, judged = sum(active), sum(min(n + 1, n_drafts) for n in active)
+    def _learn(self, draft: Draft, n_accepted: Sequence[int], n_steps: int) -> None:
+        """Count what was accepted of the rows that grow, and let the pace learn from it."""
+        n_drafts = draft.tokens.shape[1]
+        accepted, drafted = sum(n_accepted), n_drafts * len(n_accepted)
         self.stats.cycles += 1
-        self.stats.judged += judged
-        if looked_up:
-            self.stats.looked_up += n_drafts * len(active)
+        self.stats.judged += sum(min(n + 1, n_drafts) for n in n_accepted)
+        if draft.looked_up:
+            self.stats.looked_up += drafted
             self.stats.lookups_accepted += accepted
+            self.pace.looked_up(n_drafts, n_accepted)
         else:
-            self.stats.drafted += n_drafts * len(active)
+            self.stats.drafted += drafted
             self.stats.accepted += accepted
-        if judged:
-            (self.pace.by_lookup if looked_up else self.pace.by_member).saw(accepted, judged)
+            self.pace.drafted(draft.confidences, n_accepted, n_steps)
 
     def _keep_weighed(self, n_tokens: int) -> None:
         """Of what was weighed in this cycle, keep the positions that became text."""
