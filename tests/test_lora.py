@@ -162,6 +162,32 @@ def test_several_adapters_on_one_model(tmp_path, shelf):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("share", [True, False])
+def test_two_revisions_of_one_adapter_are_two_adapters(tmp_path, shelf, share):
+    """On the hub both have one name."""
+    tiny.write_adapter(tmp_path / "second", shelf / "anti", 5)
+    tiny.publish(tmp_path / "hub", "me/adapter", shelf / "adapter", "v1")
+    tiny.publish(tmp_path / "hub", "me/adapter", tmp_path / "second", "v2")
+    experts = [
+        Expert(
+            name=revision,
+            expert=Member(str(shelf / "anti"), adapter="me/adapter", adapter_revision=revision),
+            anti_expert=Member(str(shelf / "anti")),
+        )
+        for revision in ("v1", "v2")
+    ]
+    model = ProxyTunedForCausalLM.from_members(
+        str(shelf / "base"), experts=experts, share=share, cache_dir=tmp_path / "hub"
+    )
+    assert len(model.lanes) == (2 if share else 4)
+    ids = torch.tensor([ROWS[0]])
+    out = model(ids, output_member_logits=True).member_logits
+    for revision, adapter in (("v1", shelf / "adapter"), ("v2", tmp_path / "second")):
+        expected = adapted(shelf / "anti", adapter)(ids).logits
+        torch.testing.assert_close(out[f"{revision}.expert"], expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_an_adapter_on_the_base_shares_with_the_base(tmp_path, shelf):
     """A tuned copy of the base itself, as cheap as an adapter."""
     tiny.write_adapter(tmp_path / "a", shelf / "base", 4)

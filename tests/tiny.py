@@ -5,7 +5,9 @@ Weights are drawn wide enough that the models disagree clearly: a steered token 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -229,3 +231,13 @@ def write_recipe(directory: Path, values: dict[str, Any] | None = None, *, token
     }
     config = ProxyTuneConfig(**{**defaults, **(values or {})})
     return write_recipe(config, directory, tokenizer=tokenizer() if tokenizer_ is True else tokenizer_)
+
+
+def publish(cache: Path, repo_id: str, folder: Path, revision: str = "main") -> str:
+    """Lay ``folder`` into a hub cache as if that revision of a repository had been downloaded; its commit."""
+    repository = Path(cache) / f"models--{repo_id.replace('/', '--')}"
+    commit = hashlib.sha1(f"{repo_id}@{revision}".encode()).hexdigest()
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / revision).write_text(commit)
+    return commit

@@ -211,15 +211,16 @@ def _count(
             continue
         dtype = _dtype(config, name, one, loading)
         n_weights, n_bytes = _weigh(model, one, loading, dtype, name, notes)
-        n_adapter, kept = 0, False
+        n_adapter, kept, place = 0, False, None
         if member.adapter is not None:
             try:
+                place = adapter_source(config, member)
                 n_adapter = _adapter_parameters(config, name, member, one, loading)
             except ProxyTuneError as error:
                 problems.append(str(error))
             kept = any(other != name and own_weights[other] == key for other in found)  # alone, it is merged
         shares = weights_of.get(key)
-        seat = (key, member.adapter, member.prompt)
+        seat = (key, place, member.prompt)
         reports.append(
             MemberReport(
                 name=name,
@@ -359,9 +360,13 @@ def _adapter_parameters(config: ProxyTuneConfig, name: str, member: Member, one:
     """Build the adapter on an empty model: that shows whether it fits, and counts it."""
     source = adapter_source(config, member)
     adapter = load_adapter_config(config, name, member, loading)
-    if source.is_local and not any(
-        os.path.exists(os.path.join(source.path, source.subfolder, f"adapter_model.{end}"))
-        for end in ("safetensors", "bin")
+    if (
+        source is not None
+        and source.is_local
+        and not any(
+            os.path.exists(os.path.join(source.path, source.subfolder, f"adapter_model.{end}"))
+            for end in ("safetensors", "bin")
+        )
     ):
         raise MemberError(f"{name} ({member.adapter}) has no adapter weights in its directory")
     with loading_of(name, member.adapter):

@@ -241,19 +241,21 @@ def group_by_weights(
     groups: list[list[tuple[str, Member]]] = []
     reasons: dict[str, str] = {}
     for group in same_model.values():
-        adapters = {member.adapter for _, member in group}
+        adapters = {name: adapter_source(config, member) for name, member in group}
         hindered = {}
-        if len(adapters) > 1 and loading.share:
+        several = len(set(adapters.values())) > 1
+        if several and loading.share:
             found = {
                 name: _cannot_share(load_adapter_config(config, name, m, loading))
                 for name, m in group
                 if m.adapter is not None
             }
             hindered = {name: reason for name, reason in found.items() if reason}
-        if len(adapters) == 1 or (loading.share and not hindered):
+        if not several or (loading.share and not hindered):
             groups.append(group)
         else:
-            groups += [[(n, m) for n, m in group if m.adapter == adapter] for adapter in sorted(adapters, key=str)]
+            places = sorted(set(adapters.values()), key=str)
+            groups += [[(n, m) for n, m in group if adapters[n] == place] for place in places]
         reasons |= hindered
     return groups, reasons
 
@@ -281,26 +283,26 @@ def _given_lane(group: list[tuple[str, Member]], given: Mapping[str, Any]) -> La
 def _loaded_lane(config: ProxyTuneConfig, group: list[tuple[str, Member]], loading: Loading) -> Lane:
     name, member = group[0]
     model = load_model(config, name, member, loading)
-    paths = sorted({m.adapter for _, m in group if m.adapter is not None})
-    names = {path: f"adapter{index}" for index, path in enumerate(paths)}
-    if paths:
+    places = {n: adapter_source(config, m) for n, m in group}  # by place: one adapter may have several revisions
+    sources = sorted({source for source in places.values() if source is not None}, key=str)
+    names = {source: f"adapter{index}" for index, source in enumerate(sources)}
+    if names:
         peft = _peft(name)
         wrapped: Any = None
-        for path, adapter in names.items():
-            owner, at = next((n, m) for n, m in group if m.adapter == path)
-            source = adapter_source(config, at)
+        for source, adapter in names.items():
+            owner, at = next((n, m) for n, m in group if places[n] == source)
             kwargs = _hub_arguments(source, loading)
-            with loading_of(owner, path):
+            with loading_of(owner, at.adapter):
                 if wrapped is None:
                     wrapped = peft.PeftModel.from_pretrained(model, source.path, adapter_name=adapter, **kwargs)
                 else:
                     wrapped.load_adapter(source.path, adapter_name=adapter, **kwargs)
-        if len({m.adapter for _, m in group}) == 1 and getattr(model, "hf_quantizer", None) is None:
+        if len(set(places.values())) == 1 and getattr(model, "hf_quantizer", None) is None:
             model = wrapped.merge_and_unload()  # alone on its weights: merged, it costs nothing
         else:
             model = wrapped.get_base_model()
     model.requires_grad_(False)
-    adapters = {n: names[m.adapter] if m.adapter is not None else None for n, m in group}
+    adapters = {n: names[source] if source is not None else None for n, source in places.items()}
     return Lane(model.eval(), _seats(group, adapters), source=member)
 
 
@@ -387,15 +389,17 @@ def member_source(config: ProxyTuneConfig, name: str, member: Member) -> tuple[S
     return source, member.gguf_file
 
 
-def adapter_source(config: ProxyTuneConfig, member: Member) -> Source:
-    """Where a member's adapter lies."""
-    assert member.adapter is not None
+def adapter_source(config: ProxyTuneConfig, member: Member) -> Source | None:
+    """Where a member's adapter lies, or None where it has none."""
+    if member.adapter is None:
+        return None
     return resolve(member.adapter, config.name_or_path, member.adapter_revision, getattr(config, "_commit_hash", None))
 
 
 def load_adapter_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> Any:
     """The PEFT config of a member's adapter."""
-    source = adapter_source(config, member)
+    if (source := adapter_source(config, member)) is None:
+        raise MemberError(f"{name} has no adapter")
     with loading_of(name, member.adapter):
         return _peft(name).PeftConfig.from_pretrained(source.path, **_hub_arguments(source, loading))
 
