@@ -145,6 +145,66 @@ def test_plausibility_is_over_the_ids_that_can_be_chosen():
     assert mixed.tolist() == [[[-math.inf, 2.0, -math.inf]]]
 
 
+# -- tokens that a member excludes ----------------------------------------------------------------------------
+def by_the_rule(base, pairs, alphas):
+    """One token's mixture, as the docstring of ``mix`` says it."""
+    if base == -math.inf:
+        return -math.inf
+    total = base
+    for (expert, anti_expert), weight in zip(pairs, alphas):
+        by_expert, by_anti_expert = expert == -math.inf, anti_expert == -math.inf
+        if by_expert != by_anti_expert and ((weight > 0 and by_expert) or (weight < 0 and by_anti_expert)):
+            return -math.inf
+        if not (by_expert or by_anti_expert):
+            total += weight * ((expert or 0.0) - (anti_expert or 0.0))
+    return total
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_minus_infinity_excludes_and_never_gives_nan(data):
+    value = st.floats(-30, 30, width=32) | st.just(-math.inf)
+    side = st.none() | st.lists(value, min_size=4, max_size=4)
+    base = data.draw(st.lists(value, min_size=4, max_size=4))
+    pairs = data.draw(st.lists(st.tuples(side, side), min_size=1, max_size=3))
+    alphas = data.draw(st.lists(st.sampled_from([-1.5, 0.0, 1.0]), min_size=len(pairs), max_size=len(pairs)))
+    tensors = [tuple(one and torch.tensor([[one]]) for one in pair) for pair in pairs]
+    mixed = mix(torch.tensor([[base]]), tensors, torch.tensor([alphas]))
+    expected = [
+        by_the_rule(base[i], [tuple(one and one[i] for one in pair) for pair in pairs], alphas) for i in range(4)
+    ]
+    np.testing.assert_allclose(mixed[0, 0].numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_exclusion_changes_no_other_logit():
+    """Nor a row beside it: not even by rounding."""
+    base, expert, anti = (logits(2, 3, 50, seed=seed) for seed in range(3))
+    alpha = torch.tensor([[0.7], [-0.3]])
+    plain = mix(base, [(expert, anti)], alpha)
+    excluding = expert.clone()
+    excluding[0, 1, 7] = -math.inf
+    mixed = mix(base, [(excluding, anti)], alpha)
+    assert mixed[0, 1, 7] == -math.inf
+    mixed[0, 1, 7] = plain[0, 1, 7]
+    assert torch.equal(mixed, plain)
+
+
+def test_gradients_pass_by_an_excluded_token():
+    base, expert, anti = (logits(1, 2, 5, seed=seed) for seed in range(3))
+    expert[0, 0, 2] = anti[0, 1, 3] = base[0, 1, 1] = -math.inf
+    for side in (base, expert, anti):
+        side.requires_grad_(True)
+    mixed = mix(base, [(expert, anti)], ONE)
+    mixed.softmax(dim=-1)[..., 0].sum().backward()
+    assert all(torch.isfinite(side.grad).all() for side in (base, expert, anti))
+
+
+def test_a_members_nan_is_not_hidden():
+    base, expert = logits(1, 1, 4), logits(1, 1, 4, seed=1)
+    expert[0, 0, 2] = math.nan
+    assert mix(base, [(expert, None)], ONE).isnan().tolist() == [[[False, False, True, False]]]
+
+
 # -- alpha in all its forms -----------------------------------------------------------------------------------
 AB = {"default": [1.0, 2.0], "names": ["a", "b"], "n_batch": 3}
 ONLY = {"default": [1.5], "names": ["a"], "n_batch": 3}
