@@ -519,6 +519,23 @@ def test_ctrl_c_leaves_a_job_cleanly(recipe, tmp_path):
     assert "interrupted" in told
 
 
+def test_ctrl_c_while_it_still_imports(recipe):
+    """The command line answers at once, so a hurried Ctrl-C meets the seconds in which torch is imported."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "proxytune.cli", "check", str(recipe)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert any("transformers.utils" in line for line in process.stderr), "it imported nothing"
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in told
+    assert "interrupted" in told
+
+
 def test_sizes_are_said_as_people_say_them():
     assert [size(n) for n in (12, 2048, 5 * 2**20, 26 * 10**9)] == ["12 B", "2.0 KiB", "5.0 MiB", "24.2 GiB"]
     assert [count(n) for n in (12, 47_800, 134_515_008, 13_015_864_320)] == ["12", "47.8 k", "135 M", "13 B"]

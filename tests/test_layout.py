@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ ROOMS = {
     "modeling": {"errors", "config", "mixing", "vocabulary", "prompts", "members"},
 }
 # Imports inside functions, which break a circle or keep something heavy out of start-up.
-LAZY = {"recipe": {"demo"}, "modeling": {"recipe"}}
+LAZY = {"config": {"modeling"}, "recipe": {"demo"}, "modeling": {"recipe"}}
 
 
 def our_imports(module: str) -> tuple[set[str], set[str]]:
@@ -88,6 +90,37 @@ def test_all_names_what_exists(module):
     for name in names:
         assert hasattr(imported, name), f"{module}.__all__ names {name}, which does not exist"
     assert imported.__doc__, f"{module} does not say what it is for"
+
+
+def test_importing_the_package_or_its_command_line_imports_nothing_heavy():
+    program = (
+        "import sys, proxytune.cli; print(*sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import proxytune; from transformers import AutoConfig, AutoModelForCausalLM",
+        "from transformers import AutoConfig, AutoModelForCausalLM; import proxytune",
+        "import transformers, proxytune; from transformers import AutoModelForCausalLM, AutoConfig",
+        "from proxytune.config import Member; from transformers import AutoConfig, AutoModelForCausalLM",
+        "import proxytune; from transformers import AutoModelForCausalLM; from transformers import AutoConfig",
+        "import proxytune, transformers.generation.utils; from transformers import AutoConfig, AutoModelForCausalLM",
+    ],
+)
+def test_recipes_are_registered_whatever_is_imported_first(program, shelf):
+    """Each order in an interpreter of its own."""
+    program += f"""
+import sys, proxytune
+recipe = {str(shelf / "recipe")!r}
+assert type(AutoConfig.from_pretrained(recipe)).__name__ == "ProxyTuneConfig"
+assert type(AutoModelForCausalLM.from_pretrained(recipe)) is proxytune.ProxyTunedForCausalLM
+assert not [finder for finder in sys.meta_path if type(finder).__module__ == "proxytune"]
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def mapped() -> dict[str, str]:

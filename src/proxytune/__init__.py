@@ -1,24 +1,27 @@
 """Steer a language model at decoding time with two small ones (proxy-tuning, 2401.08565).
 
 Importing the package registers recipes with transformers, so that ``AutoModelForCausalLM.from_pretrained`` and
-all that is built on it take a recipe as they take any other model.
+all that is built on it take a recipe as they take any other model. It does so without importing transformers,
+which takes seconds: the names below are imported when they are asked for, and ``AutoConfig`` is told of recipes
+as soon as somebody else imports it.
 """
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModelForCausalLM
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig
-from proxytune.errors import (
-    AlphaError,
-    MemberError,
-    PromptError,
-    ProxyTuneError,
-    RecipeError,
-    VocabularyError,
-)
-from proxytune.modeling import ProxyTunedCache, ProxyTunedForCausalLM, ProxyTunedOutput
-from proxytune.recipe import load_recipe, write_recipe
+if TYPE_CHECKING:
+    from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig
+    from proxytune.errors import AlphaError, MemberError, PromptError, ProxyTuneError, RecipeError, VocabularyError
+    from proxytune.modeling import ProxyTunedCache, ProxyTunedForCausalLM, ProxyTunedOutput
+    from proxytune.recipe import load_recipe, write_recipe
 
 __version__ = "0.1.0"
 
@@ -40,5 +43,51 @@ __all__ = [
     "write_recipe",
 ]
 
-AutoConfig.register(ProxyTuneConfig.model_type, ProxyTuneConfig, exist_ok=True)
-AutoModelForCausalLM.register(ProxyTuneConfig, ProxyTunedForCausalLM, exist_ok=True)
+_HOME = {
+    "config": ("Expert", "Member", "Prompt", "ProxyTuneConfig"),
+    "errors": ("AlphaError", "MemberError", "PromptError", "ProxyTuneError", "RecipeError", "VocabularyError"),
+    "modeling": ("ProxyTunedCache", "ProxyTunedForCausalLM", "ProxyTunedOutput"),
+    "recipe": ("load_recipe", "write_recipe"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for."""
+    for module, names in _HOME.items():
+        if name in names:
+            globals()[name] = getattr(importlib.import_module(f"proxytune.{module}"), name)
+            return globals()[name]
+    raise AttributeError(f"module 'proxytune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _WhenImported(MetaPathFinder):
+    """Imports :mod:`proxytune.config`, which registers itself, right after transformers' ``AutoConfig``."""
+
+    name = "transformers.models.auto.configuration_auto"
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                importlib.import_module("proxytune.config")
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if _WhenImported.name in sys.modules:
+    importlib.import_module("proxytune.config")
+else:
+    sys.meta_path.insert(0, _WhenImported())

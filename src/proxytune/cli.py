@@ -41,9 +41,10 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
-        import torch
-
         try:
+            from transformers.utils import logging  # within reach of Ctrl-C: it takes seconds
+
+            logging.disable_progress_bar()
             value = super().invoke(ctx)
             sys.stdout.flush()  # here, where a full disk can still be told
             return value
@@ -55,7 +56,9 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             say("interrupted")
             raise typer.Exit(130) from None
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":  # torch's
+                raise
             fail("out of memory; `proxytune check` says what a recipe needs, --dtype and --device-map change it")
         except OSError as error:
             drop_stdout()
@@ -78,12 +81,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line (the entry point ``proxytune``)."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
-
-    hub_logging.set_verbosity_error()
-    logging.set_verbosity_error()  # its advice on options that we set ourselves is not the user's concern
-    logging.disable_progress_bar()
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")  # their advice on options that we set ourselves is not the user's concern
     app()
 
 

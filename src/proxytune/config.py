@@ -223,6 +223,8 @@ class ProxyTuneConfig(PreTrainedConfig):
         # `transformers serve` looks the first one up in transformers itself; vLLM takes the one it knows.
         self.architectures = self.architectures or ["AutoModelForCausalLM", "ProxyTunedForCausalLM"]
         super().__post_init__(**kwargs)
+        # Who has a recipe may hand it to AutoModelForCausalLM. That model registers itself; it takes seconds to import.
+        from proxytune import modeling  # noqa: F401
 
     # -- the parsed view ------------------------------------------------------------------------------------
     @property
@@ -284,6 +286,9 @@ class ProxyTuneConfig(PreTrainedConfig):
         copied = self.with_members(lambda _, member: member)
         copied.experts = [expert.to_json() for expert in changed]
         return copied
+
+
+AutoConfig.register(ProxyTuneConfig.model_type, ProxyTuneConfig, exist_ok=True)
 
 
 # -- where a member lies --------------------------------------------------------------------------------------

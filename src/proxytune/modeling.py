@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -866,3 +866,6 @@ def _loading(config: ProxyTuneConfig, kwargs: dict[str, Any], hub: Sequence[str]
     if kwargs:
         raise RecipeError(f"from_pretrained does not take {', '.join(sorted(kwargs))}")
     return loading
+
+
+AutoModelForCausalLM.register(ProxyTuneConfig, ProxyTunedForCausalLM, exist_ok=True)

@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
-from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig
+import proxytune as pt  # names that are imported when they are used: the command line shows the presets at once
 
 __all__ = ["PRESETS"]
 
 
-def _llama2(size: str, name: str, expert: Member) -> ProxyTuneConfig:
-    anti_expert = Member("meta-llama/Llama-2-7b-hf")
-    return ProxyTuneConfig(base=Member(f"meta-llama/Llama-2-{size}-hf"), experts=[Expert(name, expert, anti_expert)])
-
-
-def _chat(size: str) -> ProxyTuneConfig:
-    # The paper's chat expert reads [INST] ... [/INST]; base and anti-expert read the raw prompt.
-    return _llama2(size, "chat", Member("meta-llama/Llama-2-7b-chat-hf", prompt=Prompt("chat")))
-
-
-def _code(size: str) -> ProxyTuneConfig:
-    return _llama2(size, "code", Member("codellama/CodeLlama-7b-Python-hf"))
-
-
-def _qwen() -> ProxyTuneConfig:
-    # One chat template for all three, so all of them read the same tokens.
-    return ProxyTuneConfig(
-        base=Member("Qwen/Qwen2.5-32B"),
-        experts=[Expert("chat", Member("Qwen/Qwen2.5-1.5B-Instruct"), Member("Qwen/Qwen2.5-1.5B"))],
+def _llama2(size: str, name: str, expert: pt.Member) -> pt.ProxyTuneConfig:
+    anti_expert = pt.Member("meta-llama/Llama-2-7b-hf")
+    return pt.ProxyTuneConfig(
+        base=pt.Member(f"meta-llama/Llama-2-{size}-hf"), experts=[pt.Expert(name, expert, anti_expert)]
     )
 
 
-def _llama3() -> ProxyTuneConfig:
-    return ProxyTuneConfig(
-        base=Member("meta-llama/Llama-3.1-70B"),
+def _chat(size: str) -> pt.ProxyTuneConfig:
+    # The paper's chat expert reads [INST] ... [/INST]; base and anti-expert read the raw prompt.
+    return _llama2(size, "chat", pt.Member("meta-llama/Llama-2-7b-chat-hf", prompt=pt.Prompt("chat")))
+
+
+def _code(size: str) -> pt.ProxyTuneConfig:
+    return _llama2(size, "code", pt.Member("codellama/CodeLlama-7b-Python-hf"))
+
+
+def _qwen() -> pt.ProxyTuneConfig:
+    # One chat template for all three, so all of them read the same tokens.
+    return pt.ProxyTuneConfig(
+        base=pt.Member("Qwen/Qwen2.5-32B"),
+        experts=[pt.Expert("chat", pt.Member("Qwen/Qwen2.5-1.5B-Instruct"), pt.Member("Qwen/Qwen2.5-1.5B"))],
+    )
+
+
+def _llama3() -> pt.ProxyTuneConfig:
+    return pt.ProxyTuneConfig(
+        base=pt.Member("meta-llama/Llama-3.1-70B"),
         experts=[
-            Expert(
+            pt.Expert(
                 "chat",
-                Member("meta-llama/Llama-3.1-8B-Instruct", prompt=Prompt("chat")),
-                Member("meta-llama/Llama-3.1-8B"),
+                pt.Member("meta-llama/Llama-3.1-8B-Instruct", prompt=pt.Prompt("chat")),
+                pt.Member("meta-llama/Llama-3.1-8B"),
             )
         ],
     )
