@@ -365,6 +365,50 @@ def test_one_licence_for_all_is_the_recipes(own_shelf):
     assert "license: apache-2.0" in str(recipes.model_card(load_recipe(own_shelf / "recipe")))
 
 
+@pytest.fixture
+def hub(own_shelf, tmp_path, monkeypatch):
+    """A hub cache that has downloaded two revisions of a bundled recipe with an adapter; the bundles' own logits."""
+    expected = {}
+    for revision, alpha in (("main", 1.0), ("strong", 2.0)):
+        pair = {"expert": {"model": "../anti", "adapter": "../adapter"}, "anti_expert": {"model": "../anti"}}
+        tiny.write_recipe(own_shelf / revision, {"experts": [{**pair, "alpha": alpha}]})
+        ProxyTunedForCausalLM.from_pretrained(own_shelf / revision).save_pretrained(tmp_path / revision, bundle=True)
+        with torch.no_grad():
+            expected[revision] = ProxyTunedForCausalLM.from_pretrained(tmp_path / revision)(IDS).logits[0, -1]
+        tiny.publish(tmp_path / "hub", "me/steered", tmp_path / revision, revision)
+    return expected
+
+
+@pytest.mark.parametrize("revision", ["main", "strong"])
+def test_a_bundle_on_the_hub_finds_its_members_in_its_own_repository(hub, tmp_path, revision):
+    """And in its own revision."""
+    place = {"cache_dir": tmp_path / "hub"} | ({} if revision == "main" else {"revision": revision})
+    model = AutoModelForCausalLM.from_pretrained("me/steered", **place)
+    says(model, hub[revision])
+    assert len(model.lanes) == 2, "weights are still shared"
+    assert set(model.tokenizers) == {"base", "expert.expert", "expert.anti_expert"}
+    assert not torch.allclose(hub["main"], hub["strong"])
+
+
+def test_a_bundle_on_the_hub_from_the_command_line(hub, tmp_path):
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "proxytune.cli"]
+    checked, answered = (
+        subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
+        for arguments in (["check", "me/steered"], ["generate", "me/steered", "the fox", "--json", "-n", "3"])
+    )
+    assert checked.returncode == 0, checked.stderr + checked.stdout
+    assert answered.returncode == 0, answered.stderr
+    assert len(json.loads(answered.stdout)["tokens"]) == 3
+
+
+def test_a_bundle_on_the_hub_saved_again_is_portable(hub, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained("me/steered", cache_dir=tmp_path / "hub")
+    model.save_pretrained(tmp_path / "again", bundle=True)
+    shutil.rmtree(tmp_path / "hub")
+    says(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), hub["main"])
+
+
 class Hub:
     """The hub's client, as far as an upload needs it."""
 

@@ -11,10 +11,11 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
@@ -291,12 +292,12 @@ def _loaded_lane(config: ProxyTuneConfig, group: list[tuple[str, Member]], loadi
         wrapped: Any = None
         for source, adapter in names.items():
             owner, at = next((n, m) for n, m in group if places[n] == source)
-            kwargs = _hub_arguments(source, loading)
             with loading_of(owner, at.adapter):
+                directory = _adapter_directory(source, loading)
                 if wrapped is None:
-                    wrapped = peft.PeftModel.from_pretrained(model, source.path, adapter_name=adapter, **kwargs)
+                    wrapped = peft.PeftModel.from_pretrained(model, directory, adapter_name=adapter)
                 else:
-                    wrapped.load_adapter(source.path, adapter_name=adapter, **kwargs)
+                    wrapped.load_adapter(directory, adapter_name=adapter)
         if len(set(places.values())) == 1 and getattr(model, "hf_quantizer", None) is None:
             model = wrapped.merge_and_unload()  # alone on its weights: merged, it costs nothing
         else:
@@ -394,6 +395,20 @@ def adapter_source(config: ProxyTuneConfig, member: Member) -> Source | None:
     if member.adapter is None:
         return None
     return resolve(member.adapter, config.name_or_path, member.adapter_revision, getattr(config, "_commit_hash", None))
+
+
+def _adapter_directory(source: Source, loading: Loading) -> str:
+    """The directory of an adapter, downloaded if it is on the hub: PEFT, offline, does not find a subfolder there."""
+    if source.is_local:
+        return str(Path(source.path) / source.subfolder)
+    known = ("cache_dir", "force_download", "local_files_only", "token")
+    snapshot = snapshot_download(
+        source.path,
+        revision=source.revision,
+        allow_patterns=str(PurePosixPath(source.subfolder) / "adapter_*"),
+        **{key: value for key, value in loading.hub.items() if key in known},
+    )
+    return str(Path(snapshot) / source.subfolder)
 
 
 def load_adapter_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> Any:
