@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help install demo test check lint types docs clean
+.PHONY: help install demo bench test check lint types docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install  ## proxy-tuning at work on a real model, within about a minute
 	$(BIN)/proxytune demo
+
+bench: install  ## what steering costs on the demo: twenty minutes on two cores
+	$(BIN)/proxytune bench demo
 
 test: install  ## the core tests, under five minutes
 	$(BIN)/python -m pytest -m "not slow"

@@ -1,4 +1,4 @@
-"""The command line: ``proxytune new``, ``check``, ``generate``, ``chat`` and ``demo``.
+"""The command line: ``proxytune new``, ``check``, ``generate``, ``chat``, ``demo`` and ``bench``.
 
 Thin on purpose: each command reads its options, calls the module that does the work, and shows what comes back.
 Results go to stdout, everything else to stderr. What was raised on purpose is told in one sentence, with status 2.
@@ -25,6 +25,7 @@ from proxytune.presets import PRESETS
 
 if TYPE_CHECKING:
     from proxytune.batch import Item
+    from proxytune.bench import BenchResult
     from proxytune.chat import Conversation
     from proxytune.check import Report
     from proxytune.config import ProxyTuneConfig
@@ -676,7 +677,180 @@ def demo(
     run_demo(problems, seed, json_file)
 
 
+# -- bench ----------------------------------------------------------------------------------------------------
+@app.command()
+def bench(
+    recipe: Recipe,
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "1,4,16",
+    lengths: Annotated[
+        str, typer.Option(metavar="PROMPT/OUTPUT,...", help="Tokens of the prompt and new tokens.")
+    ] = "64/128,8/512,512/8",
+    arms: Annotated[
+        str, typer.Option(metavar="NAME,...", help="What is compared; ratios need base and plain_loop.")
+    ] = "base,base_lookup,plain_loop,composite,shared",
+    options: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME+NAME,...",
+            help="Sets of member options, each on for every arm, the base alone too: a dtype (auto is the recipe's).",
+        ),
+    ] = "auto",
+    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds, of which the median is told.")] = 5,
+    minutes: Annotated[
+        float,
+        typer.Option(
+            metavar="M",
+            min=0,
+            help="Cases beyond it get fewer rounds or none, which is told; 64/128 at batch 1 always has its own. "
+            "0 is no limit.",
+        ),
+    ] = 18,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text that prompts are cut from; the demo's held-out problems by default.",
+            show_default=False,
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write everything there too.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the prompts, and of the order within a round.")] = 0,
+    device_map: DeviceMap = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Measure what steering costs: against the base alone and against the plain three-forward loop, in one run.
+
+    All arms are greedy, read the same prompts and write the same number of tokens; they take turns round by round.
+    The arms: base, base_lookup (with prompt-lookup drafts), plain_loop (three models, three forwards a token),
+    composite (the recipe, nothing shared) and shared (members of one set of weights in one forward).
+
+    The result is a Markdown table. Ctrl-C ends with what was measured until then.
+    The exit status is 2 if steered arms wrote different tokens that no near tie explains.
+    """
+    from proxytune.bench import MemberOptions, Settings, load_subject, problem_texts, run_bench, texts_of_file
+    from proxytune.compose import device_map as parsed
+    from proxytune.recipe import load_recipe
+
+    try:
+        batches = tuple(int(part) for part in batch.split(","))
+    except ValueError as error:
+        raise ProxyTuneError(f"--batch is numbers, such as 1,16, not {batch!r}") from error
+    settings = Settings(batches, _parts(lengths), _parts(arms), repeats=repeats, budget=60 * minutes or None, seed=seed)
+    wanted = [MemberOptions.parse(text) for text in _parts(options)]
+    if len(set(wanted)) < len(wanted):
+        raise ProxyTuneError(f"--options {options!r} names one set twice")
+    texts = problem_texts(seed) if prompts is None else texts_of_file(prompts)
+    config = load_recipe(recipe)
+    if json_file is not None:
+        json_file.open("a").close()  # now, not after twenty minutes, is when to say that it cannot be written
+    with _share_bar() as progress:
+        loading = {"device_map": parsed(device_map), "member_trust_remote_code": trust_remote_code}
+        subjects = []
+        for one in wanted:
+            progress(f"loading, {one.dtype or 'auto'}", 0.0)
+            subjects.append(load_subject(config, one, **loading))
+        result = run_bench(subjects, settings, texts, progress=progress)
+    show_bench(result)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
+    for bad in result.mismatches():
+        say(
+            f"error: {bad.arm} ({bad.options}, {bad.case}) wrote another token at {bad.differs_at} than "
+            f"{bad.reference}, with logits {bad.gap:.2g} apart"
+        )
+    if result.interrupted:
+        raise typer.Exit(130)
+    if result.mismatches():
+        raise typer.Exit(FAILED)
+
+
+def show_bench(result: BenchResult) -> None:
+    """Print what ``bench`` found, as Markdown: the machine, a table of each case, the overhead, the outputs."""
+    machine = result.machine
+    memory = "" if machine["memory_bytes"] is None else f", {size(machine['memory_bytes'])} of memory"
+    typer.echo(
+        f"{machine['gpu'] or machine['cpu']}; {machine['cores']} cores, {machine['threads']} threads{memory}; "
+        f"torch {machine['torch']}, transformers {machine['transformers']}, Python {machine['python']}\n"
+    )
+    for case in dict.fromkeys((row.batch, row.prompt, row.output) for row in result.rows):
+        typer.echo(f"**prompt/output {case[1]}/{case[2]}, batch {case[0]}**\n")
+        show_table(
+            "arm|options|tokens/s|min – max|to base|to plain loop|acceptance|first token|memory|rounds",
+            [
+                (
+                    row.arm,
+                    row.options,
+                    f"{row.tokens_per_second:.1f}",
+                    f"{row.tokens_per_second_low:.1f} – {row.tokens_per_second_high:.1f}",
+                    _number(row.ratio_to_base),
+                    _number(row.ratio_to_plain_loop),
+                    _number(row.acceptance),
+                    f"{1000 * row.time_to_first_token_s:.0f} ms",
+                    size(row.peak_memory_bytes),
+                    str(row.repeats),
+                )
+                for row in result.rows
+                if (row.batch, row.prompt, row.output) == case
+            ],
+        )
+    if result.overheads:
+        typer.echo("**a step of `generate` beyond the forwards in it**\n")
+        show_table(
+            "arm|options|batch|step|its forwards|overhead",
+            [
+                (
+                    one.arm,
+                    one.options,
+                    str(one.batch),
+                    f"{1000 * one.step_seconds:.2f} ms",
+                    f"{1000 * one.forwards_seconds:.2f} ms",
+                    f"{100 * one.overhead:+.1f} %",
+                )
+                for one in result.overheads
+            ],
+        )
+    outputs = result.outputs()
+    if outputs["compared"]:
+        said = f"{outputs['identical']} of {outputs['compared']} steered rows are token-identical"
+        if outputs["near_ties"]:
+            said += f", {outputs['near_ties']} first differ at a near tie"
+        if result.mismatches():
+            said += f", {len(result.mismatches())} differ"
+        typer.echo(f"Outputs: {said}.")
+    typer.echo(f"Memory: {machine['memory']}. Tokens/s include the prompt. {result.seconds:.0f} s.")
+    for note in result.notes:
+        typer.echo(f"Note: {note}.")
+
+
+def show_table(headings: str, rows: Sequence[Sequence[str]]) -> None:
+    """Print a Markdown table, numbers to the right, as wide as it needs to be; ``headings`` with | between them."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(*headings.split("|"), box=box.MARKDOWN, highlight=False)
+    for column, cells in zip(table.columns, zip(*rows)):
+        column.no_wrap = True
+        if any(cell[:1].isdigit() or cell[:1] in "+-–" for cell in cells):
+            column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=250, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip()) + "\n")
+
+
 # -- helpers --------------------------------------------------------------------------------------------------
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
 def fail(message: str) -> NoReturn:
     """Tell what is wrong in one line and leave."""
     say(f"error: {' '.join(message.split())}")
@@ -811,6 +985,27 @@ def _progress(total: int, shown: bool) -> Iterator[Any]:
     with bar:
         task = bar.add_task("prompts", total=total)
         yield lambda n: bar.advance(task, n)
+
+
+@contextlib.contextmanager
+def _share_bar() -> Iterator[Any]:
+    """A progress bar on stderr; yields a function that is told what is being done and the share that is done."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=True)
+    if not console.is_terminal:
+        yield lambda said, share: None
+        return
+    with bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda said, share: bar.update(task, completed=share, description=said)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,795 @@
+"""``proxytune bench``: what steering costs, measured in one run against the base alone and the plain loop.
+
+The arms, all greedy, all with the same prompts and the same number of new tokens:
+
+    base          transformers' own ``generate`` of the base alone
+    base_lookup   the same with prompt-lookup drafts (batch 1: transformers has no more), so that text which repeats
+                  itself does not count as a gain of ours
+    plain_loop    the reference implementation's loop: three models, three forwards a token
+    composite     the recipe without sharing and without speculation
+    shared        the recipe with members of one set of weights in one forward, without speculation
+
+A *case* is a batch size, a prompt length and an output length. Its arms take turns, round by round, in an order that
+is drawn anew, after each has run once to warm up; every round has prompts of its own, the same for all arms. What is
+told is the median of the rounds. Options of the members (their dtype) are on for every arm or for none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from proxytune.config import DTYPES, ProxyTuneConfig
+from proxytune.errors import ProxyTuneError
+from proxytune.members import Lane, Loading, group_by_weights
+from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.plain_loop import plain_loop
+
+__all__ = [
+    "ARMS",
+    "BenchResult",
+    "Case",
+    "MemberOptions",
+    "Overhead",
+    "Row",
+    "Settings",
+    "Subject",
+    "describe_machine",
+    "load_subject",
+    "problem_texts",
+    "run_bench",
+    "texts_of_file",
+]
+
+ARMS = ("base", "base_lookup", "plain_loop", "composite", "shared")
+STEERED = ("plain_loop", "composite", "shared")
+ASKED: Mapping[str, Mapping[str, Any]] = {  # what `generate` is asked in each arm that it runs
+    "base": {},
+    "base_lookup": {"prompt_lookup_num_tokens": 10},  # transformers' own example
+    "composite": {},
+    "shared": {},
+}
+MAIN = ("64/128", 1)  # the case that always has its repeats
+WARM_UP = 8  # new tokens of a warm-up
+NEAR_TIE = 1e-3  # float32 logits closer than this may be ordered either way by another kernel
+
+
+# -- what is asked for ----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Case:
+    """``batch`` rows of ``prompt`` tokens, continued by ``output`` tokens."""
+
+    batch: int
+    prompt: int
+    output: int
+
+    @property
+    def lengths(self) -> str:
+        return f"{self.prompt}/{self.output}"
+
+    def __str__(self) -> str:
+        return f"{self.lengths} at batch {self.batch}"
+
+
+@dataclass(frozen=True)
+class MemberOptions:
+    """What is on in every member of an arm: a dtype (None: what the recipe says), packed weights."""
+
+    dtype: str | None = None
+    pack: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> MemberOptions:
+        """Read ``float32+pack``; ``auto`` is the recipe's own dtype.
+
+        Raises:
+            ProxyTuneError: for a word that is no option, or two dtypes.
+        """
+        dtypes, pack = [], False
+        for word in text.strip().split("+"):
+            if word in DTYPES:
+                dtypes.append(word)
+            else:
+                raise ProxyTuneError(f"no member option is called {word!r}; known are {', '.join(DTYPES)}")
+        if len(dtypes) > 1:
+            raise ProxyTuneError(f"{text!r} names two dtypes")
+        return cls(dtypes[0] if dtypes and dtypes[0] != "auto" else None, pack)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        batches, lengths: sizes, and ``PROMPT/OUTPUT`` in tokens; every pair of them is a case.
+        arms: of :data:`ARMS`.
+        repeats: rounds of a case, where the budget allows.
+        budget: seconds for all of it; what goes beyond it has only its last set of options, fewer rounds, or none,
+            and that is told. 64/128 at batch 1 always has all. None: no limit.
+        seed: of the prompts and the order of the arms.
+    """
+
+    batches: tuple[int, ...] = (1, 4, 16)
+    lengths: tuple[str, ...] = ("64/128", "8/512", "512/8")
+    arms: tuple[str, ...] = ARMS
+    repeats: int = 5
+    budget: float | None = 1080.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for arm in self.arms:
+            if arm not in ARMS:
+                raise ProxyTuneError(f"no arm is called {arm!r}; known are {', '.join(ARMS)}")
+        for name in ("arms", "batches", "lengths"):
+            given = getattr(self, name)
+            if not given or len(set(given)) < len(given):
+                raise ProxyTuneError(f"the {name} must be named, each once, not {', '.join(map(str, given)) or 'none'}")
+        if any(batch < 1 for batch in self.batches):
+            raise ProxyTuneError(f"a batch has at least 1 row, not {min(self.batches)}")
+        if self.repeats < 1:
+            raise ProxyTuneError(f"at least 1 repeat is needed, not {self.repeats}")
+        self.cases()
+
+    def cases(self) -> list[Case]:
+        """Every batch size with every length pair; the main case first, then the cheap before the dear."""
+        found = []
+        for text in self.lengths:
+            prompt, slash, output = text.partition("/")
+            if not (slash and prompt.isdecimal() and output.isdecimal() and int(prompt) and int(output)):
+                raise ProxyTuneError(f"lengths are PROMPT/OUTPUT in tokens, such as 64/128, not {text!r}")
+            found += [Case(batch, int(prompt), int(output)) for batch in self.batches]
+        return sorted(
+            found, key=lambda case: ((case.lengths, case.batch) != MAIN, case.batch, case.prompt, case.output)
+        )
+
+
+# -- what comes out -------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Row:
+    """One arm in one case: medians of its rounds.
+
+    Attributes:
+        options: the members' dtype and what else is on in them, such as ``float32+pack``.
+        tokens_per_second: new tokens of all rows a second of the whole call, the prompt's forward included;
+            ``tokens_per_second_low`` and ``_high`` are the slowest and the fastest round.
+        ratio_to_base, ratio_to_plain_loop: in tokens a second, within the same options; more is better.
+        acceptance: drafts accepted of those drafted, over all rounds; None where nothing drafts.
+        peak_memory_bytes: see ``memory`` of the machine.
+        time_to_first_token_s: until the first new token (of a drafting arm: the first ones) is there.
+    """
+
+    arm: str
+    options: str
+    batch: int
+    prompt: int
+    output: int
+    tokens_per_second: float
+    tokens_per_second_low: float
+    tokens_per_second_high: float
+    ratio_to_base: float | None
+    ratio_to_plain_loop: float | None
+    acceptance: float | None
+    peak_memory_bytes: int
+    time_to_first_token_s: float
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """What a decoding step of ``generate`` costs beyond the forwards in it.
+
+    ``overhead`` is the median over rounds of (a step of ``generate``) / (the lanes' bare forwards on the same tokens
+    and caches, without masks, mixing or choosing) - 1; the seconds are medians too.
+    """
+
+    arm: str
+    options: str
+    batch: int
+    prompt: int
+    output: int
+    step_seconds: float
+    forwards_seconds: float
+    overhead: float
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One steered row of tokens held against the reference's (the plain loop's, where it is measured).
+
+    ``differs_at`` is the first new token that differs, None where all are the same; ``gap`` the difference there of
+    the mixed logits of the two tokens chosen, ``near_tie`` whether rounding may decide between them.
+    """
+
+    arm: str
+    reference: str
+    options: str
+    case: Case
+    differs_at: int | None = None
+    gap: float = 0.0
+    near_tie: bool = False
+
+
+@dataclass
+class BenchResult:
+    """All that was measured, also where it was interrupted."""
+
+    machine: dict[str, Any]
+    settings: Settings
+    rows: list[Row] = field(default_factory=list)
+    overheads: list[Overhead] = field(default_factory=list)
+    agreements: list[Agreement] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    def mismatches(self) -> list[Agreement]:
+        """The steered rows that differ where no near tie explains it."""
+        return [one for one in self.agreements if one.differs_at is not None and not one.near_tie]
+
+    def outputs(self) -> dict[str, Any]:
+        """The count of steered rows that were compared, and how they came out."""
+        return {
+            "compared": len(self.agreements),
+            "identical": sum(one.differs_at is None for one in self.agreements),
+            "near_ties": sum(one.near_tie for one in self.agreements),
+            "mismatches": [asdict(one) for one in self.mismatches()],
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "machine": self.machine,
+            "settings": asdict(self.settings),
+            "rows": [asdict(row) for row in self.rows],
+            "overhead": [asdict(row) for row in self.overheads],
+            "outputs": self.outputs(),
+            "notes": self.notes,
+            "seconds": round(self.seconds, 1),
+            "interrupted": self.interrupted,
+        }
+
+
+# -- prompts --------------------------------------------------------------------------------------------------
+Texts = Iterator[tuple[str, str]]  # endless: a text, as it stands before another one, and as the end of a prompt
+
+
+def problem_texts(seed: int) -> Texts:
+    """The demo's held-out problems: solved, and as the demo asks them."""
+    from proxytune.demo.problems import make_problems
+
+    problems = make_problems("test", 2000, seed)
+    while True:
+        for problem in problems:
+            yield f"{problem.prompt}{problem.completion}\n\n", problem.prompt
+
+
+def texts_of_file(path: Path) -> Texts:
+    """The paragraphs of a text file, again and again.
+
+    Raises:
+        ProxyTuneError: for a file without text, or in another encoding than UTF-8.
+    """
+    try:
+        paragraphs = [part.strip() for part in path.read_text("utf-8").split("\n\n") if part.strip()]
+    except UnicodeDecodeError as error:
+        raise ProxyTuneError(f"{path} is not a text in UTF-8") from error
+    if not paragraphs:
+        raise ProxyTuneError(f"{path} has no text")
+    return ((f"{paragraph}\n\n", paragraph) for paragraph in itertools.cycle(paragraphs))
+
+
+def prompts(texts: Texts, tokenizer: Any, case: Case) -> Tensor:
+    """One batch of prompts of exactly ``case.prompt`` tokens, (n_batch, n_prompt).
+
+    Each is as many consecutive texts as it takes, cut at the left, behind the token that the tokenizer begins with.
+    """
+    bos = tokenizer.bos_token_id
+    lead = [bos] if bos is not None and case.prompt > 1 and tokenizer("").input_ids[:1] == [bos] else []
+    n_text = case.prompt - len(lead)
+    rows = []
+    for _ in range(case.batch):
+        before: str = ""
+        ids: list[int] = []
+        while len(ids) < n_text:
+            text, ending = next(texts)
+            ids = tokenizer(before + ending, add_special_tokens=False).input_ids
+            before += text
+        rows.append(lead + ids[len(ids) - n_text :])
+    return torch.tensor(rows)
+
+
+# -- the models -----------------------------------------------------------------------------------------------
+@dataclass
+class Subject:
+    """A recipe in memory, with one set of member options.
+
+    Attributes:
+        options: as rows name them.
+        separate: the recipe with weights of its own for every adapter: the arms base, plain_loop and composite.
+        default: the recipe as it is loaded by default: shared and speculative. The same object where no members
+            could share.
+    """
+
+    options: str
+    separate: ProxyTunedForCausalLM
+    default: ProxyTunedForCausalLM
+
+    def __post_init__(self) -> None:
+        eos = self.default.generation_config.eos_token_id
+        for model in (self.separate.base, self.separate, self.default):  # what else a checkpoint sets is no arm's
+            model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0)
+
+    @property
+    def shares(self) -> bool:
+        return self.separate is not self.default
+
+    def model(self, arm: str) -> Any:
+        """The model that an arm runs."""
+        if arm in ("base", "base_lookup"):
+            return self.separate.base
+        return self.default if arm in ("shared", "speculative") else self.separate
+
+
+def load_subject(config: ProxyTuneConfig, options: MemberOptions, **loading: Any) -> Subject:
+    """Load a recipe as often as the arms need it, the base once.
+
+    Args:
+        config: the recipe.
+        options: of all members.
+        **loading: what ``from_pretrained`` takes besides (``device_map``, ``member_trust_remote_code``).
+    """
+    wanted = {"dtype": options.dtype or "auto", **loading}
+    separate = ProxyTunedForCausalLM.from_pretrained(str(config.name_or_path), config=config, share=False, **wanted)
+    default = separate
+    groups, _ = group_by_weights(config, list(config.members()), Loading())
+    if len(groups) < len(separate.lanes):
+        alone = any([name for name, _ in group] == ["base"] for group in groups)
+        default = ProxyTunedForCausalLM._load(
+            config, {"base": separate.base} if alone else {}, separate.tokenizer, {}, dict(wanted)
+        )
+    dtypes = dict.fromkeys(str(lane.model.dtype).removeprefix("torch.") for lane in _lanes(separate))
+    return Subject("/".join(dtypes) + ("+pack" if options.pack else ""), separate, default)
+
+
+def _lanes(model: ProxyTunedForCausalLM) -> Sequence[Lane]:
+    return cast(Sequence[Lane], model.lanes)
+
+
+# -- one run of one arm ---------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Sample:
+    """One run: seconds of the whole call and until the first token, new tokens (n_batch, n_new), what it held."""
+
+    seconds: float
+    first: float
+    tokens: Tensor
+    memory: int
+    drafted: int = 0
+    accepted: int = 0
+
+
+class _FirstToken(StoppingCriteria):
+    """Notes when it is asked for the first time, which is after the first token; stops nothing."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.at: float | None = None
+        self.go_on = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        if self.at is None:
+            self.at = _now(self.go_on.device)
+        return self.go_on
+
+
+def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int) -> Sample:
+    """Continue ``ids``, shape = (n_batch, n_prompt), by ``n_new`` tokens."""
+    model: Any = subject.model(arm)
+    ids = ids.to(model.device)
+    own: dict[str, Any] = _own_prompts(model, ids) if isinstance(model, ProxyTunedForCausalLM) else {}
+    first = _FirstToken(ids)
+    held = _held(subject, arm, ids.device)
+    begin = _now(ids.device)
+    if arm == "plain_loop":
+        sequences, caches = _plain(subject.separate, ids, n_new, StoppingCriteriaList([first]))
+    else:
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=n_new,
+            max_new_tokens=n_new,
+            stopping_criteria=StoppingCriteriaList([first]),
+            return_dict_in_generate=True,
+            **own,
+            **ASKED[arm],
+        )
+        sequences, caches = output.sequences, [output.past_key_values]
+    end = _now(ids.device)
+    stats = model.speculation_stats if arm == "speculative" else None
+    assert first.at is not None
+    return Sample(
+        seconds=end - begin,
+        first=first.at - begin,
+        tokens=sequences[:, ids.shape[1] :].cpu(),
+        memory=held(caches),
+        drafted=stats.drafted if stats else 0,
+        accepted=stats.accepted if stats else 0,
+    )
+
+
+def _plain(model: ProxyTunedForCausalLM, ids: Tensor, n_new: int, criteria: StoppingCriteriaList) -> Any:
+    def side(name: str) -> Any:
+        return model.member(name) if name in model.seats else None
+
+    eos = model.generation_config.eos_token_id
+    processors = LogitsProcessorList()
+    if eos is not None:
+        eos = eos if isinstance(eos, list) else [eos]
+        processors.append(MinNewTokensLengthLogitsProcessor(ids.shape[1], n_new, eos, device=str(ids.device)))
+    return plain_loop(
+        model.base,
+        [(side(f"{one.name}.expert"), side(f"{one.name}.anti_expert"), one.alpha) for one in model.experts],
+        ids,
+        n_new,
+        plausibility=model.config.plausibility,
+        logits_processor=processors,
+        stopping_criteria=criteria,
+    )
+
+
+def _own_prompts(model: ProxyTunedForCausalLM, ids: Tensor) -> dict[str, Any]:
+    """Members with prompts of their own read the same tokens as the base, so that lengths are what they are said."""
+    if not any(model.own_prompts):
+        return {}
+    names = [name for name, member in model.config.members() if member.prompt.kind != "raw"]
+    return {"member_input_ids": dict.fromkeys(names, ids)}
+
+
+def _held(subject: Subject, arm: str, device: torch.device) -> Callable[[Sequence[Any]], int]:
+    """A function that says, after the run and given its caches, the bytes that the arm held at most."""
+    modules = subject.model(arm).modules()
+    weights = _bytes(tensor for module in modules for tensor in _tensors(module))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        others = torch.cuda.memory_allocated(device)
+        return lambda caches: weights + torch.cuda.max_memory_allocated(device) - others
+    return lambda caches: (
+        weights + _bytes(tensor for cache in caches for layer in cache.layers for tensor in vars(layer).values())
+    )
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[Any]:
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+    yield from vars(module).values()  # packed weights are neither
+
+
+def _bytes(tensors: Iterator[Any]) -> int:
+    storages = {}
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(tensor, Tensor):  # oneDNN's own layout, which shows no storage
+            storages[id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(storages.values())
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+# -- the forwards alone ---------------------------------------------------------------------------------------
+@torch.no_grad()
+def bare_forwards(lanes: Sequence[Any], n_seats: Sequence[int], ids: Tensor, tokens: Tensor) -> float:
+    """Seconds a step of the lanes' forwards alone, on the tokens that a run gave, each with a cache of its own.
+
+    Args:
+        n_seats: how often each lane has every row.
+        ids: the prompt, (n_batch, n_prompt). tokens: the new tokens, (n_batch, n_new), all but the last are read.
+    """
+    caches = [DynamicCache(config=lane.config) for lane in lanes]
+
+    def step(columns: Tensor) -> None:
+        for lane, seats, cache in zip(lanes, n_seats, caches):
+            rows = columns.repeat(seats, 1) if seats > 1 else columns
+            lane(input_ids=rows.to(lane.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    step(ids)
+    columns = tokens[:, :-1].to(ids.device).split(1, dim=1)
+    begin = _now(ids.device)
+    for column in columns:
+        step(column)
+    return (_now(ids.device) - begin) / len(columns)
+
+
+def overhead_of(subject: Subject, arm: str, ids: Tensor, sample: Sample) -> tuple[float, float]:
+    """Seconds of a decoding step of the run, and of the bare forwards in it."""
+    model: Any = subject.separate if arm == "base" else subject.model(arm)
+    lanes = [model.lanes[model.seats["base"][0]]] if arm == "base" else list(model.lanes)
+    seats = [1 if arm == "base" else len(lane.seats) for lane in lanes]
+    step = (sample.seconds - sample.first) / (sample.tokens.shape[1] - 1)
+    return step, bare_forwards(lanes, seats, ids.to(lanes[0].device), sample.tokens)
+
+
+# -- are the outputs the same? --------------------------------------------------------------------------------
+def compare_tokens(subject: Subject, case: Case, ids: Tensor, found: Mapping[str, Tensor]) -> list[Agreement]:
+    """Hold each steered arm's tokens, (n_batch, n_new), against the first one's, row by row."""
+    arms = [arm for arm in STEERED if arm in found]
+    agreements = []
+    for arm in arms[1:]:
+        for row, (ours, theirs) in enumerate(zip(found[arm], found[arms[0]])):
+            one = Agreement(arm, arms[0], subject.options, case)
+            if len(differing := (ours != theirs).nonzero()):
+                at = int(differing[0])
+                prefix = torch.cat([ids[row], theirs[:at]])[None]
+                gap, top = _gap(subject.separate, prefix, int(ours[at]), int(theirs[at]))
+                coarsest = max(torch.finfo(lane.model.dtype).eps for lane in _lanes(subject.separate))
+                tie = max(NEAR_TIE, 4 * coarsest * top if coarsest > 1e-6 else 0.0)
+                one = replace(one, differs_at=at, gap=gap, near_tie=gap <= tie)
+            agreements.append(one)
+    return agreements
+
+
+def _gap(model: ProxyTunedForCausalLM, prefix: Tensor, ours: int, theirs: int) -> tuple[float, float]:
+    """How far apart the mixed logits of two tokens are after ``prefix``, (1, n_columns); and the greater magnitude."""
+    prefix = prefix.to(model.device)
+    own = _own_prompts(model, prefix)
+    if own:
+        own["prompt_length"] = prefix.shape[1]
+    with torch.no_grad():
+        logits = model(prefix, logits_to_keep=1, **own).logits[0, -1]
+    pair = logits[[ours, theirs]].float()
+    return float(abs(pair[0] - pair[1])), float(pair.abs().max())
+
+
+# -- the whole ------------------------------------------------------------------------------------------------
+def run_bench(
+    subjects: Sequence[Subject],
+    settings: Settings,
+    texts: Texts,
+    *,
+    tokenizer: Any = None,
+    progress: Callable[[str, float], None] = lambda said, share: None,
+) -> BenchResult:
+    """Measure every case; an interruption (KeyboardInterrupt) ends it with what was measured so far.
+
+    Args:
+        subjects: the recipe with each set of member options.
+        texts: where prompts come from. tokenizer: makes tokens of them; the base's by default.
+        progress: told what is being done, and the share of the whole that is done.
+
+    Raises:
+        PromptError, ProxyTuneError: before anything is measured, where a case does not fit the members' contexts.
+    """
+    tokenizer = tokenizer or subjects[0].separate.tokenizer
+    if tokenizer is None:
+        raise ProxyTuneError("neither the recipe nor its base has a tokenizer, so prompts cannot be made")
+    cases = settings.cases()
+    for case in cases:
+        _refuse_too_long(subjects[0].separate, case)
+    result = BenchResult(describe_machine(subjects[0].separate.device), settings)
+    arms = [arm for arm in settings.arms if arm != "shared" or any(subject.shares for subject in subjects)]
+    if len(arms) < len(settings.arms):
+        result.notes.append("no members share weights, so there is no arm `shared`: it would be `composite`")
+    if "base_lookup" in arms and max(settings.batches) > 1:
+        result.notes.append("`base_lookup` is measured at batch 1: transformers drafts by prompt lookup for no more")
+    rng = random.Random(settings.seed)
+    begin = time.perf_counter()
+    prefilled: dict[int, float] = {}  # prompt tokens of a batch -> seconds of a warm-up of all arms
+    try:
+        for index, case in enumerate(cases):
+            spent = time.perf_counter() - begin
+            share = _share(settings, spent, len(cases) - index)
+            guess = _guess(prefilled, case)
+            always = (case.lengths, case.batch) == MAIN
+            if not always and share is not None and guess > share:
+                result.notes.append(f"{case} is left out: the budget of {settings.budget:.0f} s is used up")
+                continue
+            prefilled[case.batch * case.prompt] = _measure_case(
+                result, subjects, case, arms, texts, tokenizer, rng,
+                share=None if always else share,
+                with_overhead=index == 0 and case.output > 1,
+                progress=lambda said, part, index=index, case=case: progress(  # type: ignore[misc]
+                    f"{case}: {said}", (index + part) / len(cases)
+                ),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        result.interrupted = True
+        result.notes.append("interrupted: what was measured until then is shown")
+    result.seconds = time.perf_counter() - begin
+    return result
+
+
+def _measure_case(
+    result: BenchResult,
+    subjects: Sequence[Subject],
+    case: Case,
+    arms: Sequence[str],
+    texts: Texts,
+    tokenizer: Any,
+    rng: random.Random,
+    *,
+    share: float | None,
+    with_overhead: bool,
+    progress: Callable[[str, float], None],
+) -> float:
+    """Measure one case into ``result``, as many rounds as ``share`` seconds allow; the seconds of its warm-up."""
+    samples: dict[tuple[str, str], list[Sample]] = {}
+    steps: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    begin = time.perf_counter()
+    ids = prompts(texts, tokenizer, case)
+    round_seconds: dict[str, float] = {}  # options -> of a round of their arms
+    runs = []
+    for subject in subjects:
+        for arm in arms:
+            if (arm == "base_lookup" and case.batch > 1) or (arm == "shared" and not subject.shares):
+                continue
+            progress(f"warm-up, {arm}", 0.0)
+            n_warm = min(case.output, WARM_UP)
+            warm = run_arm(subject, arm, ids, n_warm)
+            a_step = (warm.seconds - warm.first) / max(n_warm - 1, 1)
+            whole = warm.first + a_step * (case.output - 1)
+            round_seconds[subject.options] = round_seconds.get(subject.options, 0.0) + whole
+            samples[subject.options, arm] = []
+            runs.append((subject, arm))
+    warmed = time.perf_counter() - begin
+    runs, repeats = _cut(result, case, runs, round_seconds, None if share is None else share - warmed)
+    try:
+        for number in range(repeats):
+            ids = prompts(texts, tokenizer, case)
+            found: dict[str, dict[str, Tensor]] = {subject.options: {} for subject in subjects}
+            for turn, (subject, arm) in enumerate(rng.sample(runs, len(runs))):
+                progress(f"round {number + 1} of {repeats}, {arm}", (number + turn / len(runs)) / repeats)
+                sample = run_arm(subject, arm, ids, case.output)
+                samples[subject.options, arm].append(sample)
+                found[subject.options][arm] = sample.tokens
+                if with_overhead and arm in ("base", "composite", "shared"):
+                    steps.setdefault((subject.options, arm), []).append(overhead_of(subject, arm, ids, sample))
+            for subject in subjects:
+                result.agreements += compare_tokens(subject, case, ids, found[subject.options])
+    finally:  # what an interruption leaves is told too
+        result.rows += _rows(case, samples)
+        result.overheads += [
+            Overhead(
+                arm,
+                options,
+                *(case.batch, case.prompt, case.output),
+                statistics.median(step for step, _ in pairs),
+                statistics.median(forwards for _, forwards in pairs),
+                statistics.median(step / forwards for step, forwards in pairs) - 1,
+                len(pairs),
+            )
+            for (options, arm) in samples
+            if (pairs := steps.get((options, arm)))
+        ]
+    return warmed
+
+
+def _cut(
+    result: BenchResult,
+    case: Case,
+    runs: list[tuple[Subject, str]],
+    round_seconds: Mapping[str, float],
+    seconds: float | None,
+) -> tuple[list[tuple[Subject, str]], int]:
+    """What of a case fits ``seconds``: all rounds, or those of the last set of options alone, or fewer of these."""
+    repeats = result.settings.repeats
+    if seconds is None or repeats * sum(round_seconds.values()) <= seconds:
+        return runs, repeats
+    *dropped, last = round_seconds
+    fitting = min(int(max(seconds, 0) / round_seconds[last]), repeats)
+    said = "is left out" if fitting == 0 else f"has {fitting} of {repeats} rounds"
+    if dropped and fitting:
+        said += f", of {last} alone"
+    costs = ", ".join(f"{name} {cost:.0f} s" for name, cost in round_seconds.items())
+    result.notes.append(f"{case} {said}: the budget is short (a round takes {costs})")
+    return [(subject, arm) for subject, arm in runs if subject.options == last], fitting
+
+
+def _rows(case: Case, samples: Mapping[tuple[str, str], Sequence[Sample]]) -> list[Row]:
+    speeds = {
+        key: [case.batch * case.output / sample.seconds for sample in taken] for key, taken in samples.items() if taken
+    }
+    medians = {key: statistics.median(speed) for key, speed in speeds.items()}
+
+    def ratio(options: str, arm: str, other: str) -> float | None:
+        return medians[options, arm] / medians[options, other] if (options, other) in medians else None
+
+    rows = []
+    for (options, arm), speed in speeds.items():
+        taken = samples[options, arm]
+        drafted = sum(sample.drafted for sample in taken)
+        rows.append(
+            Row(
+                arm=arm,
+                options=options,
+                batch=case.batch,
+                prompt=case.prompt,
+                output=case.output,
+                tokens_per_second=medians[options, arm],
+                tokens_per_second_low=min(speed),
+                tokens_per_second_high=max(speed),
+                ratio_to_base=ratio(options, arm, "base"),
+                ratio_to_plain_loop=ratio(options, arm, "plain_loop"),
+                acceptance=sum(sample.accepted for sample in taken) / drafted if drafted else None,
+                peak_memory_bytes=max(sample.memory for sample in taken),
+                time_to_first_token_s=statistics.median(sample.first for sample in taken),
+                repeats=len(taken),
+            )
+        )
+    return rows
+
+
+def _share(settings: Settings, spent: float, n_left: int) -> float | None:
+    """Seconds that the next of ``n_left`` cases may take: the cheap come first and leave theirs to the dear."""
+    return None if settings.budget is None else max(settings.budget - spent, 0.0) / n_left
+
+
+def _guess(prefilled: Mapping[int, float], case: Case) -> float:
+    """What the warm-up alone will take, from the largest case so far; grows with the prompts' tokens."""
+    if not prefilled:
+        return 0.0
+    largest = max(prefilled)
+    return prefilled[largest] * max(case.batch * case.prompt / largest, 1.0)
+
+
+def _refuse_too_long(model: ProxyTunedForCausalLM, case: Case) -> None:
+    limit = model.context_of(model.shortest)
+    if limit is not None and case.prompt + case.output > limit:
+        needed = case.prompt + case.output
+        raise ProxyTuneError(
+            f"{case.lengths} needs {needed} tokens, but member {model.shortest!r} can read only {limit}"
+        )
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on, and what is meant by memory."""
+    found = {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
+        "device": device.type,
+        "gpu": None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "memory": "weights and caches of the arm, counted from its tensors (without activations)",
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        found["memory"] = "weights of the arm and the most that its run allocated on the GPU beyond them"
+    return found
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

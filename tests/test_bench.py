@@ -1,0 +1,315 @@
+"""``proxytune bench``: what it measures, that its arms write the same tokens, and how it fails. No timed assertions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.utils import logging
+
+import oracle
+import tiny
+from proxytune import ProxyTunedForCausalLM, bench, load_recipe
+from proxytune.plain_loop import plain_loop
+from test_cli import fails, run
+
+ROW = {"arm", "options", "batch", "prompt", "output", "tokens_per_second", "tokens_per_second_low"}
+ROW |= {"tokens_per_second_high", "ratio_to_base", "ratio_to_plain_loop", "acceptance", "peak_memory_bytes"}
+ROW |= {"time_to_first_token_s", "repeats"}
+QUICK = ("--batch", "1", "--lengths", "6/5", "--repeats", "2")
+
+
+@pytest.fixture(scope="module")
+def recipe(shelf):
+    return shelf / "recipe"
+
+
+@pytest.fixture(scope="module")
+def lora_recipe(shelf):
+    """M+ is an adapter on M-, so that members share weights."""
+    values = {
+        "experts": [{"expert": {"model": "../anti", "adapter": "../adapter"}, "anti_expert": {"model": "../anti"}}]
+    }
+    return tiny.write_recipe(shelf / "lora_recipe", {"base": {"model": "../base"}, **values})
+
+
+@pytest.fixture
+def measured(lora_recipe, tmp_path):
+    """Run the command; its JSON and what it printed."""
+
+    def measure(*options, recipe=lora_recipe, status=0):
+        made = run("bench", recipe, *options, "--json", tmp_path / "bench.json", status=status)
+        return json.loads((tmp_path / "bench.json").read_text("utf-8")), made
+
+    return measure
+
+
+@pytest.fixture(autouse=True)
+def _no_progress():
+    """As ``main`` does in a process of its own."""
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+# -- the plain loop -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("plausibility", [None, 0.2])
+def test_the_plain_loop_is_the_oracles(trio, plausibility):
+    reference = oracle.Oracle(trio.base, [("e", trio.expert, trio.anti_expert, 0.8)], plausibility)
+    rows = [[5, 9, 40, 77], [8, 3, 250, 12]]
+    experts = [(trio.expert, trio.anti_expert, 0.8)]
+    made, caches = plain_loop(trio.base, experts, torch.tensor(rows), 7, plausibility=plausibility)
+    for row, tokens in zip(rows, made):
+        assert tokens[:4].tolist() == row
+        oracle.assert_same_tokens(tokens[4:], reference.greedy(row, 7))
+    assert [cache.get_seq_length() for cache in caches] == [10, 10, 10]  # the last token is read by none
+
+
+def test_the_plain_loop_takes_experts_of_one_side(trio):
+    reference = oracle.Oracle(trio.base, [("a", None, trio.anti_expert, 0.5), ("b", trio.expert, None, 0.3)])
+    experts = [(None, trio.anti_expert, 0.5), (trio.expert, None, 0.3)]
+    made, _ = plain_loop(trio.base, experts, torch.tensor([[5, 9, 40]]), 6)
+    oracle.assert_same_tokens(made[0, 3:], reference.greedy([5, 9, 40], 6))
+
+
+# -- prompts --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("n_prompt", [1, 2, 8, 100])
+def test_prompts_have_the_length_that_was_asked_for(tokenizer, n_prompt):
+    ids = bench.prompts(bench.problem_texts(0), tokenizer, bench.Case(3, n_prompt, 1))
+    assert ids.shape == (3, n_prompt)
+    assert (ids[:, 0] == tiny.BOS).all() == (n_prompt > 1)
+    texts = tokenizer.batch_decode(ids)
+    assert all("Question: ... Answer:".endswith(text[-7:].removeprefix("<s>")) for text in texts)
+    assert n_prompt < 8 or len(set(texts)) == 3
+
+
+def test_long_prompts_hold_solved_problems(tokenizer):
+    ids = bench.prompts(bench.problem_texts(0), tokenizer, bench.Case(1, 600, 1))
+    assert tokenizer.decode(ids[0]).count("#### ") >= 2
+
+
+def test_prompts_of_a_file_are_its_paragraphs(tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_text("One paragraph.\n\n\n\nAnother one,\nof two lines.\n", "utf-8")
+    texts = bench.texts_of_file(tmp_path / "text.txt")
+    assert [ending for _, ending in itertools.islice(texts, 3)] == [
+        "One paragraph.",
+        "Another one,\nof two lines.",
+        "One paragraph.",
+    ]
+    ids = bench.prompts(texts, tokenizer, bench.Case(1, 60, 1))
+    assert tokenizer.decode(ids[0]).endswith(".")
+
+
+# -- what is measured -----------------------------------------------------------------------------------------
+def test_every_arm_is_measured(measured):
+    found, made = measured("--batch", "1,2", "--lengths", "6/5,3/9", "--repeats", "2")
+    rows = found["rows"]
+    assert all(set(row) == ROW for row in rows)
+    cases = {(row["batch"], row["prompt"], row["output"]) for row in rows}
+    assert cases == {(1, 6, 5), (2, 6, 5), (1, 3, 9), (2, 3, 9)}
+    for case in cases:
+        arms = [row["arm"] for row in rows if (row["batch"], row["prompt"], row["output"]) == case]
+        assert arms == [arm for arm in bench.ARMS if arm != "base_lookup" or case[0] == 1]
+    for row in rows:
+        base, loop = (
+            next(
+                other
+                for other in rows
+                if other["arm"] == arm
+                and all(other[key] == row[key] for key in ("batch", "prompt", "output", "options"))
+            )
+            for arm in ("base", "plain_loop")
+        )
+        assert row["ratio_to_base"] == row["tokens_per_second"] / base["tokens_per_second"]
+        assert row["ratio_to_plain_loop"] == row["tokens_per_second"] / loop["tokens_per_second"]
+        assert row["tokens_per_second_low"] <= row["tokens_per_second"] <= row["tokens_per_second_high"]
+        assert (row["repeats"], row["options"]) == (2, "float32")
+        assert 0 < row["time_to_first_token_s"] < row["batch"] * row["output"] / row["tokens_per_second_low"]
+        assert row["acceptance"] is None or (row["arm"] == "speculative" and 0 <= row["acceptance"] <= 1)
+    steered = [row for row in rows if row["arm"] not in ("base", "base_lookup")]
+    assert found["outputs"] == {
+        "compared": sum(row["batch"] * row["repeats"] for row in steered if row["arm"] != "plain_loop"),
+        "identical": found["outputs"]["compared"] - found["outputs"]["near_ties"],
+        "near_ties": found["outputs"]["near_ties"],
+        "mismatches": [],
+    }
+    machine = found["machine"]
+    assert (machine["torch"], machine["gpu"]) == (torch.__version__, None)
+    assert machine["cores"] >= 1
+    assert [one["arm"] for one in found["overhead"]] == ["base", "composite", "shared"]
+    assert all(one["repeats"] == 2 and one["forwards_seconds"] > 0 for one in found["overhead"])
+    assert "steered rows are token-identical" in made.stdout
+    assert made.stdout.count("| shared ") == 5
+    assert made.stderr == ""
+
+
+def test_memory_counts_the_weights_that_an_arm_has(measured, lora_recipe):
+    found, _ = measured(*QUICK)
+    held = {row["arm"]: row["peak_memory_bytes"] for row in found["rows"]}
+    model = ProxyTunedForCausalLM.from_pretrained(lora_recipe)
+    weights = {name: sum(p.nbytes for p in model.member(name).parameters()) for name in ("base", "expert.anti_expert")}
+    layers, heads, head = 3, 2, 8  # of the base: keys and values of all columns but the last
+    assert held["base"] == pytest.approx(weights["base"] + 2 * layers * heads * head * 10 * 4, rel=0.02)
+    assert held["base"] < held["shared"] < held["composite"] == held["plain_loop"]
+
+
+def test_there_is_no_shared_arm_where_nothing_is_shared(measured, recipe):
+    found, made = measured(*QUICK, recipe=recipe)
+    assert "shared" not in [row["arm"] for row in found["rows"]]
+    assert "no members share weights" in made.stdout
+
+
+def test_some_arms_and_no_base(measured):
+    found, _ = measured(*QUICK, "--arms", "plain_loop,composite")
+    assert [row["arm"] for row in found["rows"]] == ["plain_loop", "composite"]
+    assert [row["ratio_to_base"] for row in found["rows"]] == [None, None]
+
+
+def test_member_options_are_on_in_every_arm(measured):
+    found, _ = measured(*QUICK, "--arms", "base,composite", "--options", "float32,bfloat16")
+    assert [(row["arm"], row["options"]) for row in found["rows"]] == [
+        ("base", "float32"),
+        ("composite", "float32"),
+        ("base", "bfloat16"),
+        ("composite", "bfloat16"),
+    ]
+    assert [row["ratio_to_base"] for row in found["rows"] if row["arm"] == "base"] == [1.0, 1.0]
+    weights = [row["peak_memory_bytes"] for row in found["rows"] if row["arm"] == "base"]
+    assert weights[1] < 0.6 * weights[0]
+
+
+def test_members_with_prompts_of_their_own_read_the_same_tokens(shelf, measured):
+    values = {
+        "base": {"model": "../base"},
+        "experts": [{"expert": {"model": "../expert", "prompt": "chat"}, "anti_expert": {"model": "../anti"}}],
+    }
+    found, _ = measured(*QUICK, recipe=tiny.write_recipe(shelf / "chat_recipe", values))
+    assert found["outputs"]["compared"] == 2 * len(set(bench.STEERED) - {"plain_loop", "shared"})
+    assert found["outputs"]["mismatches"] == []
+
+
+def test_the_same_seed_takes_the_same_prompts(measured, monkeypatch):
+    seen = []
+    original = bench.run_arm
+    monkeypatch.setattr(bench, "run_arm", lambda *args: (seen.append(args[2].tolist()), original(*args))[1])
+    for seed in (1, 1, 2):
+        measured(*QUICK, "--arms", "base", "--seed", seed)
+    assert seen[:3] == seen[3:6] != seen[6:]
+    assert seen[1] != seen[2], "a round has prompts of its own"
+
+
+def test_prompts_from_a_file(measured, tmp_path):
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.", "utf-8")
+    found, _ = measured(*QUICK, "--arms", "base", "--prompts", tmp_path / "text.txt")
+    assert len(found["rows"]) == 1
+
+
+# -- budget and interruption ----------------------------------------------------------------------------------
+def test_the_budget_cuts_rounds_and_options_and_says_so():
+    result = bench.BenchResult({}, bench.Settings(repeats=5))
+    slow, fast = SimpleNamespace(options="float32"), SimpleNamespace(options="float32+pack")
+    runs = [(slow, "base"), (fast, "base")]
+    costs = {"float32": 10.0, "float32+pack": 4.0}
+    case = bench.Case(4, 8, 512)
+    assert bench._cut(result, case, runs, costs, None) == (runs, 5)
+    assert bench._cut(result, case, runs, costs, 70.0) == (runs, 5)
+    assert result.notes == []
+    assert bench._cut(result, case, runs, costs, 69.0) == ([(fast, "base")], 5)
+    assert bench._cut(result, case, runs, costs, 11.0) == ([(fast, "base")], 2)
+    assert bench._cut(result, case, runs, costs, 3.9)[1] == 0
+    costs_said = "the budget is short (a round takes float32 10 s, float32+pack 4 s)"
+    assert result.notes == [
+        f"8/512 at batch 4 has 5 of 5 rounds, of float32+pack alone: {costs_said}",
+        f"8/512 at batch 4 has 2 of 5 rounds, of float32+pack alone: {costs_said}",
+        f"8/512 at batch 4 is left out: {costs_said}",
+    ]
+
+
+def test_without_time_only_the_main_case_is_measured(measured):
+    found, made = measured("--batch", "1,2", "--lengths", "64/128,6/5", "--arms", "base", "--minutes", "0.0001")
+    assert {(row["batch"], row["prompt"], row["repeats"]) for row in found["rows"]} == {(1, 64, 5)}
+    assert made.stdout.count("is left out") == 3
+
+
+def test_an_interruption_leaves_what_was_measured(measured, monkeypatch):
+    original, calls = bench.run_arm, itertools.count()
+
+    def interrupted(*args):
+        if next(calls) == 7:  # two warm-ups, two rounds, and then the first half of the third
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(bench, "run_arm", interrupted)
+    found, made = measured(*QUICK, "--repeats", "5", "--arms", "base,composite", status=130)
+    assert found["interrupted"]
+    assert sorted(row["repeats"] for row in found["rows"]) == [2, 3]
+    assert "interrupted" in made.stdout
+
+
+# -- the outputs are held against each other ------------------------------------------------------------------
+def test_other_tokens_are_an_error(measured, monkeypatch):
+    original = bench.run_arm
+
+    def wrong(subject, arm, ids, n_new):
+        sample = original(subject, arm, ids, n_new)
+        if arm == "composite" and n_new == 5:
+            sample.tokens[0, 3] = (sample.tokens[0, 3] + 7) % tiny.VOCAB
+        return sample
+
+    monkeypatch.setattr(bench, "run_arm", wrong)
+    monkeypatch.setattr(bench, "WARM_UP", 2)
+    found, made = measured(*QUICK, "--arms", "plain_loop,composite", status=2)
+    assert [one["differs_at"] for one in found["outputs"]["mismatches"]] == [3, 3]
+    assert made.stderr.startswith("error: composite (float32, 6/5 at batch 1) wrote another token at 3 than plain_loop")
+    assert made.stderr.count("\n") == 2
+
+
+def test_a_near_tie_is_no_mismatch(lora_recipe):
+    subject = bench.load_subject(load_recipe(lora_recipe), bench.MemberOptions())
+    ids = torch.tensor([[5, 9, 40]])
+    with torch.no_grad():
+        order = subject.separate(ids).logits[0, -1].argsort(descending=True)
+    case = bench.Case(1, 3, 1)
+    found = {"plain_loop": order[None, :1], "composite": order[None, 1:2]}
+    (clear,) = bench.compare_tokens(subject, case, ids, found)
+    assert (clear.differs_at, clear.near_tie) == (0, False)
+    assert clear.gap > bench.NEAR_TIE
+    with torch.no_grad():  # a head whose rows of the two tokens are the same
+        for name in subject.separate.seats:
+            head = subject.separate.member(name).get_output_embeddings().weight
+            head[order[1]] = head[order[0]]
+    (tied,) = bench.compare_tokens(subject, case, ids, found)
+    assert (tied.differs_at, tied.near_tie) == (0, True)
+
+
+# -- what is refused ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--arms", "base,turbo"], "no arm is called 'turbo'; known are base, base_lookup"),
+        (["--arms", "base,base"], "the arms must be named, each once"),
+        (["--lengths", "64x128"], "lengths are PROMPT/OUTPUT in tokens, such as 64/128, not '64x128'"),
+        (["--lengths", "64/0"], "not '64/0'"),
+        (["--lengths", "200/100"], "200/100 needs 300 tokens, but member 'base' can read only 256"),
+        (["--batch", "1,x"], "--batch is numbers, such as 1,16"),
+        (["--batch", "0"], "a batch has at least 1 row"),
+        (["--options", "int3"], "no member option is called 'int3'"),
+        (["--options", "float32+bfloat16"], "names two dtypes"),
+        (["--options", "auto,auto"], "names one set twice"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt: No such file"),
+        (["--json", "/nowhere/x.json"], "/nowhere/x.json: No such file"),
+    ],
+)
+def test_bad_input_is_one_sentence(recipe, options, said, monkeypatch):
+    monkeypatch.setattr(bench, "run_arm", lambda *args: pytest.fail("nothing is measured"))
+    assert said in fails("bench", recipe, *options)
+
+
+def test_a_file_without_text_is_refused(recipe, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n\n ", "utf-8")
+    assert "has no text" in fails("bench", recipe, "--prompts", tmp_path / "empty.txt")
+    (tmp_path / "empty.txt").write_bytes(b"\xff\xfe")
+    assert "not a text in UTF-8" in fails("bench", recipe, "--prompts", tmp_path / "empty.txt")
