@@ -8,10 +8,11 @@ The arms, all greedy, all with the same prompts and the same number of new token
     plain_loop    the reference implementation's loop: three models, three forwards a token
     composite     the recipe without sharing and without speculation
     shared        the recipe with members of one set of weights in one forward, without speculation
+    speculative   the recipe as it is loaded by default, ``speculate="auto"``
 
 A *case* is a batch size, a prompt length and an output length. Its arms take turns, round by round, in an order that
 is drawn anew, after each has run once to warm up; every round has prompts of its own, the same for all arms. What is
-told is the median of the rounds. Options of the members (their dtype) are on for every arm or for none.
+told is the median of the rounds. Options of the members (dtype, packed weights) are on for every arm or for none.
 """
 
 from __future__ import annotations
@@ -35,8 +36,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
-    StoppingCriteria,
-    StoppingCriteriaList,
 )
 
 from proxytune.config import DTYPES, ProxyTuneConfig
@@ -61,13 +60,14 @@ __all__ = [
     "texts_of_file",
 ]
 
-ARMS = ("base", "base_lookup", "plain_loop", "composite", "shared")
-STEERED = ("plain_loop", "composite", "shared")
+ARMS = ("base", "base_lookup", "plain_loop", "composite", "shared", "speculative")
+STEERED = ("plain_loop", "composite", "shared", "speculative")
 ASKED: Mapping[str, Mapping[str, Any]] = {  # what `generate` is asked in each arm that it runs
     "base": {},
     "base_lookup": {"prompt_lookup_num_tokens": 10},  # transformers' own example
-    "composite": {},
-    "shared": {},
+    "composite": {"speculate": False},
+    "shared": {"speculate": False},
+    "speculative": {"speculate": "auto"},
 }
 MAIN = ("64/128", 1)  # the case that always has its repeats
 WARM_UP = 8  # new tokens of a warm-up
@@ -109,8 +109,10 @@ class MemberOptions:
         for word in text.strip().split("+"):
             if word in DTYPES:
                 dtypes.append(word)
+            elif word == "pack":
+                pack = True
             else:
-                raise ProxyTuneError(f"no member option is called {word!r}; known are {', '.join(DTYPES)}")
+                raise ProxyTuneError(f"no member option is called {word!r}; known are {', '.join(DTYPES)} and pack")
         if len(dtypes) > 1:
             raise ProxyTuneError(f"{text!r} names two dtypes")
         return cls(dtypes[0] if dtypes and dtypes[0] != "auto" else None, pack)
@@ -173,9 +175,9 @@ class Row:
         tokens_per_second: new tokens of all rows a second of the whole call, the prompt's forward included;
             ``tokens_per_second_low`` and ``_high`` are the slowest and the fastest round.
         ratio_to_base, ratio_to_plain_loop: in tokens a second, within the same options; more is better.
-        acceptance: drafts accepted of those drafted, over all rounds; None where nothing drafts.
+        acceptance: drafts accepted of those held against the mixture, over all rounds; None where there were none.
         peak_memory_bytes: see ``memory`` of the machine.
-        time_to_first_token_s: until the first new token (of a drafting arm: the first ones) is there.
+        time_to_first_token_s: until the first new token can be chosen.
     """
 
     arm: str
@@ -359,7 +361,7 @@ def load_subject(config: ProxyTuneConfig, options: MemberOptions, **loading: Any
         options: of all members.
         **loading: what ``from_pretrained`` takes besides (``device_map``, ``member_trust_remote_code``).
     """
-    wanted = {"dtype": options.dtype or "auto", **loading}
+    wanted = {"dtype": options.dtype or "auto", "pack": options.pack, **loading}
     separate = ProxyTunedForCausalLM.from_pretrained(str(config.name_or_path), config=config, share=False, **wanted)
     default = separate
     groups, _ = group_by_weights(config, list(config.members()), Loading())
@@ -385,21 +387,33 @@ class Sample:
     first: float
     tokens: Tensor
     memory: int
-    drafted: int = 0
-    accepted: int = 0
+    judged: int = 0  # drafts held against the mixture
+    accepted: int = 0  # of these
 
 
-class _FirstToken(StoppingCriteria):
-    """Notes when it is asked for the first time, which is after the first token; stops nothing."""
+class _FirstForwards:
+    """Within it, notes when each of ``modules`` has run once: what is left to do for the first token is to choose it.
 
-    def __init__(self, rows: Tensor) -> None:
+    A stopping criterion or a streamer would see the token itself, and keep ``generate`` from drafting for a batch.
+    """
+
+    def __init__(self, modules: Sequence[torch.nn.Module], device: torch.device) -> None:
+        self.waiting = dict.fromkeys(modules)
+        self.device = device
         self.at: float | None = None
-        self.go_on = torch.zeros(rows.shape[0], dtype=torch.bool, device=rows.device)
 
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
-        if self.at is None:
-            self.at = _now(self.go_on.device)
-        return self.go_on
+    def __enter__(self) -> _FirstForwards:
+        self.hooks = [module.register_forward_hook(self._ran) for module in self.waiting]
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _ran(self, module: torch.nn.Module, *given: Any) -> None:
+        self.waiting.pop(module, None)
+        if not self.waiting and self.at is None:
+            self.at = _now(self.device)
 
 
 def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int) -> Sample:
@@ -407,25 +421,25 @@ def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int) -> Sample:
     model: Any = subject.model(arm)
     ids = ids.to(model.device)
     own: dict[str, Any] = _own_prompts(model, ids) if isinstance(model, ProxyTunedForCausalLM) else {}
-    first = _FirstToken(ids)
+    run = [model.member(name) for name in model.seats] if arm == "plain_loop" else [model]
     held = _held(subject, arm, ids.device)
-    begin = _now(ids.device)
-    if arm == "plain_loop":
-        sequences, caches = _plain(subject.separate, ids, n_new, StoppingCriteriaList([first]))
-    else:
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            min_new_tokens=n_new,
-            max_new_tokens=n_new,
-            stopping_criteria=StoppingCriteriaList([first]),
-            return_dict_in_generate=True,
-            **own,
-            **ASKED[arm],
-        )
-        sequences, caches = output.sequences, [output.past_key_values]
-    end = _now(ids.device)
+    with _FirstForwards(run, ids.device) as first:
+        begin = _now(ids.device)
+        if arm == "plain_loop":
+            sequences, caches = _plain(model, ids, n_new)
+        else:
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                min_new_tokens=n_new,
+                max_new_tokens=n_new,
+                return_dict_in_generate=True,
+                **own,
+                **ASKED[arm],
+            )
+            sequences, caches = output.sequences, [output.past_key_values]
+        end = _now(ids.device)
     stats = model.speculation_stats if arm == "speculative" else None
     assert first.at is not None
     return Sample(
@@ -433,12 +447,12 @@ def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int) -> Sample:
         first=first.at - begin,
         tokens=sequences[:, ids.shape[1] :].cpu(),
         memory=held(caches),
-        drafted=stats.drafted if stats else 0,
-        accepted=stats.accepted if stats else 0,
+        judged=stats.judged if stats else 0,
+        accepted=stats.accepted + stats.lookups_accepted if stats else 0,
     )
 
 
-def _plain(model: ProxyTunedForCausalLM, ids: Tensor, n_new: int, criteria: StoppingCriteriaList) -> Any:
+def _plain(model: ProxyTunedForCausalLM, ids: Tensor, n_new: int) -> Any:
     def side(name: str) -> Any:
         return model.member(name) if name in model.seats else None
 
@@ -454,7 +468,6 @@ def _plain(model: ProxyTunedForCausalLM, ids: Tensor, n_new: int, criteria: Stop
         n_new,
         plausibility=model.config.plausibility,
         logits_processor=processors,
-        stopping_criteria=criteria,
     )
 
 
@@ -722,7 +735,7 @@ def _rows(case: Case, samples: Mapping[tuple[str, str], Sequence[Sample]]) -> li
     rows = []
     for (options, arm), speed in speeds.items():
         taken = samples[options, arm]
-        drafted = sum(sample.drafted for sample in taken)
+        judged = sum(sample.judged for sample in taken)
         rows.append(
             Row(
                 arm=arm,
@@ -735,7 +748,7 @@ def _rows(case: Case, samples: Mapping[tuple[str, str], Sequence[Sample]]) -> li
                 tokens_per_second_high=max(speed),
                 ratio_to_base=ratio(options, arm, "base"),
                 ratio_to_plain_loop=ratio(options, arm, "plain_loop"),
-                acceptance=sum(sample.accepted for sample in taken) / drafted if drafted else None,
+                acceptance=sum(sample.accepted for sample in taken) / judged if judged else None,
                 peak_memory_bytes=max(sample.memory for sample in taken),
                 time_to_first_token_s=statistics.median(sample.first for sample in taken),
                 repeats=len(taken),

@@ -687,7 +687,7 @@ def bench(
     ] = "64/128,8/512,512/8",
     arms: Annotated[
         str, typer.Option(metavar="NAME,...", help="What is compared; ratios need base and plain_loop.")
-    ] = "base,base_lookup,plain_loop,composite,shared",
+    ] = "base,base_lookup,plain_loop,composite,shared,speculative",
     options: Annotated[
         str,
         typer.Option(
@@ -724,9 +724,8 @@ def bench(
 
     All arms are greedy, read the same prompts and write the same number of tokens; they take turns round by round.
     The arms: base, base_lookup (with prompt-lookup drafts), plain_loop (three models, three forwards a token),
-    composite (the recipe, nothing shared) and shared (members of one set of weights in one forward).
-
-    The result is a Markdown table. Ctrl-C ends with what was measured until then.
+    composite (the recipe, nothing shared), shared (members of one set of weights in one forward) and speculative (the
+    recipe as it is loaded by default). The result is a Markdown table. Ctrl-C ends with what was measured until then.
     The exit status is 2 if steered arms wrote different tokens that no near tie explains.
     """
     from proxytune.bench import MemberOptions, Settings, load_subject, problem_texts, run_bench, texts_of_file

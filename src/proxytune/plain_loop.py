@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessorList
 
 from proxytune.mixing import mix
 
@@ -32,9 +32,8 @@ def plain_loop(
     *,
     plausibility: float | None = None,
     logits_processor: LogitsProcessorList | None = None,
-    stopping_criteria: StoppingCriteriaList | None = None,
 ) -> tuple[Tensor, list[Any]]:
-    """Greedy proxy-tuning of a batch whose rows are equally long.
+    """Greedy proxy-tuning of a batch whose rows are equally long, without an end but ``max_new_tokens``.
 
     Args:
         base: the model that is steered.
@@ -42,10 +41,9 @@ def plain_loop(
         input_ids: shape = (n_batch, n_prompt), read by every model.
         plausibility: see :func:`proxytune.mixing.mix`.
         logits_processor: applied to the mixed logits, shape = (n_batch, n_vocab).
-        stopping_criteria: asked after each token; the loop ends where all rows are done.
 
     Returns:
-        The prompt and the new tokens, shape = (n_batch, n_prompt + n_new), and each model's cache.
+        The prompt and the new tokens, shape = (n_batch, n_prompt + max_new_tokens), and each model's cache.
     """
     models = [base] + [side for *pair, _ in experts for side in pair if side is not None]
     alpha = torch.tensor([[alpha for *_, alpha in experts]])
@@ -75,6 +73,4 @@ def plain_loop(
             own["past_key_values"] = output.past_key_values
             mask = own["attention_mask"]
             own["attention_mask"] = torch.cat([mask, mask.new_ones((mask.shape[0], 1))], dim=-1)
-        if stopping_criteria is not None and bool(stopping_criteria(input_ids, mixed).all()):  # type: ignore[arg-type]
-            break
     return input_ids, [own["past_key_values"] for own in kwargs]
