@@ -24,9 +24,12 @@ ROOMS = {
     "config": {"errors"},
     "vocabulary": {"errors"},
     "prompts": {"errors", "config"},
-    "members": {"errors", "config"},
+    "cost": set(),
+    "kernels": {"errors"},
+    "members": {"errors", "config", "kernels"},
+    "speculation": {"errors", "cost", "mixing"},
     "recipe": {"errors", "config", "members"},
-    "modeling": {"errors", "config", "mixing", "vocabulary", "prompts", "members"},
+    "modeling": {"errors", "config", "mixing", "vocabulary", "prompts", "members", "speculation"},
 }
 # Imports inside functions, which break a circle or keep something heavy out of start-up.
 LAZY = {"config": {"modeling"}, "recipe": {"demo"}, "modeling": {"recipe"}}

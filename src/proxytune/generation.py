@@ -238,6 +238,9 @@ def answer(
         processors.append(RowSampler(sampling, rows))
     own = {name: [prompt.own[name] for prompt in prompts] for name in prompts[0].own}
     limit_rows = RowLimit(ids.shape[1], limits, stopped)
+    criteria = StoppingCriteriaList()
+    if stopped is not None or len(set(limits)) > 1:  # what looks at a whole batch keeps it from being drafted for
+        criteria.append(limit_rows)
     with torch.inference_mode():
         sequences = model.generate(
             ids.to(model.device),
@@ -246,7 +249,8 @@ def answer(
             alpha=torch.tensor([list(row) for row in alphas], dtype=torch.float32),
             member_input_ids=own or None,
             logits_processor=processors,
-            stopping_criteria=StoppingCriteriaList([limit_rows]),
+            stopping_criteria=criteria,
+            speculate=None if sampling.greedy else False,  # a row's generator must be asked once a token
             streamer=streamer,
             past_key_values=past_key_values,
             **({"stop_strings": list(stop_strings), "tokenizer": tokenizer} if stop_strings else {}),
