@@ -1,0 +1,548 @@
+"""Speculation changes the speed and nothing else: greedy tokens are the oracle's, samples have its distribution."""
+
+from __future__ import annotations
+
+import copy
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+import tiny
+from oracle import Oracle, assert_same_tokens
+from proxytune import Expert, ProxyTunedForCausalLM, ProxyTuneError, speculation
+from proxytune.cost import Cost, Costs, cost_of_weights, expected_tokens
+from proxytune.speculation import Lookup, Pace, accept_greedy, accept_sampled
+
+ROWS = [[1, 40, 77, 102, 9, 33, 250, 61], [1, 88, 15], [1, 7, 300, 41, 12]]
+QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}
+N_NEW = 24
+
+
+def near(model, seed, by=0.03):
+    """A copy with noise on its weights: it often agrees with the model, and often does not."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=by)
+    return other
+
+
+def family_oracle(family, alpha=1.0, **config):
+    base = tiny.model(family, "base", 1, **config)
+    return Oracle(base, [("e", near(base, 2), near(base, 3), alpha)])
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return family_oracle("llama")
+
+
+@pytest.fixture(scope="module")
+def model(oracle):
+    return tiny.compose(oracle)
+
+
+def new_tokens(model, rows=None, n_new=N_NEW, **kwargs):
+    batch = tiny.padded(rows or ROWS)
+    out = model.generate(**batch, **{**QUIET, "max_new_tokens": n_new, **kwargs})
+    return [row[batch["input_ids"].shape[1] :].tolist() for row in out]
+
+
+def partly(stats):
+    """Drafts were accepted, and drafts were rejected."""
+    return 0 < stats.accepted < stats.judged
+
+
+# -- the rule ---------------------------------------------------------------------------------------------------
+def test_greedy_accepts_the_longest_agreeing_prefix():
+    scores = torch.nn.functional.one_hot(torch.tensor([[3, 1, 2], [0, 1, 2], [3, 0, 2]]), 4).float()
+    drafts = torch.tensor([[3, 1, 2], [3, 1, 2], [3, 1, 2]])
+    n_accepted, tokens = accept_greedy(drafts, scores)
+    assert n_accepted.tolist() == [3, 0, 1]
+    assert tokens.tolist()[1:] == [0, 0]
+
+
+P = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0])
+Q = torch.tensor([0.2, 0.2, 0.2, 0.3, 0.1])
+N_DRAWS = 200_000
+
+
+def accept_everything(drafts, p, q):
+    return torch.full((len(drafts),), drafts.shape[1]), drafts[:, 0]
+
+
+def draw_from_p_on_rejection(drafts, p, q):
+    n_accepted, _ = accept_sampled(drafts, p, q)
+    return n_accepted, torch.multinomial(p[:, 0], 1).squeeze(1)
+
+
+def swap_p_and_q(drafts, p, q):
+    return accept_sampled(drafts, q, p)
+
+
+def ignore_the_ratio(drafts, p, q):
+    half = (torch.rand(drafts.shape[0], 1) < 0.5).long()
+    return half.squeeze(1), accept_sampled(drafts, p, q)[1]
+
+
+def first_tokens(rule, looked_up):
+    torch.manual_seed(5)
+    p = P.expand(N_DRAWS, 1, -1)
+    if looked_up:
+        drafts, q = torch.randint(0, 4, (N_DRAWS, 1)), None
+    else:
+        drafts, q = torch.multinomial(Q, N_DRAWS, replacement=True)[:, None], Q.expand(N_DRAWS, 1, -1)
+    n_accepted, tokens = rule(drafts, p, q)
+    return torch.where(n_accepted == 1, drafts[:, 0], tokens)
+
+
+def chi_square(counts, expected):
+    """The statistic over the outcomes that can happen; the others cost so much that any of them shows."""
+    possible = expected > 0
+    impossible = float(counts[~possible].sum())
+    return float(((counts - expected)[possible] ** 2 / expected[possible]).sum()) + impossible * 1e6
+
+
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_a_draft_or_what_replaces_it_is_distributed_as_the_mixture(looked_up):
+    counts = torch.bincount(first_tokens(accept_sampled, looked_up), minlength=5).float()
+    assert chi_square(counts, P * N_DRAWS) < 16.27  # 3 degrees of freedom, 99.9 %
+
+
+@pytest.mark.parametrize("rule", [accept_everything, draw_from_p_on_rejection, swap_p_and_q, ignore_the_ratio])
+def test_an_altered_rule_shows(rule):
+    counts = torch.bincount(first_tokens(rule, looked_up=False), minlength=5).float()
+    assert chi_square(counts, P * N_DRAWS) > 100
+
+
+def test_where_p_and_q_agree_nothing_is_rejected():
+    drafts = torch.multinomial(P, 1000, replacement=True)[:, None].repeat(1, 3)
+    same = P.expand(1000, 3, -1)
+    assert accept_sampled(drafts, same, same.clone())[0].tolist() == [3] * 1000
+
+
+# -- the whole of generate: samples ------------------------------------------------------------------------------
+SAMPLED = {"do_sample": True, "temperature": 1.5, "top_k": 3, "eos_token_id": None, "pad_token_id": tiny.PAD}
+
+
+def joint(oracle, prompt, n_new):
+    """The exact probability of every continuation of top-3 sampling."""
+    found = {}
+    for choice in product(range(3), repeat=n_new):
+        tokens, probability = [], 1.0
+        for k in choice:
+            best = (oracle.logits(prompt, tokens)[-1] / 1.5).topk(3)
+            probability *= float(best.values.softmax(-1)[k])
+            tokens.append(int(best.indices[k]))
+        found[tuple(tokens)] = probability
+    return found
+
+
+def draws(model, prompt, n_new, n_draws, **kwargs):
+    rows = torch.tensor([prompt] * 2500)
+    for _ in range(n_draws // 2500):
+        out = model.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=n_new, **SAMPLED, **kwargs)
+        yield from map(tuple, out[:, len(prompt) :].tolist())
+
+
+@pytest.fixture(scope="module")
+def alike():
+    """Members so near each other that their best three tokens overlap, and differ in how likely they are."""
+    base = tiny.llama("base", 1)
+    oracle = Oracle(base, [("e", near(base, 2, 0.01), near(base, 3, 0.01), 1.0)])
+    return oracle, tiny.compose(oracle)
+
+
+def statistic(oracle, model, n_draws, **kwargs):
+    exact = joint(oracle, ROWS[1], 4)
+    seen = dict.fromkeys(exact, 0)
+    torch.manual_seed(1)
+    for tokens in draws(model, ROWS[1], 4, n_draws, **kwargs):
+        assert tokens in seen, "top-k keeps to the mixture's best"
+        seen[tokens] += 1
+    counts = torch.tensor([float(seen[tokens]) for tokens in exact])
+    expected = torch.tensor([exact[tokens] for tokens in exact]) * n_draws
+    rare = expected < 5
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    keep = expected > 0
+    return chi_square(counts[keep], expected[keep]), int(keep.sum()) - 1
+
+
+def test_samples_have_the_mixtures_distribution(alike):
+    oracle, model = alike
+    value, degrees = statistic(oracle, model, 100_000, speculate=2)
+    assert partly(model.speculation_stats)
+    assert value < degrees + 4 * (2 * degrees) ** 0.5, "4 standard deviations of chi-square"
+
+
+@pytest.mark.parametrize("rule", [accept_everything, draw_from_p_on_rejection, swap_p_and_q])
+def test_samples_of_an_altered_rule_do_not(alike, rule, monkeypatch):
+    oracle, model = alike
+    monkeypatch.setattr(speculation, "accept_sampled", rule)
+    try:
+        value, degrees = statistic(oracle, model, 20_000, speculate=2)
+    except AssertionError:  # a token that the mixture would never give
+        return
+    assert value > degrees + 40 * (2 * degrees) ** 0.5
+
+
+# -- the whole of generate: greedy -------------------------------------------------------------------------------
+@pytest.mark.parametrize("speculate", [1, 3, 8, "auto"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "mistral", "gpt2"])
+def test_greedy_tokens_are_the_plain_loops(family, speculate):
+    """Beyond the sliding windows of Gemma and Mistral, in a ragged batch and row by row."""
+    oracle = family_oracle(family)
+    model = tiny.compose(oracle)
+    answers = [oracle.greedy(row, N_NEW) for row in ROWS]
+    for tokens, answer in zip(new_tokens(model, speculate=speculate), answers):
+        assert_same_tokens(tokens, answer)
+    assert speculate == "auto" or partly(model.speculation_stats)
+    for row, answer in zip(ROWS, answers):
+        assert_same_tokens(new_tokens(model, [row], speculate=speculate)[0], answer)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, -0.5, 2.0])
+def test_alpha_of_a_call(oracle, model, alpha):
+    for row, tokens in zip(ROWS, new_tokens(model, alpha=alpha, speculate=3)):
+        assert_same_tokens(tokens, oracle.greedy(row, N_NEW, alpha=[alpha]))
+
+
+def test_alpha_of_each_row(oracle, model):
+    alphas = [0.0, 1.0, -0.5]
+    for row, alpha, tokens in zip(ROWS, alphas, new_tokens(model, alpha=alphas, speculate=3)):
+        assert_same_tokens(tokens, oracle.greedy(row, N_NEW, alpha=[alpha]))
+
+
+def test_unequal_families_and_vocabularies():
+    """The drafting member has ids that the base lacks, and the other way round."""
+    for base_vocab, small_vocab in ((384, 400), (400, 384)):
+        base = tiny.llama("base", 1, vocab_size=base_vocab)
+        small = tiny.qwen2("small", 2, vocab_size=small_vocab), tiny.qwen2("small", 3, vocab_size=small_vocab)
+        oracle = Oracle(base, [("e", *small, 1.0)])
+        for row, tokens in zip(ROWS, new_tokens(tiny.compose(oracle), speculate=2)):
+            assert_same_tokens(tokens, oracle.greedy(row, N_NEW))
+
+
+def test_several_experts_and_sides_left_out(oracle):
+    base = oracle.base
+    for experts in (
+        [("a", near(base, 2), near(base, 3), 0.7), ("b", near(base, 4), near(base, 5), -0.4)],
+        [("a", near(base, 2), None, 0.5)],
+        [("a", None, near(base, 3), 0.3)],
+    ):
+        several = Oracle(base, experts)
+        model = tiny.compose(several)
+        for row, tokens in zip(ROWS, new_tokens(model, speculate=3)):
+            assert_same_tokens(tokens, several.greedy(row, N_NEW))
+        assert partly(model.speculation_stats)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_lora_experts_draft_with_the_anti_expert_beside_them(shelf, share):
+    from test_lora import load, oracle_of
+
+    oracle, model = oracle_of(shelf), load(shelf, share=share)
+    for row, tokens in zip(ROWS, new_tokens(model, speculate=3)):
+        assert_same_tokens(tokens, oracle.greedy(row, N_NEW))
+    if share:
+        drafting = model.drafting
+        assert len(model.lanes) == 2
+        assert drafting.shifts, "M- stands in for M, and the expert shifts it"
+        reads = []
+        base = model.member("base")
+        hook = base.register_forward_pre_hook(
+            lambda _m, _a, kw: reads.append(kw["input_ids"].shape[1]), with_kwargs=True
+        )
+        new_tokens(model, [ROWS[0]], speculate=3)
+        hook.remove()
+        assert set(reads[1:-1]) <= {2, 3, 4}, "one pass of M alone verifies"
+
+
+def test_own_prompts(oracle, tokenizer):
+    from test_prompts import TEXTS, batch_of, compose, prompts_of
+
+    model = compose(oracle, tokenizer)
+    batch = batch_of(tokenizer)
+    out = model.generate(**batch, **QUIET, max_new_tokens=N_NEW, speculate=3)
+    assert partly(model.speculation_stats)
+    for text, row in zip(TEXTS, out[:, batch["input_ids"].shape[1] :]):
+        assert_same_tokens(row, oracle.greedy(prompts_of(text, tokenizer), N_NEW))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[77], [5, 6]]},
+        {"suppress_tokens": [40, 41, 42]},
+        {"eos_token_id": 2, "min_new_tokens": 9},
+        {"eos_token_id": 2, "forced_eos_token_id": 2},
+        {"eos_token_id": list(range(100, 180))},
+        {"stop_strings": ["e", "th"]},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:1]], ids=["batch", "single"])
+def test_processors_and_criteria_see_what_they_would_see(model, tokenizer, options, rows):
+    if "stop_strings" in options:
+        options = {**options, "tokenizer": tokenizer, "eos_token_id": tiny.EOS}
+    plain = new_tokens(model, rows, **options, speculate=False)
+    assert new_tokens(model, rows, **options, speculate=4) == plain
+    assert new_tokens(model, rows, **options, speculate="auto") == plain
+
+
+def test_a_processor_of_the_users_own(model):
+    class Even(LogitsProcessor):
+        """Every other token is even: it depends on the length of the text."""
+
+        def __call__(self, input_ids, scores):
+            kept = torch.arange(scores.shape[1]) % 2 == input_ids.shape[1] % 2
+            return scores.masked_fill(~kept, -torch.inf)
+
+    own = {"logits_processor": LogitsProcessorList([Even()])}
+    plain = new_tokens(model, [ROWS[0]], **own, speculate=False)
+    assert [token % 2 for token in plain[0]] == [(len(ROWS[0]) + at) % 2 for at in range(N_NEW)]
+    assert new_tokens(model, [ROWS[0]], **own, speculate=3) == plain
+    assert partly(model.speculation_stats)
+    assert new_tokens(model, **own, speculate="auto") == new_tokens(model, **own, speculate=False)
+    assert model.speculation_stats.drafted == 0
+    with pytest.raises(ProxyTuneError, match="because Even must see the rows of a batch side by side"):
+        new_tokens(model, **own, speculate=3)
+
+
+def test_a_streamer_is_given_one_token_after_another(model):
+    class Seen(BaseStreamer):
+        def __init__(self):
+            self.values, self.ended = [], False
+
+        def put(self, value):
+            self.values.append(value.tolist())
+
+        def end(self):
+            self.ended = True
+
+    seen = Seen()
+    tokens = new_tokens(model, [ROWS[0]], streamer=seen, speculate=4)[0]
+    assert seen.values == [[ROWS[0]], *([token] for token in tokens)]
+    assert seen.ended
+
+
+@pytest.mark.parametrize("rows", [ROWS[:1], ROWS], ids=["single", "batch"])
+def test_scores_and_logits_are_those_of_plain_decoding(model, rows):
+    options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    options |= {**QUIET, "repetition_penalty": 1.3, "max_new_tokens": N_NEW}
+    batch = tiny.padded(rows)
+    plain = model.generate(**batch, **options, speculate=False)
+    drafted = model.generate(**batch, **options, speculate=4 if len(rows) == 1 else "auto")
+    assert torch.equal(plain.sequences, drafted.sequences)
+    for name in ("scores", "logits"):
+        assert len(getattr(drafted, name)) == N_NEW
+        for one, other in zip(getattr(plain, name), getattr(drafted, name)):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(drafted.scores[-1], drafted.logits[-1])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_cache_goes_on_after_drafts(family):
+    """As a conversation does: the same cache, a longer prompt, other drafts."""
+    oracle = family_oracle(family)
+    model = tiny.compose(oracle)
+    cache, ids = model.new_cache(), [1, 40, 77]
+    for turn, speculate in enumerate((4, False, 2)):
+        ids = [*ids, 50 + turn, 9]
+        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        out = model.generate(**inputs, **QUIET, max_new_tokens=10, past_key_values=cache, speculate=speculate)[
+            0
+        ].tolist()
+        assert cache.get_seq_length() == len(out) - 1
+        assert_same_tokens(out[len(ids) :], oracle.greedy(ids, 10))
+        ids = out
+
+
+def test_several_samples_of_a_prompt(model):
+    torch.manual_seed(0)
+    out = model.generate(
+        torch.tensor([ROWS[0]]), do_sample=True, eos_token_id=None, pad_token_id=0, max_new_tokens=8,
+        num_return_sequences=5, speculate=3,
+    )  # fmt: skip
+    assert out.shape == (5, len(ROWS[0]) + 8)
+    assert len({tuple(row) for row in out.tolist()}) > 1
+    assert partly(model.speculation_stats)
+
+
+def test_the_same_seed_gives_the_same_samples(model):
+    found = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        found.append(new_tokens(model, do_sample=True, top_k=0))
+    assert found[0] == found[1]
+
+
+def test_the_end_of_the_context_is_not_overrun():
+    """GPT-2's positions are a table: a draft beyond it would be an error."""
+    oracle = family_oracle("gpt2", n_positions=32)
+    model = tiny.compose(oracle)
+    rows = [ROWS[0], ROWS[0][:4]]
+    for row, tokens in zip(rows, new_tokens(model, rows, n_new=32 - len(ROWS[0]) + 1, speculate=8)):
+        assert_same_tokens(tokens, oracle.greedy(row, len(tokens)))
+
+
+# -- how many drafts, and from where -----------------------------------------------------------------------------
+def test_lookup_copies_what_followed_before():
+    lookup = Lookup([5, 6, 7, 8, 9, 5, 6, 7])
+    assert lookup.find(2) == [8, 9]
+    assert lookup.find(10) == [8, 9, 5, 6, 7]
+    lookup.tokens += [1, 2]
+    assert lookup.find(3) == []
+    lookup.tokens += [8, 9]
+    assert lookup.find(1) == [5], "two tokens are enough"
+    assert Lookup([]).find(3) == Lookup([4]).find(3) == []
+
+
+def test_repeated_text_is_copied():
+    """A model that repeats itself is drafted for from its own text, and its tokens stay the same."""
+    oracle = family_oracle("llama")
+    model = tiny.compose(oracle)
+
+    class Cycle(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            forced = torch.full_like(scores, -50.0)
+            forced[:, 10 + input_ids.shape[1] % 4] = 0
+            return scores + 100 * forced
+
+    own = {"logits_processor": LogitsProcessorList([Cycle()]), "n_new": 60}
+    plain = new_tokens(model, [ROWS[0]], **own, speculate=False)
+    assert new_tokens(model, [ROWS[0]], **own, speculate="auto") == plain
+    assert model.speculation_stats.lookups_accepted > 10
+    assert model.speculation_stats.cycles < 40
+
+
+def test_pace_drafts_further_the_surer_and_the_cheaper():
+    cheap = Costs(Cost(100, 1), Cost(5, 0.1), 1, ((Cost(5, 0.1), 1),))
+    dear = Costs(Cost(100, 1), Cost(90, 1), 1, ((Cost(90, 1), 1),))
+
+    def reach(costs, accepted):
+        """How far it drafts, having seen ``accepted`` of every 10 drafts of a confidence accepted."""
+        pace = Pace("auto", costs, 1)
+        for at in range(100):
+            pace.drafted([[0.6]], [int(at % 10 < accepted)], 1)
+        chance, n_drafts = pace.chance(0.6), 1
+        if not pace.first([chance]):
+            return 0
+        while pace.another(n_drafts, [chance]):
+            n_drafts, chance = n_drafts + 1, chance * pace.chance(0.6)
+        return n_drafts
+
+    assert reach(cheap, 10) > reach(cheap, 7) > reach(cheap, 4) >= 1
+    assert reach(cheap, 7) > reach(dear, 7)
+    assert reach(cheap, 0) <= 1
+    rows_cost = Costs(Cost(1, 100), Cost(1, 100), 1)  # verifying is as dear as decoding
+    assert reach(rows_cost, 4) == 0
+
+
+def test_a_fixed_number_is_kept_and_off_is_off(model):
+    new_tokens(model, [ROWS[0]], speculate=5)
+    stats = model.speculation_stats
+    assert stats.drafted >= 5 * (stats.cycles - 5) > 0, "fewer only at the end"
+    assert stats.looked_up == 0
+    new_tokens(model, [ROWS[0]], speculate=False)
+    assert model.speculation_stats.cycles == N_NEW - 1
+    assert model.speculation_stats.drafted == model.speculation_stats.looked_up == 0
+    assert model.speculation_stats.acceptance is None
+    assert model.speculation_stats.emitted == N_NEW
+
+
+def test_what_was_given_at_load_is_the_default(oracle):
+    model = tiny.compose(oracle, speculate=2)
+    new_tokens(model, [ROWS[0]])
+    assert model.speculation_stats.drafted > N_NEW
+    new_tokens(model, [ROWS[0]], speculate=False)
+    assert model.speculation_stats.drafted == 0
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("value", [-1, 13, True, 2.0, "yes"])
+def test_a_number_of_drafts_that_is_none(model, oracle, value):
+    with pytest.raises(
+        ProxyTuneError, match=r"must be .auto., False, or a number of drafts from 1 to 12, not"
+    ):
+        new_tokens(model, speculate=value)
+    with pytest.raises(ProxyTuneError, match="speculate must be"):
+        tiny.compose(oracle, speculate=value)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}], ids=str)
+def test_drafts_are_for_greedy_and_sampling(model, options):
+    rows = ROWS[:1]
+    with pytest.raises(ProxyTuneError, match="speculate=3 is for greedy decoding and sampling with a cache"):
+        new_tokens(model, rows, speculate=3, **options)
+    assert new_tokens(model, rows, n_new=4, speculate="auto", **options)
+
+
+def test_a_recipe_without_a_second_set_of_weights_cannot_draft(oracle):
+    alone = ProxyTunedForCausalLM.from_members(oracle.base, anti_expert=oracle.base, alpha=0.5)
+    assert new_tokens(alone) == new_tokens(alone, speculate=False)
+    with pytest.raises(ProxyTuneError, match="because no member with weights of its own can draft"):
+        new_tokens(alone, speculate=2)
+
+
+def test_a_batch_that_must_stay_side_by_side(model):
+    class Never(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    plain = new_tokens(model, speculate=False)
+    assert new_tokens(model, stopping_criteria=[Never()]) == plain
+    for options, reason in (
+        ({"stopping_criteria": [Never()]}, "Never must see the rows"),
+        ({"return_dict_in_generate": True}, "the scores and the cache of a batch"),
+        ({"streamer": SimpleNamespace(put=lambda _: None, end=lambda: None)}, "a streamer takes the rows"),
+    ):
+        with pytest.raises(ProxyTuneError, match=reason):
+            new_tokens(model, speculate=2, **options)
+
+
+# -- cost ---------------------------------------------------------------------------------------------------------
+def test_expected_tokens():
+    assert expected_tokens(0.0, 5) == 1
+    assert expected_tokens(1.0, 5) == 6
+    assert expected_tokens(0.5, 2) == pytest.approx(1.75)
+
+
+def test_costs_by_hand():
+    costs = Costs(Cost(70), Cost(7), 1, ((Cost(7), 1),))
+    assert costs.base_alone() == 70
+    assert costs.per_token(0, 0.8) == 84, "naive: all three"
+    # 4 drafts, the last one read only where all were accepted: (4 + 0.8^4) * 7 + 77, over (1 - 0.8^5) / 0.2 tokens
+    assert costs.per_token(4, 0.8) == pytest.approx(((4 + 0.4096) * 7 + 77) / 3.3616)
+    assert costs.lookup_cycle(4) == 84
+    assert Costs(Cost(13), None).best_drafts(0.9) == 0
+    packed, plain = (cost_of_weights(1e6, 1, "cpu", packed=packed) for packed in (True, False))
+    assert packed.of(1) == plain.of(1)
+    assert packed.of(2) < plain.of(2)
+
+
+def test_greedy_of_a_generation_config(model):
+    """Options come in a config as well."""
+    config = GenerationConfig(max_new_tokens=N_NEW, eos_token_id=None, pad_token_id=0, do_sample=False)
+    ids = torch.tensor([ROWS[0]])
+    assert torch.equal(model.generate(ids, config, speculate=3), model.generate(ids, config, speculate=False))
+
+
+def test_experts_of_the_config_class_are_taken():
+    """`Expert` objects compose like mappings; the drafting lane is the cheapest one."""
+    base, small = tiny.llama("base", 1), tiny.llama("mini", 2)
+    model = ProxyTunedForCausalLM.from_members(
+        base, experts=[{"name": "big", "expert": near(base, 3)}, {"name": "small", "expert": small}]
+    )
+    assert [expert.name for expert in model.experts if isinstance(expert, Expert)] == ["big", "small"]
+    assert model.drafting.lane == model.seats["small.expert"][0]
