@@ -539,3 +539,27 @@ def test_ctrl_c_while_it_still_imports(recipe):
 def test_sizes_are_said_as_people_say_them():
     assert [size(n) for n in (12, 2048, 5 * 2**20, 26 * 10**9)] == ["12 B", "2.0 KiB", "5.0 MiB", "24.2 GiB"]
     assert [count(n) for n in (12, 47_800, 134_515_008, 13_015_864_320)] == ["12", "47.8 k", "135 M", "13 B"]
+
+
+# -- speed ----------------------------------------------------------------------------------------------------
+def test_drafting_and_packing_change_no_greedy_answer(recipe):
+    def tokens(*options):
+        lines = run("generate", recipe, "The dog", "Question:", "--json", "--max-new-tokens", 12, *options).stdout
+        return [json.loads(line)["tokens"] for line in lines.splitlines()]
+
+    plain = tokens("--speculate", "off")
+    assert tokens("--speculate", "3") == plain
+    assert tokens("--pack") == plain
+    assert tokens("--speculate", "3", "--batch-size", 1) == plain
+
+
+@pytest.mark.parametrize("value", ["yes", "-1", "2.5", "13"])
+def test_a_number_of_drafts_that_is_none(recipe, value):
+    assert "speculate" in fails("generate", recipe, "The dog", f"--speculate={value}")
+
+
+def test_samples_are_not_drafted_for(recipe):
+    message = fails("generate", recipe, "The dog", "--temperature", 1, "--speculate", 3)
+    assert "--speculate 3 is for greedy answers" in message
+    with_default = run("generate", recipe, "The dog", "--temperature", 1, "--json").stdout
+    assert run("generate", recipe, "The dog", "--temperature", 1, "--json", "--speculate", "off").stdout == with_default

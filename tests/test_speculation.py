@@ -472,9 +472,7 @@ def test_what_was_given_at_load_is_the_default(oracle):
 # -- bad input ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("value", [-1, 13, True, 2.0, "yes"])
 def test_a_number_of_drafts_that_is_none(model, oracle, value):
-    with pytest.raises(
-        ProxyTuneError, match=r"must be .auto., False, or a number of drafts from 1 to 12, not"
-    ):
+    with pytest.raises(ProxyTuneError, match=r"must be .auto., False, or a number of drafts from 1 to 12, not"):
         new_tokens(model, speculate=value)
     with pytest.raises(ProxyTuneError, match="speculate must be"):
         tiny.compose(oracle, speculate=value)

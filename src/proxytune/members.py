@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from proxytune.config import Member, Prompt, ProxyTuneConfig, Source, resolve
 from proxytune.errors import MemberError, first_line
-from proxytune.kernels import pack
+from proxytune.kernels import PackedLinear, pack
 
 __all__ = [
     "Lane",
@@ -77,7 +77,7 @@ class Lane(nn.Module):
         self.model: Any = model
         self.seats = tuple(seats)
         self.source = source  # None for a model that was given in memory
-        self.packed = False
+        self.packed = any(isinstance(module, PackedLinear) for module in model.modules())
         self.read_bytes = _bytes_read(model)
         self.blocks = RowBlocks()
         if len({seat.adapter for seat in seats}) > 1:
@@ -177,7 +177,8 @@ def _bytes_read(model: nn.Module) -> int:
     for name, parameter in cast(Any, model).get_input_embeddings().named_parameters():
         if name == "weight" and (head is None or getattr(head, "weight", None) is not parameter):
             sizes.pop(id(parameter), None)
-    return sum(sizes.values())
+    packed = (module.packed for module in model.modules() if isinstance(module, PackedLinear))
+    return sum(sizes.values()) + sum(weight.numel() * weight.dtype.itemsize for weight in packed)
 
 
 def _cannot_share(adapter: Any) -> str | None:

@@ -35,6 +35,7 @@ from proxytune.demo.assets import materialize
 from proxytune.demo.problems import FEW_SHOT, Problem, Split, is_correct, is_exact, make_problems
 from proxytune.demo.score import mcnemar, wilson
 from proxytune.errors import ProxyTuneError
+from proxytune.kernels import pack
 from proxytune.modeling import ProxyTunedForCausalLM
 
 __all__ = ["ARMS", "Arms", "DemoResult", "run_demo"]
@@ -98,10 +99,12 @@ class Arms:
     """The six arms, made of the four models of a materialised demo."""
 
     def __init__(self, place: Path) -> None:
-        self.steered = ProxyTunedForCausalLM.from_pretrained(place / "recipe")
+        self.steered = ProxyTunedForCausalLM.from_pretrained(place / "recipe", pack=True)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(place / "recipe", padding_side="left")
         anti_expert: Any = AutoModelForCausalLM.from_pretrained(place / "anti_expert", dtype=torch.float32)
         expert: Any = AutoModelForCausalLM.from_pretrained(place / "expert", dtype=torch.float32)
+        for model in (anti_expert, expert):
+            pack(model)
         # Greedy choices do not feel a scale, so base + expert chooses what their mean would.
         mean = ProxyTunedForCausalLM.from_members(self.steered.base, expert, tokenizer=self.tokenizer)
         self.few_shot: tuple[torch.Tensor, DynamicCache] | None = None
