@@ -387,6 +387,7 @@ class Sample:
     first: float
     tokens: Tensor
     memory: int
+    cycles: int = 0  # passes of M after the prompt's, in the speculative arm
     judged: int = 0  # drafts held against the mixture
     accepted: int = 0  # of these
 
@@ -416,8 +417,9 @@ class _FirstForwards:
             self.at = _now(self.device)
 
 
-def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int) -> Sample:
-    """Continue ``ids``, shape = (n_batch, n_prompt), by ``n_new`` tokens."""
+def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int, asked: Mapping[str, Any] | None = None) -> Sample:
+    """Continue ``ids``, shape = (n_batch, n_prompt), by ``n_new`` tokens; ``asked`` of ``generate`` in place of what
+    the arm asks."""
     model: Any = subject.model(arm)
     ids = ids.to(model.device)
     own: dict[str, Any] = _own_prompts(model, ids) if isinstance(model, ProxyTunedForCausalLM) else {}
@@ -436,7 +438,7 @@ def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int) -> Sample:
                 max_new_tokens=n_new,
                 return_dict_in_generate=True,
                 **own,
-                **ASKED[arm],
+                **(ASKED[arm] if asked is None else asked),
             )
             sequences, caches = output.sequences, [output.past_key_values]
         end = _now(ids.device)
@@ -447,6 +449,7 @@ def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int) -> Sample:
         first=first.at - begin,
         tokens=sequences[:, ids.shape[1] :].cpu(),
         memory=held(caches),
+        cycles=stats.cycles if stats else 0,
         judged=stats.judged if stats else 0,
         accepted=stats.accepted + stats.lookups_accepted if stats else 0,
     )

@@ -29,11 +29,12 @@ from proxytune.members import (
     load_tokenizer,
     loading_of,
     member_source,
+    refuse_unfit,
 )
 from proxytune.prompts import render
 from proxytune.vocabulary import compare
 
-__all__ = ["MemberReport", "Report", "check_recipe"]
+__all__ = ["MemberReport", "Report", "check_recipe", "count_recipe"]
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.pt")
 
@@ -45,6 +46,9 @@ class MemberReport:
     Attributes:
         parameters: of its weights and its adapter.
         weight_bytes: in memory, of what it does not share with a member above it.
+        read_bytes: of its weights that a forward reads, shared or not: all but input embeddings that are no head.
+        adapter_bytes: of an adapter that is kept apart, because other members use the weights without it.
+        layers: decoder layers.
         kv_bytes_per_token: of cache, where it is not computed together with a member above it; None if unknown.
         sliding_window: tokens after which (some of) its layers' cache stops growing.
         shares_with: the member above it that has the same weights.
@@ -58,6 +62,9 @@ class MemberReport:
     dtype: str
     parameters: int
     weight_bytes: int
+    read_bytes: int
+    adapter_bytes: int
+    layers: int
     kv_bytes_per_token: int | None
     context: int | None
     sliding_window: int | None
@@ -139,12 +146,32 @@ def check_recipe(config: ProxyTuneConfig, loading: Loading | None = None) -> Rep
     )
 
 
+def count_recipe(config: ProxyTuneConfig, loading: Loading | None = None) -> tuple[list[MemberReport], list[str]]:
+    """Count a recipe's members from their configs alone, without tokenizers and whether or not there are weights.
+
+    Returns:
+        The members, and what is worth knowing of the figures.
+
+    Raises:
+        MemberError: for the first member that cannot be counted.
+    """
+    loading = loading or Loading()
+    problems: list[str] = []
+    notes: list[str] = []
+    found = {}
+    for name, member in config.members():
+        own = load_config(config, name, member, loading)
+        refuse_unfit(name, member, own)
+        found[name] = _Found(member, own)
+    members = _count(config, found, loading, problems, notes)
+    if problems:
+        raise MemberError(problems[0])
+    return members, notes
+
+
 def _member_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> PreTrainedConfig:
     found = load_config(config, name, member, loading)
-    if found.model_type == ProxyTuneConfig.model_type:
-        raise MemberError(f"{name} ({member.model}) is itself a recipe; name the models in it instead")
-    if found.is_encoder_decoder:
-        raise MemberError(f"{name} ({member.model}) is an encoder-decoder; members must be decoder-only")
+    refuse_unfit(name, member, found)
     source, _ = member_source(config, name, member)
     if source.is_local and not any(
         any((Path(source.path) / source.subfolder).glob(pattern)) for pattern in WEIGHT_FILES
@@ -219,6 +246,7 @@ def _count(
             except ProxyTuneError as error:
                 problems.append(str(error))
             kept = any(other != name and own_weights[other] == key for other in found)  # alone, it is merged
+        adapter_bytes = n_adapter * 4 if kept else 0  # PEFT keeps an adapter in float32
         shares = weights_of.get(key)
         seat = (key, place, member.prompt)
         reports.append(
@@ -230,8 +258,10 @@ def _count(
                 architecture=type(model).__name__,
                 dtype=str(dtype).removeprefix("torch."),
                 parameters=n_weights + n_adapter,
-                # PEFT keeps an adapter in float32.
-                weight_bytes=(0 if shares else n_bytes) + (n_adapter * 4 if kept else 0),
+                weight_bytes=(0 if shares else n_bytes) + adapter_bytes,
+                read_bytes=n_bytes - _idle_parameters(model) * dtype.itemsize,
+                adapter_bytes=adapter_bytes,
+                layers=int(getattr(one.text, "num_hidden_layers", 0)),
                 kv_bytes_per_token=0 if seat in seats else _kv_bytes(model, dtype),
                 context=getattr(one.text, "max_position_embeddings", None),
                 sliding_window=_window(one.text),
@@ -312,6 +342,13 @@ def _weigh(
             n_bytes = (total - inner) * dtype.itemsize + inner * bits // 8
             notes.append(f"{name} is quantized to {bits} bits ({method}); scales are not counted")
     return total, n_bytes
+
+
+def _idle_parameters(model: PreTrainedModel) -> int:
+    """Parameters of which a forward reads next to nothing: input embeddings that are not the head too."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weight = getattr(embedding, "weight", None)
+    return 0 if weight is None or weight is getattr(head, "weight", None) else int(weight.numel())
 
 
 def _bits(quantization: Mapping[str, Any]) -> int | None:

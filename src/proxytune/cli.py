@@ -1,4 +1,4 @@
-"""The command line: ``proxytune new``, ``check``, ``generate``, ``chat``, ``demo`` and ``bench``.
+"""The command line: ``proxytune new``, ``check``, ``generate``, ``chat``, ``demo``, ``bench`` and ``plan``.
 
 Thin on purpose: each command reads its options, calls the module that does the work, and shows what comes back.
 Results go to stdout, everything else to stderr. What was raised on purpose is told in one sentence, with status 2.
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from proxytune.config import ProxyTuneConfig
     from proxytune.generation import Sampling
     from proxytune.modeling import ProxyTunedForCausalLM
+    from proxytune.plan import Plan
 
 __all__ = ["app", "main"]
 
@@ -864,9 +865,170 @@ def show_table(headings: str, rows: Sequence[Sequence[str]]) -> None:
     typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip()) + "\n")
 
 
+# -- plan -----------------------------------------------------------------------------------------------------
+@app.command()
+def plan(
+    recipe: Recipe,
+    acceptance: Annotated[
+        str, typer.Option(metavar="A,...", help="Shares of drafts that the mixture accepts.")
+    ] = "0.7",
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "1,4,16",
+    options: Annotated[
+        str,
+        typer.Option(metavar="NAME+NAME", help="What is on in the members, as for bench: a dtype, pack."),
+    ] = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="cpu|cuda", help="What it shall run on; a GPU where this machine has one.", show_default=False
+        ),
+    ] = None,
+    measured: Annotated[
+        bool, typer.Option("--probe", help="Load the recipe and time it for about ten seconds.")
+    ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --probe: hold it against what `bench --json FILE` has measured.",
+            show_default=False,
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write everything there too.", show_default=False)
+    ] = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Predict what steering will cost beside the base alone, before anything is loaded.
+
+    From the members' configs: neither weights nor tokenizers need to be there. Costs are of one more token of every
+    row, where the base alone costs 1: naive is a forward of every member, shared one of every set of weights, and
+    speculative lets the cheapest of them draft, as many tokens as pay best. With --probe the recipe is loaded and its
+    forwards are timed; without, a step costs the bytes of weights that it moves.
+    """
+    from proxytune.bench import MemberOptions, load_subject
+    from proxytune.compose import device_map as parsed
+    from proxytune.members import Loading
+    from proxytune.plan import compare_with_bench, plan_probed, plan_recipe, probe, read_bench
+    from proxytune.recipe import load_recipe
+
+    batches, wanted = _batches(batch), MemberOptions.parse(options)
+    try:
+        acceptances = [float(part) for part in acceptance.split(",")]
+    except ValueError as error:
+        raise ProxyTuneError(f"--acceptance is numbers, such as 0.6,0.8, not {acceptance!r}") from error
+    if not all(0 <= value <= 1 for value in acceptances):
+        raise ProxyTuneError(f"an acceptance lies between 0 and 1, not at {acceptance}")
+    if not measured and (against is not None or device_map is not None):
+        raise ProxyTuneError("--against and --device-map need --probe: without it nothing is loaded")
+    if measured and device is not None:
+        raise ProxyTuneError("--device is for a prediction without --probe; --device-map says where to probe")
+    if device not in (None, "cpu", "cuda"):
+        raise ProxyTuneError(f"--device is cpu or cuda, not {device!r}")
+    config = load_recipe(recipe)
+    compared = []
+    if measured:
+        bench_rows = None if against is None else read_bench(against)
+        subject = load_subject(
+            config, wanted, device_map=parsed(device_map), member_trust_remote_code=trust_remote_code
+        )
+        costs = probe(subject, batches)
+        loading = Loading(dtype=wanted.dtype, trust_remote_code=trust_remote_code)
+        found = plan_probed(config, subject, costs, acceptances, loading)
+        if bench_rows is not None:
+            compared = compare_with_bench(costs, subject.options, subject.shares, bench_rows)
+            if not compared:
+                raise ProxyTuneError(f"{against} has no row with the options {subject.options} and these batch sizes")
+    else:
+        import torch
+
+        kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        found = plan_recipe(
+            config, wanted, device=kind, batches=batches, acceptances=acceptances, trust_remote_code=trust_remote_code
+        )
+    show_plan(found)
+    if compared:
+        typer.echo("**held against the bench: a step after the prompt**\n")
+        show_table(
+            "arm|prompt/output|batch|predicted|measured|error",
+            [
+                (
+                    one.arm,
+                    f"{one.prompt}/{one.output}",
+                    str(one.batch),
+                    f"{1000 * one.predicted:.1f} ms",
+                    f"{1000 * one.measured:.1f} ms",
+                    f"{100 * one.error:+.0f} %",
+                )
+                for one in compared
+            ],
+        )
+    if json_file is not None:
+        values = {**found.to_json(), "compared": [vars(one) for one in compared]}
+        json_file.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+
+
+def show_plan(plan: Plan) -> None:
+    """Print what ``plan`` predicts, as Markdown: the sets of weights, memory, and the predictions."""
+    show_table(
+        "weights of|dtype|seats|size|read a step|KV/token",
+        [
+            (
+                ", ".join(lane.members),
+                lane.dtype,
+                str(lane.n_seats),
+                size(lane.weight_bytes),
+                size(lane.read_bytes),
+                "unknown" if lane.kv_bytes_per_token is None else size(lane.kv_bytes_per_token),
+            )
+            for lane in plan.lanes
+        ],
+    )
+    kinds = {"base": "base alone", "naive": "every member apart", "shared": "the recipe"}
+    cache = {
+        kind: "" if grown is None else f" + {size(grown)}/token" for kind, grown in plan.kv_bytes_per_token.items()
+    }
+    memory = ", ".join(f"{said} {size(plan.weight_bytes[kind])}{cache[kind]}" for kind, said in kinds.items())
+    typer.echo(f"Memory: {memory}.\n")
+    timed = plan.predictions[0].base_seconds is not None
+    show_table(
+        "batch|acceptance|naive|shared|speculative|drafts|tokens/s to base|to naive" + ("|tokens/s" if timed else ""),
+        [
+            (
+                str(one.batch),
+                f"{one.acceptance:g}",
+                f"{one.naive:.2f}",
+                f"{one.shared:.2f}",
+                f"{one.speculative:.2f}",
+                str(one.n_drafts),
+                f"{one.ratio_to_base:.2f}",
+                f"{one.ratio_to_naive:.2f}",
+                *((f"{one.batch / (one.speculative * one.base_seconds):.1f}",) if one.base_seconds is not None else ()),
+            )
+            for one in plan.predictions
+        ],
+    )
+    typer.echo(f"Costs are of a token after the prompt; the base alone costs 1. From {plan.basis}.")
+    if not any(one.n_drafts for one in plan.predictions):
+        typer.echo("Note: drafting cannot pay here.")
+    for note in plan.notes:
+        typer.echo(f"Note: {note}.")
+
+
 # -- helpers --------------------------------------------------------------------------------------------------
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
+
+
+def _batches(text: str) -> tuple[int, ...]:
+    try:
+        batches = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ProxyTuneError(f"--batch is numbers, such as 1,16, not {text!r}") from error
+    if min(batches) < 1 or len(set(batches)) < len(batches):
+        raise ProxyTuneError(f"--batch is numbers of rows, at least 1 and each once, not {text!r}")
+    return batches
 
 
 def _parts(text: str) -> tuple[str, ...]:
