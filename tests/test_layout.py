@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from proxytune.vllm import installed_version
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "proxytune"
 MODULES = sorted(
@@ -31,6 +33,9 @@ ROOMS = {
     "recipe": {"errors", "config", "members"},
     "modeling": {"errors", "config", "mixing", "vocabulary", "prompts", "members", "speculation"},
 }
+# The vLLM side rests on the same bottom, and on nothing of the transformers composite.
+VLLM = {"errors", "config", "mixing", "vocabulary", "members", "vllm"}
+NEED_VLLM = ("vllm.hooks", "vllm.members", "vllm.model")
 # Imports inside functions, which break a circle or keep something heavy out of start-up.
 LAZY = {"config": {"modeling"}, "recipe": {"demo"}, "modeling": {"recipe"}}
 
@@ -71,6 +76,12 @@ def test_the_check_sees_imports():
     assert our_imports("recipe")[1] == LAZY["recipe"]
 
 
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("vllm.")])
+def test_the_vllm_side_imports_nothing_of_the_transformers_composite(module):
+    top, lazy = our_imports(module)
+    assert top | lazy <= VLLM
+
+
 @pytest.mark.parametrize("module", [module for module in MODULES if not module.startswith(("cli", "__"))])
 def test_nothing_imports_the_command_line(module):
     top, lazy = our_imports(module)
@@ -86,6 +97,8 @@ def test_the_demo_is_imported_only_when_it_is_asked_for(module):
 def test_all_names_what_exists(module):
     if module == "__main__":
         pytest.skip("importing it runs the command line")
+    if module in NEED_VLLM and installed_version() is None:
+        pytest.skip("vLLM has an environment of its own: make test-vllm")
     imported = importlib.import_module(f"proxytune.{module}".removesuffix(".__init__"))
     names = getattr(imported, "__all__", None)
     assert names is not None, f"{module} has no __all__"

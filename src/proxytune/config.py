@@ -178,7 +178,8 @@ class ProxyTuneConfig(PreTrainedConfig):
         experts: one :class:`Expert` (or JSON form) per steering term, in order.
         plausibility: only tokens with ``p_base(x) >= plausibility * max p_base`` may be chosen
             (2210.15097, eq. 3); in (0, 1], or None for no mask.
-        text_config: the base's own config, kept so that a recipe says what it is without loading the base.
+        text_config: the base's own config, kept so that a recipe says what it is without loading the base; where a
+            recipe that is read has none, it is taken from the base if that is on this machine.
 
     Raises:
         RecipeError: for an unknown field or a bad value. AlphaError: for an alpha that is not finite.
@@ -217,6 +218,8 @@ class ProxyTuneConfig(PreTrainedConfig):
         self.experts = [expert.to_json() for expert in experts]
         if isinstance(self.text_config, Mapping):
             self.text_config = _config_from_dict(dict(self.text_config))
+        elif self.text_config is None and (read_from := kwargs.get("name_or_path")):
+            self.text_config = _config_at_hand(base, str(read_from))
         if self.text_config is not None:
             self.vocab_size = self.text_config.get_text_config().vocab_size
             self.tie_word_embeddings = False
@@ -358,6 +361,22 @@ def _non_defaults(part: Prompt | Member) -> dict[str, Any]:
         for f in fields(part)
         if f.name == always or getattr(part, f.name) != getattr(empty, f.name)
     }
+
+
+def _config_at_hand(base: Member, recipe: str) -> PreTrainedConfig | None:
+    """The base's own config if it can be read without the network and without its code, or None."""
+    if base.model is None or base.gguf_file is not None or base.model.endswith(".gguf"):
+        return None
+    try:
+        source = resolve(base.model, recipe, base.revision)
+        place = {"revision": source.revision, "subfolder": source.subfolder or None}
+        found = AutoConfig.from_pretrained(
+            source.path, local_files_only=True, **{key: value for key, value in place.items() if value is not None}
+        )
+    except (OSError, ValueError):  # RecipeError too: what is wrong with the base is said when it is loaded
+        return None
+    found.name_or_path = ""  # where it lay on this machine is not the recipe's to tell
+    return found  # type: ignore[no-any-return]
 
 
 def _config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:

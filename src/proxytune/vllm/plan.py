@@ -1,0 +1,86 @@
+"""Which models vLLM must hold for a recipe, and what it cannot serve; needs no vLLM.
+
+In vLLM all members read one sequence of tokens, so two entries of the recipe that name the same weights are one model
+(the anti-expert that several experts share is held, and run, once).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from proxytune.config import Member, ProxyTuneConfig, Source
+from proxytune.errors import MemberError, PromptError
+from proxytune.members import adapter_source, member_source
+
+__all__ = ["Part", "parts_of", "refuse"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model of the composite.
+
+    Attributes:
+        name: of the submodule, and of its weights and KV cache in vLLM. vLLM takes any number between dots for a
+            layer's, so it is never made of what the user called an expert.
+        owner: the first member that it computes, for messages.
+        names: all members that it computes.
+    """
+
+    name: str
+    owner: str
+    names: tuple[str, ...]
+    member: Member
+    source: Source
+    adapter: Source | None
+
+
+def parts_of(config: ProxyTuneConfig) -> list[Part]:
+    """The models of a recipe, the base first."""
+    found: dict[tuple[Source, Source | None], list[tuple[str, Member]]] = {}
+    for name, member in config.members():
+        source, _ = member_source(config, name, member)
+        adapter = None if member.adapter is None else adapter_source(config, member)
+        found.setdefault((source, adapter), []).append((name, member))
+    names = ["base"]
+    for index in range(1, len(config.expert_list) + 1):
+        names += [f"{side}{'' if index == 1 else index}" for side in ("expert", "anti_expert")]
+    order = {"base": "base"}
+    for index, expert in enumerate(config.expert_list):
+        order[f"{expert.name}.expert"], order[f"{expert.name}.anti_expert"] = names[1 + 2 * index : 3 + 2 * index]
+    return [
+        Part(order[users[0][0]], users[0][0], tuple(name for name, _ in users), users[0][1], source, adapter)
+        for (source, adapter), users in found.items()
+    ]
+
+
+def refuse(config: ProxyTuneConfig) -> None:
+    """Raise, with the reason in one sentence, if vLLM cannot serve the recipe for what it says.
+
+    Raises:
+        PromptError: a member has a prompt of its own.
+        MemberError: GGUF, quantization on the fly, members in folders of a hub repository.
+    """
+    for name, member in config.members():
+        if member.prompt.kind != "raw":
+            raise PromptError(
+                f"{name} has a prompt of its own ({member.prompt.kind}), but in vLLM all members read one sequence; "
+                "serve this recipe with `proxytune serve` or `transformers serve`"
+            )
+        source, gguf_file = member_source(config, name, member)
+        if gguf_file is not None:
+            raise MemberError(f"{name} is a GGUF file, which vLLM does not read; name the model's safetensors")
+        if member.quantization_config is not None:
+            raise MemberError(
+                f"{name} is to be quantized while it is loaded, but vLLM takes quantization from the checkpoint; name "
+                "one that is quantized already"
+            )
+        if source.subfolder:
+            raise MemberError(
+                f"{name} lies in a folder of a hub repository, where vLLM cannot load it; download the recipe "
+                "(`hf download`) and serve the directory"
+            )
+    if config.text_config is None:
+        raise MemberError(
+            f"the recipe carries no config of its base, and {config.base_member.model!r} is not on this machine; "
+            "download it (`hf download`) first"
+        )

@@ -1,0 +1,127 @@
+"""A member's weights as vLLM reads them: its checkpoint's own names, a LoRA adapter merged in on the way.
+
+Merging at load, and not vLLM's own LoRA, because a recipe's adapter never changes: merged it costs nothing per token,
+works under every kind of parallelism, and needs no adapter slots. The price is a second copy of the small model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxytune.config import Source
+from proxytune.errors import MemberError
+from proxytune.members import loading_of
+
+__all__ = ["Adapter", "read_adapter", "with_adapter"]
+
+PREFIX = "base_model.model."
+
+
+class Adapter:
+    """A LoRA adapter, read: what is added to which tensor of the checkpoint.
+
+    Raises:
+        MemberError: for what cannot be merged into plain weights.
+    """
+
+    def __init__(self, owner: str, config: Any, tensors: dict[str, Tensor]) -> None:
+        self.owner, self.config = owner, config
+        self.pairs: dict[str, dict[str, Tensor]] = {}  # module -> {"A": ..., "B": ...}
+        self.embeddings: set[str] = set()
+        self.whole: dict[str, Tensor] = {}  # tensors that replace the checkpoint's (modules_to_save)
+        self._refuse()
+        for name, tensor in tensors.items():
+            plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+            for kind in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+                module, found, _ = plain.partition(f".{kind}")
+                if found:
+                    self.pairs.setdefault(module, {})[kind[-1]] = tensor
+                    if "embedding" in kind:
+                        self.embeddings.add(module)
+                    break
+            else:
+                if "lora_" in plain:
+                    raise MemberError(f"the adapter of {owner} has {name!r}, which cannot be merged into plain weights")
+                self.whole[plain.replace(".modules_to_save.", ".")] = tensor
+
+    def _refuse(self) -> None:
+        kind = str(getattr(self.config.peft_type, "value", self.config.peft_type))
+        if kind != "LORA":
+            raise MemberError(f"the adapter of {self.owner} is {kind}; vLLM serves LoRA adapters alone")
+        for name in (
+            "use_dora",
+            "lora_bias",
+            "layer_replication",
+            "trainable_token_indices",
+            "target_parameters",
+            "alora_invocation_tokens",
+        ):
+            if getattr(self.config, name, None):
+                raise MemberError(f"the adapter of {self.owner} sets {name}, which is not merged; merge it with PEFT")
+        if self.config.bias != "none":
+            raise MemberError(f"the adapter of {self.owner} trains biases, which are not merged; merge it with PEFT")
+
+    def scaling(self, module: str) -> float:
+        """The factor of B A: alpha / r, or alpha / sqrt(r) with rsLoRA (2312.03732)."""
+        from peft.utils.other import get_pattern_key
+
+        alpha = self.config.alpha_pattern.get(
+            get_pattern_key(self.config.alpha_pattern.keys(), module), self.config.lora_alpha
+        )
+        rank = self.pairs[module]["A"].shape[0]
+        return float(alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank)
+
+    def delta(self, module: str, like: Tensor) -> Tensor:
+        """What is added to ``module.weight``, float32, of the shape of ``like``."""
+        down, up = (self.pairs[module][side].float() for side in "AB")
+        delta = (up @ down) * self.scaling(module)  # (n_out, n_in); of an embedding (n_dim, n_vocab)
+        if module in self.embeddings or self.config.fan_in_fan_out:
+            delta = delta.T
+        if delta.shape != like.shape:
+            raise MemberError(
+                f"the adapter of {self.owner} has shape {tuple(delta.shape)} for {module!r}, but the model has "
+                f"{tuple(like.shape)}; it belongs to another model"
+            )
+        return delta
+
+
+def read_adapter(owner: str, source: Source) -> Adapter:
+    """Read a PEFT directory or hub repository."""
+    try:
+        from peft import PeftConfig
+        from peft.utils import load_peft_weights
+    except ImportError as error:
+        raise MemberError(f"{owner} is a LoRA adapter, which needs PEFT: pip install 'proxytune[vllm]'") from error
+    place: dict[str, Any] = {"revision": source.revision, "subfolder": source.subfolder or None}
+    place = {key: value for key, value in place.items() if value is not None}
+    with loading_of(owner, source.path):
+        config = PeftConfig.from_pretrained(source.path, **place)
+        return Adapter(owner, config, load_peft_weights(source.path, device="cpu", **place))
+
+
+def with_adapter(weights: Iterable[tuple[str, Tensor]], adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """The weights with the adapter merged in: ``W + s B A``, computed in float32.
+
+    Raises:
+        MemberError: at the end, if some tensor of the adapter met no weight.
+    """
+    left = set(adapter.pairs) | set(adapter.whole)
+    for name, tensor in weights:
+        module = name.removesuffix(".weight")
+        if name in adapter.whole:
+            left.discard(name)
+            tensor = adapter.whole[name].to(tensor.dtype)  # noqa: PLW2901
+        if name.endswith(".weight") and module in adapter.pairs:
+            left.discard(module)
+            delta = adapter.delta(module, tensor).to(tensor.device)
+            tensor = (tensor.to(torch.float32) + delta).to(tensor.dtype)  # noqa: PLW2901
+        yield name, tensor
+    if left:
+        raise MemberError(
+            f"the adapter of {adapter.owner} has weights for {sorted(left)[0]!r}, which the model's checkpoint lacks"
+        )
