@@ -215,8 +215,6 @@ def write_recipe(directory: Path, values: dict[str, Any] | None = None, *, token
     ``values`` are fields of the recipe that replace the defaults: base ``../base`` (Llama), expert ``../expert``
     and anti-expert ``../anti`` (Qwen2), alpha 1. Members that do not exist yet are made; others are left alone.
     """
-    from proxytune import ProxyTuneConfig, write_recipe
-
     directory = Path(directory)
     for name, family, size, seed in (
         ("base", "llama", "base", 1),
@@ -229,8 +227,14 @@ def write_recipe(directory: Path, values: dict[str, Any] | None = None, *, token
         "base": {"model": "../base"},
         "experts": [{"expert": {"model": "../expert"}, "anti_expert": {"model": "../anti"}, "alpha": 1.0}],
     }
-    config = ProxyTuneConfig(**{**defaults, **(values or {})})
-    return write_recipe(config, directory, tokenizer=tokenizer() if tokenizer_ is True else tokenizer_)
+    return write_recipe_alone(directory, {**defaults, **(values or {})}, tokenizer_=tokenizer_)
+
+
+def write_recipe_alone(directory: Path, values: dict[str, Any], *, tokenizer_: Any = True) -> Path:
+    """Write a recipe directory without its members."""
+    from proxytune import ProxyTuneConfig, write_recipe
+
+    return write_recipe(ProxyTuneConfig(**values), directory, tokenizer=tokenizer() if tokenizer_ is True else tokenizer_)
 
 
 def publish(cache: Path, repo_id: str, folder: Path, revision: str = "main") -> str:

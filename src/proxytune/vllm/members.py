@@ -95,7 +95,9 @@ def part_config(vllm_config: Any, fitted: Fitted) -> Any:
     config.max_model_len = vllm_config.model_config.max_model_len
     config.maybe_untie_word_embeddings()
     cache_config = copy.copy(vllm_config.cache_config)
-    cache_config.sliding_window = config.get_sliding_window()
+    kinds = getattr(config.hf_text_config, "layer_types", None)  # vLLM's own rule, from where engines are configured
+    slides = kinds is None or all(kind == "sliding_attention" for kind in kinds)
+    cache_config.sliding_window = config.get_sliding_window() if slides else None
     return replace(
         vllm_config,
         model_config=config,

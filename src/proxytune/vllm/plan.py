@@ -68,7 +68,10 @@ def refuse(config: ProxyTuneConfig) -> None:
             )
         source, gguf_file = member_source(config, name, member)
         if gguf_file is not None:
-            raise MemberError(f"{name} is a GGUF file, which vLLM does not read; name the model's safetensors")
+            raise MemberError(
+                f"{name} is a GGUF file, which vLLM does not read; name the model's safetensors, or bundle the recipe "
+                "(`save_pretrained(directory, bundle=True)`), which writes them"
+            )
         if member.quantization_config is not None:
             raise MemberError(
                 f"{name} is to be quantized while it is loaded, but vLLM takes quantization from the checkpoint; name "
