@@ -234,7 +234,9 @@ def write_recipe_alone(directory: Path, values: dict[str, Any], *, tokenizer_: A
     """Write a recipe directory without its members."""
     from proxytune import ProxyTuneConfig, write_recipe
 
-    return write_recipe(ProxyTuneConfig(**values), directory, tokenizer=tokenizer() if tokenizer_ is True else tokenizer_)
+    return write_recipe(
+        ProxyTuneConfig(**values), directory, tokenizer=tokenizer() if tokenizer_ is True else tokenizer_
+    )
 
 
 def publish(cache: Path, repo_id: str, folder: Path, revision: str = "main") -> str:

@@ -1,4 +1,4 @@
-"""The command line: ``proxytune new``, ``check``, ``generate``, ``chat``, ``demo``, ``bench`` and ``plan``.
+"""The command line: ``proxytune new``, ``check``, ``generate``, ``chat``, ``serve``, ``demo``, ``bench``, ``plan``.
 
 Thin on purpose: each command reads its options, calls the module that does the work, and shows what comes back.
 Results go to stdout, everything else to stderr. What was raised on purpose is told in one sentence, with status 2.
@@ -678,6 +678,43 @@ def interruptible() -> Iterator[Any]:
         yield lambda: asked
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+# -- serve ----------------------------------------------------------------------------------------------------
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    recipe: Recipe,
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="vllm", help="What serves it; vllm.", show_default=False)
+    ] = "",
+    draft: Annotated[
+        str | None,
+        typer.Option("--draft", metavar="EXPERT", help="Let this expert draft for the mixture.", show_default=False),
+    ] = None,
+    draft_tokens: Annotated[
+        int, typer.Option("--draft-tokens", metavar="N", min=1, help="Tokens it drafts at a time.")
+    ] = 4,
+    only_print: Annotated[bool, typer.Option("--print", help="Print the command and leave.")] = False,
+) -> None:
+    """Serve a recipe with vLLM, as an OpenAI-compatible server: print the exact command, and run it.
+
+    All other options are vLLM's own (--tensor-parallel-size 4, --port 8000 …) and are passed on. A request sets its
+    alpha in "vllm_xargs": {"alpha": 0.5}. The server of transformers needs no help: transformers serve RECIPE.
+    """
+    import shlex
+
+    from proxytune.recipe import load_recipe
+    from proxytune.vllm.command import serve_command
+
+    if engine != "vllm":
+        raise ProxyTuneError("say --engine vllm (transformers' own server is: transformers serve RECIPE)")
+    words = serve_command(load_recipe(recipe), context.args, draft=draft, draft_tokens=draft_tokens)
+    if only_print:
+        typer.echo(shlex.join(words))
+        return
+    say(shlex.join(words))
+    os.execvp(words[0], words)
 
 
 # -- demo -----------------------------------------------------------------------------------------------------

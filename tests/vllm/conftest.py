@@ -40,9 +40,9 @@ def shelf(tmp_path_factory: Any) -> SimpleNamespace:
         wide(root / f"{family}-small", family, "small", 10 + seed)
         wide(root / f"{family}-anti", family, "small", 20 + seed)
 
-    def recipe(name: str, base: Any = "llama", **values: Any) -> Path:
+    def recipe(name: str, base: Any = "llama", tokenizer_: Any = True, **values: Any) -> Path:
         base = {"model": f"../{base}"} if isinstance(base, str) else base
         values.setdefault("experts", [expert("expert", "qwen2-small", "qwen2-anti")])
-        return tiny.write_recipe_alone(root / name, {"base": base, **values})
+        return tiny.write_recipe_alone(root / name, {"base": base, **values}, tokenizer_=tokenizer_)
 
     return SimpleNamespace(root=root, recipe=recipe)

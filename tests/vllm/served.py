@@ -30,16 +30,24 @@ def wide(directory: Path, family: str, size: str, seed: int, **config: Any) -> P
 
 def expert(name: str, towards: str | None, away: str | None, alpha: float = 1.0, **adapter: str) -> dict[str, Any]:
     """A term of a recipe that lies beside its members."""
-    sides = {"expert": towards and {"model": f"../{towards}", **adapter}, "anti_expert": away and {"model": f"../{away}"}}
+    sides = {
+        "expert": towards and {"model": f"../{towards}", **adapter},
+        "anti_expert": away and {"model": f"../{away}"},
+    }
     return {"name": name, "alpha": alpha, **{side: member for side, member in sides.items() if member}}
 
 
 @contextmanager
 def engine(recipe: Path, **options: Any) -> Iterator[Any]:
     """A vLLM engine of a recipe, gone at the end."""
-    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import dispatcher
 
+    from vllm import LLM
+
+    if dispatcher._registry:  # vLLM is made for one engine a process, and trips over wrapping its kernels once more
+        current_platform.register_triton_kernel_overrides = lambda: None
     made = LLM(
         model=str(recipe),
         **{"dtype": "float32", "enforce_eager": True, "max_num_seqs": 8, "disable_log_stats": True, **options},
@@ -73,8 +81,19 @@ class Reference:
 
         self.model = ProxyTunedForCausalLM.from_pretrained(recipe, dtype="float32")
 
-    def greedy(self, rows: list[list[int]], n_new: int = N_NEW, alpha: Any = None) -> list[tuple[list[int], Any]]:
-        """Each row's tokens and the logits that they were chosen from. ``alpha``: (n_rows, n_experts)."""
+    def greedy(
+        self, rows: list[list[int]], n_new: int = N_NEW, alpha: Any = None, allowed: list[int] | None = None
+    ) -> list[tuple[list[int], Any]]:
+        """Each row's tokens and the logits that they were chosen from.
+
+        ``alpha``: (n_rows, n_experts). ``allowed``: the only ids that may be chosen.
+        """
+
+        def mask(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            keep = torch.zeros(logits.shape[-1], dtype=torch.bool)
+            keep[allowed] = True
+            return logits.masked_fill(~keep, -torch.inf)
+
         out = self.model.generate(
             **tiny.padded(rows),
             do_sample=False,
@@ -82,11 +101,12 @@ class Reference:
             eos_token_id=None,
             pad_token_id=tiny.PAD,
             alpha=None if alpha is None else torch.tensor(alpha),
-            output_logits=True,
+            logits_processor=[] if allowed is None else [mask],
+            output_scores=True,
             return_dict_in_generate=True,
         )
         tokens = out.sequences[:, -n_new:].tolist()
-        return [(tokens[row], [step[row] for step in out.logits]) for row in range(len(rows))]
+        return [(tokens[row], [step[row] for step in out.scores]) for row in range(len(rows))]
 
 
 def assert_all_same(ours: list[list[int]], reference: list[tuple[list[int], Any]]) -> None:
@@ -94,3 +114,8 @@ def assert_all_same(ours: list[list[int]], reference: list[tuple[list[int], Any]
     assert len(ours) == len(reference)
     for tokens, expected in zip(ours, reference):
         assert_same_tokens(tokens, expected)
+
+
+def counted(llm: Any, name: str) -> float:
+    """The value of one of vLLM's counters."""
+    return float(sum(metric.value for metric in llm.get_metrics() if metric.name == name))

@@ -49,10 +49,10 @@ def register() -> None:
     With a vLLM out of range nothing is registered but a stand-in, which says so as soon as a recipe is served: other
     models must go on working.
     """
-    from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
     import proxytune  # noqa: F401 - registers the config class, which vLLM reads the recipe with
+    from vllm import ModelRegistry
 
     try:
         check_version(installed_version())

@@ -1,0 +1,69 @@
+"""``proxytune serve --engine vllm``: the command that serves a recipe, said in full; needs no vLLM to be imported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from proxytune.config import ProxyTuneConfig
+from proxytune.errors import MemberError, RecipeError
+from proxytune.vllm import check_version, installed_version
+from proxytune.vllm.plan import parts_of, refuse
+
+__all__ = ["serve_command"]
+
+
+def serve_command(
+    config: ProxyTuneConfig, options: Sequence[str] = (), *, draft: str | None = None, draft_tokens: int = 4
+) -> list[str]:
+    """The words of the command that serves the recipe.
+
+    Args:
+        options: vLLM's own, passed on as they are.
+        draft: the expert that drafts for the mixture; vLLM holds and runs it a second time for that.
+        draft_tokens: how many tokens it drafts at a time.
+
+    Raises:
+        ProxyTuneError: no vLLM, or one out of range. PromptError, MemberError: see :func:`proxytune.vllm.plan.refuse`.
+    """
+    check_version(installed_version())
+    refuse(config)
+    recipe = str(config.name_or_path)
+    words = [*_server(), recipe] if _has_script() else [*_server(), "--model", recipe]
+    if draft is not None:
+        words += ["--speculative-config", json.dumps(_draft(config, draft, draft_tokens))]
+    return [*words, *options]
+
+
+def _has_script() -> bool:
+    """Whether ``vllm serve`` works: PyPI's CPU build has the script, which looks for a distribution called vllm."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _server() -> list[str]:
+    if _has_script():
+        return [shutil.which("vllm", path=str(Path(sys.executable).parent)) or "vllm", "serve"]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+
+
+def _draft(config: ProxyTuneConfig, draft: str, n_tokens: int) -> dict[str, str | int]:
+    experts = [expert.name for expert in config.expert_list if expert.expert is not None]
+    if draft not in experts:
+        raise RecipeError(f"--draft {draft!r} is not an expert of the recipe; it has {', '.join(experts) or 'none'}")
+    part = next(part for part in parts_of(config) if f"{draft}.expert" in part.names)
+    if part.adapter is not None:
+        raise MemberError(f"expert {draft!r} is an adapter, but vLLM drafts with whole models; merge it with PEFT")
+    found: dict[str, str | int] = {
+        "method": "draft_model",
+        "model": part.source.path,
+        "num_speculative_tokens": n_tokens,
+    }
+    return found | ({"revision": part.source.revision} if part.source.revision else {})
