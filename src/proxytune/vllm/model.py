@@ -7,7 +7,7 @@ drafts to be verified, prompt log-probabilities), ``compute_logits`` finds in th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -52,6 +52,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
             setattr(self, one.part.name, initialize_model(own, prefix=maybe_prefix(prefix, one.part.name)))
         self.widths = [one.config.get_hidden_size() for one in self.fitted]
         self.vocabs = [one.config.get_vocab_size() for one in self.fitted]
+        self.passed: dict[str, list[tuple[str, int]]] | None = None  # tensor -> (part, width) in its columns
         self.make_empty_intermediate_tensors = self._make_empty_intermediate_tensors
         self.gather = self._one_gather()
 
@@ -106,25 +107,18 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         """All members over one batch.
 
         Returns:
-            shape = (n_tokens, sum of hidden sizes + PIECES * n_experts); on all but the last pipeline stage, the
-            members' intermediate tensors under their names.
+            shape = (n_tokens, sum of hidden sizes + PIECES * n_experts); on all but the last pipeline stage, what the
+            members pass to the next, side by side.
         """
         outputs: dict[str, Any] = {}
+        received = None if intermediate_tensors is None else self._taken_apart(intermediate_tensors)
         for name, vocab in zip(self.parts, self.vocabs):
             # An id that a member lacks is never chosen, but a prompt may hold one: it must not read out of bounds.
             ids = input_ids if input_ids is None or vocab == max(self.vocabs) else input_ids.clamp(max=vocab - 1)
-            own = intermediate_tensors and IntermediateTensors(
-                {
-                    key.removeprefix(f"{name}."): tensor
-                    for key, tensor in intermediate_tensors.items()
-                    if key.startswith(f"{name}.")
-                }
-            )
+            own = None if received is None else IntermediateTensors(received[name])
             outputs[name] = self.part(name)(ids, positions, own, None)
         if not get_pp_group().is_last_rank:
-            return IntermediateTensors(
-                {f"{name}.{key}": tensor for name, output in outputs.items() for key, tensor in output.items()}
-            )
+            return side_by_side(outputs)
         n_tokens = outputs["base"].shape[0]
         return torch.cat([*outputs.values(), cast(Tensor, self.alphas)[:n_tokens]], dim=-1)
 
@@ -199,10 +193,34 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
     def _make_empty_intermediate_tensors(
         self, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> IntermediateTensors:
-        return IntermediateTensors(
-            {
-                f"{name}.{key}": tensor
-                for name in self.parts
-                for key, tensor in self.part(name).make_empty_intermediate_tensors(batch_size, dtype, device).items()
-            }
+        return side_by_side(
+            {name: self.part(name).make_empty_intermediate_tensors(batch_size, dtype, device) for name in self.parts}
         )
+
+    def _taken_apart(self, tensors: IntermediateTensors) -> dict[str, dict[str, Tensor]]:
+        """The reverse of :func:`side_by_side`."""
+        if self.passed is None:
+            self.passed = {}
+            for name in self.parts:
+                empty = self.part(name).make_empty_intermediate_tensors(1, self.dtype, torch.device("meta"))
+                for key, tensor in empty.items():
+                    self.passed.setdefault(key, []).append((name, tensor.shape[-1]))
+        apart: dict[str, dict[str, Tensor]] = {name: {} for name in self.parts}
+        for key, users in self.passed.items():
+            pieces = tensors[key].split([width for _, width in users], dim=-1)
+            for (name, _), piece in zip(users, pieces):
+                apart[name][key] = piece.contiguous()
+        return apart
+
+
+def side_by_side(outputs: Mapping[str, Any]) -> IntermediateTensors:
+    """What the members pass to the next pipeline stage, tensors of one name joined along their last dimension.
+
+    The next stage so gets no more tensors than of one model: vLLM's shared-memory channel between CPU workers carries
+    only a few at a time.
+    """
+    joined: dict[str, list[Tensor]] = {}
+    for output in outputs.values():
+        for key, tensor in output.items():
+            joined.setdefault(key, []).append(tensor)
+    return IntermediateTensors({key: torch.cat(tensors, dim=-1) for key, tensors in joined.items()})
