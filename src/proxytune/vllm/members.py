@@ -121,10 +121,8 @@ class RecipeArchitecture(ModelArchConfigConvertorBase):  # type: ignore[misc]
 
     def get_vocab_size(self) -> int:
         """Ids below it are in every member; the mixture has no logits for others."""
-        widths = [getattr(self.hf_text_config, "vocab_size", 0)]
-        if isinstance(self.hf_config, ProxyTuneConfig):
-            widths += shared_widths(self.hf_config)
-        return min(widths)
+        refuse(self.hf_config)  # vLLM asks for the shape before it asks for the rules
+        return min(shared_widths(self.hf_config))
 
 
 def shared_widths(config: ProxyTuneConfig) -> list[int]:

@@ -1,0 +1,190 @@
+"""What is refused at start and why, and the interfaces that the hooks were written against; no engine is started."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from proxytune.errors import ProxyTuneError
+from proxytune.vllm import check_version, hooks
+from proxytune.vllm.alpha import join, split
+from served import expert, wide
+
+
+def configured(recipe, **options):
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        model=str(recipe), **{"dtype": "float32", "enforce_eager": True, **options}
+    ).create_engine_config()
+
+
+def refused(shelf, name, said, base="llama", options=None, **values):
+    recipe = shelf.recipe(name, base, **values)
+    with pytest.raises(ValueError, match=said):  # pydantic's, around our sentence
+        configured(recipe, **(options or {}))
+
+
+# -- refusals -------------------------------------------------------------------------------------------------
+
+
+def test_own_prompts(shelf):
+    one = expert("e", "qwen2-small", "qwen2-anti")
+    one["expert"]["prompt"] = "chat"
+    refused(shelf, "chatty", r"e\.expert has a prompt of its own \(chat\)", experts=[one])
+
+
+def test_quantization_on_the_fly(shelf):
+    base = {"model": "../llama", "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    refused(shelf, "on-the-fly", "base is to be quantized while it is loaded", base)
+
+
+def test_gguf(shelf):
+    (shelf.root / "some.gguf").touch()
+    one = {"name": "e", "expert": {"model": "../some.gguf"}, "alpha": 1.0}
+    refused(shelf, "of-gguf", r"e\.expert is a GGUF file", experts=[one])
+
+
+def test_two_dtypes(shelf):
+    base = {"model": "../llama", "dtype": "bfloat16"}
+    refused(shelf, "two-dtypes", "base .* to be bfloat16 .* one dtype, float32", base)
+
+
+def test_other_vocabularies(shelf):
+    wide(shelf.root / "swapped", "qwen2", "small", 50, tokenizer_=tiny.tokenizer(swap=("a", "b")))
+    refused(shelf, "swapped-recipe", "does not share the base's vocabulary", experts=[expert("e", "swapped", None)])
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [({"use_dora": True}, "use_dora"), ({"bias": "lora_only"}, "trains biases")],
+    ids=["dora", "bias"],
+)
+def test_adapters_that_are_not_merged(shelf, lora, said):
+    name = f"lora-{next(iter(lora))}"
+    tiny.write_adapter(shelf.root / name, shelf.root / "qwen2-anti", 3, **lora)
+    experts = [expert("e", "qwen2-anti", "qwen2-anti", adapter=f"../{name}")]
+    refused(shelf, f"of-{name}", rf"adapter of e\.expert .*{said}", experts=experts)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_model_len": 200}, r"--max-model-len 200 is more than e\.expert reads \(96\)"),
+        ({"load_format": "sharded_state"}, "does not load a recipe's members"),
+        ({"enable_lora": True}, "name the adapter in the recipe instead"),
+    ],
+    ids=["context", "load format", "lora"],
+)
+def test_engine_options(shelf, options, said):
+    if not (shelf.root / "brief").exists():
+        wide(shelf.root / "brief", "qwen2", "small", 41, max_position_embeddings=96)
+    refused(shelf, "optional", said, options=options, experts=[expert("e", "brief", None)])
+
+
+def test_heads_that_cannot_be_split(shelf, monkeypatch):
+    """Every member must be divisible, not the base alone."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|0")
+    wide(shelf.root / "odd", "qwen2", "small", 42, hidden_size=96, num_attention_heads=3, num_key_value_heads=1)
+    options = {"tensor_parallel_size": 2}
+    refused(shelf, "of-odd", r"e\.expert .*attention heads", options=options, experts=[expert("e", "odd", None)])
+
+
+def test_what_works_is_not_refused(shelf):
+    config = configured(shelf.recipe("fine"))
+    assert config.model_config.architecture == "ProxyTunedForCausalLM"
+    assert config.model_config.max_model_len == tiny.CONTEXT
+
+
+def test_the_command_and_its_draft(shelf):
+    from proxytune.errors import MemberError, RecipeError
+    from proxytune.recipe import load_recipe
+    from proxytune.vllm.command import serve_command
+
+    config = load_recipe(shelf.recipe("commanded"))
+    words = serve_command(config, ["--port", "8001"], draft="expert", draft_tokens=3)
+    assert str(config.name_or_path) in words
+    assert words[-2:] == ["--port", "8001"]
+    assert '"num_speculative_tokens": 3' in words[words.index("--speculative-config") + 1]
+    with pytest.raises(RecipeError, match="is not an expert of the recipe"):
+        serve_command(config, draft="none")
+    tiny.write_adapter(shelf.root / "lora-draft", shelf.root / "qwen2-anti", 3)
+    adapted = [expert("e", "qwen2-anti", "qwen2-anti", adapter="../lora-draft")]
+    with pytest.raises(MemberError, match="is an adapter"):
+        serve_command(load_recipe(shelf.recipe("of-adapted", experts=adapted)), draft="e")
+
+
+# -- versions and interfaces ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("found", [None, "0.31.2", "0.33.0", "1.0", "dev"])
+def test_a_vllm_out_of_range_is_refused(found):
+    with pytest.raises(ProxyTuneError, match="vLLM"):
+        check_version(found)
+
+
+def test_this_vllm_is_in_range():
+    import vllm
+
+    check_version(vllm.__version__)
+
+
+def test_the_v1_hook_fits():
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    hooks.wrap_v1_runner()
+    wrapped = GPUModelRunner._model_forward
+    hooks.wrap_v1_runner()
+    assert GPUModelRunner._model_forward is wrapped, "wrapped once"
+    names = list(inspect.signature(wrapped).parameters)
+    assert names[:5] == ["self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds"]
+
+
+def test_both_runners_take_the_check():
+    from vllm.v1.sample.logits_processor import _load_logitsprocs_plugins
+    from vllm.v1.worker.gpu.sample.logits_processor.loader import _load_v2_logitsprocs_plugins
+
+    assert hooks.AlphaCheck in _load_logitsprocs_plugins()
+    assert hooks.AlphaCheck in _load_v2_logitsprocs_plugins()
+    assert not inspect.isabstract(hooks.AlphaCheck)
+    logits = torch.ones(2, 3)
+    assert hooks.AlphaCheck(None, None, False).apply(logits) is logits
+
+
+def test_the_v2_hook_fits():
+    """Where its runner cannot run: the methods have the parameters of vLLM's, and set the batch's alphas."""
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    from proxytune.vllm.model import ProxyTunedForCausalLM
+
+    state_class = resolve_model_state_cls(None, ProxyTunedForCausalLM)
+    assert state_class is not DefaultModelState
+    assert issubclass(state_class, DefaultModelState)
+    for name in ("add_request", "prepare_inputs"):
+        ours, theirs = (inspect.signature(getattr(one, name)) for one in (state_class, DefaultModelState))
+        assert list(ours.parameters) == list(theirs.parameters)
+    assert {"num_reqs", "idx_mapping_np", "query_start_loc_np"} <= set(InputBatch.__dataclass_fields__)
+
+    told = []
+    recipe = SimpleNamespace(alphas=[1.0], alphas_of=lambda params: [params])
+    state = state_class.__new__(state_class)
+    state.model = SimpleNamespace(recipe=recipe, set_alphas=lambda rows, n: told.append((rows, n.tolist())))
+    state.slots = [[1.0]] * 4
+    state.rope_state = state.prompt_embeds_state = None
+    state.add_request(2, SimpleNamespace(sampling_params=0.5))
+    batch = SimpleNamespace(num_reqs=2, idx_mapping_np=np.array([2, 0]), query_start_loc_np=np.array([0, 3, 4, 4]))
+    assert state.prepare_inputs(batch, None) == {}
+    assert told == [([[0.5], [1.0]], [3, 1])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alphas_survive_the_dtype_of_hidden_states(dtype):
+    alpha = torch.tensor([[0.1, -1.0 / 3.0], [3e5, 1e-7]])
+    assert torch.equal(join(split(alpha, dtype)), alpha)
