@@ -43,7 +43,7 @@ demo: install  ## proxy-tuning at work on a real model, within about a minute
 	$(BIN)/proxytune demo
 
 bench: install  ## what steering costs on the demo: twenty minutes on two cores
-	$(BIN)/proxytune bench demo
+	$(BIN)/proxytune bench demo --options auto,auto+pack
 
 test: install  ## the core tests, under five minutes
 	$(BIN)/python -m pytest -m "not slow"
