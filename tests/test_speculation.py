@@ -544,3 +544,9 @@ def test_experts_of_the_config_class_are_taken():
     )
     assert [expert.name for expert in model.experts if isinstance(expert, Expert)] == ["big", "small"]
     assert model.drafting.lane == model.seats["small.expert"][0]
+
+
+def test_a_long_text_outgrows_its_buffers(monkeypatch):
+    monkeypatch.setattr(speculation, "GROWTH", 16)
+    model = tiny.compose(family_oracle("gemma3"))
+    assert new_tokens(model, n_new=90, speculate=3) == new_tokens(model, n_new=90, speculate=False)

@@ -520,7 +520,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Greedy decoding and sampling: our loop, or transformers' own where ours has no place."""
         plain = synced_gpus or generation_config.is_assistant or model_kwargs.get("past_key_values") is None
-        if plain:
+        if plain or stopping_criteria.max_length is None:
             return super()._sample(  # type: ignore[misc]
                 cast(Any, input_ids),
                 logits_processor,

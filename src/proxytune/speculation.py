@@ -36,6 +36,9 @@ __all__ = ["Speculate", "SpeculationStats", "accept_greedy", "accept_sampled", "
 Speculate = Literal["auto"] | bool | int
 
 
+GROWTH = 512  # columns by which buffers grow: seldom enough to cost nothing
+
+
 def parse_speculate(value: Any) -> Speculate:
     """``"auto"``, False (off), or a number of drafts from 1 to 12, as it was given; else :class:`ProxyTuneError`."""
     if value == "auto" or value is False or (value == 0 and isinstance(value, int)):
@@ -356,8 +359,8 @@ class LaneRun:
         self.steps = torch.arange(MAX_DRAFTS + 1, device=self.lane.device)
         self.n_read = 0 if mask is None else mask.shape[1]
         self.mask = None
-        if mask is not None:  # what comes is never padding: one buffer serves to the end
-            self.mask = torch.nn.functional.pad(mask, (0, room + MAX_DRAFTS + 1), value=1).to(self.lane.device)
+        if mask is not None:
+            self.mask = mask.to(self.lane.device)
         self.pending = 0  # columns read since the last `keep`
 
     def read(self, ids: Tensor) -> Tensor:
@@ -365,9 +368,12 @@ class LaneRun:
         k = ids.shape[1]
         ids = ids if self.clamp is None else ids.clamp(max=self.clamp)
         position = self.position + self.pending
+        n_columns = self.n_read + self.pending + k
+        if self.mask is not None and self.mask.shape[1] < n_columns:  # what comes is never padding
+            self.mask = torch.nn.functional.pad(self.mask, (0, GROWTH), value=1)
         logits: Tensor = self.lane(
             (ids.repeat(self.n_seats, 1) if self.n_seats > 1 else ids).to(self.lane.device),
-            attention_mask=None if self.mask is None else self.mask[:, : self.n_read + self.pending + k],
+            attention_mask=None if self.mask is None else self.mask[:, :n_columns],
             position_ids=torch.minimum(position + self.steps[:k], self.last_position),
             past_key_values=self.view,
             use_cache=True,
@@ -523,10 +529,8 @@ class _Decoding:
         self.n_batch, self.n_prompt = input_ids.shape
         self.length = [self.n_prompt] * self.n_batch
         self.done = [False] * self.n_batch
-        # Room for drafts beyond the end: where processors look at the text, drafts stand in it before they are judged.
-        width = stopping_criteria.max_length + MAX_DRAFTS + 1
-        self.ids = torch.full((self.n_batch, width), self.pad, device=input_ids.device)
-        self.ids[:, : self.n_prompt] = input_ids
+        self.ids = input_ids
+        self._make_room()
         self.lookups = [Lookup(row) for row in input_ids.tolist()]
         wanted = generation_config.return_dict_in_generate
         self.kept_scores: list[Tensor] | None = [] if wanted and generation_config.output_scores else None
@@ -583,6 +587,7 @@ class _Decoding:
     # -- the loop's body ------------------------------------------------------------------------------------------
     def cycle(self) -> None:
         """Draft, verify, accept, and take back what was rejected."""
+        self._make_room()
         growing = [row for row, done in enumerate(self.done) if self.aligned or not done]
         room = self.criteria.max_length - min(self.length[row] for row in growing) - 1
         last = self._newest()
@@ -725,6 +730,11 @@ class _Decoding:
         return result
 
     # -- the text -------------------------------------------------------------------------------------------------
+    def _make_room(self) -> None:
+        """Let the buffer of the text hold another cycle, and the drafts that stand in it before they are judged."""
+        if self.ids.shape[1] < max(self.length) + MAX_DRAFTS + 1:
+            self.ids = torch.nn.functional.pad(self.ids, (0, GROWTH), value=self.pad)
+
     def emit(self, proposed: Sequence[Sequence[int]]) -> list[int]:
         """Append tokens to each row until one of them ends it; how many each row took."""
         taken = [0] * self.n_batch
