@@ -358,9 +358,7 @@ class LaneRun:
         self.last_position = self.position + max(room - 2, 0)
         self.steps = torch.arange(MAX_DRAFTS + 1, device=self.lane.device)
         self.n_read = 0 if mask is None else mask.shape[1]
-        self.mask = None
-        if mask is not None:
-            self.mask = mask.to(self.lane.device)
+        self.mask = None if mask is None else mask.to(self.lane.device)
         self.pending = 0  # columns read since the last `keep`
 
     def read(self, ids: Tensor) -> Tensor:
@@ -404,6 +402,7 @@ class LaneRun:
         for layer in cast(Sequence[Any], self.view.layers):
             n_heads, width, n_values = layer.keys.shape[1:]
             source = (torch.arange(width, device=by.device) - by[:, None]).clamp_(min=0)[:, None, :, None]
+            source = source.to(layer.keys.device)  # a lane may be spread over devices
             layer.keys = layer.keys.gather(2, source.expand(-1, n_heads, -1, n_values))
             layer.values = layer.values.gather(2, source.expand(-1, n_heads, -1, layer.values.shape[-1]))
         columns = torch.arange(self.n_read + self.pending, device=by.device)
