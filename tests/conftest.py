@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client, 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from transformers.utils import logging
 
 import tiny
 from proxytune.vllm import installed_version
@@ -29,6 +30,14 @@ def data() -> Path:
     if not place or not Path(place).is_dir():
         pytest.skip("PROXYTUNE_DATA does not name a directory of real data")
     return Path(place)
+
+
+@pytest.fixture
+def no_progress():
+    """No bars of transformers' own, as the command line's ``main`` has it in a process of its own."""
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")

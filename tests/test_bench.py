@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers.utils import logging
 
 import oracle
 import tiny
 from proxytune import ProxyTunedForCausalLM, bench, load_recipe
 from proxytune.plain_loop import plain_loop
 from test_cli import fails, run
+
+pytestmark = pytest.mark.usefixtures("no_progress")
 
 ROW = {"arm", "options", "batch", "prompt", "output", "tokens_per_second", "tokens_per_second_low"}
 ROW |= {"tokens_per_second_high", "ratio_to_base", "ratio_to_plain_loop", "acceptance", "peak_memory_bytes"}
@@ -45,14 +46,6 @@ def measured(lora_recipe, tmp_path):
         return json.loads((tmp_path / "bench.json").read_text("utf-8")), made
 
     return measure
-
-
-@pytest.fixture(autouse=True)
-def _no_progress():
-    """As ``main`` does in a process of its own."""
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
 
 
 # -- the plain loop -------------------------------------------------------------------------------------------

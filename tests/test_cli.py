@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers.utils import logging
 from typer.testing import CliRunner
 
 import tiny
@@ -23,6 +22,8 @@ from proxytune.compose import parse_expert
 from proxytune.config import Prompt
 from proxytune.generation import Sampling, answer
 from proxytune.presets import PRESETS
+
+pytestmark = pytest.mark.usefixtures("no_progress")
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,14 +50,6 @@ def entry(*args, **options):
     """Run the installed ``proxytune``."""
     command = [str(Path(sys.executable).with_name("proxytune")), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
-
-
-@pytest.fixture(autouse=True)
-def _no_progress():
-    """As ``main`` does in a process of its own."""
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 
 import pytest
 from transformers import LlamaConfig
-from transformers.utils import logging
 
 import tiny
 from proxytune import ProxyTuneConfig, ProxyTunedForCausalLM, bench, load_recipe
@@ -16,12 +15,7 @@ from proxytune.cost import Cost, Costs
 from proxytune.plan import RecipeCosts, plan_recipe, predict
 from test_cli import fails, run
 
-
-@pytest.fixture(autouse=True)
-def _no_progress():
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("no_progress")
 
 
 @pytest.fixture(scope="module")

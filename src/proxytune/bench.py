@@ -414,7 +414,7 @@ class _FirstForwards:
     def _ran(self, module: torch.nn.Module, *given: Any) -> None:
         self.waiting.pop(module, None)
         if not self.waiting and self.at is None:
-            self.at = _now(self.device)
+            self.at = now(self.device)
 
 
 def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int, asked: Mapping[str, Any] | None = None) -> Sample:
@@ -426,7 +426,7 @@ def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int, asked: Mapping[
     run = [model.member(name) for name in model.seats] if arm == "plain_loop" else [model]
     held = _held(subject, arm, ids.device)
     with _FirstForwards(run, ids.device) as first:
-        begin = _now(ids.device)
+        begin = now(ids.device)
         if arm == "plain_loop":
             sequences, caches = _plain(model, ids, n_new)
         else:
@@ -441,7 +441,7 @@ def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int, asked: Mapping[
                 **(ASKED[arm] if asked is None else asked),
             )
             sequences, caches = output.sequences, [output.past_key_values]
-        end = _now(ids.device)
+        end = now(ids.device)
     stats = model.speculation_stats if arm == "speculative" else None
     assert first.at is not None
     return Sample(
@@ -512,7 +512,8 @@ def _bytes(tensors: Iterator[Any]) -> int:
     return sum(storages.values())
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds of a clock, read when the device has done all that it was asked to."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -536,10 +537,10 @@ def bare_forwards(lanes: Sequence[Any], n_seats: Sequence[int], ids: Tensor, tok
 
     step(ids)
     columns = tokens[:, :-1].to(ids.device).split(1, dim=1)
-    begin = _now(ids.device)
+    begin = now(ids.device)
     for column in columns:
         step(column)
-    return (_now(ids.device) - begin) / len(columns)
+    return (now(ids.device) - begin) / len(columns)
 
 
 def overhead_of(subject: Subject, arm: str, ids: Tensor, sample: Sample) -> tuple[float, float]:

@@ -160,6 +160,9 @@ DeviceMap = Annotated[
         show_default=False,
     ),
 ]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write everything there too.", show_default=False)
+]
 Pack = Annotated[
     bool,
     typer.Option(
@@ -774,9 +777,7 @@ def bench(
             show_default=False,
         ),
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything there too.", show_default=False)
-    ] = None,
+    json_file: JsonFile = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the prompts, and of the order within a round.")] = 0,
     device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -931,9 +932,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write everything there too.", show_default=False)
-    ] = None,
+    json_file: JsonFile = None,
     device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:

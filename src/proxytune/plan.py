@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from proxytune.bench import MemberOptions, Subject, run_arm
+from proxytune.bench import MemberOptions, Subject, now, run_arm
 from proxytune.check import MemberReport, count_recipe
 from proxytune.config import Expert, ProxyTuneConfig
 from proxytune.cost import ROW_SHARE, UNPACKED_CPU, Cost, Costs, cost_of_weights
 from proxytune.errors import ProxyTuneError
 from proxytune.members import Loading, group_by_weights
-from proxytune.speculation import choose_drafting
+from proxytune.speculation import costs_by_role
 
 __all__ = [
     "Compared",
@@ -186,7 +186,7 @@ def plan_recipe(
         return cost_of_weights(n_bytes, 0, device, packed=options.pack or dtype != "float32")
 
     lane_costs = [cost(lane.read_bytes, lane.dtype) for lane in lanes]
-    steered = _costs(shape, lane_costs)
+    steered = costs_by_role(shape, lane_costs)
     naive = [cost(one.read_bytes, one.dtype) for one in members]
     costs = {
         n_batch: RecipeCosts(naive[0].of(n_batch), sum(each.of(n_batch) for each in naive), steered)
@@ -229,22 +229,6 @@ def _lanes(
         )
     rivals = [_Seats(lane.read_bytes, ("",) * lane.n_seats) for lane in lanes]
     return lanes, _Shape(rivals, seats, config.expert_list)
-
-
-def _costs(shape: Any, lane_costs: Sequence[Cost]) -> Costs:
-    """The lanes' costs in their roles: ``shape`` is a model, or what stands for one."""
-    base = shape.seats["base"][0]
-    drafting = choose_drafting(shape)
-    n_seats = [len(lane.seats) for lane in shape.lanes]
-    draft = None if drafting is None else drafting.lane
-    others = [(lane_costs[at], n_seats[at]) for at in range(len(n_seats)) if at not in (base, draft)]
-    return Costs(
-        lane_costs[base],
-        None if draft is None else lane_costs[draft],
-        1 if draft is None else n_seats[draft],
-        tuple(others),
-        base_seats=n_seats[base],
-    )
 
 
 def predict(costs: Mapping[int, RecipeCosts], acceptances: Sequence[float], *, timed: bool) -> list[Prediction]:
@@ -317,9 +301,9 @@ class _Timed:
             self._forward(self._ids(rows, CACHED), self.caches[n_batch])
         cache = copy.deepcopy(self.caches[n_batch])
         ids = self._ids(rows, n_columns)
-        begin = _now(ids.device)
+        begin = now(ids.device)
         self._forward(ids, cache)
-        return _now(ids.device) - begin
+        return now(ids.device) - begin
 
     def _ids(self, n_rows: int, n_columns: int) -> Tensor:
         return torch.randint(0, self.lane.config.vocab_size, (n_rows, n_columns), device=self.lane.device)
@@ -380,7 +364,7 @@ def probe(subject: Subject, batches: Sequence[int]) -> dict[int, RecipeCosts]:
     found = {}
     for n_batch in batches:
         base, plain, drafted = made[n_batch]
-        steered = _costs(default, [lanes[id(lane)].cost(n_batch) for lane in _lanes_of(default)])
+        steered = costs_by_role(default, [lanes[id(lane)].cost(n_batch) for lane in _lanes_of(default)])
         overhead = plain.step() - steered.cycle(0, 0.0, n_batch)
         cycle_overhead = overhead
         if steered.draft is not None and drafted.cycles:
@@ -505,9 +489,3 @@ def read_bench(path: Path) -> dict[str, Any]:
 
 def _lanes_of(model: Any) -> list[Any]:
     return list(model.lanes)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

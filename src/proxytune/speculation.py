@@ -24,7 +24,7 @@ from transformers import generation
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from proxytune.cost import MAX_DRAFTS, Costs, cost_of_weights
+from proxytune.cost import MAX_DRAFTS, Cost, Costs, cost_of_weights
 from proxytune.errors import ProxyTuneError
 from proxytune.mixing import mix
 
@@ -188,11 +188,24 @@ def costs_of(model: ProxyTunedForCausalLM) -> Costs:
     for lane in cast(Sequence[Any], model.lanes):
         fast = lane.packed or lane.model.dtype != torch.float32
         layers = getattr(lane.config, "num_hidden_layers", 1)
-        costs.append((cost_of_weights(lane.read_bytes, layers, lane.device.type, packed=fast), len(lane.seats)))
-    base, drafting = model.seats["base"][0], model.drafting
-    others = [cost for at, cost in enumerate(costs) if at != base and (drafting is None or at != drafting.lane)]
-    draft, seats = (None, 1) if drafting is None else costs[drafting.lane]
-    return Costs(costs[base][0], draft, seats, tuple(others), base_seats=costs[base][1])
+        costs.append(cost_of_weights(lane.read_bytes, layers, lane.device.type, packed=fast))
+    return costs_by_role(model, costs)
+
+
+def costs_by_role(model: Any, lane_costs: Sequence[Cost]) -> Costs:
+    """The lanes' costs in their roles: ``model`` is one, or what stands for its lanes, seats and experts."""
+    base = model.seats["base"][0]
+    drafting = choose_drafting(model)
+    n_seats = [len(lane.seats) for lane in model.lanes]
+    draft = None if drafting is None else drafting.lane
+    others = [(lane_costs[at], n_seats[at]) for at in range(len(n_seats)) if at not in (base, draft)]
+    return Costs(
+        lane_costs[base],
+        None if draft is None else lane_costs[draft],
+        1 if draft is None else n_seats[draft],
+        tuple(others),
+        base_seats=n_seats[base],
+    )
 
 
 @dataclass
@@ -635,7 +648,6 @@ class _Decoding:
         newest = last
         while True:
             logits.append(run.read(newest))
-            draft.logits = torch.cat(logits, dim=1)
             q = self.process(self._guess(logits[-1]), offset=draft.tokens.shape[1]).softmax(dim=-1)
             newest = torch.multinomial(q[:, 0], num_samples=1) if self.sampling else q.argmax(dim=-1)
             if self.pace.fixed is None:
@@ -644,14 +656,15 @@ class _Decoding:
                     draft.confidences[at].append(sure[row])
                     chances[at] *= self.pace.chance(sure[row])
                 if draft.tokens.shape[1] == 0 and not self.pace.first(chances):
-                    draft.confidences = []
-                    return draft
+                    return Draft(none, logits=logits[0])
             draft.tokens = torch.cat([draft.tokens, newest], dim=1)
-            distributions.append(q)
+            if self.sampling:
+                distributions.append(q)
             self._write(draft.tokens)
             n_drafts = draft.tokens.shape[1]
             if n_drafts == room or not self.pace.another(n_drafts, chances):
                 break
+        draft.logits = torch.cat(logits, dim=1)
         if self.sampling:
             draft.q = torch.cat(distributions, dim=1)
         return draft
@@ -672,9 +685,8 @@ class _Decoding:
             self.alpha[:, [column for column, _, _ in shifts]],
             vocab_size=min(self.model.shared_vocab, base.shape[-1]),
         )
-        missing = (
-            cast(int, self.model.config.vocab_size) - scores.shape[-1]
-        )  # negative where the lane has more ids: they are cut
+        # Negative where the lane has more ids than the base: they are cut.
+        missing = cast(int, self.model.config.vocab_size) - scores.shape[-1]
         return torch.nn.functional.pad(scores, (0, missing), value=-torch.inf) if missing else scores
 
     def _look_up(self, growing: Sequence[int], room: int) -> Tensor | None:
@@ -722,7 +734,7 @@ class _Decoding:
             return scores
         if self.context_free:
             return self.processors(self.ids[:, :1].repeat(scores.shape[1], 1), scores.flatten(0, 1)).view_as(scores)  # type: ignore[no-any-return]
-        result = torch.empty_like(scores).copy_(scores)
+        result = scores.clone()
         for j in range(scores.shape[1]):
             for rows, length in self._by_length():
                 result[rows, j] = self.processors(self.ids[rows, : length + offset + j], scores[rows, j])
