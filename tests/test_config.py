@@ -189,6 +189,10 @@ def test_resolve(tmp_path, monkeypatch):
     assert resolve("org/name", at, "v1") == Source("org/name", "v1")
     assert resolve("org/name", None, "v1") == Source("org/name", "v1")
     assert resolve("members/m", "org/recipe", None, "abc") == Source("org/recipe", "abc", "members/m")
+    assert resolve("../m", "org/recipe/a/b", None, "abc") == Source("org/recipe", "abc", "a/m")
+    assert resolve(".", "org/recipe") == Source("org/recipe")
+    with pytest.raises(RecipeError, match=r"'\.\./m' leads out of the repository org/recipe"):
+        resolve("../m", "org/recipe")
     monkeypatch.chdir(tmp_path)
     assert resolve("beside", None) == Source(str(tmp_path / "beside"))
     assert resolve("org/model", at) == Source("org/model"), "beside the recipe, not beside the user"

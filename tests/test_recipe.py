@@ -402,6 +402,29 @@ def test_a_bundle_on_the_hub_from_the_command_line(hub, tmp_path):
     assert len(json.loads(answered.stdout)["tokens"]) == 3
 
 
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, ProxyTunedForCausalLM.from_pretrained])
+@pytest.mark.parametrize("on_the_hub", [True, False])
+def test_a_recipe_in_a_subfolder_finds_its_members_from_there(own_shelf, tmp_path, load, on_the_hub):
+    """One repository: the recipe in ``recipes/loud``, members beside and above it, nothing of use in its root."""
+    pair = {"expert": {"model": "../../expert"}, "anti_expert": {"model": "../../anti"}, "alpha": 2.0}
+    tiny.write_recipe_alone(own_shelf / "recipes/loud", {"base": {"model": "../../base"}, "experts": [pair]})
+    model = ProxyTunedForCausalLM.from_pretrained(own_shelf / "recipes/loud")
+    with torch.no_grad():
+        expected = model(IDS).logits[0, -1]
+    GenerationConfig(max_length=77).save_pretrained(own_shelf / "recipes/loud")
+    place = {"subfolder": "recipes/loud"}
+    if on_the_hub:  # under a revision alone: whoever forgets it finds nothing
+        tiny.publish(tmp_path / "hub", "me/many", own_shelf, "v1")
+        place |= {"cache_dir": tmp_path / "hub", "revision": "v1"}
+    found = load("me/many" if on_the_hub else own_shelf, **place)
+    says(found, expected)
+    assert found.generation_config.max_length == 77
+    weaker = load("me/many" if on_the_hub else own_shelf, alpha=0.5, **place)
+    assert weaker.config.alphas == [0.5]
+    found.save_pretrained(tmp_path / "again", bundle=True)
+    says(ProxyTunedForCausalLM.from_pretrained(tmp_path / "again"), expected)
+
+
 def test_a_bundle_on_the_hub_saved_again_is_portable(hub, tmp_path):
     model = AutoModelForCausalLM.from_pretrained("me/steered", cache_dir=tmp_path / "hub")
     model.save_pretrained(tmp_path / "again", bundle=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import posixpath
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -253,6 +254,10 @@ class ProxyTuneConfig(PreTrainedConfig):
             if expert.anti_expert is not None:
                 yield f"{expert.name}.anti_expert", expert.anti_expert
 
+    def locate(self, path: str, revision: str | None = None) -> Source:
+        """Find a member's ``path``, which may be relative to where this recipe was read; see :func:`resolve`."""
+        return resolve(path, self.name_or_path, revision, getattr(self, "_commit_hash", None))
+
     def with_members(self, change: Any) -> ProxyTuneConfig:
         """A copy in which ``change(name, member)`` stands for each member."""
         experts = [
@@ -266,6 +271,7 @@ class ProxyTuneConfig(PreTrainedConfig):
         values = {**self.to_dict(), "base": change("base", self.base_member), "experts": experts}
         copied = ProxyTuneConfig(**{key: value for key, value in values.items() if key != "model_type"})
         copied.name_or_path = self.name_or_path
+        copied._commit_hash = getattr(self, "_commit_hash", None)
         return copied
 
     def with_alpha(self, alpha: Mapping[str, float] | list[float] | tuple[float, ...] | float) -> ProxyTuneConfig:
@@ -309,7 +315,14 @@ class Source:
 
 
 def resolve(path: str, recipe: str | None, revision: str | None = None, recipe_revision: str | None = None) -> Source:
-    """Find a member's ``path``: absolute, relative to the ``recipe`` directory or hub repository, or a hub id.
+    """Find a member's ``path``: absolute, relative to the ``recipe``, or a hub id.
+
+    Args:
+        path: what the recipe says.
+        recipe: the directory that the recipe was read from, or its place on the hub: ``owner/name``, or
+            ``owner/name/folder/in/it``.
+        revision: the member's own.
+        recipe_revision: the commit that the recipe was read at; members in the same repository are read there too.
 
     Raises:
         RecipeError: if it is plainly a path and nothing lies there.
@@ -328,7 +341,11 @@ def resolve(path: str, recipe: str | None, revision: str | None = None, recipe_r
             raise RecipeError(f"member {path!r} does not exist beside the recipe {recipe!r} (looked at {beside!r})")
     elif recipe and (looks_like_path or path.startswith("members/")):
         # A bundled recipe on the hub keeps its members in folders of its own repository.
-        return Source(recipe, recipe_revision, os.path.normpath(expanded))
+        owner, name, *folder = recipe.split("/")
+        inside = posixpath.normpath(posixpath.join(*folder, expanded))
+        if inside.startswith(".."):
+            raise RecipeError(f"member {path!r} leads out of the repository {owner}/{name}; correct the recipe")
+        return Source(f"{owner}/{name}", recipe_revision, "" if inside == "." else inside)
     elif os.path.exists(expanded):
         return Source(os.path.abspath(expanded))
     if looks_like_path:

@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from proxytune.config import Member, Prompt, ProxyTuneConfig, Source, resolve
+from proxytune.config import Member, Prompt, ProxyTuneConfig, Source
 from proxytune.errors import MemberError, first_line
 from proxytune.kernels import PackedLinear, pack
 
@@ -236,7 +236,7 @@ def group_by_weights(
     """
     same_model: dict[Any, list[tuple[str, Member]]] = {}
     for name, member in members:
-        source = None if member.model is None else resolve(member.model, config.name_or_path, member.revision)
+        source = None if member.model is None else config.locate(member.model, member.revision)
         placed = (member.gguf_file, member.dtype, repr(member.device_map), repr(member.quantization_config))
         same_model.setdefault((source, *placed), []).append((name, member))
 
@@ -384,7 +384,7 @@ def member_source(config: ProxyTuneConfig, name: str, member: Member) -> tuple[S
     """Where a member lies, and the GGUF file in that place if it is one."""
     if member.model is None:
         raise MemberError(f"{name} was a model in memory when this recipe was made; save it and name its directory")
-    source = resolve(member.model, config.name_or_path, member.revision, getattr(config, "_commit_hash", None))
+    source = config.locate(member.model, member.revision)
     if source.path.endswith(".gguf"):
         path = Path(source.path)
         return Source(str(path.parent), source.revision, source.subfolder), path.name
@@ -395,7 +395,7 @@ def adapter_source(config: ProxyTuneConfig, member: Member) -> Source | None:
     """Where a member's adapter lies, or None where it has none."""
     if member.adapter is None:
         return None
-    return resolve(member.adapter, config.name_or_path, member.adapter_revision, getattr(config, "_commit_hash", None))
+    return config.locate(member.adapter, member.adapter_revision)
 
 
 def _adapter_directory(source: Source, loading: Loading) -> str:

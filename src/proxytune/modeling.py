@@ -690,11 +690,12 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             RecipeError, MemberError, VocabularyError, AlphaError: each one sentence.
         """
-        from proxytune.recipe import HUB_ARGUMENTS, load_recipe
+        from proxytune.recipe import HUB_ARGUMENTS, load_recipe, read_from
 
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
         if not isinstance(config, ProxyTuneConfig):
             config = load_recipe(pretrained_model_name_or_path, **hub)
+        config = read_from(config, hub.get("subfolder"), hub.get("revision"))
         if alpha is not None:
             config = config.with_alpha(alpha)
         model = cls._load(config, {}, None, {}, kwargs)
@@ -752,7 +753,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     def adjust_generation_config(self, config: ProxyTuneConfig, hub: dict[str, Any]) -> None:
         """Take the recipe's generation_config.json where it has one; otherwise the base's stays."""
         try:
-            self.generation_config = GenerationConfig.from_pretrained(str(config.name_or_path), **hub)
+            place = config.locate(".")
+            where = {"subfolder": place.subfolder, "revision": place.revision}
+            self.generation_config = GenerationConfig.from_pretrained(place.path, **{**hub, **where})
         except OSError:
             logger.info("the recipe has no generation_config.json; the base's is used")
 

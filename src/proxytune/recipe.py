@@ -77,6 +77,15 @@ def load_recipe(recipe: str | Path, **hub: Any) -> ProxyTuneConfig:
         raise RecipeError(
             f"{path!r} is a {config.model_type} model, not a recipe; `proxytune new DIR --base {path}` makes one of it"
         )
+    return read_from(config, hub.get("subfolder"), hub.get("revision"))
+
+
+def read_from(config: ProxyTuneConfig, subfolder: str | None, revision: str | None) -> ProxyTuneConfig:
+    """The config, told where in its repository it lay, which AutoConfig forgets: its relative paths are meant there."""
+    if subfolder and not str(config.name_or_path).endswith(f"/{subfolder}"):
+        config.name_or_path = f"{config.name_or_path}/{subfolder}"
+    if revision:
+        config._commit_hash = revision  # a name that transformers never serialises
     return config
 
 
