@@ -57,8 +57,8 @@ def is_correct(text: str, problem: Problem) -> bool:
 
 
 def is_exact(text: str, problem: Problem) -> bool:
-    """The stricter question: the right answer in its two lines, ended by the model itself, and nothing else."""
-    return re.fullmatch(rf" ?[^\n]+ = {problem.answer}\n#### {problem.answer}", text) is not None
+    """The stricter question: the right answer in its two lines, ended by the model itself, and nothing behind them."""
+    return re.fullmatch(rf" ?[^\n]+ = {problem.answer}\n#### {problem.answer}\n?", text) is not None
 
 
 def make_problems(split: Split, count: int, seed: int) -> list[Problem]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -161,7 +162,7 @@ class Arms:
 
 
 class _Answered(StoppingCriteria):
-    """A row is done once the line after its ``####`` has begun: nothing later changes the verdict."""
+    """A row is done once it has written something behind the line of its ``####``: nothing later changes a verdict."""
 
     def __init__(self, tokenizer: Any, n_prompt: int) -> None:
         self.tokenizer = tokenizer
@@ -169,7 +170,7 @@ class _Answered(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
         texts = self.tokenizer.batch_decode(input_ids[:, self.n_prompt :])
-        return torch.tensor(["\n" in text.partition("####")[2] for text in texts], device=input_ids.device)
+        return torch.tensor([re.search(r"^####.*\n+.", text, re.MULTILINE) is not None for text in texts], device=input_ids.device)
 
 
 def measure(
