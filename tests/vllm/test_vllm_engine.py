@@ -224,3 +224,25 @@ def test_compiled_members_are_not_mixed_up(shelf, tmp_path, monkeypatch):
     with engine(recipe, enforce_eager=False) as llm:
         tokens = generate(llm, ROWS, alphas=[None, None, {"alpha": 0.5}, {"alpha": 2.0}])
     assert_all_same(tokens, Reference(recipe).greedy(ROWS, alpha=[[1.0], [1.0], [0.5], [2.0]]))
+
+
+# -- the embedded demo ----------------------------------------------------------------------------------------
+
+
+def test_the_demo():
+    """A real model: a base that came from a GGUF file, and a LoRA expert on the anti-expert's weights."""
+    from proxytune.demo import demo_recipe
+    from proxytune.demo.problems import make_problems
+
+    recipe = demo_recipe()
+    alphas = [1.0, 0.0, 0.5, -0.5, 1.5, 1.0]
+    with engine(recipe) as llm:
+        tokenizer = llm.get_tokenizer()
+        rows = [tokenizer.encode(problem.prompt) for problem in make_problems("test", len(alphas), seed=7)]
+        tokens = generate(llm, rows, alphas=[{"alpha.math": alpha} for alpha in alphas])
+        parts = llm.llm_engine.model_executor.driver_worker.model_runner.model.parts
+    assert parts == ["base", "expert", "anti_expert"], "merged, the expert is a model of its own"
+    reference = Reference(recipe)
+    assert_all_same(tokens, reference.greedy(rows, alpha=[[alpha] for alpha in alphas]))
+    assert "####" in tokenizer.decode(tokens[0]), "steered, it answers in the experts' form"
+    assert tokens[1] != tokens[0]

@@ -113,6 +113,8 @@ def test_the_command_and_its_draft(shelf):
     assert '"num_speculative_tokens": 3' in words[words.index("--speculative-config") + 1]
     with pytest.raises(RecipeError, match="is not an expert of the recipe"):
         serve_command(config, draft="none")
+    demo = load_recipe("demo")
+    assert str(demo.name_or_path) in serve_command(demo), "the word is told as the directory that vLLM can read"
     tiny.write_adapter(shelf.root / "lora-draft", shelf.root / "qwen2-anti", 3)
     adapted = [expert("e", "qwen2-anti", "qwen2-anti", adapter="../lora-draft")]
     with pytest.raises(MemberError, match="is an adapter"):
