@@ -1,4 +1,4 @@
-"""The command line: ``proxytune new``, ``check``, ``generate``, ``chat``, ``serve``, ``demo``, ``bench``, ``plan``.
+"""The command line: ``proxytune new``, ``train``, ``check``, ``generate``, ``chat``, ``serve``, ``demo`` and more.
 
 Thin on purpose: each command reads its options, calls the module that does the work, and shows what comes back.
 Results go to stdout, everything else to stderr. What was raised on purpose is told in one sentence, with status 2.
@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 
 from proxytune.errors import AlphaError, ProxyTuneError
 from proxytune.presets import PRESETS
+from proxytune.training.command import train
 
 if TYPE_CHECKING:
     from proxytune.batch import Item
@@ -343,6 +344,9 @@ def new(
     for note in notes:
         say(f"note: {note}")
     say(f"wrote {directory}; whether it works is told by: proxytune check {directory}")
+
+
+app.command()(train)
 
 
 # -- check ----------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ __all__ = [
     "load_adapter_config",
     "load_config",
     "load_lanes",
+    "load_model",
     "load_tokenizer",
     "loading_of",
     "member_source",

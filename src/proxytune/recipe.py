@@ -22,7 +22,7 @@ from proxytune.members import Lane, member_source, plain_weights, save_adapter
 if TYPE_CHECKING:
     from proxytune.modeling import ProxyTunedForCausalLM
 
-__all__ = ["load_recipe", "model_card", "push_model", "save_model", "write_recipe"]
+__all__ = ["load_recipe", "model_card", "push_model", "save_model", "valid_generation_config", "write_recipe"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def write_recipe(
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         if generation_config is not None:
-            _valid(generation_config).save_pretrained(directory)
+            valid_generation_config(generation_config).save_pretrained(directory)
         (directory / f"{SHIM_NAME}.py").write_text(SHIM, encoding="utf-8")
         written.save_pretrained(directory)  # last: a directory with a config.json is a whole recipe
     except OSError as error:
@@ -117,7 +117,7 @@ def write_recipe(
     return directory
 
 
-def _valid(generation_config: GenerationConfig) -> GenerationConfig:
+def valid_generation_config(generation_config: GenerationConfig) -> GenerationConfig:
     """A generation config that transformers agrees to write.
 
     Older checkpoints (Llama-2 as first published) set a temperature without ``do_sample``. They decode greedily all
@@ -184,7 +184,7 @@ def _save_lane(
             own = name
             break
     target = members / own
-    lane.model.generation_config = _valid(lane.model.generation_config)
+    lane.model.generation_config = valid_generation_config(lane.model.generation_config)
     lane.model.save_pretrained(target, state_dict=plain_weights(lane), max_shard_size=max_shard_size)
     tokenizer = model.tokenizers.get(own) or model.tokenizer
     if tokenizer is not None:

@@ -1,0 +1,18 @@
+"""``proxytune train``: M+ made from M- with TRL's ``SFTTrainer``, alone or inside the mixture, and a recipe of it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from proxytune.training.run import Settings, Trained, train
+
+__all__ = ["Settings", "Trained", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: the command line only needs to know the options."""
+    if name in __all__:
+        return getattr(importlib.import_module("proxytune.training.run"), name)
+    raise AttributeError(f"module 'proxytune.training' has no attribute {name!r}")

@@ -1,0 +1,267 @@
+"""The expert trained inside the mixture (Consistent Proxy Tuning, 2407.01155).
+
+Plain training teaches M+ alone; what decodes is ``base + alpha * (expert - anti_expert)``. Here that is what the loss
+is taken of: with y the next token, and only M+ trained,
+
+    loss = -log softmax(base + alpha * (expert - anti_expert))[y]        # summed over the learned positions
+
+Base and anti-expert never change, so what they say of the data can be computed once: their last hidden states at the
+learned positions (much smaller than logits) are kept on disk, and the heads, which are kept in memory, make logits
+of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from trl import SFTTrainer
+
+from proxytune.errors import MemberError, ProxyTuneError
+from proxytune.mixing import mix
+
+__all__ = ["ConsistentTrainer", "Frozen", "HiddenStates", "last_hidden", "mixed_nll", "refuse_head"]
+
+CHUNK = 1024  # positions whose logits are in memory at once
+
+
+def mixed_nll(
+    hidden: Sequence[Tensor], heads: Sequence[nn.Module], targets: Tensor, alpha: float, shared_vocab: int
+) -> Tensor:
+    """The mixture's negative log-likelihood of ``targets``, in nats, summed; float32, a scalar.
+
+    Args:
+        hidden: last hidden states of base, expert and anti-expert, shape = (n_positions, width of the member) each.
+        heads: their output embeddings, which give logits of shape (n_positions, n_vocab of the member).
+        targets: shape = (n_positions,), ids below ``shared_vocab``.
+
+    Logits are made, and for the gradient made again, ``CHUNK`` positions at a time.
+    """
+    base_head, expert_head, anti_head = heads
+    weight = torch.tensor([[alpha]], dtype=torch.float32)
+
+    def part_of(base: Tensor, expert: Tensor, anti: Tensor, wanted: Tensor) -> Tensor:
+        with torch.no_grad():
+            frozen = base_head(base)[None], anti_head(anti)[None]
+        mixed = mix(frozen[0], [(expert_head(expert)[None], frozen[1])], weight, vocab_size=shared_vocab)
+        return nn.functional.cross_entropy(mixed[0], wanted.to(mixed.device), reduction="sum")
+
+    total = hidden[1].new_zeros((), dtype=torch.float32)
+    for start in range(0, len(targets), CHUNK):
+        part = slice(start, start + CHUNK)
+        chunk = checkpoint(part_of, *(states[part] for states in hidden), targets[part], use_reentrant=False)
+        total = total + cast(Tensor, chunk).to(total.device)
+    return total
+
+
+def last_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """What the model's head is given, shape = (n_batch, n_columns, width)."""
+    device = model.device
+    output = model.base_model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
+    return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def refuse_head(name: str, model: Any, input_ids: Tensor) -> None:
+    """Raise :class:`MemberError` if the model does more to its logits than its head does: a soft cap, a scale."""
+    if model.base_model is model or model.get_output_embeddings() is None:
+        raise MemberError(f"{name} has no head apart from its body, which --consistent needs")
+    ids = input_ids.to(model.device)
+    made = model.get_output_embeddings()(last_hidden(model, ids, torch.ones_like(ids))).float()
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    if made.shape != logits.shape or float((made - logits).abs().max()) > 1e-4 * float(logits.abs().max()):
+        raise MemberError(
+            f"{name} changes its logits behind its head (a soft cap or a scale), which --consistent cannot do for it"
+        )
+
+
+# -- what the frozen members say ------------------------------------------------------------------------------
+class HiddenStates:
+    """Hidden states of the learned positions of all rows, (n_positions, width), in a memory-mapped file.
+
+    Args:
+        file: where they lie; made where it is missing.
+        counts: learned positions of each row, which lie one row after another.
+    """
+
+    def __init__(self, file: Path, counts: Sequence[int], width: int, dtype: torch.dtype) -> None:
+        self.file = file
+        self.offsets = [0]
+        for count in counts:
+            self.offsets.append(self.offsets[-1] + count)
+        size = self.offsets[-1] * width
+        needed, free = size * dtype.itemsize, shutil.disk_usage(file.parent).free
+        if not file.exists() and needed > free:
+            raise ProxyTuneError(
+                f"the hidden states need {needed / 2**30:.1f} GiB, but {file.parent} has {free / 2**30:.1f} GiB free; "
+                "give another place with --hidden-cache DIR, or --hidden-cache off"
+            )
+        self.states = torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(-1, width)
+
+    def rows(self, rows: Sequence[int]) -> Tensor:
+        """The states of some rows' positions, one row after another."""
+        return torch.cat([self.states[self.offsets[row] : self.offsets[row + 1]] for row in rows])
+
+    def fill(self, batches: Sequence[Sequence[int]], compute: Callable[[Sequence[int]], Tensor]) -> Iterator[int]:
+        """Compute every batch of rows that an earlier, killed run has not; yields how many are done."""
+        done = self.file.with_suffix(".done")
+        n_done = int(done.read_text()) if done.exists() else 0
+        for number, rows in enumerate(batches[n_done:], start=n_done + 1):
+            states, start = compute(rows), 0
+            for row in rows:
+                count = self.offsets[row + 1] - self.offsets[row]
+                self.states[self.offsets[row] : self.offsets[row + 1]] = states[start : start + count].cpu()
+                start += count
+            part = done.with_suffix(".part")
+            part.write_text(str(number))
+            part.replace(done)
+            yield number
+
+
+class Frozen:
+    """A frozen member: its hidden states at the learned positions, computed or read, and its head.
+
+    Args:
+        model: the member. Its hidden states may be asked for in another way, see ``hidden``.
+        hidden: from (input_ids, attention_mask) to the last hidden states; the model's own by default.
+    """
+
+    def __init__(self, name: str, model: Any, hidden: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+        self.name = name
+        self.model = model
+        self.head: nn.Module = model.get_output_embeddings()
+        self._hidden = hidden or (lambda ids, mask: last_hidden(self.model, ids, mask))
+        self.kept: HiddenStates | None = None
+
+    @torch.no_grad()
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, learned: Tensor) -> Tensor:
+        """The states where ``learned``, (n_batch, n_columns - 1), says the next token is learned: (n, width)."""
+        states = self._hidden(input_ids, attention_mask)[:, :-1]
+        return states[learned.to(states.device)]
+
+    def at(self, rows: Sequence[int], input_ids: Tensor, attention_mask: Tensor, learned: Tensor) -> Tensor:
+        """The same, read where they are kept; on the head's device."""
+        if self.kept is None:
+            return self.hidden(input_ids, attention_mask, learned)
+        return self.kept.rows(rows).to(next(self.head.parameters()).device)
+
+    def forget_body(self) -> None:
+        """Free all of the model but its head; for one that nothing else uses, once its states are kept."""
+        self.model = None
+
+
+class ConsistentTrainer(SFTTrainer):
+    """TRL's trainer with the mixture's loss. :meth:`mix_with` must be called before training."""
+
+    def mix_with(self, base: Any, anti_expert: Any, alpha: float, shared_vocab: int) -> None:
+        """Name the frozen members; without ``anti_expert`` it is the trained model with its adapter turned off."""
+        self.alpha, self.shared_vocab = alpha, shared_vocab
+        model: Any = self.model
+        self.expert: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        for frozen in (base, anti_expert):
+            if frozen is not None:
+                frozen.requires_grad_(False).eval()
+                if getattr(frozen, "hf_device_map", None) is None:
+                    frozen.to(self.accelerator.device)
+        if anti_expert is None:
+            anti = Frozen("anti_expert", self.expert, self._without_adapter)
+        else:
+            anti = Frozen("anti_expert", anti_expert)
+        self.frozen = (Frozen("base", base), anti)
+        ids = torch.tensor([cast(Any, self.train_dataset)[0]["input_ids"]])
+        for member in self.frozen:
+            with self._frozen_mode(member.model):
+                refuse_head(member.name, member.model, ids)
+
+    @contextmanager
+    def _frozen_mode(self, model: Any) -> Iterator[None]:
+        """No dropout; where the frozen member is the trained model itself, training goes on afterwards."""
+        training = model.training
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)
+
+    def _without_adapter(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        with cast(Any, self.model).disable_adapter(), self._frozen_mode(self.expert):
+            return last_hidden(self.expert, input_ids, attention_mask)
+
+    def keep_hidden(self, directory: Path, report: Callable[[str, int, int], None]) -> None:
+        """Compute the frozen members' hidden states of all rows, once, or find them where an earlier run left them.
+
+        They lie under a hash of the rows and of the member's weights, so that they are never those of others.
+
+        Args:
+            report: is told the member, and how many batches of how many are done.
+        """
+        dataset: Any = self.train_dataset
+        ids, labels = dataset["input_ids"], dataset["labels"]
+        counts = [sum(label != -100 for label in row[1:]) for row in labels]
+        size = self.args.per_device_train_batch_size
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # of like length: little padding
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+        def compute(frozen: Frozen, rows: Sequence[int]) -> Tensor:
+            batch = self.data_collator([dataset[row] for row in rows])
+            with self.accelerator.autocast():
+                states = frozen.hidden(batch["input_ids"], batch["attention_mask"], batch["labels"][:, 1:] != -100)
+            return states if self.kept_dtype is None else states.to(self.kept_dtype)
+
+        for frozen in self.frozen:
+            probe = compute(frozen, batches[0])
+            said = repr((ids[:], labels[:], size, probe.dtype, frozen.name)).encode()
+            digest = hashlib.sha256(said)
+            _hash_weights(digest, frozen.model)
+            directory.mkdir(parents=True, exist_ok=True)
+            file = directory / f"{frozen.name}-{digest.hexdigest()[:24]}.bin"
+            kept = HiddenStates(file, counts, probe.shape[-1], probe.dtype)
+            for done in kept.fill(batches, lambda rows, frozen=frozen: compute(frozen, rows)):  # type: ignore[misc]
+                report(frozen.name, done, len(batches))
+            frozen.kept = kept
+        self.frozen[0].forget_body()
+
+    @property
+    def kept_dtype(self) -> torch.dtype | None:
+        """The heads multiply in it under mixed precision, so nothing is lost; None for the states' own."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision))
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The mixture's mean loss over the learned positions, of all of them in this optimiser step."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        learned = inputs["labels"][:, 1:] != -100
+        targets = inputs["labels"][:, 1:][learned]
+        rows = inputs["row"].tolist()
+        with self.accelerator.autocast():
+            expert = last_hidden(self.expert, ids, mask)[:, :-1]
+            expert = expert[learned.to(expert.device)]
+            base, anti = (frozen.at(rows, ids, mask, learned) for frozen in self.frozen)
+            heads = (self.frozen[0].head, self.expert.get_output_embeddings(), self.frozen[1].head)
+            total = mixed_nll((base, expert, anti), heads, targets, self.alpha, self.shared_vocab)
+        loss = total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
+
+
+def _hash_weights(digest: Any, model: nn.Module) -> None:
+    """Every weight, byte for byte: half a second a gigabyte, little beside one pass over the data.
+
+    An adapter's weights are left out: they are turned off in a frozen member.
+    """
+    for name, tensor in model.state_dict().items():
+        if ".lora_" not in name:
+            plain = tensor.detach().cpu().contiguous()
+            digest.update(f"{name.replace('.base_layer.', '.')} {plain.dtype} {tuple(plain.shape)}".encode())
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)

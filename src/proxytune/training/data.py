@@ -1,0 +1,261 @@
+"""Training data: from a file or a data set's name to rows that TRL takes, each one checked, the broken line named.
+
+TRL's own conventions say what a row is: ``prompt`` and ``completion``, both strings or both lists of messages, or
+``messages`` (``conversations`` with ``from`` and ``value`` too). Columns of another name become those by templates:
+``Rows.read("gsm8k.csv", prompt="Question: {question}\\nAnswer:", completion=" {answer}")``.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import Any, Literal
+
+from proxytune.errors import ProxyTuneError, first_line
+
+__all__ = ["Rows"]
+
+ROLES = ("system", "user", "assistant")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+
+Kind = Literal["text", "chat", "turns"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Checked rows, in the order of their source.
+
+    Attributes:
+        source: the file or the data set.
+        kind: ``text`` (prompt and completion are strings), ``chat`` (both are lists of messages) or ``turns``
+            (``messages`` in which the assistant speaks more than once).
+        rows: ``{"prompt", "completion"}`` or ``{"messages"}`` each, and nothing else.
+        places: where each row stands, for people: ``line 3 of FILE``.
+        sha256: of the file, or, of a data set, of its rows as JSON lines.
+    """
+
+    source: str
+    kind: Kind
+    rows: list[dict[str, Any]]
+    places: list[str]
+    sha256: str
+
+    @classmethod
+    def read(
+        cls, source: str, *, split: str = "train", prompt: str | None = None, completion: str | None = None
+    ) -> Rows:
+        """Read a JSONL, CSV, TSV or Parquet file, or a data set (``NAME`` or ``NAME:CONFIG``) with TRL's columns.
+
+        Args:
+            split: of a data set. prompt, completion: templates with column names in braces; both or neither.
+
+        Raises:
+            ProxyTuneError: if it cannot be read, is empty, or some row is broken; the row is named.
+        """
+        if (prompt is None) != (completion is None):
+            raise ProxyTuneError("--prompt and --completion go together: give both templates, or neither")
+        path = Path(source).expanduser()
+        if path.is_file():
+            raw, sha256 = _file_rows(path), _file_sha256(path)
+        else:
+            if path.suffix in SUFFIXES or (source.startswith((".", "/", "~")) and not path.is_dir()):
+                raise ProxyTuneError(f"there is no data at {source!r}")
+            found = _dataset_rows(source, split)
+            digest = hashlib.sha256()
+            for row in found:
+                digest.update((json.dumps(row, sort_keys=True, default=str) + "\n").encode())
+            raw, sha256 = ((f"row {n} of {source}", row) for n, row in enumerate(found, start=1)), digest.hexdigest()
+
+        rows: list[dict[str, Any]] = []
+        places: list[str] = []
+        forms: list[str] = []
+        for place, row in raw:
+            try:
+                form, made = _row(row, prompt, completion)
+                if forms and form != forms[0]:
+                    raise ProxyTuneError(f"it has {form}, but the first row has {forms[0]}")
+            except ProxyTuneError as error:
+                raise ProxyTuneError(f"{place}: {error}") from error
+            rows.append(made)
+            places.append(place)
+            forms.append(form)
+        if not rows:
+            raise ProxyTuneError(f"{source} has no rows to train on")
+        return cls(source, *_kind(rows), places, sha256)
+
+
+def _kind(rows: list[dict[str, Any]]) -> tuple[Kind, list[dict[str, Any]]]:
+    """What the rows are. Where the assistant speaks once, and last, messages are a prompt and a completion."""
+    if "messages" not in rows[0]:
+        return ("text" if isinstance(rows[0]["prompt"], str) else "chat"), rows
+    if any(sum(m["role"] == "assistant" for m in row["messages"]) > 1 for row in rows):
+        return "turns", rows
+    return "chat", [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows]
+
+
+# -- one row --------------------------------------------------------------------------------------------------
+def _row(row: Any, prompt: str | None, completion: str | None) -> tuple[str, dict[str, Any]]:
+    """One row in TRL's columns alone, and which of its forms that is."""
+    if not isinstance(row, Mapping):
+        raise ProxyTuneError("it is not an object with columns")
+    row = {name: value for name, value in row.items() if value is not None}
+    if prompt is not None and completion is not None:
+        row = {"prompt": _filled(prompt, row), "completion": _filled(completion, row)}
+    if row.get("tools"):
+        raise ProxyTuneError("it has tools, which are not supported")
+    if "prompt" in row and "completion" in row:
+        return _prompt_and_completion(row["prompt"], row["completion"])
+    if "messages" in row or "conversations" in row:
+        name = "messages" if "messages" in row else "conversations"
+        messages = _messages(row[name], name)
+        if messages[-1]["role"] != "assistant":
+            raise ProxyTuneError("its last message is not the assistant's, so there is nothing to learn behind it")
+        if len(messages) == 1:
+            raise ProxyTuneError("it has no message before the assistant's")
+        return "messages", {"messages": messages}
+    columns = ", ".join(map(str, row)) or "none"
+    raise ProxyTuneError(
+        f'it has neither "prompt" and "completion" nor "messages" (its columns: {columns}); --prompt and --completion '
+        "make them of other columns"
+    )
+
+
+def _prompt_and_completion(prompt: Any, completion: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(prompt, str) and isinstance(completion, str):
+        for name, text in (("prompt", prompt), ("completion", completion)):
+            if not text.strip():
+                raise ProxyTuneError(f"its {name} is empty")
+        return "prompt and completion", {"prompt": prompt, "completion": completion}
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise ProxyTuneError('"prompt" and "completion" must both be text, or both lists of messages')
+    completion = _messages(completion, "completion")
+    if any(message["role"] != "assistant" for message in completion):
+        raise ProxyTuneError("its completion has messages that are not the assistant's")
+    return "prompt and completion as messages", {"prompt": _messages(prompt, "prompt"), "completion": completion}
+
+
+def _messages(value: Any, name: str) -> list[dict[str, str]]:
+    from trl import maybe_convert_to_chatml
+
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        raise ProxyTuneError(f'"{name}" must be a list of messages, each with a role and a content')
+    if name == "conversations":
+        value = maybe_convert_to_chatml({name: value}).get("messages", value)
+    messages = []
+    for message in value:
+        said = {key: part for key, part in message.items() if part is not None}
+        if said.get("role") not in ROLES or not isinstance(said.get("content"), str):
+            raise ProxyTuneError(f"a message needs a role ({', '.join(ROLES)}) and a text as its content")
+        if other := sorted(said.keys() - {"role", "content"}):
+            raise ProxyTuneError(f"a message has {other[0]!r} beside its role and content, which is not supported")
+        if not said["content"].strip() and said["role"] == "assistant":
+            raise ProxyTuneError("a message of the assistant is empty")
+        messages.append({"role": said["role"], "content": said["content"]})
+    return messages
+
+
+def _filled(template: str, row: Mapping[str, Any]) -> str:
+    """``template`` with the row's columns in place of their names in braces."""
+    made = ""
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ProxyTuneError(f"the template {template!r} cannot be read: {error}") from error
+    for literal, name, spec, conversion in parts:
+        made += literal
+        if name is None:
+            continue
+        if spec or conversion:
+            raise ProxyTuneError(f"the template {template!r} has a format behind {name!r}; write the name alone")
+        if name not in row:
+            raise ProxyTuneError(f"it has no column {name!r}; it has {', '.join(map(str, row)) or 'none'}")
+        if not isinstance(row[name], (str, int, float)):
+            raise ProxyTuneError(f"its column {name!r} is neither text nor a number")
+        made += str(row[name])
+    return made
+
+
+# -- where rows come from -------------------------------------------------------------------------------------
+def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+    elif path.suffix in (".csv", ".tsv"):
+        yield from _csv_rows(path)
+    elif path.suffix in SUFFIXES:
+        yield from _json_rows(path)
+    else:
+        raise ProxyTuneError(f"{path} is not one of {', '.join(SUFFIXES)}, so it is not known how to read it")
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            place = f"line {number} of {path}"
+            try:
+                if text := raw.decode("utf-8-sig" if number == 1 else "utf-8").strip():
+                    yield place, json.loads(text)
+            except UnicodeDecodeError as error:
+                raise ProxyTuneError(f"{place}: it is not UTF-8") from error
+            except json.JSONDecodeError as error:
+                raise ProxyTuneError(f"{place}: it is not JSON ({error.msg} at column {error.colno})") from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
+                raise ProxyTuneError(f"{place}: it is not JSON that can be read") from error
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        line = 1
+        try:
+            _ = reader.fieldnames
+            while True:
+                line = reader.line_num + 1
+                row: dict[Any, Any] | None = next(reader, None)
+                if row is None:
+                    return
+                place = f"line {line} of {path}"
+                if None in row or None in row.values():
+                    wanted = len(reader.fieldnames or ())
+                    raise ProxyTuneError(f"{place}: it does not have the {wanted} columns of the first line")
+                yield place, row
+        except csv.Error as error:
+            raise ProxyTuneError(f"line {line} of {path}: it is not CSV ({error})") from error
+        except UnicodeDecodeError as error:
+            raise ProxyTuneError(f"{path} is not UTF-8 (behind line {line})") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number} of {path}", row
+    except ArrowException as error:
+        raise ProxyTuneError(f"{path} is not a Parquet file that can be read: {first_line(error)}") from error
+
+
+def _dataset_rows(source: str, split: str) -> list[Any]:
+    from datasets import load_dataset
+
+    name, _, config = source.partition(":")
+    try:
+        return list(load_dataset(name, config or None, split=split))
+    except Exception as error:  # unknown, unreachable, without that split: each raises something of its own
+        raise ProxyTuneError(f"the data set {source!r} cannot be loaded: {first_line(error)}") from error
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()

@@ -1,0 +1,570 @@
+"""One training run: check everything that can fail early, train with TRL, and leave a recipe directory.
+
+    OUT/config.json …        the recipe, as `proxytune new` writes it
+    OUT/expert/              M+: a LoRA adapter on M-, or the whole model
+    OUT/training/            arguments.json, logs (TensorBoard), manifest.json; checkpoints while it runs
+
+Everything is written so that a kill at any moment leaves what ``resume`` goes on from.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from proxytune.check import check_recipe
+from proxytune.compose import compose
+from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig, resolve
+from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError, first_line
+from proxytune.members import Loading, load_config, load_model, load_tokenizer
+from proxytune.recipe import load_recipe, valid_generation_config
+from proxytune.training.data import Rows
+
+__all__ = ["Progress", "Settings", "Trained", "members_of", "train"]
+
+PACKAGES = ("trl", "peft", "datasets", "accelerate", "tensorboard")
+PRECISIONS = ("auto", "bf16", "fp16", "float32")
+FULL_LR, LORA_LR = 2e-5, 2e-4
+LONGEST = 2048
+# What may differ between a run and its resumption: none of it touches a weight.
+FREE = ("save_every", "hidden_cache", "data")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is trained, on what, and how. The defaults are the paper's for its task experts, but for the LoRA.
+
+    Attributes:
+        base, anti_expert: M and M-. M+ begins as M-.
+        data: see :meth:`proxytune.training.data.Rows.read`, with ``split``, ``prompt`` and ``completion``.
+        name, alpha: of the expert, in the recipe; with ``consistent`` alpha is trained with, too.
+        consistent: train inside the mixture (2407.01155).
+        hidden_cache: with ``consistent``, where the frozen members' hidden states are kept: ``auto`` (in the output,
+            if the run is longer than an epoch), ``off``, or a directory.
+        full: train all of M-'s weights in place of a LoRA adapter.
+        rank, lora_alpha, targets: the adapter; ``lora_alpha`` is twice the rank by default, ``targets`` are names of
+            modules with commas between, or ``all-linear``.
+        lr: peak learning rate, 2e-5 for all weights and 2e-4 for an adapter by default.
+        warmup: share of the steps. batch_size: rows a step. micro_batch: rows a forward; it divides the batch.
+        max_length: most tokens of a row; 2048 by default, or the shortest member's context.
+        max_steps: instead of ``epochs``. save_every: steps between checkpoints, a tenth of the run by default.
+    """
+
+    base: Member
+    anti_expert: Member
+    data: str
+    split: str = "train"
+    prompt: str | None = None
+    completion: str | None = None
+    name: str = "expert"
+    alpha: float = 1.0
+    consistent: bool = False
+    hidden_cache: str = "auto"
+    full: bool = False
+    rank: int = 16
+    lora_alpha: int | None = None
+    targets: str = "all-linear"
+    epochs: float = 2.0
+    max_steps: int | None = None
+    lr: float | None = None
+    warmup: float = 0.03
+    batch_size: int = 128
+    micro_batch: int | None = None
+    max_length: int | None = None
+    precision: str = "auto"
+    gradient_checkpointing: bool = True
+    save_every: int | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "lora_alpha", "max_steps", "micro_batch", "max_length", "save_every", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ProxyTuneError(f"{name} must be at least 1, not {value}")
+        for name in ("epochs", "lr"):
+            if (value := getattr(self, name)) is not None and not (0 < value < math.inf):
+                raise ProxyTuneError(f"{name} must be a positive number, not {value}")
+        if not 0 <= self.warmup < 1:
+            raise ProxyTuneError(f"warmup is a share of the steps, at least 0 and below 1, not {self.warmup}")
+        if self.precision not in PRECISIONS:
+            raise ProxyTuneError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            raise ProxyTuneError(
+                f"a batch of {self.batch_size} rows cannot be made of micro batches of {self.micro_batch}"
+            )
+        if self.hidden_cache != "auto" and not self.consistent:
+            raise ProxyTuneError("a hidden cache is for consistent training; nothing else has use for it")
+
+    def resolved(self) -> Settings:
+        """With every default that depends on others filled in."""
+        micro = self.micro_batch or max(n for n in range(1, 9) if self.batch_size % n == 0)
+        return replace(
+            self,
+            lr=self.lr or (FULL_LR if self.full else LORA_LR),
+            lora_alpha=self.lora_alpha or 2 * self.rank,
+            micro_batch=micro,
+            precision=_precision(self.precision),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        members = {"base": self.base.to_json(), "anti_expert": self.anti_expert.to_json()}
+        return {**asdict(self), **members}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the run is doing: ``step`` of ``steps``, and after each step its mean loss and learning rate."""
+
+    doing: str
+    step: int
+    steps: int
+    loss: float | None = None
+    lr: float | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of it. ``manifest`` is what ``training/manifest.json`` holds; ``notes`` are for people."""
+
+    directory: Path
+    manifest: dict[str, Any]
+    notes: list[str]
+
+
+def members_of(recipe: str) -> tuple[Member, Member, str, float]:
+    """Base, anti-expert, expert's name and alpha of a recipe with one expert; local members by absolute paths."""
+    config = load_recipe(recipe)
+    if len(config.expert_list) != 1 or config.expert_list[0].anti_expert is None:
+        raise RecipeError(f"the recipe {recipe!r} must have one expert with an anti-expert to train a new one from")
+    (expert,) = config.expert_list
+
+    def placed(member: Member) -> Member:
+        if member.model is None:
+            raise MemberError(f"the recipe {recipe!r} has a member that was in memory; save it first")
+        source = resolve(member.model, str(config.name_or_path), member.revision)
+        if source.subfolder:
+            raise MemberError(f"member {member.model!r} lies inside the hub recipe {recipe!r}; download that first")
+        return replace(member, model=source.path, prompt=Prompt())
+
+    if config.base_member.adapter is not None:
+        raise MemberError("the base has an adapter; merge it into its model first")
+    if config.base_member.prompt.kind != "raw" or expert.anti_expert.prompt.kind != "raw":  # type: ignore[union-attr]
+        raise RecipeError(f"base or anti-expert of {recipe!r} has a prompt of its own; train from members without")
+    return placed(config.base_member), placed(expert.anti_expert), expert.name, expert.alpha  # type: ignore[arg-type]
+
+
+def train(
+    settings: Settings,
+    out: Path,
+    *,
+    resume: bool = False,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Trained:
+    """Train an expert and write its recipe into ``out``.
+
+    Args:
+        resume: go on in a directory where an earlier run with the same settings was killed; where none was, begin.
+            A finished run is left as it is.
+        report: is told after each step.
+
+    Raises:
+        ProxyTuneError: for whatever is wrong with the settings, the data, the members or the directory; before any
+            training wherever it can be known before.
+    """
+    _need_packages()
+    settings = settings.resolved()
+    folder = out / "training"
+    _may_write(out, folder, resume)
+    started = time.time()
+    loading = Loading(trust_remote_code=settings.trust_remote_code)
+    config, settings, shared = _checked(settings, loading)
+    report(Progress("reading the data", 0, 1))
+    data = Rows.read(settings.data, split=settings.split, prompt=settings.prompt, completion=settings.completion)
+    _begin(folder, settings, data, resume)
+    if (folder / "manifest.json").exists():
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        return Trained(out, manifest, ["the run was finished already; nothing was done"])
+
+    trainer, notes, facts = _trainer(config, settings, shared, data, folder, loading, report)
+    checkpoint = _last_checkpoint(folder / "checkpoints")
+    if checkpoint is not None:
+        notes.append(f"resumed from step {_step(checkpoint)}")
+    try:
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except OSError as error:
+        raise ProxyTuneError(f"{folder} cannot be written: {error.strerror or error}; --resume goes on") from error
+    if not math.isfinite(result.training_loss):
+        raise ProxyTuneError("the loss is no number any more; train with a lower --lr or --precision float32")
+
+    report(Progress("writing the recipe", trainer.state.global_step, trainer.state.global_step))
+    _save_expert(trainer, settings, config, loading, out)
+    notes += compose(_recipe_of(settings, data, out), out, force=True, trust_remote_code=settings.trust_remote_code)
+    checked = check_recipe(load_recipe(out), loading)
+    if not checked.works:
+        raise RecipeError(f"the recipe that was trained does not work: {'; '.join(checked.problems)}")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    manifest = {
+        "versions": {name: version(name) for name in ("proxytune", "torch", "transformers", *PACKAGES)}
+        | {"python": platform.python_version()},
+        "arguments": settings.to_json(),
+        "seed": settings.seed,
+        "data": {"source": data.source, "sha256": data.sha256, "kind": data.kind, **facts},
+        "steps": trainer.state.global_step,
+        "epochs": round(float(trainer.state.epoch or 0), 4),
+        "loss": {"first": losses[0], "last": losses[-1]} if losses else None,
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "device": str(trainer.accelerator.device),
+        "resumed_from_step": None if checkpoint is None else _step(checkpoint),
+        "seconds": round(time.time() - started, 1),  # of this process, if it was resumed
+    }
+    _write_json(folder / "manifest.json", manifest)  # last: with it the run is finished
+    for leftover in ("checkpoints", "hidden"):
+        shutil.rmtree(folder / leftover, ignore_errors=True)
+    return Trained(out, manifest, notes)
+
+
+# -- before the training --------------------------------------------------------------------------------------
+def _need_packages() -> None:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ProxyTuneError(f"training needs {', '.join(missing)}: pip install 'proxytune[train]'")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.cuda.device_count() > 1:
+        raise ProxyTuneError(
+            "training uses one process and one GPU; make one visible with CUDA_VISIBLE_DEVICES, or train with "
+            "TRL directly and compose the result with `proxytune new`"
+        )
+
+
+def _precision(asked: str) -> str:
+    """``auto`` is bf16 where the hardware multiplies in it, else fp16 on a GPU and float32 on a CPU."""
+    if asked != "auto":
+        return asked
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def _may_write(out: Path, folder: Path, resume: bool) -> None:
+    if out.is_file():
+        raise ProxyTuneError(f"{str(out)!r} is a file; give a directory to be made")
+    used = out.is_dir() and any(out.iterdir())
+    if used and not resume:
+        raise ProxyTuneError(f"{str(out)!r} is not empty; give another directory, or --resume a run that was killed")
+    if used and not folder.is_dir():
+        raise ProxyTuneError(f"{str(out)!r} holds no training run to resume; give another directory")
+
+
+def _checked(settings: Settings, loading: Loading) -> tuple[ProxyTuneConfig, Settings, int]:
+    """The recipe before training, M+ being M-; the settings, with the length that all members can read; and how many
+    ids all of them have.
+
+    What cannot work, or cannot be trained, is refused here, before a weight is loaded.
+    """
+    anti = settings.anti_expert
+    if anti.model is not None and (anti.gguf_file or anti.model.endswith(".gguf")):
+        raise MemberError(
+            f"the anti-expert {anti.model!r} is a GGUF file, which cannot be trained; name the model it was made of"
+        )
+    if anti.adapter is not None:
+        raise MemberError("the anti-expert has an adapter; merge it into its model first, and name that")
+    expert = Expert(settings.name, anti, anti, settings.alpha)
+    config = ProxyTuneConfig(base=settings.base, experts=[expert])
+    found = check_recipe(config, loading)
+    if not found.works:
+        raise RecipeError(found.problems[0])
+    own = load_config(config, "the anti-expert", anti, loading)
+    if settings.full and (anti.quantization_config or getattr(own, "quantization_config", None)):
+        raise MemberError("the anti-expert is quantized, so only an adapter can be trained on it; leave out --full")
+    context = found.context or LONGEST
+    if settings.max_length is not None and settings.max_length > context:
+        raise ProxyTuneError(
+            f"--max-length {settings.max_length} is longer than the {context} tokens that all members can read"
+        )
+    assert found.shared_vocab is not None
+    return config, replace(settings, max_length=settings.max_length or min(LONGEST, context)), found.shared_vocab
+
+
+def _begin(folder: Path, settings: Settings, data: Rows, resume: bool) -> None:
+    """Write down what is run, or compare with what was."""
+    arguments = {**settings.to_json(), "data_sha256": data.sha256}
+    file = folder / "arguments.json"
+    if resume and file.exists():
+        _same_arguments(json.loads(file.read_text("utf-8")), arguments)
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(file, arguments)
+    except OSError as error:
+        raise ProxyTuneError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+def _same_arguments(before: dict[str, Any], now: dict[str, Any]) -> None:
+    now = json.loads(json.dumps(now))
+    if differing := [name for name in now if name not in FREE and before.get(name) != now[name]]:
+        raise ProxyTuneError(
+            f"the run was begun with another {' and another '.join(differing)}; repeat it, or begin anew in another "
+            "directory"
+        )
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The last whole checkpoint. One that a kill left half-written lacks its state, written last, and is removed."""
+    for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        return path
+    return None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    part.replace(path)
+
+
+# -- the trainer ----------------------------------------------------------------------------------------------
+def _trainer(
+    config: ProxyTuneConfig,
+    settings: Settings,
+    shared: int,
+    data: Rows,
+    folder: Path,
+    loading: Loading,
+    report: Callable[[Progress], None],
+) -> tuple[Any, list[str], dict[str, Any]]:
+    """TRL's trainer with its data and, for consistent training, the frozen members; notes; facts of the data."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers.integrations import TensorBoardCallback
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from trl import SFTConfig, SFTTrainer
+
+    # Members that read what the caller gives read what the base's tokenizer made. An expert that is shown a chat
+    # format is shown its own; but inside the mixture all read one text.
+    reader = "base" if settings.consistent or data.kind == "text" else f"{settings.name}.anti_expert"
+    tokenizer = load_tokenizer(config, reader, dict(config.members())[reader], loading)
+    if tokenizer is None:
+        raise MemberError(f"the {reader} has no tokenizer; put one into its directory")
+    if tokenizer.eos_token is None:
+        raise MemberError(f"the tokenizer of the {reader} has no end-of-sequence token, so nothing could end an answer")
+    _refuse_unrendered(data, tokenizer, reader)
+
+    report(Progress("loading the models", 0, 1))
+    anti = settings.anti_expert
+    dtype = "float32" if settings.full else anti.dtype  # small steps would be lost in 16 bits
+    model: Any = load_model(config, "the anti-expert", replace(anti, dtype=dtype), loading)
+    model.generation_config = valid_generation_config(model.generation_config)
+    assert settings.micro_batch is not None
+    assert settings.lr is not None
+    assert settings.lora_alpha is not None
+    arguments = SFTConfig(
+        output_dir=str(folder / "checkpoints"),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=settings.warmup,
+        weight_decay=0.0,
+        per_device_train_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.batch_size // settings.micro_batch,
+        max_length=None,  # rows are cut below, where it is counted
+        completion_only_loss=None if data.kind == "turns" else True,
+        assistant_only_loss=data.kind == "turns",
+        bf16=settings.precision == "bf16",
+        fp16=settings.precision == "fp16",
+        use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        gradient_checkpointing=settings.gradient_checkpointing,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=settings.save_every or 0.1,
+        save_total_limit=2,
+        seed=settings.seed,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,  # a row's number goes with it
+    )
+    lora = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.lora_alpha,
+        target_modules="all-linear" if settings.targets == "all-linear" else settings.targets.split(","),
+        task_type="CAUSAL_LM",
+    )
+    kind: Any = SFTTrainer
+    if settings.consistent:
+        from proxytune.training.consistent import ConsistentTrainer as kind
+    frozen_copy = copy.deepcopy(model) if settings.consistent and settings.full else None
+    report(Progress("reading the data", 0, 1))
+    try:
+        trainer = kind(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list(data.rows),
+            processing_class=tokenizer,
+            peft_config=None if settings.full else lora,
+        )
+    except ProxyTuneError:
+        raise
+    except (ValueError, RuntimeError, TypeError) as error:  # what TRL and PEFT refuse: targets, templates, quantization
+        raise ProxyTuneError(f"TRL cannot train this: {first_line(error)}") from error
+    notes, facts = _fit(trainer, settings, data, shared)
+    trainer.data_collator = _WithRows(trainer.data_collator)
+    if settings.consistent:
+        _mix(trainer, config, settings, folder, loading, frozen_copy, shared, facts["rows"], report)
+
+    from torch.utils.tensorboard import SummaryWriter
+
+    checkpoint = _last_checkpoint(folder / "checkpoints")
+    purge = None if checkpoint is None else _step(checkpoint) + 1  # what a killed run logged behind it
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder / "logs"), purge_step=purge)))
+    trainer.add_callback(_reporting(report))
+    return trainer, notes, facts
+
+
+def _mix(
+    trainer: Any,
+    config: ProxyTuneConfig,
+    settings: Settings,
+    folder: Path,
+    loading: Loading,
+    frozen_copy: Any,
+    shared: int,
+    n_rows: int,
+    report: Callable[[Progress], None],
+) -> None:
+    base = load_model(config, "base", settings.base, loading)
+    trainer.mix_with(base, frozen_copy, settings.alpha, shared)
+    steps_an_epoch = math.ceil(n_rows / settings.batch_size)
+    epochs = settings.epochs if settings.max_steps is None else settings.max_steps / steps_an_epoch
+    if settings.hidden_cache == "off" or (settings.hidden_cache == "auto" and epochs <= 1):
+        return
+    place = folder / "hidden" if settings.hidden_cache == "auto" else Path(settings.hidden_cache).expanduser()
+    trainer.keep_hidden(place, lambda name, done, of: report(Progress(f"hidden states of the {name}", done, of)))
+
+
+def _refuse_unrendered(data: Rows, tokenizer: Any, reader: str) -> None:
+    """Refuse rows that the chat template does not take, naming the first."""
+    if data.kind == "text":
+        return
+    if not tokenizer.chat_template:
+        raise PromptError(
+            f"the data are chat messages, but the tokenizer of the {reader} has no chat template; give prompts and "
+            "completions as text"
+        )
+    for place, row in zip(data.places, data.rows):
+        try:
+            tokenizer.apply_chat_template(row.get("messages") or row["prompt"] + row["completion"], tokenize=False)
+        except Exception as error:  # a chat template is a program, and raises what it likes
+            raise PromptError(f"{place}: the chat template refuses it: {first_line(error)}") from error
+
+
+def _fit(trainer: Any, settings: Settings, data: Rows, shared: int) -> tuple[list[str], dict[str, Any]]:
+    """Cut TRL's tokenized rows at ``max_length``; say how many, and refuse to lose a whole completion.
+
+    (TRL would cut them silently, and drop those of which nothing is left to learn.)
+    """
+    dataset = trainer.train_dataset
+    longest, notes = settings.max_length or LONGEST, []
+    n_long, n_learned, lost, ended = 0, 0, [], False
+    ends = {trainer.processing_class.eos_token_id, *_as_list(trainer.model.generation_config.eos_token_id)}
+    for place, ids, labels in zip(data.places, dataset["input_ids"], dataset["labels"]):
+        n_long += len(ids) > longest
+        learned = [label for label in labels[1:longest] if label != -100]
+        n_learned += len(learned)
+        if not learned:
+            lost.append(place)
+        elif max(learned) >= shared:
+            raise ProxyTuneError(f"{place}: its completion has token {max(learned)}, which not all members have")
+        ended = ended or any(label in ends for label in learned[-2:])  # a template may put a newline behind it
+    if lost:
+        raise ProxyTuneError(
+            f"{lost[0]}: the prompt fills all {longest} tokens, so nothing of the completion would be learned "
+            f"({len(lost)} of {len(data.rows)} rows are like that); give a larger --max-length, or shorter prompts"
+        )
+    if n_long:
+        notes.append(f"{n_long} of {len(data.rows)} rows are longer than {longest} tokens and were cut there")
+        dataset = dataset.map(lambda row: {name: row[name][:longest] for name in ("input_ids", "labels")})
+    if not ended:
+        notes.append(
+            "no completion ends with a token that ends an answer, so the steered base may not know when to stop"
+        )
+    trainer.train_dataset = dataset.select_columns(["input_ids", "labels"]).add_column("row", list(range(len(dataset))))
+    return notes, {"rows": len(dataset), "cut": n_long, "learned_tokens": n_learned}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+class _WithRows:
+    """TRL's collator, and which rows of the data the batch holds."""
+
+    def __init__(self, collate: Any) -> None:
+        self.collate = collate
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collate(examples)
+        return {**batch, "row": torch.tensor([example["row"] for example in examples])}
+
+
+def _reporting(report: Callable[[Progress], None]) -> Any:
+    from transformers import TrainerCallback
+
+    class Reporting(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                report(Progress("training", state.global_step, state.max_steps, logs["loss"], logs["learning_rate"]))
+
+    return Reporting()
+
+
+# -- after the training ---------------------------------------------------------------------------------------
+def _save_expert(trainer: Any, settings: Settings, config: ProxyTuneConfig, loading: Loading, out: Path) -> None:
+    part, place = out / "expert.part", out / "expert"
+    shutil.rmtree(part, ignore_errors=True)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if settings.full:
+        anti = settings.anti_expert
+        said = anti.dtype or getattr(load_config(config, "the anti-expert", anti, loading), "dtype", None)
+        if said not in (None, "auto"):
+            model.to(said if isinstance(said, torch.dtype) else getattr(torch, str(said)))  # as M- is kept
+        model.save_pretrained(part)
+        if (tokenizer := load_tokenizer(config, "the anti-expert", anti, loading)) is not None:
+            tokenizer.save_pretrained(part)
+    else:
+        model.save_pretrained(part, save_embedding_layers=False)
+        (part / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    shutil.rmtree(place, ignore_errors=True)
+    part.rename(place)
+
+
+def _recipe_of(settings: Settings, data: Rows, out: Path) -> ProxyTuneConfig:
+    """The recipe, paths as from the current directory. An expert that was taught a chat format is shown it."""
+    anti, place = settings.anti_expert, os.path.relpath(out / "expert")  # relative: OUT can be moved
+    prompt = Prompt("chat") if data.kind != "text" and not settings.consistent else Prompt()
+    if settings.full:
+        expert = replace(anti, model=place, revision=None, prompt=prompt)
+    else:
+        expert = replace(anti, adapter=place, prompt=prompt)
+    return ProxyTuneConfig(base=settings.base, experts=[Expert(settings.name, expert, anti, settings.alpha)])

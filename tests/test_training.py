@@ -1,0 +1,541 @@
+"""``proxytune train``: the data, the recipe it leaves, kills, bad input, and the mixture's loss against plain loops."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import tiny
+from proxytune import Member, ProxyTunedForCausalLM, ProxyTuneError, load_recipe
+from proxytune.check import check_recipe
+from proxytune.cli import app
+from proxytune.members import Loading
+from proxytune.training import Settings
+from proxytune.training.data import Rows
+from proxytune.training.run import _checked, _trainer
+
+pytestmark = pytest.mark.usefixtures("no_progress")
+
+# Twelve rows of unequal lengths, fast to learn by a tiny model.
+TEXT = [
+    {"prompt": f"Question: how many {'apples ' * (1 + i % 3)}?\nAnswer:", "completion": f" there are {i} apples."}
+    for i in range(12)
+]
+CHAT = [
+    {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]}
+    for row in TEXT
+]
+FAST = ("--precision", "float32", "--batch-size", 4, "--micro-batch", 2, "--lr", "1e-2", "--rank", 4)
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data") / "text.jsonl", TEXT)
+
+
+def command(*args):
+    return ["train", *map(str, args)]
+
+
+def trains(shelf, out, data, *options):
+    """Run the command in this process; what it says on stderr."""
+    members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
+    result = CliRunner().invoke(app, command(out, *members, "--data", data, *FAST, *options))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == ""
+    return result.stderr
+
+
+def fails(*args):
+    """Run the command, which must fail with one sentence; return it."""
+    result = CliRunner().invoke(app, command(*args))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 2, result.stderr
+    assert result.stdout == ""
+    said = [line for line in result.stderr.splitlines() if line not in ("reading the data", "loading the models")]
+    assert len(said) == 1, result.stderr
+    assert said[0].startswith("error: ")
+    return said[0]
+
+
+def manifest_of(out: Path) -> dict:
+    return json.loads((out / "training" / "manifest.json").read_text("utf-8"))
+
+
+def loss_of(recipe: Path, rows=TEXT, member=None) -> float:
+    """The mean loss of the completions' tokens, by the recipe from disk, or by one of its members."""
+    model = ProxyTunedForCausalLM.from_pretrained(recipe)
+    tokenizer, total, count = tiny.tokenizer(), 0.0, 0
+    for row in rows:
+        prompt = tokenizer(row["prompt"]).input_ids
+        ids = tokenizer(row["prompt"] + row["completion"] + "</s>").input_ids
+        assert ids[: len(prompt)] == prompt
+        with torch.no_grad():
+            output = model(torch.tensor([ids]), output_member_logits=True)
+        logits = output.logits if member is None else output.member_logits[member]
+        losses = torch.nn.functional.cross_entropy(
+            logits[0, len(prompt) - 1 : -1], torch.tensor(ids[len(prompt) :]), reduction="sum"
+        )
+        total, count = total + float(losses), count + len(ids) - len(prompt)
+    return total / count
+
+
+# -- the data -------------------------------------------------------------------------------------------------
+def test_rows_are_the_same_from_every_kind_of_file(tmp_path, text):
+    from datasets import Dataset
+
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion", "note"])
+        writer.writeheader()
+        writer.writerows({**row, "note": "none, of ours"} for row in TEXT)
+    Dataset.from_list(TEXT).to_parquet(tmp_path / "t.parquet")
+    for path in (text, tmp_path / "t.csv", tmp_path / "t.parquet"):
+        rows = Rows.read(str(path))
+        assert (rows.kind, rows.rows) == ("text", TEXT)
+    assert Rows.read(str(tmp_path / "t.csv")).places[1] == f"line 4 of {tmp_path / 't.csv'}"  # two lines a row
+
+
+def test_a_directory_of_a_data_set_is_read_with_its_split(tmp_path):
+    write_rows(tmp_path / "train.jsonl", TEXT[:5])
+    write_rows(tmp_path / "test.jsonl", TEXT[5:])
+    assert Rows.read(str(tmp_path), split="test").rows == TEXT[5:]
+    with pytest.raises(ProxyTuneError, match="cannot be loaded"):
+        Rows.read(str(tmp_path), split="dev")
+
+
+def test_templates_make_prompts_of_other_columns(tmp_path):
+    path = write_rows(tmp_path / "q.jsonl", [{"question": "1 + 1?", "answer": 2}])
+    rows = Rows.read(str(path), prompt="Q: {question} {{so}}\nA:", completion=" {answer}")
+    assert rows.rows == [{"prompt": "Q: 1 + 1? {so}\nA:", "completion": " 2"}]
+    with pytest.raises(ProxyTuneError, match=r"line 1 of .*no column 'text'; it has question, answer"):
+        Rows.read(str(path), prompt="{text}", completion="{answer}")
+    with pytest.raises(ProxyTuneError, match="go together"):
+        Rows.read(str(path), prompt="{question}")
+
+
+def test_messages_are_a_prompt_and_a_completion_where_the_assistant_speaks_once(tmp_path):
+    rows = Rows.read(str(write_rows(tmp_path / "chat.jsonl", CHAT)))
+    assert rows.kind == "chat"
+    assert rows.rows[0] == {"prompt": CHAT[0]["messages"][:1], "completion": CHAT[0]["messages"][1:]}
+    said = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    with pytest.raises(ProxyTuneError, match="role"):  # TRL renames the keys, and takes the roles as they are
+        Rows.read(str(write_rows(tmp_path / "sharegpt.jsonl", [{"conversations": said}])))
+    twice = [{"messages": CHAT[0]["messages"] * 2}]
+    assert Rows.read(str(write_rows(tmp_path / "turns.jsonl", twice))).kind == "turns"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "no rows"),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"', "line 2 of .* not JSON"),
+        ("\n\n[1]\n", "line 3 of .* not an object"),
+        ('{"prompt": "a", "completion": ""}\n', "line 1 of .* completion is empty"),
+        ('{"prompt": " ", "completion": "b"}\n', "line 1 of .* prompt is empty"),
+        ('{"prompt": "a", "completion": ["b"]}\n', "line 1 of .* both be text, or both lists"),
+        ('{"text": "a"}\n', r"line 1 of .* neither .* \(its columns: text\)"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n', "line 1 of .* last message"),
+        ('{"messages": [{"role": "robot", "content": "a"}]}\n', "line 1 of .* needs a role"),
+        ('{"messages": "hello"}\n', "line 1 of .* list of messages"),
+        ('{"prompt": "a", "completion": "b"}\n{"messages": []}\n', "line 2 of .* list of messages"),
+        ('{"prompt": "a", "completion": "b", "tools": "[1]"}\n', "line 1 of .* tools"),
+        ('{"prompt": "a", "completion": "b"}\n' + json.dumps(CHAT[0]) + "\n", "line 2 of .* the first row has prompt"),
+        (b"\xff\xfe", "line 1 of .* not UTF-8"),
+    ],
+)
+def test_broken_rows_are_named(tmp_path, content, said):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ProxyTuneError, match=said):
+        Rows.read(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("t.csv", b"prompt,completion\na,b\nc\n", "line 3 of .* 2 columns"),
+        ("t.csv", b'prompt,completion\na,"b\n', "line 2 of .* not CSV"),
+        ("t.csv", b"", "no rows"),
+        ("t.parquet", b"PAR0", "not a Parquet file"),
+        ("t.txt", b"hello", "not known how to read"),
+    ],
+)
+def test_broken_files_are_told(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ProxyTuneError, match=said):
+        Rows.read(str(tmp_path / name))
+
+
+# -- plain training -------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def trained(shelf, text, tmp_path_factory):
+    """An adapter on ``anti``, twelve steps."""
+    out = tmp_path_factory.mktemp("trained") / "recipe"
+    logged = trains(shelf, out, text, "--max-steps", 12)
+    return out, logged
+
+
+def test_the_output_is_a_recipe_that_shares_one_set_of_weights(trained):
+    out, logged = trained
+    config = load_recipe(out)
+    (expert,) = config.expert_list
+    assert expert.expert == replace(expert.anti_expert, adapter="expert")
+    report = check_recipe(config)
+    assert report.works, report.problems
+    assert report.members[2].shares_with == "expert.expert"
+    assert len(ProxyTunedForCausalLM.from_pretrained(out).lanes) == 2
+    assert "training 12/12" in logged
+    assert not (out / "training" / "checkpoints").exists()
+
+
+def test_the_expert_has_learned_and_its_loss_is_that_of_the_recipe_on_disk(trained):
+    out, _ = trained
+    before, after = (loss_of(out, member=f"expert.{side}") for side in ("anti_expert", "expert"))
+    assert after < 0.8 * before
+
+
+def test_the_manifest_says_what_was_run(trained, text):
+    import hashlib
+
+    import trl
+
+    manifest = manifest_of(trained[0])
+    assert manifest["steps"] == 12
+    assert manifest["versions"]["trl"] == trl.__version__
+    assert manifest["data"]["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert manifest["data"]["rows"] == 12
+    assert manifest["arguments"]["lr"] == 1e-2
+    assert manifest["arguments"]["max_length"] == tiny.CONTEXT  # 2048 is more than these can read
+
+
+def test_tensorboard_has_a_loss_for_each_step(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained[0] / "training" / "logs")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
+
+
+def test_the_paper_is_the_preset():
+    settings = Settings(Member("m"), Member("a"), "d", full=True).resolved()
+    assert (settings.epochs, settings.lr, settings.warmup, settings.batch_size) == (2, 2e-5, 0.03, 128)
+    assert settings.batch_size % settings.micro_batch == 0
+    adapter = Settings(Member("m"), Member("a"), "d").resolved()
+    assert (adapter.lr, adapter.rank, adapter.lora_alpha) == (2e-4, 16, 32)
+
+
+def test_only_completions_are_learned(shelf, text, tmp_path):
+    trainer, _, facts = made_trainer(shelf, tmp_path, text)
+    tokenizer = tiny.tokenizer()
+    for row, made in zip(TEXT, trainer.train_dataset):
+        learned = [label for label in made["labels"] if label != -100]
+        assert tokenizer.decode(learned) == row["completion"] + "</s>"
+    assert facts["learned_tokens"] == sum(
+        len([label for label in made["labels"] if label != -100]) for made in trainer.train_dataset
+    )
+    assert trainer.args.gradient_checkpointing
+    assert trainer.args.weight_decay == 0
+    assert trainer.args.lr_scheduler_type == "linear"
+
+
+def test_all_weights_can_be_trained(shelf, text, tmp_path):
+    trains(shelf, tmp_path / "full", text, "--full", "--max-steps", 6, "--lr", "3e-3")
+    recipe = tmp_path / "full"
+    assert check_recipe(load_recipe(recipe)).works
+    assert loss_of(recipe, member="expert.expert") < loss_of(recipe, member="expert.anti_expert")
+    before, after = (load_file(place / "model.safetensors") for place in (shelf / "anti", recipe / "expert"))
+    assert {name for name in before if torch.equal(before[name], after[name])} == set()
+
+
+def test_an_expert_taught_by_chat_messages_is_shown_the_chat_format(shelf, tmp_path):
+    data = write_rows(tmp_path / "chat.jsonl", CHAT)
+    logged = trains(shelf, tmp_path / "out", data, "--max-steps", 1)
+    (expert,) = load_recipe(tmp_path / "out").expert_list
+    assert (expert.expert.prompt.kind, expert.anti_expert.prompt.kind) == ("chat", "raw")
+    assert "may not know when to stop" in logged  # the tiny template ends turns with a newline
+    assert check_recipe(load_recipe(tmp_path / "out")).works
+
+
+def test_rows_that_are_too_long_are_counted_and_a_lost_completion_is_refused(shelf, tmp_path):
+    long = {"prompt": TEXT[0]["prompt"], "completion": " apples" * 60}
+    data = write_rows(tmp_path / "long.jsonl", [*TEXT, long])
+    logged = trains(shelf, tmp_path / "out", data, "--max-steps", 1, "--max-length", 60)
+    assert "1 of 13 rows are longer than 60 tokens and were cut there" in logged
+    assert manifest_of(tmp_path / "out")["data"]["cut"] == 1
+    lost = {"prompt": "apples " * 60, "completion": " none"}
+    data = write_rows(tmp_path / "lost.jsonl", [*TEXT, lost])
+    members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
+    said = fails(tmp_path / "lost", *members, "--data", data, "--max-length", 60, *FAST)
+    assert "line 13 of" in said
+    assert "1 of 13 rows" in said
+
+
+def test_members_come_from_a_recipe(shelf, text, tmp_path):
+    args = (tmp_path / "out", "--recipe", shelf / "recipe", "--data", text, *FAST, "--max-steps", 1, "--name", "new")
+    assert CliRunner().invoke(app, command(*args)).exit_code == 0
+    config = load_recipe(tmp_path / "out")
+    assert config.base_member.model == str(shelf / "base")
+    assert config.expert_list[0].name == "new"
+    assert "leave out --base" in fails(*args[1:], "--base", "x", tmp_path / "two")
+
+
+# -- kills and resumption -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param((), id="plain"), pytest.param(("--consistent",), id="consistent", marks=pytest.mark.slow)],
+)
+def test_a_killed_run_resumes_to_the_weights_of_the_unbroken_one(shelf, text, tmp_path, options):
+    options = (*options, "--max-steps", 20, "--save-every", 1, "--seed", 7)
+    members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
+    args = command(tmp_path / "out", *members, "--data", text, *FAST, *options)
+    entry = str(Path(sys.executable).with_name("proxytune"))
+    killed = subprocess.Popen([entry, *args], stderr=subprocess.DEVNULL)
+    state = tmp_path / "out/training/checkpoints/checkpoint-3/trainer_state.json"
+    deadline = time.monotonic() + 120
+    while not state.exists() and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    assert not (tmp_path / "out/config.json").exists()
+    torn = tmp_path / "out/training/checkpoints/checkpoint-19"  # a kill in the middle of writing one
+    torn.mkdir()
+    (torn / "adapter_model.safetensors").write_bytes(b"torn")
+
+    assert "not empty" in fails(*args[1:])
+    changed = [*args[1:], "--resume", "--seed", "8"]
+    assert "another seed" in fails(*changed)
+    logged = trains(shelf, tmp_path / "out", text, *options, "--resume")
+    assert "resumed from step" in logged
+    assert manifest_of(tmp_path / "out")["resumed_from_step"] in range(3, 19)
+    trains(shelf, tmp_path / "unbroken", text, *options)
+    resumed, unbroken = (
+        load_file(tmp_path / name / "expert/adapter_model.safetensors") for name in ("out", "unbroken")
+    )
+    assert resumed.keys() == unbroken.keys()
+    for name, tensor in unbroken.items():
+        assert torch.equal(resumed[name], tensor), name
+    assert "finished already" in trains(shelf, tmp_path / "out", text, *options, "--resume")
+
+
+def test_a_seed_makes_a_run_repeatable_and_another_differs(shelf, text, tmp_path):
+    made = {}
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        trains(shelf, tmp_path / name, text, "--max-steps", 2, "--seed", seed)
+        made[name] = load_file(tmp_path / name / "expert/adapter_model.safetensors")
+    for name, tensor in made["one"].items():
+        assert torch.equal(tensor, made["again"][name])
+    assert any(not torch.equal(tensor, made["other"][name]) for name, tensor in made["one"].items())
+
+
+# -- bad input ------------------------------------------------------------------------------------------------
+def test_bad_input_is_told_in_one_sentence(shelf, text, tmp_path, monkeypatch):
+    members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
+    out = tmp_path / "out"
+    assert "no data at" in fails(out, *members, "--data", tmp_path / "none.jsonl")
+    assert "name the members" in fails(out, "--data", text, "--base", shelf / "base")
+    assert "GGUF file, which cannot be trained" in fails(
+        out, "--base", shelf / "base", "--anti-expert", "x.gguf", "--data", text
+    )
+    assert "does not exist" in fails(out, "--base", shelf / "base", "--anti-expert", "./nowhere", "--data", text)
+    assert "longer than the 256 tokens" in fails(out, *members, "--data", text, "--max-length", 300)
+    assert "micro batches" in fails(out, *members, "--data", text, "--batch-size", 8, "--micro-batch", 3)
+    assert "not one of auto" in fails(out, *members, "--data", text, "--precision", "int8")
+    assert "hidden cache is for consistent" in fails(out, *members, "--data", text, "--hidden-cache", "off")
+    assert "cannot train this" in fails(out, *members, "--data", text, "--targets", "no_such_module")
+    (tmp_path / "file").write_text("")
+    assert "is a file" in fails(tmp_path / "file", *members, "--data", text)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thing").write_text("")
+    assert "not empty" in fails(tmp_path / "used", *members, "--data", text)
+    assert "no training run to resume" in fails(tmp_path / "used", *members, "--data", text, "--resume")
+    monkeypatch.setattr("proxytune.training.run.PACKAGES", ("trl", "no_such_package"))
+    assert "pip install 'proxytune[train]'" in fails(out, *members, "--data", text)
+
+
+def test_members_that_cannot_be_trained_are_refused(shelf, text, tmp_path):
+    quantized = tmp_path / "quantized"
+    tiny.write_model(quantized, "qwen2", "small", 3)
+    config = json.loads((quantized / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (quantized / "config.json").write_text(json.dumps(config))
+    base = ("--base", shelf / "base", "--data", text)
+    assert "only an adapter" in fails(tmp_path / "out", *base, "--anti-expert", quantized, "--full")
+    with pytest.raises(ProxyTuneError, match="has an adapter"):
+        _checked(Settings(Member(str(shelf / "base")), Member(str(shelf / "anti"), adapter="x"), "d"), Loading())
+    tiny.write_model(tmp_path / "swapped", "qwen2", "small", 3, tokenizer_=tiny.tokenizer(swap=("a", "b")))
+    assert "share the base's vocabulary" in fails(tmp_path / "out", *base, "--anti-expert", tmp_path / "swapped")
+
+
+def test_chat_messages_need_a_chat_template_that_takes_them(shelf, tmp_path):
+    plain = tiny.write_model(tmp_path / "plain", "qwen2", "small", 3, tokenizer_=tiny.tokenizer(chat_template=None))
+    data = write_rows(tmp_path / "chat.jsonl", CHAT)
+    base = ("--base", shelf / "base", "--data", data)
+    assert "no chat template" in fails(tmp_path / "out", *base, "--anti-expert", plain)
+    picky = "{% if 5 in messages[0]['content'] %}{% endif %}{{ raise_exception('no') }}"
+    other = tiny.write_model(tmp_path / "picky", "qwen2", "small", 3, tokenizer_=tiny.tokenizer(chat_template=picky))
+    assert "line 1 of" in fails(tmp_path / "out2", *base, "--anti-expert", other)
+
+
+# -- training inside the mixture ------------------------------------------------------------------------------
+def made_trainer(shelf, folder, data, **options):
+    """The trainer as a run makes it, before its first step; its settings may differ by ``options``."""
+    settings = Settings(
+        Member(str(shelf / "base")),
+        Member(str(shelf / "anti")),
+        str(data),
+        rank=4,
+        batch_size=4,
+        micro_batch=4,
+        precision="float32",
+        **options,
+    ).resolved()
+    config, settings, shared = _checked(settings, Loading())
+    return _trainer(config, settings, shared, Rows.read(str(data)), folder, Loading(), lambda progress: None)
+
+
+def three_forwards(base, expert, anti, batch, alpha):
+    """The loss by hand: whole logits of three models, mixed, and the mean over the learned positions."""
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    with torch.no_grad():
+        frozen = [base(**inputs).logits, anti(**inputs).logits]
+    logits = frozen[0] + alpha * (expert(**inputs).logits - frozen[1])
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["adapter", "full"])
+@pytest.mark.parametrize("cache", ["auto", "off"])
+@pytest.mark.parametrize("chunk", [5, 1024])
+def test_the_loss_and_the_gradient_are_those_of_the_plain_three_forward_loop(
+    shelf, text, tmp_path, monkeypatch, full, cache, chunk
+):
+    monkeypatch.setattr("proxytune.training.consistent.CHUNK", chunk)
+    trainer, _, _ = made_trainer(
+        shelf, tmp_path, text, consistent=True, alpha=0.7, full=full, hidden_cache=cache, seed=3
+    )
+    assert (trainer.frozen[0].kept is None) == (cache == "off")
+    model = trainer.model
+    with torch.no_grad():  # away from M-, where expert and anti-expert would cancel
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    rows = [7, 2, 9]
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in rows])
+    model.train()
+    loss = trainer.compute_loss(model, dict(batch))
+    loss.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    model.zero_grad()
+    model.gradient_checkpointing_disable()
+    base, anti = (AutoModelForCausalLM.from_pretrained(shelf / name).eval() for name in ("base", "anti"))
+    expected = three_forwards(base, model, anti, batch, 0.7)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.abs().max() > 0, name
+            torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_with_alpha_zero_nothing_is_learned(shelf, text, tmp_path):
+    trainer, _, _ = made_trainer(shelf, tmp_path, text, consistent=True, alpha=0.0)
+    tiny.shake(trainer.model)
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(3)])
+    trainer.compute_loss(trainer.model, batch).backward()
+    gradients = [p.grad for p in trainer.model.parameters() if p.requires_grad]
+    assert gradients
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["adapter", "full"])
+def test_training_moves_the_expert_and_no_frozen_weight(shelf, text, tmp_path, full):
+    trainer, _, _ = made_trainer(
+        shelf, tmp_path, text, consistent=True, hidden_cache="off", full=full, max_steps=3, lr=1e-2
+    )
+    base, anti = (frozen.model for frozen in trainer.frozen)
+
+    def frozen_weights():
+        states = {"base": base, "anti": anti}
+        return {
+            (side, name): tensor.clone()
+            for side, model in states.items()
+            for name, tensor in model.state_dict().items()
+            if ".lora_" not in name
+        }
+
+    before = frozen_weights()
+    moving = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    after = frozen_weights()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert any(not torch.equal(moving[n], p) for n, p in trainer.model.named_parameters() if p.requires_grad)
+    assert not any(p.requires_grad for p in base.parameters())
+
+
+def test_a_consistent_run_lowers_the_loss_of_its_recipe(shelf, text, tmp_path):
+    trains(shelf, tmp_path / "out", text, "--consistent", "--max-steps", 12, "--alpha", 0.5)
+    recipe = tmp_path / "out"
+    assert loss_of(recipe) < loss_of(recipe, member="base") - 0.3  # the mixture began as the base
+    loss = manifest_of(recipe)["loss"]
+    assert loss["last"] < loss["first"]
+    assert not (recipe / "training" / "hidden").exists()
+
+
+def test_runs_share_hidden_states_of_the_same_data_and_models_only(shelf, text, tmp_path):
+    cache = tmp_path / "cache"
+    options = ("--consistent", "--max-steps", 1, "--hidden-cache", cache)
+    trains(shelf, tmp_path / "one", text, *options)
+    made = {path.name: path.stat().st_mtime_ns for path in cache.glob("*.bin")}
+    assert len(made) == 2
+    trains(shelf, tmp_path / "two", text, *options, "--seed", 5)
+    assert {path.name: path.stat().st_mtime_ns for path in cache.glob("*.bin")} == made
+    trains(shelf, tmp_path / "three", write_rows(tmp_path / "fewer.jsonl", TEXT[1:]), *options)
+    assert len(list(cache.glob("*.bin"))) == 4
+
+
+def test_a_killed_pass_over_the_data_goes_on_where_it_was(tmp_path):
+    from proxytune.training.consistent import HiddenStates
+
+    counts, batches = [2, 1, 3], [[1, 0], [2]]
+    calls = []
+
+    def compute(rows):
+        calls.append(list(rows))
+        return torch.cat([torch.full((counts[row], 4), float(row)) for row in rows])
+
+    first = HiddenStates(tmp_path / "h.bin", counts, 4, torch.float32)
+    next(first.fill(batches, compute))
+    del first
+    second = HiddenStates(tmp_path / "h.bin", counts, 4, torch.float32)
+    assert list(second.fill(batches, compute)) == [2]
+    assert calls == [[1, 0], [2]]
+    assert second.rows([2, 0])[:, 0].tolist() == [2, 2, 2, 0, 0]
+
+
+def test_a_model_that_caps_its_logits_is_refused_for_consistent_training(shelf, text, tmp_path):
+    capped = tiny.write_model(tmp_path / "capped", "gemma3", "small", 4, final_logit_softcapping=5.0)
+    members = ("--base", shelf / "base", "--anti-expert", capped)
+    assert "behind its head" in fails(tmp_path / "out", *members, "--data", text, "--consistent", *FAST)
+    members = ("--base", capped, "--anti-expert", shelf / "anti")
+    said = fails(tmp_path / "out2", *members, "--data", text, "--consistent", *FAST)
+    assert "base changes its logits behind its head" in said
