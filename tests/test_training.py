@@ -298,6 +298,32 @@ def test_members_come_from_a_recipe(shelf, text, tmp_path):
     assert "leave out --base" in fails(*args[1:], "--base", "x", tmp_path / "two")
 
 
+MARKED = (  # marks what the assistant says, and ends it with a token that ends answers
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] "
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def test_every_turn_of_the_assistant_is_learned_where_the_template_marks_them(shelf, tmp_path):
+    data = write_rows(tmp_path / "turns.jsonl", [{"messages": row["messages"] * 2} for row in CHAT])
+    marked = tiny.tokenizer(chat_template=MARKED)
+    place = tiny.write_model(tmp_path / "marked", "qwen2", "small", 3, tokenizer_=marked)
+    trainer, notes, _ = made_trainer(shelf, tmp_path, data, anti=place)
+    for row, made in zip(CHAT, trainer.train_dataset):
+        learned = [label for label in made["labels"] if label != -100]
+        assert marked.decode(learned) == (row["messages"][1]["content"] + "</s>") * 2
+    assert notes == []
+    members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
+    assert "TRL cannot train this" in fails(tmp_path / "out", *members, "--data", data, *FAST)
+
+
+def test_inside_the_mixture_all_members_read_one_text(shelf, tmp_path):
+    data = write_rows(tmp_path / "chat.jsonl", CHAT)
+    trains(shelf, tmp_path / "out", data, "--max-steps", 1, "--consistent")
+    assert {member.prompt.kind for _, member in load_recipe(tmp_path / "out").members()} == {"raw"}
+
+
 # -- kills and resumption -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "options",
@@ -396,11 +422,11 @@ def test_chat_messages_need_a_chat_template_that_takes_them(shelf, tmp_path):
 
 
 # -- training inside the mixture ------------------------------------------------------------------------------
-def made_trainer(shelf, folder, data, **options):
+def made_trainer(shelf, folder, data, anti=None, **options):
     """The trainer as a run makes it, before its first step; its settings may differ by ``options``."""
     settings = Settings(
         Member(str(shelf / "base")),
-        Member(str(shelf / "anti")),
+        Member(str(anti or shelf / "anti")),
         str(data),
         rank=4,
         batch_size=4,

@@ -256,7 +256,7 @@ class ConsistentTrainer(SFTTrainer):
 
 
 def _hash_weights(digest: Any, model: nn.Module) -> None:
-    """Every weight, byte for byte: half a second a gigabyte, little beside one pass over the data.
+    """Every weight, byte for byte: little work beside one pass over the data.
 
     An adapter's weights are left out: they are turned off in a frozen member.
     """
