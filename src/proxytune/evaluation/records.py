@@ -1,0 +1,265 @@
+"""Prediction lines: what a task's line holds, read, checked, and appended.
+
+A prediction file is JSON lines, one a sample. A line has its task's fields under the names of the public proxy-tuning
+repository (:data:`FIELDS`), so its files can be read too. Lines of ours also say ``id``, ``sample`` and ``prompt``.
+Fields that a task does not know are kept.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from proxytune.errors import ProxyTuneError
+
+__all__ = ["FIELDS", "Field", "Journal", "Prediction", "parse", "read"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field that a task's line must have.
+
+    Attributes:
+        aliases: other names that it may go by.
+        kind: ``text``, ``texts`` (a list of them), or ``key`` (text or a whole number).
+        null: whether null stands for the empty text, as pandas writes it.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    kind: str = "text"
+    null: bool = False
+
+    def find(self, line: Mapping[str, Any]) -> str | None:
+        """The name that a line has it under."""
+        return next((name for name in (self.name, *self.aliases) if name in line), None)
+
+    def read(self, line: Mapping[str, Any]) -> Any:
+        """Its value in a line that has it.
+
+        Raises:
+            ProxyTuneError: if it is of another kind.
+        """
+        name = self.find(line)
+        assert name is not None
+        value = line[name]
+        if value is None and self.null:
+            return ""
+        if self.kind == "texts":
+            if isinstance(value, list) and all(isinstance(one, str) for one in value):
+                return value
+            raise ProxyTuneError(f"its {name!r} is not a list of texts")
+        if self.kind == "key" and isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str):
+            raise ProxyTuneError(f"its {name!r} is not text")
+        return value
+
+
+_CHOICE = (Field("mc_output"), Field("mc_answer_idx"))
+_CODE = (Field("task_id", kind="key"), Field("completion"))
+# The public repository's DS-1000 files have one line a problem, with all of its samples.
+_PUBLIC_DS1000 = (Field("lib"), Field("problem_id", kind="key"), Field("output", kind="texts"))
+
+FIELDS: dict[str, tuple[Field, ...]] = {
+    "alpacafarm": (Field("instruction"), Field("output", ("output_2",))),
+    "ds1000": _CODE,
+    "gsm8k": (Field("answer"), Field("model_output")),
+    "humaneval": _CODE,
+    "mbpp": _CODE,
+    "realtimeqa": _CHOICE,
+    "toxigen": (Field("prediction", ("output", "model_output")),),
+    "triviaqa": (Field("answers", kind="texts"), Field("output", ("model_output",))),
+    "truthfulqa_mc": _CHOICE,
+    "truthfulqa_open": (Field("question", ("Question",)), Field("output", ("model_output",), null=True)),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One sample of one example.
+
+    Attributes:
+        id: of the example: the line's ``id``, else its ``task_id``, else the number of the line.
+        sample: its ``sample``, else how many of the example came before.
+        line: where it stands in the file, from 1.
+        fields: the whole line, with the task's fields under their first names.
+    """
+
+    id: str
+    sample: int
+    line: int
+    fields: dict[str, Any] = field(repr=False)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.fields[name]
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a prediction file, or the entries of a JSON list.
+
+    Raises:
+        ProxyTuneError: for a line that is no JSON object (named by number), or a file without any.
+        OSError: if it cannot be read.
+    """
+    raw = Path(path).read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ProxyTuneError(f"{path}: line {line} is not UTF-8") from error
+    if text.lstrip().startswith("["):
+        try:
+            entries = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ProxyTuneError(f"{path} begins like a JSON list, and is not one: {error}") from error
+    else:
+        entries = []
+        for number, row in enumerate(text.rstrip().split("\n") if text.strip() else [], start=1):
+            try:
+                entries.append(json.loads(row))
+            except json.JSONDecodeError as error:
+                what = f"is not JSON ({error.msg} at column {error.colno})" if row.strip() else "is empty"
+                raise ProxyTuneError(f"{path}: line {number} {what}") from error
+            except (ValueError, RecursionError) as error:  # thousands of digits, brackets within brackets
+                raise ProxyTuneError(f"{path}: line {number} is not JSON that can be read") from error
+    for number, entry in enumerate(entries, start=1):
+        if not isinstance(entry, dict):
+            raise ProxyTuneError(f"{path}: line {number} is not a JSON object")
+    if not entries:
+        raise ProxyTuneError(f"{path} holds no predictions")
+    return entries
+
+
+def parse(task: str, lines: Iterable[Mapping[str, Any]]) -> list[Prediction]:
+    """Lines of a task as predictions, in order.
+
+    Raises:
+        ProxyTuneError: for a line of another task, one that lacks a field or has a wrong one (both named), and for two
+            lines of one sample.
+    """
+    found: list[Prediction] = []
+    counts: Counter[str] = Counter()
+    where: dict[tuple[str, int], int] = {}
+    for number, raw in enumerate(lines, start=1):
+        try:
+            for line in _spread(task, raw):
+                values = _values(task, line)
+                key = line.get("id", values.get("task_id", str(number)))
+                if isinstance(key, bool) or not isinstance(key, (str, int)):
+                    raise ProxyTuneError("its 'id' is not text")
+                sample = line.get("sample", counts[str(key)] if "id" not in line or "task_id" in values else 0)
+                if isinstance(sample, bool) or not isinstance(sample, int) or sample < 0:
+                    raise ProxyTuneError("its 'sample' is not a whole number from 0 on")
+                counts[str(key)] += 1
+                before = where.setdefault((str(key), sample), number)
+                if before != number or len(found) > len(where) - 1:
+                    raise ProxyTuneError(f"it is sample {sample} of {key!r}, as line {before} is")
+                found.append(Prediction(str(key), sample, number, {**line, **values}))
+        except ProxyTuneError as error:
+            raise ProxyTuneError(f"line {number} cannot be scored as {task}: {error}") from None
+    if not found:
+        raise ProxyTuneError("there are no predictions")
+    return found
+
+
+def _spread(task: str, line: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A line as lines of one sample each."""
+    if task != "ds1000" or "completion" in line or any(one.find(line) is None for one in _PUBLIC_DS1000):
+        return [line]
+    lib, problem, outputs = (one.read(line) for one in _PUBLIC_DS1000)
+    kept = {name: value for name, value in line.items() if name != "output"}
+    return [{**kept, "task_id": f"{lib}/{problem}", "completion": one} for one in outputs]
+
+
+def _values(task: str, line: Mapping[str, Any]) -> dict[str, Any]:
+    said = line.get("task", task)
+    if said != task and said in FIELDS:
+        raise ProxyTuneError(f"it says that it is of {said}")
+    for one in FIELDS[task]:
+        if one.find(line) is None:
+            others = [name for name, fields in FIELDS.items() if all(other.find(line) for other in fields)]
+            hint = f" (it fits {' and '.join(others)})" if others else ""
+            raise ProxyTuneError(f"it has no field {one.name!r}{hint}")
+    return {one.name: one.read(line) for one in FIELDS[task]}
+
+
+class Journal:
+    """A JSON-lines file that is appended to, whole again after a kill at any moment.
+
+    Opened, it drops a last line that a kill has torn and reads what is there. What is appended is on disk when
+    :meth:`append` returns.
+
+    Attributes:
+        lines: what the file holds, in order.
+
+    Raises:
+        ProxyTuneError: on opening, if a line is no JSON object, or another process is writing the file.
+        OSError: if it cannot be opened, read or written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.lines: list[dict[str, Any]] = []
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Journal:
+        # Unbuffered: after a failed write nothing is left that closing the file would try to write again.
+        self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), "r+b", buffering=0)
+        try:
+            self._lock()
+            self._resume()
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        assert self._file is not None
+        self._file.close()
+
+    @property
+    def done(self) -> set[tuple[str, int]]:
+        """The samples that are there, as (``id``, ``sample``)."""
+        return {(str(line.get("id")), line.get("sample", 0)) for line in self.lines}
+
+    def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write some lines and return when they are on disk."""
+        assert self._file is not None
+        data = memoryview("".join(json.dumps(line) + "\n" for line in lines).encode())
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a device cannot be synced
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self.lines.extend(dict(line) for line in lines)
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # not on this system: two processes at once are then the user's to avoid
+            return
+        assert self._file is not None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ProxyTuneError(f"{self.path} is being written by another process") from error
+        except OSError:  # a file system without locks
+            return
+
+    def _resume(self) -> None:
+        assert self._file is not None
+        raw = self.path.read_bytes()
+        whole = raw.rfind(b"\n") + 1
+        os.ftruncate(self._file.fileno(), whole)
+        if raw[:whole].strip():
+            self.lines = read(self.path)
