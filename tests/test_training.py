@@ -397,6 +397,30 @@ def test_bad_input_is_told_in_one_sentence(shelf, text, tmp_path, monkeypatch):
     assert "pip install 'proxytune[train]'" in fails(out, *members, "--data", text)
 
 
+def test_a_loss_that_is_no_number_ends_the_run(shelf, text, tmp_path):
+    members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
+    args = (tmp_path / "out", *members, "--data", text, *FAST, "--lr", "1e30")
+    result = CliRunner().invoke(app, command(*args))
+    assert result.exit_code == 2
+    assert "error: the loss is " in result.stderr
+    assert "lower --lr" in result.stderr
+    assert not (tmp_path / "out/config.json").exists()
+
+
+def test_a_disk_that_takes_no_more_is_told(shelf, text, tmp_path):
+    """The system refuses to let any file grow beyond 8 KiB; the checkpoint is larger."""
+    members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
+    args = command(tmp_path / "out", *members, "--data", text, *FAST, "--max-steps", 2, "--save-every", 1)
+    program = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); from proxytune.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_members_that_cannot_be_trained_are_refused(shelf, text, tmp_path):
     quantized = tmp_path / "quantized"
     tiny.write_model(quantized, "qwen2", "small", 3)
@@ -428,11 +452,7 @@ def made_trainer(shelf, folder, data, anti=None, **options):
         Member(str(shelf / "base")),
         Member(str(anti or shelf / "anti")),
         str(data),
-        rank=4,
-        batch_size=4,
-        micro_batch=4,
-        precision="float32",
-        **options,
+        **{"rank": 4, "batch_size": 4, "micro_batch": 4, "precision": "float32", **options},
     ).resolved()
     config, settings, shared = _checked(settings, Loading())
     return _trainer(config, settings, shared, Rows.read(str(data)), folder, Loading(), lambda progress: None)
@@ -480,6 +500,24 @@ def test_the_loss_and_the_gradient_are_those_of_the_plain_three_forward_loop(
         if parameter.requires_grad:
             assert parameter.grad.abs().max() > 0, name
             torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_in_bf16_the_kept_states_lose_nothing(shelf, text, tmp_path):
+    losses = []
+    for cache in ("auto", "off"):
+        trainer, _, _ = made_trainer(shelf, tmp_path, text, consistent=True, hidden_cache=cache, precision="bf16")
+        assert trainer.accelerator.mixed_precision == "bf16"
+        tiny.shake(trainer.model, std=0.05)
+        if cache == "auto":
+            weights = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+            assert trainer.frozen[0].kept.states.dtype == torch.bfloat16
+        for parameter, same in zip((p for p in trainer.model.parameters() if p.requires_grad), weights):
+            parameter.data.copy_(same)
+        batch = trainer.data_collator([trainer.train_dataset[row] for row in (1, 4, 3)])
+        losses.append(trainer.compute_loss(trainer.model, batch).item())
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)  # the padding of their batches differs
+    trainer, _, _ = made_trainer(shelf, tmp_path, text, consistent=True, hidden_cache="off")
+    assert trainer.accelerator.mixed_precision == "no"  # a process is not bound to its first precision
 
 
 def test_with_alpha_zero_nothing_is_learned(shelf, text, tmp_path):

@@ -42,6 +42,9 @@ LONGEST = 2048
 # What may differ between a run and its resumption: none of it touches a weight.
 FREE = ("save_every", "hidden_cache", "data")
 
+# safetensors and torch tell a full disk, or a file that may not grow, with errors of their own.
+FULL_DISK = ("No space left", "File too large", "PytorchStreamWriter")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -203,14 +206,16 @@ def train(
     if checkpoint is not None:
         notes.append(f"resumed from step {_step(checkpoint)}")
     try:
-        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except OSError as error:
-        raise ProxyTuneError(f"{folder} cannot be written: {error.strerror or error}; --resume goes on") from error
-    if not math.isfinite(result.training_loss):
-        raise ProxyTuneError("the loss is no number any more; train with a lower --lr or --precision float32")
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        report(Progress("writing the recipe", trainer.state.global_step, trainer.state.global_step))
+        _save_expert(trainer, settings, config, loading, out)
+    except Exception as error:
+        if isinstance(error, OSError) or any(said in str(error) for said in FULL_DISK):
+            raise ProxyTuneError(
+                f"{out} cannot be written: {first_line(error)}; --resume goes on from there"
+            ) from error
+        raise
 
-    report(Progress("writing the recipe", trainer.state.global_step, trainer.state.global_step))
-    _save_expert(trainer, settings, config, loading, out)
     notes += compose(_recipe_of(settings, data, out), out, force=True, trust_remote_code=settings.trust_remote_code)
     checked = check_recipe(load_recipe(out), loading)
     if not checked.works:
@@ -395,6 +400,7 @@ def _trainer(
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         gradient_checkpointing=settings.gradient_checkpointing,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen
         save_strategy="steps",
         save_steps=settings.save_every or 0.1,
         save_total_limit=2,
@@ -534,6 +540,11 @@ def _reporting(report: Callable[[Progress], None]) -> Any:
     class Reporting(TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:
+                if not math.isfinite(logs["loss"]):
+                    raise ProxyTuneError(
+                        f"the loss is {logs['loss']} at step {state.global_step}; train with a lower --lr, or with "
+                        "--precision float32"
+                    )
                 report(Progress("training", state.global_step, state.max_steps, logs["loss"], logs["learning_rate"]))
 
     return Reporting()
