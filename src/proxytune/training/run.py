@@ -27,7 +27,7 @@ import torch
 
 from proxytune.check import check_recipe
 from proxytune.compose import compose
-from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig, resolve
+from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig
 from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError, first_line
 from proxytune.members import Loading, load_config, load_model, load_tokenizer
 from proxytune.recipe import load_recipe, valid_generation_config
@@ -157,7 +157,7 @@ def members_of(recipe: str) -> tuple[Member, Member, str, float]:
     def placed(member: Member) -> Member:
         if member.model is None:
             raise MemberError(f"the recipe {recipe!r} has a member that was in memory; save it first")
-        source = resolve(member.model, str(config.name_or_path), member.revision)
+        source = config.locate(member.model, member.revision)
         if source.subfolder:
             raise MemberError(f"member {member.model!r} lies inside the hub recipe {recipe!r}; download that first")
         return replace(member, model=source.path, prompt=Prompt())
@@ -199,6 +199,7 @@ def train(
     _begin(folder, settings, data, resume)
     if (folder / "manifest.json").exists():
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        _clean(folder)
         return Trained(out, manifest, ["the run was finished already; nothing was done"])
 
     trainer, notes, facts = _trainer(config, settings, shared, data, folder, loading, report)
@@ -236,8 +237,7 @@ def train(
         "seconds": round(time.time() - started, 1),  # of this process, if it was resumed
     }
     _write_json(folder / "manifest.json", manifest)  # last: with it the run is finished
-    for leftover in ("checkpoints", "hidden"):
-        shutil.rmtree(folder / leftover, ignore_errors=True)
+    _clean(folder)
     return Trained(out, manifest, notes)
 
 
@@ -337,6 +337,12 @@ def _last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def _clean(folder: Path) -> None:
+    """Remove what only an unfinished run has use for."""
+    for leftover in ("checkpoints", "hidden"):
+        shutil.rmtree(folder / leftover, ignore_errors=True)
+
+
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
@@ -419,7 +425,7 @@ def _trainer(
     if settings.consistent:
         from proxytune.training.consistent import ConsistentTrainer as kind
     frozen_copy = copy.deepcopy(model) if settings.consistent and settings.full else None
-    report(Progress("reading the data", 0, 1))
+    report(Progress("tokenizing the data", 0, 1))
     try:
         trainer = kind(
             model=model,
