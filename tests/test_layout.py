@@ -93,6 +93,12 @@ def test_the_demo_is_imported_only_when_it_is_asked_for(module):
     assert "demo" not in our_imports(module)[0]
 
 
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith(("training.", "evaluation."))])
+def test_training_and_evaluation_know_nothing_of_each_other(module):
+    top, lazy = our_imports(module)
+    assert not (top | lazy) & ({"training", "evaluation"} - {module.partition(".")[0]})
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_all_names_what_exists(module):
     if module == "__main__":

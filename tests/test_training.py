@@ -134,6 +134,13 @@ def test_templates_make_prompts_of_other_columns(tmp_path):
         Rows.read(str(path), prompt="{question}")
 
 
+def test_gsm8k_is_read_in_the_papers_format(data):
+    prompt = "Answer the following question.\n\nQuestion: {question}\nAnswer:"
+    rows = Rows.read(str(data / "gsm8k" / "train.jsonl"), prompt=prompt, completion=" {answer}")
+    assert len(rows.rows) == 7473
+    assert all("#### " in row["completion"] for row in rows.rows)
+
+
 def test_messages_are_a_prompt_and_a_completion_where_the_assistant_speaks_once(tmp_path):
     rows = Rows.read(str(write_rows(tmp_path / "chat.jsonl", CHAT)))
     assert rows.kind == "chat"
@@ -378,6 +385,7 @@ def test_bad_input_is_told_in_one_sentence(shelf, text, tmp_path, monkeypatch):
     members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
     out = tmp_path / "out"
     assert "no data at" in fails(out, *members, "--data", tmp_path / "none.jsonl")
+    assert "cannot be loaded" in fails(out, *members, "--data", "no-such/data-set")
     assert "name the members" in fails(out, "--data", text, "--base", shelf / "base")
     assert "GGUF file, which cannot be trained" in fails(
         out, "--base", shelf / "base", "--anti-expert", "x.gguf", "--data", text

@@ -1,4 +1,10 @@
-"""``proxytune train``: M+ made from M- with TRL's ``SFTTrainer``, alone or inside the mixture, and a recipe of it."""
+"""``proxytune train``: M+ made from M- with TRL's ``SFTTrainer``, alone or inside the mixture, and a recipe of it.
+
+command.py     the options, and what is shown
+run.py         one run: the checks, the trainer, the recipe
+data.py        rows from files and data sets
+consistent.py  the mixture's loss, and the frozen members' hidden states
+"""
 
 from __future__ import annotations
 
