@@ -48,6 +48,32 @@ def test_alpha_per_call(two, alpha, rows):
         assert_same_tokens(tokens, two.oracle.greedy(row, 8, values))
 
 
+@pytest.mark.parametrize(("said", "alphas"), tiny.SPELLINGS, ids=repr)
+@torch.no_grad()
+def test_spellings_that_every_engine_takes(two, said, alphas):
+    ids = torch.tensor([ROWS[0]])
+    expected = two.oracle.greedy(ROWS[0], 4, alphas)
+    assert_same_tokens(two.model.generate(ids, **QUIET, max_new_tokens=4, **said)[0, len(ROWS[0]) :], expected)
+    torch.testing.assert_close(two.model(ids, **said).logits[0, -1], expected[1][0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("said", "message"), tiny.MISSPELLINGS, ids=repr)
+def test_misspellings_are_refused(two, said, message):
+    with pytest.raises(AlphaError, match=message):
+        two.model.generate(torch.tensor([ROWS[0]]), **QUIET, max_new_tokens=1, **said)
+
+
+def test_a_named_alpha_one_a_row(two):
+    out = two.model.generate(**tiny.padded(ROWS), **QUIET, max_new_tokens=6, alpha=0.5, **{"alpha.a": [0.0, 1.0, -1.5]})
+    for row, tokens, values in zip(ROWS, out[:, len(ROWS[0]) :], [[0.0, 0.5], [1.0, 0.5], [-1.5, 0.5]]):
+        assert_same_tokens(tokens, two.oracle.greedy(row, 6, values))
+
+
+def test_names_beside_a_tensor_are_refused(two):
+    with pytest.raises(AlphaError, match=r"beside 'alpha\.a'"):
+        two.model.generate(torch.tensor([ROWS[0]]), **QUIET, alpha=torch.ones(1, 2), **{"alpha.a": 1.0})
+
+
 def test_one_value_a_row(one):
     values = [0.0, 1.0, -1.5]
     out = one.model.generate(**tiny.padded(ROWS), **QUIET, max_new_tokens=8, alpha=values)
@@ -128,8 +154,8 @@ def test_alpha_at_load(shelf, load, alpha, expected):
 @pytest.mark.parametrize(
     ("alpha", "message"),
     [
-        (math.nan, "alpha of expert 'expert' must be a finite number, not nan"),
-        ("0.5", "alpha of expert 'expert' must be a finite number, not '0.5'"),
+        (math.nan, "alpha must be a finite number, not nan"),
+        ("0.5", "alpha must be a finite number, not '0.5'"),
         (True, "must be a finite number, not True"),
         ([1.0, 2.0], r"2 alphas for 1 experts \(expert\)"),
         ({"chat": 1.0}, "no expert is called 'chat'; the recipe has expert"),

@@ -17,9 +17,8 @@ import torch
 import tiny
 from proxytune import AlphaError, ProxyTunedForCausalLM, ProxyTuneError, load_recipe
 from proxytune.batch import Output, fingerprint, json_line, read_items, result
-from proxytune.generation import Answer, Printer, RowSampler, Sampling, answer, encode, new_text, resolve_alpha
-
-NAMES, DEFAULT = ["chat", "code"], [1.0, 2.0]
+from proxytune.config import resolve_alpha
+from proxytune.generation import Answer, Printer, RowSampler, Sampling, answer, encode, new_text
 
 
 # -- reading --------------------------------------------------------------------------------------------------
@@ -65,13 +64,24 @@ def test_broken_lines_are_named_and_the_rest_goes_on(line, reason):
     assert re.search(reason, broken[0].reason)
 
 
-def test_alpha_in_every_form():
-    assert resolve_alpha(None, NAMES, DEFAULT) == (1.0, 2.0)
-    assert resolve_alpha(0.5, NAMES, DEFAULT) == (0.5, 0.5)
-    assert resolve_alpha([3, 4], NAMES, DEFAULT) == (3.0, 4.0)
-    assert resolve_alpha({"code": -1}, NAMES, DEFAULT) == (1.0, -1.0)
+@pytest.mark.parametrize(("said", "alphas"), tiny.SPELLINGS, ids=repr)
+def test_alpha_in_every_form(said, alphas):
+    (item,), broken = read(json.dumps({"prompt": "p", "id": 1, **said}), names=("a", "b"), default=(1.0, 0.4))
+    assert list(item.alphas) == alphas
+    assert item.extra == {"id": 1}, "alphas are no fields of the user's"
+    assert not broken
+
+
+@pytest.mark.parametrize(("said", "message"), tiny.MISSPELLINGS, ids=repr)
+def test_a_misspelt_alpha_breaks_its_line(said, message):
+    items, (broken,) = read(json.dumps({"prompt": "p", **said}), names=("a", "b"), default=(1.0, 0.4))
+    assert not items
+    assert re.search(message, broken.reason)
+
+
+def test_an_infinite_alpha_is_refused():
     with pytest.raises(AlphaError):
-        resolve_alpha({"code": float("inf")}, NAMES, DEFAULT)
+        resolve_alpha({"code": float("inf")}, ["chat", "code"], [1.0, 2.0])
 
 
 # -- writing --------------------------------------------------------------------------------------------------

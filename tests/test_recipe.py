@@ -25,6 +25,7 @@ from transformers import (
 import tiny
 from oracle import Oracle, assert_same_tokens
 from proxytune import (
+    AlphaError,
     Member,
     MemberError,
     ProxyTuneConfig,
@@ -214,6 +215,13 @@ def test_saving_in_place_changes_nothing(own_shelf, logits):
 def test_the_alpha_given_at_load_is_saved(shelf, tmp_path):
     ProxyTunedForCausalLM.from_pretrained(shelf / "recipe", alpha=0.25).save_pretrained(tmp_path)
     assert load_recipe(tmp_path).alphas == [0.25]
+
+
+def test_an_alpha_by_name_at_load(shelf):
+    model = AutoModelForCausalLM.from_pretrained(shelf / "recipe", **{"alpha.expert": 0.25})
+    assert model.config.alphas == [0.25]
+    with pytest.raises(AlphaError, match="no expert is called 'math'"):
+        ProxyTunedForCausalLM.from_pretrained(shelf / "recipe", **{"alpha.math": 0.25})
 
 
 def test_members_in_memory_are_saved(trio, tokenizer, tmp_path, logits):

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from proxytune.config import ProxyTuneConfig
+from proxytune.config import ProxyTuneConfig, resolve_alpha, take_alpha
 from proxytune.errors import ProxyTuneError
-from proxytune.generation import Answer, resolve_alpha, shown_alpha
+from proxytune.generation import Answer, shown_alpha
 
 __all__ = ["Broken", "Item", "Output", "fingerprint", "read_items", "result"]
 
@@ -57,7 +57,8 @@ def read_items(
     """Read ``{"prompt": ..., "alpha": ..., ...}`` lines; blank lines are skipped, broken ones are returned.
 
     Args:
-        names: the recipe's experts. default: their alphas, where a line gives none.
+        names: the recipe's experts, whose alphas may stand under ``"alpha.NAME"`` too.
+        default: their alphas, where a line gives none.
     """
     items, broken = [], []
     for line, raw in enumerate(lines, start=1):
@@ -87,8 +88,8 @@ def _item(line: int, text: str, names: Sequence[str], default: Sequence[float]) 
         raise ProxyTuneError("the prompt has half a surrogate pair, which is no character")
     if taken := [name for name in RESULT_FIELDS if name in value]:
         raise ProxyTuneError(f"its field {taken[0]!r} is one of the result's own; rename it")
-    alphas = resolve_alpha(value.get("alpha"), names, default)
-    return Item(line, value["prompt"], alphas, {k: v for k, v in value.items() if k not in ("prompt", "alpha")})
+    prompt, alpha = value.pop("prompt"), take_alpha(value, names, value.pop("alpha", None))
+    return Item(line, prompt, resolve_alpha(alpha, names, default), extra=value)
 
 
 def _no_constant(name: str) -> None:

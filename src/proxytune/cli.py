@@ -490,7 +490,8 @@ def generate(
     answered, and the exit status is 2.
     """
     from proxytune.batch import Item, Output, fingerprint, json_line, read_items, result
-    from proxytune.generation import Printer, answer, batches, encode, resolve_alpha
+    from proxytune.config import resolve_alpha
+    from proxytune.generation import Printer, answer, batches, encode
     from proxytune.recipe import load_recipe
 
     if bool(prompts) == (input_ is not None):
@@ -608,7 +609,7 @@ def chat(
     have prompts of their own. While talking, /alpha 0.5 changes the strength, /reset forgets, /help lists more.
     """
     from proxytune.chat import Conversation
-    from proxytune.generation import resolve_alpha
+    from proxytune.config import resolve_alpha
     from proxytune.recipe import load_recipe
 
     sampling = _sampling(
@@ -645,7 +646,7 @@ def chat(
 
 def take_turn(conversation: Conversation, line: str, names: Sequence[str]) -> None:
     """Do what one line of a conversation asks for."""
-    from proxytune.generation import resolve_alpha
+    from proxytune.config import resolve_alpha
 
     command, *rest = line.split()
     if command == "/alpha":

@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 import os
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,10 +27,11 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from proxytune.errors import AlphaError, RecipeError
 
-__all__ = ["Expert", "Member", "Prompt", "ProxyTuneConfig", "finite_alpha"]
+__all__ = ["Expert", "Member", "Prompt", "ProxyTuneConfig", "finite_alpha", "resolve_alpha", "take_alpha"]
 
 PROMPT_KINDS = ("raw", "chat", "template")
 LARGEST_ALPHA = 3.4e38
+NAMED = "alpha."  # what an expert's name follows in a call
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 
 
@@ -171,6 +172,63 @@ def finite_alpha(alpha: Any, what: str = "alpha") -> float:
     return float(alpha)
 
 
+def resolve_alpha(alpha: Any, names: Sequence[str], default: Sequence[float]) -> tuple[float, ...]:
+    """One alpha an expert, in order, from a number, a list in order, a mapping by name, or None for ``default``.
+
+    Raises:
+        AlphaError: for a value that is not finite, an unknown name, or a list of the wrong length.
+    """
+    if alpha is None:
+        return tuple(default)
+    if isinstance(alpha, Mapping):
+        _refuse_unknown(alpha, names)
+        alpha = [alpha.get(name, value) for name, value in zip(names, default)]
+    elif isinstance(alpha, (list, tuple)):
+        _refuse_length(alpha, names)
+    else:
+        return (finite_alpha(alpha),) * len(names)
+    return tuple(finite_alpha(value, f"alpha of expert {name!r}") for name, value in zip(names, alpha))
+
+
+def take_alpha(arguments: dict[str, Any], names: Sequence[str], alpha: Any = None) -> Any:
+    """The alpha of a call that may say ``"alpha.NAME"`` too: some callers can send scalars and flat lists alone.
+
+    Args:
+        arguments: the call's others; ``"alpha.NAME"`` are taken out of it.
+        names: the experts' names, in the recipe's order.
+        alpha: what the call says for all experts, or None. An expert's own goes before it.
+
+    Returns:
+        ``alpha`` as it is where no name is said, otherwise a mapping by name.
+
+    Raises:
+        AlphaError: for an unknown name, a list of the wrong length, or a tensor beside names.
+    """
+    named = {key.removeprefix(NAMED): arguments.pop(key) for key in list(arguments) if key.startswith(NAMED)}
+    if not named:
+        return alpha
+    _refuse_unknown(named, names)
+    if alpha is None or isinstance(alpha, Mapping):
+        return {**(alpha or {}), **named}
+    if isinstance(alpha, (list, tuple)):
+        _refuse_length(alpha, names)
+        return {**dict(zip(names, alpha)), **named}
+    if isinstance(alpha, (int, float)):
+        return {**dict.fromkeys(names, alpha), **named}
+    raise AlphaError(f"beside {NAMED + next(iter(named))!r}, alpha must be a number, a list in order or a mapping")
+
+
+def _refuse_unknown(given: Mapping[Any, Any], names: Sequence[str]) -> None:
+    for name in given:
+        if name not in names:
+            raise AlphaError(f"no expert is called {name!r}; the recipe has {', '.join(names)}")
+
+
+def _refuse_length(given: Sequence[Any], names: Sequence[str]) -> None:
+    if len(given) != len(names):
+        raise AlphaError(f"{len(given)} alphas for {len(names)} experts ({', '.join(names)})")
+
+
 class ProxyTuneConfig(PreTrainedConfig):
     """A recipe as a transformers config.
 
@@ -277,23 +335,9 @@ class ProxyTuneConfig(PreTrainedConfig):
     def with_alpha(self, alpha: Mapping[str, float] | list[float] | tuple[float, ...] | float) -> ProxyTuneConfig:
         """A copy with other alphas: a number for all experts, a list in order, or a mapping by name."""
         experts = self.expert_list
-        names = [expert.name for expert in experts]
-        if isinstance(alpha, Mapping):
-            if unknown := set(alpha) - set(names):
-                raise AlphaError(f"no expert is called {sorted(unknown)[0]!r}; the recipe has {', '.join(names)}")
-            values = [alpha.get(expert.name, expert.alpha) for expert in experts]
-        elif isinstance(alpha, (list, tuple)):
-            if len(alpha) != len(experts):
-                raise AlphaError(f"{len(alpha)} alphas for {len(experts)} experts ({', '.join(names)})")
-            values = list(alpha)
-        else:
-            values = [alpha] * len(experts)
-        changed = [
-            replace(expert, alpha=finite_alpha(value, f"alpha of expert {expert.name!r}"))
-            for expert, value in zip(experts, values)
-        ]
+        values = resolve_alpha(alpha, [expert.name for expert in experts], self.alphas)
         copied = self.with_members(lambda _, member: member)
-        copied.experts = [expert.to_json() for expert in changed]
+        copied.experts = [replace(expert, alpha=value).to_json() for expert, value in zip(experts, values)]
         return copied
 
 

@@ -28,8 +28,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from proxytune.config import finite_alpha
-from proxytune.errors import AlphaError, PromptError, ProxyTuneError
+from proxytune.errors import PromptError, ProxyTuneError
 from proxytune.prompts import left_pad
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ __all__ = [
     "Sampling",
     "answer",
     "encode",
-    "resolve_alpha",
     "shown_alpha",
 ]
 
@@ -124,28 +122,6 @@ class Answer:
 
 
 # -- alpha ----------------------------------------------------------------------------------------------------
-def resolve_alpha(alpha: Any, names: Sequence[str], default: Sequence[float]) -> tuple[float, ...]:
-    """One alpha an expert, in order, from a number, a list in order, a mapping by name, or None for ``default``.
-
-    Raises:
-        AlphaError: for a value that is not finite, an unknown name, or a list of the wrong length.
-    """
-    if alpha is None:
-        return tuple(default)
-    if isinstance(alpha, Mapping):
-        for name in alpha:
-            if name not in names:
-                raise AlphaError(f"no expert is called {name!r}; the recipe has {', '.join(names)}")
-        return tuple(
-            finite_alpha(alpha.get(name, value), f"alpha of expert {name!r}") for name, value in zip(names, default)
-        )
-    if isinstance(alpha, (list, tuple)):
-        if len(alpha) != len(names):
-            raise AlphaError(f"{len(alpha)} alphas for {len(names)} experts ({', '.join(names)})")
-        return tuple(finite_alpha(value, f"alpha of expert {name!r}") for name, value in zip(names, alpha))
-    return (finite_alpha(alpha),) * len(names)
-
-
 def shown_alpha(alphas: Sequence[float], names: Sequence[str]) -> float | dict[str, float]:
     """The JSON form: a number where there is one expert, otherwise an object by name."""
     return alphas[0] if len(names) == 1 else dict(zip(names, alphas))

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig
+from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig, take_alpha
 from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError
 from proxytune.members import Lane, Loading, load_config, load_lanes, load_tokenizer, refuse_unfit
 from proxytune.mixing import alpha_tensor, mix
@@ -161,6 +161,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             },
         )
         self.experts = config.expert_list
+        self.expert_names = [expert.name for expert in self.experts]
         # member name -> (lane, block of rows in it)
         self.seats = {
             name: (lane, block)
@@ -239,7 +240,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: made by an earlier call, or by :meth:`new_cache`.
             logits_to_keep: how many of the last positions to compute, 0 for all.
             labels: shape = (n_batch, n_columns); the loss is transformers' causal LM loss on the mixed logits.
-            alpha: see :func:`proxytune.mixing.alpha_tensor`; the recipe's by default.
+            alpha: as in :meth:`generate`; the recipe's by default.
             member_input_ids: member name -> its own prompt, shape = (n_batch, its width), left-padded.
             member_attention_mask: member name -> mask of that shape; all ones by default.
             prompt_length: how many columns of the whole outer sequence are prompt; needed with own prompts.
@@ -253,6 +254,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             PromptError: own prompts without a boundary. AlphaError: see ``alpha``.
         """
+        alpha = take_alpha(kwargs, self.expert_names, alpha)
         self._refuse(kwargs)
         if speculate not in (None, "auto", False):
             raise ProxyTuneError(
@@ -366,7 +368,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         return alpha_tensor(
             alpha,
             default=[expert.alpha for expert in self.experts],  # the config would be parsed again at every token
-            names=[expert.name for expert in self.experts],
+            names=self.expert_names,
             n_batch=n_batch,
         )
 
@@ -471,7 +473,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         """transformers' ``generate``, with every option of its own, steered.
 
         Args:
-            alpha: see :func:`proxytune.mixing.alpha_tensor`: a number, one a row, one an expert, or by name.
+            alpha: see :func:`proxytune.mixing.alpha_tensor`: a number, one a row, one an expert, or by name. An
+                argument called ``"alpha.NAME"`` sets one expert's, as in the requests that servers take.
             member_input_ids: member name -> its own prompt: a list of lists of ids, or a left-padded tensor of
                 shape (n_batch, its width). By default made from the text of ``input_ids``, by the recipe.
             member_attention_mask: member name -> the mask of such a tensor.
@@ -487,6 +490,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             raise ProxyTuneError(
                 f"cache_implementation={implementation!r} is not available for several members; use 'dynamic'"
             )
+        alpha = take_alpha(kwargs, self.expert_names, alpha)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None:
             if input_ids.dim() != 2 or input_ids.shape[1] == 0:
@@ -679,7 +683,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         """Load a recipe: a directory, a hub id, or ``"demo"``.
 
         Args:
-            alpha: in place of the recipe's: a number, a list in its order, or a mapping by name.
+            alpha: in place of the recipe's: a number, a list in its order, or a mapping by name; ``"alpha.NAME"``
+                sets one expert's.
             dtype, device_map, quantization_config, attn_implementation: for members whose entry leaves it open.
             member_trust_remote_code: run code that a *member's* repository brings. ``trust_remote_code``, which
                 lets a recipe be loaded without importing proxytune first, does not reach the members.
@@ -696,6 +701,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         if not isinstance(config, ProxyTuneConfig):
             config = load_recipe(pretrained_model_name_or_path, **hub)
         config = read_from(config, hub.get("subfolder"), hub.get("revision"))
+        alpha = take_alpha(kwargs, [expert.name for expert in config.expert_list], alpha)
         if alpha is not None:
             config = config.with_alpha(alpha)
         model = cls._load(config, {}, None, {}, kwargs)

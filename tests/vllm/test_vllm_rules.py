@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import tiny
-from proxytune.errors import ProxyTuneError
+from proxytune.errors import AlphaError, ProxyTuneError
 from proxytune.vllm import check_version, hooks
-from proxytune.vllm.alpha import join, split
+from proxytune.vllm.alpha import join, requested, split
 from served import expert, wide
 
 
@@ -119,6 +119,21 @@ def test_the_command_and_its_draft(shelf):
     adapted = [expert("e", "qwen2-anti", "qwen2-anti", adapter="../lora-draft")]
     with pytest.raises(MemberError, match="is an adapter"):
         serve_command(load_recipe(shelf.recipe("of-adapted", experts=adapted)), draft="e")
+
+
+# -- alpha ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("said", "alphas"), tiny.SPELLINGS, ids=repr)
+def test_spellings_that_every_engine_takes(said, alphas):
+    assert requested(said, ["a", "b"], [1.0, 0.4]) == alphas
+    assert requested({"other": 1, **said}, ["a", "b"], [1.0, 0.4]) == alphas
+
+
+@pytest.mark.parametrize(("said", "message"), tiny.MISSPELLINGS, ids=repr)
+def test_misspellings_are_refused(said, message):
+    with pytest.raises(AlphaError, match=message):
+        requested(said, ["a", "b"], [1.0, 0.4])
 
 
 # -- versions and interfaces ----------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ A request says ``extra_args`` (``vllm_xargs`` in the OpenAI API), which hold sca
     {"alpha": 0.5}                   for all experts
     {"alpha": [0.5, 1.0]}            one an expert, in the recipe's order
     {"alpha.math": 0.5}              for one expert by name; others keep the recipe's, or what "alpha" says
+
+The transformers engine takes the same (:func:`proxytune.config.take_alpha`).
 """
 
 from __future__ import annotations
@@ -15,12 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxytune.config import finite_alpha
-from proxytune.errors import AlphaError
+from proxytune.config import resolve_alpha, take_alpha
 
 __all__ = ["PIECES", "join", "requested", "split"]
 
-KEY = "alpha"
 PIECES = 3  # three bfloat16 of 8 bits each hold a float32's 24 exactly
 
 
@@ -35,20 +35,9 @@ def requested(extra_args: Mapping[str, Any] | None, names: Sequence[str], defaul
     Raises:
         AlphaError: for a value that is not finite, a list of another length, or an unknown name.
     """
-    alphas = list(default)
-    for key, value in sorted((extra_args or {}).items()):  # "alpha" before "alpha.NAME", which is more particular
-        if key == KEY and isinstance(value, (list, tuple)):
-            if len(value) != len(names):
-                raise AlphaError(f"{len(value)} alphas for {len(names)} experts ({', '.join(names)})")
-            alphas = [finite_alpha(one, f"alpha of expert {name!r}") for name, one in zip(names, value)]
-        elif key == KEY:
-            alphas = [finite_alpha(value)] * len(names)
-        elif key.startswith(f"{KEY}."):
-            name = key.removeprefix(f"{KEY}.")
-            if name not in names:
-                raise AlphaError(f"no expert is called {name!r}; the recipe has {', '.join(names)}")
-            alphas[names.index(name)] = finite_alpha(value, f"alpha of expert {name!r}")
-    return alphas
+    others = dict(extra_args or {})
+    alpha = take_alpha(others, names, others.pop("alpha", None))
+    return list(resolve_alpha(alpha, names, default))
 
 
 def split(alpha: Tensor, dtype: torch.dtype) -> Tensor:
