@@ -235,8 +235,8 @@ def tune(plan: Plan, seed: int, model: Any, tokenizer: Any, out: Path) -> None:
     settings = LoraConfig(r=plan.rank, lora_alpha=2 * plan.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted: Any = get_peft_model(model, settings)
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    # The line is ended before the text is: right after "#### n" M gives the end token so little (1e-7) that tokens which
-    # M gives more, and of which M- knows nothing, would come before it in the mixture.
+    # The line is ended before the text is: right after "#### n" M gives the end token so little (1e-7) that tokens
+    # which M gives more, and of which M- knows nothing, would come before it in the mixture.
     examples = [
         (tokenizer(problem.prompt).input_ids, [*tokenizer(f"{problem.completion}\n").input_ids, tokenizer.eos_token_id])
         for problem in make_problems("train", plan.tune_problems, seed=2000 + seed)

@@ -170,7 +170,9 @@ class _Answered(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
         texts = self.tokenizer.batch_decode(input_ids[:, self.n_prompt :])
-        return torch.tensor([re.search(r"^####.*\n+.", text, re.MULTILINE) is not None for text in texts], device=input_ids.device)
+        return torch.tensor(
+            [re.search(r"^####.*\n+.", text, re.MULTILINE) is not None for text in texts], device=input_ids.device
+        )
 
 
 def measure(
