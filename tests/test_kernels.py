@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from oracle import Oracle, assert_same_tokens
 from proxytune import MemberError, ProxyTunedForCausalLM
-from proxytune.kernels import PackedLinear, pack
+from proxytune.kernels import PackedLinear, QuickHead, pack
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 ROWS = [[1, 40, 77, 102, 9, 33, 250, 61], [1, 88, 15], [1, 7, 300, 41, 12]]
@@ -50,8 +50,8 @@ def test_a_packed_recipe_with_shared_lora_is_saved_with_its_weights(shelf, tmp_p
     model, plain = load(shelf, pack=True), load(shelf)
     ids = torch.tensor([ROWS[0]])
     torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4)
-    assert model.costs.draft.fixed == plain.costs.draft.fixed, "packing changes no size"
-    assert model.costs.draft.of(2) < plain.costs.draft.of(2)
+    assert model.costs.base.fixed == plain.costs.base.fixed, "packing changes no size"
+    assert model.costs.base.of(2) < plain.costs.base.of(2)
     model.save_pretrained(tmp_path / "bundle", bundle=True)
     again = ProxyTunedForCausalLM.from_pretrained(tmp_path / "bundle")
     torch.testing.assert_close(again(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4)
@@ -78,3 +78,39 @@ def test_what_cannot_be_packed_is_refused_before_anything_is_changed():
 def test_from_pretrained_packs(shelf):
     model = AutoModelForCausalLM.from_pretrained(shelf / "recipe", pack=True)
     assert all(lane.packed for lane in model.lanes)
+
+
+# -- a quick head -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("n_vocab", "width"), [(384, 32), (385, 17), (31, 7), (3, 5), (1000, 96)])
+@pytest.mark.parametrize("rows", [1, 5])
+@torch.inference_mode()
+def test_a_quick_head_is_nearly_right(n_vocab, width, rows):
+    linear = nn.Linear(width, n_vocab, bias=rows == 5)
+    linear.weight[0] = 0  # no scale to divide by
+    head = QuickHead.of(PackedLinear(linear))
+    x = torch.randn(rows, 2, width)
+    guess, exact = head(x), linear(x)
+    assert guess.dtype == torch.float32
+    assert guess.shape == exact.shape
+    assert 0 < (guess - exact).abs().max() < 0.05 * exact.abs().max()
+    assert head.rounded.nbytes < 0.25 * 4 * (n_vocab + 32) * (width + 32)
+
+
+def test_only_the_drafting_lane_has_a_quick_head_and_only_in_float32():
+    def lanes(dtype, **config):
+        small = [tiny.qwen2("small", seed).to(dtype) for seed in (2, 3)]
+        base = tiny.gemma3("base", 1, **config).to(dtype)
+        return tiny.compose(Oracle(base, [("e", *small, 1.0)]), pack=True)
+
+    model = lanes(torch.float32)
+    assert [lane.quick_head is not None for lane in model.lanes] == [index == model.drafting.lane for index in range(3)]
+    assert QuickHead.of(nn.Linear(8, 8)) is None
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert all(lane.quick_head is None for lane in lanes(torch.bfloat16).lanes)
+
+
+def test_a_member_that_caps_its_logits_keeps_its_own_head():
+    capped = [tiny.gemma3("small", seed, final_logit_softcapping=5.0) for seed in (2, 3)]
+    model = tiny.compose(Oracle(tiny.llama("base", 1), [("e", *capped, 1.0)]), pack=True)
+    assert model.lanes[model.drafting.lane].packed
+    assert all(lane.quick_head is None for lane in model.lanes)

@@ -73,6 +73,21 @@ def test_what_is_read_is_what_the_loaded_lanes_read(lora_recipe):
     assert plan.weight_bytes["base"] == sum(p.nbytes for p in model.base.parameters())
 
 
+def test_packing_is_counted(lora_recipe):
+    """A copy of a tied head, and the quick head of the lane that drafts."""
+    plan = plan_recipe(load_recipe(lora_recipe), bench.MemberOptions(pack=True), device="cpu")
+    model = ProxyTunedForCausalLM.from_pretrained(lora_recipe, pack=True)
+    drafting = model.lanes[model.drafting.lane]
+    quick = sum(tensor.nbytes for tensor in drafting.quick_head.buffers())
+    n_vocab, width = drafting.quick_head.out_features, drafting.quick_head.in_features
+    assert plan.lanes[model.drafting.lane].quick_head_bytes == n_vocab * width
+    assert n_vocab * width < quick <= (n_vocab + 31) * (width + 31) + 2 * (n_vocab + 31), "with scales and padding"
+    packed = sum(bench._bytes(bench._tensors(module)) for lane in model.lanes for module in lane.model.modules())
+    assert plan.weight_bytes["shared"] - n_vocab * width == pytest.approx(packed, rel=0.02)
+    assert model.costs.draft.fixed < ProxyTunedForCausalLM.from_pretrained(lora_recipe).costs.draft.fixed
+    assert len(model.costs.others) == 1, "its own head reads the drafts once a cycle"
+
+
 def test_tied_embeddings_are_read_and_others_are_not(tmp_path):
     sizes = {}
     for tied in (True, False):

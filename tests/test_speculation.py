@@ -396,15 +396,64 @@ def test_the_end_of_the_context_is_not_overrun():
         assert_same_tokens(tokens, oracle.greedy(row, len(tokens)))
 
 
+# -- drafts of a head that is not quite right ---------------------------------------------------------------------
+def with_a_poor_quick_head(model, noise=25):
+    """Its drafts are no longer those that the lane's own head would choose."""
+    quick = model.lanes[model.drafting.lane].quick_head
+    generator = torch.Generator().manual_seed(7)
+    shift = torch.randint(-noise, noise + 1, quick.rounded.shape, generator=generator)
+    quick.rounded.copy_((quick.rounded.int() + shift).clamp(-127, 127).to(torch.int8))
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt2"])
+def test_greedy_tokens_do_not_depend_on_the_quick_head(family):
+    answers = [family_oracle(family).greedy(row, N_NEW) for row in ROWS]
+    model = with_a_poor_quick_head(tiny.compose(family_oracle(family), pack=True))
+    for tokens, answer in zip(new_tokens(model, speculate=3), answers):
+        assert_same_tokens(tokens, answer)
+    assert partly(model.speculation_stats)
+    for row, answer in zip(ROWS, answers):
+        for speculate in (3, "auto"):
+            assert_same_tokens(new_tokens(model, [row], speculate=speculate)[0], answer)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.4])
+def test_lora_experts_are_drafted_for_with_a_quick_head(shelf, alpha):
+    from test_lora import load, oracle_of
+
+    oracle, model = oracle_of(shelf), load(shelf, pack=True)
+    lane = model.lanes[model.drafting.lane]
+    seen = []
+    hook = lane.quick_head.register_forward_hook(lambda _m, given, _o: seen.append(given[0].shape))
+    for row, tokens in zip(ROWS, new_tokens(model, alpha=alpha, speculate=3)):
+        assert_same_tokens(tokens, oracle.greedy(row, N_NEW, alpha=[alpha]))
+    hook.remove()
+    assert set(seen) == {(len(ROWS), 1, 16)}, "M- and M+ are mixed before the head, not after it"
+    drafted = model.speculation_stats
+    lane.quick_head = None
+    new_tokens(model, alpha=alpha, speculate=3)
+    assert abs(model.speculation_stats.acceptance - drafted.acceptance) < 0.1, "its guesses are nearly as good"
+
+
+def test_samples_of_a_poor_quick_head_have_the_mixtures_distribution(alike):
+    oracle, _ = alike
+    model = with_a_poor_quick_head(tiny.compose(copy.deepcopy(oracle), pack=True))
+    value, degrees = statistic(oracle, model, 100_000, speculate=2)
+    assert partly(model.speculation_stats)
+    assert value < degrees + 4 * (2 * degrees) ** 0.5, "4 standard deviations of chi-square"
+
+
 # -- how many drafts, and from where -----------------------------------------------------------------------------
 def test_lookup_copies_what_followed_before():
     lookup = Lookup([5, 6, 7, 8, 9, 5, 6, 7])
     assert lookup.find(2) == [8, 9]
-    assert lookup.find(10) == [8, 9, 5, 6, 7]
+    assert lookup.find(10) == [8, 9, 5, 6, 7, 8, 9, 5, 6, 7], "the copy goes on with itself"
     lookup.tokens += [1, 2]
     assert lookup.find(3) == []
     lookup.tokens += [8, 9]
     assert lookup.find(1) == [5], "two tokens are enough"
+    assert Lookup([4, 7, 7, 7, 7]).find(4) == [7, 7, 7, 7]
     assert Lookup([]).find(3) == Lookup([4]).find(3) == []
 
 

@@ -484,8 +484,9 @@ def _own_prompts(model: ProxyTunedForCausalLM, ids: Tensor) -> dict[str, Any]:
 
 def _held(subject: Subject, arm: str, device: torch.device) -> Callable[[Sequence[Any]], int]:
     """A function that says, after the run and given its caches, the bytes that the arm held at most."""
-    modules = subject.model(arm).modules()
-    weights = _bytes(tensor for module in modules for tensor in _tensors(module))
+    model = subject.model(arm)
+    parts = [lane.model for lane in _lanes(model)] if arm == "plain_loop" else [model]  # no quick head for drafts there
+    weights = _bytes(tensor for part in parts for module in part.modules() for tensor in _tensors(module))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         others = torch.cuda.memory_allocated(device)

@@ -47,6 +47,7 @@ class MemberReport:
         parameters: of its weights and its adapter.
         weight_bytes: in memory, of what it does not share with a member above it.
         read_bytes: of its weights that a forward reads, shared or not: all but input embeddings that are no head.
+        head_bytes: of its output head.
         adapter_bytes: of an adapter that is kept apart, because other members use the weights without it.
         layers: decoder layers.
         kv_bytes_per_token: of cache, where it is not computed together with a member above it; None if unknown.
@@ -63,6 +64,7 @@ class MemberReport:
     parameters: int
     weight_bytes: int
     read_bytes: int
+    head_bytes: int
     adapter_bytes: int
     layers: int
     kv_bytes_per_token: int | None
@@ -238,6 +240,8 @@ def _count(
             continue
         dtype = _dtype(config, name, one, loading)
         n_weights, n_bytes = _weigh(model, one, loading, dtype, name, notes)
+        n_head, tied = _head(model)
+        copied = n_head * dtype.itemsize if loading.pack and tied else 0  # a packed head is none of the embeddings
         n_adapter, kept, place = 0, False, None
         if member.adapter is not None:
             try:
@@ -258,8 +262,9 @@ def _count(
                 architecture=type(model).__name__,
                 dtype=str(dtype).removeprefix("torch."),
                 parameters=n_weights + n_adapter,
-                weight_bytes=(0 if shares else n_bytes) + adapter_bytes,
+                weight_bytes=(0 if shares else n_bytes + copied) + adapter_bytes,
                 read_bytes=n_bytes - _idle_parameters(model) * dtype.itemsize,
+                head_bytes=n_head * dtype.itemsize,
                 adapter_bytes=adapter_bytes,
                 layers=int(getattr(one.text, "num_hidden_layers", 0)),
                 kv_bytes_per_token=0 if seat in seats else _kv_bytes(model, dtype),
@@ -349,6 +354,13 @@ def _idle_parameters(model: PreTrainedModel) -> int:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     weight = getattr(embedding, "weight", None)
     return 0 if weight is None or weight is getattr(head, "weight", None) else int(weight.numel())
+
+
+def _head(model: PreTrainedModel) -> tuple[int, bool]:
+    """The parameters of a model's output head, and whether they are its input embeddings too."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    tied = weight is not None and weight is getattr(model.get_input_embeddings(), "weight", None)
+    return (0 if weight is None else int(weight.numel())), tied
 
 
 def _bits(quantization: Mapping[str, Any]) -> int | None:

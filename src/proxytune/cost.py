@@ -23,6 +23,8 @@ LAYER_BYTES = {"cpu": 8e6, "cuda": 2e8}
 ROW_SHARE = {"cpu": 0.03, "cuda": 0.004}
 # PyTorch's CPU `linear` lays weights out anew in each call with more than one row (see kernels.py).
 UNPACKED_CPU = 1.6
+# What the quick head of a drafting lane reads, of its own float32 head's bytes (kernels.QuickHead).
+QUICK_HEAD = 0.25
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Costs:
 
     Attributes:
         base: the lane that holds the base. draft: the lane that drafts, with ``draft_seats`` members in it.
-        others: the remaining lanes, each with its number of seats.
+        others: the remaining lanes, each with its number of seats; and the drafting lane's own head, where a quick one
+            chooses the drafts.
         overhead: what one cycle costs beyond the forwards: mixing, choosing, bookkeeping.
     """
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from proxytune.config import Member, Prompt, ProxyTuneConfig, Source
 from proxytune.errors import MemberError, first_line
-from proxytune.kernels import PackedLinear, pack
+from proxytune.kernels import PackedLinear, QuickHead, pack
 
 __all__ = [
     "Lane",
@@ -80,6 +80,7 @@ class Lane(nn.Module):
         self.source = source  # None for a model that was given in memory
         self.packed = any(isinstance(module, PackedLinear) for module in model.modules())
         self.read_bytes = _bytes_read(model)
+        self.quick_head: QuickHead | None = None
         self.blocks = RowBlocks()
         if len({seat.adapter for seat in seats}) > 1:
             _swap_in_row_lora(model, self.blocks)
@@ -96,6 +97,27 @@ class Lane(nn.Module):
         """Lay the weights out for fast inference on a CPU; see :func:`proxytune.kernels.pack`."""
         pack(self.model)
         self.packed = True
+
+    def prepare_drafts(self) -> None:
+        """Make a quick head for drafting, where the weights are packed and the logits are the head's very output."""
+        head = self.model.get_output_embeddings()
+        if isinstance(head, PackedLinear) and _ends_with_its_head(self.model):
+            self.quick_head = QuickHead.of(head)
+
+    @property
+    def head_bytes(self) -> int:
+        """Of the head, where it is packed; else 0."""
+        head = self.model.get_output_embeddings()
+        return head.packed.numel() * head.packed.dtype.itemsize if isinstance(head, PackedLinear) else 0
+
+    def hidden(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        """The last hidden states of the stacked rows, (n_seats * n_batch, n_columns, n_hidden), for :meth:`head`."""
+        with self.blocks.of(self.seats, input_ids.shape[0] // len(self.seats)):
+            return cast(Tensor, self.model.base_model(input_ids=input_ids, **inputs).last_hidden_state)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """The logits of hidden states, as :meth:`forward` gives them; for lanes with a quick head."""
+        return cast(Tensor, self.model.get_output_embeddings()(hidden))
 
     def forward(self, input_ids: Tensor, *, logits_to_keep: int | Tensor, **inputs: Any) -> Tensor:
         """Logits of the stacked rows, shape = (n_seats * n_batch, n_kept, n_vocab), in the model's dtype."""
@@ -150,7 +172,8 @@ class RowLoRA(nn.Module):
         for adapter, rows in self.blocks.rows:
             if adapter in layer.lora_A:
                 down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-                delta = up(down(layer.lora_dropout[adapter](x[rows].to(down.weight.dtype))))
+                taken = x[rows].to(down.weight.dtype)
+                delta = up(down(layer.lora_dropout[adapter](taken) if layer.training else taken))
             elif adapter in layer.lora_embedding_A:  # x are ids; A and B are kept transposed
                 down, up = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
                 delta = layer._embed(x[rows], down.T) @ up.T
@@ -158,7 +181,7 @@ class RowLoRA(nn.Module):
                     delta = delta * scale.to(delta.dtype)
             else:
                 continue
-            y[rows] += (delta * layer.scaling[adapter]).to(y.dtype)
+            y[rows].add_(delta.to(y.dtype), alpha=layer.scaling[adapter])
         return y  # type: ignore[no-any-return]
 
 
@@ -169,6 +192,16 @@ def _swap_in_row_lora(model: nn.Module, blocks: RowBlocks) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, BaseTunerLayer) and not isinstance(parent, RowLoRA):
                 setattr(parent, name, RowLoRA(child, blocks))
+
+
+@torch.no_grad()
+def _ends_with_its_head(model: Any) -> bool:
+    """Whether the logits are what the head gives: some families scale or cap them, or norm what the head reads."""
+    if model.base_model is model:
+        return False
+    ids = torch.tensor([[0, 1]], device=model.device)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return torch.equal(model.get_output_embeddings()(hidden), model(input_ids=ids, use_cache=False).logits)
 
 
 def _bytes_read(model: nn.Module) -> int:

@@ -174,6 +174,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         # A lane reads prompts of its own as soon as one of its seats does: its rows must stay aligned.
         self.own_prompts = [any(seat.prompt.kind != "raw" for seat in lane.seats) for lane in lanes]
         self.drafting = choose_drafting(self)
+        if self.drafting is not None:
+            lanes[self.drafting.lane].prepare_drafts()
         self.costs = costs_of(self)
         self.speculate = parse_speculate(speculate)
         self.speculation_stats = SpeculationStats()  # of the last greedy or sampling call of generate()

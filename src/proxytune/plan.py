@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -26,10 +26,10 @@ from transformers import DynamicCache
 from proxytune.bench import MemberOptions, Subject, now, run_arm
 from proxytune.check import MemberReport, count_recipe
 from proxytune.config import Expert, ProxyTuneConfig
-from proxytune.cost import ROW_SHARE, UNPACKED_CPU, Cost, Costs, cost_of_weights
+from proxytune.cost import QUICK_HEAD, ROW_SHARE, UNPACKED_CPU, Cost, Costs, cost_of_weights
 from proxytune.errors import ProxyTuneError
 from proxytune.members import Loading, group_by_weights
-from proxytune.speculation import costs_by_role
+from proxytune.speculation import choose_drafting, costs_by_role
 
 __all__ = [
     "Compared",
@@ -59,7 +59,9 @@ class LaneShape:
 
     Attributes:
         members: who is computed with it, in ``n_seats`` blocks of rows.
+        weight_bytes: of its members, with the quick head that packing gives to a float32 lane which drafts.
         read_bytes: of weights that a forward reads, adapters included.
+        quick_head_bytes: of that quick head, 0 where there is none; see :class:`proxytune.kernels.QuickHead`.
         kv_bytes_per_token: of cache for all seats, None if unknown.
     """
 
@@ -70,6 +72,7 @@ class LaneShape:
     weight_bytes: int
     read_bytes: int
     kv_bytes_per_token: int | None
+    quick_head_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -177,16 +180,18 @@ def plan_recipe(
         MemberError, RecipeError: for a member whose config cannot be read.
     """
     options = options or MemberOptions()
-    loading = Loading(dtype=options.dtype, trust_remote_code=trust_remote_code)
+    loading = Loading(dtype=options.dtype, pack=options.pack, trust_remote_code=trust_remote_code)
     members, notes = count_recipe(config, loading)
     lanes, shape = _lanes(config, members, loading)
     apart, _ = count_recipe(config, replace(loading, share=False))
 
-    def cost(n_bytes: int, dtype: str) -> Cost:
+    def cost(n_bytes: float, dtype: str) -> Cost:
         return cost_of_weights(n_bytes, 0, device, packed=options.pack or dtype != "float32")
 
-    lane_costs = [cost(lane.read_bytes, lane.dtype) for lane in lanes]
-    steered = costs_by_role(shape, lane_costs)
+    saved = [lane.quick_head_bytes * (1 / QUICK_HEAD - 1) for lane in lanes]
+    lane_costs = [cost(lane.read_bytes - less, lane.dtype) for lane, less in zip(lanes, saved)]
+    heads = [cost(lane.quick_head_bytes / QUICK_HEAD, lane.dtype) for lane in lanes if lane.quick_head_bytes]
+    steered = costs_by_role(shape, lane_costs, *heads)
     naive = [cost(one.read_bytes, one.dtype) for one in members]
     costs = {
         n_batch: RecipeCosts(naive[0].of(n_batch), sum(each.of(n_batch) for each in naive), steered)
@@ -228,7 +233,13 @@ def _lanes(
             )
         )
     rivals = [_Seats(lane.read_bytes, ("",) * lane.n_seats) for lane in lanes]
-    return lanes, _Shape(rivals, seats, config.expert_list)
+    shape = _Shape(rivals, seats, config.expert_list)
+    if loading.pack and (drafting := choose_drafting(cast(Any, shape))) is not None:
+        lane = lanes[drafting.lane]
+        if lane.dtype == "float32":
+            quick = int(QUICK_HEAD * reports[lane.members[0]].head_bytes)
+            lanes[drafting.lane] = replace(lane, weight_bytes=lane.weight_bytes + quick, quick_head_bytes=quick)
+    return lanes, shape
 
 
 def predict(costs: Mapping[int, RecipeCosts], acceptances: Sequence[float], *, timed: bool) -> list[Prediction]:
@@ -268,7 +279,7 @@ def _plan(
         {
             "base": members[0].weight_bytes,
             "naive": sum(one.weight_bytes for one in apart),
-            "shared": sum(one.weight_bytes for one in members),
+            "shared": sum(lane.weight_bytes for lane in lanes),
         },
         {
             "base": members[0].kv_bytes_per_token,
@@ -287,10 +298,14 @@ def _sum(sizes: Sequence[int | None]) -> int | None:
 # -- from a probe ---------------------------------------------------------------------------------------------
 @dataclass
 class _Timed:
-    """A lane that is timed: its forwards' seconds by (rows of the batch, columns)."""
+    """A lane that is timed: its forwards' seconds by (rows of the batch, columns).
+
+    ``part``: all of it; a step of drafting, which ends in the quick head; or its own head alone.
+    """
 
     lane: Any
     n_seats: int
+    part: Literal["all", "draft", "head"] = "all"
     caches: dict[int, DynamicCache] = field(default_factory=dict)
     seconds: dict[tuple[int, int], list[float]] = field(default_factory=dict)
 
@@ -309,7 +324,13 @@ class _Timed:
         return torch.randint(0, self.lane.config.vocab_size, (n_rows, n_columns), device=self.lane.device)
 
     def _forward(self, ids: Tensor, cache: DynamicCache) -> None:
-        self.lane(ids, past_key_values=cache, use_cache=True, logits_to_keep=0)
+        if self.part == "all":
+            self.lane(ids, past_key_values=cache, use_cache=True, logits_to_keep=0)
+        elif self.part == "draft":
+            hidden = self.lane.hidden(ids, past_key_values=cache, use_cache=True)
+            self.lane.quick_head(hidden[: len(ids) // self.n_seats])
+        else:
+            self.lane.head(torch.zeros(*ids.shape, self.lane.quick_head.in_features))
 
     def cost(self, n_batch: int) -> Cost:
         """The line through the forwards of a batch, seconds over rows; one row alone is taken as it was measured."""
@@ -349,7 +370,10 @@ def probe(subject: Subject, batches: Sequence[int]) -> dict[int, RecipeCosts]:
         ]
         for n_batch in batches
     }
-    points = [(timed, n_batch, columns) for n_batch in batches for columns in COLUMNS for timed in lanes.values()]
+    quick = next((lane for lane in _lanes_of(default) if lane.quick_head is not None), None)
+    apart = [] if quick is None else [_Timed(quick, len(quick.seats), "draft"), _Timed(quick, len(quick.seats), "head")]
+    every = [*lanes.values(), *apart]
+    points = [(timed, n_batch, columns) for n_batch in batches for columns in COLUMNS for timed in every]
     begin, rounds = time.perf_counter(), 0
     while rounds < 3 or time.perf_counter() - begin < PROBE_SECONDS:
         for timed, n_batch, columns in points:
@@ -364,7 +388,11 @@ def probe(subject: Subject, batches: Sequence[int]) -> dict[int, RecipeCosts]:
     found = {}
     for n_batch in batches:
         base, plain, drafted = made[n_batch]
-        steered = costs_by_role(default, [lanes[id(lane)].cost(n_batch) for lane in _lanes_of(default)])
+        step_and_head = [timed.cost(n_batch) for timed in apart]
+        lane_costs = [
+            step_and_head[0] if lane is quick else lanes[id(lane)].cost(n_batch) for lane in _lanes_of(default)
+        ]
+        steered = costs_by_role(default, lane_costs, *step_and_head[1:])
         overhead = plain.step() - steered.cycle(0, 0.0, n_batch)
         cycle_overhead = overhead
         if steered.draft is not None and drafted.cycles:

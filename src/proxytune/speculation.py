@@ -24,7 +24,7 @@ from transformers import generation
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from proxytune.cost import MAX_DRAFTS, Cost, Costs, cost_of_weights
+from proxytune.cost import MAX_DRAFTS, QUICK_HEAD, Cost, Costs, cost_of_weights
 from proxytune.errors import ProxyTuneError
 from proxytune.mixing import mix
 
@@ -184,21 +184,33 @@ def choose_drafting(model: ProxyTunedForCausalLM) -> Drafting | None:
 
 def costs_of(model: ProxyTunedForCausalLM) -> Costs:
     """What the lanes cost, from their sizes; see :func:`proxytune.cost.cost_of_weights`."""
-    costs = []
+    costs, head = [], None
     for lane in cast(Sequence[Any], model.lanes):
         fast = lane.packed or lane.model.dtype != torch.float32
         layers = getattr(lane.config, "num_hidden_layers", 1)
-        costs.append(cost_of_weights(lane.read_bytes, layers, lane.device.type, packed=fast))
-    return costs_by_role(model, costs)
+        n_bytes = lane.read_bytes
+        if lane.quick_head is not None:
+            head = cost_of_weights(lane.head_bytes, 0, lane.device.type)
+            n_bytes -= (1 - QUICK_HEAD) * lane.head_bytes
+        costs.append(cost_of_weights(n_bytes, layers, lane.device.type, packed=fast))
+    return costs_by_role(model, costs, head)
 
 
-def costs_by_role(model: Any, lane_costs: Sequence[Cost]) -> Costs:
-    """The lanes' costs in their roles: ``model`` is one, or what stands for its lanes, seats and experts."""
+def costs_by_role(model: Any, lane_costs: Sequence[Cost], head: Cost | None = None) -> Costs:
+    """The lanes' costs in their roles.
+
+    Args:
+        model: one, or what stands for its lanes, seats and experts.
+        lane_costs: of each lane; the drafting one's with its quick head, where it has one.
+        head: of that lane's own head, which then reads all drafts once a cycle.
+    """
     base = model.seats["base"][0]
     drafting = choose_drafting(model)
     n_seats = [len(lane.seats) for lane in model.lanes]
     draft = None if drafting is None else drafting.lane
     others = [(lane_costs[at], n_seats[at]) for at in range(len(n_seats)) if at not in (base, draft)]
+    if head is not None and draft is not None:
+        others.append((head, n_seats[draft]))
     return Costs(
         lane_costs[base],
         None if draft is None else lane_costs[draft],
@@ -325,7 +337,7 @@ class Lookup:
     indexed: int = 0
 
     def find(self, most: int) -> list[int]:
-        """Up to ``most`` tokens that may come next."""
+        """``most`` tokens that may come next, or none. A copy that reaches the end of the text goes on with itself."""
         tokens = self.tokens
         for end in range(self.indexed + 1, len(tokens)):  # the n-gram that ends the text is no place to copy from
             for size in self.sizes:
@@ -334,7 +346,7 @@ class Lookup:
         self.indexed = max(self.indexed, len(tokens) - 1)
         for size in self.sizes:
             if (end := self.ends.get(tuple(tokens[-size:]), 0)) and len(tokens) > size:
-                return tokens[end : end + most]
+                return [tokens[end + at % (len(tokens) - end)] for at in range(most)]
         return []
 
 
@@ -374,24 +386,26 @@ class LaneRun:
         self.mask = None if mask is None else mask.to(self.lane.device)
         self.pending = 0  # columns read since the last `keep`
 
-    def read(self, ids: Tensor) -> Tensor:
-        """Read the next tokens, shape = (n_batch, k); the logits after each, (n_rows, k, n_vocab of the lane)."""
+    def read(self, ids: Tensor, hidden: bool = False) -> Tensor:
+        """Read the next tokens, shape = (n_batch, k); the logits after each, (n_rows, k, n_vocab of the lane).
+
+        ``hidden``: instead of the logits the hidden states that the lane's head makes them of.
+        """
         k = ids.shape[1]
         ids = ids if self.clamp is None else ids.clamp(max=self.clamp)
         position = self.position + self.pending
         n_columns = self.n_read + self.pending + k
         if self.mask is not None and self.mask.shape[1] < n_columns:  # what comes is never padding
             self.mask = torch.nn.functional.pad(self.mask, (0, GROWTH), value=1)
-        logits: Tensor = self.lane(
-            (ids.repeat(self.n_seats, 1) if self.n_seats > 1 else ids).to(self.lane.device),
-            attention_mask=None if self.mask is None else self.mask[:, :n_columns],
-            position_ids=torch.minimum(position + self.steps[:k], self.last_position),
-            past_key_values=self.view,
-            use_cache=True,
-            logits_to_keep=0,
-        )
+        rows = (ids.repeat(self.n_seats, 1) if self.n_seats > 1 else ids).to(self.lane.device)
+        inputs = {
+            "attention_mask": None if self.mask is None else self.mask[:, :n_columns],
+            "position_ids": torch.minimum(position + self.steps[:k], self.last_position),
+            "past_key_values": self.view,
+            "use_cache": True,
+        }
         self.pending += k
-        return logits
+        return cast(Tensor, self.lane.hidden(rows, **inputs) if hidden else self.lane(rows, **inputs, logits_to_keep=0))
 
     def keep(self, kept: Sequence[int]) -> None:
         """Of what was read since the last call keep each batch row's first ``kept`` columns, and forget the rest."""
@@ -643,12 +657,15 @@ class _Decoding:
             return Draft(copied, looked_up=True)
 
         run = self.runs[self.drafting.lane]
+        # A quick head chooses the drafts; the lane's own head then reads all of their hidden states at once.
+        quick = run.lane.quick_head
+        logits_of = run.lane.head if quick is not None else lambda logits: logits
         draft = Draft(none, confidences=[[] for _ in growing])
-        logits, distributions, chances = [], [], [1.0] * len(growing)
+        outputs, distributions, chances = [], [], [1.0] * len(growing)
         newest = last
         while True:
-            logits.append(run.read(newest))
-            q = self.process(self._guess(logits[-1]), offset=draft.tokens.shape[1]).softmax(dim=-1)
+            outputs.append(run.read(newest, hidden=quick is not None))
+            q = self.process(self._guess(outputs[-1], quick), offset=draft.tokens.shape[1]).softmax(dim=-1)
             newest = torch.multinomial(q[:, 0], num_samples=1) if self.sampling else q.argmax(dim=-1)
             if self.pace.fixed is None:
                 sure = q[:, 0].gather(1, newest).squeeze(1).tolist()
@@ -656,7 +673,7 @@ class _Decoding:
                     draft.confidences[at].append(sure[row])
                     chances[at] *= self.pace.chance(sure[row])
                 if draft.tokens.shape[1] == 0 and not self.pace.first(chances):
-                    return Draft(none, logits=logits[0])
+                    return Draft(none, logits=logits_of(outputs[0]))
             draft.tokens = torch.cat([draft.tokens, newest], dim=1)
             if self.sampling:
                 distributions.append(q)
@@ -664,28 +681,30 @@ class _Decoding:
             n_drafts = draft.tokens.shape[1]
             if n_drafts == room or not self.pace.another(n_drafts, chances):
                 break
-        draft.logits = torch.cat(logits, dim=1)
+        draft.logits = logits_of(torch.cat(outputs, dim=1))
         if self.sampling:
             draft.q = torch.cat(distributions, dim=1)
         return draft
 
-    def _guess(self, logits: Tensor) -> Tensor:
-        """The drafting lane's guess at the mixture, (n_batch, 1, n_vocab of the base); see `choose_drafting`."""
+    def _guess(self, output: Tensor, quick: Any) -> Tensor:
+        """The drafting lane's guess at the mixture, (n_batch, 1, n_vocab of the base); see `choose_drafting`.
+
+        ``output`` are its logits, or hidden states that ``quick`` is a head for: a head is linear, so that these are
+        mixed in the same way.
+        """
         assert self.drafting is not None
-        blocks = logits.to(self.ids.device).split(self.n_batch)
+        blocks = output.split(self.n_batch)
 
         def block(at: int | None) -> Tensor | None:
             return None if at is None else blocks[at]
 
         shifts = self.drafting.shifts
-        base = blocks[self.drafting.stand_in]
-        scores = mix(
-            base,
+        mixed = mix(
+            blocks[self.drafting.stand_in],
             [(block(expert), block(anti)) for _, expert, anti in shifts],
             self.alpha[:, [column for column, _, _ in shifts]],
-            vocab_size=min(self.model.shared_vocab, base.shape[-1]),
         )
-        # Negative where the lane has more ids than the base: they are cut.
+        scores = (mixed if quick is None else quick(mixed)).to(self.ids.device)[..., : self.model.shared_vocab]
         missing = cast(int, self.model.config.vocab_size) - scores.shape[-1]
         return torch.nn.functional.pad(scores, (0, missing), value=-torch.inf) if missing else scores
 
