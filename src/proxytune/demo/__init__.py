@@ -2,7 +2,6 @@
 
 problems.py  the task: short math word problems with train, dev and test templates, and a strict scorer
 assets.py    what is shipped (int8 layers, a LoRA adapter), and how it becomes models in a cache
-score.py     intervals and paired tests
 run.py       the six arms, side by side and counted
 """
 

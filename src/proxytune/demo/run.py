@@ -34,10 +34,10 @@ from transformers.utils import logging as transformers_logging
 
 from proxytune.demo.assets import materialize
 from proxytune.demo.problems import FEW_SHOT, Problem, Split, is_correct, is_exact, make_problems
-from proxytune.demo.score import mcnemar, wilson
 from proxytune.errors import ProxyTuneError
 from proxytune.kernels import pack
 from proxytune.modeling import ProxyTunedForCausalLM
+from proxytune.statistics import mcnemar, wilson
 
 __all__ = ["ARMS", "Arms", "DemoResult", "run_demo"]
 

@@ -1,0 +1,143 @@
+"""How far counts and means can be trusted: Wilson's interval, exact McNemar, paired bootstrap, gap closed.
+
+Pure functions of numbers; whatever is drawn at random is drawn from a seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Gap", "Interval", "bootstrap", "compare", "gap_closed", "interval", "mcnemar", "paired_bootstrap", "wilson"]
+
+DRAWS = 10_000
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean in [0, 1] with its 95 % interval, and the name of the method."""
+
+    value: float
+    low: float
+    high: float
+    method: str
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Gap closed with its 95 % interval; None where the tuned model is not clearly apart from the base."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % score interval of a proportion, as two numbers in [0, 1]."""
+    if total == 0:
+        return 0.0, 1.0
+    share, weight = correct / total, z * z / total
+    middle = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * math.sqrt(share * (1 - share) / total + weight / (4 * total))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
+    """The paired two-sided exact test of two arms on the same problems.
+
+    Returns:
+        problems that only the first solved, problems that only the second solved, and the p-value.
+    """
+    won = sum(a and not b for a, b in zip(first, second, strict=True))
+    lost = sum(b and not a for a, b in zip(first, second, strict=True))
+    tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
+    return won, lost, min(1.0, 2 * tail / 2 ** (won + lost))
+
+
+def interval(examples: Sequence[float], seed: int = 0) -> Interval:
+    """The mean of one arm's examples: Wilson's interval where each is 0 or 1, otherwise the bootstrap's."""
+    if not examples:
+        return Interval(0.0, 0.0, 1.0, "none")
+    mean = float(np.mean(examples))
+    if zero_or_one(examples):
+        return Interval(mean, *wilson(round(sum(examples)), len(examples)), "Wilson")
+    return Interval(mean, *bootstrap(examples, seed), "bootstrap")
+
+
+def bootstrap(examples: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean, over examples drawn anew with replacement."""
+    (means,) = _resampled_means([examples], seed)
+    return _percentiles(means)
+
+
+def paired_bootstrap(first: Sequence[float], second: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """Two arms on the same examples: the 95 % interval of the mean difference, and a two-sided p-value.
+
+    p is twice the share of draws on the far side of 0, never below 2 / (draws + 1).
+    """
+    if list(first) == list(second):
+        return 0.0, 0.0, 1.0
+    means, others = _resampled_means([first, second], seed)
+    difference = means - others
+    far = min(int((difference <= 0).sum()), int((difference >= 0).sum()))
+    return *_percentiles(difference), min(1.0, 2 * (far + 1) / (DRAWS + 1))
+
+
+def compare(first: Sequence[float], second: Sequence[float], seed: int = 0) -> tuple[float, str]:
+    """The two-sided p-value of a difference, and the test: exact McNemar where all examples are 0 or 1."""
+    if zero_or_one(first) and zero_or_one(second):
+        return mcnemar([bool(v) for v in first], [bool(v) for v in second])[2], "exact McNemar"
+    return paired_bootstrap(first, second, seed)[2], "paired bootstrap"
+
+
+def gap_closed(base: Sequence[float], steered: Sequence[float], tuned: Sequence[float], seed: int = 0) -> Gap:
+    """(steered - base) / (tuned - base) of the means, with a paired 95 % bootstrap interval (2401.08565, section 4).
+
+    The ratio means nothing where tuned and base are equal, so there the value is None; and there is no interval
+    where more than 2.5 % of the draws put the tuned model on the other side of the base.
+    """
+    apart = float(np.mean(tuned) - np.mean(base)) if len(base) else 0.0
+    if apart == 0:
+        return Gap(None, None, None)
+    value = float(np.mean(steered) - np.mean(base)) / apart
+    bases, steereds, tuneds = _resampled_means([base, steered, tuned], seed)
+    gaps = tuneds - bases
+    same_side = gaps * apart > 0
+    if same_side.mean() < 0.975:
+        return Gap(value, None, None)
+    low, high = _percentiles(((steereds - bases)[same_side]) / gaps[same_side])
+    return Gap(value, low, high)
+
+
+def zero_or_one(examples: Sequence[float]) -> bool:
+    """Whether every example was either right or wrong."""
+    return all(value in (0, 1) for value in examples)
+
+
+def _resampled_means(arms: Sequence[Sequence[float]], seed: int) -> list[Floats]:
+    """The means of each arm over the same draws of examples: one array (n_draws,) an arm."""
+    values = [np.asarray(arm, dtype=np.float64) for arm in arms]
+    n = len(values[0])
+    if any(len(each) != n for each in values):
+        raise ValueError("paired arms must have the same examples")
+    rng = np.random.default_rng(seed)
+    means: list[list[Floats]] = [[] for _ in values]
+    for draws in _chunks(DRAWS, max(1, 4_000_000 // max(n, 1))):  # a draw takes 8 bytes an example
+        chosen = rng.integers(0, n, size=(draws, n))
+        for each, found in zip(values, means):
+            found.append(each[chosen].mean(axis=1))
+    return [np.concatenate(found) for found in means]
+
+
+def _chunks(total: int, size: int) -> list[int]:
+    return [min(size, total - at) for at in range(0, total, size)]
+
+
+def _percentiles(values: Floats) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
