@@ -70,13 +70,17 @@ def batch_of(tokenizer, texts=TEXTS):
         (Prompt(), lambda text, t: t(text)["input_ids"]),
         (Prompt("chat"), lambda text, t: chat_ids(text, t, system=None, prefix="")),
         (CHAT, chat_ids),
+        (
+            Prompt("chat", user_prefix="Complete: "),
+            lambda text, t: chat_ids(f"Complete: {text}", t, system=None, prefix=""),
+        ),
         (TEMPLATE, template_ids),
         (
             Prompt("template", template="<{prompt}>", response_prefix=" Answer:"),
             lambda text, t: t(f"<{text.removesuffix('Answer:').rstrip()}> Answer:")["input_ids"],
         ),
     ],
-    ids=["raw", "chat", "chat with system and prefix", "template", "template with prefix"],
+    ids=["raw", "chat", "chat with system and prefix", "chat with user prefix", "template", "template with prefix"],
 )
 def test_rendering(text, prompt, expected, tokenizer):
     assert render(prompt, tokenizer, text) == expected(text, tokenizer)
@@ -389,6 +393,7 @@ def test_member_input_ids_where_nobody_wants_them_are_refused(trio):
         ("raw", Prompt()),
         ("chat", Prompt("chat")),
         ("Q: {prompt}", Prompt("template", template="Q: {prompt}")),
+        ({"kind": "chat", "user_prefix": "U: "}, Prompt("chat", user_prefix="U: ")),
         ({"kind": "chat", "system": "s", "response_prefix": "A:"}, Prompt("chat", system="s", response_prefix="A:")),
     ],
     ids=repr,
@@ -409,6 +414,7 @@ def test_prompts_are_parsed_and_written(value, prompt):
         ("{prompt} and {prompt}", "exactly once"),
         ({"system": "s"}, "a `system` prompt needs the prompt kind `chat`"),
         ({"response_prefix": "A:"}, "a `response_prefix` needs"),
+        ({"user_prefix": "A:"}, "a `user_prefix` needs the prompt kind `chat`"),
         ({"kind": "chat", "sistem": "s"}, "a prompt has an unknown field 'sistem'; known are kind, system"),
     ],
     ids=repr,

@@ -40,7 +40,8 @@ class Prompt:
     """What one member is shown in place of the raw prompt; the continuation is shared by all members.
 
     - ``raw``: the very ids that the caller gave.
-    - ``chat``: the member's own chat template around ``system`` and the prompt as the user's turn.
+    - ``chat``: the member's own chat template around ``system`` and the prompt as the user's turn, which begins with
+      ``user_prefix`` (the paper's chat models read ``Complete the following: `` before a ToxiGen prompt).
     - ``template``: any text with one ``{prompt}`` in it.
 
     ``response_prefix`` is put where the answer begins; where the raw prompt ends with it, it is moved there
@@ -51,6 +52,7 @@ class Prompt:
     system: str | None = None
     response_prefix: str = ""
     template: str | None = None
+    user_prefix: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in PROMPT_KINDS:
@@ -61,6 +63,8 @@ class Prompt:
             raise RecipeError(f"the prompt template {self.template!r} must contain {{prompt}} exactly once")
         if self.system is not None and self.kind != "chat":
             raise RecipeError("a `system` prompt needs the prompt kind `chat`")
+        if self.user_prefix and self.kind != "chat":
+            raise RecipeError("a `user_prefix` needs the prompt kind `chat`")
         if self.response_prefix and self.kind == "raw":
             raise RecipeError("a `response_prefix` needs the prompt kind `chat` or `template`")
 

@@ -182,53 +182,64 @@ def with_room(model: ProxyTunedForCausalLM, ids: list[int], own: dict[str, list[
 
 # -- generation -----------------------------------------------------------------------------------------------
 def answer(
-    model: ProxyTunedForCausalLM,
+    model: Any,
     tokenizer: Any,
     prompts: Sequence[Encoded],
-    alphas: Sequence[Sequence[float]],
+    alphas: Sequence[Sequence[float]] | None,
     *,
     max_new_tokens: int,
     sampling: Sampling,
-    rows: Sequence[int] | None = None,
+    rows: Sequence[int | str] | None = None,
     streamer: BaseStreamer | None = None,
     stopped: Callable[[], bool] | None = None,
     past_key_values: Any = None,
     stop_strings: Sequence[str] = (),
+    processors: Sequence[LogitsProcessor] = (),
+    criteria: Sequence[StoppingCriteria] = (),
+    speculate: Any = None,
 ) -> list[Answer]:
     """Answer a batch of prompts.
 
     Args:
-        alphas: one tuple a prompt, one value an expert.
+        model: a recipe's composite, or any transformers model, which has no alphas and shows all members one prompt.
+        alphas: one tuple a prompt, one value an expert; None for a model that is no composite.
         rows: what each row's random numbers are drawn from, together with the seed; its place by default.
         streamer: is given the tokens of a single prompt as they come.
         stopped: asked after every token; True ends all rows.
         past_key_values: a cache of the first columns of a single prompt.
         stop_strings: end a single prompt's answer; they are part of it.
+        processors, criteria: more of transformers' own, before the choice of a token and after it.
+        speculate: see ``generate``; by default what the model was loaded with.
     """
     rows = range(len(prompts)) if rows is None else rows
     ids, mask = left_pad([prompt.ids for prompt in prompts])  # (n_batch, n_columns)
     limits = [max_new_tokens if p.room is None else min(max_new_tokens, p.room) for p in prompts]
     config = plain_generation_config(model, max(limits))
-    processors = LogitsProcessorList()
+    processors = LogitsProcessorList(processors)
     if not sampling.greedy:
         processors.append(RowSampler(sampling, rows))
-    own = {name: [prompt.own[name] for prompt in prompts] for name in prompts[0].own}
     limit_rows = RowLimit(ids.shape[1], limits, stopped)
-    criteria = StoppingCriteriaList()
+    criteria = StoppingCriteriaList(criteria)
     if stopped is not None or len(set(limits)) > 1:  # what looks at a whole batch keeps it from being drafted for
         criteria.append(limit_rows)
+    steering: dict[str, Any] = {}
+    if alphas is not None:
+        own = {name: [prompt.own[name] for prompt in prompts] for name in prompts[0].own}
+        steering = {
+            "alpha": torch.tensor([list(row) for row in alphas], dtype=torch.float32),
+            "member_input_ids": own or None,
+            "speculate": speculate if sampling.greedy else False,  # a row's generator must be asked once a token
+        }
     with torch.inference_mode():
         sequences = model.generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=config,
-            alpha=torch.tensor([list(row) for row in alphas], dtype=torch.float32),
-            member_input_ids=own or None,
             logits_processor=processors,
             stopping_criteria=criteria,
-            speculate=None if sampling.greedy else False,  # a row's generator must be asked once a token
             streamer=streamer,
             past_key_values=past_key_values,
+            **steering,
             **({"stop_strings": list(stop_strings), "tokenizer": tokenizer} if stop_strings else {}),
         )
     ends = config.eos_token_id if isinstance(config.eos_token_id, (list, tuple)) else [config.eos_token_id]
@@ -252,7 +263,7 @@ def _cut(
     return Answer(new_text(tokenizer, prompt, tokens), tokens, finish)
 
 
-def plain_generation_config(model: ProxyTunedForCausalLM, max_new_tokens: int) -> GenerationConfig:
+def plain_generation_config(model: Any, max_new_tokens: int) -> GenerationConfig:
     """The recipe's generation config with the choice of tokens left to :class:`Sampling`."""
     config = copy.deepcopy(model.generation_config)
     for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"):
@@ -273,7 +284,7 @@ class RowSampler(LogitsProcessor):
     With exponential draws e, ``argmax p / e`` is a sample from p; so these are scores for a greedy choice.
     """
 
-    def __init__(self, sampling: Sampling, rows: Sequence[int]) -> None:
+    def __init__(self, sampling: Sampling, rows: Sequence[int | str]) -> None:
         self.warpers = sampling.warpers()
         self.generators = [torch.Generator().manual_seed(row_seed(sampling.seed, row)) for row in rows]
 
@@ -284,7 +295,7 @@ class RowSampler(LogitsProcessor):
         return p / torch.stack(draws).to(p.device)
 
 
-def row_seed(seed: int, row: int) -> int:
+def row_seed(seed: int, row: int | str) -> int:
     """A seed for one row: neighbours must not get related streams, so it is hashed."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{row}".encode()).digest()[:8], "big") >> 1
 

@@ -33,6 +33,7 @@ __all__ = [
     "load_adapter_config",
     "load_config",
     "load_lanes",
+    "load_member",
     "load_model",
     "load_tokenizer",
     "loading_of",
@@ -118,6 +119,16 @@ class Lane(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """The logits of hidden states, as :meth:`forward` gives them; for lanes with a quick head."""
         return cast(Tensor, self.model.get_output_embeddings()(hidden))
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[Any]:
+        """The lane's model as member ``name`` by itself, on all rows, for calls of its own ``generate``."""
+        adapter = next(seat.adapter for seat in self.seats if name in seat.names)
+        self.blocks.rows = [] if adapter is None else [(adapter, slice(None))]
+        try:
+            yield self.model
+        finally:
+            self.blocks.rows = None
 
     def forward(self, input_ids: Tensor, *, logits_to_keep: int | Tensor, **inputs: Any) -> Tensor:
         """Logits of the stacked rows, shape = (n_seats * n_batch, n_kept, n_vocab), in the model's dtype."""
@@ -255,6 +266,14 @@ def load_lanes(config: ProxyTuneConfig, loading: Loading, given: Mapping[str, An
         for lane in lanes:
             lane.pack()
     return lanes
+
+
+def load_member(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> Lane:
+    """Load one member alone, its adapter merged where that can be done."""
+    lane = _loaded_lane(config, [(name, member)], loading)
+    if loading.pack:
+        lane.pack()
+    return lane
 
 
 def group_by_weights(

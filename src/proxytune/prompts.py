@@ -78,7 +78,7 @@ def render(prompt: Prompt, tokenizer: Any, text: str) -> list[int]:
     if not tokenizer.chat_template:
         raise PromptError("a member's prompt is `chat`, but its tokenizer has no chat template; use a `template`")
     messages = [{"role": "system", "content": prompt.system}] if prompt.system is not None else []
-    messages.append({"role": "user", "content": body})
+    messages.append({"role": "user", "content": prompt.user_prefix + body})
     try:
         shown = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a chat template is a program, and raises what it likes

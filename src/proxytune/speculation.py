@@ -600,7 +600,7 @@ class _Decoding:
         if self.n_batch == 1:
             return None
         for each in (*self.processors, *self.criteria):
-            if type(each) not in ROW_BY_ROW:
+            if type(each) not in ROW_BY_ROW and not getattr(each, "row_by_row", False):  # a class of ours says so
                 return f"{type(each).__name__} must see the rows of a batch side by side"
         if self.streamer is not None:
             return "a streamer takes the rows of a batch side by side"
