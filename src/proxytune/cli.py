@@ -1,4 +1,4 @@
-"""The command line: ``proxytune new``, ``train``, ``check``, ``generate``, ``chat``, ``serve``, ``demo`` and more.
+"""The command line: ``proxytune new``, ``train``, ``check``, ``generate``, ``chat``, ``serve``, ``demo``, ``eval`` and more.
 
 Thin on purpose: each command reads its options, calls the module that does the work, and shows what comes back.
 Results go to stdout, everything else to stderr. What was raised on purpose is told in one sentence, with status 2.
@@ -744,6 +744,256 @@ def demo(
     from proxytune.demo import run_demo
 
     run_demo(problems, seed, json_file)
+
+
+# -- eval and sweep -------------------------------------------------------------------------------------------
+Tasks = Annotated[
+    str,
+    typer.Option(
+        "--tasks", "-t", metavar="NAME,...", help="What is evaluated; see docs/evaluation.md.", show_default=False
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="DIR",
+        help="Predictions and results; a run that is there is carried on. By default eval-RECIPE or sweep-RECIPE.",
+        show_default=False,
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        envvar="PROXYTUNE_DATA",
+        help="A file or a folder in place of the hub.",
+        rich_help_panel="Data",
+        show_default=False,
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="So many examples of each task, drawn by --seed; all by default.",
+        rich_help_panel="Data",
+        show_default=False,
+    ),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        help="Samples a problem, in tasks that sample; 20 as in the paper by default.",
+        rich_help_panel="Data",
+        show_default=False,
+    ),
+]
+EvalSeed = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Of the examples drawn and of sampling.", rich_help_panel="Data")
+]
+EvalBatch = Annotated[
+    int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Rows at once.", rich_help_panel="Speed")
+]
+
+
+def _tasks_dir(wanted: bool) -> None:
+    if wanted:
+        from proxytune.evaluation import TASK_DIR
+
+        typer.echo(TASK_DIR)
+        raise typer.Exit
+
+
+@app.command("eval")
+def evaluate(
+    recipe: Recipe,
+    tasks: Tasks,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="base, anti_expert, expert, proxy_tuned, tuned, base_few_shot, mean_logits; all but tuned by default.",
+            show_default=False,
+        ),
+    ] = None,
+    tuned: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A directly tuned model, for the gap closed.", show_default=False),
+    ] = None,
+    alpha: Alpha = None,
+    out: Out = None,
+    json_file: JsonFile = None,
+    data: Data = None,
+    limit: Limit = None,
+    samples: Samples = None,
+    seed: EvalSeed = 0,
+    batch_size: EvalBatch = 8,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: TrustRemoteCode = False,
+    speculate: Speculate = "auto",
+    pack: Pack = False,
+    tasks_dir: Annotated[
+        bool,
+        typer.Option(
+            "--tasks-dir",
+            callback=_tasks_dir,
+            is_eager=True,
+            help="Print where the tasks lie, for `lm_eval --include_path`, and leave.",
+        ),
+    ] = False,
+) -> None:
+    """Evaluate a recipe: base, experts alone, proxy-tuned and controls on the same prompts.
+
+    Each prediction is written as it comes to DIR/TASK/ARM.jsonl, and what is there is not made again: a killed run goes
+    on where it was, and arms and tasks can be added. DIR gets results.json, results.md, results.png and results.svg
+    with intervals, paired tests, the gap closed and examples a second; the tables are printed.
+    """
+    from proxytune.evaluation.run import evaluate as run
+    from proxytune.evaluation.run import results_table
+
+    config, settings = _evaluation(
+        recipe,
+        tasks,
+        arms,
+        tuned,
+        alpha,
+        data,
+        limit,
+        samples,
+        seed,
+        batch_size,
+        dtype,
+        device_map,
+        trust_remote_code,
+        speculate,
+        pack,
+    )
+    with _share_bar() as bar:
+        results = run(config, settings, out or _out("eval", recipe), progress=_counted(bar), note=say)
+    typer.echo(results_table(results), nl=False)
+    if json_file is not None:
+        json_file.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+
+
+@app.command()
+def sweep(
+    recipe: Recipe,
+    tasks: Tasks,
+    alpha: Annotated[
+        str,
+        typer.Option(
+            "--alpha", "-a", metavar="[NAME=]START:STOP:STEP", help="The alphas, or A,B,...; of one expert, or of all."
+        ),
+    ] = "0:2:0.25",
+    out: Out = None,
+    json_file: JsonFile = None,
+    data: Data = None,
+    limit: Limit = None,
+    samples: Samples = None,
+    seed: EvalSeed = 0,
+    batch_size: EvalBatch = 8,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: TrustRemoteCode = False,
+    pack: Pack = False,
+) -> None:
+    """Evaluate a recipe at several alphas: a table and a plot of the curve, with intervals.
+
+    Each prompt is read once for all alphas. Predictions go to DIR/TASK/alpha=A.jsonl, and a killed run goes on where
+    it was; alphas can be added.
+    """
+    from proxytune.evaluation.run import alpha_range, sweep_table
+    from proxytune.evaluation.run import sweep as run
+
+    expert, values = alpha_range(alpha)
+    config, settings = _evaluation(
+        recipe,
+        tasks,
+        None,
+        None,
+        None,
+        data,
+        limit,
+        samples,
+        seed,
+        batch_size,
+        dtype,
+        device_map,
+        trust_remote_code,
+        "off",
+        pack,
+    )
+    with _share_bar() as bar:
+        results = run(
+            config, settings, values, out or _out("sweep", recipe), expert=expert, progress=_counted(bar), note=say
+        )
+    typer.echo(sweep_table(results), nl=False)
+    if json_file is not None:
+        json_file.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+
+
+def _evaluation(
+    recipe: str,
+    tasks: str,
+    arms: str | None,
+    tuned: str | None,
+    alpha: Sequence[str] | None,
+    data: str | None,
+    limit: int | None,
+    samples: int | None,
+    seed: int,
+    batch_size: int,
+    dtype: str | None,
+    device_map: str | None,
+    trust_remote_code: bool,
+    speculate: str,
+    pack: bool,
+) -> tuple[ProxyTuneConfig, Any]:
+    """What ``eval`` and ``sweep`` evaluate: the recipe, and the settings as the run takes them."""
+    from proxytune.compose import device_map as parsed
+    from proxytune.evaluation import EVAL_TASKS, check_tasks
+    from proxytune.generation import Sampling, resolve_alpha
+    from proxytune.recipe import load_recipe
+
+    names = check_tasks(_parts(tasks), EVAL_TASKS)
+    try:
+        from proxytune.evaluation.run import Settings
+    except ImportError as error:
+        raise ProxyTuneError(f"evaluating needs {error.name}: pip install 'proxytune[eval]'") from error
+    config = load_recipe(recipe)
+    experts = [expert.name for expert in config.expert_list]
+    settings = Settings(
+        names,
+        arms=None if arms is None else _parts(arms),
+        tuned=tuned,
+        limit=limit,
+        samples=samples,
+        seed=seed,
+        batch_size=batch_size,
+        alphas=resolve_alpha(parse_alpha(alpha), experts, config.alphas),
+        data=data,
+        dtype=_dtype(dtype),
+        device_map=parsed(device_map),
+        trust_remote_code=trust_remote_code,
+        pack=pack,
+        speculate=_drafts(speculate, Sampling()),
+    )
+    return config, settings
+
+
+def _out(command: str, recipe: str) -> Path:
+    """Where a run goes by default."""
+    return Path(f"{command}-{Path(recipe.rstrip('/')).name or 'recipe'}")
+
+
+def _counted(bar: Any) -> Any:
+    return lambda said, done, total: bar(f"{said} {done}/{total}", done / max(total, 1))
 
 
 # -- bench ----------------------------------------------------------------------------------------------------

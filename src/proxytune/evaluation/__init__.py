@@ -4,6 +4,10 @@ records.py   prediction lines, as this package and the public proxy-tuning repos
 scoring.py   one scorer a task, pure functions of text
 sandbox.py   runs generated code under limits
 judges.py    models that judge answers
+tasks/       the tasks as lm-evaluation-harness's YAML, and the loading of their data
+arms.py      who answers: the base, the experts alone, the mixture, the controls
+run.py       an evaluation and an alpha sweep: plan, predictions, scores, comparison
+plots.py     their figures
 """
 
 from __future__ import annotations
@@ -11,11 +15,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from proxytune.errors import ProxyTuneError
 
-__all__ = ["TASKS", "check_tasks", "score"]
+__all__ = ["EVAL_TASKS", "TASKS", "TASK_DIR", "check_tasks", "evaluate", "score", "sweep"]
 
 TASKS = (
     "alpacafarm",
@@ -29,7 +34,10 @@ TASKS = (
     "truthfulqa_mc",
     "truthfulqa_open",
 )
-_HOME = {"score": "scoring"}
+# Ours besides: the demo's own problems, and two that are scored by likelihoods.
+EVAL_TASKS = (*TASKS, "demo_math", "mbpp_likelihood", "truthfulqa_mc1")
+TASK_DIR = Path(__file__).parent / "tasks"
+_HOME = {"evaluate": "run", "score": "scoring", "sweep": "run"}
 
 
 def __getattr__(name: str) -> Any:
@@ -39,15 +47,15 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def check_tasks(names: Sequence[str]) -> tuple[str, ...]:
-    """The tasks, each once.
+def check_tasks(names: Sequence[str], known: Sequence[str] = TASKS) -> tuple[str, ...]:
+    """The tasks, each once; ``known`` are those that there are.
 
     Raises:
         ProxyTuneError: for one that does not exist, naming the nearest.
     """
     for name in names:
-        if name not in TASKS:
-            near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.4)
-            meant = f"did you mean {near[0]!r}?" if near else f"the tasks are {', '.join(TASKS)}"
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            meant = f"did you mean {near[0]!r}?" if near else f"the tasks are {', '.join(known)}"
             raise ProxyTuneError(f"there is no task {name!r}; {meant}")
     return tuple(dict.fromkeys(names))

@@ -1,0 +1,819 @@
+"""An evaluation and an alpha sweep: the plan, the predictions, their scores, and what they say together.
+
+    DIR/manifest.json           what decides the predictions, and the versions that made them
+    DIR/TASK/ARM.jsonl          one line a prediction, appended as it comes
+    DIR/results.json, .md       scores, intervals, comparisons
+    DIR/results.png, .svg       the bars; for a sweep DIR/TASK.png, .svg, the curve
+
+What is in the prediction files is not made again, so a killed run goes on where it was, and arms or tasks can be
+added to a finished one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+from proxytune.config import ProxyTuneConfig
+from proxytune.errors import AlphaError, ProxyTuneError
+from proxytune.evaluation import EVAL_TASKS, TASK_DIR, check_tasks
+from proxytune.evaluation.arms import (
+    ARMS,
+    Arm,
+    ArmLM,
+    Bench,
+    Log,
+    TaskPlan,
+    choices_line,
+    encode_jobs,
+    expand_arms,
+    generate_batch,
+    jobs_of,
+    line_of,
+    score_jobs,
+)
+from proxytune.evaluation.scoring import Scores
+from proxytune.evaluation.scoring import score as score_public
+from proxytune.generation import Encoded, batches
+from proxytune.prompts import left_pad
+from proxytune.statistics import compare, gap_closed, interval, mcnemar, zero_or_one
+
+__all__ = [
+    "Settings",
+    "alpha_range",
+    "evaluate",
+    "results_table",
+    "score_example",
+    "sweep",
+    "sweep_table",
+]
+
+DEFAULT_ARMS = ("base", "anti_expert", "expert", "proxy_tuned", "base_few_shot", "mean_logits")
+Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is evaluated, and how.
+
+    Attributes:
+        arms: names of :data:`proxytune.evaluation.arms.ARMS`; by default all that the recipe and the tasks have.
+        tuned: the directly tuned model, a path or hub id.
+        limit: how many examples of each task, drawn by ``seed``; None for all.
+        samples: samples a problem in place of the task's own number, where a task samples.
+        seed: of the subset and of the sampling.
+        alphas: one value an expert in place of the recipe's.
+        data: a file or folder in place of the hub.
+    """
+
+    tasks: tuple[str, ...]
+    arms: tuple[str, ...] | None = None
+    tuned: str | None = None
+    limit: int | None = None
+    samples: int | None = None
+    seed: int = 0
+    batch_size: int = 8
+    alphas: tuple[float, ...] | None = None
+    data: str | None = None
+    dtype: str | None = None
+    device_map: Any = None
+    trust_remote_code: bool = False
+    pack: bool = False
+    speculate: Any = "auto"
+
+
+# -- an evaluation --------------------------------------------------------------------------------------------
+def evaluate(
+    config: ProxyTuneConfig,
+    settings: Settings,
+    out: Path,
+    *,
+    judge: Any = None,
+    limits: Any = None,
+    progress: Progress = lambda said, done, total: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Answer the tasks with every arm, score and compare; what results.json holds.
+
+    Args:
+        judge: a judge of :mod:`proxytune.evaluation.judges`, for the tasks that need one.
+        limits: of the sandbox that runs generated code.
+        progress: is told what is being done. note: is told what the user should know.
+
+    Raises:
+        ProxyTuneError: one sentence: an unknown task or arm, missing or malformed data, a run begun otherwise.
+    """
+    started = time.monotonic()
+    plans = load_plans(settings)
+    names = arms_of(config, settings, plans, note)
+    write_manifest(out, manifest_of(config, settings, plans, {"arms": names}))
+    bench = _bench(config, settings, names)
+    for name in names:
+        answer_tasks(bench, name, plans, settings, out, progress)
+    bench.close()
+    tasks = {plan.name: _task_results(plan, names, out, judge, limits, note) for plan in plans}
+    results = {"tasks": tasks, "seconds": round(time.monotonic() - started, 1)}
+    _write(out / "results.json", json.dumps(results, indent=2) + "\n")
+    _write(out / "results.md", results_table(results))
+    if drawn := {name: task for name, task in tasks.items() if task["arms"]}:
+        from proxytune.evaluation.plots import plot_arms
+
+        plot_arms(drawn, ARMS, out / "results")
+    return results
+
+
+def answer_tasks(
+    bench: Bench, name: str, plans: Sequence[TaskPlan], settings: Settings, out: Path, progress: Progress
+) -> None:
+    """One arm's predictions for all tasks, those alone that are not there yet; the arm is loaded only for them."""
+    with contextlib.ExitStack() as stack:
+        arm: Arm | None = None
+        for plan in plans:
+            shots = "few_shot" if name == "base_few_shot" else "raw"
+            if shots not in plan.requests:
+                continue
+            log = stack.enter_context(Log(out / plan.name / f"{name}.jsonl"))
+            requests = list(plan.requests[shots])
+            jobs = jobs_of(requests)
+            done = sum(job.key in log.made for job in jobs)
+            if done == len(jobs):
+                continue
+            said = f"{plan.name}, {name}"
+            progress(f"{said}: loading", done, len(jobs))
+            if arm is None:
+                arm = stack.enter_context(bench.arm(name))
+
+            def advance(n: int, said: str = said, total: int = len(jobs)) -> None:
+                nonlocal done
+                done += n
+                progress(said, done, total)
+
+            harness = ArmLM(arm, plan, log, batch_size=settings.batch_size, seed=settings.seed, advance=advance)
+            progress(said, done, len(jobs))
+            (harness.loglikelihood if plan.likelihood else harness.generate_until)(requests)
+
+
+def _task_results(
+    plan: TaskPlan, names: Sequence[str], out: Path, judge: Any, limits: Any, note: Callable[[str], None]
+) -> dict[str, Any]:
+    """One task's part of the results."""
+    scores: dict[str, Scores] = {}
+    speeds: dict[str, float] = {}
+    for name in names:
+        shots = "few_shot" if name == "base_few_shot" else "raw"
+        if shots not in plan.requests:
+            continue
+        lines = read_lines(plan, shots, out / plan.name / f"{name}.jsonl")
+        seconds = sum(float(line["seconds"]) for line in lines)
+        speeds[name] = len(lines) / seconds if seconds else 0.0
+        try:
+            scores[name] = score_lines(plan.name, lines, judge=judge, limits=limits)
+        except NeedsJudge as error:
+            note(str(error))
+            break
+    headline = compared_metric(next(iter(scores.values()))) if scores else None
+    examples = len({job.id for job in jobs_of(plan.requests["raw"])})
+    found: dict[str, Any] = {"headline": headline, "examples": examples, "samples": plan.repeats, "arms": {}}
+    for name, of in scores.items():
+        spread = interval(of.examples)
+        count = round(sum(of.examples)) if zero_or_one(of.examples) else None
+        found["arms"][name] = {
+            "value": spread.value,
+            "low": spread.low,
+            "high": spread.high,
+            "interval": spread.method,
+            "count": count,
+            "of": len(of.examples),
+            "metrics": of.metrics,
+        }
+    found["examples_per_second"] = speeds
+    found["steered_to_base"] = None
+    if speeds.get("base") and speeds.get("proxy_tuned"):
+        found["steered_to_base"] = speeds["proxy_tuned"] / speeds["base"]
+    found["gap_closed"] = None
+    if {"base", "proxy_tuned", "tuned"} <= set(scores):
+        base, steered, tuned = _paired(scores["base"], scores["proxy_tuned"], scores["tuned"])
+        found["gap_closed"] = vars(gap_closed(base, steered, tuned))
+    found["proxy_tuned_against"] = {}
+    if "proxy_tuned" in scores:
+        for name, of in scores.items():
+            if name != "proxy_tuned":
+                found["proxy_tuned_against"][name] = _against(*_paired(scores["proxy_tuned"], of))
+    return found
+
+
+def _against(steered: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    p, test = compare(steered, other)
+    found: dict[str, Any] = {"p": p, "test": test, "difference": _mean(steered) - _mean(other)}
+    if test == "exact McNemar":
+        won, lost, _ = mcnemar([bool(v) for v in steered], [bool(v) for v in other])
+        found |= {"only_proxy_tuned": won, "only_other": lost}
+    return found
+
+
+def compared_metric(scores: Scores) -> str:
+    """The metric that is the mean of the examples, which intervals and tests are of."""
+    return "acc_of_all" if "acc_of_all" in scores.metrics else scores.headline
+
+
+def _paired(*scores: Scores) -> list[list[float]]:
+    """The arms' examples in one order: those that all of them have (a judge or a parser may leave some out)."""
+    by_id = [dict(zip(of.ids, of.examples)) for of in scores]
+    shared = [name for name in scores[0].ids if all(name in of for of in by_id)]
+    return [[of[name] for name in shared] for of in by_id]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+# -- a sweep --------------------------------------------------------------------------------------------------
+def sweep(
+    config: ProxyTuneConfig,
+    settings: Settings,
+    values: Sequence[float],
+    out: Path,
+    *,
+    expert: str | None = None,
+    judge: Any = None,
+    limits: Any = None,
+    progress: Progress = lambda said, done, total: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """The recipe at each alpha: what results.json holds.
+
+    Each prompt is read once by every member, whatever the number of alphas: its cache is repeated for them, or, where
+    continuations are scored, its logits are mixed anew. Members with prompts of their own read them once an alpha.
+
+    Args:
+        values: the alphas. expert: whose they are; the other experts keep theirs. None for all.
+    """
+    started = time.monotonic()
+    plans = load_plans(settings)
+    names = [each.name for each in config.expert_list]
+    if expert is not None and expert not in names:
+        raise AlphaError(f"no expert is called {expert!r}; the recipe has {', '.join(names)}")
+    default = config.alphas if settings.alphas is None else list(settings.alphas)
+    alphas = [tuple(value if expert in (None, name) else own for name, own in zip(names, default)) for value in values]
+    write_manifest(out, manifest_of(config, settings, plans, {"sweep": expert or "all experts"}))
+    bench = _bench(config, settings, ["proxy_tuned"])
+    with bench.arm("proxy_tuned") if _left(plans, values, out) else contextlib.nullcontext() as arm:
+        if arm is not None:
+            for plan in plans:
+                with contextlib.ExitStack() as stack:
+                    logs = [stack.enter_context(Log(_alpha_file(out, plan, value))) for value in values]
+                    _sweep_task(arm, plan, alphas, logs, settings, progress)
+    bench.close()
+    tasks = {plan.name: _sweep_results(plan, values, out, judge, limits, note) for plan in plans}
+    results = {"tasks": tasks, "seconds": round(time.monotonic() - started, 1)}
+    _write(out / "results.json", json.dumps(results, indent=2) + "\n")
+    _write(out / "results.md", sweep_table(results))
+    for name, task in tasks.items():
+        if task["points"]:
+            from proxytune.evaluation.plots import plot_sweep
+
+            plot_sweep(name, task, out / name)
+    return results
+
+
+def _alpha_file(out: Path, plan: TaskPlan, value: float) -> Path:
+    return out / plan.name / f"alpha={value:g}.jsonl"
+
+
+def _left(plans: Sequence[TaskPlan], values: Sequence[float], out: Path) -> bool:
+    """Whether some prediction is still to be made."""
+    for plan in plans:
+        keys = {job.key for job in jobs_of(plan.requests["raw"])}
+        for value in values:
+            with Log(_alpha_file(out, plan, value)) as log:
+                if keys - set(log.made):
+                    return True
+    return False
+
+
+def _sweep_task(
+    arm: Arm,
+    plan: TaskPlan,
+    alphas: Sequence[tuple[float, ...]],
+    logs: Sequence[Log],
+    settings: Settings,
+    progress: Progress,
+) -> None:
+    """All alphas of one task, a batch of prompts at a time; what the logs hold is not made again."""
+    jobs = jobs_of(plan.requests["raw"])
+    total = len(jobs) * len(logs)
+    done = sum(job.key in log.made for job in jobs for log in logs)
+    if done == total:
+        return
+    said = f"{plan.name}, {len(alphas)} alphas"
+    progress(said, done, total)
+    # Continuations are mixed anew without more rows; generating, each alpha is a row of its own.
+    n_prompts = settings.batch_size if plan.likelihood else max(1, settings.batch_size // len(alphas))
+    output = str(plan.metadata.get("output", "output"))
+    for batch in batches(encode_jobs(arm, plan, jobs), n_prompts):
+        left = [[at for at, log in enumerate(logs) if job.key not in log.made] for job, _ in batch]
+        pairs = [(row, at) for row, wanted in enumerate(left) for at in wanted]
+        if not pairs:
+            continue
+        started = time.monotonic()
+        if plan.likelihood:
+            scores = score_jobs(arm, batch, alphas)
+            made = [choices_line(plan, batch[row][0], 0.0, scores[at][row]) for row, at in pairs]
+        else:
+            rows = [row for row, _ in pairs]
+            texts = generate_batch(
+                replace(arm, speculate=False),
+                plan,
+                [batch[row] for row in rows],
+                [alphas[at] for _, at in pairs],
+                seed=settings.seed,
+                past_key_values=_prefilled(arm, [encoded for _, encoded in batch], rows),
+            )
+            made = [line_of(plan, batch[row][0], 0.0, {output: text}) for row, text in zip(rows, texts)]
+        seconds = round((time.monotonic() - started) / len(pairs), 4)
+        for at, log in enumerate(logs):
+            if lines := [{**line, "seconds": seconds} for line, (_, of) in zip(made, pairs) if of == at]:
+                log.append(lines)
+        done += len(pairs)
+        progress(said, done, total)
+
+
+@torch.inference_mode()
+def _prefilled(arm: Arm, prompts: Sequence[Encoded], rows: Sequence[int]) -> Any:
+    """A cache that has read all columns of the prompts but the last, its rows repeated as ``rows`` says.
+
+    None where members have prompts of their own, which are read whole in a first forward, and where a prompt has a
+    single token. The rows must be as wide as the batch that is generated from, so no prompt may be missing in them.
+    """
+    if prompts[0].own or any(len(prompt.ids) == 1 for prompt in prompts):
+        return None
+    if max(len(prompts[row].ids) for row in rows) < max(len(prompt.ids) for prompt in prompts):
+        used = sorted(set(rows))
+        return _prefilled(arm, [prompts[row] for row in used], [used.index(row) for row in rows])
+    ids, mask = left_pad([prompt.ids for prompt in prompts])
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    device = arm.model.device
+    output = arm.model(
+        input_ids=ids[:, :-1].to(device),
+        attention_mask=mask[:, :-1].to(device),
+        position_ids=positions[:, :-1].to(device),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache = output.past_key_values
+    cache.batch_select_indices(torch.tensor(list(rows), device=device))
+    return cache
+
+
+def _sweep_results(
+    plan: TaskPlan, values: Sequence[float], out: Path, judge: Any, limits: Any, note: Callable[[str], None]
+) -> dict[str, Any]:
+    points: list[dict[str, Any]] = []
+    headline = None
+    for value in values:
+        lines = read_lines(plan, "raw", _alpha_file(out, plan, value))
+        try:
+            scores = score_lines(plan.name, lines, judge=judge, limits=limits)
+        except NeedsJudge as error:
+            note(str(error))
+            break
+        headline, spread = compared_metric(scores), interval(scores.examples)
+        points.append(
+            {
+                "alpha": value,
+                "value": spread.value,
+                "low": spread.low,
+                "high": spread.high,
+                "interval": spread.method,
+                "count": round(sum(scores.examples)) if zero_or_one(scores.examples) else None,
+                "of": len(scores.examples),
+                "metrics": scores.metrics,
+            }
+        )
+    examples = len({job.id for job in jobs_of(plan.requests["raw"])})
+    return {"headline": headline, "examples": examples, "samples": plan.repeats, "points": points}
+
+
+def alpha_range(text: str) -> tuple[str | None, list[float]]:
+    """Read ``[NAME=]START:STOP:STEP`` (both ends belong to it) or ``[NAME=]A,B,…``: the expert's name, the alphas.
+
+    Raises:
+        AlphaError: where it is neither, or has no alphas or more than a thousand.
+    """
+    name, equals, numbers = text.rpartition("=")
+    wrong = AlphaError(f"--alpha is START:STOP:STEP, such as 0:2:0.25, or numbers, such as 0,0.5,1, not {text!r}")
+    try:
+        if ":" in numbers:
+            start, stop, step = (float(part) for part in numbers.split(":"))
+            count = (stop - start) / step
+            if not 0 <= count < 1000:
+                raise wrong
+            values = [round(start + step * at, 10) for at in range(int(count + 1e-6) + 1)]
+        else:
+            values = [float(part) for part in numbers.split(",")]
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise wrong from None
+    if not all(abs(value) < 1e6 for value in values):
+        raise wrong
+    return (name.strip() if equals else None), sorted(dict.fromkeys(values))
+
+
+# -- the plan -------------------------------------------------------------------------------------------------
+def load_plans(settings: Settings) -> list[TaskPlan]:
+    """The tasks with their requests, the data read."""
+    names = check_tasks(settings.tasks, EVAL_TASKS)
+    if settings.data is not None and Path(settings.data).is_file() and len(names) > 1:
+        raise ProxyTuneError("--data is one file, but there are several tasks; give a folder")
+    with _quiet():
+        metadata: dict[str, Any] = {"seed": settings.seed}
+        if settings.data is not None:
+            metadata["data"] = str(settings.data)
+        manager = TaskManager(include_path=str(TASK_DIR), include_defaults=False, metadata=metadata)
+        plans = []
+        for name in names:
+            task = manager.load([name])["tasks"][name]
+            task.set_fewshot_seed(settings.seed)
+            repeats = task.config.repeats
+            if settings.samples is not None and repeats > 1:
+                repeats = settings.samples
+            documents = task.eval_docs
+            chosen: Sequence[int] = range(len(documents))
+            if settings.limit is not None and settings.limit < len(documents):
+                chosen = sorted(random.Random(settings.seed).sample(range(len(documents)), settings.limit))
+            requests = {"raw": _requests(task, documents, chosen, 0, repeats)}
+            shots = (task.config.metadata or {}).get("few_shot", 0)
+            if shots and len(task.fewshot_docs() or ()) >= shots:
+                requests["few_shot"] = _requests(task, documents, chosen, shots, repeats)
+            plans.append(TaskPlan(name, task, requests, repeats))
+    return plans
+
+
+def _requests(task: Any, documents: Any, chosen: Sequence[int], shots: int, repeats: int) -> list[Instance]:
+    found: list[Instance] = []
+    for index in chosen:
+        document = documents[index]
+        context = task.fewshot_context(document, num_fewshot=shots)
+        made = task.construct_requests(doc=document, ctx=context, metadata=(task.task_name, index, repeats))
+        found += made if isinstance(made, list) else [made] * repeats
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm_eval's advice on options that we set ourselves, and without bars of datasets' own."""
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, datasets.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def arms_of(
+    config: ProxyTuneConfig, settings: Settings, plans: Sequence[TaskPlan], note: Callable[[str], None]
+) -> list[str]:
+    """The arms of a run, in order."""
+    shown = [plan.name for plan in plans if "few_shot" in plan.requests]
+    lacking = [plan.name for plan in plans if "few_shot" not in plan.requests]
+    if settings.arms is None:
+        members = [name for name, _ in config.members()]
+        wanted = [arm for arm in DEFAULT_ARMS if arm != "base_few_shot" or shown]
+        for side, arms in ((".expert", ("expert", "mean_logits")), (".anti_expert", ("anti_expert",))):
+            if not any(name.endswith(side) for name in members):
+                wanted = [arm for arm in wanted if arm not in arms]
+    else:
+        wanted = list(settings.arms)
+        if "tuned" in wanted and settings.tuned is None:
+            raise ProxyTuneError("the arm tuned needs a model: --tuned MODEL")
+        if "base_few_shot" in wanted and not shown:
+            raise ProxyTuneError(
+                f"there are no solved examples to show for {', '.join(lacking)}; leave the arm base_few_shot out"
+            )
+    if settings.tuned is not None and "tuned" not in wanted:
+        wanted.append("tuned")
+    if "base_few_shot" in wanted and lacking:
+        note(f"no solved examples to show for {', '.join(lacking)}: no base_few_shot there")
+    found = expand_arms(wanted, config)
+    order = [arm for arm in found if arm != "tuned"]  # last: everything else is let go before it is loaded
+    return order + [arm for arm in found if arm == "tuned"]
+
+
+def _bench(config: ProxyTuneConfig, settings: Settings, names: Sequence[str]) -> Bench:
+    return Bench(
+        config,
+        names,
+        alphas=settings.alphas,
+        tuned=settings.tuned,
+        dtype=settings.dtype,
+        device_map=settings.device_map,
+        trust_remote_code=settings.trust_remote_code,
+        pack=settings.pack,
+        speculate=settings.speculate,
+    )
+
+
+# -- the manifest ---------------------------------------------------------------------------------------------
+def manifest_of(
+    config: ProxyTuneConfig, settings: Settings, plans: Sequence[TaskPlan], what: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a run is: ``decides`` and ``tasks`` decide its predictions, the rest is for the record."""
+    experts = [{key: value for key, value in expert.items() if key != "alpha"} for expert in config.experts]
+    alphas = config.alphas if settings.alphas is None else list(settings.alphas)
+    kind = "sweep" if "sweep" in what else "eval"
+    return {
+        "decides": {
+            "command": kind,
+            "base": config.base,
+            "experts": experts,
+            "plausibility": config.plausibility,
+            "alpha": what["sweep"] if kind == "sweep" else dict(zip([e.name for e in config.expert_list], alphas)),
+            "tuned": settings.tuned,
+            "seed": settings.seed,
+            "dtype": settings.dtype,
+            "pack": settings.pack,
+        },
+        "tasks": {
+            plan.name: {
+                "limit": settings.limit,
+                "examples": len({job.id for job in jobs_of(plan.requests["raw"])}),
+                "samples": plan.repeats,
+                "version": plan.metadata.get("version"),
+                "data_sha256": _data_hash(plan),
+            }
+            for plan in plans
+        },
+        **({"arms": list(what["arms"])} if "arms" in what else {}),
+        "recipe": str(config.name_or_path),
+        "data": settings.data or os.environ.get("PROXYTUNE_DATA") or "hub",
+        "batch_size": settings.batch_size,
+        "speculate": settings.speculate,
+        "versions": _versions(),
+    }
+
+
+def _data_hash(plan: TaskPlan) -> str:
+    """Of the examples that are asked, in order."""
+    digest = hashlib.sha256()
+    for instance in plan.requests["raw"]:
+        digest.update(json.dumps([instance.doc, instance.arguments], sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    packages = ("proxytune", "torch", "transformers", "lm_eval", "datasets", "peft", "numpy")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
+    """Begin a run in ``out``, or carry on the one that is there.
+
+    Raises:
+        ProxyTuneError: if that one was begun with something else that decides its predictions, naming it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "manifest.json"
+    if path.exists():
+        try:
+            before = json.loads(path.read_text("utf-8"))
+            decided, tasks = dict(before["decides"]), dict(before["tasks"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ProxyTuneError(f"{path} is not a manifest of this command; choose another --out") from error
+        if decided.get("tuned") is None or manifest["decides"]["tuned"] is None:  # an arm more or less changes no other
+            manifest["decides"]["tuned"] = decided["tuned"] = decided.get("tuned") or manifest["decides"]["tuned"]
+        _refuse_others(out, "", decided, manifest["decides"])
+        for name in set(tasks) & set(manifest["tasks"]):
+            _refuse_others(out, f"{name}: ", tasks[name], manifest["tasks"][name])
+        manifest = {**manifest, "tasks": {**tasks, **manifest["tasks"]}}
+        if "arms" in manifest:
+            manifest["arms"] = list(dict.fromkeys([*before.get("arms", []), *manifest["arms"]]))
+    _write(path, json.dumps(manifest, indent=2) + "\n")
+
+
+def _refuse_others(out: Path, said: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    differing = [
+        f"{said}{key.replace('_', ' ')} {_short(before.get(key))}, now {_short(now.get(key))}"
+        for key in now
+        if before.get(key) != now.get(key)
+    ]
+    if differing:
+        raise ProxyTuneError(f"{out} was begun with {'; '.join(differing)}; repeat that, or choose another --out")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a whole file or none of it."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+# -- scores ---------------------------------------------------------------------------------------------------
+class NeedsJudge(ProxyTuneError):
+    """A task cannot be scored without a judge; its predictions are kept."""
+
+
+JUDGED = ("truthfulqa_open", "toxigen", "alpacafarm")
+
+
+def read_lines(plan: TaskPlan, shots: str, path: Path) -> list[dict[str, Any]]:
+    """The predictions of a run, in the order of its examples."""
+    with Log(path) as log:
+        return [log.made[job.key] for job in jobs_of(plan.requests[shots])]
+
+
+def score_lines(task: str, lines: Sequence[Mapping[str, Any]], *, judge: Any = None, limits: Any = None) -> Scores:
+    """The scores of one file's predictions: the public tasks by their scorers, ours by those below."""
+    if task in OWN_SCORERS:
+        return OWN_SCORERS[task](lines)
+    if task in JUDGED and judge is None:
+        raise NeedsJudge(
+            f"{task} needs a judge to be scored: run again with --judge; the predictions are kept and not made again"
+        )
+    return score_public(task, lines, judge=judge, limits=limits)
+
+
+def score_example(task: str, document: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
+    """The metrics of one example's predictions, as lm_eval's ``process_results`` wants them."""
+    flat = [each for result in results for each in (result if isinstance(result, list) else [result])]
+    lines: list[dict[str, Any]] = []
+    if task == "mbpp_likelihood":
+        lines = [{"id": "0", "loglikelihoods": [value], "continuations": [document["code"]]} for value, _ in flat]
+    else:
+        with _quiet():
+            output = _output_field(task)
+        lines = [{**document, "sample": at, output: text} for at, text in enumerate(flat)]
+    scores = score_lines(task, lines)
+    return {name: float(value) for name, value in scores.metrics.items()}
+
+
+def _output_field(task: str) -> str:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    return str(load_yaml(TASK_DIR / f"{task}.yaml", resolve_func=False)["metadata"]["output"])
+
+
+def _score_demo(lines: Sequence[Mapping[str, Any]]) -> Scores:
+    """Strict exact match, as ``proxytune demo`` counts it; ``nothing_else``: the two lines of the answer alone."""
+    from proxytune.demo.problems import Problem, is_correct, is_exact
+
+    problems = [Problem(str(line["question"]), "", int(line["answer"]), 0) for line in lines]
+    right = [is_correct(str(line["model_output"]), of) for line, of in zip(lines, problems)]
+    alone = [is_exact(str(line["model_output"]), of) for line, of in zip(lines, problems)]
+    metrics: dict[str, float | int] = {"exact_match": _mean(right), "nothing_else": _mean(alone)}
+    return Scores("demo_math", metrics, "exact_match", [str(line["id"]) for line in lines], [float(v) for v in right])
+
+
+def _score_choices(lines: Sequence[Mapping[str, Any]]) -> Scores:
+    """Whether the right continuation is the likeliest."""
+    right = [float(_likeliest(line["loglikelihoods"]) == int(line["gold"])) for line in lines]
+    return Scores("truthfulqa_mc1", {"acc": _mean(right)}, "acc", [str(line["id"]) for line in lines], right)
+
+
+def _likeliest(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=lambda at: values[at])
+
+
+def _score_likelihood(lines: Sequence[Mapping[str, Any]]) -> Scores:
+    """The geometric mean of the probability of a byte of each text, and the bits per byte of all texts together."""
+    import math
+
+    totals = [(float(line["loglikelihoods"][0]), len(str(line["continuations"][0]).encode())) for line in lines]
+    each = [math.exp(nats / n_bytes) for nats, n_bytes in totals]
+    bits = -sum(nats for nats, _ in totals) / math.log(2) / max(1, sum(n_bytes for _, n_bytes in totals))
+    metrics: dict[str, float | int] = {"byte_probability": _mean(each), "bits_per_byte": bits}
+    return Scores("mbpp_likelihood", metrics, "byte_probability", [str(line["id"]) for line in lines], each)
+
+
+OWN_SCORERS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], Scores]] = {
+    "demo_math": _score_demo,
+    "truthfulqa_mc1": _score_choices,
+    "mbpp_likelihood": _score_likelihood,
+}
+
+
+# -- tables ---------------------------------------------------------------------------------------------------
+def results_table(results: Mapping[str, Any]) -> str:
+    """The results as Markdown: a table a task."""
+    parts = []
+    for name, task in results["tasks"].items():
+        samples = f", {task['samples']} samples each" if task["samples"] > 1 else ""
+        parts.append(f"**{name}** ({task['examples']} examples{samples})\n\n")
+        if not task["arms"]:
+            parts.append("not scored: needs a judge\n\n")
+            continue
+        headline = task["headline"]
+        others = [
+            metric for metric in next(iter(task["arms"].values()))["metrics"] if metric not in (headline, "total")
+        ]
+        heads = ["arm", "right", headline, "95 % interval", *others, "p to proxy-tuned", "examples/s"]
+        rows = []
+        for arm, of in task["arms"].items():
+            against = task["proxy_tuned_against"].get(arm)
+            row = [
+                ARMS.get(arm, arm),
+                "" if of["count"] is None else f"{of['count']}/{of['of']}",
+                _percent(of["value"]),
+                f"{100 * of['low']:.1f} – {100 * of['high']:.1f}",
+                *(_metric(of["metrics"].get(metric)) for metric in others),
+                "" if against is None else f"{against['p']:.2g}",
+                f"{task['examples_per_second'][arm]:.2f}",
+            ]
+            rows.append([f"**{cell}**" if arm == "proxy_tuned" and cell else cell for cell in row])
+        parts.append(_markdown(heads, rows))
+        parts.append(_notes(task))
+    return "".join(parts).rstrip() + "\n"
+
+
+def _notes(task: Mapping[str, Any]) -> str:
+    said = []
+    gap = task["gap_closed"]
+    if gap is not None:
+        if gap["value"] is None:
+            said.append("Gap closed: undefined, the tuned model is no better or worse than the base.")
+        else:
+            spread = "not bounded here" if gap["low"] is None else f"{_percent(gap['low'])} – {_percent(gap['high'])}"
+            said.append(f"Gap closed: {_percent(gap['value'])} (95 % interval {spread}).")
+    if task["steered_to_base"] is not None:
+        said.append(f"The steered arm ran at {task['steered_to_base']:.2f} times the speed of the base.")
+    tests = {of["test"] for of in task["proxy_tuned_against"].values()}
+    methods = {of["interval"] for of in task["arms"].values()}
+    said.append(f"Intervals: {', '.join(sorted(methods))}." + (f" p: {', '.join(sorted(tests))}." if tests else ""))
+    return "\n".join(said) + "\n\n"
+
+
+def sweep_table(results: Mapping[str, Any]) -> str:
+    """A sweep as Markdown: a table a task."""
+    parts = []
+    for name, task in results["tasks"].items():
+        parts.append(f"**{name}** ({task['examples']} examples)\n\n")
+        if not task["points"]:
+            parts.append("not scored: needs a judge\n\n")
+            continue
+        headline = task["headline"]
+        others = [metric for metric in task["points"][0]["metrics"] if metric not in (headline, "total")]
+        rows = [
+            [
+                f"{point['alpha']:g}",
+                "" if point["count"] is None else f"{point['count']}/{point['of']}",
+                _percent(point["value"]),
+                f"{100 * point['low']:.1f} – {100 * point['high']:.1f}",
+                *(_metric(point["metrics"].get(metric)) for metric in others),
+            ]
+            for point in task["points"]
+        ]
+        parts.append(_markdown(["alpha", "right", headline, "95 % interval", *others], rows))
+    return "".join(parts).rstrip() + "\n"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _metric(value: float | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return str(value)
+    return _percent(value) if 0 <= value <= 1 else f"{value:.3f}"
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table without its empty columns, numbers to the right."""
+    kept = [at for at in range(len(heads)) if any(row[at] for row in rows)]
+    widths = [max(len(heads[at]), *(len(row[at]) for row in rows)) for at in kept]
+    numeric = [at > 0 or heads[0] == "alpha" for at in kept]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.rjust(w) if right else c.ljust(w) for c, w, right in zip(cells, widths, numeric)]
+        return f"| {' | '.join(padded)} |\n"
+
+    rule = "|".join("-" * (w + 1) + ":" if right else "-" * (w + 2) for w, right in zip(widths, numeric))
+    return line([heads[at] for at in kept]) + f"|{rule}|\n" + "".join(line([r[at] for at in kept]) for r in rows) + "\n"

@@ -1,0 +1,589 @@
+"""`proxytune eval`: what each arm is shown and answers, resuming, comparing, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tiny
+from evaldata import QUESTIONS, write_data, write_lines
+from oracle import Oracle, assert_same_tokens
+
+pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'proxytune[eval]'")
+
+from proxytune import ProxyTunedForCausalLM, load_recipe
+from proxytune.errors import ProxyTuneError
+from proxytune.evaluation import EVAL_TASKS, TASK_DIR
+from proxytune.evaluation.arms import ArmLM, Bench, Log, expand_arms, jobs_of
+from proxytune.evaluation.run import Settings, evaluate, load_plans
+from proxytune.statistics import bootstrap, compare, gap_closed, interval, paired_bootstrap
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def models(shelf):
+    return SimpleNamespace(
+        **{name: AutoModelForCausalLM.from_pretrained(shelf / name) for name in ("base", "expert", "anti")}
+    )
+
+
+def plan_of(task, local, **settings):
+    return load_plans(Settings((task,), data=str(local), **settings))[0]
+
+
+def answers(recipe, arm, plan, path, **options):
+    """One arm's texts, by example and sample."""
+    options = {"batch_size": 4, **options}
+    bench = Bench(load_recipe(recipe), [arm], speculate=False, tuned=options.pop("tuned", None))
+    with bench.arm(arm) as ready, Log(path) as log:
+        harness = ArmLM(ready, plan, log, **options)
+        requests = list(plan.requests[ready.shots])
+        texts = harness.generate_until(requests)
+        assert [job.key for job in jobs_of(requests)] == [
+            (str(r.doc["id"]), s) for r, s in zip(requests, samples(requests))
+        ]
+        return dict(zip([job.key for job in jobs_of(requests)], texts))
+
+
+def samples(requests):
+    seen: dict = {}
+    for request in requests:
+        seen[request.doc["id"]] = seen.get(request.doc["id"], -1) + 1
+        yield seen[request.doc["id"]]
+
+
+# -- what the arms answer ------------------------------------------------------------------------------------
+def test_every_arm_answers_as_the_plain_loop(shelf, local, models, tokenizer, tmp_path):
+    """The mixture, each member alone and both controls, on one batch of unequal prompts."""
+    plan = plan_of("triviaqa", local, limit=3)
+    oracles = {
+        "base": Oracle(models.base),
+        "expert": Oracle(models.expert),
+        "anti_expert": Oracle(models.anti),
+        "proxy_tuned": Oracle(models.base, [("e", models.expert, models.anti, 1.0)]),
+        "mean_logits": Oracle(models.base, [("e", models.expert, None, 1.0)]),
+    }
+    for arm, oracle in oracles.items():
+        texts = answers(shelf / "recipe", arm, plan, tmp_path / f"{arm}.jsonl")
+        assert len(texts) == 3
+        for (name, _), text in texts.items():
+            prompt = tokenizer(f"Question: {QUESTIONS[int(name)]}\nAnswer:")["input_ids"]
+            tokens, logits = oracle.greedy(prompt, 20, eos=tiny.EOS)
+            expected = tokenizer.decode(tokens, skip_special_tokens=True).split("\n\n")[0]
+            if text != expected:  # only a near tie excuses it
+                assert_same_tokens(tokenizer(text, add_special_tokens=False)["input_ids"], (tokens, logits))
+
+
+def test_few_shot_shows_solved_examples_to_the_base_alone(shelf, local, models, tokenizer, tmp_path):
+    plan = plan_of("gsm8k", local, limit=1)
+    shown = jobs_of(plan.requests["few_shot"])[0].context
+    raw = jobs_of(plan.requests["raw"])[0].context
+    assert shown.endswith(raw)
+    assert shown.count("Answer the following question.") == 5
+    assert "There are 3.\n#### 1,003\n\nAnswer" in shown
+    assert "<<" not in shown
+
+
+def test_a_lora_that_shares_weights_is_alone_in_its_own_arm(shelf, local, tokenizer, tmp_path):
+    """The recipe's lane holds adapter and anti-expert; the arms use its weights without loading them again."""
+    import peft
+
+    values = {
+        "base": {"model": str(shelf / "base")},
+        "experts": [
+            {
+                "name": "lora",
+                "expert": {"model": str(shelf / "anti"), "adapter": str(shelf / "adapter")},
+                "anti_expert": {"model": str(shelf / "anti")},
+            }
+        ],
+    }
+    recipe = tiny.write_recipe_alone(tmp_path / "recipe", values)
+    anti = AutoModelForCausalLM.from_pretrained(shelf / "anti")
+    tuned = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(shelf / "anti"), shelf / "adapter"
+    ).merge_and_unload()
+    base = AutoModelForCausalLM.from_pretrained(shelf / "base")
+    plan = plan_of("realtimeqa", local, limit=3)
+    config = load_recipe(recipe)
+    bench = Bench(config, ["expert", "anti_expert", "proxy_tuned", "mean_logits"], speculate=False)
+    oracles = {
+        "expert": Oracle(tuned),
+        "anti_expert": Oracle(anti),
+        "mean_logits": Oracle(base, [("e", tuned, None, 1.0)]),
+        "proxy_tuned": Oracle(base, [("e", tuned, anti, 1.0)]),
+    }
+    for arm, oracle in oracles.items():
+        with bench.arm(arm) as ready, Log(tmp_path / f"{arm}.jsonl") as log:
+            ArmLM(ready, plan, log, batch_size=2).generate_until(list(plan.requests["raw"]))
+            for line in log.lines:
+                tokens, logits = oracle.greedy(tokenizer(line["prompt"])["input_ids"], 10, eos=tiny.EOS)
+                if line["mc_output"] != tokenizer.decode(tokens, skip_special_tokens=True):
+                    assert_same_tokens(
+                        tokenizer(line["mc_output"], add_special_tokens=False)["input_ids"], (tokens, logits)
+                    )
+        assert bench.steered is not None
+    lanes = {id(bench._lane(name)) for name in ("lora.expert", "lora.anti_expert")}
+    assert len(lanes) == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "shown", "raw"),
+    [
+        (
+            "gsm8k",
+            "[user] Answer the following question.\n\nQuestion: {q}?\n[assistant] Answer:",
+            "Question: {q}?\nAnswer:",
+        ),
+        ("toxigen", "[user] Complete the following: - of asian\n- and\n-\n[assistant]", "- of asian\n- and\n-"),
+        (
+            "realtimeqa",
+            "[user] {q}\nA. one\nB. two\nC. three\n[assistant] The answer is:",
+            "C. three\n\nThe answer is:",
+        ),
+    ],
+)
+def test_a_chat_member_is_shown_the_papers_form_of_the_prompt(task, shown, raw, shelf, local, tokenizer, tmp_path):
+    recipe = chat_recipe(shelf, tmp_path)
+    plan = plan_of(task, local)
+    context = jobs_of(plan.requests["raw"])[0].context
+    bench = Bench(load_recipe(recipe), ["proxy_tuned"], speculate=False)
+    with bench.arm("proxy_tuned") as arm:
+        encoded = arm.encode(plan, context)
+        assert set(encoded.own) == {"expert.expert"}
+        own = tokenizer.decode(encoded.own["expert.expert"]).removeprefix("<s>")
+        assert own == shown.format(q=QUESTIONS[0])
+        assert tokenizer.decode(encoded.ids).endswith(raw.format(q=QUESTIONS[0]))
+    with bench.arm("expert") as arm:  # alone it reads the same
+        assert arm.encode(plan, context).ids == encoded.own["expert.expert"]
+    with bench.arm("base") as arm:
+        assert arm.encode(plan, context).ids == encoded.ids
+
+
+def chat_recipe(shelf, tmp_path, prompt="chat", **longer):
+    if longer:  # models that read more
+        kinds = (("base", "llama", "base"), ("expert", "qwen2", "small"), ("anti", "qwen2", "small"))
+        for seed, (name, family, size) in enumerate(kinds, start=1):
+            tiny.write_model(tmp_path / name, family, size, seed, **longer)
+        shelf = tmp_path
+    values = {
+        "base": {"model": str(shelf / "base")},
+        "experts": [
+            {
+                "expert": {"model": str(shelf / "expert"), "prompt": prompt},
+                "anti_expert": {"model": str(shelf / "anti")},
+            }
+        ],
+    }
+    return tiny.write_recipe_alone(tmp_path / "recipe", values)
+
+
+def test_truthfulqa_gives_a_system_prompt_unless_the_recipe_has_one(shelf, local, tokenizer, tmp_path):
+    plan = plan_of("truthfulqa_mc", local)
+    context = jobs_of(plan.requests["raw"])[0].context
+    for name, prompt, begins in (
+        ("plain", "chat", "[system] You are a helpful, respectful and honest assistant."),
+        ("own", {"kind": "chat", "system": "Be brief."}, "[system] Be brief.\n[user]"),
+    ):
+        recipe = chat_recipe(shelf, tmp_path / name, prompt, max_position_embeddings=1024)
+        with Bench(load_recipe(recipe), ["proxy_tuned"]).arm("proxy_tuned") as arm:
+            own = tokenizer.decode(arm.encode(plan, context).own["expert.expert"]).removeprefix("<s>")
+        assert own.startswith(begins)
+        assert own.endswith("[assistant] The answer is:")
+
+
+def test_a_steered_chat_expert_answers_as_the_plain_loop(shelf, local, models, tokenizer, tmp_path):
+    recipe = chat_recipe(shelf, tmp_path)
+    plan = plan_of("realtimeqa", local, limit=3)
+    oracle = Oracle(models.base, [("expert", models.expert, models.anti, 1.0)])
+    bench = Bench(load_recipe(recipe), ["proxy_tuned"], speculate=False)
+    with bench.arm("proxy_tuned") as arm, Log(tmp_path / "a.jsonl") as log:
+        ArmLM(arm, plan, log, batch_size=3).generate_until(list(plan.requests["raw"]))
+        for line in log.lines:
+            encoded = arm.encode(plan, line["prompt"])
+            prompts = {"base": encoded.ids, **encoded.own}
+            tokens, logits = oracle.greedy(prompts, 10, eos=tiny.EOS)
+            if line["mc_output"] != tokenizer.decode(tokens, skip_special_tokens=True):
+                assert_same_tokens(
+                    tokenizer(line["mc_output"], add_special_tokens=False)["input_ids"], (tokens, logits)
+                )
+
+
+def test_samples_depend_on_neither_batch_nor_resumption(shelf, local, tmp_path):
+    plan = plan_of("humaneval", local, samples=3)
+    options = dict(plan.requests["raw"][0].arguments[1])
+    assert (options["do_sample"], options["temperature"], options["top_p"], plan.repeats) == (True, 0.8, 0.95, 3)
+    for request in plan.requests["raw"]:
+        request.arguments[1]["max_gen_toks"] = 8
+    whole = answers(shelf / "recipe", "proxy_tuned", plan, tmp_path / "a.jsonl", batch_size=9)
+    assert len(set(whole.values())) > 6  # samples differ
+    lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "b.jsonl").write_bytes(b"".join(lines[3:5]) + lines[5][:20])  # some are done, and one line is torn
+    again = answers(shelf / "recipe", "proxy_tuned", plan, tmp_path / "b.jsonl", batch_size=2)
+    assert again == whole
+    other = answers(shelf / "recipe", "proxy_tuned", plan, tmp_path / "c.jsonl", batch_size=9, seed=1)
+    assert other != whole
+
+
+def test_banned_strings_are_never_written(shelf, local, models, tokenizer, tmp_path):
+    """What is written first without the ban is not written with it."""
+    assert list(plan_of("humaneval", local).metadata["banned"]) == ["pass", "..."]
+    plan = plan_of("triviaqa", local)
+    free = answers(shelf / "recipe", "base", plan, tmp_path / "free.jsonl")
+    begins = {}
+    for key, _ in free.items():
+        prompt = tokenizer(f"Question: {QUESTIONS[int(key[0])]}\nAnswer:")["input_ids"]
+        token = Oracle(models.base).greedy(prompt, 1)[0]
+        text = tokenizer.decode(token)
+        if tokenizer(text, add_special_tokens=False)["input_ids"] == token and text.strip():
+            begins[key] = text
+    assert begins
+    plan.task.config.metadata["banned"] = sorted(set(begins.values()))
+    kept = answers(shelf / "recipe", "base", plan, tmp_path / "kept.jsonl")
+    for key, text in begins.items():
+        assert free[key].startswith(text)
+        assert not kept[key].startswith(text)
+
+
+# -- likelihoods ---------------------------------------------------------------------------------------------
+def test_likelihoods_are_those_of_lm_evals_own_model(shelf, local, tokenizer, tmp_path):
+    """The composite through HFLM reads each choice anew; here the prompt is read once."""
+    from lm_eval.models.huggingface import HFLM
+
+    plan = plan_of("truthfulqa_mc1", local, limit=4)
+    requests = list(plan.requests["raw"])
+    model = ProxyTunedForCausalLM.from_pretrained(shelf / "recipe")
+    theirs = HFLM(
+        pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=3, max_length=tiny.CONTEXT, add_bos_token=True
+    ).loglikelihood(requests, disable_tqdm=True)
+    with Bench(load_recipe(shelf / "recipe"), ["proxy_tuned"]).arm("proxy_tuned") as arm, Log(tmp_path / "a") as log:
+        ours = ArmLM(arm, plan, log, batch_size=3).loglikelihood(requests)
+    assert len(ours) == len(theirs) == 16
+    for (a, greedy_a), (b, greedy_b) in zip(ours, theirs):
+        assert a == pytest.approx(b, abs=1e-3)
+        assert greedy_a == greedy_b
+
+
+def test_likelihoods_with_own_prompts_and_of_single_arms_are_the_plain_loops(shelf, local, tokenizer, tmp_path):
+    recipe = chat_recipe(shelf, tmp_path, max_position_embeddings=1024)  # the system prompt is long
+    models = SimpleNamespace(
+        **{name: AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "expert", "anti")}
+    )
+    plan = plan_of("truthfulqa_mc1", local, limit=3)
+    requests = list(plan.requests["raw"])
+    bench = Bench(load_recipe(recipe), ["proxy_tuned", "expert", "mean_logits"])
+    oracles = {
+        "proxy_tuned": (Oracle(models.base, [("expert", models.expert, models.anti, 1.0)]), 1.0),
+        "mean_logits": (Oracle(models.base, [("expert", models.expert, None, 1.0)]), 0.5),
+        "expert": (Oracle(models.expert), 1.0),
+    }
+    for name, (oracle, scale) in oracles.items():
+        with bench.arm(name) as arm, Log(tmp_path / f"{name}.jsonl") as log:
+            found = ArmLM(arm, plan, log, batch_size=2).loglikelihood(requests)
+            for request, (value, _) in zip(requests, found):
+                context, continuation = request.arguments
+                encoded = arm.encode(plan, context)
+                n_context = len(tokenizer(context)["input_ids"])
+                tokens = tokenizer(context + continuation)["input_ids"][n_context:]
+                log_p = (scale * oracle.logits({"base": encoded.ids, **encoded.own}, tokens)[:-1]).log_softmax(dim=-1)
+                assert value == pytest.approx(sum(float(row[t]) for row, t in zip(log_p, tokens)), abs=1e-3)
+
+
+# -- a whole run ---------------------------------------------------------------------------------------------
+def test_a_run_scores_compares_and_draws(shelf, local, tmp_path):
+    settings = Settings(("triviaqa", "mbpp_likelihood"), tuned=str(shelf / "expert"), data=str(local), limit=4)
+    notes: list[str] = []
+    results = evaluate(load_recipe(shelf / "recipe"), settings, tmp_path / "out", note=notes.append)
+    assert (tmp_path / "out" / "results.json").read_text() == json.dumps(results, indent=2) + "\n"
+    trivia, code = results["tasks"]["triviaqa"], results["tasks"]["mbpp_likelihood"]
+    arms = ["base", "anti_expert", "expert", "proxy_tuned", "mean_logits", "tuned"]
+    assert list(trivia["arms"]) == arms
+    assert list(code["arms"]) == [
+        "base",
+        "anti_expert",
+        "expert",
+        "proxy_tuned",
+        "base_few_shot",
+        "mean_logits",
+        "tuned",
+    ]
+    assert any("triviaqa" in note and "base_few_shot" in note for note in notes)
+    for task in (trivia, code):
+        for arm, of in task["arms"].items():
+            assert 0 <= of["low"] <= of["value"] <= of["high"] <= 1
+            assert task["examples_per_second"][arm] > 0
+        assert task["steered_to_base"] == pytest.approx(
+            task["examples_per_second"]["proxy_tuned"] / task["examples_per_second"]["base"]
+        )
+    assert code["arms"]["base"]["interval"] == "bootstrap"
+    assert trivia["arms"]["base"]["count"] == 0
+    base, steered, tuned = (code["arms"][arm]["value"] for arm in ("base", "proxy_tuned", "tuned"))
+    assert code["gap_closed"]["value"] == pytest.approx((steered - base) / (tuned - base))
+    assert code["arms"]["tuned"]["value"] == pytest.approx(code["arms"]["expert"]["value"])  # the same model
+    assert code["proxy_tuned_against"]["base"]["test"] == "paired bootstrap"
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert "| **proxy-tuned base**" in table
+    assert "Gap closed" in table
+    for name in ("results.png", "results.svg"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert len(manifest["tasks"]["triviaqa"]["data_sha256"]) == 64
+    assert {"torch", "transformers", "lm_eval", "proxytune"} <= set(manifest["versions"])
+
+    # All is there: nothing is loaded again, and the same comes out.
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.jsonl")}
+
+    def loading(*_):
+        raise AssertionError("loaded again")
+
+    bench = pytest.MonkeyPatch()
+    bench.setattr(Bench, "arm", loading)
+    try:
+        again = evaluate(load_recipe(shelf / "recipe"), settings, tmp_path / "out")
+    finally:
+        bench.undo()
+    assert again["tasks"] == results["tasks"]
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.jsonl")}
+
+
+def test_a_run_can_grow_but_not_change(shelf, local, tmp_path):
+    config = load_recipe(shelf / "recipe")
+    settings = Settings(("realtimeqa",), arms=("base",), data=str(local), limit=2)
+    evaluate(config, settings, tmp_path)
+    made = (tmp_path / "realtimeqa" / "base.jsonl").read_bytes()
+    from dataclasses import replace
+
+    grown = evaluate(config, replace(settings, arms=("base", "expert")), tmp_path)
+    assert list(grown["tasks"]["realtimeqa"]["arms"]) == ["base", "expert"]
+    assert (tmp_path / "realtimeqa" / "base.jsonl").read_bytes() == made
+    for change, named in (
+        ({"limit": 3}, "limit 2, now 3"),
+        ({"seed": 5}, "seed 0, now 5"),
+        ({"alphas": (0.5,)}, 'alpha {"expert": 1.0}, now {"expert": 0.5}'),
+    ):
+        with pytest.raises(ProxyTuneError, match=r"was begun with .*repeat that, or choose another --out") as caught:
+            evaluate(config, replace(settings, **change), tmp_path)
+        assert named in str(caught.value)
+
+
+def command(*words):
+    return [sys.executable, "-m", "proxytune.cli", "eval", *map(str, words)]
+
+
+def test_a_killed_run_goes_on_where_it_was(shelf, local, tmp_path):
+    """By the real entry point, killed with SIGKILL while it writes."""
+    trivia = [{"question": f"{q}, number {n}", "answers": ["seven"]} for n in range(20) for q in QUESTIONS[:2]]
+    data = write_lines(tmp_path / "dev.jsonl", trivia)
+    words = [shelf / "recipe", "--tasks", "triviaqa", "--arms", "proxy_tuned", "--data", data, "-b", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(*words, "--out", out), env=environment, stderr=subprocess.DEVNULL)
+    path = out / "triviaqa" / "proxy_tuned.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= 4:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.005)
+    assert process.wait() == -signal.SIGKILL
+    kept = path.read_bytes()
+    kept = kept[: kept.rfind(b"\n") + 1]
+    assert 4 <= kept.count(b"\n") < 40
+    with path.open("ab") as file:
+        file.write(b'{"id": "torn')
+    done = subprocess.run(command(*words, "--out", out), env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes().startswith(kept)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted(int(line["id"]) for line in lines) == list(range(40))
+    assert "| **proxy-tuned base**" in done.stdout
+
+    whole = Settings(("triviaqa",), arms=("proxy_tuned",), data=str(data), batch_size=2)
+    evaluate(load_recipe(shelf / "recipe"), whole, tmp_path / "whole")
+    texts = [
+        {line["id"]: line["output"] for line in map(json.loads, place.read_text().splitlines())}
+        for place in (path, tmp_path / "whole" / "triviaqa" / "proxy_tuned.jsonl")
+    ]
+    assert texts[0] == texts[1]
+
+
+# -- lm_eval's own side --------------------------------------------------------------------------------------
+def test_every_yaml_is_a_task_that_lm_eval_reads(local):
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(TASK_DIR), include_defaults=False, metadata={"data": str(local)})
+    assert sorted(manager.all_tasks) == sorted(EVAL_TASKS)
+    for name in sorted(set(EVAL_TASKS) - {"ds1000", "alpacafarm"}):  # no stand-ins for their data here
+        task = manager.load([name])["tasks"][name]
+        assert len(task.eval_docs) > 0
+        assert task.fewshot_context(task.eval_docs[0], num_fewshot=0)
+        missing = set(task.config.metadata.get("fields", ())) - set(task.eval_docs[0])
+        assert not missing, name
+
+
+def test_lm_eval_scores_the_tasks_with_our_scorers(shelf, local):
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    names = ["triviaqa", "truthfulqa_mc", "truthfulqa_mc1", "mbpp_likelihood"]
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=f"pretrained={shelf / 'recipe'},dtype=float32,max_length={tiny.CONTEXT}",
+        tasks=names,
+        limit=2,
+        device="cpu",
+        batch_size=2,
+        task_manager=TaskManager(include_path=str(TASK_DIR), include_defaults=False, metadata={"data": str(local)}),
+        bootstrap_iters=0,
+    )
+    metrics = {name: {key.split(",")[0] for key in found["results"][name]} for name in names}
+    assert "exact_match" in metrics["triviaqa"]
+    assert {"acc"} <= metrics["truthfulqa_mc"] & metrics["truthfulqa_mc1"]
+    assert "byte_probability" in metrics["mbpp_likelihood"]
+
+
+@pytest.mark.slow
+def test_lm_evals_command_line_takes_the_directory(shelf, local):
+    where = subprocess.run(command("--tasks-dir"), capture_output=True, text=True, check=True).stdout.strip()
+    words = ["--model", "hf", "--model_args", f"pretrained={shelf / 'recipe'},trust_remote_code=True,dtype=float32"]
+    words += ["--include_path", where, "--tasks", "triviaqa", "--limit", "2", "--device", "cpu", "--batch_size", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lm_eval", *words, "--metadata", json.dumps({"data": str(local)})],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "|triviaqa|" in done.stdout.replace(" ", "")
+    assert "exact_match" in done.stdout
+
+
+# -- what is refused -----------------------------------------------------------------------------------------
+def test_a_task_that_does_not_exist_is_told_with_the_nearest():
+    with pytest.raises(ProxyTuneError, match="there is no task 'gms8k'; did you mean 'gsm8k'"):
+        load_plans(Settings(("gms8k",)))
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "content", "said"),
+    [
+        (
+            "gsm8k",
+            "x.jsonl",
+            '{"question": "q", "answer": "#### 1"}\n{"question": "q"}\n',
+            "line 2 of .* no text 'answer'",
+        ),
+        ("gsm8k", "x.jsonl", '{"question": "q", "answer": "1"}\n', "line 1 of .* no '#### number'"),
+        ("gsm8k", "x.jsonl", '\n{"question"', "line 2 of .* is not JSON"),
+        ("gsm8k", "x.txt", "hello", "is not a .jsonl"),
+        ("triviaqa", "x.csv", 'question,answer,c\nq,"a; b",c\nq,a\n', "line 3 of .* does not have the 3 columns"),
+        ("triviaqa", "x.json", '[{"question": "q", "answers": []}]', "entry 1 of .* no list of texts 'answers'"),
+        (
+            "realtimeqa",
+            "x.jsonl",
+            '{"question_id": "1", "question_sentence": "q", "choices": ["a"], "answer": ["4"]}',
+            "line 1 of .* has the answer '4'",
+        ),
+        ("mbpp", "x.jsonl", '{"task_id": "x", "text": "t"}', "line 1 of .* no number `task_id`"),
+    ],
+)
+def test_malformed_data_is_told_with_its_line(task, name, content, said, tmp_path):
+    path = tmp_path / name
+    path.write_text(content, "utf-8")
+    with pytest.raises(ProxyTuneError, match=said):
+        load_plans(Settings((task,), data=str(path)))
+
+
+def test_missing_data_is_told(tmp_path):
+    with pytest.raises(ProxyTuneError, match="does not exist; give a file or a folder"):
+        load_plans(Settings(("gsm8k",), data=str(tmp_path / "nowhere")))
+    with pytest.raises(ProxyTuneError, match=r"has none of gsm8k/test.jsonl"):
+        load_plans(Settings(("gsm8k",), data=str(tmp_path)))
+    (tmp_path / "x.jsonl").touch()
+    with pytest.raises(ProxyTuneError, match="one file, but there are several tasks"):
+        load_plans(Settings(("gsm8k", "triviaqa"), data=str(tmp_path / "x.jsonl")))
+
+
+def test_the_hub_out_of_reach_is_one_sentence(monkeypatch):
+    monkeypatch.delenv("PROXYTUNE_DATA", raising=False)
+    with pytest.raises(ProxyTuneError, match=r"openai/gsm8k cannot be loaded from the hub .*give its file with --data"):
+        load_plans(Settings(("gsm8k",)))
+
+
+def test_arms_that_a_recipe_lacks_are_refused(shelf, local, tmp_path):
+    config = load_recipe(shelf / "recipe")
+    with pytest.raises(ProxyTuneError, match="there is no arm 'exprt'"):
+        expand_arms(["exprt"], config)
+    with pytest.raises(ProxyTuneError, match="--tuned MODEL"):
+        evaluate(config, Settings(("triviaqa",), arms=("tuned",), data=str(local)), tmp_path)
+    with pytest.raises(ProxyTuneError, match="no solved examples to show for triviaqa"):
+        evaluate(config, Settings(("triviaqa",), arms=("base_few_shot",), data=str(local)), tmp_path)
+    lone = tiny.write_recipe_alone(
+        tmp_path / "contrast",
+        {"base": {"model": str(shelf / "base")}, "experts": [{"anti_expert": {"model": str(shelf / "anti")}}]},
+    )
+    with pytest.raises(ProxyTuneError, match="the recipe has no expert alone"):
+        expand_arms(["expert"], load_recipe(lone))
+
+
+def test_a_foreign_file_in_the_place_of_predictions_is_refused(shelf, local, tmp_path):
+    write_lines(tmp_path / "triviaqa" / "base.jsonl", [{"question": "q"}])
+    with pytest.raises(ProxyTuneError, match=r"line 1 of .*base.jsonl is not a prediction of this command"):
+        evaluate(load_recipe(shelf / "recipe"), Settings(("triviaqa",), arms=("base",), data=str(local)), tmp_path)
+
+
+def test_a_prompt_too_long_names_its_example(shelf, local, tmp_path):
+    data = write_lines(tmp_path / "dev.jsonl", [{"question": "word " * 300, "answers": ["a"]}])
+    with pytest.raises(ProxyTuneError, match="triviaqa, example 0, base: the prompt has"):
+        evaluate(load_recipe(shelf / "recipe"), Settings(("triviaqa",), arms=("base",), data=str(data)), tmp_path)
+
+
+# -- statistics ----------------------------------------------------------------------------------------------
+def test_intervals_and_tests_give_known_numbers():
+    assert interval([1, 0, 1, 0]).method == "Wilson"
+    mixed = [0.013 * (n * n % 77) for n in range(100)]
+    spread = interval(mixed)
+    assert spread.method == "bootstrap"
+    half = 1.96 * torch.tensor(mixed).std(correction=0).item() / len(mixed) ** 0.5  # the normal interval
+    assert spread.low == pytest.approx(spread.value - half, abs=0.01)
+    assert spread.high == pytest.approx(spread.value + half, abs=0.01)
+    assert bootstrap(mixed, seed=3) == bootstrap(mixed, seed=3) != bootstrap(mixed, seed=4)
+    assert compare([1.0] * 10 + [0.0] * 2, [0.0] * 10 + [1.0] * 2) == (pytest.approx(0.03857421875), "exact McNemar")
+
+
+def test_a_paired_test_sees_pairs():
+    base = [0.1 * (n % 10) for n in range(100)]
+    better = [value + 0.02 + 0.001 * (n % 3) for n, value in enumerate(base)]
+    low, high, p = paired_bootstrap(better, base)
+    assert 0.02 < low < high < 0.023
+    assert p < 0.001
+    shuffled = better[1:] + better[:1]
+    assert paired_bootstrap(shuffled, base)[2] > 0.05  # the same values, no longer in pairs
+    assert paired_bootstrap(base, base) == (0.0, 0.0, 1.0)
+
+
+def test_gap_closed_is_the_ratio_with_a_paired_interval():
+    base, tuned = [0.0] * 50 + [1.0] * 50, [1.0] * 90 + [0.0] * 10
+    steered = [1.0] * 70 + [0.0] * 30
+    gap = gap_closed(base, steered, tuned)
+    assert gap.value == pytest.approx(0.5)
+    assert gap.low < 0.5 < gap.high
+    assert gap_closed(base, base, tuned).value == 0
+    assert gap_closed(base, tuned, tuned) == gap_closed(base, tuned, tuned)
+    assert gap_closed(base, tuned, tuned).low == gap_closed(base, tuned, tuned).high == 1
+    assert gap_closed(base, steered, base).value is None  # nothing to close
+    assert gap_closed([0, 1] * 10, steered[:20], [1, 0] * 9 + [1, 1]).low is None  # not clearly apart
