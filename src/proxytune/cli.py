@@ -1,4 +1,4 @@
-"""The command line: ``proxytune new``, ``train``, ``check``, ``generate``, ``chat``, ``serve``, ``demo``, ``eval`` and more.
+"""The command line: ``proxytune new``, ``train``, ``check``, ``generate``, ``chat``, ``serve``, ``demo``, ``eval`` …
 
 Thin on purpose: each command reads its options, calls the module that does the work, and shows what comes back.
 Results go to stdout, everything else to stderr. What was raised on purpose is told in one sentence, with status 2.
@@ -957,8 +957,9 @@ def _evaluation(
 ) -> tuple[ProxyTuneConfig, Any]:
     """What ``eval`` and ``sweep`` evaluate: the recipe, and the settings as the run takes them."""
     from proxytune.compose import device_map as parsed
+    from proxytune.config import resolve_alpha
     from proxytune.evaluation import EVAL_TASKS, check_tasks
-    from proxytune.generation import Sampling, resolve_alpha
+    from proxytune.generation import Sampling
     from proxytune.recipe import load_recipe
 
     names = check_tasks(_parts(tasks), EVAL_TASKS)
