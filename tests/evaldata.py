@@ -59,4 +59,7 @@ def write_data(root: Path) -> Path:
         writer.writerow(["Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers"])
         for question in QUESTIONS:
             writer.writerow(["A", "B", f"{question}?", "Seven", "Seven; 7", "Six; The fox jumps over it; None"])
+    (root / "flan_cot").mkdir()
+    sense = [f"{q}\\nOptions:\\n- one\\n- two\\n- a fox\ta fox\tbecause" for q in QUESTIONS]
+    (root / "flan_cot" / "ecqa_train.tsv").write_text("\n".join(sense) + "\n", "utf-8")
     return root

@@ -25,7 +25,7 @@ from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation import EVAL_TASKS, TASK_DIR
 from proxytune.evaluation.arms import ArmLM, Bench, Log, expand_arms, jobs_of
-from proxytune.evaluation.run import Settings, evaluate, load_plans
+from proxytune.evaluation.run import Settings, evaluate, load_plans, score_lines
 from proxytune.statistics import bootstrap, compare, gap_closed, interval, paired_bootstrap
 
 
@@ -421,6 +421,22 @@ def test_a_killed_run_goes_on_where_it_was(shelf, local, tmp_path):
     assert texts[0] == texts[1]
 
 
+def test_ecqa_json_wants_the_object_and_nothing_else(local):
+    document = plan_of("ecqa_json", local).requests["raw"][0].doc
+    assert document["solution"] == '{"answer": "a fox"}'
+    outputs = [
+        ' {"answer": "a fox"}',
+        '{"answer": "two"}',
+        '{"answer": "no option"}',
+        "a fox",
+        '{"answer": "a fox", "b": 1}',
+        "[]",
+    ]
+    scores = score_lines("ecqa_json", [{**document, "id": n, "model_output": said} for n, said in enumerate(outputs)])
+    assert scores.examples == [1, 0, 0, 0, 0, 0]
+    assert scores.metrics["valid"] == pytest.approx(2 / 6)
+
+
 # -- lm_eval's own side --------------------------------------------------------------------------------------
 def test_every_yaml_is_a_task_that_lm_eval_reads(local):
     from lm_eval.tasks import TaskManager
@@ -499,6 +515,12 @@ def test_a_task_that_does_not_exist_is_told_with_the_nearest():
             "line 1 of .* has the answer '4'",
         ),
         ("mbpp", "x.jsonl", '{"task_id": "x", "text": "t"}', "line 1 of .* no number `task_id`"),
+        (
+            "ecqa_json",
+            "x.tsv",
+            "q\\nOptions:\\n- a\\n- b\ta\tr\nq\\nOptions:\\n- a\\n- b\tc\tr\n",
+            "line 2 of .* its answer",
+        ),
     ],
 )
 def test_malformed_data_is_told_with_its_line(task, name, content, said, tmp_path):

@@ -34,8 +34,8 @@ TASKS = (
     "truthfulqa_mc",
     "truthfulqa_open",
 )
-# Ours besides: the demo's own problems, and two that are scored by likelihoods.
-EVAL_TASKS = (*TASKS, "demo_math", "mbpp_likelihood", "truthfulqa_mc1")
+# Ours besides: the demo's own problems, a format, and two that are scored by likelihoods.
+EVAL_TASKS = (*TASKS, "demo_math", "ecqa_json", "mbpp_likelihood", "truthfulqa_mc1")
 TASK_DIR = Path(__file__).parent / "tasks"
 _HOME = {"evaluate": "run", "score": "scoring", "sweep": "run"}
 

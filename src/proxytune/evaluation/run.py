@@ -691,6 +691,23 @@ def _score_demo(lines: Sequence[Mapping[str, Any]]) -> Scores:
     return Scores("demo_math", metrics, "exact_match", [str(line["id"]) for line in lines], [float(v) for v in right])
 
 
+def _score_json(lines: Sequence[Mapping[str, Any]]) -> Scores:
+    """Whether the output is ``{"answer": ...}`` with the right option; ``valid``: with any option."""
+
+    def chosen(line: Mapping[str, Any]) -> Any:
+        try:
+            found = json.loads(str(line["model_output"]))
+        except ValueError:
+            return None
+        return found["answer"] if isinstance(found, dict) and list(found) == ["answer"] else None
+
+    answers = [chosen(line) for line in lines]
+    right = [float(answer == line["answer"]) for answer, line in zip(answers, lines)]
+    valid = [float(answer in line["options"]) for answer, line in zip(answers, lines)]
+    metrics: dict[str, float | int] = {"exact_match": _mean(right), "valid": _mean(valid)}
+    return Scores("ecqa_json", metrics, "exact_match", [str(line["id"]) for line in lines], right)
+
+
 def _score_choices(lines: Sequence[Mapping[str, Any]]) -> Scores:
     """Whether the right continuation is the likeliest."""
     right = [float(_likeliest(line["loglikelihoods"]) == int(line["gold"])) for line in lines]
@@ -714,6 +731,7 @@ def _score_likelihood(lines: Sequence[Mapping[str, Any]]) -> Scores:
 
 OWN_SCORERS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], Scores]] = {
     "demo_math": _score_demo,
+    "ecqa_json": _score_json,
     "truthfulqa_mc1": _score_choices,
     "mbpp_likelihood": _score_likelihood,
 }

@@ -27,6 +27,7 @@ __all__ = [
     "code_likelihood",
     "demo_math",
     "ds1000",
+    "ecqa_json",
     "gsm8k",
     "humaneval",
     "mbpp",
@@ -463,6 +464,28 @@ def _problem(problem: Any, index: int) -> Row:
     }
 
 
+def ecqa_json(data: str | None = None, **_: Any) -> Splits:
+    """ECQA as FLAN CoT has it (Apache-2.0), a TSV of question with options, answer and reason; the last 500 to test."""
+    path = local(data, "flan_cot/ecqa_train.tsv", "ecqa_train.tsv")
+    if path is None:
+        raise ProxyTuneError("ecqa_json needs FLAN CoT's ecqa_train.tsv: give it, or its folder, with --data")
+    rows = []
+    for number, text in enumerate(path.read_text("utf-8").split("\n"), start=1):
+        if not text.strip():
+            continue
+        cells = text.split("\t")
+        question, mark, listed = cells[0].partition("\\nOptions:\\n- ")
+        options = [option.strip() for option in listed.split("\\n- ")]
+        if not mark or len(cells) < 2 or cells[1].strip() not in options:
+            raise ProxyTuneError(f"line {number} of {path} is not a question with options, its answer and a reason")
+        answer = cells[1].strip()
+        solution = json.dumps({"answer": answer}, ensure_ascii=False)
+        rows.append(
+            {"id": str(number), "question": question, "options": options, "answer": answer, "solution": solution}
+        )
+    return splits(rows[-500:], rows[:-500])
+
+
 # -- what lm_eval's own command line needs --------------------------------------------------------------------
 def scorer(task: str) -> Callable[[Mapping[str, Any], list[Any]], dict[str, float]]:
     """``process_results`` of a task: its own scorer on one example's predictions."""
@@ -475,6 +498,7 @@ def scorer(task: str) -> Callable[[Mapping[str, Any], list[Any]], dict[str, floa
     return process_results
 
 
+score_ecqa_json = scorer("ecqa_json")
 score_gsm8k = scorer("gsm8k")
 score_truthfulqa_mc = scorer("truthfulqa_mc")
 score_triviaqa = scorer("triviaqa")
