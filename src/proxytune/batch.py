@@ -7,20 +7,17 @@ moment the output holds whole results in order, and at most one torn line at its
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from proxytune.config import ProxyTuneConfig, resolve_alpha, take_alpha
 from proxytune.errors import ProxyTuneError
 from proxytune.generation import Answer, shown_alpha
+from proxytune.journal import Journal
 
 __all__ = ["Broken", "Item", "Output", "fingerprint", "read_items", "result"]
 
@@ -123,7 +120,7 @@ def result(
     }
 
 
-class Output:
+class Output(Journal):
     """The file that results are appended to; opened, it knows which lines are done.
 
     Args:
@@ -136,78 +133,31 @@ class Output:
     """
 
     def __init__(self, path: Path, items: Sequence[Item], run: str, names: Sequence[str]) -> None:
-        self.path, self.items, self.run, self.names = path, items, run, names
+        super().__init__(path)
+        self.items, self.run, self.names = items, run, names
         self.done: set[int] = set()
-        self._file: IO[bytes] | None = None
-
-    def __enter__(self) -> Output:
-        # Unbuffered: after a failed write nothing is left that closing the file would try to write again.
-        self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), "r+b", buffering=0)
-        try:
-            self._lock()
-            if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):  # a device or a pipe has nothing to resume
-                self._resume()
-        except BaseException:
-            self._file.close()
-            raise
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        assert self._file is not None
-        self._file.close()
 
     @property
     def remaining(self) -> list[Item]:
-        """The items that have no result yet, in order."""
+        """The items that had no result yet, in order."""
         return [item for item in self.items if item.line not in self.done]
 
-    def append(self, results: Sequence[dict[str, Any]]) -> None:
-        """Write some results and return when they are on disk."""
-        assert self._file is not None
-        data = memoryview("".join(json_line(value) for value in results).encode())
-        try:
-            while data:
-                data = data[self._file.write(data) :]
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a pipe or a device cannot be synced
-                raise OSError(error.errno, error.strerror, str(self.path)) from error
-        self.done |= {value["line"] for value in results}
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # not on this system: two processes at once are then the user's to avoid
-            return
-        assert self._file is not None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ProxyTuneError(f"{self.path} is being written by another process") from error
-        except OSError:  # a file system without locks
-            return
-
-    def _resume(self) -> None:
-        assert self._file is not None
+    def check(self) -> None:
+        """Hold what was read against the job."""
         known = {item.line: item for item in self.items}
-        whole = 0
-        for number, raw in enumerate(self._file_lines(), start=1):
-            if not raw.endswith(b"\n"):  # torn by a kill
-                break
-            try:
-                value = json.loads(raw)
-                line, prompt, alpha, run = (value[key] for key in ("line", "prompt", "alpha", "run"))
-            except (ValueError, KeyError, TypeError) as error:
+        for number, value in enumerate(self.lines, start=1):
+            if {"line", "prompt", "alpha", "run"} - set(value) or not isinstance(value["line"], int):
                 raise ProxyTuneError(
-                    f"line {number} of {self.path} is not a result of this command; choose another --output"
-                ) from error
-            if run != self.run:
+                    f"line {number} of {self.path} is not a result of this command; choose another output"
+                )
+            line = value["line"]
+            if value["run"] != self.run:
                 raise ProxyTuneError(
                     f"{self.path} was begun with another recipe or other options; repeat those, or choose another "
                     "--output"
                 )
             item = known.get(line)
-            if item is None or prompt != item.prompt or alpha != shown_alpha(item.alphas, self.names):
+            if item is None or value["prompt"] != item.prompt or value["alpha"] != shown_alpha(item.alphas, self.names):
                 raise ProxyTuneError(
                     f"line {number} of {self.path} is the result of another prompt or alpha than line {line} of the "
                     "input; choose another --output"
@@ -215,19 +165,3 @@ class Output:
             if line in self.done:
                 raise ProxyTuneError(f"{self.path} has two results for line {line} of the input")
             self.done.add(line)
-            whole += len(raw)
-        os.ftruncate(self._file.fileno(), whole)
-
-    def _file_lines(self) -> Iterator[bytes]:
-        with self.path.open("rb") as file:
-            yield from file
-
-
-def json_line(value: dict[str, Any]) -> str:
-    """One object as one line of UTF-8."""
-    line = json.dumps(value, ensure_ascii=False)
-    try:
-        line.encode()
-    except UnicodeEncodeError:  # half a surrogate pair in a field that is passed through
-        line = json.dumps(value)
-    return line + "\n"

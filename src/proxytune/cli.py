@@ -489,9 +489,10 @@ def generate(
     run (which recipe and options made it). A line that cannot be read is reported by its number, the others are
     answered, and the exit status is 2.
     """
-    from proxytune.batch import Item, Output, fingerprint, json_line, read_items, result
+    from proxytune.batch import Item, Output, fingerprint, read_items, result
     from proxytune.config import resolve_alpha
     from proxytune.generation import Printer, answer, batches, encode
+    from proxytune.journal import json_line
     from proxytune.recipe import load_recipe
 
     if bool(prompts) == (input_ is not None):

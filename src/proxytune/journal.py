@@ -1,0 +1,111 @@
+"""JSON-lines files that are appended to, and whole again after a kill at any moment."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, TypeVar
+
+from proxytune.errors import ProxyTuneError
+
+__all__ = ["Journal", "json_line"]
+
+Kind = TypeVar("Kind", bound="Journal")
+
+
+class Journal:
+    """A file of JSON objects, one a line.
+
+    Opened, it is made where it is missing, and it is this process's alone; a last line that a kill has torn is cut
+    off, and the others are read. What is appended is on disk when :meth:`append` returns.
+
+    Attributes:
+        lines: what the file held when it was opened, in order.
+
+    Raises:
+        ProxyTuneError: on opening, if a line is no JSON object, or another process is writing the file.
+        OSError: if it cannot be opened, read or written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.lines: list[dict[str, Any]] = []
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self: Kind) -> Kind:
+        # Unbuffered: after a failed write nothing is left that closing the file would try to write again.
+        self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), "r+b", buffering=0)
+        try:
+            self._lock()
+            if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):  # a device or a pipe has nothing to resume
+                whole = self._read()
+                self.check()  # a file that is not ours is left as it is
+                os.ftruncate(self._file.fileno(), whole)
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        assert self._file is not None
+        self._file.close()
+
+    def check(self) -> None:
+        """Raise :class:`ProxyTuneError` if the lines are not this job's; for kinds of journals to say."""
+
+    def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write some lines and return when they are on disk."""
+        assert self._file is not None
+        data = memoryview("".join(json_line(line) for line in lines).encode())
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a pipe or a device cannot be synced
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # not on this system: two processes at once are then the user's to avoid
+            return
+        assert self._file is not None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ProxyTuneError(f"{self.path} is being written by another process") from error
+        except OSError:  # a file system without locks
+            return
+
+    def _read(self) -> int:
+        """Read the whole lines; how many bytes they are."""
+        raw = self.path.read_bytes()
+        whole = raw.rfind(b"\n") + 1
+        for number, line in enumerate(raw[:whole].splitlines(), start=1):
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ProxyTuneError(self._foreign(number)) from error
+            if not isinstance(value, dict):
+                raise ProxyTuneError(self._foreign(number))
+            self.lines.append(value)
+        return whole
+
+    def _foreign(self, number: int) -> str:
+        return f"line {number} of {self.path} is not a result of this command; choose another output"
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """One object as one line of UTF-8."""
+    line = json.dumps(value, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half a surrogate pair in a field that is passed through
+        line = json.dumps(value)
+    return line + "\n"
