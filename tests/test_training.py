@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from trl import SFTTrainer
 from typer.testing import CliRunner
 
 import tiny
@@ -265,6 +266,32 @@ def test_only_completions_are_learned(shelf, text, tmp_path):
     assert trainer.args.lr_scheduler_type == "linear"
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["adapter", "full"])
+def test_the_loss_of_learned_positions_is_trls_own(shelf, text, tmp_path, full):
+    trainer, _, _ = made_trainer(shelf, tmp_path, text, full=full)
+    assert type(trainer).__name__ == "PositionsTrainer"
+    if not full:
+        tiny.shake(trainer.model)
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(5)])
+    gradients, losses = [], []
+    for compute in (type(trainer).compute_loss, SFTTrainer.compute_loss):
+        trainer.model.zero_grad()
+        loss = compute(trainer, trainer.model, dict(batch), num_items_in_batch=torch.tensor(70))
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(losses[0], losses[1])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_caps_its_logits_is_trained_with_trls_own_loss(shelf, text, tmp_path):
+    capped = tiny.write_model(tmp_path / "capped", "gemma3", "small", 4, final_logit_softcapping=5.0)
+    trainer, _, _ = made_trainer(shelf, tmp_path, text, anti=capped, max_steps=1)
+    assert type(trainer) is SFTTrainer
+    assert trainer.train().global_step == 1
+
+
 def test_all_weights_can_be_trained(shelf, text, tmp_path):
     trains(shelf, tmp_path / "full", text, "--full", "--max-steps", 6, "--lr", "3e-3")
     recipe = tmp_path / "full"
@@ -482,7 +509,7 @@ def three_forwards(base, expert, anti, batch, alpha):
 def test_the_loss_and_the_gradient_are_those_of_the_plain_three_forward_loop(
     shelf, text, tmp_path, monkeypatch, full, cache, chunk
 ):
-    monkeypatch.setattr("proxytune.training.consistent.CHUNK", chunk)
+    monkeypatch.setattr("proxytune.training.positions.CHUNK", chunk)
     trainer, _, _ = made_trainer(
         shelf, tmp_path, text, consistent=True, alpha=0.7, full=full, hidden_cache=cache, seed=3
     )

@@ -3,6 +3,7 @@
 command.py     the options, and what is shown
 run.py         one run: the checks, the trainer, the recipe
 data.py        rows from files and data sets
+positions.py   TRL's trainer, projecting only what is learned
 consistent.py  the mixture's loss, and the frozen members' hidden states
 """
 

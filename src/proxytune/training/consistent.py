@@ -21,15 +21,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from trl import SFTTrainer
 
 from proxytune.errors import MemberError, ProxyTuneError
 from proxytune.mixing import mix
+from proxytune.training.positions import PositionsTrainer, has_plain_head, last_hidden, summed
 
-__all__ = ["ConsistentTrainer", "Frozen", "HiddenStates", "last_hidden", "mixed_nll", "refuse_head"]
-
-CHUNK = 1024  # positions whose logits are in memory at once
+__all__ = ["ConsistentTrainer", "Frozen", "HiddenStates", "mixed_nll"]
 
 
 def mixed_nll(
@@ -41,45 +38,17 @@ def mixed_nll(
         hidden: last hidden states of base, expert and anti-expert, shape = (n_positions, width of the member) each.
         heads: their output embeddings, which give logits of shape (n_positions, n_vocab of the member).
         targets: shape = (n_positions,), ids below ``shared_vocab``.
-
-    Logits are made, and for the gradient made again, ``CHUNK`` positions at a time.
     """
     base_head, expert_head, anti_head = heads
     weight = torch.tensor([[alpha]], dtype=torch.float32)
 
-    def part_of(base: Tensor, expert: Tensor, anti: Tensor, wanted: Tensor) -> Tensor:
+    def nll(base: Tensor, expert: Tensor, anti: Tensor, wanted: Tensor) -> Tensor:
         with torch.no_grad():
             frozen = base_head(base)[None], anti_head(anti)[None]
         mixed = mix(frozen[0], [(expert_head(expert)[None], frozen[1])], weight, vocab_size=shared_vocab)
         return nn.functional.cross_entropy(mixed[0], wanted.to(mixed.device), reduction="sum")
 
-    total = hidden[1].new_zeros((), dtype=torch.float32)
-    for start in range(0, len(targets), CHUNK):
-        part = slice(start, start + CHUNK)
-        chunk = checkpoint(part_of, *(states[part] for states in hidden), targets[part], use_reentrant=False)
-        total = total + cast(Tensor, chunk).to(total.device)
-    return total
-
-
-def last_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """What the model's head is given, shape = (n_batch, n_columns, width)."""
-    device = model.device
-    output = model.base_model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
-    return output.last_hidden_state  # type: ignore[no-any-return]
-
-
-@torch.no_grad()
-def refuse_head(name: str, model: Any, input_ids: Tensor) -> None:
-    """Raise :class:`MemberError` if the model does more to its logits than its head does: a soft cap, a scale."""
-    if model.base_model is model or model.get_output_embeddings() is None:
-        raise MemberError(f"{name} has no head apart from its body, which --consistent needs")
-    ids = input_ids.to(model.device)
-    made = model.get_output_embeddings()(last_hidden(model, ids, torch.ones_like(ids))).float()
-    logits = model(input_ids=ids, use_cache=False).logits.float()
-    if made.shape != logits.shape or float((made - logits).abs().max()) > 1e-4 * float(logits.abs().max()):
-        raise MemberError(
-            f"{name} changes its logits behind its head (a soft cap or a scale), which --consistent cannot do for it"
-        )
+    return summed(nll, *hidden, targets)
 
 
 # -- what the frozen members say ------------------------------------------------------------------------------
@@ -157,14 +126,12 @@ class Frozen:
         self.model = None
 
 
-class ConsistentTrainer(SFTTrainer):
+class ConsistentTrainer(PositionsTrainer):
     """TRL's trainer with the mixture's loss. :meth:`mix_with` must be called before training."""
 
     def mix_with(self, base: Any, anti_expert: Any, alpha: float, shared_vocab: int) -> None:
         """Name the frozen members; without ``anti_expert`` it is the trained model with its adapter turned off."""
         self.alpha, self.shared_vocab = alpha, shared_vocab
-        model: Any = self.model
-        self.expert: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         for frozen in (base, anti_expert):
             if frozen is not None:
                 frozen.requires_grad_(False).eval()
@@ -175,10 +142,12 @@ class ConsistentTrainer(SFTTrainer):
         else:
             anti = Frozen("anti_expert", anti_expert)
         self.frozen = (Frozen("base", base), anti)
-        ids = torch.tensor([cast(Any, self.train_dataset)[0]["input_ids"]])
         for member in self.frozen:
-            with self._frozen_mode(member.model):
-                refuse_head(member.name, member.model, ids)
+            if not has_plain_head(member.model):
+                raise MemberError(
+                    f"{member.name} changes its logits behind its head (a soft cap or a scale), or has no head apart "
+                    "from its body, which --consistent cannot do for it"
+                )
 
     @contextmanager
     def _frozen_mode(self, model: Any) -> Iterator[None]:
@@ -217,7 +186,7 @@ class ConsistentTrainer(SFTTrainer):
 
         for frozen in self.frozen:
             probe = compute(frozen, batches[0])
-            said = repr((ids[:], labels[:], size, probe.dtype, frozen.name)).encode()
+            said = repr((ids[:], labels[:], size, probe.dtype, self.accelerator.mixed_precision, frozen.name)).encode()
             digest = hashlib.sha256(said)
             _hash_weights(digest, frozen.model)
             directory.mkdir(parents=True, exist_ok=True)
@@ -226,33 +195,20 @@ class ConsistentTrainer(SFTTrainer):
             for done in kept.fill(batches, lambda rows, frozen=frozen: compute(frozen, rows)):  # type: ignore[misc]
                 report(frozen.name, done, len(batches))
             frozen.kept = kept
-        self.frozen[0].forget_body()
+            if frozen.model is not self.expert:
+                frozen.forget_body()
 
     @property
     def kept_dtype(self) -> torch.dtype | None:
         """The heads multiply in it under mixed precision, so nothing is lost; None for the states' own."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision))
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The mixture's mean loss over the learned positions, of all of them in this optimiser step."""
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        learned = inputs["labels"][:, 1:] != -100
-        targets = inputs["labels"][:, 1:][learned]
-        rows = inputs["row"].tolist()
-        with self.accelerator.autocast():
-            expert = last_hidden(self.expert, ids, mask)[:, :-1]
-            expert = expert[learned.to(expert.device)]
-            base, anti = (frozen.at(rows, ids, mask, learned) for frozen in self.frozen)
-            heads = (self.frozen[0].head, self.expert.get_output_embeddings(), self.frozen[1].head)
-            total = mixed_nll((base, expert, anti), heads, targets, self.alpha, self.shared_vocab)
-        loss = total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
-        return (loss, {}) if return_outputs else loss
+    def total_loss(self, hidden: Tensor, targets: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """The mixture's; see :class:`PositionsTrainer`."""
+        rows, learned = inputs["row"].tolist(), inputs["labels"][:, 1:] != -100
+        base, anti = (frozen.at(rows, inputs["input_ids"], inputs["attention_mask"], learned) for frozen in self.frozen)
+        heads = (self.frozen[0].head, self.expert.get_output_embeddings(), self.frozen[1].head)
+        return mixed_nll((base, hidden, anti), heads, targets, self.alpha, self.shared_vocab)
 
 
 def _hash_weights(digest: Any, model: nn.Module) -> None:

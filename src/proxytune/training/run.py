@@ -424,6 +424,10 @@ def _trainer(
     kind: Any = SFTTrainer
     if settings.consistent:
         from proxytune.training.consistent import ConsistentTrainer as kind
+    elif arguments.device.type == "cpu" and not hasattr(model.config, "output_router_logits"):
+        from proxytune.training.positions import PositionsTrainer, has_plain_head
+
+        kind = PositionsTrainer if has_plain_head(model) else SFTTrainer
     frozen_copy = copy.deepcopy(model) if settings.consistent and settings.full else None
     report(Progress("tokenizing the data", 0, 1))
     try:
@@ -439,8 +443,8 @@ def _trainer(
     except (ValueError, RuntimeError, TypeError) as error:  # what TRL and PEFT refuse: targets, templates, quantization
         raise ProxyTuneError(f"TRL cannot train this: {first_line(error)}") from error
     notes, facts = _fit(trainer, settings, data, shared)
-    trainer.data_collator = _WithRows(trainer.data_collator)
     if settings.consistent:
+        trainer.data_collator = _WithRows(trainer.data_collator)
         _mix(trainer, config, settings, folder, loading, frozen_copy, shared, facts["rows"], report)
 
     from torch.utils.tensorboard import SummaryWriter

@@ -1,0 +1,98 @@
+"""TRL's trainer, made to project only the positions that are learned.
+
+On GPUs TRL does that itself. Elsewhere it projects every position through the head, which for a small model with a
+large vocabulary is most of the work; and where answers are short, most of that is thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from trl import SFTTrainer
+
+__all__ = ["PositionsTrainer", "has_plain_head", "last_hidden", "summed"]
+
+CHUNK = 1024  # positions whose logits are in memory at once
+
+
+def last_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """What the model's head is given, shape = (n_batch, n_columns, width)."""
+    device = model.device
+    output = model.base_model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
+    return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def has_plain_head(model: Any) -> bool:
+    """Whether the logits are what the head makes of the last hidden states, with no soft cap or scale behind it."""
+    if model.base_model is model or model.get_output_embeddings() is None:
+        return False
+    training = model.training
+    model.eval()
+    ids = torch.arange(16, device=model.device)[None]
+    made = model.get_output_embeddings()(last_hidden(model, ids, torch.ones_like(ids))).float()
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    model.train(training)
+    return made.shape == logits.shape and float((made - logits).abs().max()) <= 1e-4 * float(logits.abs().max())
+
+
+def summed(loss: Callable[..., Tensor], *positions: Tensor) -> Tensor:
+    """``loss`` of all positions, float32, a scalar: ``CHUNK`` at a time, and made again for the gradient.
+
+    Args:
+        positions: what ``loss`` takes, each of shape (n_positions, ...).
+    """
+    if 0 < len(positions[0]) <= CHUNK:  # all fit at once: nothing needs to be made again
+        return loss(*positions)
+    total = torch.zeros((), device=positions[0].device)
+    for start in range(0, len(positions[0]), CHUNK):
+        part = slice(start, start + CHUNK)
+        chunk = checkpoint(loss, *(tensor[part] for tensor in positions), use_reentrant=False)
+        total = total + cast(Tensor, chunk).to(total.device)
+    return total
+
+
+class PositionsTrainer(SFTTrainer):
+    """TRL's trainer with the same loss, of the learned positions alone; for a model with a plain head."""
+
+    @property
+    def expert(self) -> Any:
+        """The transformers model that is trained, without PEFT around it."""
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The mean loss over the learned positions, of all of them in this optimiser step."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        learned = inputs["labels"][:, 1:] != -100  # (n_batch, n_columns - 1): is the next token learned
+        targets = inputs["labels"][:, 1:][learned]
+        with self.accelerator.autocast():
+            hidden = last_hidden(self.expert, ids, mask)[:, :-1]
+            total = self.total_loss(hidden[learned.to(hidden.device)], targets, inputs)
+        loss = total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
+
+    def total_loss(self, hidden: Tensor, targets: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """The summed loss, in nats.
+
+        Args:
+            hidden: the expert's last hidden states at the learned positions, shape = (n_positions, width).
+            targets: the tokens that follow them, shape = (n_positions,).
+            inputs: the whole batch.
+        """
+        head: nn.Module = self.expert.get_output_embeddings()
+
+        def nll(states: Tensor, wanted: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(head(states).float(), wanted, reduction="sum")
+
+        return summed(nll, hidden, targets.to(hidden.device))
