@@ -97,7 +97,7 @@ def results(name: str, seed: int, work: Path, limit: int, batch_size: int) -> Ma
 
 def together(name: str, seeds: list[int], work: Path) -> str:
     """All seeds' examples as one table: each arm's mean, and proxy-tuned against it."""
-    from proxytune.evaluation.run import score_lines
+    from proxytune.evaluation.results import score_lines
 
     plan = PLANS[name]
     arms: dict[str, list[float]] = {}

@@ -25,7 +25,8 @@ from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation import EVAL_TASKS, TASK_DIR
 from proxytune.evaluation.arms import ArmLM, Bench, Log, expand_arms, jobs_of
-from proxytune.evaluation.run import Settings, evaluate, load_plans, score_lines
+from proxytune.evaluation.results import score_lines
+from proxytune.evaluation.run import Settings, evaluate, load_plans
 from proxytune.statistics import bootstrap, compare, gap_closed, interval, paired_bootstrap
 
 

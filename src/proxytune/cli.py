@@ -855,8 +855,8 @@ def evaluate(
     on where it was, and arms and tasks can be added. DIR gets results.json, results.md, results.png and results.svg
     with intervals, paired tests, the gap closed and examples a second; the tables are printed.
     """
+    from proxytune.evaluation.results import results_table
     from proxytune.evaluation.run import evaluate as run
-    from proxytune.evaluation.run import results_table
 
     config, settings = _evaluation(
         recipe,
@@ -909,7 +909,8 @@ def sweep(
     Each prompt is read once for all alphas. Predictions go to DIR/TASK/alpha=A.jsonl, and a killed run goes on where
     it was; alphas can be added.
     """
-    from proxytune.evaluation.run import alpha_range, sweep_table
+    from proxytune.evaluation.results import sweep_table
+    from proxytune.evaluation.run import alpha_range
     from proxytune.evaluation.run import sweep as run
 
     expert, values = alpha_range(alpha)

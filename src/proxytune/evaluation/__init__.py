@@ -6,7 +6,8 @@ sandbox.py   runs generated code under limits
 judges.py    models that judge answers
 tasks/       the tasks as lm-evaluation-harness's YAML, and the loading of their data
 arms.py      who answers: the base, the experts alone, the mixture, the controls
-run.py       an evaluation and an alpha sweep: plan, predictions, scores, comparison
+run.py       an evaluation and an alpha sweep: plan, manifest, predictions
+results.py   their scores, compared, as tables
 plots.py     their figures
 """
 

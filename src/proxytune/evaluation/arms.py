@@ -33,6 +33,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from proxytune.config import Prompt, ProxyTuneConfig
 from proxytune.errors import MemberError, ProxyTuneError
 from proxytune.evaluation.records import Journal
+from proxytune.evaluation.results import ARMS
 from proxytune.generation import Answer, Encoded, Sampling, answer, batches, with_room
 from proxytune.kernels import pack
 from proxytune.members import Loading, load_member, load_tokenizer, loading_of
@@ -40,17 +41,8 @@ from proxytune.mixing import mix
 from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.prompts import Prompter, left_pad, render
 
-__all__ = ["ARMS", "Arm", "ArmLM", "Bench", "Job", "Log", "TaskPlan", "choice_scores", "expand_arms", "jobs_of"]
+__all__ = ["Arm", "ArmLM", "Bench", "Job", "Log", "TaskPlan", "choice_scores", "expand_arms", "jobs_of", "shots_of"]
 
-ARMS: Mapping[str, str] = {
-    "base": "base",
-    "anti_expert": "anti-expert",
-    "expert": "expert alone",
-    "proxy_tuned": "proxy-tuned base",
-    "tuned": "directly tuned",
-    "base_few_shot": "control: base, examples shown",
-    "mean_logits": "control: mean of base and expert",
-}
 GENERATION_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p")
 
 
@@ -130,6 +122,11 @@ def jobs_of(requests: Sequence[Instance]) -> list[Job]:
     return jobs
 
 
+def shots_of(arm: str) -> str:
+    """Which of a plan's contexts an arm is shown."""
+    return "few_shot" if arm == "base_few_shot" else "raw"
+
+
 # -- who answers ----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Arm:
@@ -153,7 +150,7 @@ class Arm:
     @property
     def shots(self) -> str:
         """Which contexts it is shown."""
-        return "few_shot" if self.name == "base_few_shot" else "raw"
+        return shots_of(self.name)
 
     def encode(self, plan: TaskPlan, context: str) -> Encoded:
         """The ids that each member reads for a context."""

@@ -34,7 +34,6 @@ from proxytune.config import ProxyTuneConfig
 from proxytune.errors import AlphaError, ProxyTuneError
 from proxytune.evaluation import EVAL_TASKS, TASK_DIR, check_tasks
 from proxytune.evaluation.arms import (
-    ARMS,
     Arm,
     ArmLM,
     Bench,
@@ -47,24 +46,22 @@ from proxytune.evaluation.arms import (
     jobs_of,
     line_of,
     score_jobs,
+    shots_of,
 )
-from proxytune.evaluation.scoring import Scores
-from proxytune.evaluation.scoring import score as score_public
+from proxytune.evaluation.results import ARMS, NeedsJudge, results_table, sweep_point, sweep_table, task_results
 from proxytune.generation import Encoded, batches
 from proxytune.prompts import left_pad
-from proxytune.statistics import compare, gap_closed, interval, mcnemar, zero_or_one
 
 __all__ = [
     "Settings",
     "alpha_range",
     "evaluate",
-    "results_table",
-    "score_example",
+    "load_plans",
     "sweep",
-    "sweep_table",
 ]
 
 DEFAULT_ARMS = ("base", "anti_expert", "expert", "proxy_tuned", "base_few_shot", "mean_logits")
+Scoring = Callable[[str], Mapping[str, Any]]
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
 
 
@@ -104,16 +101,14 @@ def evaluate(
     settings: Settings,
     out: Path,
     *,
-    judge: Any = None,
-    limits: Any = None,
+    scoring: Scoring = lambda task: {},
     progress: Progress = lambda said, done, total: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Answer the tasks with every arm, score and compare; what results.json holds.
 
     Args:
-        judge: a judge of :mod:`proxytune.evaluation.judges`, for the tasks that need one.
-        limits: of the sandbox that runs generated code.
+        scoring: what a task's scorer takes besides the predictions (a judge, the sandbox's limits …).
         progress: is told what is being done. note: is told what the user should know.
 
     Raises:
@@ -123,11 +118,16 @@ def evaluate(
     plans = load_plans(settings)
     names = arms_of(config, settings, plans, note)
     write_manifest(out, manifest_of(config, settings, plans, {"arms": names}))
-    bench = _bench(config, settings, names)
-    for name in names:
+    left = [name for name in names if _unfinished(name, plans, out)]
+    bench = _bench(config, settings, left)
+    for name in left:
         answer_tasks(bench, name, plans, settings, out, progress)
     bench.close()
-    tasks = {plan.name: _task_results(plan, names, out, judge, limits, note) for plan in plans}
+    tasks = {}
+    for plan in plans:
+        files = {name: out / plan.name / f"{name}.jsonl" for name in names if shots_of(name) in plan.requests}
+        lines = {name: read_lines(plan, shots_of(name), path) for name, path in files.items()}
+        tasks[plan.name] = task_results(plan.name, lines, samples=plan.repeats, options=scoring(plan.name), note=note)
     results = {"tasks": tasks, "seconds": round(time.monotonic() - started, 1)}
     _write(out / "results.json", json.dumps(results, indent=2) + "\n")
     _write(out / "results.md", results_table(results))
@@ -138,6 +138,16 @@ def evaluate(
     return results
 
 
+def _unfinished(name: str, plans: Sequence[TaskPlan], out: Path) -> bool:
+    """Whether an arm has some prediction still to make."""
+    for plan in plans:
+        if (requests := plan.requests.get(shots_of(name))) is not None:
+            with Log(out / plan.name / f"{name}.jsonl") as log:
+                if any(job.key not in log.made for job in jobs_of(requests)):
+                    return True
+    return False
+
+
 def answer_tasks(
     bench: Bench, name: str, plans: Sequence[TaskPlan], settings: Settings, out: Path, progress: Progress
 ) -> None:
@@ -145,8 +155,7 @@ def answer_tasks(
     with contextlib.ExitStack() as stack:
         arm: Arm | None = None
         for plan in plans:
-            shots = "few_shot" if name == "base_few_shot" else "raw"
-            if shots not in plan.requests:
+            if (shots := shots_of(name)) not in plan.requests:
                 continue
             log = stack.enter_context(Log(out / plan.name / f"{name}.jsonl"))
             requests = list(plan.requests[shots])
@@ -169,80 +178,6 @@ def answer_tasks(
             (harness.loglikelihood if plan.likelihood else harness.generate_until)(requests)
 
 
-def _task_results(
-    plan: TaskPlan, names: Sequence[str], out: Path, judge: Any, limits: Any, note: Callable[[str], None]
-) -> dict[str, Any]:
-    """One task's part of the results."""
-    scores: dict[str, Scores] = {}
-    speeds: dict[str, float] = {}
-    for name in names:
-        shots = "few_shot" if name == "base_few_shot" else "raw"
-        if shots not in plan.requests:
-            continue
-        lines = read_lines(plan, shots, out / plan.name / f"{name}.jsonl")
-        seconds = sum(float(line["seconds"]) for line in lines)
-        speeds[name] = len(lines) / seconds if seconds else 0.0
-        try:
-            scores[name] = score_lines(plan.name, lines, judge=judge, limits=limits)
-        except NeedsJudge as error:
-            note(str(error))
-            break
-    headline = compared_metric(next(iter(scores.values()))) if scores else None
-    examples = len({job.id for job in jobs_of(plan.requests["raw"])})
-    found: dict[str, Any] = {"headline": headline, "examples": examples, "samples": plan.repeats, "arms": {}}
-    for name, of in scores.items():
-        spread = interval(of.examples)
-        count = round(sum(of.examples)) if zero_or_one(of.examples) else None
-        found["arms"][name] = {
-            "value": spread.value,
-            "low": spread.low,
-            "high": spread.high,
-            "interval": spread.method,
-            "count": count,
-            "of": len(of.examples),
-            "metrics": of.metrics,
-        }
-    found["examples_per_second"] = speeds
-    found["steered_to_base"] = None
-    if speeds.get("base") and speeds.get("proxy_tuned"):
-        found["steered_to_base"] = speeds["proxy_tuned"] / speeds["base"]
-    found["gap_closed"] = None
-    if {"base", "proxy_tuned", "tuned"} <= set(scores):
-        base, steered, tuned = _paired(scores["base"], scores["proxy_tuned"], scores["tuned"])
-        found["gap_closed"] = vars(gap_closed(base, steered, tuned))
-    found["proxy_tuned_against"] = {}
-    if "proxy_tuned" in scores:
-        for name, of in scores.items():
-            if name != "proxy_tuned":
-                found["proxy_tuned_against"][name] = _against(*_paired(scores["proxy_tuned"], of))
-    return found
-
-
-def _against(steered: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
-    p, test = compare(steered, other)
-    found: dict[str, Any] = {"p": p, "test": test, "difference": _mean(steered) - _mean(other)}
-    if test == "exact McNemar":
-        won, lost, _ = mcnemar([bool(v) for v in steered], [bool(v) for v in other])
-        found |= {"only_proxy_tuned": won, "only_other": lost}
-    return found
-
-
-def compared_metric(scores: Scores) -> str:
-    """The metric that is the mean of the examples, which intervals and tests are of."""
-    return "acc_of_all" if "acc_of_all" in scores.metrics else scores.headline
-
-
-def _paired(*scores: Scores) -> list[list[float]]:
-    """The arms' examples in one order: those that all of them have (a judge or a parser may leave some out)."""
-    by_id = [dict(zip(of.ids, of.examples)) for of in scores]
-    shared = [name for name in scores[0].ids if all(name in of for of in by_id)]
-    return [[of[name] for name in shared] for of in by_id]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
 # -- a sweep --------------------------------------------------------------------------------------------------
 def sweep(
     config: ProxyTuneConfig,
@@ -251,8 +186,7 @@ def sweep(
     out: Path,
     *,
     expert: str | None = None,
-    judge: Any = None,
-    limits: Any = None,
+    scoring: Scoring = lambda task: {},
     progress: Progress = lambda said, done, total: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -280,7 +214,7 @@ def sweep(
                     logs = [stack.enter_context(Log(_alpha_file(out, plan, value))) for value in values]
                     _sweep_task(arm, plan, alphas, logs, settings, progress)
     bench.close()
-    tasks = {plan.name: _sweep_results(plan, values, out, judge, limits, note) for plan in plans}
+    tasks = {plan.name: _sweep_results(plan, values, out, scoring, note) for plan in plans}
     results = {"tasks": tasks, "seconds": round(time.monotonic() - started, 1)}
     _write(out / "results.json", json.dumps(results, indent=2) + "\n")
     _write(out / "results.md", sweep_table(results))
@@ -382,30 +316,17 @@ def _prefilled(arm: Arm, prompts: Sequence[Encoded], rows: Sequence[int]) -> Any
 
 
 def _sweep_results(
-    plan: TaskPlan, values: Sequence[float], out: Path, judge: Any, limits: Any, note: Callable[[str], None]
+    plan: TaskPlan, values: Sequence[float], out: Path, scoring: Scoring, note: Callable[[str], None]
 ) -> dict[str, Any]:
     points: list[dict[str, Any]] = []
     headline = None
-    for value in values:
-        lines = read_lines(plan, "raw", _alpha_file(out, plan, value))
-        try:
-            scores = score_lines(plan.name, lines, judge=judge, limits=limits)
-        except NeedsJudge as error:
-            note(str(error))
-            break
-        headline, spread = compared_metric(scores), interval(scores.examples)
-        points.append(
-            {
-                "alpha": value,
-                "value": spread.value,
-                "low": spread.low,
-                "high": spread.high,
-                "interval": spread.method,
-                "count": round(sum(scores.examples)) if zero_or_one(scores.examples) else None,
-                "of": len(scores.examples),
-                "metrics": scores.metrics,
-            }
-        )
+    try:
+        for value in values:
+            lines = read_lines(plan, "raw", _alpha_file(out, plan, value))
+            headline, point = sweep_point(plan.name, value, lines, **scoring(plan.name))
+            points.append(point)
+    except NeedsJudge as error:
+        note(str(error))
     examples = len({job.id for job in jobs_of(plan.requests["raw"])})
     return {"headline": headline, "examples": examples, "samples": plan.repeats, "points": points}
 
@@ -635,203 +556,7 @@ def _write(path: Path, text: str) -> None:
     part.replace(path)
 
 
-# -- scores ---------------------------------------------------------------------------------------------------
-class NeedsJudge(ProxyTuneError):
-    """A task cannot be scored without a judge; its predictions are kept."""
-
-
-JUDGED = ("truthfulqa_open", "toxigen", "alpacafarm")
-
-
 def read_lines(plan: TaskPlan, shots: str, path: Path) -> list[dict[str, Any]]:
     """The predictions of a run, in the order of its examples."""
     with Log(path) as log:
         return [log.made[job.key] for job in jobs_of(plan.requests[shots])]
-
-
-def score_lines(task: str, lines: Sequence[Mapping[str, Any]], *, judge: Any = None, limits: Any = None) -> Scores:
-    """The scores of one file's predictions: the public tasks by their scorers, ours by those below."""
-    if task in OWN_SCORERS:
-        return OWN_SCORERS[task](lines)
-    if task in JUDGED and judge is None:
-        raise NeedsJudge(
-            f"{task} needs a judge to be scored: run again with --judge; the predictions are kept and not made again"
-        )
-    return score_public(task, lines, judge=judge, limits=limits)
-
-
-def score_example(task: str, document: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
-    """The metrics of one example's predictions, as lm_eval's ``process_results`` wants them."""
-    flat = [each for result in results for each in (result if isinstance(result, list) else [result])]
-    lines: list[dict[str, Any]] = []
-    if task == "mbpp_likelihood":
-        lines = [{"id": "0", "loglikelihoods": [value], "continuations": [document["code"]]} for value, _ in flat]
-    else:
-        with _quiet():
-            output = _output_field(task)
-        lines = [{**document, "sample": at, output: text} for at, text in enumerate(flat)]
-    scores = score_lines(task, lines)
-    return {name: float(value) for name, value in scores.metrics.items()}
-
-
-def _output_field(task: str) -> str:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    return str(load_yaml(TASK_DIR / f"{task}.yaml", resolve_func=False)["metadata"]["output"])
-
-
-def _score_demo(lines: Sequence[Mapping[str, Any]]) -> Scores:
-    """Strict exact match, as ``proxytune demo`` counts it; ``nothing_else``: the two lines of the answer alone."""
-    from proxytune.demo.problems import Problem, is_correct, is_exact
-
-    problems = [Problem(str(line["question"]), "", int(line["answer"]), 0) for line in lines]
-    right = [is_correct(str(line["model_output"]), of) for line, of in zip(lines, problems)]
-    alone = [is_exact(str(line["model_output"]), of) for line, of in zip(lines, problems)]
-    metrics: dict[str, float | int] = {"exact_match": _mean(right), "nothing_else": _mean(alone)}
-    return Scores("demo_math", metrics, "exact_match", [str(line["id"]) for line in lines], [float(v) for v in right])
-
-
-def _score_json(lines: Sequence[Mapping[str, Any]]) -> Scores:
-    """Whether the output is ``{"answer": ...}`` with the right option; ``valid``: with any option."""
-
-    def chosen(line: Mapping[str, Any]) -> Any:
-        try:
-            found = json.loads(str(line["model_output"]))
-        except ValueError:
-            return None
-        return found["answer"] if isinstance(found, dict) and list(found) == ["answer"] else None
-
-    answers = [chosen(line) for line in lines]
-    right = [float(answer == line["answer"]) for answer, line in zip(answers, lines)]
-    valid = [float(answer in line["options"]) for answer, line in zip(answers, lines)]
-    metrics: dict[str, float | int] = {"exact_match": _mean(right), "valid": _mean(valid)}
-    return Scores("ecqa_json", metrics, "exact_match", [str(line["id"]) for line in lines], right)
-
-
-def _score_choices(lines: Sequence[Mapping[str, Any]]) -> Scores:
-    """Whether the right continuation is the likeliest."""
-    right = [float(_likeliest(line["loglikelihoods"]) == int(line["gold"])) for line in lines]
-    return Scores("truthfulqa_mc1", {"acc": _mean(right)}, "acc", [str(line["id"]) for line in lines], right)
-
-
-def _likeliest(values: Sequence[float]) -> int:
-    return max(range(len(values)), key=lambda at: values[at])
-
-
-def _score_likelihood(lines: Sequence[Mapping[str, Any]]) -> Scores:
-    """The geometric mean of the probability of a byte of each text, and the bits per byte of all texts together."""
-    import math
-
-    totals = [(float(line["loglikelihoods"][0]), len(str(line["continuations"][0]).encode())) for line in lines]
-    each = [math.exp(nats / n_bytes) for nats, n_bytes in totals]
-    bits = -sum(nats for nats, _ in totals) / math.log(2) / max(1, sum(n_bytes for _, n_bytes in totals))
-    metrics: dict[str, float | int] = {"byte_probability": _mean(each), "bits_per_byte": bits}
-    return Scores("mbpp_likelihood", metrics, "byte_probability", [str(line["id"]) for line in lines], each)
-
-
-OWN_SCORERS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], Scores]] = {
-    "demo_math": _score_demo,
-    "ecqa_json": _score_json,
-    "truthfulqa_mc1": _score_choices,
-    "mbpp_likelihood": _score_likelihood,
-}
-
-
-# -- tables ---------------------------------------------------------------------------------------------------
-def results_table(results: Mapping[str, Any]) -> str:
-    """The results as Markdown: a table a task."""
-    parts = []
-    for name, task in results["tasks"].items():
-        samples = f", {task['samples']} samples each" if task["samples"] > 1 else ""
-        parts.append(f"**{name}** ({task['examples']} examples{samples})\n\n")
-        if not task["arms"]:
-            parts.append("not scored: needs a judge\n\n")
-            continue
-        headline = task["headline"]
-        others = [
-            metric for metric in next(iter(task["arms"].values()))["metrics"] if metric not in (headline, "total")
-        ]
-        heads = ["arm", "right", headline, "95 % interval", *others, "p to proxy-tuned", "examples/s"]
-        rows = []
-        for arm, of in task["arms"].items():
-            against = task["proxy_tuned_against"].get(arm)
-            row = [
-                ARMS.get(arm, arm),
-                "" if of["count"] is None else f"{of['count']}/{of['of']}",
-                _percent(of["value"]),
-                f"{100 * of['low']:.1f} – {100 * of['high']:.1f}",
-                *(_metric(of["metrics"].get(metric)) for metric in others),
-                "" if against is None else f"{against['p']:.2g}",
-                f"{task['examples_per_second'][arm]:.2f}",
-            ]
-            rows.append([f"**{cell}**" if arm == "proxy_tuned" and cell else cell for cell in row])
-        parts.append(_markdown(heads, rows))
-        parts.append(_notes(task))
-    return "".join(parts).rstrip() + "\n"
-
-
-def _notes(task: Mapping[str, Any]) -> str:
-    said = []
-    gap = task["gap_closed"]
-    if gap is not None:
-        if gap["value"] is None:
-            said.append("Gap closed: undefined, the tuned model is no better or worse than the base.")
-        else:
-            spread = "not bounded here" if gap["low"] is None else f"{_percent(gap['low'])} – {_percent(gap['high'])}"
-            said.append(f"Gap closed: {_percent(gap['value'])} (95 % interval {spread}).")
-    if task["steered_to_base"] is not None:
-        said.append(f"The steered arm ran at {task['steered_to_base']:.2f} times the speed of the base.")
-    tests = {of["test"] for of in task["proxy_tuned_against"].values()}
-    methods = {of["interval"] for of in task["arms"].values()}
-    said.append(f"Intervals: {', '.join(sorted(methods))}." + (f" p: {', '.join(sorted(tests))}." if tests else ""))
-    return "\n".join(said) + "\n\n"
-
-
-def sweep_table(results: Mapping[str, Any]) -> str:
-    """A sweep as Markdown: a table a task."""
-    parts = []
-    for name, task in results["tasks"].items():
-        parts.append(f"**{name}** ({task['examples']} examples)\n\n")
-        if not task["points"]:
-            parts.append("not scored: needs a judge\n\n")
-            continue
-        headline = task["headline"]
-        others = [metric for metric in task["points"][0]["metrics"] if metric not in (headline, "total")]
-        rows = [
-            [
-                f"{point['alpha']:g}",
-                "" if point["count"] is None else f"{point['count']}/{point['of']}",
-                _percent(point["value"]),
-                f"{100 * point['low']:.1f} – {100 * point['high']:.1f}",
-                *(_metric(point["metrics"].get(metric)) for metric in others),
-            ]
-            for point in task["points"]
-        ]
-        parts.append(_markdown(["alpha", "right", headline, "95 % interval", *others], rows))
-    return "".join(parts).rstrip() + "\n"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def _metric(value: float | None) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, int):
-        return str(value)
-    return _percent(value) if 0 <= value <= 1 else f"{value:.3f}"
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table without its empty columns, numbers to the right."""
-    kept = [at for at in range(len(heads)) if any(row[at] for row in rows)]
-    widths = [max(len(heads[at]), *(len(row[at]) for row in rows)) for at in kept]
-    numeric = [at > 0 or heads[0] == "alpha" for at in kept]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [c.rjust(w) if right else c.ljust(w) for c, w, right in zip(cells, widths, numeric)]
-        return f"| {' | '.join(padded)} |\n"
-
-    rule = "|".join("-" * (w + 1) + ":" if right else "-" * (w + 2) for w, right in zip(widths, numeric))
-    return line([heads[at] for at in kept]) + f"|{rule}|\n" + "".join(line([r[at] for at in kept]) for r in rows) + "\n"

@@ -491,7 +491,7 @@ def scorer(task: str) -> Callable[[Mapping[str, Any], list[Any]], dict[str, floa
     """``process_results`` of a task: its own scorer on one example's predictions."""
 
     def process_results(doc: Mapping[str, Any], results: list[Any]) -> dict[str, float]:
-        from proxytune.evaluation.run import score_example
+        from proxytune.evaluation.results import score_example
 
         return score_example(task, doc, results)
 

@@ -1,0 +1,323 @@
+"""From predictions to what they say: each task's scores, intervals, comparisons of the arms, and the tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from proxytune.errors import ProxyTuneError
+from proxytune.evaluation import TASK_DIR
+from proxytune.evaluation.scoring import Scores, score
+from proxytune.statistics import compare, gap_closed, interval, mcnemar, zero_or_one
+
+__all__ = [
+    "ARMS",
+    "NeedsJudge",
+    "results_table",
+    "score_example",
+    "score_lines",
+    "sweep_point",
+    "sweep_table",
+    "task_results",
+]
+
+ARMS: Mapping[str, str] = {
+    "base": "base",
+    "anti_expert": "anti-expert",
+    "expert": "expert alone",
+    "proxy_tuned": "proxy-tuned base",
+    "tuned": "directly tuned",
+    "base_few_shot": "control: base, examples shown",
+    "mean_logits": "control: mean of base and expert",
+}
+JUDGED = ("truthfulqa_open", "toxigen", "alpacafarm")
+Lines = Sequence[Mapping[str, Any]]
+
+
+# -- scores ---------------------------------------------------------------------------------------------------
+class NeedsJudge(ProxyTuneError):
+    """A task cannot be scored without a judge; its predictions are kept."""
+
+
+def score_lines(task: str, lines: Lines, **options: Any) -> Scores:
+    """The scores of one file's predictions: the public tasks by their scorers, ours by those below.
+
+    Args:
+        options: what :func:`proxytune.evaluation.scoring.score` takes: judge, limits, …
+
+    Raises:
+        NeedsJudge: if the task needs a judge and there is none.
+    """
+    if task in OWN_SCORERS:
+        return OWN_SCORERS[task](lines)
+    if task in JUDGED and options.get("judge") is None:
+        raise NeedsJudge(
+            f"{task} needs a judge to be scored: run again with one; the predictions are kept and not made again"
+        )
+    return score(task, lines, **options)
+
+
+def score_example(task: str, document: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
+    """The metrics of one example's predictions, as lm_eval's ``process_results`` wants them."""
+    flat = [each for result in results for each in (result if isinstance(result, list) else [result])]
+    lines: list[dict[str, Any]] = []
+    if task == "mbpp_likelihood":
+        lines = [{"id": "0", "loglikelihoods": [value], "continuations": [document["code"]]} for value, _ in flat]
+    else:
+        output = _output_field(task)
+        lines = [{**document, "sample": at, output: text} for at, text in enumerate(flat)]
+    scores = score_lines(task, lines)
+    return {name: float(value) for name, value in scores.metrics.items()}
+
+
+def _output_field(task: str) -> str:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    return str(load_yaml(TASK_DIR / f"{task}.yaml", resolve_func=False)["metadata"]["output"])
+
+
+def _score_demo(lines: Sequence[Mapping[str, Any]]) -> Scores:
+    """Strict exact match, as ``proxytune demo`` counts it; ``nothing_else``: the two lines of the answer alone."""
+    from proxytune.demo.problems import Problem, is_correct, is_exact
+
+    problems = [Problem(str(line["question"]), "", int(line["answer"]), 0) for line in lines]
+    right = [is_correct(str(line["model_output"]), of) for line, of in zip(lines, problems)]
+    alone = [is_exact(str(line["model_output"]), of) for line, of in zip(lines, problems)]
+    metrics: dict[str, float | int] = {"exact_match": _mean(right), "nothing_else": _mean(alone)}
+    return Scores("demo_math", metrics, "exact_match", [str(line["id"]) for line in lines], [float(v) for v in right])
+
+
+def _score_json(lines: Sequence[Mapping[str, Any]]) -> Scores:
+    """Whether the output is ``{"answer": ...}`` with the right option; ``valid``: with any option."""
+
+    def chosen(line: Mapping[str, Any]) -> Any:
+        try:
+            found = json.loads(str(line["model_output"]))
+        except ValueError:
+            return None
+        return found["answer"] if isinstance(found, dict) and list(found) == ["answer"] else None
+
+    answers = [chosen(line) for line in lines]
+    right = [float(answer == line["answer"]) for answer, line in zip(answers, lines)]
+    valid = [float(answer in line["options"]) for answer, line in zip(answers, lines)]
+    metrics: dict[str, float | int] = {"exact_match": _mean(right), "valid": _mean(valid)}
+    return Scores("ecqa_json", metrics, "exact_match", [str(line["id"]) for line in lines], right)
+
+
+def _score_choices(lines: Sequence[Mapping[str, Any]]) -> Scores:
+    """Whether the right continuation is the likeliest."""
+    right = [float(_likeliest(line["loglikelihoods"]) == int(line["gold"])) for line in lines]
+    return Scores("truthfulqa_mc1", {"acc": _mean(right)}, "acc", [str(line["id"]) for line in lines], right)
+
+
+def _likeliest(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=lambda at: values[at])
+
+
+def _score_likelihood(lines: Sequence[Mapping[str, Any]]) -> Scores:
+    """The geometric mean of the probability of a byte of each text, and the bits per byte of all texts together."""
+    totals = [(float(line["loglikelihoods"][0]), len(str(line["continuations"][0]).encode())) for line in lines]
+    each = [math.exp(nats / n_bytes) for nats, n_bytes in totals]
+    bits = -sum(nats for nats, _ in totals) / math.log(2) / max(1, sum(n_bytes for _, n_bytes in totals))
+    metrics: dict[str, float | int] = {"byte_probability": _mean(each), "bits_per_byte": bits}
+    return Scores("mbpp_likelihood", metrics, "byte_probability", [str(line["id"]) for line in lines], each)
+
+
+OWN_SCORERS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], Scores]] = {
+    "demo_math": _score_demo,
+    "ecqa_json": _score_json,
+    "truthfulqa_mc1": _score_choices,
+    "mbpp_likelihood": _score_likelihood,
+}
+
+
+# -- comparison -----------------------------------------------------------------------------------------------
+def task_results(
+    task: str,
+    lines: Mapping[str, Lines],
+    *,
+    samples: int = 1,
+    options: Mapping[str, Any] | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """One task's part of the results.
+
+    Args:
+        lines: arm -> its predictions. samples: of an example. options: of :func:`score_lines`.
+        note: is told where there is no judge; the arms then have no scores.
+    """
+    scores: dict[str, Scores] = {}
+    speeds: dict[str, float] = {}
+    for name, of in lines.items():
+        seconds = sum(float(line["seconds"]) for line in of)
+        speeds[name] = len(of) / seconds if seconds else 0.0
+    try:
+        scores = {name: score_lines(task, of, **(options or {})) for name, of in lines.items()}
+    except NeedsJudge as error:
+        note(str(error))
+    found: dict[str, Any] = {
+        "headline": compared_metric(next(iter(scores.values()))) if scores else None,
+        "examples": max((len({line["id"] for line in of}) for of in lines.values()), default=0),
+        "samples": samples,
+        "arms": {name: _spread(of) for name, of in scores.items()},
+        "examples_per_second": speeds,
+        "steered_to_base": None,
+        "gap_closed": None,
+        "proxy_tuned_against": {},
+    }
+    if speeds.get("base") and speeds.get("proxy_tuned"):
+        found["steered_to_base"] = speeds["proxy_tuned"] / speeds["base"]
+    if {"base", "proxy_tuned", "tuned"} <= set(scores):
+        base, steered, tuned = _paired(scores["base"], scores["proxy_tuned"], scores["tuned"])
+        found["gap_closed"] = vars(gap_closed(base, steered, tuned))
+    if "proxy_tuned" in scores:
+        found["proxy_tuned_against"] = {
+            name: _against(*_paired(scores["proxy_tuned"], of)) for name, of in scores.items() if name != "proxy_tuned"
+        }
+    return found
+
+
+def sweep_point(task: str, alpha: float, lines: Lines, **options: Any) -> tuple[str, dict[str, Any]]:
+    """One alpha of a sweep: the metric that its interval is of, and its part of the results."""
+    scores = score_lines(task, lines, **options)
+    return compared_metric(scores), {"alpha": alpha, **_spread(scores)}
+
+
+def _spread(scores: Scores) -> dict[str, Any]:
+    spread = interval(scores.examples)
+    return {
+        "value": spread.value,
+        "low": spread.low,
+        "high": spread.high,
+        "interval": spread.method,
+        "count": round(sum(scores.examples)) if zero_or_one(scores.examples) else None,
+        "of": len(scores.examples),
+        "metrics": scores.metrics,
+    }
+
+
+def _against(steered: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
+    p, test = compare(steered, other)
+    found: dict[str, Any] = {"p": p, "test": test, "difference": _mean(steered) - _mean(other)}
+    if test == "exact McNemar":
+        won, lost, _ = mcnemar([bool(v) for v in steered], [bool(v) for v in other])
+        found |= {"only_proxy_tuned": won, "only_other": lost}
+    return found
+
+
+def compared_metric(scores: Scores) -> str:
+    """The metric that is the mean of the examples, which intervals and tests are of."""
+    return "acc_of_all" if "acc_of_all" in scores.metrics else scores.headline
+
+
+def _paired(*scores: Scores) -> list[list[float]]:
+    """The arms' examples in one order: those that all of them have (a judge or a parser may leave some out)."""
+    by_id = [dict(zip(of.ids, of.examples)) for of in scores]
+    shared = [name for name in scores[0].ids if all(name in of for of in by_id)]
+    return [[of[name] for name in shared] for of in by_id]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+# -- tables ---------------------------------------------------------------------------------------------------
+def results_table(results: Mapping[str, Any]) -> str:
+    """The results as Markdown: a table a task."""
+    parts = []
+    for name, task in results["tasks"].items():
+        samples = f", {task['samples']} samples each" if task["samples"] > 1 else ""
+        parts.append(f"**{name}** ({task['examples']} examples{samples})\n\n")
+        if not task["arms"]:
+            parts.append("not scored: needs a judge\n\n")
+            continue
+        headline = task["headline"]
+        others = [
+            metric for metric in next(iter(task["arms"].values()))["metrics"] if metric not in (headline, "total")
+        ]
+        heads = ["arm", "right", headline, "95 % interval", *others, "p to proxy-tuned", "examples/s"]
+        rows = []
+        for arm, of in task["arms"].items():
+            against = task["proxy_tuned_against"].get(arm)
+            row = [
+                ARMS.get(arm, arm),
+                "" if of["count"] is None else f"{of['count']}/{of['of']}",
+                _percent(of["value"]),
+                f"{100 * of['low']:.1f} – {100 * of['high']:.1f}",
+                *(_metric(of["metrics"].get(metric)) for metric in others),
+                "" if against is None else f"{against['p']:.2g}",
+                f"{task['examples_per_second'][arm]:.2f}",
+            ]
+            rows.append([f"**{cell}**" if arm == "proxy_tuned" and cell else cell for cell in row])
+        parts.append(_markdown(heads, rows))
+        parts.append(_notes(task))
+    return "".join(parts).rstrip() + "\n"
+
+
+def _notes(task: Mapping[str, Any]) -> str:
+    said = []
+    gap = task["gap_closed"]
+    if gap is not None:
+        if gap["value"] is None:
+            said.append("Gap closed: undefined, the tuned model is no better or worse than the base.")
+        else:
+            spread = "not bounded here" if gap["low"] is None else f"{_percent(gap['low'])} – {_percent(gap['high'])}"
+            said.append(f"Gap closed: {_percent(gap['value'])} (95 % interval {spread}).")
+    if task["steered_to_base"] is not None:
+        said.append(f"The steered arm ran at {task['steered_to_base']:.2f} times the speed of the base.")
+    tests = {of["test"] for of in task["proxy_tuned_against"].values()}
+    methods = {of["interval"] for of in task["arms"].values()}
+    said.append(f"Intervals: {', '.join(sorted(methods))}." + (f" p: {', '.join(sorted(tests))}." if tests else ""))
+    return "\n".join(said) + "\n\n"
+
+
+def sweep_table(results: Mapping[str, Any]) -> str:
+    """A sweep as Markdown: a table a task."""
+    parts = []
+    for name, task in results["tasks"].items():
+        parts.append(f"**{name}** ({task['examples']} examples)\n\n")
+        if not task["points"]:
+            parts.append("not scored: needs a judge\n\n")
+            continue
+        headline = task["headline"]
+        others = [metric for metric in task["points"][0]["metrics"] if metric not in (headline, "total")]
+        rows = [
+            [
+                f"{point['alpha']:g}",
+                "" if point["count"] is None else f"{point['count']}/{point['of']}",
+                _percent(point["value"]),
+                f"{100 * point['low']:.1f} – {100 * point['high']:.1f}",
+                *(_metric(point["metrics"].get(metric)) for metric in others),
+            ]
+            for point in task["points"]
+        ]
+        parts.append(_markdown(["alpha", "right", headline, "95 % interval", *others], rows))
+    return "".join(parts).rstrip() + "\n"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _metric(value: float | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return str(value)
+    return _percent(value) if 0 <= value <= 1 else f"{value:.3f}"
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table without its empty columns, numbers to the right."""
+    kept = [at for at in range(len(heads)) if any(row[at] for row in rows)]
+    widths = [max(len(heads[at]), *(len(row[at]) for row in rows)) for at in kept]
+    numeric = [at > 0 or heads[0] == "alpha" for at in kept]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.rjust(w) if right else c.ljust(w) for c, w, right in zip(cells, widths, numeric)]
+        return f"| {' | '.join(padded)} |\n"
+
+    rule = "|".join("-" * (w + 1) + ":" if right else "-" * (w + 2) for w, right in zip(widths, numeric))
+    return line([heads[at] for at in kept]) + f"|{rule}|\n" + "".join(line([r[at] for at in kept]) for r in rows) + "\n"
