@@ -68,7 +68,7 @@ def examples(name: str, seed: int) -> Iterator[dict[str, str]]:
 def run(*arguments: str) -> None:
     """One command of ours."""
     print("$ proxytune", " ".join(arguments), flush=True)
-    subprocess.run([sys.executable, "-m", "proxytune", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "proxytune.cli", *arguments], check=True)
 
 
 def train(name: str, seed: int, work: Path, *members: str, out: Path, lr: float) -> None:

@@ -58,7 +58,7 @@ class DemoResult:
     """Every arm's answer to every problem, in the order of the problems.
 
     ``verdicts`` are those of :func:`is_correct`, ``exact`` those of :func:`is_exact`: the right answer and
-    nothing else. The first is the demo's measure; in the second the anti-expert shows.
+    nothing else. The first is the demo's measure.
     """
 
     seed: int
