@@ -27,6 +27,7 @@ ROOMS = {
     "vocabulary": {"errors"},
     "prompts": {"errors", "config"},
     "cost": set(),
+    "statistics": set(),
     "kernels": {"errors"},
     "members": {"errors", "config", "kernels"},
     "speculation": {"errors", "cost", "mixing"},
@@ -86,6 +87,12 @@ def test_the_vllm_side_imports_nothing_of_the_transformers_composite(module):
 def test_nothing_imports_the_command_line(module):
     top, lazy = our_imports(module)
     assert "cli" not in top | lazy
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("evaluation.")])
+def test_evaluating_rests_on_no_room_beside_it(module):
+    top, lazy = our_imports(module)
+    assert not (top | lazy) & {"analysis", "report", "server", "training"}
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if not m.startswith(("demo", "cli", "__")) and m not in ROOMS])

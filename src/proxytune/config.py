@@ -41,7 +41,7 @@ class Prompt:
 
     - ``raw``: the very ids that the caller gave.
     - ``chat``: the member's own chat template around ``system`` and the prompt as the user's turn, which begins with
-      ``user_prefix`` (the paper's chat models read ``Complete the following: `` before a ToxiGen prompt).
+      ``user_prefix`` (the paper's chat models read ``Complete the following:`` before a ToxiGen prompt).
     - ``template``: any text with one ``{prompt}`` in it.
 
     ``response_prefix`` is put where the answer begins; where the raw prompt ends with it, it is moved there

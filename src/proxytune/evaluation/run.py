@@ -335,7 +335,7 @@ def alpha_range(text: str) -> tuple[str | None, list[float]]:
     """Read ``[NAME=]START:STOP:STEP`` (both ends belong to it) or ``[NAME=]A,B,…``: the expert's name, the alphas.
 
     Raises:
-        AlphaError: where it is neither, or has no alphas or more than a thousand.
+        AlphaError: where it is neither, or has no alphas or more than two hundred.
     """
     name, equals, numbers = text.rpartition("=")
     wrong = AlphaError(f"--alpha is START:STOP:STEP, such as 0:2:0.25, or numbers, such as 0,0.5,1, not {text!r}")
@@ -343,7 +343,7 @@ def alpha_range(text: str) -> tuple[str | None, list[float]]:
         if ":" in numbers:
             start, stop, step = (float(part) for part in numbers.split(":"))
             count = (stop - start) / step
-            if not 0 <= count < 1000:
+            if not 0 <= count < 200:
                 raise wrong
             values = [round(start + step * at, 10) for at in range(int(count + 1e-6) + 1)]
         else:

@@ -136,16 +136,17 @@ def _object(value: Any, where: str) -> Row:
     return value
 
 
-def hub(repository: str, *arguments: str, **options: Any) -> Iterator[Line]:
-    """The rows of one split of a data set on the hub."""
+def hub(repository: str, *arguments: str, said: str | None = None, **options: Any) -> Iterator[Line]:
+    """The rows of one split of a data set on the hub; ``said`` is what messages call it."""
+    said = said or repository
     try:
         rows: Any = load_dataset(repository, *arguments, **options)
     except Exception as error:  # unreachable, gone, gated, changed: each raises something of its own
         raise ProxyTuneError(
-            f"the data set {repository} cannot be loaded from the hub ({first_line(error)}); give its file with --data"
+            f"the data set {said} cannot be loaded from the hub ({first_line(error)}); give its file with --data"
         ) from error
     for number, row in enumerate(rows):
-        yield Line(f"row {number} of {repository}", dict(row))
+        yield Line(f"row {number} of {said}", dict(row))
 
 
 def splits(test: list[Row], train: list[Row] | None = None) -> Splits:
@@ -427,7 +428,7 @@ def alpacafarm(data: str | None = None, **_: Any) -> Splits:
     )
     if path is None:  # the hub's copy needs a loading script, which datasets no longer runs; its file is plain JSON
         address = "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"
-        found = hub("json", data_files=address, split="train")
+        found = hub("json", said="tatsu-lab/alpaca_eval", data_files=address, split="train")
     else:
         found = lines(path)
     rows = []
