@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from proxytune import ProxyTunedForCausalLM
 from proxytune.demo import demo_recipe
 from proxytune.demo.problems import Problem, is_correct, is_exact, make_problems
-from proxytune.demo.score import mcnemar, wilson
 from proxytune.kernels import pack
+from proxytune.statistics import mcnemar, wilson
 from proxytune.training import Settings, train
 from proxytune.training.run import Progress, members_of
 
