@@ -37,7 +37,7 @@ class Gap:
     high: float | None
 
 
-def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(correct: float, total: int, z: float = 1.96) -> tuple[float, float]:
     """The 95 % score interval of a proportion, as two numbers in [0, 1]."""
     if total == 0:
         return 0.0, 1.0

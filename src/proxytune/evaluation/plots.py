@@ -28,10 +28,11 @@ def plot_arms(tasks: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str],
         titles: arm -> what it is called.
         path: without a suffix; .png and .svg are written.
     """
-    n_arms = max(len(task["arms"]) for task in tasks.values())
+    n_arms = sum(len(task["arms"]) for task in tasks.values())
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.5, 0.6 + len(tasks) * (0.9 + 0.36 * n_arms)), layout="constrained")
-        panels = figure.subplots(len(tasks), squeeze=False)[:, 0]
+        figure = Figure(figsize=(7.5, 0.3 + 0.9 * len(tasks) + 0.36 * n_arms), layout="constrained")
+        heights = [2.5 + len(task["arms"]) for task in tasks.values()]
+        panels = figure.subplots(len(tasks), squeeze=False, height_ratios=heights)[:, 0]
         for panel, (name, task) in zip(panels, tasks.items()):
             arms = list(task["arms"])
             for place, arm in enumerate(reversed(arms)):
@@ -46,6 +47,7 @@ def plot_arms(tasks: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str],
                 )
             panel.set_yticks(range(len(arms)), [titles.get(arm, arm) for arm in reversed(arms)])
             panel.set_xlim(0, min(112.0, 8 + 1.12 * max(100 * of["high"] for of in task["arms"].values())))
+            panel.set_xticks([tick for tick in panel.get_xticks() if tick <= 100])
             panel.set_xlabel(f"{_said(task['headline'])}, %, with 95 % intervals")
             panel.set_title(f"{name}, {task['examples']} examples", loc="left", fontweight="bold", fontsize=10)
         return _save(figure, path)
@@ -58,8 +60,10 @@ def plot_sweep(name: str, task: Mapping[str, Any], path: Path) -> list[Path]:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.6), layout="constrained")
         panel = figure.subplots()
-        metrics = [metric for metric, value in points[0]["metrics"].items() if isinstance(value, float)]
-        metrics = [task["headline"], *(metric for metric in metrics if metric != task["headline"])]
+        # The shares; not bits per byte, and not a metric's parts, such as one a group.
+        parts = (f"{task['headline']}_", "bits_")
+        shares = [name for name, value in points[0]["metrics"].items() if isinstance(value, float)]
+        metrics = [task["headline"], *(n for n in shares if n != task["headline"] and not n.startswith(parts))]
         for metric, color in zip(metrics, LINES):
             values = [100 * point["metrics"][metric] for point in points]
             panel.plot(alphas, values, marker="o", markersize=4, color=color, label=_said(metric))
