@@ -234,9 +234,7 @@ def results_table(results: Mapping[str, Any]) -> str:
             parts.append("not scored: needs a judge\n\n")
             continue
         headline = task["headline"]
-        others = [
-            metric for metric in next(iter(task["arms"].values()))["metrics"] if metric not in (headline, "total")
-        ]
+        others = _others(headline, next(iter(task["arms"].values()))["metrics"])
         heads = ["arm", "right", headline, "95 % interval", *others, "p to proxy-tuned", "examples/s"]
         rows = []
         for arm, of in task["arms"].items():
@@ -282,7 +280,7 @@ def sweep_table(results: Mapping[str, Any]) -> str:
             parts.append("not scored: needs a judge\n\n")
             continue
         headline = task["headline"]
-        others = [metric for metric in task["points"][0]["metrics"] if metric not in (headline, "total")]
+        others = _others(headline, task["points"][0]["metrics"])
         rows = [
             [
                 f"{point['alpha']:g}",
@@ -295,6 +293,13 @@ def sweep_table(results: Mapping[str, Any]) -> str:
         ]
         parts.append(_markdown(["alpha", "right", headline, "95 % interval", *others], rows))
     return "".join(parts).rstrip() + "\n"
+
+
+def _others(headline: str, metrics: Mapping[str, Any]) -> list[str]:
+    """The other columns: not counts that the table has already, nor a metric's parts, such as one a group."""
+    return [
+        name for name in metrics if name not in (headline, "samples", "total") and not name.startswith(f"{headline}_")
+    ]
 
 
 def _percent(share: float) -> str:
