@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tiny
-from served import N_NEW, ROWS, Reference, assert_all_same, counted, engine, expert, generate, wide
+from served import N_NEW, ROWS, Reference, assert_all_same, counted, engine, expert, generate, quantized, wide
 
 # -- families -------------------------------------------------------------------------------------------------
 
@@ -23,6 +23,45 @@ def test_families_ragged_mixed_alpha(shelf, base):
     assert_all_same(tokens, expected)
     unsteered = Reference(recipe).greedy(ROWS, alpha=[[0.0]] * 4)
     assert all(a[0] != b[0] for a, b in zip(expected[2:], unsteered[2:])), "steering shows, or nothing was tested"
+
+
+def prompt_logprobs(llm, row):
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    (output,) = llm.generate([{"prompt_token_ids": row}], params, use_tqdm=False)
+    return torch.tensor([entry[token].logprob for token, entry in zip(row[1:], output.prompt_logprobs[1:])])
+
+
+@pytest.mark.parametrize("side", ["base", "expert"])
+def test_a_member_is_quantized_as_its_checkpoint_says(shelf, side):
+    """Only that one: the others' weights are read as they are, whoever's config comes first."""
+    names = {"base": "qwen2", "expert": "llama-small"}
+    if not (shelf.root / f"{names[side]}-w8a8").exists():
+        quantized(shelf.root / f"{names[side]}-w8a8", shelf.root / names[side])
+    plain = shelf.recipe(f"plain-{side}", names["base"], experts=[expert("e", names["expert"], "llama-anti")])
+    names[side] += "-w8a8"
+    recipe = shelf.recipe(f"w8a8-{side}", names["base"], experts=[expert("e", names["expert"], "llama-anti")])
+    row = ROWS[3]
+    with engine(recipe) as llm:
+        seen = prompt_logprobs(llm, row)
+        kinds = {name: type(one.quant_method).__name__ for name, one in linears(llm)}
+    with torch.no_grad():
+        reference = Reference(plain).model
+        at = (range(len(row) - 1), row[1:])
+        exact, unsteered = (reference(torch.tensor([row]), alpha=a).logits[0].log_softmax(-1)[at] for a in (1.0, 0.0))
+    error, effect = (seen - exact).abs().mean(), (unsteered - exact).abs().mean()
+    assert 1e-4 < error < 0.4 * effect, "rounded to 8 bits, and otherwise the same"
+    assert kinds == {
+        name: "CompressedTensorsLinearMethod" if name == side else "UnquantizedLinearMethod"
+        for name in ("base", "expert", "anti_expert")
+    }
+
+
+def linears(llm):
+    """One linear layer of each part."""
+    model = llm.llm_engine.model_executor.driver_worker.model_runner.model
+    return [(part, model.part(part).model.layers[0].mlp.down_proj) for part in model.parts]
 
 
 # -- one recipe with everything -------------------------------------------------------------------------------
@@ -137,13 +176,24 @@ def test_a_bad_alpha_in_the_worker_is_no_end(rich_engine, rich_reference, monkey
     """The frontend lets none through; if one came, the worker must not fall over it."""
     from proxytune.vllm import hooks
 
-    monkeypatch.setattr(hooks, "_served", None)
+    monkeypatch.setattr(hooks, "_frontend", None)
     assert_all_same(generate(rich_engine, ROWS[:1], 4, alphas=[{"alpha": "x"}]), rich_reference.greedy(ROWS[:1], 4))
 
 
-def test_an_id_that_a_member_lacks_is_no_end(rich_engine, rich_reference):
-    """The recipe's tokenizer knows one id that only the base has; in a prompt it must not end the engine."""
-    assert len(generate(rich_engine, [[1, tiny.VOCAB, 7]], 4)[0]) == 4
+def test_an_id_that_a_member_lacks_is_refused_and_the_engine_lives_on(rich_engine, rich_reference, monkeypatch):
+    """The recipe's tokenizer knows one id that only the base has, and the transformers engine refuses it too."""
+    from vllm.exceptions import VLLMValidationError
+
+    from proxytune.errors import PromptError
+    from proxytune.vllm import hooks
+
+    said = f"has token id {tiny.VOCAB}, but member '[a-z.]*' has only {tiny.VOCAB} tokens"
+    with pytest.raises(VLLMValidationError, match=said):
+        generate(rich_engine, [[1, tiny.VOCAB, 7]], 4)
+    with pytest.raises(PromptError, match=said):
+        rich_reference.greedy([[1, tiny.VOCAB, 7]], 4)
+    monkeypatch.setattr(hooks, "_frontend", None)
+    assert len(generate(rich_engine, [[1, tiny.VOCAB, 7]], 4)[0]) == 4, "in the worker it would be no end either"
     assert_all_same(generate(rich_engine, ROWS[:1], 4), rich_reference.greedy(ROWS[:1], 4))
 
 

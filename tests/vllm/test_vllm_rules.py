@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from vllm.config import ModelConfig
 
 import tiny
-from proxytune.errors import AlphaError, ProxyTuneError
+from proxytune.config import Member, ProxyTuneConfig, Source
+from proxytune.errors import AlphaError, MemberError, ProxyTuneError
 from proxytune.vllm import check_version, hooks
 from proxytune.vllm.alpha import join, requested, split
-from served import expert, wide
+from proxytune.vllm.members import Fitted, _refuse_part
+from proxytune.vllm.plan import Part, refuse
+from proxytune.vllm.weights import Adapter, with_adapter
+from served import expert, quantized, wide
 
 
 def configured(recipe, **options):
@@ -72,16 +78,24 @@ def test_adapters_that_are_not_merged(shelf, lora, said):
     refused(shelf, f"of-{name}", rf"adapter of e\.expert .*{said}", experts=experts)
 
 
+EAGLE = {"method": "eagle", "model": "../llama-small", "num_speculative_tokens": 2}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"max_model_len": 200}, r"--max-model-len 200 is more than e\.expert reads \(96\)"),
         ({"load_format": "sharded_state"}, "does not load a recipe's members"),
         ({"enable_lora": True}, "name the adapter in the recipe instead"),
+        ({"enable_dbo": True}, "halves the batch"),
+        ({"enable_prompt_embeds": True}, "each member has embeddings of its own"),
+        ({"speculative_config": EAGLE}, "speculation by eagle reads the hidden states of one model"),
     ],
-    ids=["context", "load format", "lora"],
+    ids=["context", "load format", "lora", "two batches", "embeddings", "eagle"],
 )
 def test_engine_options(shelf, options, said):
+    if "speculative_config" in options:
+        options = {"speculative_config": {**EAGLE, "model": str(shelf.root / "llama-small")}}
     if not (shelf.root / "brief").exists():
         wide(shelf.root / "brief", "qwen2", "small", 41, max_position_embeddings=96)
     refused(shelf, "optional", said, options=options, experts=[expert("e", "brief", None)])
@@ -95,6 +109,119 @@ def test_heads_that_cannot_be_split(shelf, monkeypatch):
     refused(shelf, "of-odd", r"e\.expert .*attention heads", options=options, experts=[expert("e", "odd", None)])
 
 
+CONFIGS = {
+    "encoder-decoder": ("WhisperForConditionalGeneration", "whisper", "is an encoder-decoder"),
+    "unknown": ("FromAfar", "from_afar", "cannot be served by vLLM"),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_models_that_cannot_be_members(shelf, kind):
+    architecture, model_type, said = CONFIGS[kind]
+    (shelf.root / kind).mkdir()
+    config = {"architectures": [architecture], "model_type": model_type, "vocab_size": tiny.VOCAB}
+    (shelf.root / kind / "config.json").write_text(json.dumps(config))
+    tiny.tokenizer().save_pretrained(shelf.root / kind)
+    refused(shelf, f"of-{kind}", rf"e\.expert .*{said}", experts=[expert("e", kind, None)])
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"architecture": "GptOssForCausalLM"}, "is a GptOssForCausalLM, which vLLM sets up by rules for the whole"),
+        ({"is_multimodal_model": True}, "reads more than text"),
+        ({"is_hybrid": True}, "keeps a state in place of a KV cache"),
+        ({"is_attention_free": True}, "keeps a state in place of a KV cache"),
+        ({"use_mla": True}, r"has latent attention \(MLA\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_kinds_of_models_that_cannot_be_members(values, said):
+    """By what vLLM finds of them: its own configs of such models take minutes to be made."""
+    names = ("is_encoder_decoder", "is_multimodal_model", "is_hybrid", "is_attention_free", "use_mla")
+    assert all(hasattr(ModelConfig, name) for name in names)
+    found = SimpleNamespace(architecture="LlamaForCausalLM", quantization=None, **dict.fromkeys(names, False))
+    part = Part("expert", "e.expert", ("e.expert",), Member("m"), Source("m"), None)
+    _refuse_part(Fitted(part, found), torch.float32)
+    found.__dict__.update(values)
+    with pytest.raises(MemberError, match=rf"e\.expert \(m\) {said}"):
+        _refuse_part(Fitted(part, found), torch.float32)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_remote_code_of_a_member(shelf, asked):
+    """``--trust-remote-code`` is for the recipe's own shim; what members bring is never run."""
+    place = shelf.root / f"remote-{asked}"
+    wide(place, "qwen2", "small", 43)
+    ran = place / "it-ran"
+    (place / "theirs.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig\n"
+        f"Path({str(ran)!r}).touch()\n"
+        "class Theirs(LlamaConfig):\n"
+        "    model_type = 'theirs'\n"
+    )
+    config = json.loads((place / "config.json").read_text())
+    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Theirs"}}
+    (place / "config.json").write_text(json.dumps(config))
+    experts = [expert("e", place.name, None)]
+    options = {"trust_remote_code": asked}
+    refused(shelf, f"of-{place.name}", r"e\.expert .*cannot be served by vLLM", options=options, experts=experts)
+    assert not ran.exists()
+
+
+def test_a_quantized_member_with_an_adapter(shelf):
+    quantized(shelf.root / "eight-bits", shelf.root / "qwen2-anti")
+    tiny.write_adapter(shelf.root / "on-eight-bits", shelf.root / "qwen2-anti", 3)
+    experts = [expert("e", "eight-bits", None, adapter="../on-eight-bits")]
+    refused(shelf, "of-eight-bits", "is quantized, so its adapter cannot be merged", experts=experts)
+
+
+def test_an_adapter_on_tied_embeddings(shelf):
+    wide(shelf.root / "tied", "qwen2", "small", 44, tie_word_embeddings=True)
+    tiny.write_adapter(shelf.root / "on-tied", shelf.root / "tied", 3, target_modules=["embed_tokens", "q_proj"])
+    experts = [expert("e", "tied", None, adapter="../on-tied")]
+    refused(shelf, "of-tied", "embeddings that are tied to the head", experts=experts)
+
+
+def test_an_adapter_of_another_kind(shelf):
+    from peft import IA3Config, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(shelf.root / "qwen2-anti")
+    adapted = get_peft_model(plain, IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    adapted.save_pretrained(shelf.root / "ia3")
+    experts = [expert("e", "qwen2-anti", None, adapter="../ia3")]
+    refused(shelf, "of-ia3", r"adapter of e\.expert is IA3; vLLM serves LoRA adapters alone", experts=experts)
+
+
+def test_an_adapter_of_another_model():
+    """Told while weights are loaded: that is when their shapes are known."""
+    lora = SimpleNamespace(**dict.fromkeys(["use_rslora", "fan_in_fan_out"], False), peft_type="LORA", bias="none")
+    lora.alpha_pattern, lora.lora_alpha = {}, 8
+    pair = {"base_model.model.q.lora_A.weight": torch.ones(2, 3), "base_model.model.q.lora_B.weight": torch.ones(5, 2)}
+    adapter = Adapter("e.expert", lora, pair)
+    ((_, merged),) = with_adapter([("q.weight", torch.zeros(5, 3))], adapter)
+    assert torch.equal(merged, torch.full((5, 3), 8.0))
+    with pytest.raises(MemberError, match=r"shape \(5, 3\) for 'q', but the model has \(3, 5\)"):
+        list(with_adapter([("q.weight", torch.zeros(3, 5))], adapter))
+    with pytest.raises(MemberError, match="has weights for 'q', which the model's checkpoint lacks"):
+        list(with_adapter([("k.weight", torch.zeros(5, 3))], adapter))
+
+
+def test_members_in_a_folder_of_a_hub_repository(shelf):
+    recipe = ProxyTuneConfig(base={"model": "./base"}, experts=[{"expert": "./expert"}])
+    recipe.name_or_path = "somebody/recipe"
+    with pytest.raises(MemberError, match="base lies in a folder of a hub repository"):
+        refuse(recipe)
+
+
+def test_a_base_without_a_config(shelf):
+    recipe = ProxyTuneConfig(base={"model": "somebody/model"}, experts=[{"expert": "somebody/expert"}])
+    with pytest.raises(MemberError, match="carries no config of its base, and 'somebody/model' is not on this machine"):
+        refuse(recipe)
+
+
 def test_what_works_is_not_refused(shelf):
     config = configured(shelf.recipe("fine"))
     assert config.model_config.architecture == "ProxyTunedForCausalLM"
@@ -102,7 +229,7 @@ def test_what_works_is_not_refused(shelf):
 
 
 def test_the_command_and_its_draft(shelf):
-    from proxytune.errors import MemberError, RecipeError
+    from proxytune.errors import RecipeError
     from proxytune.recipe import load_recipe
     from proxytune.vllm.command import serve_command
 

@@ -2,7 +2,7 @@
 
 vLLM calls :func:`register` in each of its processes (entry point ``vllm.general_plugins``). It makes known the
 composite (:mod:`proxytune.vllm.model`), the rules that are checked at start (:mod:`proxytune.vllm.members`), and
-nothing else; the one wrapped method is in :mod:`proxytune.vllm.hooks`.
+nothing else; the two wrapped methods are in :mod:`proxytune.vllm.hooks`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from proxytune.errors import MemberError, RecipeError
 from proxytune.vllm import check_version, installed_version
 from proxytune.vllm.plan import parts_of, refuse
 
-__all__ = ["serve_command"]
+__all__ = ["serve_command", "server_of"]
 
 
 def serve_command(
@@ -32,26 +32,19 @@ def serve_command(
     """
     check_version(installed_version())
     refuse(config)
-    recipe = str(config.name_or_path)
-    words = [*_server(), recipe] if _has_script() else [*_server(), "--model", recipe]
+    words = server_of(str(config.name_or_path))
     if draft is not None:
         words += ["--speculative-config", json.dumps(_draft(config, draft, draft_tokens))]
     return [*words, *options]
 
 
-def _has_script() -> bool:
-    """Whether ``vllm serve`` works: PyPI's CPU build has the script, which looks for a distribution called vllm."""
+def server_of(model: str) -> list[str]:
+    """The words that serve ``model``, a recipe or any other."""
     try:
         version("vllm")
-    except PackageNotFoundError:
-        return False
-    return True
-
-
-def _server() -> list[str]:
-    if _has_script():
-        return [shutil.which("vllm", path=str(Path(sys.executable).parent)) or "vllm", "serve"]
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    except PackageNotFoundError:  # PyPI's CPU build has the script too, but it looks for a distribution of this name
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    return [shutil.which("vllm", path=str(Path(sys.executable).parent)) or "vllm", "serve", model]
 
 
 def _draft(config: ProxyTuneConfig, draft: str, n_tokens: int) -> dict[str, str | int]:

@@ -1,20 +1,23 @@
 """Where vLLM is touched at all: the alphas of a batch, the check of a request, the gather of logits.
 
-Written against vLLM 0.32 (see ``OLDEST`` and ``NEWEST``); the tests hold the interfaces named here. One method is
-wrapped: ``GPUModelRunner._model_forward`` of the V1 runner, which is told nothing of requests otherwise. The V2 runner
-asks the model for a class that it tells of each request, so nothing is wrapped there.
+Written against vLLM 0.32 (see ``OLDEST`` and ``NEWEST``); the tests hold the interfaces named here. Two methods are
+wrapped: ``GPUModelRunner._model_forward`` of the V1 runner, which is told nothing of requests otherwise (the V2 runner
+asks the model for a class that it tells of each request), and ``BaseRenderer.validate_token_ids``, the one place where
+a prompt's ids are checked.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
+from vllm.renderers.base import BaseRenderer
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
@@ -49,14 +52,55 @@ class Recipe:
             return self.alphas
 
 
-# -- the frontend: a bad alpha is answered with 400 -----------------------------------------------------------
-_served: Recipe | None = None
+# -- the frontend: what is bad is answered with 400 -----------------------------------------------------------
+class Frontend:
+    """What requests are held against where they come in.
+
+    Args:
+        widths: member -> how many ids it has.
+    """
+
+    def __init__(self, config: ProxyTuneConfig, widths: Mapping[str, int]) -> None:
+        self.recipe = Recipe(config)
+        self.narrowest, self.width = min(widths.items(), key=lambda item: item[1])
+
+    def check_alphas(self, sampling_params: Any) -> None:
+        """Raise :class:`AlphaError` (a ``ValueError``, which vLLM answers with 400) for bad alphas."""
+        requested(sampling_params.extra_args, self.recipe.names, self.recipe.alphas)
+
+    def check_ids(self, token_ids: Sequence[int], parameter: str | None) -> None:
+        """Raise ``VLLMValidationError`` if some member lacks an id of a prompt."""
+        if token_ids and (highest := max(token_ids)) >= self.width:
+            raise VLLMValidationError(
+                f"the prompt has token id {highest}, but member {self.narrowest!r} has only {self.width} tokens",
+                parameter=parameter,
+            )
 
 
-def serve(config: ProxyTuneConfig) -> None:
+_frontend: Frontend | None = None
+
+
+def serve(config: ProxyTuneConfig, widths: Mapping[str, int]) -> None:
     """Remember the recipe that this process takes requests for (one engine a process, as vLLM has it)."""
-    global _served  # noqa: PLW0603 - vLLM gives a processor's check nothing but the request
-    _served = Recipe(config)
+    global _frontend  # noqa: PLW0603 - vLLM gives a check nothing but the request
+    _frontend = Frontend(config, widths)
+    _wrap_id_check()
+
+
+def _wrap_id_check() -> None:
+    """Check the ids of prompts, which vLLM holds against the tokenizer, against every member."""
+    original = BaseRenderer.validate_token_ids
+    if getattr(original, "asks_members", False):
+        return
+
+    @functools.wraps(original)
+    def validate_token_ids(self: Any, token_ids: Sequence[int], *, parameter: str | None = None) -> None:
+        original(self, token_ids, parameter=parameter)
+        if _frontend is not None:
+            _frontend.check_ids(token_ids, parameter)
+
+    validate_token_ids.asks_members = True  # type: ignore[attr-defined]
+    BaseRenderer.validate_token_ids = validate_token_ids
 
 
 class AlphaCheck(V1LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]
@@ -71,9 +115,9 @@ class AlphaCheck(V1LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Raise :class:`AlphaError` (a ``ValueError``, which vLLM answers with 400) for bad alphas."""
-        if _served is not None:
-            requested(sampling_params.extra_args, _served.names, _served.alphas)
+        """See :meth:`Frontend.check_alphas`."""
+        if _frontend is not None:
+            _frontend.check_alphas(sampling_params)
 
     def is_argmax_invariant(self) -> bool:
         return True

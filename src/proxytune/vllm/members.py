@@ -151,8 +151,7 @@ class RecipeRules(VerifyAndUpdateConfig):  # type: ignore[misc]
         for one in fitted:
             _refuse_part(one, model_config.dtype)
         _set_context(model_config, fitted)
-        _check_vocabularies(recipe)
-        hooks.serve(recipe)
+        hooks.serve(recipe, _check_vocabularies(recipe))
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
@@ -220,7 +219,8 @@ def _set_context(model_config: Any, fitted: list[Fitted]) -> None:
         )
 
 
-def _check_vocabularies(recipe: ProxyTuneConfig) -> None:
+def _check_vocabularies(recipe: ProxyTuneConfig) -> dict[str, int]:
+    """The width of each part's vocabulary, by its owner, where all tokens are the same."""
     widths = dict(zip((part.owner for part in parts_of(recipe)), shared_widths(recipe)))
     members = dict(recipe.members())
     report = compare({name: load_tokenizer(recipe, name, members[name], Loading()) for name in widths}, widths)
@@ -229,3 +229,4 @@ def _check_vocabularies(recipe: ProxyTuneConfig) -> None:
         logger.warning(
             "%s has %d ids that another member lacks (from %d on); they are never chosen", name, extra, report.shared
         )
+    return widths

@@ -113,7 +113,8 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         outputs: dict[str, Any] = {}
         received = None if intermediate_tensors is None else self._taken_apart(intermediate_tensors)
         for name, vocab in zip(self.parts, self.vocabs):
-            # An id that a member lacks is never chosen, but a prompt may hold one: it must not read out of bounds.
+            # An id that a member lacks is never chosen, and refused in a prompt; if one came, it must not read out of
+            # bounds, which would end the engine.
             ids = input_ids if input_ids is None or vocab == max(self.vocabs) else input_ids.clamp(max=vocab - 1)
             own = None if received is None else IntermediateTensors(received[name])
             outputs[name] = self.part(name)(ids, positions, own, None)
