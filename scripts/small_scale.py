@@ -4,8 +4,8 @@
     python scripts/small_scale.py code --seeds 0,1,2 --work runs/small
 
 For each seed `proxytune train` makes an expert of the demo's M-, and `proxytune eval` holds its recipe beside all other
-arms; what is done already is kept in ``--work``, so a killed run goes on. Seed 0 also trains M itself on the same data,
-as the directly tuned model. ``PROXYTUNE_DATA`` names the folder with ``flan_cot`` (format) and ``mbpp`` (code).
+arms; what is done already is kept in ``--work``, so a killed run goes on. ``--tuned`` also trains M itself on each seed's
+data, as the directly tuned model (four times the work). ``PROXYTUNE_DATA`` names the folder with ``flan_cot`` (format) and ``mbpp`` (code).
 
 The task expert is the demo's own: scripts/build_demo.py.
 """
@@ -80,16 +80,16 @@ def train(name: str, seed: int, work: Path, *members: str, out: Path, lr: float)
     run("train", str(out), *members, "--data", str(data), *how, "--no-gradient-checkpointing", "--resume")
 
 
-def results(name: str, seed: int, work: Path, limit: int, batch_size: int) -> Mapping[str, Any]:
+def results(name: str, seed: int, work: Path, limit: int, batch_size: int, tuned: bool) -> Mapping[str, Any]:
     """One seed's experts and their evaluation."""
     plan, out = PLANS[name], work / f"{name}-{seed}"
     train(name, seed, work, "--recipe", "demo", "--rank", "32", out=out, lr=plan.lr)
     options = ["--tasks", plan.task, "--limit", str(limit), "--out", str(out / "eval"), "--pack"]
     options += ["--batch-size", str(batch_size)]
-    if seed == 0:
-        base, tuned = str(demo_recipe().parent / "base"), work / f"{name}-tuned"
-        train(name, seed, work, "--base", base, "--anti-expert", base, "--full", out=tuned, lr=plan.tuned_lr)
-        options += ["--tuned", str(tuned / "expert")]
+    if tuned:
+        base, place = str(demo_recipe().parent / "base"), work / f"{name}-{seed}-tuned"
+        train(name, seed, work, "--base", base, "--anti-expert", base, "--full", out=place, lr=plan.tuned_lr)
+        options += ["--tuned", str(place / "expert")]
     run("eval", str(out), *options)
     found: Mapping[str, Any] = json.loads((out / "eval" / "results.json").read_text("utf-8"))["tasks"][plan.task]
     return found
@@ -124,11 +124,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/small"))
     parser.add_argument("--limit", type=int, default=200, help="examples of the test")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--tuned", action="store_true", help="also tune M itself")
     arguments = parser.parse_args()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     arguments.work.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
-        results(arguments.experiment, seed, arguments.work, arguments.limit, arguments.batch_size)
+        results(arguments.experiment, seed, arguments.work, arguments.limit, arguments.batch_size, arguments.tuned)
     print(together(arguments.experiment, seeds, arguments.work))
 
 
