@@ -4,8 +4,9 @@
     python scripts/small_scale.py code --seeds 0,1,2 --work runs/small
 
 For each seed `proxytune train` makes an expert of the demo's M-, and `proxytune eval` holds its recipe beside all other
-arms; what is done already is kept in ``--work``, so a killed run goes on. ``--tuned`` also trains M itself on each seed's
-data, as the directly tuned model (four times the work). ``PROXYTUNE_DATA`` names the folder with ``flan_cot`` (format) and ``mbpp`` (code).
+arms; what is done already is kept in ``--work``, so a killed run goes on. ``--tuned`` also trains M itself on each
+seed's data, as the directly tuned model (four times the work). ``PROXYTUNE_DATA`` names the folder with ``flan_cot``
+(format) and ``mbpp`` (code).
 
 The task expert is the demo's own: scripts/build_demo.py.
 """
