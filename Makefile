@@ -51,9 +51,10 @@ test: install  ## the core tests, under five minutes
 test-vllm: install-vllm  ## the tests with the real vLLM engine, about ten minutes; a skip fails
 	PROXYTUNE_NO_SKIPS=1 $(VLLM_BIN)/python -m pytest tests/vllm
 
-lint: install  ## ruff: style and format
+lint: install  ## ruff: style and format; hadolint: the Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint Dockerfile
 
 types: install  ## mypy, strict
 	$(BIN)/mypy

