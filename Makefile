@@ -13,7 +13,7 @@ VLLM_VENV  ?= .venv-vllm
 VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help install install-vllm demo bench test test-vllm check lint types docs clean
+.PHONY: help install install-vllm demo bench bench-gpu test test-vllm check lint types docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,9 @@ demo: install  ## proxy-tuning at work on a real model, within about a minute
 
 bench: install  ## what steering costs on the demo: twenty minutes on two cores
 	$(BIN)/proxytune bench demo --options auto,auto+pack
+
+bench-gpu: install  ## the same on a GPU, on random-weight models of real shapes (needs a torch with CUDA)
+	$(BIN)/python scripts/bench_gpu.py
 
 test: install  ## the core tests, under five minutes
 	$(BIN)/python -m pytest -m "not slow"

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("no_progress")
 
 ROW = {"arm", "options", "batch", "prompt", "output", "tokens_per_second", "tokens_per_second_low"}
 ROW |= {"tokens_per_second_high", "ratio_to_base", "ratio_to_plain_loop", "acceptance", "peak_memory_bytes"}
-ROW |= {"time_to_first_token_s", "repeats"}
+ROW |= {"time_to_first_token_s", "repeats", "speculation"}
 QUICK = ("--batch", "1", "--lengths", "6/5", "--repeats", "2")
 
 
@@ -246,8 +246,8 @@ def test_an_interruption_leaves_what_was_measured(measured, monkeypatch):
 def test_other_tokens_are_an_error(measured, monkeypatch):
     original = bench.run_arm
 
-    def wrong(subject, arm, ids, n_new):
-        sample = original(subject, arm, ids, n_new)
+    def wrong(subject, arm, ids, n_new, asked):
+        sample = original(subject, arm, ids, n_new, asked)
         if arm == "composite" and n_new == 5:
             sample.tokens[0, 3] = (sample.tokens[0, 3] + 7) % tiny.VOCAB
         return sample
@@ -306,3 +306,48 @@ def test_a_file_without_text_is_refused(recipe, tmp_path):
     assert "has no text" in fails("bench", recipe, "--prompts", tmp_path / "empty.txt")
     (tmp_path / "empty.txt").write_bytes(b"\xff\xfe")
     assert "not a text in UTF-8" in fails("bench", recipe, "--prompts", tmp_path / "empty.txt")
+
+
+def test_samples_are_of_a_seed_and_are_not_compared(measured, monkeypatch):
+    tokens = {}
+    plain = bench.run_arm
+
+    def noted(subject, arm, *args):
+        sample = plain(subject, arm, *args)
+        tokens.setdefault(arm, []).append(sample.tokens.tolist())
+        return sample
+
+    monkeypatch.setattr(bench, "run_arm", noted)
+    arms = "base,plain_loop,composite,speculative"
+    options = ("--batch", "2", "--lengths", "6/9", "--repeats", "2", "--temperature", "2.5", "--arms", arms)
+    found, _ = measured(*options)
+    first, tokens = tokens, {}
+    assert found["settings"]["temperature"] == 2.5
+    assert found["outputs"]["compared"] == 0
+    assert all(rows[1][0] != rows[2][0] for rows in first.values()), "greedy it would be, too, were it not sampled"
+    measured(*options)
+    for arm, rows in first.items():
+        assert rows[1:] == tokens[arm][1:], "the warm-up has no seed"
+
+
+def test_a_number_of_drafts_copies_none(measured):
+    found, made = measured("--batch", "1", "--lengths", "6/20", "--repeats", "1", "--speculate", "3")
+    stats = next(row["speculation"] for row in found["rows"] if row["arm"] == "speculative")
+    assert stats["drafted"] > 0 == stats["looked_up"] == stats["lookup_cycles"]
+    assert f"{stats['drafted']} by an expert, {stats['accepted']} accepted; 0 copied from the text" in made.stdout
+
+
+def test_batches_are_drafted_for(measured):
+    found, _ = measured("--batch", "3", "--lengths", "6/20", "--repeats", "1", "--speculate", "3")
+    row = next(row for row in found["rows"] if row["arm"] == "speculative")
+    assert row["speculation"]["drafted"] > 0
+    assert row["peak_memory_bytes"] > next(row for row in found["rows"] if row["arm"] == "base")["peak_memory_bytes"]
+    assert found["outputs"]["identical"] == found["outputs"]["compared"] == 9
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [(("--temperature", "0"), "a temperature is greater than 0"), (("--speculate", "13"), "speculate must be")],
+)
+def test_how_arms_decode_is_checked_first(recipe, option, said):
+    assert said in fails("bench", recipe, *option)

@@ -428,15 +428,20 @@ def test_lora_experts_are_drafted_for_with_a_quick_head(shelf, alpha):
     hook = lane.quick_head.register_forward_hook(lambda _m, given, _o: seen.append(given[0].shape))
     for row, tokens in zip(ROWS, new_tokens(model, alpha=alpha, speculate=3)):
         assert_same_tokens(tokens, oracle.greedy(row, N_NEW, alpha=[alpha]))
-    hook.remove()
+    n_seen = len(seen)
     assert set(seen) == {(len(ROWS), 1, 16)}, "M- and M+ are mixed before the head, not after it"
     drafted = model.speculation_stats
+    many = [ROWS[1]] * (speculation.QUICK_ROWS + 1)
+    assert len({tuple(row) for row in new_tokens(model, many, alpha=alpha, speculate=3)}) == 1
+    assert len(seen) == n_seen, "many rows are drafted for with the lane's own head"
+    hook.remove()
     lane.quick_head = None
     new_tokens(model, alpha=alpha, speculate=3)
     assert abs(model.speculation_stats.acceptance - drafted.acceptance) < 0.1, "its guesses are nearly as good"
 
 
-def test_samples_of_a_poor_quick_head_have_the_mixtures_distribution(alike):
+def test_samples_of_a_poor_quick_head_have_the_mixtures_distribution(alike, monkeypatch):
+    monkeypatch.setattr(speculation, "QUICK_ROWS", 10**6)  # the draws are rows of large batches
     oracle, _ = alike
     model = with_a_poor_quick_head(tiny.compose(copy.deepcopy(oracle), pack=True))
     value, degrees = statistic(oracle, model, 100_000, speculate=2)

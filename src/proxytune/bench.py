@@ -1,6 +1,6 @@
 """``proxytune bench``: what steering costs, measured in one run against the base alone and the plain loop.
 
-The arms, all greedy, all with the same prompts and the same number of new tokens:
+The arms, all greedy (or all sampling), all with the same prompts and the same number of new tokens:
 
     base          transformers' own ``generate`` of the base alone
     base_lookup   the same with prompt-lookup drafts (batch 1: transformers has no more), so that text which repeats
@@ -8,7 +8,7 @@ The arms, all greedy, all with the same prompts and the same number of new token
     plain_loop    the reference implementation's loop: three models, three forwards a token
     composite     the recipe without sharing and without speculation
     shared        the recipe with members of one set of weights in one forward, without speculation
-    speculative   the recipe as it is loaded by default, ``speculate="auto"``
+    speculative   the recipe as it is loaded by default, ``speculate="auto"`` unless a number of drafts is asked for
 
 A *case* is a batch size, a prompt length and an output length. Its arms take turns, round by round, in an order that
 is drawn anew, after each has run once to warm up; every round has prompts of its own, the same for all arms. What is
@@ -24,6 +24,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -43,6 +44,7 @@ from proxytune.errors import ProxyTuneError
 from proxytune.members import Lane, Loading, group_by_weights
 from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.plain_loop import plain_loop
+from proxytune.speculation import Speculate, SpeculationStats, parse_speculate
 
 __all__ = [
     "ARMS",
@@ -67,7 +69,7 @@ ASKED: Mapping[str, Mapping[str, Any]] = {  # what `generate` is asked in each a
     "base_lookup": {"prompt_lookup_num_tokens": 10},  # transformers' own example
     "composite": {"speculate": False},
     "shared": {"speculate": False},
-    "speculative": {"speculate": "auto"},
+    "speculative": {},
 }
 MAIN = ("64/128", 1)  # the case that always has its repeats
 WARM_UP = 8  # new tokens of a warm-up
@@ -128,7 +130,9 @@ class Settings:
         repeats: rounds of a case, where the budget allows.
         budget: seconds for all of it; what goes beyond it has only its last set of options, fewer rounds, or none,
             and that is told. 64/128 at batch 1 always has all. None: no limit.
-        seed: of the prompts and the order of the arms.
+        seed: of the prompts, the order of the arms, and samples.
+        speculate: what the arm ``speculative`` asks; a number of drafts copies none from the text.
+        temperature: of sampling, of which each round has its seed, the same for all arms; None is greedy.
     """
 
     batches: tuple[int, ...] = (1, 4, 16)
@@ -137,6 +141,8 @@ class Settings:
     repeats: int = 5
     budget: float | None = 1080.0
     seed: int = 0
+    speculate: Speculate = "auto"
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
         for arm in self.arms:
@@ -150,7 +156,18 @@ class Settings:
             raise ProxyTuneError(f"a batch has at least 1 row, not {min(self.batches)}")
         if self.repeats < 1:
             raise ProxyTuneError(f"at least 1 repeat is needed, not {self.repeats}")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ProxyTuneError(f"a temperature is greater than 0, not {self.temperature}; leave it out for greedy")
+        parse_speculate(self.speculate)
         self.cases()
+
+    def asked(self, arm: str) -> dict[str, Any]:
+        """What a run of ``arm`` is asked besides what the arm is."""
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
+        return {
+            **({} if self.temperature is None else sampling),
+            **({"speculate": self.speculate} if arm == "speculative" else {}),
+        }
 
     def cases(self) -> list[Case]:
         """Every batch size with every length pair; the main case first, then the cheap before the dear."""
@@ -176,6 +193,7 @@ class Row:
             ``tokens_per_second_low`` and ``_high`` are the slowest and the fastest round.
         ratio_to_base, ratio_to_plain_loop: in tokens a second, within the same options; more is better.
         acceptance: drafts accepted of those held against the mixture, over all rounds; None where there were none.
+        speculation: of the arm ``speculative``: its :class:`~proxytune.speculation.SpeculationStats`, over all rounds.
         peak_memory_bytes: see ``memory`` of the machine.
         time_to_first_token_s: until the first new token can be chosen.
     """
@@ -191,6 +209,7 @@ class Row:
     ratio_to_base: float | None
     ratio_to_plain_loop: float | None
     acceptance: float | None
+    speculation: dict[str, int] | None
     peak_memory_bytes: int
     time_to_first_token_s: float
     repeats: int
@@ -387,9 +406,7 @@ class Sample:
     first: float
     tokens: Tensor
     memory: int
-    cycles: int = 0  # passes of M after the prompt's, in the speculative arm
-    judged: int = 0  # drafts held against the mixture
-    accepted: int = 0  # of these
+    stats: SpeculationStats | None = None  # in the speculative arm
 
 
 class _FirstForwards:
@@ -418,8 +435,9 @@ class _FirstForwards:
 
 
 def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int, asked: Mapping[str, Any] | None = None) -> Sample:
-    """Continue ``ids``, shape = (n_batch, n_prompt), by ``n_new`` tokens; ``asked`` of ``generate`` in place of what
-    the arm asks."""
+    """Continue ``ids``, shape = (n_batch, n_prompt), by ``n_new`` tokens; ``asked`` of ``generate`` besides what the
+    arm asks."""
+    asked = asked or {}
     model: Any = subject.model(arm)
     ids = ids.to(model.device)
     own: dict[str, Any] = _own_prompts(model, ids) if isinstance(model, ProxyTunedForCausalLM) else {}
@@ -428,34 +446,33 @@ def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int, asked: Mapping[
     with _FirstForwards(run, ids.device) as first:
         begin = now(ids.device)
         if arm == "plain_loop":
-            sequences, caches = _plain(model, ids, n_new)
+            sequences, caches = _plain(model, ids, n_new, asked.get("temperature"))
         else:
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                min_new_tokens=n_new,
-                max_new_tokens=n_new,
-                return_dict_in_generate=True,
-                **own,
-                **(ASKED[arm] if asked is None else asked),
-            )
-            sequences, caches = output.sequences, [output.past_key_values]
+            # A batch that is to return its cache could not be drafted for, so ours is caught where it is made.
+            returned = not isinstance(model, ProxyTunedForCausalLM)
+            with _caches_of(model) as caches:
+                output = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    min_new_tokens=n_new,
+                    max_new_tokens=n_new,
+                    return_dict_in_generate=returned,
+                    **own,
+                    **{"do_sample": False, **ASKED[arm], **asked},
+                )
+            sequences, caches = (output.sequences, [output.past_key_values]) if returned else (output, caches)
         end = now(ids.device)
-    stats = model.speculation_stats if arm == "speculative" else None
     assert first.at is not None
     return Sample(
         seconds=end - begin,
         first=first.at - begin,
         tokens=sequences[:, ids.shape[1] :].cpu(),
         memory=held(caches),
-        cycles=stats.cycles if stats else 0,
-        judged=stats.judged if stats else 0,
-        accepted=stats.accepted + stats.lookups_accepted if stats else 0,
+        stats=model.speculation_stats if arm == "speculative" else None,
     )
 
 
-def _plain(model: ProxyTunedForCausalLM, ids: Tensor, n_new: int) -> Any:
+def _plain(model: ProxyTunedForCausalLM, ids: Tensor, n_new: int, temperature: float | None) -> Any:
     def side(name: str) -> Any:
         return model.member(name) if name in model.seats else None
 
@@ -471,7 +488,28 @@ def _plain(model: ProxyTunedForCausalLM, ids: Tensor, n_new: int) -> Any:
         n_new,
         plausibility=model.config.plausibility,
         logits_processor=processors,
+        temperature=temperature,
     )
+
+
+@contextmanager
+def _caches_of(model: Any) -> Iterator[list[Any]]:
+    """The caches that a composite makes within it; none of any other model."""
+    made: list[Any] = []
+    if not isinstance(model, ProxyTunedForCausalLM):
+        yield made
+        return
+    make = model.new_cache
+
+    def noted() -> Any:
+        made.append(make())
+        return made[-1]
+
+    model.new_cache = noted  # type: ignore[method-assign]
+    try:
+        yield made
+    finally:
+        del model.new_cache
 
 
 def _own_prompts(model: ProxyTunedForCausalLM, ids: Tensor) -> dict[str, Any]:
@@ -591,6 +629,7 @@ def run_bench(
     texts: Texts,
     *,
     tokenizer: Any = None,
+    compare: bool = True,
     progress: Callable[[str, float], None] = lambda said, share: None,
 ) -> BenchResult:
     """Measure every case; an interruption (KeyboardInterrupt) ends it with what was measured so far.
@@ -598,6 +637,7 @@ def run_bench(
     Args:
         subjects: the recipe with each set of member options.
         texts: where prompts come from. tokenizer: makes tokens of them; the base's by default.
+        compare: whether the steered arms must write the same tokens (never asked of samples).
         progress: told what is being done, and the share of the whole that is done.
 
     Raises:
@@ -631,6 +671,7 @@ def run_bench(
                 result, subjects, case, arms, texts, tokenizer, rng,
                 share=None if always else share,
                 with_overhead=index == 0 and case.output > 1,
+                compare=compare and settings.temperature is None,
                 progress=lambda said, part, index=index, case=case: progress(  # type: ignore[misc]
                     f"{case}: {said}", (index + part) / len(cases)
                 ),
@@ -653,6 +694,7 @@ def _measure_case(
     *,
     share: float | None,
     with_overhead: bool,
+    compare: bool,
     progress: Callable[[str, float], None],
 ) -> float:
     """Measure one case into ``result``, as many rounds as ``share`` seconds allow; the seconds of its warm-up."""
@@ -668,7 +710,7 @@ def _measure_case(
                 continue
             progress(f"warm-up, {arm}", 0.0)
             n_warm = min(case.output, WARM_UP)
-            warm = run_arm(subject, arm, ids, n_warm)
+            warm = run_arm(subject, arm, ids, n_warm, result.settings.asked(arm))
             a_step = (warm.seconds - warm.first) / max(n_warm - 1, 1)
             whole = warm.first + a_step * (case.output - 1)
             round_seconds[subject.options] = round_seconds.get(subject.options, 0.0) + whole
@@ -682,12 +724,13 @@ def _measure_case(
             found: dict[str, dict[str, Tensor]] = {subject.options: {} for subject in subjects}
             for turn, (subject, arm) in enumerate(rng.sample(runs, len(runs))):
                 progress(f"round {number + 1} of {repeats}, {arm}", (number + turn / len(runs)) / repeats)
-                sample = run_arm(subject, arm, ids, case.output)
+                torch.manual_seed(1000 * result.settings.seed + number)
+                sample = run_arm(subject, arm, ids, case.output, result.settings.asked(arm))
                 samples[subject.options, arm].append(sample)
                 found[subject.options][arm] = sample.tokens
                 if with_overhead and arm in ("base", "composite", "shared"):
                     steps.setdefault((subject.options, arm), []).append(overhead_of(subject, arm, ids, sample))
-            for subject in subjects:
+            for subject in subjects if compare else ():
                 result.agreements += compare_tokens(subject, case, ids, found[subject.options])
     finally:  # what an interruption leaves is told too
         result.rows += _rows(case, samples)
@@ -740,7 +783,8 @@ def _rows(case: Case, samples: Mapping[tuple[str, str], Sequence[Sample]]) -> li
     rows = []
     for (options, arm), speed in speeds.items():
         taken = samples[options, arm]
-        judged = sum(sample.judged for sample in taken)
+        stats = [asdict(sample.stats) for sample in taken if sample.stats is not None]
+        total = SpeculationStats(**{name: sum(one[name] for one in stats) for name in stats[0]}) if stats else None
         rows.append(
             Row(
                 arm=arm,
@@ -753,7 +797,8 @@ def _rows(case: Case, samples: Mapping[tuple[str, str], Sequence[Sample]]) -> li
                 tokens_per_second_high=max(speed),
                 ratio_to_base=ratio(options, arm, "base"),
                 ratio_to_plain_loop=ratio(options, arm, "plain_loop"),
-                acceptance=sum(sample.accepted for sample in taken) / judged if judged else None,
+                acceptance=None if total is None else total.acceptance,
+                speculation=None if total is None else asdict(total),
                 peak_memory_bytes=max(sample.memory for sample in taken),
                 time_to_first_token_s=statistics.median(sample.first for sample in taken),
                 repeats=len(taken),

@@ -1017,6 +1017,16 @@ def bench(
             help="Sets of member options, each on for every arm, the base alone too: a dtype (auto is the recipe's).",
         ),
     ] = "auto",
+    speculate: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|N", help="What the arm speculative asks; a number of drafts copies none from the text."
+        ),
+    ] = "auto",
+    temperature: Annotated[
+        float | None,
+        typer.Option(metavar="T", help="Sample in all arms, with seeds; greedy by default.", show_default=False),
+    ] = None,
     repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds, of which the median is told.")] = 5,
     minutes: Annotated[
         float,
@@ -1042,7 +1052,8 @@ def bench(
 ) -> None:
     """Measure what steering costs: against the base alone and against the plain three-forward loop, in one run.
 
-    All arms are greedy, read the same prompts and write the same number of tokens; they take turns round by round.
+    All arms are greedy unless --temperature is given, read the same prompts and write the same number of tokens (end
+    tokens are put off until then, so that long outputs repeat themselves); they take turns round by round.
     The arms: base, base_lookup (with prompt-lookup drafts), plain_loop (three models, three forwards a token),
     composite (the recipe, nothing shared), shared (members of one set of weights in one forward) and speculative (the
     recipe as it is loaded by default). The result is a Markdown table. Ctrl-C ends with what was measured until then.
@@ -1051,12 +1062,16 @@ def bench(
     from proxytune.bench import MemberOptions, Settings, load_subject, problem_texts, run_bench, texts_of_file
     from proxytune.compose import device_map as parsed
     from proxytune.recipe import load_recipe
+    from proxytune.speculation import parse_speculate
 
     try:
         batches = tuple(int(part) for part in batch.split(","))
     except ValueError as error:
         raise ProxyTuneError(f"--batch is numbers, such as 1,16, not {batch!r}") from error
-    settings = Settings(batches, _parts(lengths), _parts(arms), repeats=repeats, budget=60 * minutes or None, seed=seed)
+    settings = Settings(
+        batches, _parts(lengths), _parts(arms), repeats=repeats, budget=60 * minutes or None, seed=seed,
+        speculate=parse_speculate(int(speculate) if speculate.isdecimal() else speculate), temperature=temperature,
+    )  # fmt: skip
     wanted = [MemberOptions.parse(text) for text in _parts(options)]
     if len(set(wanted)) < len(wanted):
         raise ProxyTuneError(f"--options {options!r} names one set twice")
@@ -1114,6 +1129,13 @@ def show_bench(result: BenchResult) -> None:
                 if (row.batch, row.prompt, row.output) == case
             ],
         )
+        for row in result.rows:
+            if row.speculation and (row.batch, row.prompt, row.output) == case:
+                said = (
+                    "Drafts ({options}): {drafted} by an expert, {accepted} accepted; "
+                    "{looked_up} copied from the text, {lookups_accepted} accepted; {cycles} cycles.\n"
+                )
+                typer.echo(said.format(options=row.options, **row.speculation))
     if result.overheads:
         typer.echo("**a step of `generate` beyond the forwards in it**\n")
         show_table(

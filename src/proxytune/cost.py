@@ -12,19 +12,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["MAX_DRAFTS", "Cost", "Costs", "cost_of_weights", "expected_tokens"]
+__all__ = ["MAX_DRAFTS", "QUICK_HEAD", "QUICK_ROWS", "Cost", "Costs", "cost_of_weights", "expected_tokens"]
 
 MAX_DRAFTS = 12  # of one cycle; beyond, acceptance has decayed for any realistic expert
 
 # What a layer costs besides its weights: launching its kernels, as the bytes that could be read in that time.
 # Orders of magnitude of eager PyTorch, enough to choose a number of drafts; `proxytune plan --probe` measures.
 LAYER_BYTES = {"cpu": 8e6, "cuda": 2e8}
-# Arithmetic of one more row, as a share of the time that reading the weights takes.
-ROW_SHARE = {"cpu": 0.03, "cuda": 0.004}
+# Arithmetic of one more row, as a share of the time that reading the weights takes. On the CPU measured: 16 rows of the
+# demo's base take 1.9 times as long as one; on a GPU an order of magnitude.
+ROW_SHARE = {"cpu": 0.1, "cuda": 0.004}
 # PyTorch's CPU `linear` lays weights out anew in each call with more than one row (see kernels.py).
 UNPACKED_CPU = 1.6
 # What the quick head of a drafting lane reads, of its own float32 head's bytes (kernels.QuickHead).
 QUICK_HEAD = 0.25
+# The rows up to which it is quicker: with more, arithmetic counts and no longer the bytes.
+QUICK_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Cost:
     per_row: float = 0.0
     several: float = 1.0
 
-    def of(self, rows: int) -> float:
+    def of(self, rows: float) -> float:
         return self.fixed * (self.several if rows > 1 else 1.0) + self.per_row * rows
 
 
@@ -69,19 +72,19 @@ class Costs:
         """The drafting lane reads one token of every row."""
         return 0.0 if self.draft is None else self.draft.of(n_batch * self.draft_seats)
 
-    def verify(self, n_drafts: int, n_batch: int = 1) -> float:
+    def verify(self, n_drafts: float, n_batch: int = 1) -> float:
         """All other lanes read the newest token and the drafts in one pass."""
         rows = n_batch * (n_drafts + 1)
         return self.base.of(rows * self.base_seats) + sum(cost.of(rows * seats) for cost, seats in self.others)
 
-    def cycle(self, n_drafts: int, acceptance: float, n_batch: int = 1) -> float:
+    def cycle(self, n_drafts: float, acceptance: float, n_batch: int = 1) -> float:
         """One cycle: the drafting steps, the verifying pass, and the drafting lane's step on the last draft, which is
         only taken where some row accepted all of them. No drafts: plain decoding.
         """
         last = 1 - (1 - acceptance**n_drafts) ** n_batch
         return (n_drafts + last) * self.draft_step(n_batch) + self.verify(n_drafts, n_batch) + self.overhead
 
-    def lookup_cycle(self, n_drafts: int, n_batch: int = 1) -> float:
+    def lookup_cycle(self, n_drafts: float, n_batch: int = 1) -> float:
         """One cycle whose drafts were looked up: every lane reads them in one pass."""
         draft = 0.0 if self.draft is None else self.draft.of(n_batch * (n_drafts + 1) * self.draft_seats)
         return draft + self.verify(n_drafts, n_batch) + self.overhead

@@ -32,8 +32,9 @@ def plain_loop(
     *,
     plausibility: float | None = None,
     logits_processor: LogitsProcessorList | None = None,
+    temperature: float | None = None,
 ) -> tuple[Tensor, list[Any]]:
-    """Greedy proxy-tuning of a batch whose rows are equally long, without an end but ``max_new_tokens``.
+    """Proxy-tuning of a batch whose rows are equally long, without an end but ``max_new_tokens``.
 
     Args:
         base: the model that is steered.
@@ -41,12 +42,13 @@ def plain_loop(
         input_ids: shape = (n_batch, n_prompt), read by every model.
         plausibility: see :func:`proxytune.mixing.mix`.
         logits_processor: applied to the mixed logits, shape = (n_batch, n_vocab).
+        temperature: of sampling; None is greedy.
 
     Returns:
         The prompt and the new tokens, shape = (n_batch, n_prompt + max_new_tokens), and each model's cache.
     """
     models = [base] + [side for *pair, _ in experts for side in pair if side is not None]
-    alpha = torch.tensor([[alpha for *_, alpha in experts]])
+    alpha = torch.tensor([[alpha for *_, alpha in experts]], device=input_ids.device)
     kwargs: list[dict[str, Any]] = [
         {"attention_mask": torch.ones_like(input_ids), "past_key_values": None, "use_cache": True} for _ in models
     ]
@@ -66,7 +68,10 @@ def plain_loop(
         mixed = mix(base_logits, pairs, alpha, plausibility=plausibility)[:, -1]  # type: ignore[arg-type]
         if logits_processor is not None:
             mixed = logits_processor(input_ids, mixed)  # type: ignore[arg-type]
-        next_tokens = mixed.argmax(dim=-1)
+        if temperature is None:
+            next_tokens = mixed.argmax(dim=-1)
+        else:
+            next_tokens = torch.multinomial((mixed / temperature).softmax(dim=-1), num_samples=1).squeeze(1)
 
         input_ids = torch.cat([input_ids, next_tokens[:, None]], dim=-1)
         for output, own in zip(outputs, kwargs):

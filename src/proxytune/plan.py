@@ -26,7 +26,7 @@ from transformers import DynamicCache
 from proxytune.bench import MemberOptions, Subject, now, run_arm
 from proxytune.check import MemberReport, count_recipe
 from proxytune.config import Expert, ProxyTuneConfig
-from proxytune.cost import QUICK_HEAD, ROW_SHARE, UNPACKED_CPU, Cost, Costs, cost_of_weights
+from proxytune.cost import QUICK_HEAD, QUICK_ROWS, ROW_SHARE, UNPACKED_CPU, Cost, Costs, cost_of_weights
 from proxytune.errors import ProxyTuneError
 from proxytune.members import Loading, group_by_weights
 from proxytune.speculation import choose_drafting, costs_by_role
@@ -119,6 +119,21 @@ class RecipeCosts:
         n_drafts = drafting.best_drafts(acceptance, n_batch)
         cost = drafting.per_token(n_drafts, acceptance, n_batch)
         return (cost, n_drafts) if n_drafts and cost < plain else (plain, 0)
+
+    def of_cycles(self, stats: Mapping[str, int], n_batch: int) -> float:
+        """The cost of the cycles that were counted (:class:`~proxytune.speculation.SpeculationStats`), each kind at
+        its mean number of drafts."""
+        drafting = replace(self.steered, overhead=self.cycle_overhead)
+        copying = stats["lookup_cycles"]
+        others = stats["cycles"] - copying
+        cost = 0.0
+        if copying:
+            cost += copying * drafting.lookup_cycle(stats["looked_up"] / copying / n_batch, n_batch)
+        if others:
+            n_drafts = stats["drafted"] / others / n_batch
+            acceptance = stats["accepted"] / stats["drafted"] if stats["drafted"] else 0.0
+            cost += others * (drafting if n_drafts else self.steered).cycle(n_drafts, acceptance, n_batch)
+        return cost
 
 
 @dataclass(frozen=True)
@@ -388,9 +403,10 @@ def probe(subject: Subject, batches: Sequence[int]) -> dict[int, RecipeCosts]:
     found = {}
     for n_batch in batches:
         base, plain, drafted = made[n_batch]
-        step_and_head = [timed.cost(n_batch) for timed in apart]
+        step_and_head = [timed.cost(n_batch) for timed in apart] if n_batch <= QUICK_ROWS else []
         lane_costs = [
-            step_and_head[0] if lane is quick else lanes[id(lane)].cost(n_batch) for lane in _lanes_of(default)
+            step_and_head[0] if step_and_head and lane is quick else lanes[id(lane)].cost(n_batch)
+            for lane in _lanes_of(default)
         ]
         steered = costs_by_role(default, lane_costs, *step_and_head[1:])
         overhead = plain.step() - steered.cycle(0, 0.0, n_batch)
@@ -440,9 +456,10 @@ class _Generated:
         if keep:
             self.decoding += sample.seconds - sample.first
             self.steps.append((sample.seconds - sample.first) / (PROBE_TOKENS - 1))
-            self.cycles += sample.cycles
-            self.judged += sample.judged
-            self.accepted += sample.accepted
+            if sample.stats is not None:
+                self.cycles += sample.stats.cycles
+                self.judged += sample.stats.judged
+                self.accepted += sample.stats.accepted
 
     def step(self) -> float:
         return statistics.median(self.steps)
@@ -475,8 +492,8 @@ def compare_with_bench(
 ) -> list[Compared]:
     """Hold a probe's costs against the rows of a bench that have the same options and batch sizes.
 
-    Rows of fewer than 32 new tokens are left out: they measure the prompt. The speculative row is predicted at the
-    acceptance that it had.
+    Rows of fewer than 32 new tokens are left out: they measure the prompt. The speculative row is predicted from the
+    drafts that it had, by kind: how many the text will offer to copy, no plan can know.
 
     Args:
         options, shares: of the :class:`~proxytune.bench.Subject` that was probed.
@@ -489,8 +506,8 @@ def compare_with_bench(
             continue
         predicted = {"base": own.base_alone, "plain_loop": own.naive, "shared": own.steered.cycle(0, 0.0, row["batch"])}
         predicted["composite"] = own.naive if shares else predicted["shared"]
-        if row["acceptance"] is not None:
-            predicted["speculative"], _ = own.speculative(row["acceptance"], row["batch"])
+        if stats := row["speculation"]:
+            predicted["speculative"] = own.of_cycles(stats, row["batch"]) / (row["repeats"] * (row["output"] - 1))
         if row["arm"] in predicted:
             whole = row["batch"] * row["output"] / row["tokens_per_second"]
             measured = (whole - row["time_to_first_token_s"]) / (row["output"] - 1)

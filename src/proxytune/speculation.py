@@ -24,7 +24,7 @@ from transformers import generation
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from proxytune.cost import MAX_DRAFTS, QUICK_HEAD, Cost, Costs, cost_of_weights
+from proxytune.cost import MAX_DRAFTS, QUICK_HEAD, QUICK_ROWS, Cost, Costs, cost_of_weights
 from proxytune.errors import ProxyTuneError
 from proxytune.mixing import mix
 
@@ -57,7 +57,7 @@ class SpeculationStats:
     Attributes:
         cycles: passes of M after the prompt's. emitted: new tokens, the prompt's own pass included.
         drafted, accepted: tokens that a member drafted, and how many of them were accepted.
-        looked_up, lookups_accepted: the same of drafts copied from the text so far.
+        looked_up, lookups_accepted: the same of drafts copied from the text so far, in ``lookup_cycles`` of the cycles.
         judged: drafts of both kinds that were held against the mixture: all but those behind a rejected one.
     """
 
@@ -67,6 +67,7 @@ class SpeculationStats:
     accepted: int = 0
     looked_up: int = 0
     lookups_accepted: int = 0
+    lookup_cycles: int = 0
     judged: int = 0
 
     @property
@@ -566,7 +567,8 @@ class _Decoding:
     def start(self, cache: Any, model_kwargs: dict[str, Any], speculate: Speculate) -> None:
         """Take over the caches, which have read the prompt."""
         self.cache = cache
-        self.alpha = self.model.alpha_rows(model_kwargs.get("alpha"), self.n_batch)
+        # On the device of the logits: a copy to it at each step would wait for all that the device has still to do.
+        self.alpha = self.model.alpha_rows(model_kwargs.get("alpha"), self.n_batch).to(self.model.device)
         obstacle = self._obstacle()
         if obstacle is not None and speculate not in ("auto", False):
             raise ProxyTuneError(f"speculate={speculate} is not possible here, because {obstacle}; leave it out")
@@ -658,7 +660,7 @@ class _Decoding:
 
         run = self.runs[self.drafting.lane]
         # A quick head chooses the drafts; the lane's own head then reads all of their hidden states at once.
-        quick = run.lane.quick_head
+        quick = run.lane.quick_head if self.n_batch <= QUICK_ROWS else None
         logits_of = run.lane.head if quick is not None else lambda logits: logits
         draft = Draft(none, confidences=[[] for _ in growing])
         outputs, distributions, chances = [], [], [1.0] * len(growing)
@@ -821,6 +823,7 @@ class _Decoding:
         self.stats.judged += sum(min(n + 1, n_drafts) for n in n_accepted)
         if draft.looked_up:
             self.stats.looked_up += drafted
+            self.stats.lookup_cycles += 1
             self.stats.lookups_accepted += accepted
             self.pace.looked_up(n_drafts, n_accepted)
         else:
