@@ -1,0 +1,237 @@
+"""Generated code under limits: one program and its tests in a process that can hurt nobody.
+
+:class:`Sandbox` keeps a few warm processes (:mod:`proxytune.evaluation.jail`), each of which forks a locked child for a
+program. What is locked, and by what, stands there; docs/evaluation.md says what that guarantees and what it does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from proxytune.errors import ProxyTuneError
+
+__all__ = ["Limits", "Sandbox", "Verdict", "default_workers"]
+
+_MIB = 1 << 20
+_GRACE = 30.0  # seconds beyond a program's wall time after which its process itself is given up
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use.
+
+    Attributes:
+        cpu_seconds: of CPU time, in whole seconds; the public harness's 3 s, without its dependence on the load.
+        wall_seconds: from its start to its end, without the moments in which its watcher too was kept waiting.
+        memory: bytes of address space beyond the interpreter's own.
+        output: bytes written to stdout and stderr.
+        file_size: bytes of one file. disk: bytes of all files in its scratch folder. files: how many there may be.
+        open_files: how many at once.
+        threads: how many at once, where threads are allowed at all.
+    """
+
+    cpu_seconds: float = 3.0
+    wall_seconds: float = 10.0
+    memory: int = 1024 * _MIB
+    output: int = 4 * _MIB
+    file_size: int = 16 * _MIB
+    disk: int = 64 * _MIB
+    files: int = 100
+    open_files: int = 64
+    threads: int = 64
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not value > 0:
+                raise ProxyTuneError(f"the limit {name} must be above 0, not {value}")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a program.
+
+    Attributes:
+        outcome: ``passed``, ``failed`` (an exception, or an early end), ``timed out``, ``out of memory``, ``forbidden``
+            (a file, a process or the network was refused, and it did not catch that), ``too much output``,
+            ``too much disk``, ``too many files``, ``too many threads`` or ``crashed``.
+        detail: the exception or the signal.
+        seconds: of wall time.
+    """
+
+    outcome: str
+    detail: str = ""
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Did it run to the end of its tests."""
+        return self.outcome == "passed"
+
+
+def default_workers() -> int:
+    """One for each core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Sandbox:
+    """Runs programs, several at once.
+
+    Args:
+        workers: how many at once.
+        scratch: may a program write files, into a folder that is empty before and gone after it.
+        threads: may it start threads (processes it may never).
+        preload: modules to import before programs run, those that are there.
+        unguarded: run programs where this system cannot lock them up. They then may do whatever this user may do,
+            within the limits of time, memory and output.
+
+    Raises:
+        ProxyTuneError: on opening, if programs cannot be locked up here, and ``unguarded`` does not say to run them
+            all the same.
+    """
+
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        *,
+        workers: int | None = None,
+        scratch: bool = False,
+        threads: bool = False,
+        preload: Sequence[str] = (),
+        unguarded: bool = False,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.workers = workers or default_workers()
+        self.scratch, self.threads, self.preload, self.unguarded = scratch, threads, tuple(preload), unguarded
+        self._landlock = True  # tests switch it off, to see what holds without it
+        self._free: queue.SimpleQueue[_Jail] = queue.SimpleQueue()
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox")
+
+    def __enter__(self) -> Sandbox:
+        if not hasattr(os, "fork"):
+            raise ProxyTuneError("generated code can be run on Linux, or unguarded on macOS, and not on this system")
+        for _ in range(self.workers):
+            self._free.put(_Jail(self.preload))
+        try:
+            verdict = self._one("import os\nos.getpid()")
+            if not verdict.passed and not self.unguarded:
+                raise _cannot(f"{verdict.outcome}, {verdict.detail}")
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        with suppress(queue.Empty):
+            while True:
+                self._free.get(timeout=0.0).close()
+
+    def run(self, programs: Iterable[str]) -> Iterator[Verdict]:
+        """The verdict of each program, in order."""
+        return self._pool.map(self._one, programs)
+
+    def _one(self, program: str) -> Verdict:
+        jail = self._free.get()
+        try:
+            guarded = jail.able and (not self.scratch or jail.landlock >= 3) if self.unguarded else True
+            if guarded and not jail.able:
+                raise _cannot("it is not Linux on x86-64 or arm64")
+            landlock = jail.landlock >= 3 and self._landlock
+            if guarded and self.scratch and not landlock:
+                raise _cannot("without Landlock of version 3, Linux 6.2, no file can be written")
+            job = {
+                "program": program,
+                "limits": asdict(self.limits),
+                "threads": self.threads,
+                "scratch": self.scratch,
+                "guarded": guarded,
+                "landlock": landlock,
+            }
+            answer = jail.ask(job, self.limits.wall_seconds + _GRACE)
+            if answer is None:
+                jail.close()
+                jail = _Jail(self.preload)
+                return Verdict("crashed", "its process was lost")
+            if answer["outcome"] == "not locked":
+                raise _cannot(answer["detail"])
+            return Verdict(**answer)
+        finally:
+            self._free.put(jail)
+
+
+def _cannot(why: str) -> ProxyTuneError:
+    return ProxyTuneError(
+        f"this system cannot lock generated code up ({why}); use Linux, or run inside a container or virtual machine "
+        "that may be harmed, and say so with --unguarded"
+    )
+
+
+class _Jail:
+    """One warm process."""
+
+    def __init__(self, preload: Sequence[str]) -> None:
+        keep = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "TMPDIR")
+        threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
+        fixed = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": ""}
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("jail.py")), json.dumps(list(preload))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            # No secret of ours is in its environment, and Ctrl-C is ours to handle.
+            env={name: os.environ[name] for name in keep if name in os.environ} | threads | fixed,
+            start_new_session=True,
+        )
+        self._rest = b""
+        hello = self._answer(300.0) or {}
+        self.able: bool = hello.get("linux", False)
+        self.landlock: int = hello.get("landlock", 0)
+
+    def ask(self, job: dict[str, Any], seconds: float) -> dict[str, Any] | None:
+        """The answer to a job; None if there is none in time."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(job).encode() + b"\n")
+            self.process.stdin.flush()
+        except OSError:
+            return None
+        return self._answer(seconds)
+
+    def _answer(self, seconds: float) -> dict[str, Any] | None:
+        assert self.process.stdout is not None
+        descriptor, deadline = self.process.stdout.fileno(), time.monotonic() + seconds
+        while b"\n" not in self._rest:
+            ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+            data = os.read(descriptor, 65536) if ready else b""
+            if not data:
+                return None
+            self._rest += data
+        line, self._rest = self._rest.split(b"\n", 1)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """End it: it kills what it runs when its input ends."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with suppress(OSError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(5.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
