@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from proxytune.chat import Conversation
     from proxytune.check import Report
     from proxytune.config import ProxyTuneConfig
+    from proxytune.evaluation.scoring import Scores
     from proxytune.generation import Sampling
     from proxytune.modeling import ProxyTunedForCausalLM
     from proxytune.plan import Plan
@@ -1181,6 +1182,200 @@ def show_table(headings: str, rows: Sequence[Sequence[str]]) -> None:
     with console.capture() as captured:
         console.print(table)
     typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip()) + "\n")
+
+
+# -- score ----------------------------------------------------------------------------------------------------
+@app.command()
+def score(
+    task: Annotated[
+        str,
+        typer.Argument(
+            metavar="TASK",
+            help="gsm8k, truthfulqa_mc, truthfulqa_open, toxigen, triviaqa, humaneval, ds1000, mbpp, alpacafarm or "
+            "realtimeqa.",
+            show_default=False,
+        ),
+    ],
+    predictions: Annotated[
+        Path, typer.Argument(metavar="PREDICTIONS", help="JSON lines, or a JSON list.", show_default=False)
+    ],
+    json_file: JsonFile = None,
+    rerun: Annotated[
+        bool, typer.Option("--rerun", help="Judge those lines too that carry a verdict already (passed, is_toxic, …).")
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|ID",
+            help="The problems of a code task, or the reference answers of alpacafarm: JSON lines, or a hub data set; "
+            "the hub's own by default.",
+            show_default=False,
+        ),
+    ] = None,
+    k: Annotated[
+        str,
+        typer.Option(
+            "--k", metavar="K,...", help="pass@k, for every k that the samples allow.", rich_help_panel="Code"
+        ),
+    ] = "1,10",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Programs at once; by default one a core.",
+            rich_help_panel="Code",
+            show_default=False,
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            min=1,
+            help="CPU time of a program, by default 3 (ds1000: 60); 7 more of wall time (ds1000: twice as much).",
+            rich_help_panel="Code",
+            show_default=False,
+        ),
+    ] = None,
+    unguarded: Annotated[
+        bool,
+        typer.Option(
+            "--unguarded",
+            help="Run generated code even where it cannot be locked up: it may then do what you may do.",
+            rich_help_panel="Code",
+        ),
+    ] = False,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR|ID",
+            help="A local classifier or language model. truthfulqa_open takes two: of truth, of information.",
+            rich_help_panel="Judges",
+            show_default=False,
+        ),
+    ] = None,
+    judge_label: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The classifier's label that means yes (or toxic), where its config does not say.",
+            rich_help_panel="Judges",
+            show_default=False,
+        ),
+    ] = None,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="An OpenAI-compatible endpoint, with its /v1.",
+            rich_help_panel="Judges",
+            show_default=False,
+        ),
+    ] = None,
+    judge_model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="The model there; truthfulqa_open takes two. For alpacafarm an annotator of alpaca_eval.",
+            rich_help_panel="Judges",
+            show_default=False,
+        ),
+    ] = None,
+    judge_chat: Annotated[
+        bool, typer.Option("--judge-chat", help="The endpoint has chat completions alone.", rich_help_panel="Judges")
+    ] = False,
+    judge_key: Annotated[
+        str, typer.Option(metavar="VARIABLE", help="The environment variable with its key.", rich_help_panel="Judges")
+    ] = "OPENAI_API_KEY",
+    verdicts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where a judge's verdicts are kept, and taken from; by default beside the predictions.",
+            rich_help_panel="Judges",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Score a file of predictions, ours or those that the paper's authors published.
+
+    The figures are theirs: the same rules, on the same field names. Code is run in a sandbox; where it cannot be locked
+    up it is not run. Verdicts of a judge are kept as they come: the exit status is 3 if the judge does not answer, and
+    the same command then goes on from there.
+    """
+    from proxytune.evaluation import check_tasks, records
+    from proxytune.evaluation import score as scored
+    from proxytune.evaluation.scoring import CODE
+
+    check_tasks([task])
+    lines = records.read(predictions)
+    if json_file is not None:
+        json_file.open("a").close()  # now, not after an hour, is when to say that it cannot be written
+    try:
+        ks = [int(part) for part in k.split(",")]
+    except ValueError as error:
+        raise ProxyTuneError(f"--k is numbers, such as 1,10, not {k!r}") from error
+    if min(ks) < 1:
+        raise ProxyTuneError(f"--k is numbers from 1 on, not {k!r}")
+    kept = verdicts or predictions.with_name(f"{predictions.name}.verdicts.jsonl")
+    options: dict[str, Any] = {}
+    if task in CODE:
+        from proxytune.evaluation.code import limits_of
+
+        options = {
+            "data": data,
+            "ks": ks,
+            "workers": workers,
+            "limits": limits_of(task, seconds),
+            "unguarded": unguarded,
+        }
+    given = [judge, judge_label, judge_url, judge_model]
+    if any(given) or task == "alpacafarm":
+        from proxytune.evaluation import judges
+
+        options["judge"] = judges.choose(
+            task,
+            judge or (),
+            url=judge_url,
+            models=judge_model or (),
+            key_variable=judge_key,
+            chat=judge_chat,
+            label=judge_label,
+            reference=data,
+            kept=kept,
+        )
+    total = len(records.parse(task, lines))
+    with _progress(total, True) as advance:
+        try:
+            result = scored(task, lines, rerun=rerun, kept=kept, progress=advance, **options)
+        except ProxyTuneError as error:
+            if type(error).__name__ != "JudgeDown":
+                raise
+            say(f"error: {error}; its verdicts until here are kept in {kept}, and the same command goes on from there")
+            raise typer.Exit(3) from None
+    show_scores(result)
+    if json_file is not None:
+        said = {"task": task, "metrics": result.metrics, **({"outcomes": result.outcomes} if result.outcomes else {})}
+        json_file.write_text(json.dumps(said, indent=2) + "\n", "utf-8")
+
+
+def show_scores(result: Scores) -> None:
+    """Print a task's figures: the headline with its interval, then the others."""
+    from proxytune.statistics import wilson
+
+    counts = {name: value for name, value in result.metrics.items() if isinstance(value, int)}
+    # The headline is a mean over the examples, but for invalid answers; Wilson is a little wide for pass@k.
+    total = counts["total"] - counts.get("num_invalid_predictions", 0)
+    value = result.metrics[result.headline]
+    low, high = wilson(value * total, total)
+    whole = abs(value * total - round(value * total)) < 1e-6
+    headline = f"{round(value * total)}/{total}" if whole else f"mean of {total}"
+    rows = [(result.headline, headline, f"{100 * value:.1f} %", f"{100 * low:.1f} – {100 * high:.1f}")]
+    rows += [(name, "", f"{100 * v:.1f} %", "") for name, v in list(result.metrics.items())[1:] if name not in counts]
+    rows += [(name.replace("_", " "), str(value), "", "") for name, value in counts.items()]
+    rows += [(f"samples: {name}", str(value), "", "") for name, value in result.outcomes.items()]
+    show_table(f"{result.task}|count|share|95 % interval", rows)
 
 
 # -- plan -----------------------------------------------------------------------------------------------------
