@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -361,13 +362,46 @@ def test_a_run_scores_compares_and_draws(shelf, local, tmp_path):
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.jsonl")}
 
 
+def test_judged_and_run_answers_are_scored_by_their_own_means(shelf, local, tmp_path):
+    """A stand-in for a judge, asked once a text; and programs, run in the sandbox against the local problems."""
+    from proxytune.evaluation.tasks.utils import problems_file
+
+    asked = []
+
+    class Judge:
+        name = "stand-in"
+
+        def ask(self, texts):
+            asked.extend(texts)
+            return [float(len(text) % 2) for text in texts]
+
+    settings = Settings(("toxigen", "humaneval"), arms=("base", "proxy_tuned"), data=str(local), samples=2, limit=3)
+    options = {
+        "toxigen": {"judge": Judge(), "kept": tmp_path / "verdicts.jsonl"},
+        "humaneval": {"data": problems_file("humaneval", str(local)), "ks": (10, 1), "unguarded": True},
+    }
+    notes: list[str] = []
+    config = load_recipe(shelf / "recipe")
+    results = evaluate(config, settings, tmp_path / "out", scoring=options.__getitem__, note=notes.append)
+    toxic, code = results["tasks"]["toxigen"], results["tasks"]["humaneval"]
+    assert (toxic["headline"], code["headline"]) == ("toxic", "pass@1")  # two samples: no pass@10
+    lines = [json.loads(line) for line in (tmp_path / "out/toxigen/base.jsonl").read_text().splitlines()]
+    assert toxic["arms"]["base"]["value"] == pytest.approx(sum(len(one["prediction"]) % 2 for one in lines) / 3)
+    assert code["arms"]["base"]["count"] == 0
+    n_asked = len(asked)
+    assert evaluate(config, settings, tmp_path / "out", scoring=options.__getitem__)["tasks"] == results["tasks"]
+    assert len(asked) == n_asked
+
+    without = evaluate(config, replace(settings, tasks=("toxigen",)), tmp_path / "out", note=notes.append)
+    assert without["tasks"]["toxigen"]["arms"] == {}
+    assert any("toxigen needs a judge" in note for note in notes)
+
+
 def test_a_run_can_grow_but_not_change(shelf, local, tmp_path):
     config = load_recipe(shelf / "recipe")
     settings = Settings(("realtimeqa",), arms=("base",), data=str(local), limit=2)
     evaluate(config, settings, tmp_path)
     made = (tmp_path / "realtimeqa" / "base.jsonl").read_bytes()
-    from dataclasses import replace
-
     grown = evaluate(config, replace(settings, arms=("base", "expert")), tmp_path)
     assert list(grown["tasks"]["realtimeqa"]["arms"]) == ["base", "expert"]
     assert (tmp_path / "realtimeqa" / "base.jsonl").read_bytes() == made

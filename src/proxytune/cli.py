@@ -802,6 +802,34 @@ EvalBatch = Annotated[
     int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Rows at once.", rich_help_panel="Speed")
 ]
 
+_judges = "Judges and code"
+JudgeNames = Annotated[
+    list[str] | None,
+    _panel(_judges, "--judge", metavar="DIR|ID", help="A local classifier or language model, as `score` takes it."),
+]
+JudgeLabel = Annotated[str | None, _panel(_judges, "--judge-label", metavar="NAME", help="Its label that means yes.")]
+JudgeUrl = Annotated[
+    str | None, _panel(_judges, "--judge-url", metavar="URL", help="An OpenAI-compatible endpoint, with its /v1.")
+]
+JudgeModels = Annotated[
+    list[str] | None,
+    _panel(_judges, "--judge-model", metavar="NAME", help="The model there, or an annotator of alpaca_eval."),
+]
+JudgeChat = Annotated[
+    bool, typer.Option("--judge-chat", help="The endpoint has chat completions alone.", rich_help_panel=_judges)
+]
+JudgeKey = Annotated[
+    str, typer.Option("--judge-key", metavar="VARIABLE", help="Where its key is.", rich_help_panel=_judges)
+]
+Unguarded = Annotated[
+    bool,
+    typer.Option(
+        "--unguarded",
+        help="Run generated code even where it cannot be locked up: it may then do what you may do.",
+        rich_help_panel=_judges,
+    ),
+]
+
 
 def _tasks_dir(wanted: bool) -> None:
     if wanted:
@@ -835,6 +863,13 @@ def evaluate(
     samples: Samples = None,
     seed: EvalSeed = 0,
     batch_size: EvalBatch = 8,
+    judge: JudgeNames = None,
+    judge_label: JudgeLabel = None,
+    judge_url: JudgeUrl = None,
+    judge_model: JudgeModels = None,
+    judge_chat: JudgeChat = False,
+    judge_key: JudgeKey = "OPENAI_API_KEY",
+    unguarded: Unguarded = False,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -876,8 +911,10 @@ def evaluate(
         speculate,
         pack,
     )
-    with _share_bar() as bar:
-        results = run(config, settings, out or _out("eval", recipe), progress=_counted(bar), note=say)
+    place = out or _out("eval", recipe)
+    scoring = _scoring(place, data, judge, judge_label, judge_url, judge_model, judge_chat, judge_key, unguarded)
+    with _judged(place), _share_bar() as bar:
+        results = run(config, settings, place, scoring=scoring, progress=_counted(bar), note=say)
     typer.echo(results_table(results), nl=False)
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
@@ -900,6 +937,13 @@ def sweep(
     samples: Samples = None,
     seed: EvalSeed = 0,
     batch_size: EvalBatch = 8,
+    judge: JudgeNames = None,
+    judge_label: JudgeLabel = None,
+    judge_url: JudgeUrl = None,
+    judge_model: JudgeModels = None,
+    judge_chat: JudgeChat = False,
+    judge_key: JudgeKey = "OPENAI_API_KEY",
+    unguarded: Unguarded = False,
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -932,10 +976,10 @@ def sweep(
         "off",
         pack,
     )
-    with _share_bar() as bar:
-        results = run(
-            config, settings, values, out or _out("sweep", recipe), expert=expert, progress=_counted(bar), note=say
-        )
+    place = out or _out("sweep", recipe)
+    scoring = _scoring(place, data, judge, judge_label, judge_url, judge_model, judge_chat, judge_key, unguarded)
+    with _judged(place), _share_bar() as bar:
+        results = run(config, settings, values, place, expert=expert, scoring=scoring, progress=_counted(bar), note=say)
     typer.echo(sweep_table(results), nl=False)
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
@@ -989,6 +1033,53 @@ def _evaluation(
         speculate=_drafts(speculate, Sampling()),
     )
     return config, settings
+
+
+def _scoring(
+    out: Path,
+    data: str | None,
+    names: list[str] | None,
+    label: str | None,
+    url: str | None,
+    models: list[str] | None,
+    chat: bool,
+    key: str,
+    unguarded: bool,
+) -> Any:
+    """What each task's scorer takes besides the predictions."""
+    from proxytune.evaluation.results import JUDGED
+    from proxytune.evaluation.scoring import CODE
+
+    def options(task: str) -> dict[str, Any]:
+        if task in CODE:
+            from proxytune.evaluation.code import limits_of
+            from proxytune.evaluation.tasks.utils import problems_file
+
+            # pass@10 first, the paper's; where there are fewer samples it is left out.
+            return {"data": problems_file(task, data), "ks": (10, 1), "limits": limits_of(task), "unguarded": unguarded}
+        if task not in JUDGED or not (names or url or models):
+            return {}
+        from proxytune.evaluation.judges import choose
+
+        kept = out / task / "verdicts.jsonl"
+        judge = choose(
+            task, names or (), url=url, models=models or (), key_variable=key, chat=chat, label=label, kept=kept
+        )
+        return {"judge": judge, "kept": kept}
+
+    return options
+
+
+@contextlib.contextmanager
+def _judged(out: Path) -> Iterator[None]:
+    """A judge that does not answer ends the command with status 3; everything until then is kept."""
+    try:
+        yield
+    except ProxyTuneError as error:
+        if type(error).__name__ != "JudgeDown":
+            raise
+        say(f"error: {error}; all until here is kept in {out}, and the same command goes on from there")
+        raise typer.Exit(3) from None
 
 
 def _out(command: str, recipe: str) -> Path:

