@@ -17,7 +17,8 @@ import tiny
 from proxytune import ProxyTuneError
 from proxytune.evaluation import judges, score
 from proxytune.evaluation.judges import Endpoint, JudgeDown, LocalModel
-from proxytune.evaluation.records import Journal, parse
+from proxytune.evaluation.records import parse
+from proxytune.journal import Journal
 
 OPEN = [
     {"question": "Is it so? ", "output": " Yes."},

@@ -12,7 +12,7 @@ import pytest
 
 from proxytune import ProxyTuneError
 from proxytune.evaluation import TASKS, check_tasks, score
-from proxytune.evaluation.records import FIELDS, Journal, parse, read
+from proxytune.evaluation.records import FIELDS, parse, read
 from proxytune.evaluation.scoring import (
     choice_letter,
     exact_match,
@@ -21,6 +21,7 @@ from proxytune.evaluation.scoring import (
     trim_gsm8k,
     triviaqa_match,
 )
+from proxytune.journal import Journal
 
 
 def gsm8k(output, answer="18", **more):
@@ -265,15 +266,14 @@ def test_a_file_that_cannot_be_read_is_told_with_the_line(tmp_path, text, reason
         read(path)
 
 
-def test_a_journal_knows_what_is_done_and_drops_a_torn_end(tmp_path):
+def test_a_journal_reads_what_is_there_and_drops_a_torn_end(tmp_path):
     path = tmp_path / "predictions.jsonl"
     with Journal(path) as journal:
         journal.append([gsm8k("1", id="a", sample=0), gsm8k("\ud800", id="b", sample=1)])
-        assert journal.done == {("a", 0), ("b", 1)}
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"id": "c", "mod')
     with Journal(path) as journal:
-        assert journal.done == {("a", 0), ("b", 1)}
+        assert [(line["id"], line["sample"]) for line in journal.lines] == [("a", 0), ("b", 1)]
         journal.append([gsm8k("2", id="c", sample=0)])
     assert path.read_bytes().startswith(whole)
     assert [line["id"] for line in read(path)] == ["a", "b", "c"]
@@ -289,7 +289,7 @@ def test_what_a_journal_has_appended_survives_a_kill(tmp_path):
     path = tmp_path / "predictions.jsonl"
     program = f"""
 import os, signal
-from proxytune.evaluation.records import Journal
+from proxytune.journal import Journal
 with Journal({str(path)!r}) as journal:
     journal.append([{{"id": "a"}}])
     os.kill(os.getpid(), signal.SIGKILL)

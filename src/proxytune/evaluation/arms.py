@@ -20,6 +20,7 @@ import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,9 +33,9 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 
 from proxytune.config import Prompt, ProxyTuneConfig
 from proxytune.errors import MemberError, ProxyTuneError
-from proxytune.evaluation.records import Journal
 from proxytune.evaluation.results import ARMS
 from proxytune.generation import Answer, Encoded, Sampling, answer, batches, with_room
+from proxytune.journal import Journal
 from proxytune.kernels import pack
 from proxytune.members import Loading, load_member, load_tokenizer, loading_of
 from proxytune.mixing import mix
@@ -653,23 +654,21 @@ class Log(Journal):
         ProxyTuneError: on opening, naming what is no prediction of one example, or where another process writes it.
     """
 
-    def __enter__(self) -> Log:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        super().__enter__()
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        super().__init__(path)
         self.made: dict[tuple[str, int], dict[str, Any]] = {}
-        try:
-            for number, line in enumerate(self.lines, start=1):
-                if "id" not in line or "seconds" not in line:
-                    raise ProxyTuneError(
-                        f"line {number} of {self.path} is not a prediction of this command; choose another --out"
-                    )
-                if (key := (str(line["id"]), line.get("sample", 0))) in self.made:
-                    raise ProxyTuneError(f"{self.path} has two predictions for example {key[0]}, sample {key[1]}")
-                self.made[key] = line
-        except ProxyTuneError:
-            self.__exit__(None, None, None)
-            raise
-        return self
+
+    def check(self) -> None:
+        """Hold what was read against what this command writes."""
+        for number, line in enumerate(self.lines, start=1):
+            if "id" not in line or "seconds" not in line:
+                raise ProxyTuneError(
+                    f"line {number} of {self.path} is not a prediction of this command; choose another --out"
+                )
+            if (key := (str(line["id"]), line.get("sample", 0))) in self.made:
+                raise ProxyTuneError(f"{self.path} has two predictions for example {key[0]}, sample {key[1]}")
+            self.made[key] = line
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write some predictions, and return when they are on disk."""

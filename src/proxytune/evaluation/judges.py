@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from proxytune.errors import ProxyTuneError, first_line
-from proxytune.evaluation.records import Journal, Prediction
+from proxytune.evaluation.records import Prediction
+from proxytune.journal import Journal
 
 __all__ = [
     "Annotator",

@@ -1,4 +1,4 @@
-"""Prediction lines: what a task's line holds, read, checked, and appended.
+"""Prediction lines: what a task's line holds, read and checked.
 
 A prediction file is JSON lines, one a sample. A line has its task's fields under the names of the public proxy-tuning
 repository (:data:`FIELDS`), so its files can be read too. Lines of ours also say ``id``, ``sample`` and ``prompt``.
@@ -7,19 +7,16 @@ Fields that a task does not know are kept.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from proxytune.errors import ProxyTuneError
 
-__all__ = ["FIELDS", "Field", "Journal", "Prediction", "parse", "read"]
+__all__ = ["FIELDS", "Field", "Prediction", "parse", "read"]
 
 
 @dataclass(frozen=True)
@@ -189,77 +186,3 @@ def _values(task: str, line: Mapping[str, Any]) -> dict[str, Any]:
             hint = f" (it fits {' and '.join(others)})" if others else ""
             raise ProxyTuneError(f"it has no field {one.name!r}{hint}")
     return {one.name: one.read(line) for one in FIELDS[task]}
-
-
-class Journal:
-    """A JSON-lines file that is appended to, whole again after a kill at any moment.
-
-    Opened, it drops a last line that a kill has torn and reads what is there. What is appended is on disk when
-    :meth:`append` returns.
-
-    Attributes:
-        lines: what the file holds, in order.
-
-    Raises:
-        ProxyTuneError: on opening, if a line is no JSON object, or another process is writing the file.
-        OSError: if it cannot be opened, read or written.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.lines: list[dict[str, Any]] = []
-        self._file: IO[bytes] | None = None
-
-    def __enter__(self) -> Journal:
-        # Unbuffered: after a failed write nothing is left that closing the file would try to write again.
-        self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), "r+b", buffering=0)
-        try:
-            self._lock()
-            self._resume()
-        except BaseException:
-            self._file.close()
-            raise
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        assert self._file is not None
-        self._file.close()
-
-    @property
-    def done(self) -> set[tuple[str, int]]:
-        """The samples that are there, as (``id``, ``sample``)."""
-        return {(str(line.get("id")), line.get("sample", 0)) for line in self.lines}
-
-    def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Write some lines and return when they are on disk."""
-        assert self._file is not None
-        data = memoryview("".join(json.dumps(line) + "\n" for line in lines).encode())
-        try:
-            while data:
-                data = data[self._file.write(data) :]
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a device cannot be synced
-                raise OSError(error.errno, error.strerror, str(self.path)) from error
-        self.lines.extend(dict(line) for line in lines)
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # not on this system: two processes at once are then the user's to avoid
-            return
-        assert self._file is not None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ProxyTuneError(f"{self.path} is being written by another process") from error
-        except OSError:  # a file system without locks
-            return
-
-    def _resume(self) -> None:
-        assert self._file is not None
-        raw = self.path.read_bytes()
-        whole = raw.rfind(b"\n") + 1
-        os.ftruncate(self._file.fileno(), whole)
-        if raw[:whole].strip():
-            self.lines = read(self.path)
