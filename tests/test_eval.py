@@ -261,6 +261,17 @@ def test_banned_strings_are_never_written(shelf, local, models, tokenizer, tmp_p
         assert not kept[key].startswith(text)
 
 
+def test_completions_are_cleaned_as_the_papers_were(shelf, local, tmp_path, monkeypatch):
+    from proxytune.evaluation import arms
+    from proxytune.generation import Answer
+
+    written = "    x = 1\n    assert x\n    print(x)\n    return x\ndef g():\n    return 2"
+    monkeypatch.setattr(arms, "answer", lambda *a, **k: [Answer(written, [1], "stop")] * len(a[2]))
+    plan = plan_of("humaneval", local, samples=1, limit=1)
+    made = answers(shelf / "recipe", "base", plan, tmp_path / "a.jsonl")
+    assert list(made.values()) == ["    x = 1\n    return x"]
+
+
 # -- likelihoods ---------------------------------------------------------------------------------------------
 def test_likelihoods_are_those_of_lm_evals_own_model(shelf, local, tokenizer, tmp_path):
     """The composite through HFLM reads each choice anew; here the prompt is read once."""

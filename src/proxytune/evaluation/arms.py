@@ -33,6 +33,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 
 from proxytune.config import Prompt, ProxyTuneConfig
 from proxytune.errors import MemberError, ProxyTuneError
+from proxytune.evaluation.code import clean_code
 from proxytune.evaluation.results import ARMS
 from proxytune.generation import Answer, Encoded, Sampling, answer, batches, with_room
 from proxytune.journal import Journal
@@ -469,7 +470,8 @@ def generate_batch(
         speculate=arm.speculate,
         past_key_values=past_key_values,
     )
-    return [_before(one, until) for one in texts]
+    found = [_before(one, until) for one in texts]
+    return [clean_code(text) for text in found] if plan.metadata.get("clean") else found
 
 
 def _before(one: Answer, until: Sequence[str]) -> str:
