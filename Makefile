@@ -13,7 +13,7 @@ VLLM_VENV  ?= .venv-vllm
 VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help install install-vllm demo bench bench-gpu test test-vllm check lint types docs clean
+.PHONY: help install install-vllm demo bench bench-gpu bench-vllm test test-vllm check lint types docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,10 @@ bench: install  ## what steering costs on the demo: twenty minutes on two cores
 
 bench-gpu: install  ## the same on a GPU, on random-weight models of real shapes (needs a torch with CUDA)
 	$(BIN)/python scripts/bench_gpu.py
+
+bench-vllm: install-vllm  ## what steering costs in vLLM, on the demo: twenty minutes on two cores
+	mkdir -p runs && rm -f runs/bench-vllm.json
+	$(VLLM_BIN)/python scripts/bench_vllm.py demo --json runs/bench-vllm.json | tee runs/bench-vllm.md
 
 test: install  ## the core tests, under five minutes
 	$(BIN)/python -m pytest -m "not slow"
