@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -199,6 +200,7 @@ def test_greedy_tokens_are_the_plain_loops(family, speculate):
     """Beyond the sliding windows of Gemma and Mistral, in a ragged batch and row by row."""
     oracle = family_oracle(family)
     model = tiny.compose(oracle)
+    model.costs = replace(model.costs, apart=0.0)  # or "auto" would not draft for a batch of models so small
     answers = [oracle.greedy(row, N_NEW) for row in ROWS]
     for tokens, answer in zip(new_tokens(model, speculate=speculate), answers):
         assert_same_tokens(tokens, answer)
@@ -501,6 +503,19 @@ def test_pace_drafts_further_the_surer_and_the_cheaper():
     assert reach(cheap, 0) <= 1
     rows_cost = Costs(Cost(1, 100), Cost(1, 100), 1)  # verifying is as dear as decoding
     assert reach(rows_cost, 4) == 0
+
+
+def test_auto_leaves_a_batch_alone_where_no_acceptance_would_pay(model, monkeypatch):
+    dear = replace(model.costs, apart=1e12)
+    monkeypatch.setattr(model, "costs", dear)
+    assert dear.best_drafts(0.9, 1) > 0 == dear.best_drafts(0.9, 3)
+    plain = new_tokens(model, speculate=False)
+    assert new_tokens(model, speculate="auto") == plain
+    assert model.speculation_stats.judged == 0
+    assert new_tokens(model, speculate=2) == plain
+    assert model.speculation_stats.drafted > 0, "a number is a number"
+    new_tokens(model, ROWS[:1], speculate="auto")
+    assert model.speculation_stats.judged > 0, "one row is never moved"
 
 
 def test_a_fixed_number_is_kept_and_off_is_off(model):

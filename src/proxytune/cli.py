@@ -1536,7 +1536,7 @@ def plan(
             config, wanted, device_map=parsed(device_map), member_trust_remote_code=trust_remote_code
         )
         costs = probe(subject, batches)
-        loading = Loading(dtype=wanted.dtype, trust_remote_code=trust_remote_code)
+        loading = Loading(dtype=wanted.dtype, pack=wanted.pack, trust_remote_code=trust_remote_code)
         found = plan_probed(config, subject, costs, acceptances, loading)
         if bench_rows is not None:
             compared = compare_with_bench(costs, subject.options, subject.shares, bench_rows)

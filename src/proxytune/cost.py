@@ -12,7 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["MAX_DRAFTS", "QUICK_HEAD", "QUICK_ROWS", "Cost", "Costs", "cost_of_weights", "expected_tokens"]
+__all__ = [
+    "APART_BYTES",
+    "MAX_DRAFTS",
+    "QUICK_HEAD",
+    "QUICK_ROWS",
+    "Cost",
+    "Costs",
+    "cost_of_weights",
+    "expected_tokens",
+]
 
 MAX_DRAFTS = 12  # of one cycle; beyond, acceptance has decayed for any realistic expert
 
@@ -22,6 +31,9 @@ LAYER_BYTES = {"cpu": 8e6, "cuda": 2e8}
 # Arithmetic of one more row, as a share of the time that reading the weights takes. On the CPU measured: 16 rows of the
 # demo's base take 1.9 times as long as one; on a GPU an order of magnitude.
 ROW_SHARE = {"cpu": 0.1, "cuda": 0.004}
+# What each row of a batch adds to a cycle of drafts besides its forwards, as bytes: rows of unequal length are moved in
+# their caches and go through the processors one by one. On the CPU measured (2.8 ms a row on the demo).
+APART_BYTES = {"cpu": 1e8, "cuda": 2e8}
 # PyTorch's CPU `linear` lays weights out anew in each call with more than one row (see kernels.py).
 UNPACKED_CPU = 1.6
 # What the quick head of a drafting lane reads, of its own float32 head's bytes (kernels.QuickHead).
@@ -55,6 +67,7 @@ class Costs:
         others: the remaining lanes, each with its number of seats; and the drafting lane's own head, where a quick one
             chooses the drafts.
         overhead: what one cycle costs beyond the forwards: mixing, choosing, bookkeeping.
+        apart: what each row of a batch adds to a cycle with drafts, after which rows are of unequal length.
     """
 
     base: Cost
@@ -63,6 +76,7 @@ class Costs:
     others: Sequence[tuple[Cost, int]] = ()
     overhead: float = 0.0
     base_seats: int = 1
+    apart: float = 0.0
 
     def base_alone(self, n_batch: int = 1) -> float:
         """One token of every row, by the base alone."""
@@ -77,17 +91,22 @@ class Costs:
         rows = n_batch * (n_drafts + 1)
         return self.base.of(rows * self.base_seats) + sum(cost.of(rows * seats) for cost, seats in self.others)
 
+    def moving(self, n_batch: int = 1) -> float:
+        """What a cycle with drafts adds because the rows of a batch accept unequal numbers."""
+        return self.apart * n_batch if n_batch > 1 else 0.0
+
     def cycle(self, n_drafts: float, acceptance: float, n_batch: int = 1) -> float:
         """One cycle: the drafting steps, the verifying pass, and the drafting lane's step on the last draft, which is
         only taken where some row accepted all of them. No drafts: plain decoding.
         """
         last = 1 - (1 - acceptance**n_drafts) ** n_batch
-        return (n_drafts + last) * self.draft_step(n_batch) + self.verify(n_drafts, n_batch) + self.overhead
+        forwards = (n_drafts + last) * self.draft_step(n_batch) + self.verify(n_drafts, n_batch)
+        return forwards + self.overhead + (self.moving(n_batch) if n_drafts else 0.0)
 
     def lookup_cycle(self, n_drafts: float, n_batch: int = 1) -> float:
         """One cycle whose drafts were looked up: every lane reads them in one pass."""
         draft = 0.0 if self.draft is None else self.draft.of(n_batch * (n_drafts + 1) * self.draft_seats)
-        return draft + self.verify(n_drafts, n_batch) + self.overhead
+        return draft + self.verify(n_drafts, n_batch) + self.overhead + self.moving(n_batch)
 
     def per_token(self, n_drafts: int, acceptance: float, n_batch: int = 1) -> float:
         """The cost of one more token of every row."""

@@ -15,7 +15,7 @@ moved to the right, so that a batch stays what it was: left-padded, its newest t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -24,7 +24,7 @@ from transformers import generation
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from proxytune.cost import MAX_DRAFTS, QUICK_HEAD, QUICK_ROWS, Cost, Costs, cost_of_weights
+from proxytune.cost import APART_BYTES, MAX_DRAFTS, QUICK_HEAD, QUICK_ROWS, Cost, Costs, cost_of_weights
 from proxytune.errors import ProxyTuneError
 from proxytune.mixing import mix
 
@@ -36,6 +36,7 @@ __all__ = ["Speculate", "SpeculationStats", "accept_greedy", "accept_sampled", "
 Speculate = Literal["auto"] | bool | int
 
 
+HOPED_FOR = 0.9  # the acceptance at which drafting must pay for "auto" to try it
 GROWTH = 512  # columns by which buffers grow: seldom enough to cost nothing
 
 
@@ -194,7 +195,7 @@ def costs_of(model: ProxyTunedForCausalLM) -> Costs:
             head = cost_of_weights(lane.head_bytes, 0, lane.device.type)
             n_bytes -= (1 - QUICK_HEAD) * lane.head_bytes
         costs.append(cost_of_weights(n_bytes, layers, lane.device.type, packed=fast))
-    return costs_by_role(model, costs, head)
+    return replace(costs_by_role(model, costs, head), apart=APART_BYTES.get(model.device.type, APART_BYTES["cuda"]))
 
 
 def costs_by_role(model: Any, lane_costs: Sequence[Cost], head: Cost | None = None) -> Costs:
@@ -273,7 +274,7 @@ class Pace:
         """Whether to draft at all, given each growing row's chance that its first draft is accepted."""
         if self.fixed is not None:
             return self.fixed > 0
-        more = self.costs.verify(1, self.n_batch) - self.costs.verify(0, self.n_batch)
+        more = self.costs.verify(1, self.n_batch) - self.costs.verify(0, self.n_batch) + self.costs.moving(self.n_batch)
         worth = self._price * sum(chances) > more + self._some(chances) * self.costs.draft_step(self.n_batch)
         self.idle = 0 if worth or self.idle >= self.PROBE_EVERY else self.idle + 1
         return self.idle == 0
@@ -317,6 +318,7 @@ class Pace:
                 self.by_confidence[self._level(confidence)].saw(at < n, 1)
             self.overall.saw(n, min(n + 1, n_drafts))
         cost = n_steps * self.costs.draft_step(self.n_batch) + self.costs.verify(n_drafts, self.n_batch)
+        cost += self.costs.moving(self.n_batch) if n_drafts else 0.0
         self._account(cost + self.costs.overhead, sum(n_accepted) + len(n_accepted))
 
     def looked_up(self, n_drafts: int, n_accepted: Sequence[int]) -> None:
@@ -572,6 +574,9 @@ class _Decoding:
         obstacle = self._obstacle()
         if obstacle is not None and speculate not in ("auto", False):
             raise ProxyTuneError(f"speculate={speculate} is not possible here, because {obstacle}; leave it out")
+        hopeless = speculate == "auto" and self.model.costs.best_drafts(HOPED_FOR, self.n_batch) == 0
+        if hopeless:
+            speculate = False  # and the rows stay side by side
         self.drafting = self.model.drafting if obstacle is None else None
         self.pace = Pace(speculate if obstacle is None else False, self.model.costs, self.n_batch)
         self.aligned = self.n_batch == 1 or self.pace.fixed == 0
