@@ -134,7 +134,6 @@ def test_verdicts_come_in_order(strict):
         ("import time; time.sleep(10000)", "timed out"),
         ("import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nsignal.pause()", "timed out"),
         ("x = bytearray(1 << 30)", "out of memory"),
-        ("x = []\nwhile True: x.append(bytearray(1 << 24))", "out of memory"),
         ("import mmap; mmap.mmap(-1, 1 << 30)", "failed"),  # OSError: cannot allocate memory
         ("10 ** 10 ** 10", "timed out"),
         ("while True: print('x' * 1000)", "too much output"),
@@ -144,6 +143,13 @@ def test_verdicts_come_in_order(strict):
 )
 def test_time_memory_and_output_end(strict, program, outcome):
     assert one(strict, program).outcome == outcome
+
+
+def test_memory_that_is_taken_bit_by_bit_ends_too():
+    slow_machine = Limits(cpu_seconds=300, wall_seconds=600, memory=32 * MIB)
+    with Sandbox(slow_machine, workers=1) as box:
+        for caught in ("", "  try: x.append(bytearray(1 << 20)); continue\n  except MemoryError: x.clear(); raise\n"):
+            assert one(box, f"x = []\nwhile True:\n{caught}  x.append(bytearray(1 << 20))").outcome == "out of memory"
 
 
 @pytest.mark.parametrize("ignored", ["", "import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)\n"])
@@ -416,9 +422,37 @@ def test_where_nothing_can_be_locked_up_it_is_refused(monkeypatch, lacking):
 
 
 def test_a_system_that_forbids_the_lock_is_told(monkeypatch):
-    monkeypatch.setattr(Sandbox, "_one", lambda self, program: (_ for _ in ()).throw(sandbox._cannot("prctl 22")))
+    """A container that refuses seccomp: the child says so instead of running anything."""
+    kept = sandbox._Jail.ask
+
+    def forbidden(self, job, seconds):
+        return {"outcome": "not locked", "detail": "prctl 22"} if job["guarded"] else kept(self, job, seconds)
+
+    monkeypatch.setattr(sandbox._Jail, "ask", forbidden)
     with pytest.raises(ProxyTuneError, match=r"\(prctl 22\)"), Sandbox(workers=1):
         pass
+    with Sandbox(workers=1, unguarded=True) as box:
+        assert one(box, "import os\nif not os.fork(): os._exit(0)").passed
+
+
+def test_a_lock_that_fails_runs_nothing():
+    """Half a lock is none: the program does not begin."""
+    with Sandbox(TIGHT, workers=1) as box:
+        jailed = box._free.get()
+        job = {"program": "x = 1", "limits": {**vars(TIGHT), "open_files": "many"}, "guarded": True}
+        answer = jailed.ask({**job, "threads": False, "scratch": False, "landlock": False}, 60)
+        assert answer["outcome"] == "not locked"
+        box._free.put(jailed)
+        assert one(box, "pass").passed
+
+
+def test_leaving_ends_what_runs():
+    before = set(children(os.getpid()))
+    with Sandbox(Limits(cpu_seconds=600, wall_seconds=600), workers=2) as box:
+        box.run(["while True: pass"] * 4)
+        while len(set(children(os.getpid())) - before) < 4:
+            time.sleep(0.05)
+    assert set(children(os.getpid())) == before
 
 
 def test_limits_are_checked():

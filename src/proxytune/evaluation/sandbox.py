@@ -116,28 +116,42 @@ class Sandbox:
         self.workers = workers or default_workers()
         self.scratch, self.threads, self.preload, self.unguarded = scratch, threads, tuple(preload), unguarded
         self._landlock = True  # tests switch it off, to see what holds without it
+        self._guarded, self._closed = True, False
+        self._all: list[_Jail] = []
         self._free: queue.SimpleQueue[_Jail] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox")
 
     def __enter__(self) -> Sandbox:
         if not hasattr(os, "fork"):
             raise ProxyTuneError("generated code can be run on Linux, or unguarded on macOS, and not on this system")
-        for _ in range(self.workers):
-            self._free.put(_Jail(self.preload))
         try:
-            verdict = self._one("import os\nos.getpid()")
-            if not verdict.passed and not self.unguarded:
-                raise _cannot(f"{verdict.outcome}, {verdict.detail}")
+            for _ in range(self.workers):
+                self._free.put(self._jail())
+            try:
+                verdict = self._one("import os\nos.getpid()")
+                if not verdict.passed:
+                    raise _cannot(f"{verdict.outcome}, {verdict.detail}")
+            except ProxyTuneError:
+                if not self.unguarded:
+                    raise
+                self._guarded = False
         except BaseException:
             self.__exit__(None, None, None)
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
-        with suppress(queue.Empty):
-            while True:
-                self._free.get(timeout=0.0).close()
+        for jail in self._all:  # also those that run a program: they kill it
+            jail.end()
+        self._pool.shutdown()
+        for jail in self._all:
+            jail.close()
+
+    def _jail(self) -> _Jail:
+        self._all.append(jail := _Jail(self.preload))
+        return jail
 
     def run(self, programs: Iterable[str]) -> Iterator[Verdict]:
         """The verdict of each program, in order."""
@@ -146,24 +160,24 @@ class Sandbox:
     def _one(self, program: str) -> Verdict:
         jail = self._free.get()
         try:
-            guarded = jail.able and (not self.scratch or jail.landlock >= 3) if self.unguarded else True
-            if guarded and not jail.able:
-                raise _cannot("it is not Linux on x86-64 or arm64")
             landlock = jail.landlock >= 3 and self._landlock
-            if guarded and self.scratch and not landlock:
+            if self._guarded and not jail.able:
+                raise _cannot("it is not Linux on x86-64 or arm64")
+            if self._guarded and self.scratch and not landlock:
                 raise _cannot("without Landlock of version 3, Linux 6.2, no file can be written")
             job = {
                 "program": program,
                 "limits": asdict(self.limits),
                 "threads": self.threads,
                 "scratch": self.scratch,
-                "guarded": guarded,
+                "guarded": self._guarded,
                 "landlock": landlock,
             }
             answer = jail.ask(job, self.limits.wall_seconds + _GRACE)
             if answer is None:
-                jail.close()
-                jail = _Jail(self.preload)
+                if not self._closed:
+                    jail.close()
+                    jail = self._jail()
                 return Verdict("crashed", "its process was lost")
             if answer["outcome"] == "not locked":
                 raise _cannot(answer["detail"])
@@ -223,10 +237,9 @@ class _Jail:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def close(self) -> None:
+    def end(self) -> None:
         """End it: it kills what it runs when its input ends."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         with suppress(OSError):
             self.process.stdin.close()
         try:
@@ -234,4 +247,9 @@ class _Jail:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+    def close(self) -> None:
+        """End it, and let go of its answers: nobody may be waiting for one."""
+        assert self.process.stdout is not None
+        self.end()
         self.process.stdout.close()
