@@ -109,7 +109,8 @@ def test_exact_allows_nothing_else():
     problem = Problem("?", "5 + 7", 12, 0)
     assert is_exact(problem.completion, problem)
     assert is_exact(" 7 + 5 = 12\n#### 12", problem)
-    for text in ("#### 12", problem.completion + "\n", problem.completion + " apples", " 5 + 7 = 13\n#### 12"):
+    assert is_exact(problem.completion + "\n", problem)
+    for text in ("#### 12", problem.completion + "\n\n", problem.completion + " apples", " 5 + 7 = 13\n#### 12"):
         assert not is_exact(text, problem)
 
 
