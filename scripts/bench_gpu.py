@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from predict_pairs import SHAPES, llama2
 from proxytune import ProxyTunedForCausalLM, ProxyTuneError, speculation
 from proxytune.bench import Settings, Subject, run_bench
-from proxytune.cli import show_bench
+from proxytune.cli.speed import show_bench
 
 TINY = {"tiny base": llama2(64, 128, 4, 4, 2), "tiny": llama2(32, 64, 2, 2, 2)}  # for a test without a GPU
 PAIRS = {

@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 import tiny
 from proxytune import ProxyTunedForCausalLM, RecipeError, load_recipe
 from proxytune.chat import Conversation, render_conversation
-from proxytune.cli import app, count, interruptible, size
+from proxytune.cli import app
+from proxytune.cli.answers import interruptible
+from proxytune.cli.options import count, size
 from proxytune.compose import parse_expert
 from proxytune.config import Prompt
 from proxytune.generation import Sampling, answer

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from proxytune.cli.options import panel
 from proxytune.errors import ProxyTuneError
 
 if TYPE_CHECKING:
@@ -18,18 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["train"]
 
 
-def _panel(title: str, *names: str, **options: Any) -> Any:
-    options.setdefault("show_default", False)
-    return typer.Option(*names, rich_help_panel=title, **options)
-
-
 def train(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="Directory to be made: the recipe, M+ in it.", show_default=False)
     ],
     data: Annotated[
         str,
-        _panel(
+        panel(
             "Data",
             "--data",
             metavar="FILE|NAME",
@@ -37,13 +33,13 @@ def train(
             "completion, or messages.",
         ),
     ],
-    base: Annotated[str | None, _panel("Members", "--base", metavar="MODEL", help="M, which is to be steered.")] = None,
+    base: Annotated[str | None, panel("Members", "--base", metavar="MODEL", help="M, which is to be steered.")] = None,
     anti_expert: Annotated[
-        str | None, _panel("Members", "--anti-expert", metavar="MODEL", help="M-, which M+ is made of.")
+        str | None, panel("Members", "--anti-expert", metavar="MODEL", help="M-, which M+ is made of.")
     ] = None,
     recipe: Annotated[
         str | None,
-        _panel(
+        panel(
             "Members",
             "--recipe",
             metavar="RECIPE",
@@ -51,40 +47,40 @@ def train(
         ),
     ] = None,
     name: Annotated[
-        str | None, _panel("Members", "--name", metavar="NAME", help="The expert's name; the recipe's, or `expert`.")
+        str | None, panel("Members", "--name", metavar="NAME", help="The expert's name; the recipe's, or `expert`.")
     ] = None,
     alpha: Annotated[
-        float | None, _panel("Members", "--alpha", "-a", metavar="NUMBER", help="Its strength; the recipe's, or 1.")
+        float | None, panel("Members", "--alpha", "-a", metavar="NUMBER", help="Its strength; the recipe's, or 1.")
     ] = None,
     split: Annotated[
-        str, _panel("Data", "--split", metavar="SPLIT", help="Of a data set.", show_default=True)
+        str, panel("Data", "--split", metavar="SPLIT", help="Of a data set.", show_default=True)
     ] = "train",
     prompt: Annotated[
         str | None,
-        _panel("Data", "--prompt", metavar="TEXT", help="Make prompts of other columns: 'Question: {question}'."),
+        panel("Data", "--prompt", metavar="TEXT", help="Make prompts of other columns: 'Question: {question}'."),
     ] = None,
     completion: Annotated[
-        str | None, _panel("Data", "--completion", metavar="TEXT", help="Make completions: ' {answer}'.")
+        str | None, panel("Data", "--completion", metavar="TEXT", help="Make completions: ' {answer}'.")
     ] = None,
     max_length: Annotated[
         int | None,
-        _panel(
+        panel(
             "Data",
             "--max-length",
             metavar="N",
             help="Most tokens of a row; 2048, or what the members can read. Longer rows are cut, and counted.",
         ),
     ] = None,
-    full: Annotated[bool, _panel("What is trained", "--full", help="All of M-'s weights, not a LoRA adapter.")] = False,
+    full: Annotated[bool, panel("What is trained", "--full", help="All of M-'s weights, not a LoRA adapter.")] = False,
     rank: Annotated[
-        int, _panel("What is trained", "--rank", metavar="N", help="The adapter's rank.", show_default=True)
+        int, panel("What is trained", "--rank", metavar="N", help="The adapter's rank.", show_default=True)
     ] = 16,
     lora_alpha: Annotated[
-        int | None, _panel("What is trained", "--lora-alpha", metavar="N", help="Its alpha; twice the rank.")
+        int | None, panel("What is trained", "--lora-alpha", metavar="N", help="Its alpha; twice the rank.")
     ] = None,
     targets: Annotated[
         str,
-        _panel(
+        panel(
             "What is trained",
             "--targets",
             metavar="NAME,…",
@@ -94,7 +90,7 @@ def train(
     ] = "all-linear",
     consistent: Annotated[
         bool,
-        _panel(
+        panel(
             "What is trained",
             "--consistent",
             help="Train inside the mixture: the loss is taken of base + alpha * (expert - anti-expert).",
@@ -102,7 +98,7 @@ def train(
     ] = False,
     hidden_cache: Annotated[
         str,
-        _panel(
+        panel(
             "What is trained",
             "--hidden-cache",
             metavar="auto|off|DIR",
@@ -112,28 +108,26 @@ def train(
         ),
     ] = "auto",
     epochs: Annotated[
-        float, _panel("How", "--epochs", metavar="N", help="Passes over the data.", show_default=True)
+        float, panel("How", "--epochs", metavar="N", help="Passes over the data.", show_default=True)
     ] = 2.0,
     max_steps: Annotated[
-        int | None, _panel("How", "--max-steps", metavar="N", help="This many steps in place of epochs.")
+        int | None, panel("How", "--max-steps", metavar="N", help="This many steps in place of epochs.")
     ] = None,
     lr: Annotated[
         float | None,
-        _panel("How", "--lr", metavar="RATE", help="Peak learning rate; 2e-4 for an adapter, 2e-5 with --full."),
+        panel("How", "--lr", metavar="RATE", help="Peak learning rate; 2e-4 for an adapter, 2e-5 with --full."),
     ] = None,
     warmup: Annotated[
-        float, _panel("How", "--warmup", metavar="SHARE", help="Of the steps; then it falls to 0.", show_default=True)
+        float, panel("How", "--warmup", metavar="SHARE", help="Of the steps; then it falls to 0.", show_default=True)
     ] = 0.03,
-    batch_size: Annotated[
-        int, _panel("How", "--batch-size", metavar="N", help="Rows a step.", show_default=True)
-    ] = 128,
+    batch_size: Annotated[int, panel("How", "--batch-size", metavar="N", help="Rows a step.", show_default=True)] = 128,
     micro_batch: Annotated[
         int | None,
-        _panel("How", "--micro-batch", metavar="N", help="Rows in memory at once; it divides the batch. At most 8."),
+        panel("How", "--micro-batch", metavar="N", help="Rows in memory at once; it divides the batch. At most 8."),
     ] = None,
     precision: Annotated[
         str,
-        _panel(
+        panel(
             "How",
             "--precision",
             metavar="auto|bf16|fp16|float32",
@@ -142,20 +136,20 @@ def train(
         ),
     ] = "auto",
     no_gradient_checkpointing: Annotated[
-        bool, _panel("How", "--no-gradient-checkpointing", help="Faster, for more memory.")
+        bool, panel("How", "--no-gradient-checkpointing", help="Faster, for more memory.")
     ] = False,
     seed: Annotated[
-        int, _panel("How", "--seed", metavar="N", help="Of the adapter and the order of rows.", show_default=True)
+        int, panel("How", "--seed", metavar="N", help="Of the adapter and the order of rows.", show_default=True)
     ] = 0,
     save_every: Annotated[
         int | None,
-        _panel("The run", "--save-every", metavar="N", help="Steps between checkpoints; a tenth of the run."),
+        panel("The run", "--save-every", metavar="N", help="Steps between checkpoints; a tenth of the run."),
     ] = None,
     resume: Annotated[
-        bool, _panel("The run", "--resume", help="Go on where a killed run with the same options was.")
+        bool, panel("The run", "--resume", help="Go on where a killed run with the same options was.")
     ] = False,
     trust_remote_code: Annotated[
-        bool, _panel("The run", "--trust-remote-code", help="Run code that the members bring along.")
+        bool, panel("The run", "--trust-remote-code", help="Run code that the members bring along.")
     ] = False,
 ) -> None:
     """Make an expert of a small model and data, and the recipe that steers a large one with it.

@@ -1,0 +1,10 @@
+"""``python -m proxytune.cli``."""
+
+from __future__ import annotations
+
+from proxytune.cli import main
+
+__all__: list[str] = []
+
+if __name__ == "__main__":
+    main()

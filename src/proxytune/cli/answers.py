@@ -1,0 +1,368 @@
+"""``proxytune generate``, ``chat``, ``serve`` and ``demo``: prompts answered."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from proxytune.cli.options import (
+    FAILED,
+    Alpha,
+    DeviceMap,
+    Dtype,
+    MaxNewTokens,
+    MinP,
+    Pack,
+    Recipe,
+    Speculate,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+    TrustRemoteCode,
+    drafts_of,
+    load_model,
+    parse_alpha,
+    progress_bar,
+    read_lines,
+    sampling_of,
+    say,
+    write_out,
+)
+from proxytune.errors import ProxyTuneError
+
+if TYPE_CHECKING:
+    from proxytune.batch import Item
+    from proxytune.chat import Conversation
+
+__all__ = ["chat", "demo", "generate", "interruptible", "serve"]
+
+
+def generate(
+    recipe: Recipe,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="What is to be continued.", show_default=False)
+    ] = None,
+    alpha: Alpha = None,
+    max_new_tokens: MaxNewTokens = 256,
+    chat_: Annotated[
+        bool, typer.Option("--chat", help="Put each prompt into the recipe's chat template, as the user's turn.")
+    ] = False,
+    system: System = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Seed of the sampling; each prompt draws by its place.", rich_help_panel="Sampling"
+        ),
+    ] = 0,
+    input_: Annotated[
+        str | None,
+        typer.Option(
+            "--input",
+            "-i",
+            metavar="FILE",
+            help='JSON lines {"prompt": ..., "alpha": ...} instead of PROMPTs; - is stdin. Other fields are passed on.',
+            rich_help_panel="Jobs",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write JSON lines there; what an interrupted run has left is kept, and the rest is done.",
+            rich_help_panel="Jobs",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Prompts at once.", rich_help_panel="Jobs")
+    ] = 8,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a prompt, in order.", rich_help_panel="Jobs")
+    ] = False,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: TrustRemoteCode = False,
+    speculate: Speculate = "auto",
+    pack: Pack = False,
+) -> None:
+    """Continue prompts, steered.
+
+    Greedy unless --temperature, --top-p, --top-k or --min-p is given; what is not given of these is off. A single
+    prompt is streamed to a terminal.
+
+    JSON objects have the fields prompt, text, tokens (the new ids, with the end-of-sequence token where the model
+    chose it, without padding), alpha (a number, or an object by name where there are several experts) and finish
+    (stop, or length where the limit or a member's context ended it), in a job also line (the input's, from 1) and
+    run (which recipe and options made it). A line that cannot be read is reported by its number, the others are
+    answered, and the exit status is 2.
+    """
+    from proxytune.batch import Item, Output, fingerprint, read_items, result
+    from proxytune.config import resolve_alpha
+    from proxytune.generation import Printer, answer, batches, encode
+    from proxytune.journal import json_line
+    from proxytune.recipe import load_recipe
+
+    if bool(prompts) == (input_ is not None):
+        raise ProxyTuneError("give either prompts or --input FILE")
+    if system is not None and not chat_:
+        raise ProxyTuneError("--system needs --chat: a raw prompt has no place for it")
+    sampling = sampling_of(temperature, top_p, top_k, min_p, seed)
+    drafts = drafts_of(speculate, sampling)
+    config = load_recipe(recipe)
+    names = [expert.name for expert in config.expert_list]
+    alphas = resolve_alpha(parse_alpha(alpha), names, config.alphas)
+    broken = 0
+    if input_ is None:
+        items = [Item(line, prompt, alphas) for line, prompt in enumerate(prompts or [], start=1)]
+        if any(not item.prompt.strip() for item in items):
+            raise ProxyTuneError("the prompt is empty")
+    else:
+        if output is not None and input_ != "-" and output.exists() and output.samefile(input_):
+            raise ProxyTuneError("--input and --output are the same file")
+        items, unread = read_items(read_lines(input_), names, alphas)
+        for bad in unread:
+            say(f"{input_}, line {bad.line}: {bad.reason}")
+        broken = len(unread)
+    settings = {"sampling": vars(sampling), "max_new_tokens": max_new_tokens, "chat": chat_, "system": system}
+    run = fingerprint(config, {**settings, "dtype": dtype})
+
+    with contextlib.ExitStack() as stack:
+        remaining, sink = items, None
+        if output is not None:
+            sink = stack.enter_context(Output(output, items, run, names))
+            remaining = sink.remaining
+            if len(remaining) < len(items):
+                say(f"{len(items) - len(remaining)} of {len(items)} prompts are done already in {output}")
+        if not remaining:
+            if broken:
+                raise typer.Exit(FAILED)
+            return
+        model, tokenizer = load_model(config, dtype, device_map, trust_remote_code, drafts, pack)
+        encoded = []
+        for item in remaining:
+            try:
+                encoded.append((item, encode(model, tokenizer, item.prompt, chat=chat_, system=system)))
+            except ProxyTuneError as error:
+                if input_ is None:
+                    raise
+                say(f"{input_}, line {item.line}: {error}")
+                broken += 1
+        streamed = sink is None and not as_json and len(items) == 1 and sys.stdout.isatty()
+        advance = stack.enter_context(progress_bar(len(encoded), sink is not None or not sys.stdout.isatty()))
+        for batch in batches(encoded, batch_size):
+            made = answer(
+                model,
+                tokenizer,
+                [prompt for _, prompt in batch],
+                [item.alphas for item, _ in batch],
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                rows=[item.line for item, _ in batch],
+                streamer=Printer(tokenizer, write_out) if streamed else None,
+            )
+            pairs = [(item, one) for (item, _), one in zip(batch, made)]
+            if sink is not None:
+                sink.append([result(item, one, names, numbered=True, run=run) for item, one in pairs])
+            else:
+                for item, one in pairs:
+                    if as_json or input_ is not None:
+                        write_out(json_line(result(item, one, names, numbered=input_ is not None)))
+                    else:
+                        _show_answer(item, "" if streamed else one.text, alone=len(items) == 1)
+            advance(len(batch))
+        if streamed and made[0].finish == "length" and len(made[0].tokens) < max_new_tokens:
+            say("the shortest member's context is full")
+    if sink is not None:
+        say(f"wrote {len(encoded)} answers to {output}")
+    if broken:
+        say(f"{broken} lines could not be answered")
+        raise typer.Exit(FAILED)
+
+
+def _show_answer(item: Item, text: str, *, alone: bool) -> None:
+    """An answer for people: of several prompts, each is told before its answer."""
+    write_out(f"{text}\n" if alone else f"> {item.prompt}\n{text}\n\n")
+
+
+CHAT_HELP = """\
+/alpha NUMBER        steer that strongly from now on (with several experts also NAME=NUMBER)
+/alpha               say how strongly it steers
+/reset               forget the conversation
+/help                this list
+/quit                leave (so does Ctrl-D)
+Ctrl-C stops an answer."""
+
+
+def chat(
+    recipe: Recipe,
+    alpha: Alpha = None,
+    max_new_tokens: MaxNewTokens = 512,
+    system: System = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Seed of the sampling; by default another each time.", rich_help_panel="Sampling"
+        ),
+    ] = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: TrustRemoteCode = False,
+    speculate: Speculate = "auto",
+    pack: Pack = False,
+) -> None:
+    """Talk with a steered model.
+
+    Greedy unless a sampling option is given. The members' caches are kept from turn to turn, except where members
+    have prompts of their own. While talking, /alpha 0.5 changes the strength, /reset forgets, /help lists more.
+    """
+    from proxytune.chat import Conversation
+    from proxytune.config import resolve_alpha
+    from proxytune.recipe import load_recipe
+
+    sampling = sampling_of(
+        temperature, top_p, top_k, min_p, int.from_bytes(os.urandom(4), "big") if seed is None else seed
+    )
+    drafts = drafts_of(speculate, sampling)
+    config = load_recipe(recipe)
+    names = [expert.name for expert in config.expert_list]
+    alphas = resolve_alpha(parse_alpha(alpha), names, config.alphas)
+    model, tokenizer = load_model(config, dtype, device_map, trust_remote_code, drafts, pack)
+    conversation = Conversation(
+        model, tokenizer, alphas, sampling=sampling, max_new_tokens=max_new_tokens, system=system
+    )
+    if not tokenizer.chat_template:
+        say("the recipe has no chat template, so its base is shown a plain transcript")
+    say("/help lists the commands, /quit leaves")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (editing and history at the prompt)
+    while True:
+        try:
+            line = input("\n> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            if sys.stdin.isatty():
+                say("")
+            return
+        if line in ("/quit", "/exit", "/q"):
+            return
+        if line:
+            try:
+                take_turn(conversation, line, names)
+            except ProxyTuneError as error:
+                say(f"error: {error}")
+
+
+def take_turn(conversation: Conversation, line: str, names: Sequence[str]) -> None:
+    """Do what one line of a conversation asks for."""
+    from proxytune.config import resolve_alpha
+
+    command, *rest = line.split()
+    if command == "/alpha":
+        if rest:
+            conversation.alphas = resolve_alpha(parse_alpha(rest), names, conversation.alphas)
+        say("alpha: " + ", ".join(f"{name} {value:g}" for name, value in zip(names, conversation.alphas)))
+    elif command == "/reset":
+        conversation.reset()
+        say("forgotten")
+    elif command == "/help":
+        say(CHAT_HELP)
+    elif command.startswith("/"):
+        say(f"there is no command {command}; /help lists those there are")
+    else:
+        with interruptible() as stopped:
+            made = conversation.say(line, write_out, stopped)
+        write_out("\n")
+        if made.finish == "interrupt":
+            say("(stopped)")
+        elif made.finish == "length":
+            say("(cut off: --max-new-tokens, or the context, is used up)")
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Any]:
+    """Within it Ctrl-C makes ``stopped()`` true, so that a forward is never torn; a second one interrupts at once."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def serve(
+    context: typer.Context,
+    recipe: Recipe,
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="vllm", help="What serves it; vllm.", show_default=False)
+    ] = "",
+    draft: Annotated[
+        str | None,
+        typer.Option("--draft", metavar="EXPERT", help="Let this expert draft for the mixture.", show_default=False),
+    ] = None,
+    draft_tokens: Annotated[
+        int, typer.Option("--draft-tokens", metavar="N", min=1, help="Tokens it drafts at a time.")
+    ] = 4,
+    only_print: Annotated[bool, typer.Option("--print", help="Print the command and leave.")] = False,
+) -> None:
+    """Serve a recipe with vLLM, as an OpenAI-compatible server: print the exact command, and run it.
+
+    All other options are vLLM's own (--tensor-parallel-size 4, --port 8000 …) and are passed on. A request sets its
+    alpha in "vllm_xargs": {"alpha": 0.5}. The server of transformers needs no help: transformers serve RECIPE.
+    """
+    import shlex
+
+    from proxytune.recipe import load_recipe
+    from proxytune.vllm.command import serve_command
+
+    if engine != "vllm":
+        raise ProxyTuneError("say --engine vllm (transformers' own server is: transformers serve RECIPE)")
+    words = serve_command(load_recipe(recipe), context.args, draft=draft, draft_tokens=draft_tokens)
+    if only_print:
+        typer.echo(shlex.join(words))
+        return
+    say(shlex.join(words))
+    os.execvp(words[0], words)
+
+
+def demo(
+    problems: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="How many problems; by default what fits about a minute.", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Which problems.")] = 0,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the counts there too, as JSON.", show_default=False),
+    ] = None,
+) -> None:
+    """Show proxy-tuning at work on a small real model: base, expert and both controls against proxy-tuned."""
+    from proxytune.demo import run_demo
+
+    run_demo(problems, seed, json_file)

@@ -1,0 +1,229 @@
+"""``proxytune new`` and ``check``: recipes made, and looked at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from proxytune.cli.options import (
+    FAILED,
+    Dtype,
+    Recipe,
+    TrustRemoteCode,
+    checked_dtype,
+    count,
+    panel,
+    say,
+    size,
+)
+from proxytune.presets import PRESETS
+
+if TYPE_CHECKING:
+    from proxytune.check import Report
+
+__all__ = ["check", "new"]
+
+
+def new(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to be made.", show_default=False)],
+    base: Annotated[str | None, panel("Members", "--base", metavar="MODEL", help="The model that is steered.")] = None,
+    expert: Annotated[
+        str | None, panel("Members", "--expert", metavar="MODEL", help="The model it is steered towards.")
+    ] = None,
+    anti_expert: Annotated[
+        str | None, panel("Members", "--anti-expert", metavar="MODEL", help="What the expert was before it was tuned.")
+    ] = None,
+    alpha: Annotated[
+        float | None, panel("Mixing", "--alpha", "-a", metavar="NUMBER", help="Strength; 1 by default.")
+    ] = None,
+    name: Annotated[
+        str | None, panel("Mixing", "--name", metavar="NAME", help="The expert's name; `expert` by default.")
+    ] = None,
+    add_expert: Annotated[
+        list[str] | None,
+        panel(
+            "Members",
+            "--add-expert",
+            metavar="NAME=EXPERT[,FIELD=VALUE…]",
+            help="One more expert; fields: anti, alpha, adapter, and prompt, dtype, revision (anti-… for the "
+            "anti-expert). With no EXPERT the adapter is on the anti-expert. Repeatable.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        panel(
+            "Members",
+            "--preset",
+            metavar="NAME",
+            help=f"A known trio, whose parts other options replace: {', '.join(PRESETS)}.",
+        ),
+    ] = None,
+    expert_adapter: Annotated[
+        str | None,
+        panel(
+            "Members",
+            "--expert-adapter",
+            metavar="PATH",
+            help="LoRA adapter on the expert, or, without one, on the anti-expert.",
+        ),
+    ] = None,
+    base_revision: Annotated[
+        str | None, panel("Members", "--base-revision", metavar="REVISION", help="The base's branch, tag or commit.")
+    ] = None,
+    expert_revision: Annotated[
+        str | None, panel("Members", "--expert-revision", metavar="REVISION", help="The expert's.")
+    ] = None,
+    anti_expert_revision: Annotated[
+        str | None, panel("Members", "--anti-expert-revision", metavar="REVISION", help="The anti-expert's.")
+    ] = None,
+    base_prompt: Annotated[
+        str | None,
+        panel("Prompts", "--base-prompt", metavar="raw|chat|TEXT", help="What the base is shown; TEXT holds {prompt}."),
+    ] = None,
+    expert_prompt: Annotated[
+        str | None, panel("Prompts", "--expert-prompt", metavar="raw|chat|TEXT", help="The expert's.")
+    ] = None,
+    anti_expert_prompt: Annotated[
+        str | None, panel("Prompts", "--anti-expert-prompt", metavar="raw|chat|TEXT", help="The anti-expert's.")
+    ] = None,
+    system: Annotated[
+        str | None,
+        panel("Prompts", "--system", metavar="TEXT", help="System prompt of the members whose prompt is chat."),
+    ] = None,
+    response_prefix: Annotated[
+        str | None,
+        panel(
+            "Prompts",
+            "--response-prefix",
+            metavar="TEXT",
+            help="Words that answers begin with, such as 'Answer:', moved behind the members' own prompts.",
+        ),
+    ] = None,
+    base_dtype: Annotated[
+        str | None, panel("Loading", "--base-dtype", metavar="DTYPE", help="The base's: float32, bfloat16 …")
+    ] = None,
+    expert_dtype: Annotated[
+        str | None, panel("Loading", "--expert-dtype", metavar="DTYPE", help="The expert's.")
+    ] = None,
+    anti_expert_dtype: Annotated[
+        str | None, panel("Loading", "--anti-expert-dtype", metavar="DTYPE", help="The anti-expert's.")
+    ] = None,
+    base_device_map: Annotated[
+        str | None, panel("Loading", "--base-device-map", metavar="DEVICE", help="Where it goes: auto, cuda:1.")
+    ] = None,
+    expert_device_map: Annotated[
+        str | None, panel("Loading", "--expert-device-map", metavar="DEVICE", help="The expert.")
+    ] = None,
+    anti_expert_device_map: Annotated[
+        str | None, panel("Loading", "--anti-expert-device-map", metavar="DEVICE", help="The anti-expert.")
+    ] = None,
+    plausibility: Annotated[
+        float | None,
+        panel("Mixing", "--plausibility", metavar="P", help="Choose only tokens with p_base >= P * max p_base."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write into a directory that is not empty.")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Do not reach the hub; leave out what is not cached.")
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Make a recipe: a model directory that names its members and how they mix.
+
+    A member is a hub id, a local directory or a .gguf file. Its weights stay where they are; the base's config,
+    tokenizer and generation config are copied. Relative paths are kept relative to DIR.
+    """
+    from proxytune.compose import Given, compose, configure
+
+    config = configure(
+        preset=preset,
+        base=Given(base, base_revision, base_dtype, base_prompt, base_device_map),
+        expert=Given(expert, expert_revision, expert_dtype, expert_prompt, expert_device_map),
+        anti_expert=Given(
+            anti_expert, anti_expert_revision, anti_expert_dtype, anti_expert_prompt, anti_expert_device_map
+        ),
+        expert_adapter=expert_adapter,
+        name=name,
+        alpha=alpha,
+        add_expert=add_expert or (),
+        system=system,
+        response_prefix=response_prefix,
+        plausibility=plausibility,
+    )
+    notes = compose(config, directory, force=force, offline=offline, trust_remote_code=trust_remote_code)
+    for note in notes:
+        say(f"note: {note}")
+    say(f"wrote {directory}; whether it works is told by: proxytune check {directory}")
+
+
+def check(
+    recipe: Recipe,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Say whether a recipe works and what memory it needs; reads configs and tokenizers alone.
+
+    The exit status is 0 if it works and 2 if it does not.
+    """
+    from proxytune.check import check_recipe
+    from proxytune.members import Loading
+    from proxytune.recipe import load_recipe
+
+    report = check_recipe(load_recipe(recipe), Loading(dtype=checked_dtype(dtype), trust_remote_code=trust_remote_code))
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
+    else:
+        show_report(report, Console())
+    if not report.works:
+        raise typer.Exit(FAILED)
+
+
+def show_report(report: Report, console: Console) -> None:
+    """Print what ``check`` found: a table of the members, the totals, and what is wrong."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("member", overflow="fold")
+    table.add_column("model", overflow="fold")
+    for heading in ("params", "dtype", "weights", "KV/token", "context"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in report.members:
+        model = str(one.model) + (f" + {one.adapter}" if one.adapter else "")
+        table.add_row(
+            one.name,
+            model + ("" if one.prompt == "raw" else f" [{one.prompt} prompt]").replace("[", "\\["),
+            count(one.parameters),
+            one.dtype.replace("bfloat", "bf").replace("float", "f"),
+            size(one.weight_bytes) if not one.shares_with else f"+{size(one.weight_bytes)}",
+            "unknown" if one.kv_bytes_per_token is None else size(one.kv_bytes_per_token),
+            "any" if one.context is None else f"{one.context:,}",
+        )
+    if report.members:
+        console.print(table)
+        console.print()
+    for one in report.members:
+        if one.shares_with:
+            console.print(f"{one.name} shares its weights with {one.shares_with}", highlight=False)
+        if one.sliding_window:
+            console.print(f"{one.name} has layers that keep only {one.sliding_window:,} tokens", highlight=False)
+    if report.works:
+        memory = f"weights {size(report.weight_bytes)}"
+        if report.kv_bytes_per_token is not None:
+            memory += f", cache {size(report.kv_bytes_per_token)} a token"
+            if report.context is not None:
+                memory += f" ({size(report.kv_bytes_per_token * report.context)} for the whole context)"
+        console.print(f"memory: {memory}", highlight=False)
+        if report.context is not None:
+            shortest = next(one.name for one in report.members if one.context == report.context)
+            console.print(f"context: {report.context:,} tokens, set by {shortest}", highlight=False)
+        alpha = ", ".join(f"{name} {value:g}" for name, value in report.alpha.items())
+        console.print(f"alpha: {alpha}", highlight=False)
+    for note in report.notes:
+        console.print(f"[yellow]note[/yellow] {note}", highlight=False)
+    for problem in report.problems:
+        console.print(f"[red]wrong[/red] {problem}", highlight=False)
+    console.print("[green]the recipe works[/green]" if report.works else "[red]the recipe does not work[/red]")

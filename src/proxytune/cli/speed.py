@@ -1,0 +1,342 @@
+"""``proxytune bench`` and ``plan``: what steering costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from proxytune.cli.options import (
+    FAILED,
+    DeviceMap,
+    JsonFile,
+    Recipe,
+    TrustRemoteCode,
+    number_text,
+    parsed_batches,
+    say,
+    share_bar,
+    show_table,
+    size,
+    split_names,
+)
+from proxytune.errors import ProxyTuneError
+
+if TYPE_CHECKING:
+    from proxytune.bench import BenchResult
+    from proxytune.plan import Plan
+
+__all__ = ["bench", "plan", "show_bench"]
+
+
+def bench(
+    recipe: Recipe,
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "1,4,16",
+    lengths: Annotated[
+        str, typer.Option(metavar="PROMPT/OUTPUT,...", help="Tokens of the prompt and new tokens.")
+    ] = "64/128,8/512,512/8",
+    arms: Annotated[
+        str, typer.Option(metavar="NAME,...", help="What is compared; ratios need base and plain_loop.")
+    ] = "base,base_lookup,plain_loop,composite,shared,speculative",
+    options: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME+NAME,...",
+            help="Sets of member options, each on for every arm, the base alone too: a dtype (auto is the recipe's).",
+        ),
+    ] = "auto",
+    speculate: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|N", help="What the arm speculative asks; a number of drafts copies none from the text."
+        ),
+    ] = "auto",
+    temperature: Annotated[
+        float | None,
+        typer.Option(metavar="T", help="Sample in all arms, with seeds; greedy by default.", show_default=False),
+    ] = None,
+    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds, of which the median is told.")] = 5,
+    minutes: Annotated[
+        float,
+        typer.Option(
+            metavar="M",
+            min=0,
+            help="Cases beyond it get fewer rounds or none, which is told; 64/128 at batch 1 always has its own. "
+            "0 is no limit.",
+        ),
+    ] = 18,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text that prompts are cut from; the demo's held-out problems by default.",
+            show_default=False,
+        ),
+    ] = None,
+    json_file: JsonFile = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the prompts, and of the order within a round.")] = 0,
+    device_map: DeviceMap = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Measure what steering costs: against the base alone and against the plain three-forward loop, in one run.
+
+    All arms are greedy unless --temperature is given, read the same prompts and write the same number of tokens (end
+    tokens are put off until then, so that long outputs repeat themselves); they take turns round by round.
+    The arms: base, base_lookup (with prompt-lookup drafts), plain_loop (three models, three forwards a token),
+    composite (the recipe, nothing shared), shared (members of one set of weights in one forward) and speculative (the
+    recipe as it is loaded by default). The result is a Markdown table. Ctrl-C ends with what was measured until then.
+    The exit status is 2 if steered arms wrote different tokens that no near tie explains.
+    """
+    from proxytune.bench import MemberOptions, Settings, load_subject, problem_texts, run_bench, texts_of_file
+    from proxytune.compose import device_map as parsed
+    from proxytune.recipe import load_recipe
+    from proxytune.speculation import parse_speculate
+
+    try:
+        batches = tuple(int(part) for part in batch.split(","))
+    except ValueError as error:
+        raise ProxyTuneError(f"--batch is numbers, such as 1,16, not {batch!r}") from error
+    settings = Settings(
+        batches, split_names(lengths), split_names(arms), repeats=repeats, budget=60 * minutes or None, seed=seed,
+        speculate=parse_speculate(int(speculate) if speculate.isdecimal() else speculate), temperature=temperature,
+    )  # fmt: skip
+    wanted = [MemberOptions.parse(text) for text in split_names(options)]
+    if len(set(wanted)) < len(wanted):
+        raise ProxyTuneError(f"--options {options!r} names one set twice")
+    texts = problem_texts(seed) if prompts is None else texts_of_file(prompts)
+    config = load_recipe(recipe)
+    if json_file is not None:
+        json_file.open("a").close()  # now, not after twenty minutes, is when to say that it cannot be written
+    with share_bar() as progress:
+        loading = {"device_map": parsed(device_map), "member_trust_remote_code": trust_remote_code}
+        subjects = []
+        for one in wanted:
+            progress(f"loading, {one.dtype or 'auto'}", 0.0)
+            subjects.append(load_subject(config, one, **loading))
+        result = run_bench(subjects, settings, texts, progress=progress)
+    show_bench(result)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
+    for bad in result.mismatches():
+        say(
+            f"error: {bad.arm} ({bad.options}, {bad.case}) wrote another token at {bad.differs_at} than "
+            f"{bad.reference}, with logits {bad.gap:.2g} apart"
+        )
+    if result.interrupted:
+        raise typer.Exit(130)
+    if result.mismatches():
+        raise typer.Exit(FAILED)
+
+
+def show_bench(result: BenchResult) -> None:
+    """Print what ``bench`` found, as Markdown: the machine, a table of each case, the overhead, the outputs."""
+    machine = result.machine
+    memory = "" if machine["memory_bytes"] is None else f", {size(machine['memory_bytes'])} of memory"
+    typer.echo(
+        f"{machine['gpu'] or machine['cpu']}; {machine['cores']} cores, {machine['threads']} threads{memory}; "
+        f"torch {machine['torch']}, transformers {machine['transformers']}, Python {machine['python']}\n"
+    )
+    for case in dict.fromkeys((row.batch, row.prompt, row.output) for row in result.rows):
+        typer.echo(f"**prompt/output {case[1]}/{case[2]}, batch {case[0]}**\n")
+        show_table(
+            "arm|options|tokens/s|min – max|to base|to plain loop|acceptance|first token|memory|rounds",
+            [
+                (
+                    row.arm,
+                    row.options,
+                    f"{row.tokens_per_second:.1f}",
+                    f"{row.tokens_per_second_low:.1f} – {row.tokens_per_second_high:.1f}",
+                    number_text(row.ratio_to_base),
+                    number_text(row.ratio_to_plain_loop),
+                    number_text(row.acceptance),
+                    f"{1000 * row.time_to_first_token_s:.0f} ms",
+                    size(row.peak_memory_bytes),
+                    str(row.repeats),
+                )
+                for row in result.rows
+                if (row.batch, row.prompt, row.output) == case
+            ],
+        )
+        for row in result.rows:
+            if row.speculation and (row.batch, row.prompt, row.output) == case:
+                said = (
+                    "Drafts ({options}): {drafted} by an expert, {accepted} accepted; "
+                    "{looked_up} copied from the text, {lookups_accepted} accepted; {cycles} cycles.\n"
+                )
+                typer.echo(said.format(options=row.options, **row.speculation))
+    if result.overheads:
+        typer.echo("**a step of `generate` beyond the forwards in it**\n")
+        show_table(
+            "arm|options|batch|step|its forwards|overhead",
+            [
+                (
+                    one.arm,
+                    one.options,
+                    str(one.batch),
+                    f"{1000 * one.step_seconds:.2f} ms",
+                    f"{1000 * one.forwards_seconds:.2f} ms",
+                    f"{100 * one.overhead:+.1f} %",
+                )
+                for one in result.overheads
+            ],
+        )
+    outputs = result.outputs()
+    if outputs["compared"]:
+        said = f"{outputs['identical']} of {outputs['compared']} steered rows are token-identical"
+        if outputs["near_ties"]:
+            said += f", {outputs['near_ties']} first differ at a near tie"
+        if result.mismatches():
+            said += f", {len(result.mismatches())} differ"
+        typer.echo(f"Outputs: {said}.")
+    typer.echo(f"Memory: {machine['memory']}. Tokens/s include the prompt. {result.seconds:.0f} s.")
+    for note in result.notes:
+        typer.echo(f"Note: {note}.")
+
+
+def plan(
+    recipe: Recipe,
+    acceptance: Annotated[
+        str, typer.Option(metavar="A,...", help="Shares of drafts that the mixture accepts.")
+    ] = "0.7",
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "1,4,16",
+    options: Annotated[
+        str,
+        typer.Option(metavar="NAME+NAME", help="What is on in the members, as for bench: a dtype, pack."),
+    ] = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="cpu|cuda", help="What it shall run on; a GPU where this machine has one.", show_default=False
+        ),
+    ] = None,
+    measured: Annotated[
+        bool, typer.Option("--probe", help="Load the recipe and time it for about ten seconds.")
+    ] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --probe: hold it against what `bench --json FILE` has measured.",
+            show_default=False,
+        ),
+    ] = None,
+    json_file: JsonFile = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Predict what steering will cost beside the base alone, before anything is loaded.
+
+    From the members' configs: neither weights nor tokenizers need to be there. Costs are of one more token of every
+    row, where the base alone costs 1: naive is a forward of every member, shared one of every set of weights, and
+    speculative lets the cheapest of them draft, as many tokens as pay best. With --probe the recipe is loaded and its
+    forwards are timed; without, a step costs the bytes of weights that it moves.
+    """
+    from proxytune.bench import MemberOptions, load_subject
+    from proxytune.compose import device_map as parsed
+    from proxytune.members import Loading
+    from proxytune.plan import compare_with_bench, plan_probed, plan_recipe, probe, read_bench
+    from proxytune.recipe import load_recipe
+
+    batches, wanted = parsed_batches(batch), MemberOptions.parse(options)
+    try:
+        acceptances = [float(part) for part in acceptance.split(",")]
+    except ValueError as error:
+        raise ProxyTuneError(f"--acceptance is numbers, such as 0.6,0.8, not {acceptance!r}") from error
+    if not all(0 <= value <= 1 for value in acceptances):
+        raise ProxyTuneError(f"an acceptance lies between 0 and 1, not at {acceptance}")
+    if not measured and (against is not None or device_map is not None):
+        raise ProxyTuneError("--against and --device-map need --probe: without it nothing is loaded")
+    if measured and device is not None:
+        raise ProxyTuneError("--device is for a prediction without --probe; --device-map says where to probe")
+    if device not in (None, "cpu", "cuda"):
+        raise ProxyTuneError(f"--device is cpu or cuda, not {device!r}")
+    config = load_recipe(recipe)
+    compared = []
+    if measured:
+        bench_rows = None if against is None else read_bench(against)
+        subject = load_subject(
+            config, wanted, device_map=parsed(device_map), member_trust_remote_code=trust_remote_code
+        )
+        costs = probe(subject, batches)
+        loading = Loading(dtype=wanted.dtype, pack=wanted.pack, trust_remote_code=trust_remote_code)
+        found = plan_probed(config, subject, costs, acceptances, loading)
+        if bench_rows is not None:
+            compared = compare_with_bench(costs, subject.options, subject.shares, bench_rows)
+            if not compared:
+                raise ProxyTuneError(f"{against} has no row with the options {subject.options} and these batch sizes")
+    else:
+        import torch
+
+        kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        found = plan_recipe(
+            config, wanted, device=kind, batches=batches, acceptances=acceptances, trust_remote_code=trust_remote_code
+        )
+    show_plan(found)
+    if compared:
+        typer.echo("**held against the bench: a step after the prompt**\n")
+        show_table(
+            "arm|prompt/output|batch|predicted|measured|error",
+            [
+                (
+                    one.arm,
+                    f"{one.prompt}/{one.output}",
+                    str(one.batch),
+                    f"{1000 * one.predicted:.1f} ms",
+                    f"{1000 * one.measured:.1f} ms",
+                    f"{100 * one.error:+.0f} %",
+                )
+                for one in compared
+            ],
+        )
+    if json_file is not None:
+        values = {**found.to_json(), "compared": [vars(one) for one in compared]}
+        json_file.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+
+
+def show_plan(plan: Plan) -> None:
+    """Print what ``plan`` predicts, as Markdown: the sets of weights, memory, and the predictions."""
+    show_table(
+        "weights of|dtype|seats|size|read a step|KV/token",
+        [
+            (
+                ", ".join(lane.members),
+                lane.dtype,
+                str(lane.n_seats),
+                size(lane.weight_bytes),
+                size(lane.read_bytes),
+                "unknown" if lane.kv_bytes_per_token is None else size(lane.kv_bytes_per_token),
+            )
+            for lane in plan.lanes
+        ],
+    )
+    kinds = {"base": "base alone", "naive": "every member apart", "shared": "the recipe"}
+    cache = {
+        kind: "" if grown is None else f" + {size(grown)}/token" for kind, grown in plan.kv_bytes_per_token.items()
+    }
+    memory = ", ".join(f"{said} {size(plan.weight_bytes[kind])}{cache[kind]}" for kind, said in kinds.items())
+    typer.echo(f"Memory: {memory}.\n")
+    timed = plan.predictions[0].base_seconds is not None
+    show_table(
+        "batch|acceptance|naive|shared|speculative|drafts|tokens/s to base|to naive" + ("|tokens/s" if timed else ""),
+        [
+            (
+                str(one.batch),
+                f"{one.acceptance:g}",
+                f"{one.naive:.2f}",
+                f"{one.shared:.2f}",
+                f"{one.speculative:.2f}",
+                str(one.n_drafts),
+                f"{one.ratio_to_base:.2f}",
+                f"{one.ratio_to_naive:.2f}",
+                *((f"{one.batch / (one.speculative * one.base_seconds):.1f}",) if one.base_seconds is not None else ()),
+            )
+            for one in plan.predictions
+        ],
+    )
+    typer.echo(f"Costs are of a token after the prompt; the base alone costs 1. From {plan.basis}.")
+    if not any(one.n_drafts for one in plan.predictions):
+        typer.echo("Note: drafting cannot pay here.")
+    for note in plan.notes:
+        typer.echo(f"Note: {note}.")
