@@ -15,6 +15,7 @@ import bench_gpu
 TINY = ("--device", "cpu", "--pair", "tiny", "--dtype", "float32", "--lengths", "6/40", "--repeats", "1")
 
 
+@pytest.mark.slow
 def test_a_pair_is_measured_with_drafts_that_a_coin_accepts(tmp_path, capsys):
     status = bench_gpu.main([*TINY, "--batch", "1,2", "--acceptance", "0.2,0.9", "--json", str(tmp_path / "x.json")])
     assert status == 0

@@ -373,6 +373,7 @@ def test_a_run_scores_compares_and_draws(shelf, local, tmp_path):
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.jsonl")}
 
 
+@pytest.mark.slow
 def test_judged_and_run_answers_are_scored_by_their_own_means(shelf, local, tmp_path):
     """A stand-in for a judge, asked once a text; and programs, run in the sandbox against the local problems."""
     from proxytune.evaluation.tasks.utils import problems_file
@@ -430,6 +431,7 @@ def command(*words):
     return [sys.executable, "-m", "proxytune.cli", "eval", *map(str, words)]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(shelf, local, tmp_path):
     """By the real entry point, killed with SIGKILL while it writes."""
     trivia = [{"question": f"{q}, number {n}", "answers": ["seven"]} for n in range(20) for q in QUESTIONS[:2]]

@@ -442,6 +442,7 @@ def test_lora_experts_are_drafted_for_with_a_quick_head(shelf, alpha):
     assert abs(model.speculation_stats.acceptance - drafted.acceptance) < 0.1, "its guesses are nearly as good"
 
 
+@pytest.mark.slow
 def test_samples_of_a_poor_quick_head_have_the_mixtures_distribution(alike, monkeypatch):
     monkeypatch.setattr(speculation, "QUICK_ROWS", 10**6)  # the draws are rows of large batches
     oracle, _ = alike
