@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", default="13B/7B,32B/1.5B,70B/7B", help=f"of {', '.join(PAIRS)}")
     parser.add_argument("--acceptance", default="0.6,0.8", help="probabilities of the coin")
+    parser.add_argument("--drafts", type=int, metavar="N", help="of a cycle; by default what the cost model calls best")
     parser.add_argument("--batch", default="1,4,16")
     parser.add_argument("--lengths", default="64/128", help="PROMPT/OUTPUT,... in tokens")
     parser.add_argument("--repeats", type=int, default=5)
@@ -88,7 +89,7 @@ def measure_pair(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     for n_batch, acceptance in itertools.product(
         map(int, given.batch.split(",")), map(float, given.acceptance.split(","))
     ):
-        n_drafts = model.costs.best_drafts(acceptance, n_batch)
+        n_drafts = given.drafts or model.costs.best_drafts(acceptance, n_batch)
         arms = ARMS if n_drafts else ARMS[:-1]
         settings = Settings(
             (n_batch,), tuple(given.lengths.split(",")), arms, given.repeats, budget=None, speculate=n_drafts or "auto"

@@ -17,10 +17,10 @@ TINY = ("--device", "cpu", "--pair", "tiny", "--dtype", "float32", "--lengths", 
 
 @pytest.mark.slow
 def test_a_pair_is_measured_with_drafts_that_a_coin_accepts(tmp_path, capsys):
-    status = bench_gpu.main([*TINY, "--batch", "1,2", "--acceptance", "0.2,0.9", "--json", str(tmp_path / "x.json")])
+    status = bench_gpu.main([*TINY, "--batch", "1,2", "--acceptance", "0.3,0.9", "--json", str(tmp_path / "x.json")])
     assert status == 0
     found = json.loads((tmp_path / "x.json").read_text("utf-8"))
-    assert [(one["rows"][0]["batch"], one["coin"]) for one in found] == [(1, 0.2), (1, 0.9), (2, 0.2), (2, 0.9)]
+    assert [(one["rows"][0]["batch"], one["coin"]) for one in found] == [(1, 0.3), (1, 0.9), (2, 0.3), (2, 0.9)]
     said = capsys.readouterr().out
     for one in found:
         arms = [row["arm"] for row in one["rows"]]
@@ -30,8 +30,16 @@ def test_a_pair_is_measured_with_drafts_that_a_coin_accepts(tmp_path, capsys):
         if one["drafts"]:
             stats = one["rows"][-1]["speculation"]
             assert stats["looked_up"] == 0 < stats["drafted"]
-    few, many = (one["rows"][-1]["acceptance"] for one in found[2:])
-    assert few < many, "the coin decides"
+
+
+@pytest.mark.slow
+def test_a_number_of_drafts_is_kept_and_the_coin_decides(tmp_path):
+    asked = ("--batch", "2", "--acceptance", "0.2,0.9", "--drafts", "3", "--json", str(tmp_path / "x.json"))
+    assert bench_gpu.main([*TINY, *asked]) == 0
+    found = json.loads((tmp_path / "x.json").read_text("utf-8"))
+    assert [one["drafts"] for one in found] == [3, 3]
+    few, many = (one["rows"][-1]["acceptance"] for one in found)
+    assert few < many
 
 
 def test_the_coin_accepts_each_draft_with_its_probability():

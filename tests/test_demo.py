@@ -201,6 +201,7 @@ def test_unwritable_cache_is_one_sentence(tmp_path):
         materialize(tmp_path / "file")
 
 
+@pytest.mark.slow
 @needs_base
 def test_materialised_models_steer(tmp_path):
     recipe = demo_recipe(tmp_path)

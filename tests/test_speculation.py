@@ -510,13 +510,12 @@ def test_auto_leaves_a_batch_alone_where_no_acceptance_would_pay(model, monkeypa
     dear = replace(model.costs, apart=1e12)
     monkeypatch.setattr(model, "costs", dear)
     assert dear.best_drafts(0.9, 1) > 0 == dear.best_drafts(0.9, 3)
+    paces = []
+    monkeypatch.setattr(speculation, "Pace", lambda *given: paces.append(Pace(*given)) or paces[-1])
     plain = new_tokens(model, speculate=False)
-    assert new_tokens(model, speculate="auto") == plain
-    assert model.speculation_stats.judged == 0
-    assert new_tokens(model, speculate=2) == plain
-    assert model.speculation_stats.drafted > 0, "a number is a number"
-    new_tokens(model, ROWS[:1], speculate="auto")
-    assert model.speculation_stats.judged > 0, "one row is never moved"
+    for speculate, rows, fixed in (("auto", ROWS, 0), (2, ROWS, 2), ("auto", ROWS[:1], None)):
+        assert new_tokens(model, rows, speculate=speculate)[0] == plain[0]
+        assert paces[-1].fixed == fixed, "off from the start; a number is a number; one row is never moved"
 
 
 def test_a_fixed_number_is_kept_and_off_is_off(model):

@@ -392,8 +392,8 @@ def test_a_killed_run_resumes_to_the_weights_of_the_unbroken_one(shelf, text, tm
         load_file(tmp_path / name / "expert/adapter_model.safetensors") for name in ("out", "unbroken")
     )
     assert resumed.keys() == unbroken.keys()
-    for name, tensor in unbroken.items():
-        assert torch.equal(resumed[name], tensor), name
+    for name, tensor in unbroken.items():  # several threads may add in another order
+        torch.testing.assert_close(resumed[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
     assert "finished already" in trains(shelf, tmp_path / "out", text, *options, "--resume")
 
 
