@@ -262,6 +262,7 @@ def test_the_pieces_add_up_to_the_text(tokenizer):
 
 
 # -- through the real entry point -----------------------------------------------------------------------------
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_file(tmp_path, shelf):
     """kill -9 in the middle, twice; the end is the file of an uninterrupted run."""
     source = tmp_path / "in.jsonl"
