@@ -201,7 +201,7 @@ def evaluate(
     )
     place = out or _out("eval", recipe)
     scoring = _scoring(place, data, judge, judge_label, judge_url, judge_model, judge_chat, judge_key, unguarded)
-    with _judged(place), share_bar() as bar:
+    with _judged(f"all until here is kept in {place}"), share_bar() as bar:
         results = run(config, settings, place, scoring=scoring, progress=_counted(bar), note=say)
     typer.echo(results_table(results), nl=False)
     if json_file is not None:
@@ -265,7 +265,7 @@ def sweep(
     )
     place = out or _out("sweep", recipe)
     scoring = _scoring(place, data, judge, judge_label, judge_url, judge_model, judge_chat, judge_key, unguarded)
-    with _judged(place), share_bar() as bar:
+    with _judged(f"all until here is kept in {place}"), share_bar() as bar:
         results = run(config, settings, values, place, expert=expert, scoring=scoring, progress=_counted(bar), note=say)
     typer.echo(sweep_table(results), nl=False)
     if json_file is not None:
@@ -358,14 +358,16 @@ def _scoring(
 
 
 @contextlib.contextmanager
-def _judged(out: Path) -> Iterator[None]:
-    """A judge that does not answer ends the command with status 3; everything until then is kept."""
+def _judged(kept: str) -> Iterator[None]:
+    """A judge that does not answer ends the command with status 3; ``kept`` says what is kept of it, and where."""
     try:
         yield
     except ProxyTuneError as error:
-        if type(error).__name__ != "JudgeDown":
+        from proxytune.evaluation.judges import JudgeDown
+
+        if not isinstance(error, JudgeDown):
             raise
-        say(f"error: {error}; all until here is kept in {out}, and the same command goes on from there")
+        say(f"error: {error}; {kept}, and the same command goes on from there")
         raise typer.Exit(3) from None
 
 
@@ -538,14 +540,8 @@ def score(
             kept=kept,
         )
     total = len(records.parse(task, lines))
-    with progress_bar(total, True) as advance:
-        try:
-            result = scored(task, lines, rerun=rerun, kept=kept, progress=advance, **options)
-        except ProxyTuneError as error:
-            if type(error).__name__ != "JudgeDown":
-                raise
-            say(f"error: {error}; its verdicts until here are kept in {kept}, and the same command goes on from there")
-            raise typer.Exit(3) from None
+    with _judged(f"its verdicts until here are kept in {kept}"), progress_bar(total, True) as advance:
+        result = scored(task, lines, rerun=rerun, kept=kept, progress=advance, **options)
     show_scores(result)
     if json_file is not None:
         said = {"task": task, "metrics": result.metrics, **({"outcomes": result.outcomes} if result.outcomes else {})}

@@ -15,6 +15,8 @@ from rich.console import Console
 from proxytune.errors import AlphaError, ProxyTuneError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from proxytune.config import ProxyTuneConfig
     from proxytune.generation import Sampling
     from proxytune.modeling import ProxyTunedForCausalLM
@@ -37,6 +39,7 @@ __all__ = [
     "TrustRemoteCode",
     "checked_dtype",
     "count",
+    "counting_bar",
     "drafts_of",
     "drop_stdout",
     "fail",
@@ -313,9 +316,8 @@ def load_model(
     return model, tokenizer
 
 
-@contextlib.contextmanager
-def progress_bar(total: int, shown: bool) -> Iterator[Any]:
-    """A progress bar on stderr; yields a function that advances it by a number of prompts."""
+def counting_bar(console: Console) -> Progress:
+    """A bar with its task's description, how many of how many are done, and the time."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -325,14 +327,20 @@ def progress_bar(total: int, shown: bool) -> Iterator[Any]:
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
-    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    text = TextColumn("{task.description}")
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     # Never let rich redirect stdout: it carries the results.
-    bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=True)
+    return Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=True)
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, shown: bool) -> Iterator[Any]:
+    """A progress bar on stderr; yields a function that advances it by a number of prompts."""
+    console = Console(stderr=True)
     if not (shown and total > 1 and console.is_terminal):
         yield lambda n: None
         return
-    with bar:
+    with counting_bar(console) as bar:
         task = bar.add_task("prompts", total=total)
         yield lambda n: bar.advance(task, n)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from proxytune.cli.options import panel
+from proxytune.cli.options import counting_bar, panel
 from proxytune.errors import ProxyTuneError
 
 if TYPE_CHECKING:
@@ -210,23 +210,12 @@ def train(
 @contextlib.contextmanager
 def _shown() -> Iterator[Callable[[Progress], None]]:
     """A bar on a terminal's stderr; elsewhere a line for each twentieth of the steps."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     with _quiet_libraries():
         console = Console(stderr=True)
         if not console.is_terminal:
             yield _line
             return
-        text = TextColumn("{task.description}")
-        columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
+        with counting_bar(console) as bar:
             task = bar.add_task("", total=None)
             doing = ""
 
