@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import oracle
 import tiny
@@ -240,6 +241,25 @@ def test_an_interruption_leaves_what_was_measured(measured, monkeypatch):
     assert found["interrupted"]
     assert sorted(row["repeats"] for row in found["rows"]) == [2, 3]
     assert "interrupted" in made.stdout
+
+
+def test_compiled_members_are_in_every_arm(measured, monkeypatch):
+    """All but the lookups of the base alone, and the overhead, whose bare forwards have no static cache."""
+    compiled, caches, generate = [], [], LlamaForCausalLM.generate
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: compiled.append(module))
+
+    def noted(model, *args, **kwargs):
+        caches.append(kwargs.get("cache_implementation"))
+        return generate(model, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", noted)
+    found, made = measured(*QUICK, "--options", "float32+compile")
+    assert {row["arm"] for row in found["rows"]} == set(bench.ARMS) - {"base_lookup"}
+    assert {row["options"] for row in found["rows"]} == {"float32+compile"}
+    assert found["overhead"] == []
+    assert len(compiled) >= 3
+    assert set(caches) == {"static"}, "the base alone is run over one as well"
+    assert "`base_lookup` is not measured compiled" in made.stdout
 
 
 # -- the outputs are held against each other ------------------------------------------------------------------

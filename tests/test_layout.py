@@ -30,9 +30,10 @@ ROOMS = {
     "statistics": set(),
     "kernels": {"errors"},
     "members": {"errors", "config", "kernels"},
-    "speculation": {"errors", "cost", "mixing"},
+    "buffers": {"errors"},
+    "speculation": {"errors", "buffers", "cost", "mixing"},
     "recipe": {"errors", "config", "members"},
-    "modeling": {"errors", "config", "mixing", "vocabulary", "prompts", "members", "speculation"},
+    "modeling": {"errors", "config", "mixing", "vocabulary", "prompts", "buffers", "kernels", "members", "speculation"},
 }
 # The vLLM side rests on the same bottom, and on nothing of the transformers composite.
 VLLM = {"errors", "config", "mixing", "vocabulary", "members", "vllm"}

@@ -168,6 +168,7 @@ def test_a_probe_is_held_against_a_bench(lora_recipe, tmp_path, monkeypatch):
         (["--device", "cpu", "--probe"], "--device is for a prediction without --probe"),
         (["--against", "x.json"], "need --probe"),
         (["--options", "int3"], "no member option is called"),
+        (["--options", "auto+compile"], "a plan knows nothing of compiled members"),
         (["--probe", "--against", "nowhere.json"], "nowhere.json: No such file"),
     ],
 )

@@ -12,7 +12,8 @@ The arms, all greedy (or all sampling), all with the same prompts and the same n
 
 A *case* is a batch size, a prompt length and an output length. Its arms take turns, round by round, in an order that
 is drawn anew, after each has run once to warm up; every round has prompts of its own, the same for all arms. What is
-told is the median of the rounds. Options of the members (dtype, packed weights) are on for every arm or for none.
+told is the median of the rounds. Options of the members (dtype, packed weights, compiled) are on for every arm or for
+none.
 """
 
 from __future__ import annotations
@@ -95,29 +96,29 @@ class Case:
 
 @dataclass(frozen=True)
 class MemberOptions:
-    """What is on in every member of an arm: a dtype (None: what the recipe says), packed weights."""
+    """What is on in every member of an arm: a dtype (None: what the recipe says), packed weights, compiled layers."""
 
     dtype: str | None = None
     pack: bool = False
+    compile: bool = False
 
     @classmethod
     def parse(cls, text: str) -> MemberOptions:
-        """Read ``float32+pack``; ``auto`` is the recipe's own dtype.
+        """Read ``float32+pack+compile``; ``auto`` is the recipe's own dtype.
 
         Raises:
             ProxyTuneError: for a word that is no option, or two dtypes.
         """
-        dtypes, pack = [], False
-        for word in text.strip().split("+"):
-            if word in DTYPES:
-                dtypes.append(word)
-            elif word == "pack":
-                pack = True
-            else:
-                raise ProxyTuneError(f"no member option is called {word!r}; known are {', '.join(DTYPES)} and pack")
+        words = text.strip().split("+")
+        for word in words:
+            if word not in (*DTYPES, "pack", "compile"):
+                known = ", ".join((*DTYPES, "pack"))
+                raise ProxyTuneError(f"no member option is called {word!r}; known are {known} and compile")
+        dtypes = [word for word in words if word in DTYPES]
         if len(dtypes) > 1:
             raise ProxyTuneError(f"{text!r} names two dtypes")
-        return cls(dtypes[0] if dtypes and dtypes[0] != "auto" else None, pack)
+        dtype = dtypes[0] if dtypes and dtypes[0] != "auto" else None
+        return cls(dtype, pack="pack" in words, compile="compile" in words)
 
 
 @dataclass(frozen=True)
@@ -365,6 +366,14 @@ class Subject:
     def shares(self) -> bool:
         return self.separate is not self.default
 
+    @property
+    def compiled(self) -> bool:
+        return self.default.compiled
+
+    def asked(self, arm: str) -> Mapping[str, Any]:
+        """What ``generate`` is asked in an arm. Compiled, the base alone gets a static cache too."""
+        return {**ASKED[arm], **({"cache_implementation": "static"} if arm == "base" and self.compiled else {})}
+
     def model(self, arm: str) -> Any:
         """The model that an arm runs."""
         if arm in ("base", "base_lookup"):
@@ -380,7 +389,7 @@ def load_subject(config: ProxyTuneConfig, options: MemberOptions, **loading: Any
         options: of all members.
         **loading: what ``from_pretrained`` takes besides (``device_map``, ``member_trust_remote_code``).
     """
-    wanted = {"dtype": options.dtype or "auto", "pack": options.pack, **loading}
+    wanted = {"dtype": options.dtype or "auto", "pack": options.pack, "compile": options.compile, **loading}
     separate = ProxyTunedForCausalLM.from_pretrained(str(config.name_or_path), config=config, share=False, **wanted)
     default = separate
     groups, _ = group_by_weights(config, list(config.members()), Loading())
@@ -390,7 +399,8 @@ def load_subject(config: ProxyTuneConfig, options: MemberOptions, **loading: Any
             config, {"base": separate.base} if alone else {}, separate.tokenizer, {}, dict(wanted)
         )
     dtypes = dict.fromkeys(str(lane.model.dtype).removeprefix("torch.") for lane in _lanes(separate))
-    return Subject("/".join(dtypes) + ("+pack" if options.pack else ""), separate, default)
+    named = "/".join(dtypes) + ("+pack" if options.pack else "") + ("+compile" if options.compile else "")
+    return Subject(named, separate, default)
 
 
 def _lanes(model: ProxyTunedForCausalLM) -> Sequence[Lane]:
@@ -458,7 +468,7 @@ def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int, asked: Mapping[
                     max_new_tokens=n_new,
                     return_dict_in_generate=returned,
                     **own,
-                    **{"do_sample": False, **ASKED[arm], **asked},
+                    **{"do_sample": False, **subject.asked(arm), **asked},
                 )
             sequences, caches = (output.sequences, [output.past_key_values]) if returned else (output, caches)
         end = now(ids.device)
@@ -501,8 +511,8 @@ def _caches_of(model: Any) -> Iterator[list[Any]]:
         return
     make = model.new_cache
 
-    def noted() -> Any:
-        made.append(make())
+    def noted(capacity: int | None = None) -> Any:
+        made.append(make(capacity))
         return made[-1]
 
     model.new_cache = noted  # type: ignore[method-assign]
@@ -655,6 +665,8 @@ def run_bench(
         result.notes.append("no members share weights, so there is no arm `shared`: it would be `composite`")
     if "base_lookup" in arms and max(settings.batches) > 1:
         result.notes.append("`base_lookup` is measured at batch 1: transformers drafts by prompt lookup for no more")
+    if "base_lookup" in arms and any(subject.compiled for subject in subjects):
+        result.notes.append("`base_lookup` is not measured compiled: transformers drafts over no static cache")
     rng = random.Random(settings.seed)
     begin = time.perf_counter()
     prefilled: dict[int, float] = {}  # prompt tokens of a batch -> seconds of a warm-up of all arms
@@ -706,10 +718,14 @@ def _measure_case(
     runs = []
     for subject in subjects:
         for arm in arms:
-            if (arm == "base_lookup" and case.batch > 1) or (arm == "shared" and not subject.shares):
+            if arm == "base_lookup" and (case.batch > 1 or subject.compiled):
+                continue
+            if arm == "shared" and not subject.shares:
                 continue
             progress(f"warm-up, {arm}", 0.0)
             n_warm = min(case.output, WARM_UP)
+            if subject.compiled:  # in as many tokens as it takes to see all shapes: some compile for minutes
+                run_arm(subject, arm, ids, case.output, result.settings.asked(arm))
             warm = run_arm(subject, arm, ids, n_warm, result.settings.asked(arm))
             a_step = (warm.seconds - warm.first) / max(n_warm - 1, 1)
             whole = warm.first + a_step * (case.output - 1)
@@ -728,7 +744,7 @@ def _measure_case(
                 sample = run_arm(subject, arm, ids, case.output, result.settings.asked(arm))
                 samples[subject.options, arm].append(sample)
                 found[subject.options][arm] = sample.tokens
-                if with_overhead and arm in ("base", "composite", "shared"):
+                if with_overhead and not subject.compiled and arm in ("base", "composite", "shared"):
                     steps.setdefault((subject.options, arm), []).append(overhead_of(subject, arm, ids, sample))
             for subject in subjects if compare else ():
                 result.agreements += compare_tokens(subject, case, ids, found[subject.options])

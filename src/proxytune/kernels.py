@@ -10,21 +10,45 @@ compiling anything.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from proxytune.errors import MemberError
 
-__all__ = ["PackedLinear", "QuickHead", "pack"]
+__all__ = ["PackedLinear", "QuickHead", "compile_model", "pack"]
 
 ROWS = 8  # the number of rows the layout is chosen for; any other number works as well
 BLOCK = 32  # the int8 kernel reads whole blocks of weights, without a look at where they end
 
 
+# A compiled graph cannot hold an opaque tensor, so it names the layer, and finds the weights by that name when it runs.
+_PACKED: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
+_HANDLES = itertools.count()
+_LIBRARY = torch.library.Library("proxytune", "DEF")
+_LIBRARY.define("packed_linear(Tensor x, int handle, int out_features) -> Tensor")
+
+
+def _packed_linear(x: Tensor, handle: int, out_features: int) -> Tensor:
+    return _PACKED[handle](x)  # type: ignore[no-any-return]
+
+
+def _shape_of_packed_linear(x: Tensor, handle: int, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+_LIBRARY.impl("packed_linear", _packed_linear, "CPU")
+torch.library.register_fake("proxytune::packed_linear", _shape_of_packed_linear, lib=_LIBRARY)
+
+
 class PackedLinear(nn.Module):
     """``y = x Wᵀ + b`` with ``W`` in oneDNN's own layout. For inference: no gradient flows through it."""
+
+    handle: int
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -39,6 +63,8 @@ class PackedLinear(nn.Module):
         return self.packed.to_dense()
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # by `compile_model`, which has given it the handle
+            return torch.ops.proxytune.packed_linear(x, self.handle, self.out_features)  # type: ignore[no-any-return]
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -102,6 +128,31 @@ def pack(model: nn.Module) -> None:
         _refuse_unfit(linear.weight)
     for parent, name, linear in found:
         setattr(parent, name, PackedLinear(linear))
+
+
+def compile_model(model: Any, how: bool | str) -> None:
+    """Let ``torch.compile`` fuse what lies between a model's linear layers, in place; compiled at the first calls.
+
+    The decoder is compiled, with dynamic shapes, and its head is not: a product with nothing to fuse it to. Kernels are
+    made anew for a prompt, one token, several tokens, and a batch, each of which takes from seconds to minutes once.
+
+    Args:
+        how: True, or one of ``torch.compile``'s modes.
+
+    Raises:
+        MemberError: for a mode that there is not, and a PyTorch that would count all members' recompilations together.
+    """
+    modes = list(torch._inductor.list_mode_options())
+    if how is not True and how not in modes:
+        raise MemberError(f"compile is True or one of torch.compile's modes, {', '.join(modes)}, not {how!r}")
+    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
+        raise MemberError(f"compile needs a PyTorch as new as 2.13, and this is {torch.__version__}; leave it out")
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.handle = next(_HANDLES)
+            _PACKED[module.handle] = module
+    mode = None if how is True else how
+    model.base_model.compile(dynamic=True, mode=mode, isolate_recompiles=True)
 
 
 def _refuse_unfit(weight: Tensor) -> None:

@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 
 from proxytune.config import Member, Prompt, ProxyTuneConfig, Source
 from proxytune.errors import MemberError, first_line
@@ -113,8 +114,26 @@ class Lane(nn.Module):
 
     def hidden(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """The last hidden states of the stacked rows, (n_seats * n_batch, n_columns, n_hidden), for :meth:`head`."""
+        self._make_masks(input_ids, inputs)
         with self.blocks.of(self.seats, input_ids.shape[0] // len(self.seats)):
             return cast(Tensor, self.model.base_model(input_ids=input_ids, **inputs).last_hidden_state)
+
+    def _make_masks(self, input_ids: Tensor, inputs: dict[str, Any]) -> None:
+        """Over a static cache the attention's masks are made here, as ``generate`` does: they depend on its contents,
+        which a compiled model cannot look at.
+        """
+        cache = inputs.get("past_key_values")
+        if cache is None or not cache.is_compileable:
+            return
+        make = getattr(self.model, "create_masks_for_generate", create_masks_for_generate)  # some families' own
+        shapes = torch.empty((*input_ids.shape, 0), dtype=self.model.dtype, device=input_ids.device)
+        inputs["attention_mask"] = make(
+            config=self.model.config,
+            inputs_embeds=shapes,
+            attention_mask=inputs.get("attention_mask"),
+            past_key_values=cache,
+            position_ids=inputs.get("position_ids"),
+        )
 
     def head(self, hidden: Tensor) -> Tensor:
         """The logits of hidden states, as :meth:`forward` gives them; for lanes with a quick head."""
@@ -133,6 +152,7 @@ class Lane(nn.Module):
     def forward(self, input_ids: Tensor, *, logits_to_keep: int | Tensor, **inputs: Any) -> Tensor:
         """Logits of the stacked rows, shape = (n_seats * n_batch, n_kept, n_vocab), in the model's dtype."""
         n_batch = input_ids.shape[0] // len(self.seats)
+        self._make_masks(input_ids, inputs)
         with self.blocks.of(self.seats, n_batch):
             if self.model._supports_logits_to_keep():
                 inputs["logits_to_keep"] = logits_to_keep

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,8 +24,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from proxytune.buffers import buffers_like
 from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig, take_alpha
 from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError
+from proxytune.kernels import compile_model
 from proxytune.members import Lane, Loading, load_config, load_lanes, load_tokenizer, refuse_unfit
 from proxytune.mixing import alpha_tensor, mix
 from proxytune.prompts import Prompter, left_pad
@@ -35,6 +38,7 @@ __all__ = ["ProxyTunedCache", "ProxyTunedForCausalLM", "ProxyTunedOutput"]
 
 logger = logging.getLogger(__name__)
 
+SPARE_COLUMNS = 64  # of a static cache: rejected drafts, and padding before a row of a batch has been moved
 # What transformers hands to a forward besides its own arguments: to the loss, and from generate().
 PASSED_ALONG = ("num_items_in_batch", "ignore_index", "shift_labels", "tokenizer", "assistant_tokenizer")
 
@@ -71,8 +75,19 @@ class ProxyTunedCache(Cache):
     to each member. A lane of k seats holds k blocks of rows, which is why rows are selected block by block.
     """
 
-    def __init__(self, configs: Sequence[PreTrainedConfig], n_seats: Sequence[int]) -> None:
-        self.views = [DynamicCache(config=config) for config in configs]
+    is_compileable = False  # members are compiled, each for itself; their views say so
+
+    def __init__(
+        self, configs: Sequence[PreTrainedConfig], n_seats: Sequence[int], capacity: int | None = None
+    ) -> None:
+        """
+        Args:
+            configs, n_seats: of each lane.
+            capacity: columns that each layer has room for, see :mod:`proxytune.buffers`; None: layers that grow.
+        """
+        self.views: list[Cache] = [DynamicCache(config=config) for config in configs]
+        if capacity is not None:
+            self.views = buffers_like(self.views, capacity)
         super().__init__(layers=[layer for view in self.views for layer in view.layers])
         self.n_seats = list(n_seats)
         self.prompts: list[LanePrompt | None] = [None] * len(self.views)
@@ -179,6 +194,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         self.costs = costs_of(self)
         self.speculate = parse_speculate(speculate)
         self.speculation_stats = SpeculationStats()  # of the last greedy or sampling call of generate()
+        self.compiled = False
+        self.cache_implementation = "dynamic"  # where a call of generate() does not name one
         self._is_stateful = any(getattr(lane.model, "_is_stateful", False) for lane in lanes)
         contexts = {name: self.context_of(name) for name in self.seats}
         self.shortest = min(contexts, key=lambda name: contexts[name] or float("inf"))
@@ -213,6 +230,12 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> None:
         return None  # the mixture's head is spread over the members
+
+    def compile_members(self, how: bool | str = True) -> None:
+        """Compile what members decode with, see :func:`proxytune.kernels.compile_model`; static caches go with it."""
+        for lane in cast(Sequence[Lane], self.lanes):
+            compile_model(lane.model, how)
+        self.compiled, self.cache_implementation = True, "static"
 
     # -- the hot path ---------------------------------------------------------------------------------------
     def forward(
@@ -318,7 +341,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None,
         *,
         n_cached: int,
-        view: DynamicCache | None,
+        view: Cache | None,
         prompt: LanePrompt | None,
         prompt_length: int,
         use_cache: bool,
@@ -337,12 +360,15 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
             if (n_seats := len(lane.seats)) > 1:
                 inputs = {name: value if value is None else value.repeat(n_seats, 1) for name, value in inputs.items()}
-        logits: Tensor = lane(
-            **{name: None if value is None else value.to(lane.device) for name, value in inputs.items()},
-            past_key_values=view,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-        )
+        # Prompts come in every length, and are read once: nothing is compiled for them.
+        eager = self.compiled and n_cached == 0
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            logits: Tensor = lane(
+                **{name: None if value is None else value.to(lane.device) for name, value in inputs.items()},
+                past_key_values=view,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+            )
         return logits
 
     def member_logits(self, name: str, lane_logits: Sequence[Tensor]) -> Tensor:
@@ -488,9 +514,10 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             PromptError: a prompt that is empty, longer than the shortest member's context, or that cannot be made.
         """
         implementation = kwargs.get("cache_implementation", getattr(generation_config, "cache_implementation", None))
-        if implementation not in (None, "dynamic"):
+        if implementation not in (None, "dynamic", "static"):
             raise ProxyTuneError(
-                f"cache_implementation={implementation!r} is not available for several members; use 'dynamic'"
+                f"cache_implementation={implementation!r} is not available for several members; use 'dynamic' or "
+                "'static'"
             )
         alpha = take_alpha(kwargs, self.expert_names, alpha)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
@@ -589,7 +616,12 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         cache = model_kwargs.get("past_key_values")
         if cache is not None and not isinstance(cache, ProxyTunedCache):
@@ -597,7 +629,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None:
             cache._is_user_defined = True  # transformers asks it of a cache that outlives generate()
         elif generation_config.use_cache is not False:
-            cache = model_kwargs["past_key_values"] = self.new_cache()
+            capacity = None
+            if (generation_config.cache_implementation or self.cache_implementation) == "static":
+                widest = [ids.shape[1] for ids in (model_kwargs.get("member_input_ids") or {}).values()]
+                capacity = max_cache_length + max(widest, default=0) + SPARE_COLUMNS
+            cache = model_kwargs["past_key_values"] = self.new_cache(capacity)
         if cache is not None and generation_config.is_assistant:
             cache.activate_past_recording()
 
@@ -623,10 +659,10 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         """Refused: transformers' continuous batching keeps one paged cache, not one a member."""
         raise ProxyTuneError("generate_batch() does not fit several members' caches; use generate()")
 
-    def new_cache(self) -> ProxyTunedCache:
-        """An empty cache for all members."""
+    def new_cache(self, capacity: int | None = None) -> ProxyTunedCache:
+        """An empty cache for all members; one that grows, or a static one for ``capacity`` columns."""
         lanes = cast(Sequence[Lane], self.lanes)
-        return ProxyTunedCache([lane.config for lane in lanes], [len(lane.seats) for lane in lanes])
+        return ProxyTunedCache([lane.config for lane in lanes], [len(lane.seats) for lane in lanes], capacity)
 
     # -- making one -----------------------------------------------------------------------------------------
     @classmethod
@@ -693,6 +729,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             share: False loads LoRA members with weights of their own.
             speculate: what :meth:`generate` does where it is not told, ``"auto"`` by default.
             pack: lay the members' weights out for fast inference on a CPU, see :func:`proxytune.kernels.pack`.
+            compile: compile the members, see :func:`proxytune.kernels.compile_model`: True, or a mode of
+                ``torch.compile``.
 
         Raises:
             RecipeError, MemberError, VocabularyError, AlphaError: each one sentence.
@@ -722,6 +760,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         from proxytune.recipe import HUB_ARGUMENTS
 
         speculate = parse_speculate(kwargs.pop("speculate", "auto"))
+        compiled = kwargs.pop("compile", False)
         loading = _loading(config, kwargs, HUB_ARGUMENTS)
         tokenizers["base"] = tokenizers.get("base", tokenizer)
         widths, seen = {}, {}
@@ -756,6 +795,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             config.vocab_size = widths["base"]
         model = cls(config, lanes, tokenizers=tokenizers, speculate=speculate)
         model.generation_config = GenerationConfig.from_dict(model.base.generation_config.to_dict())
+        if compiled is not False and compiled is not None:
+            model.compile_members(compiled)
         return model.eval()
 
     def adjust_generation_config(self, config: ProxyTuneConfig, hub: dict[str, Any]) -> None:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor
 from transformers import generation
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from proxytune.buffers import BufferLayer, can_roll_back
 from proxytune.cost import APART_BYTES, MAX_DRAFTS, QUICK_HEAD, QUICK_ROWS, Cost, Costs, cost_of_weights
 from proxytune.errors import ProxyTuneError
 from proxytune.mixing import mix
@@ -361,7 +362,7 @@ class LaneRun:
         self,
         model: ProxyTunedForCausalLM,
         index: int,
-        view: DynamicCache,
+        view: Cache,
         mask: Tensor | None,
         position: Tensor,
         room: int,
@@ -387,6 +388,9 @@ class LaneRun:
         self.steps = torch.arange(MAX_DRAFTS + 1, device=self.lane.device)
         self.n_read = 0 if mask is None else mask.shape[1]
         self.mask = None if mask is None else mask.to(self.lane.device)
+        first = view.layers[0]
+        # A static cache has a mask of one width, so that no shape changes from step to step.
+        self.capacity = first.max_cache_len if isinstance(first, BufferLayer) else None
         self.pending = 0  # columns read since the last `keep`
 
     def read(self, ids: Tensor, hidden: bool = False) -> Tensor:
@@ -398,11 +402,12 @@ class LaneRun:
         ids = ids if self.clamp is None else ids.clamp(max=self.clamp)
         position = self.position + self.pending
         n_columns = self.n_read + self.pending + k
-        if self.mask is not None and self.mask.shape[1] < n_columns:  # what comes is never padding
-            self.mask = torch.nn.functional.pad(self.mask, (0, GROWTH), value=1)
+        width = self.capacity or n_columns
+        if self.mask is not None and self.mask.shape[1] < width:  # what comes is never padding
+            self.mask = torch.nn.functional.pad(self.mask, (0, max(GROWTH, width - self.mask.shape[1])), value=1)
         rows = (ids.repeat(self.n_seats, 1) if self.n_seats > 1 else ids).to(self.lane.device)
         inputs = {
-            "attention_mask": None if self.mask is None else self.mask[:, :n_columns],
+            "attention_mask": None if self.mask is None else self.mask[:, :width],
             "position_ids": torch.minimum(position + self.steps[:k], self.last_position),
             "past_key_values": self.view,
             "use_cache": True,
@@ -433,8 +438,12 @@ class LaneRun:
             n_heads, width, n_values = layer.keys.shape[1:]
             source = (torch.arange(width, device=by.device) - by[:, None]).clamp_(min=0)[:, None, :, None]
             source = source.to(layer.keys.device)  # a lane may be spread over devices
-            layer.keys = layer.keys.gather(2, source.expand(-1, n_heads, -1, n_values))
-            layer.values = layer.values.gather(2, source.expand(-1, n_heads, -1, layer.values.shape[-1]))
+            keys = layer.keys.gather(2, source.expand(-1, n_heads, -1, n_values))
+            values = layer.values.gather(2, source.expand(-1, n_heads, -1, layer.values.shape[-1]))
+            if isinstance(layer, BufferLayer):
+                layer.put(keys, values)
+            else:
+                layer.keys, layer.values = keys, values
         columns = torch.arange(self.n_read + self.pending, device=by.device)
         source = columns - by[:, None]
         moved = self.mask[:, : len(columns)].gather(1, source.clamp(min=0))
@@ -448,16 +457,14 @@ class LaneRun:
         self.mask = self.mask[:, surplus:]
         self.n_read -= surplus
         for layer in cast(Sequence[Any], self.view.layers):
+            if isinstance(layer, BufferLayer):
+                layer.drop_left(surplus)
+                continue
             # A sliding window holds the last columns only, and counts the others.
             n_held = min(layer.keys.shape[2], self.n_read)
             layer.keys, layer.values = layer.keys[:, :, -n_held:], layer.values[:, :, -n_held:]
             if layer.is_sliding:
                 layer.cumulative_length = self.n_read
-
-
-def can_roll_back(view: DynamicCache) -> bool:
-    """Whether rejected tokens can be taken out of this cache again, row by row."""
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in view.layers)
 
 
 # ---- what the drafts may be held against -------------------------------------------------------------------------

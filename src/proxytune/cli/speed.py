@@ -44,7 +44,8 @@ def bench(
         str,
         typer.Option(
             metavar="NAME+NAME,...",
-            help="Sets of member options, each on for every arm, the base alone too: a dtype (auto is the recipe's).",
+            help="Sets of member options, each on for every arm, the base alone too: a dtype (auto is the recipe's), "
+            "pack, compile.",
         ),
     ] = "auto",
     speculate: Annotated[
@@ -244,6 +245,8 @@ def plan(
         acceptances = [float(part) for part in acceptance.split(",")]
     except ValueError as error:
         raise ProxyTuneError(f"--acceptance is numbers, such as 0.6,0.8, not {acceptance!r}") from error
+    if wanted.compile:
+        raise ProxyTuneError("a plan knows nothing of compiled members; leave compile out of --options")
     if not all(0 <= value <= 1 for value in acceptances):
         raise ProxyTuneError(f"an acceptance lies between 0 and 1, not at {acceptance}")
     if not measured and (against is not None or device_map is not None):

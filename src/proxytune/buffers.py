@@ -1,0 +1,66 @@
+"""Static caches that speculation can take tokens back from: buffers that stay where they are while text is written.
+
+A compiled model wants its cache at one place and of one shape. transformers' own static layers are that, but forget
+nothing and move no row; these do both, in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+from proxytune.errors import ProxyTuneError
+
+__all__ = ["BufferLayer", "buffers_like", "can_roll_back"]
+
+
+class BufferLayer(StaticLayer):
+    """One layer's keys and values, (n_rows, n_heads, capacity, n_values); the first ``get_seq_length()`` are read.
+
+    A sliding window is left to the mask: its layer keeps all columns, so that any of them can come back into view.
+    """
+
+    keys: Any  # tensors, once the first columns have come
+    values: Any
+    cumulative_length: Any  # a tensor of one number, which compiled code can change in place
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` columns."""
+        self.cumulative_length.sub_(abs(tokens_to_remove))
+
+    def put(self, keys: Tensor, values: Tensor) -> None:
+        """Write other contents, of the same shape."""
+        self.keys.copy_(keys)
+        self.values.copy_(values)
+
+    def drop_left(self, n_columns: int) -> None:
+        """Forget the first ``n_columns`` columns, and move the rest to the left."""
+        self.put(self.keys.roll(-n_columns, dims=2), self.values.roll(-n_columns, dims=2))
+        self.cumulative_length.sub_(n_columns)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.keys, self.values = (each.repeat_interleave(repeats, dim=0) for each in (self.keys, self.values))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            self.keys, self.values = self.keys[indices], self.values[indices]
+
+
+def can_roll_back(cache: Cache) -> bool:
+    """Whether rejected tokens can be taken out of this cache again, row by row."""
+    return all(type(layer) in (BufferLayer, DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+
+def buffers_like(views: Sequence[Cache], capacity: int) -> list[Cache]:
+    """Static caches in place of dynamic ones, with room for ``capacity`` columns each.
+
+    Raises:
+        ProxyTuneError: where a layer is something else than keys and values (a state space, an index).
+    """
+    if not all(can_roll_back(view) for view in views):
+        raise ProxyTuneError("static caches are for attention layers, and a member has others; use 'dynamic'")
+    return [Cache(layers=[BufferLayer(capacity) for _ in view.layers]) for view in views]
