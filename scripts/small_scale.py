@@ -43,7 +43,7 @@ class Plan:
 
 PLANS = {
     "format": Plan("ecqa_json", rows=1600, steps=100, batch=16),
-    "code": Plan("mbpp_likelihood", rows=374, steps=100, batch=8),
+    "code": Plan("mbpp_likelihood", rows=374, steps=50, batch=8),
 }
 
 

@@ -24,6 +24,7 @@ from proxytune.members import (
     Loading,
     adapter_source,
     group_by_weights,
+    idle_embeddings,
     load_adapter_config,
     load_config,
     load_tokenizer,
@@ -241,6 +242,7 @@ def _count(
         dtype = _dtype(config, name, one, loading)
         n_weights, n_bytes = _weigh(model, one, loading, dtype, name, notes)
         n_head, tied = _head(model)
+        idle = idle_embeddings(model)
         copied = n_head * dtype.itemsize if loading.pack and tied else 0  # a packed head is none of the embeddings
         n_adapter, kept, place = 0, False, None
         if member.adapter is not None:
@@ -263,7 +265,7 @@ def _count(
                 dtype=str(dtype).removeprefix("torch."),
                 parameters=n_weights + n_adapter,
                 weight_bytes=(0 if shares else n_bytes + copied) + adapter_bytes,
-                read_bytes=n_bytes - _idle_parameters(model) * dtype.itemsize,
+                read_bytes=n_bytes - (0 if idle is None else idle.numel()) * dtype.itemsize,
                 head_bytes=n_head * dtype.itemsize,
                 adapter_bytes=adapter_bytes,
                 layers=int(getattr(one.text, "num_hidden_layers", 0)),
@@ -347,13 +349,6 @@ def _weigh(
             n_bytes = (total - inner) * dtype.itemsize + inner * bits // 8
             notes.append(f"{name} is quantized to {bits} bits ({method}); scales are not counted")
     return total, n_bytes
-
-
-def _idle_parameters(model: PreTrainedModel) -> int:
-    """Parameters of which a forward reads next to nothing: input embeddings that are not the head too."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weight = getattr(embedding, "weight", None)
-    return 0 if weight is None or weight is getattr(head, "weight", None) else int(weight.numel())
 
 
 def _head(model: PreTrainedModel) -> tuple[int, bool]:

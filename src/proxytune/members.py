@@ -31,6 +31,7 @@ __all__ = [
     "adapter_source",
     "forget_gguf",
     "group_by_weights",
+    "idle_embeddings",
     "load_adapter_config",
     "load_config",
     "load_lanes",
@@ -235,13 +236,16 @@ def _ends_with_its_head(model: Any) -> bool:
     return torch.equal(model.get_output_embeddings()(hidden), model(input_ids=ids, use_cache=False).logits)
 
 
+def idle_embeddings(model: Any) -> Tensor | None:
+    """The input embeddings of a model where its head is another weight: a token reads no more of them than a row."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return None if weight is getattr(model.get_output_embeddings(), "weight", None) else weight
+
+
 def _bytes_read(model: nn.Module) -> int:
     """What a token's forward reads of the weights: all of them, but of input embeddings only a row."""
     sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
-    head = cast(Any, model).get_output_embeddings()
-    for name, parameter in cast(Any, model).get_input_embeddings().named_parameters():
-        if name == "weight" and (head is None or getattr(head, "weight", None) is not parameter):
-            sizes.pop(id(parameter), None)
+    sizes.pop(id(idle_embeddings(model)), None)
     packed = (module.packed for module in model.modules() if isinstance(module, PackedLinear))
     return sum(sizes.values()) + sum(weight.numel() * weight.dtype.itemsize for weight in packed)
 
