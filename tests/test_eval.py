@@ -26,7 +26,7 @@ from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation import EVAL_TASKS, TASK_DIR
 from proxytune.evaluation.arms import ArmLM, Bench, Log, expand_arms, jobs_of
-from proxytune.evaluation.results import score_lines
+from proxytune.evaluation.results import metric_text, score_lines
 from proxytune.evaluation.run import Settings, evaluate, load_plans
 from proxytune.statistics import bootstrap, compare, gap_closed, interval, paired_bootstrap
 
@@ -518,6 +518,11 @@ def test_lm_eval_scores_the_tasks_with_our_scorers(shelf, local):
     assert "exact_match" in metrics["triviaqa"]
     assert {"acc"} <= metrics["truthfulqa_mc"] & metrics["truthfulqa_mc1"]
     assert "byte_probability" in metrics["mbpp_likelihood"]
+
+
+def test_bits_are_no_per_cent():
+    assert metric_text("bits_per_byte", 0.642) == "0.642"
+    assert (metric_text("valid", 0.642), metric_text("total", 3), metric_text("valid", None)) == ("64.2 %", "3", "")
 
 
 @pytest.mark.slow

@@ -550,6 +550,7 @@ def score(
 
 def show_scores(result: Scores) -> None:
     """Print a task's figures: the headline with its interval, then the others."""
+    from proxytune.evaluation.results import metric_text
     from proxytune.statistics import wilson
 
     counts = {name: value for name, value in result.metrics.items() if isinstance(value, int)}
@@ -560,7 +561,7 @@ def show_scores(result: Scores) -> None:
     whole = abs(value * total - round(value * total)) < 1e-6
     headline = f"{round(value * total)}/{total}" if whole else f"mean of {total}"
     rows = [(result.headline, headline, f"{100 * value:.1f} %", f"{100 * low:.1f} – {100 * high:.1f}")]
-    rows += [(name, "", f"{100 * v:.1f} %", "") for name, v in list(result.metrics.items())[1:] if name not in counts]
+    rows += [(name, "", metric_text(name, v), "") for name, v in list(result.metrics.items())[1:] if name not in counts]
     rows += [(name.replace("_", " "), str(value), "", "") for name, value in counts.items()]
     rows += [(f"samples: {name}", str(value), "", "") for name, value in result.outcomes.items()]
     show_table(f"{result.task}|count|share|95 % interval", rows)

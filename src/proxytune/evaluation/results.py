@@ -126,6 +126,7 @@ def _score_likelihood(lines: Sequence[Mapping[str, Any]]) -> Scores:
     return Scores("mbpp_likelihood", metrics, "byte_probability", [str(line["id"]) for line in lines], each)
 
 
+NO_SHARES = ("bits_per_byte",)  # every other metric that is no count lies between 0 and 1
 OWN_SCORERS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], Scores]] = {
     "demo_math": _score_demo,
     "ecqa_json": _score_json,
@@ -245,7 +246,7 @@ def results_table(results: Mapping[str, Any]) -> str:
                 "" if of["count"] is None else f"{of['count']}/{of['of']}",
                 _percent(of["value"]),
                 f"{100 * of['low']:.1f} – {100 * of['high']:.1f}",
-                *(_metric(of["metrics"].get(metric)) for metric in others),
+                *(metric_text(metric, of["metrics"].get(metric)) for metric in others),
                 "" if against is None else f"{against['p']:.2g}",
                 f"{task['examples_per_second'][arm]:.2f}",
             ]
@@ -288,7 +289,7 @@ def sweep_table(results: Mapping[str, Any]) -> str:
                 "" if point["count"] is None else f"{point['count']}/{point['of']}",
                 _percent(point["value"]),
                 f"{100 * point['low']:.1f} – {100 * point['high']:.1f}",
-                *(_metric(point["metrics"].get(metric)) for metric in others),
+                *(metric_text(metric, point["metrics"].get(metric)) for metric in others),
             ]
             for point in task["points"]
         ]
@@ -307,12 +308,13 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def _metric(value: float | None) -> str:
+def metric_text(name: str, value: float | None) -> str:
+    """A metric as tables show it: counts as they are, shares in per cent, bits as a number."""
     if value is None:
         return ""
     if isinstance(value, int):
         return str(value)
-    return _percent(value) if 0 <= value <= 1 else f"{value:.3f}"
+    return f"{value:.3f}" if name in NO_SHARES else _percent(value)
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
