@@ -134,7 +134,8 @@ def compile_model(model: Any, how: bool | str) -> None:
     """Let ``torch.compile`` fuse what lies between a model's linear layers, in place; compiled at the first calls.
 
     The decoder is compiled, with dynamic shapes, and its head is not: a product with nothing to fuse it to. Kernels are
-    made anew for a prompt, one token, several tokens, and a batch, each of which takes from seconds to minutes once.
+    made for one token and for several, for one row and for several, when each is first met: seconds to minutes each.
+    A model that is compiled already stays as it is.
 
     Args:
         how: True, or one of ``torch.compile``'s modes.
@@ -147,6 +148,8 @@ def compile_model(model: Any, how: bool | str) -> None:
         raise MemberError(f"compile is True or one of torch.compile's modes, {', '.join(modes)}, not {how!r}")
     if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
         raise MemberError(f"compile needs a PyTorch as new as 2.13, and this is {torch.__version__}; leave it out")
+    if model.base_model._compiled_call_impl is not None:
+        return
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.handle = next(_HANDLES)

@@ -603,6 +603,8 @@ class _Decoding:
                 next_position = position[:, -1:].expand(self.n_batch, -1).repeat(n_seats, 1) + 1
             if rows is None and not self.aligned:  # the rows will be moved apart
                 rows = self.ids.new_ones(self.n_batch * n_seats, cache.n_columns)
+            elif rows is not None and self.aligned and bool(rows.all()):
+                rows = None  # nothing is padding, nor will be: a mask would only be looked at in every forward
             self.runs.append(LaneRun(self.model, at, view, rows, next_position, room, self.pace.fixed != 0))
 
     def _obstacle(self) -> str | None:
