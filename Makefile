@@ -48,7 +48,7 @@ bench: install  ## what steering costs on the demo: twenty minutes on two cores
 bench-gpu: install  ## the same on a GPU, on random-weight models of real shapes (needs a torch with CUDA)
 	$(BIN)/python scripts/bench_gpu.py
 
-bench-vllm: install-vllm  ## what steering costs in vLLM, on the demo: about twelve minutes on two idle cores
+bench-vllm: install-vllm  ## what steering costs in vLLM, on the demo: about fifteen minutes on two idle cores
 	mkdir -p runs && rm -f runs/bench-vllm.json
 	$(VLLM_BIN)/python scripts/bench_vllm.py demo --json runs/bench-vllm.json | tee runs/bench-vllm.md
 

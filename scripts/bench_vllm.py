@@ -151,9 +151,10 @@ def plan(asked: argparse.Namespace, config: ProxyTuneConfig) -> str:
     if asked.rate:
         loads.append(f"{asked.poisson_requests} requests as Poisson arrivals, {asked.rate:g} a second")
     memory = sum(needs(arm, config, asked) for arm in asked.arms)
+    rounds = "1 round" if asked.rounds == 1 else f"{asked.rounds} rounds"
     return (
         f"Starts {len(asked.arms)} servers one after another ({', '.join(asked.arms)}), together at most "
-        f"{memory / 2**30:.0f} GiB, {asked.cache:g} GiB of it each one's KV cache. Then {asked.rounds} rounds of "
+        f"{memory / 2**30:.0f} GiB, {asked.cache:g} GiB of it each one's KV cache. Then {rounds} of "
         f"{'; '.join(loads)}; each with every server in turn, {asked.new_tokens} new tokens a request."
     )
 

@@ -506,6 +506,20 @@ def test_pace_drafts_further_the_surer_and_the_cheaper():
     assert reach(rows_cost, 4) == 0
 
 
+def test_drafts_that_fail_do_not_make_tokens_dear():
+    """What was spent on rejected drafts must not make the next draft look worth its cost."""
+    costs = Costs(Cost(100, 10), Cost(40, 4), 1, apart=40)
+    pace = Pace("auto", costs, 4)
+    for _ in range(100):
+        pace.drafted([[0.6] * 3] * 4, [0] * 4, 3)
+    assert pace.spent / pace.earned > costs.cycle(0, 0.0, 4) / 4
+    assert pace._price(4) == costs.cycle(0, 0.0, 4) / 4
+    assert not pace.first([0.5] * 4)
+    pace.plain = float("inf")
+    pace.idle = 0
+    assert pace.first([0.5] * 4), "without the bound it would draft"
+
+
 def test_auto_leaves_a_batch_alone_where_no_acceptance_would_pay(model, monkeypatch):
     dear = replace(model.costs, apart=1e12)
     monkeypatch.setattr(model, "costs", dear)

@@ -32,8 +32,9 @@ LAYER_BYTES = {"cpu": 8e6, "cuda": 2e8}
 # demo's base take 1.9 times as long as one; on a GPU an order of magnitude.
 ROW_SHARE = {"cpu": 0.1, "cuda": 0.004}
 # What each row of a batch adds to a cycle of drafts besides its forwards, as bytes: rows of unequal length are moved in
-# their caches and go through the processors one by one. On the CPU measured (2.8 ms a row on the demo).
-APART_BYTES = {"cpu": 1e8, "cuda": 2e8}
+# their caches, go through the processors one by one, and end at different times, while all are computed to the last. On
+# the CPU set by the demo: drafting pays there at two rows (1.34 times the speed without) and not at four (0.82).
+APART_BYTES = {"cpu": 3e8, "cuda": 2e8}
 # PyTorch's CPU `linear` lays weights out anew in each call with more than one row (see kernels.py).
 UNPACKED_CPU = 1.6
 # What the quick head of a drafting lane reads, of its own float32 head's bytes (kernels.QuickHead).

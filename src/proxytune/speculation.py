@@ -37,7 +37,7 @@ __all__ = ["Speculate", "SpeculationStats", "accept_greedy", "accept_sampled", "
 Speculate = Literal["auto"] | bool | int
 
 
-HOPED_FOR = 0.9  # the acceptance at which drafting must pay for "auto" to try it
+HOPED_FOR = 0.75  # the acceptance, the demo's, at which drafting must pay for "auto" to try it
 GROWTH = 512  # columns by which buffers grow: seldom enough to cost nothing
 
 
@@ -262,6 +262,7 @@ class Pace:
         self.by_confidence = [Estimate((level + 0.5) / self.LEVELS) for level in range(self.LEVELS)]
         self.earned = 10.0 * n_batch
         self.spent = 10 * costs.per_token(costs.best_drafts(0.7, n_batch), 0.7, n_batch)
+        self.plain = costs.cycle(0, 0.0, n_batch)
         self.idle = 0
 
     def chance(self, confidence: float) -> float:
@@ -276,7 +277,8 @@ class Pace:
         if self.fixed is not None:
             return self.fixed > 0
         more = self.costs.verify(1, self.n_batch) - self.costs.verify(0, self.n_batch) + self.costs.moving(self.n_batch)
-        worth = self._price * sum(chances) > more + self._some(chances) * self.costs.draft_step(self.n_batch)
+        more += self._some(chances) * self.costs.draft_step(self.n_batch)
+        worth = self._price(len(chances)) * sum(chances) > more
         self.idle = 0 if worth or self.idle >= self.PROBE_EVERY else self.idle + 1
         return self.idle == 0
 
@@ -288,12 +290,11 @@ class Pace:
         some = self._some(chances)
         more = self.costs.verify(n_drafts + 1, self.n_batch) - self.costs.verify(n_drafts, self.n_batch)
         more += (1 - some + some * a) * self.costs.draft_step(self.n_batch)
-        return n_drafts < MAX_DRAFTS and self._price * a * sum(chances) > more
+        return n_drafts < MAX_DRAFTS and self._price(len(chances)) * a * sum(chances) > more
 
-    @property
-    def _price(self) -> float:
-        """What a token has cost so far."""
-        return self.spent / self.earned
+    def _price(self, n_growing: int) -> float:
+        """What a token has cost so far, or costs without drafts where that is less: bad drafts make none dear."""
+        return min(self.spent / self.earned, self.plain / n_growing)
 
     @staticmethod
     def _some(chances: Sequence[float]) -> float:
@@ -309,7 +310,7 @@ class Pace:
             return 0
         a = self.by_lookup.value
         price, n_drafts = min((self.costs.lookup_per_token(n, a, self.n_batch), n) for n in range(1, found + 1))
-        return n_drafts if price < self._price * self.n_batch else 0
+        return n_drafts if price < self._price(self.n_batch) * self.n_batch else 0
 
     def drafted(self, confidences: Sequence[Sequence[float]], n_accepted: Sequence[int], n_steps: int) -> None:
         """Learn from a cycle: of each growing row its drafts' confidences, and how many were accepted."""
