@@ -73,6 +73,7 @@ def test_an_unknown_mode_is_refused():
         tiny.compose(family_oracle("llama"), compile="faster")
 
 
+@pytest.mark.slow
 def test_prompts_are_not_compiled_and_static_caches_go_with_it(monkeypatch):
     seen = []
     real = torch.compile
