@@ -1,11 +1,14 @@
-"""lm_eval takes a recipe, and its log-likelihoods are the plain loop's."""
+"""lm_eval takes a recipe, its log-likelihoods are the plain loop's, and those of `proxytune eval` are lm_eval's."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 import tiny
+from evaldata import write_data
 from oracle import Oracle
 from proxytune import ProxyTunedForCausalLM
 
@@ -58,3 +61,137 @@ def test_generation_is_the_plain_loops(shelf, tokenizer, oracle):
     for context, text in zip(contexts, found, strict=True):
         tokens, _ = oracle.greedy(tokenizer(context)["input_ids"], 6, eos=tiny.EOS)
         assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+# -- `proxytune eval` scores what lm_eval scores ---------------------------------------------------------------
+NO_DATA = ("alpacafarm", "ds1000")  # need files that write_data does not write, and are not likelihoods
+LONG = " ".join(map(str, range(100, 200)))  # a token a digit
+PAIRS = {
+    "white space at the end": [
+        ("Question: how many\nAnswer: ", "seven"),
+        ("a\n\n", "b c"),
+        ("a \t", " b"),
+        ("fox\n", "\n"),
+    ],
+    "no context": [("", "the quick fox"), ("", " jumps"), ("", "<s>the dog")],
+    "white space alone": [("\n", "the quick fox"), ("  ", " jumps")],
+    "merging across the border": [
+        ("Quest", "ion: how many"),
+        ("the qui", "ck brown fox"),
+        ("how man", "y apples, and the dog sleeps"),
+    ],
+    "one token": [("the dog", "s"), ("the dog", "."), ("Answer:", "\n")],
+    "a beginning of its own": [("<s>the dog", " sleeps"), ("<s>the dog ", "sleeps")],
+    "one token and many": [("the dog", "s"), ("the dog", " sleeps, and the lazy fox jumps"), ("the dog", " is")],
+    "longer than the context": [(LONG, " and"), (LONG, LONG[:40]), (LONG + "\n", "b"), ("short", " one")],
+}
+
+
+def bare_plan():
+    """A task that says nothing."""
+    from proxytune.evaluation.arms import TaskPlan
+
+    return TaskPlan("t", SimpleNamespace(config=SimpleNamespace(metadata={}), OUTPUT_TYPE="loglikelihood"), {}, 1)
+
+
+def scored(arm, pairs, path, batch_size=3):
+    """Pairs scored by an arm and by lm_eval's own model: each (log-likelihood, greedy)."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from proxytune.evaluation.arms import ArmLM, Log
+
+    names: dict[str, str] = {}
+    requests = [
+        Instance("loglikelihood", {"id": names.setdefault(context, str(len(names)))}, (context, text), at)
+        for at, (context, text) in enumerate(pairs)
+    ]
+    with Log(path) as log:
+        ours = ArmLM(arm, bare_plan(), log, batch_size=batch_size).loglikelihood(requests)
+        lines = list(log.made.values())
+    model = HFLM(pretrained=arm.model, tokenizer=arm.tokenizer, device="cpu", batch_size=1, max_length=tiny.CONTEXT)
+    return ours, model.loglikelihood(requests, disable_tqdm=True), lines
+
+
+def same(ours, theirs):
+    for (value, greedy), (expected, expected_greedy) in zip(ours, theirs, strict=True):
+        assert value == pytest.approx(expected, abs=1e-4)
+        assert greedy == expected_greedy
+
+
+@pytest.mark.parametrize("arm", ["base", "proxy_tuned"])
+@pytest.mark.parametrize("kind", [kind for kind in PAIRS if kind != "white space alone"])
+def test_pairs_are_encoded_and_scored_as_lm_eval_does(kind, arm, shelf, tmp_path):
+    from proxytune import load_recipe
+    from proxytune.evaluation.arms import Bench
+
+    with Bench(load_recipe(shelf / "recipe"), [arm]).arm(arm) as ready:
+        ours, theirs, lines = scored(ready, PAIRS[kind], tmp_path / "log.jsonl")
+    same(ours, theirs)
+    assert any("cut" in line for line in lines) == (kind == "longer than the context")  # what was cut is told
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_pairs_with_a_tokenizer_that_begins_no_text(bos, shelf, tmp_path):
+    """Without a beginning a context of white space is empty: lm_eval asserts there, here it is the first token."""
+    from proxytune.evaluation.arms import Arm
+
+    model = AutoModelForCausalLM.from_pretrained(shelf / "base")
+    arm = Arm("base", model, tiny.tokenizer(bos=bos), {})
+    if bos:
+        same(*scored(arm, PAIRS["white space alone"], tmp_path / "log.jsonl")[:2])
+    else:
+        pairs = [pair for kind, pairs in PAIRS.items() if kind != "white space alone" for pair in pairs]
+        same(*scored(arm, pairs, tmp_path / "log.jsonl")[:2])
+        assert arm.encode_pairs(bare_plan(), "\n", ["a"])[0].context.ids == [tiny.BOS]
+
+
+def test_every_likelihood_task_gives_lm_evals_figures(shelf, tmp_path):
+    """All that are in the package: a task that is added is held against lm_eval too."""
+    from lm_eval.models.huggingface import HFLM
+
+    from proxytune import load_recipe
+    from proxytune.evaluation import EVAL_TASKS
+    from proxytune.evaluation.arms import ArmLM, Bench, Log
+    from proxytune.evaluation.run import Settings, load_plans
+
+    data = write_data(tmp_path / "data")
+    plans = [load_plans(Settings((task,), data=str(data), limit=2))[0] for task in EVAL_TASKS if task not in NO_DATA]
+    plans = [plan for plan in plans if plan.likelihood]
+    assert {plan.name for plan in plans} == {"truthfulqa_mc1", "mbpp_likelihood"}
+    bench = Bench(load_recipe(shelf / "recipe"), ["proxy_tuned", "base_few_shot"])
+    for plan in plans:
+        for name in ("proxy_tuned", "base_few_shot"):
+            with bench.arm(name) as arm, Log(tmp_path / plan.name / f"{name}.jsonl") as log:
+                if requests := list(plan.requests.get(arm.shots, ())):
+                    ours = ArmLM(arm, plan, log, batch_size=3).loglikelihood(requests)
+                    theirs = HFLM(pretrained=arm.model, tokenizer=arm.tokenizer, device="cpu", max_length=tiny.CONTEXT)
+                    same(ours, theirs.loglikelihood(requests, disable_tqdm=True))
+
+
+def test_a_continuation_that_cannot_be_scored_names_its_example(shelf, tmp_path):
+    from proxytune.errors import ProxyTuneError
+    from proxytune.evaluation.arms import Arm
+
+    arm = Arm("base", AutoModelForCausalLM.from_pretrained(shelf / "base"), tiny.tokenizer(), {})
+    for pairs, said in (
+        ([("how man", "y")], "t, example 0, base: a continuation has no token of its own"),  # both are one token
+        ([("the dog", "")], "t, example 0, base: a continuation is empty"),
+        ([("the dog", " sleeps"), ("fox", LONG)], "t, example 1, base: a continuation has .* can read only 256"),
+    ):
+        with pytest.raises(ProxyTuneError, match=said):
+            scored(arm, pairs, tmp_path / "log.jsonl")
+
+
+def test_examples_that_were_cut_are_counted_in_the_results():
+    from proxytune.evaluation.results import results_table, sweep_point, sweep_table, task_results
+
+    line = {"continuations": ["a"], "loglikelihoods": [-1.0], "seconds": 1.0}
+    lines = [{**line, "id": "0", "cut": [3]}, {**line, "id": "1", "cut": [0]}, {**line, "id": "2"}]
+    task = task_results("mbpp_likelihood", {"base": lines, "proxy_tuned": lines[2:]})
+    assert [of["cut"] for of in task["arms"].values()] == [1, 0]
+    said = "longer than the context, and lost their beginning as in lm_eval: 1."
+    assert said in results_table({"tasks": {"t": task}})
+    headline, point = sweep_point("mbpp_likelihood", 1.0, lines)
+    swept = {"headline": headline, "examples": 3, "samples": 1, "points": [point]}
+    assert said in sweep_table({"tasks": {"t": swept}})

@@ -18,14 +18,15 @@ import contextlib
 import copy
 import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
+from lm_eval.api.model import LM, TemplateLM
+from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.logits_process import LogitsProcessor, NoBadWordsLogitsProcessor
@@ -41,10 +42,23 @@ from proxytune.kernels import pack
 from proxytune.members import Loading, load_member, load_tokenizer, loading_of
 from proxytune.mixing import mix
 from proxytune.modeling import ProxyTunedForCausalLM
-from proxytune.prompts import Prompter, left_pad, render
+from proxytune.prompts import Prompter, left_pad
 
-__all__ = ["Arm", "ArmLM", "Bench", "Job", "Log", "TaskPlan", "choice_scores", "expand_arms", "jobs_of", "shots_of"]
+__all__ = [
+    "Arm",
+    "ArmLM",
+    "Bench",
+    "Job",
+    "Log",
+    "Pair",
+    "TaskPlan",
+    "choice_scores",
+    "expand_arms",
+    "jobs_of",
+    "shots_of",
+]
 
+Ids = TypeVar("Ids")  # what of a job is encoded: its context, or its pairs
 GENERATION_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p")
 
 
@@ -110,17 +124,16 @@ def jobs_of(requests: Sequence[Instance]) -> list[Job]:
     jobs: list[Job] = []
     seen: dict[str, int] = {}
     for request in requests:
-        name = str(request.doc["id"])
-        if request.request_type == "loglikelihood":
-            context, continuation = request.arguments
-            if jobs and jobs[-1].id == name and jobs[-1].context == context:
-                jobs[-1] = replace(jobs[-1], continuations=(*jobs[-1].continuations, continuation))
-            else:
-                jobs.append(Job(name, 0, context, request.doc, continuations=(continuation,)))
+        name, (context, asked) = str(request.doc["id"]), request.arguments
+        scored = request.request_type == "loglikelihood"
+        if scored and jobs and jobs[-1].id == name and jobs[-1].context == context:
+            jobs[-1] = replace(jobs[-1], continuations=(*jobs[-1].continuations, asked))
+            continue
+        sample = seen[name] = seen.get(name, -1) + 1
+        if scored:
+            jobs.append(Job(name, sample, context, request.doc, continuations=(asked,)))
         else:
-            context, options = request.arguments
-            sample = seen[name] = seen.get(name, -1) + 1
-            jobs.append(Job(name, sample, context, request.doc, options))
+            jobs.append(Job(name, sample, context, request.doc, asked))
     return jobs
 
 
@@ -155,18 +168,109 @@ class Arm:
         return shots_of(self.name)
 
     def encode(self, plan: TaskPlan, context: str) -> Encoded:
-        """The ids that each member reads for a context."""
+        """The ids that each member reads for a context that an answer is written behind."""
+        own = self._own_prompts(plan, context)
+        ids = own.pop("") if "" in own else list(self.tokenizer(context)["input_ids"])
+        return self._with_room(ids, own)
+
+    def encode_pairs(self, plan: TaskPlan, context: str, continuations: Sequence[str]) -> list[Pair]:
+        """The ids of a context and each of its continuations, as lm_eval's HFLM encodes them.
+
+        White space at the end of the context belongs to the continuation, an empty context is the token that begins a
+        text, and what is longer than the model's context loses its beginning. A prompt of a member's own is made of the
+        context without that white space; it is never cut.
+
+        Raises:
+            ProxyTuneError: for a continuation without a token, and for texts that no member's context can hold.
+        """
+        pairs = []
+        limit = self._raw_limit()
+        for raw, scored in _encoded_as_lm_eval(self.tokenizer, context, continuations):
+            own = self._own_prompts(plan, context.rstrip())
+            cut = 0
+            if "" not in own and limit is not None:  # the last token is foretold and never read
+                cut = max(0, len(raw) + len(scored) - (limit + 1))
+            if cut >= len(raw):
+                raise ProxyTuneError(f"a continuation has {len(scored)} tokens, but the model can read only {limit}")
+            encoded = self._with_room(own.pop("", raw[cut:]), own)
+            if encoded.room is not None and len(scored) > encoded.room:
+                raise ProxyTuneError(
+                    f"behind its prompt a continuation has {len(scored)} tokens, but there is room for {encoded.room}"
+                )
+            pairs.append(Pair(encoded, scored, cut))
+        return pairs
+
+    def _own_prompts(self, plan: TaskPlan, text: str) -> dict[str, list[int]]:
+        """Member name -> the ids of its own prompt, of members that have one."""
         prompts = {name: (plan.chat_prompt(prompt, of), of) for name, (prompt, of) in self.prompts.items()}
+        return {name: list(rows[0]) for name, rows in Prompter(self.tokenizer, prompts).from_texts([text]).items()}
+
+    def _raw_limit(self) -> int | None:
+        """How many tokens those members can read that are shown the raw text; None where nothing limits it."""
+        if self.alphas is None:
+            limits = [self._plain_limit()]
+        else:
+            limits = [self.model.context_of(name) for name in self.model.seats if name not in self.prompts]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def _plain_limit(self) -> int | None:
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    def _with_room(self, ids: list[int], own: dict[str, list[int]]) -> Encoded:
+        """What the members read, where all of them have room for it."""
         if self.alphas is not None:
-            own = Prompter(self.tokenizer, prompts).from_texts([context])
-            ids = list(self.tokenizer(context)["input_ids"])
-            return with_room(self.model, ids, {name: list(rows[0]) for name, rows in own.items()})
-        prompt, tokenizer = prompts.get("", (Prompt(), self.tokenizer))
-        ids = render(prompt, tokenizer, context)
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+            return with_room(self.model, ids, own)
+        limit = self._plain_limit()
         if limit is not None and len(ids) > limit:
             raise ProxyTuneError(f"the prompt has {len(ids)} tokens, but the model can read only {limit}")
         return Encoded(ids, {}, None if limit is None else limit - len(ids) + 1)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A context and a continuation of it that is scored.
+
+    Attributes:
+        context: what the members read before it. continuation: its ids, at least one.
+        cut: how many tokens the raw context lost at its beginning.
+    """
+
+    context: Encoded
+    continuation: list[int]
+    cut: int = 0
+
+
+class _Encoder(HFLM):  # type: ignore[misc]
+    """lm_eval's own encoding of pairs, without a model: TemplateLM's ``loglikelihood`` gives the ids to be scored."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        LM.__init__(self)
+        self.tokenizer = tokenizer
+        self.backend, self.add_bos_token, self.custom_prefix_token_id = "causal", None, None
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        return [(context, continuation) for _, context, continuation in requests]
+
+
+def _encoded_as_lm_eval(
+    tokenizer: Any, context: str, continuations: Sequence[str]
+) -> list[tuple[list[int], list[int]]]:
+    """The ids of a context and of each continuation, neither of them empty.
+
+    Raises:
+        ProxyTuneError: for a continuation without a token, and for a tokenizer that lm_eval cannot use.
+    """
+    encoder = _Encoder(tokenizer)
+    if encoder.prefix_token_id is None:
+        raise ProxyTuneError("the tokenizer has neither a bos_token nor an eos_token, one of which lm_eval needs")
+    if not all(continuations):
+        raise ProxyTuneError("a continuation is empty")
+    requests = [Instance("loglikelihood", {}, (context, text), at) for at, text in enumerate(continuations)]
+    pairs = TemplateLM.loglikelihood(encoder, requests, disable_tqdm=True)
+    if not all(scored for _, scored in pairs):
+        raise ProxyTuneError("a continuation has no token of its own behind its context")
+    # A context of white space alone has moved into the continuation; lm_eval has no rule for what is left.
+    return [(list(ids) or [encoder.prefix_token_id], list(scored)) for ids, scored in pairs]
 
 
 class Bench:
@@ -372,7 +476,7 @@ class ArmLM(LM):
         """Each request's text, up to the first of its stop strings."""
         jobs = jobs_of(requests)
         output = str(self.plan.metadata.get("output", "output"))
-        for batch in self._batches(jobs):
+        for batch in self._batches(jobs, encode_jobs):
             started = time.monotonic()
             texts = self._generate(batch)
             seconds = (time.monotonic() - started) / len(batch)
@@ -385,11 +489,13 @@ class ArmLM(LM):
         """Each continuation's log-probability behind its context, in nats, and whether it is the greedy one."""
         jobs = jobs_of(requests)
         alphas = None if self.arm.alphas is None else [self.arm.alphas]
-        for batch in self._batches(jobs):
+        for batch in self._batches(jobs, encode_choices):
             started = time.monotonic()
             (scores,) = score_jobs(self.arm, batch, alphas)
             seconds = (time.monotonic() - started) / len(batch)
-            self.log.append([choices_line(self.plan, job, seconds, of) for (job, _), of in zip(batch, scores)])
+            self.log.append(
+                [choices_line(self.plan, job, seconds, pairs, of) for (job, pairs), of in zip(batch, scores)]
+            )
             self.advance(len(batch))
         lines = [self.log.made[job.key] for job in jobs]
         return [pair for line in lines for pair in zip(line["loglikelihoods"], line["greedy"])]
@@ -398,7 +504,9 @@ class ArmLM(LM):
         """Not offered: no task of the paper asks for it."""
         raise ProxyTuneError("perplexity tasks are for lm_eval's own command line: lm_eval --model hf")
 
-    def _batches(self, jobs: Sequence[Job]) -> Iterator[list[tuple[Job, Encoded]]]:
+    def _batches(
+        self, jobs: Sequence[Job], encode: Callable[[Arm, TaskPlan, Sequence[Job]], list[tuple[Job, Ids]]]
+    ) -> Iterator[list[tuple[Job, Ids]]]:
         """What is left to do, like lengths together, the longest first: a batch that does not fit fails at once.
 
         The batches are those of the whole job, so that a resumed run has the rest of the same ones.
@@ -406,7 +514,7 @@ class ArmLM(LM):
         done = self.log.made
         if all(job.key in done for job in jobs):
             return
-        for batch in batches(encode_jobs(self.arm, self.plan, jobs), self.batch_size):
+        for batch in batches(encode(self.arm, self.plan, jobs), self.batch_size):
             if left := [pair for pair in batch if pair[0].key not in done]:
                 yield left
 
@@ -420,11 +528,27 @@ def encode_jobs(arm: Arm, plan: TaskPlan, jobs: Sequence[Job]) -> list[tuple[Job
     seen: dict[str, Encoded] = {}
     for job in jobs:
         if job.context not in seen:
-            try:
+            with _naming(arm, plan, job):
                 seen[job.context] = arm.encode(plan, job.context)
-            except ProxyTuneError as error:
-                raise ProxyTuneError(f"{plan.name}, example {job.id}, {arm.name}: {error}") from error
     return sorted(((job, seen[job.context]) for job in jobs), key=lambda pair: -len(pair[1].ids))
+
+
+def encode_choices(arm: Arm, plan: TaskPlan, jobs: Sequence[Job]) -> list[tuple[Job, list[Pair]]]:
+    """Jobs with their context and each of their continuations, the longest first."""
+    found = []
+    for job in jobs:
+        with _naming(arm, plan, job):
+            found.append((job, arm.encode_pairs(plan, job.context, job.continuations)))
+    return sorted(found, key=lambda each: -max(len(pair.context.ids) for pair in each[1]))
+
+
+@contextlib.contextmanager
+def _naming(arm: Arm, plan: TaskPlan, job: Job) -> Iterator[None]:
+    """An error within names the task, the example and the arm."""
+    try:
+        yield
+    except ProxyTuneError as error:
+        raise ProxyTuneError(f"{plan.name}, example {job.id}, {arm.name}: {error}") from error
 
 
 def generate_batch(
@@ -521,47 +645,35 @@ Score = tuple[float, bool]
 
 
 def score_jobs(
-    arm: Arm, batch: Sequence[tuple[Job, Encoded]], alphas: Sequence[Sequence[float]] | None
+    arm: Arm, batch: Sequence[tuple[Job, Sequence[Pair]]], alphas: Sequence[Sequence[float]] | None
 ) -> list[list[list[Score]]]:
     """For each tuple of alphas (one for a plain model), for each job, each continuation's score."""
-    continuations = [
-        [_continuation(arm.tokenizer, job.context, text) for text in job.continuations] for job, _ in batch
-    ]
-    for (job, _), rows in zip(batch, continuations):
-        if not all(rows):
-            raise ProxyTuneError(f"a continuation of example {job.id} has no token")
-    return choice_scores(arm, [encoded for _, encoded in batch], continuations, alphas)
-
-
-def _continuation(tokenizer: Any, context: str, text: str) -> list[int]:
-    """The ids of a continuation, encoded behind its context, whose trailing spaces belong to it (as in lm_eval)."""
-    spaces = len(context) - len(context.rstrip())
-    before = context[: len(context) - spaces]
-    whole = list(tokenizer(context + text)["input_ids"])
-    return whole[len(tokenizer(before)["input_ids"]) :]
+    results = []
+    for found in choice_scores(arm, [pair for _, pairs in batch for pair in pairs], alphas):
+        scores = iter(found)
+        results.append([[next(scores) for _ in pairs] for _, pairs in batch])
+    return results
 
 
 @torch.inference_mode()
-def choice_scores(
-    arm: Arm,
-    prompts: Sequence[Encoded],
-    continuations: Sequence[Sequence[Sequence[int]]],
-    alphas: Sequence[Sequence[float]] | None,
-) -> list[list[list[Score]]]:
-    """Score several continuations of each prompt: the prompts are read once, the continuations as rows behind them.
+def choice_scores(arm: Arm, pairs: Sequence[Pair], alphas: Sequence[Sequence[float]] | None) -> list[list[Score]]:
+    """Score continuations behind their contexts: each context is read once, its continuations as rows behind it.
 
     Every member makes two forwards, whatever the number of alphas: what they differ in is how its logits are mixed.
 
     Args:
-        continuations: for each prompt its continuations, each a list of ids that is not empty.
         alphas: the tuples (one value an expert) to mix with; None for a plain model.
 
     Returns:
-        [alpha][prompt][continuation] -> (log-probability in nats, whether each token was the likeliest).
+        [alpha][pair] -> (log-probability in nats, whether each token was the likeliest).
     """
+    prompts: list[Encoded] = []
+    for pair in pairs:
+        if pair.context not in prompts:
+            prompts.append(pair.context)
+    of_prompt = torch.tensor([prompts.index(pair.context) for pair in pairs])  # (n_rows,)
+    flat = [pair.continuation for pair in pairs]
     ids, mask = left_pad([prompt.ids for prompt in prompts])  # (n_prompts, width)
-    flat = [list(row) for rows in continuations for row in rows]
-    of_prompt = torch.tensor([at for at, rows in enumerate(continuations) for _ in rows])  # (n_rows,)
     own = {name: left_pad([prompt.own[name] for prompt in prompts]) for name in prompts[0].own}
     reader = _Reader(arm, mask, own)
     first = reader.read(ids, last_only=True)  # the first token is foretold by the prompt's last position
@@ -578,8 +690,7 @@ def choice_scores(
         logits = reader.mix(first, mixed_by)[of_prompt.to(reader.device)]  # (n_rows, 1, n_vocab)
         if behind is not None:
             logits = torch.cat([logits, reader.mix(behind, mixed_by)], dim=1)
-        scores = iter(_scores(logits * arm.scale, flat))
-        results.append([[next(scores) for _ in rows] for rows in continuations])
+        results.append(_scores(logits * arm.scale, flat))
     return results
 
 
@@ -589,7 +700,7 @@ def _scores(logits: Tensor, rows: Sequence[Sequence[int]]) -> list[Score]:
     for row, row_logits in zip(rows, logits):
         log_p = row_logits[: len(row)].float().log_softmax(dim=-1)
         tokens = torch.tensor(list(row), device=log_p.device)
-        chosen = log_p.gather(1, tokens[:, None]).sum()
+        chosen = log_p.gather(1, tokens[:, None]).double().sum()
         found.append((float(chosen), bool((log_p.argmax(dim=-1) == tokens).all())))
     return found
 
@@ -685,11 +796,15 @@ def line_of(plan: TaskPlan, job: Job, seconds: float, made: Mapping[str, Any]) -
     return {"id": job.id, "sample": job.sample, "prompt": job.context, **fields, **made, "seconds": round(seconds, 4)}
 
 
-def choices_line(plan: TaskPlan, job: Job, seconds: float, scores: Sequence[Score]) -> dict[str, Any]:
-    """One example whose continuations were scored."""
+def choices_line(
+    plan: TaskPlan, job: Job, seconds: float, pairs: Sequence[Pair], scores: Sequence[Score]
+) -> dict[str, Any]:
+    """One example whose continuations were scored; ``cut``: the tokens that each context lost, where one lost any."""
     made = {
         "continuations": list(job.continuations),
         "loglikelihoods": [value for value, _ in scores],
         "greedy": [greedy for _, greedy in scores],
     }
+    if any(pair.cut for pair in pairs):
+        made["cut"] = [pair.cut for pair in pairs]
     return line_of(plan, job, seconds, made)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from proxytune.errors import ProxyTuneError
@@ -65,7 +65,9 @@ def score_example(task: str, document: Mapping[str, Any], results: Sequence[Any]
     flat = [each for result in results for each in (result if isinstance(result, list) else [result])]
     lines: list[dict[str, Any]] = []
     if task == "mbpp_likelihood":
-        lines = [{"id": "0", "loglikelihoods": [value], "continuations": [document["code"]]} for value, _ in flat]
+        lines = [
+            {"id": "0", "loglikelihoods": [value], "continuations": [f"\n{document['code']}"]} for value, _ in flat
+        ]
     else:
         output = _output_field(task)
         lines = [{**document, "sample": at, output: text} for at, text in enumerate(flat)]
@@ -163,7 +165,7 @@ def task_results(
         "headline": compared_metric(next(iter(scores.values()))) if scores else None,
         "examples": max((len({line["id"] for line in of}) for of in lines.values()), default=0),
         "samples": samples,
-        "arms": {name: _spread(of) for name, of in scores.items()},
+        "arms": {name: {**_spread(of), "cut": _cut(lines[name])} for name, of in scores.items()},
         "examples_per_second": speeds,
         "steered_to_base": None,
         "gap_closed": None,
@@ -184,7 +186,7 @@ def task_results(
 def sweep_point(task: str, alpha: float, lines: Lines, **options: Any) -> tuple[str, dict[str, Any]]:
     """One alpha of a sweep: the metric that its interval is of, and its part of the results."""
     scores = score_lines(task, lines, **options)
-    return compared_metric(scores), {"alpha": alpha, **_spread(scores)}
+    return compared_metric(scores), {"alpha": alpha, **_spread(scores), "cut": _cut(lines)}
 
 
 def _spread(scores: Scores) -> dict[str, Any]:
@@ -198,6 +200,11 @@ def _spread(scores: Scores) -> dict[str, Any]:
         "of": len(scores.examples),
         "metrics": scores.metrics,
     }
+
+
+def _cut(lines: Lines) -> int:
+    """How many examples were longer than the model's context, and lost their beginning."""
+    return sum(any(line.get("cut", ())) for line in lines)
 
 
 def _against(steered: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
@@ -267,10 +274,17 @@ def _notes(task: Mapping[str, Any]) -> str:
             said.append(f"Gap closed: {_percent(gap['value'])} (95 % interval {spread}).")
     if task["steered_to_base"] is not None:
         said.append(f"The steered arm ran at {task['steered_to_base']:.2f} times the speed of the base.")
+    said += _cut_notes(task["arms"].values())
     tests = {of["test"] for of in task["proxy_tuned_against"].values()}
     methods = {of["interval"] for of in task["arms"].values()}
     said.append(f"Intervals: {', '.join(sorted(methods))}." + (f" p: {', '.join(sorted(tests))}." if tests else ""))
     return "\n".join(said) + "\n\n"
+
+
+def _cut_notes(measured: Iterable[Mapping[str, Any]]) -> list[str]:
+    if not (most := max(of["cut"] for of in measured)):
+        return []
+    return [f"Examples that were longer than the context, and lost their beginning as in lm_eval: {most}."]
 
 
 def sweep_table(results: Mapping[str, Any]) -> str:
@@ -294,6 +308,7 @@ def sweep_table(results: Mapping[str, Any]) -> str:
             for point in task["points"]
         ]
         parts.append(_markdown(["alpha", "right", headline, "95 % interval", *others], rows))
+        parts += [f"{note}\n\n" for note in _cut_notes(task["points"])]
     return "".join(parts).rstrip() + "\n"
 
 

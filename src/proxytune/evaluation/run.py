@@ -37,9 +37,11 @@ from proxytune.evaluation.arms import (
     Arm,
     ArmLM,
     Bench,
+    Job,
     Log,
     TaskPlan,
     choices_line,
+    encode_choices,
     encode_jobs,
     expand_arms,
     generate_batch,
@@ -260,7 +262,8 @@ def _sweep_task(
     # Continuations are mixed anew without more rows; generating, each alpha is a row of its own.
     n_prompts = settings.batch_size if plan.likelihood else max(1, settings.batch_size // len(alphas))
     output = str(plan.metadata.get("output", "output"))
-    for batch in batches(encode_jobs(arm, plan, jobs), n_prompts):
+    encoded: list[tuple[Job, Any]] = (encode_choices if plan.likelihood else encode_jobs)(arm, plan, jobs)
+    for batch in batches(encoded, n_prompts):
         left = [[at for at, log in enumerate(logs) if job.key not in log.made] for job, _ in batch]
         pairs = [(row, at) for row, wanted in enumerate(left) for at in wanted]
         if not pairs:
@@ -268,7 +271,7 @@ def _sweep_task(
         started = time.monotonic()
         if plan.likelihood:
             scores = score_jobs(arm, batch, alphas)
-            made = [choices_line(plan, batch[row][0], 0.0, scores[at][row]) for row, at in pairs]
+            made = [choices_line(plan, batch[row][0], 0.0, batch[row][1], scores[at][row]) for row, at in pairs]
         else:
             rows = [row for row, _ in pairs]
             texts = generate_batch(
