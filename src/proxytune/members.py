@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
+from proxytune.adapters import active_adapter, can_be_merged, judge, read_config
 from proxytune.config import Member, Prompt, ProxyTuneConfig, Source
 from proxytune.errors import MemberError, first_line
 from proxytune.kernels import PackedLinear, QuickHead, pack
@@ -250,18 +251,6 @@ def _bytes_read(model: nn.Module) -> int:
     return sum(sizes.values()) + sum(weight.numel() * weight.dtype.itemsize for weight in packed)
 
 
-def _cannot_share(adapter: Any) -> str | None:
-    """Why a PEFT config cannot be applied to a block of rows, or None where it can."""
-    if str(getattr(adapter.peft_type, "value", adapter.peft_type)) != "LORA":
-        return f"its type is {adapter.peft_type}"
-    for name in ("use_dora", "modules_to_save", "lora_bias", "layer_replication", "trainable_token_indices"):
-        if getattr(adapter, name, None):
-            return f"it sets {name}"
-    if getattr(adapter, "target_parameters", None):
-        return "it sets target_parameters"
-    return None if adapter.bias == "none" else "it trains biases"
-
-
 # -- loading --------------------------------------------------------------------------------------------------
 def load_lanes(config: ProxyTuneConfig, loading: Loading, given: Mapping[str, Any]) -> list[Lane]:
     """Load every member of the recipe, each set of weights once.
@@ -310,6 +299,9 @@ def group_by_weights(
 
     Returns:
         The groups, and for each member whose adapter stands in the way, why.
+
+    Raises:
+        MemberError: for an adapter that cannot be used, see :func:`proxytune.adapters.judge`.
     """
     same_model: dict[Any, list[tuple[str, Member]]] = {}
     for name, member in members:
@@ -319,17 +311,13 @@ def group_by_weights(
 
     groups: list[list[tuple[str, Member]]] = []
     reasons: dict[str, str] = {}
+    terms = {n: judge(load_adapter_config(config, n, m, loading)) for n, m in members if m.adapter is not None}
     for group in same_model.values():
         adapters = {name: adapter_source(config, member) for name, member in group}
         hindered = {}
         several = len(set(adapters.values())) > 1
         if several and loading.share:
-            found = {
-                name: _cannot_share(load_adapter_config(config, name, m, loading))
-                for name, m in group
-                if m.adapter is not None
-            }
-            hindered = {name: reason for name, reason in found.items() if reason}
+            hindered = {n: reason for n, _ in group if n in terms and (reason := terms[n].apart)}
         if not several or (loading.share and not hindered):
             groups.append(group)
         else:
@@ -347,10 +335,9 @@ def _bare(model: Any) -> Any:
 def _given_lane(group: list[tuple[str, Member]], given: Mapping[str, Any]) -> Lane:
     adapters: dict[str, str | None] = {}
     for name, _ in group:
-        model = given[name]
-        adapters[name] = model.active_adapter if hasattr(model, "get_base_model") else None
+        adapters[name] = active_adapter(name, given[name])
         if adapters[name] is not None and len(group) > 1:
-            reason = _cannot_share(model.peft_config[adapters[name]])
+            reason = judge(given[name].peft_config[adapters[name]]).apart
             if reason:
                 raise MemberError(
                     f"{name} shares its weights with another member, but its adapter cannot be applied to a part of "
@@ -365,6 +352,7 @@ def _loaded_lane(config: ProxyTuneConfig, group: list[tuple[str, Member]], loadi
     places = {n: adapter_source(config, m) for n, m in group}  # by place: one adapter may have several revisions
     sources = sorted({source for source in places.values() if source is not None}, key=str)
     names = {source: f"adapter{index}" for index, source in enumerate(sources)}
+    adapters = {n: names[source] if source is not None else None for n, source in places.items()}
     if names:
         peft = _peft(name)
         wrapped: Any = None
@@ -372,16 +360,17 @@ def _loaded_lane(config: ProxyTuneConfig, group: list[tuple[str, Member]], loadi
             owner, at = next((n, m) for n, m in group if places[n] == source)
             with loading_of(owner, at.adapter):
                 directory = _adapter_directory(source, loading)
+                read_config(owner, directory)
                 if wrapped is None:
                     wrapped = peft.PeftModel.from_pretrained(model, directory, adapter_name=adapter)
                 else:
                     wrapped.load_adapter(directory, adapter_name=adapter)
-        if len(set(places.values())) == 1 and getattr(model, "hf_quantizer", None) is None:
+        if len(set(places.values())) == 1 and can_be_merged(wrapped):
             model = wrapped.merge_and_unload()  # alone on its weights: merged, it costs nothing
+            adapters = dict.fromkeys(adapters)
         else:
             model = wrapped.get_base_model()
     model.requires_grad_(False)
-    adapters = {n: names[source] if source is not None else None for n, source in places.items()}
     return Lane(model.eval(), _seats(group, adapters), source=member)
 
 
@@ -475,7 +464,7 @@ def adapter_source(config: ProxyTuneConfig, member: Member) -> Source | None:
     return config.locate(member.adapter, member.adapter_revision)
 
 
-def _adapter_directory(source: Source, loading: Loading) -> str:
+def _adapter_directory(source: Source, loading: Loading, files: str = "adapter_*") -> str:
     """The directory of an adapter, downloaded if it is on the hub: PEFT, offline, does not find a subfolder there."""
     if source.is_local:
         return str(Path(source.path) / source.subfolder)
@@ -483,18 +472,19 @@ def _adapter_directory(source: Source, loading: Loading) -> str:
     snapshot = snapshot_download(
         source.path,
         revision=source.revision,
-        allow_patterns=str(PurePosixPath(source.subfolder) / "adapter_*"),
+        allow_patterns=str(PurePosixPath(source.subfolder) / files),
         **{key: value for key, value in loading.hub.items() if key in known},
     )
     return str(Path(snapshot) / source.subfolder)
 
 
 def load_adapter_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> Any:
-    """The PEFT config of a member's adapter."""
+    """The PEFT config of a member's adapter, which is one that can be used."""
     if (source := adapter_source(config, member)) is None:
         raise MemberError(f"{name} has no adapter")
+    _peft(name)
     with loading_of(name, member.adapter):
-        return _peft(name).PeftConfig.from_pretrained(source.path, **_hub_arguments(source, loading))
+        return read_config(name, _adapter_directory(source, loading, "adapter_config.json"))
 
 
 def _hub_arguments(source: Source, loading: Loading, gguf_file: str | None = None) -> dict[str, Any]:
