@@ -29,14 +29,15 @@ ROOMS = {
     "cost": set(),
     "statistics": set(),
     "kernels": {"errors"},
-    "members": {"errors", "config", "kernels"},
+    "adapters": {"errors"},
+    "members": {"errors", "config", "kernels", "adapters"},
     "buffers": {"errors"},
     "speculation": {"errors", "buffers", "cost", "mixing"},
-    "recipe": {"errors", "config", "members"},
+    "recipe": {"errors", "config", "adapters", "members"},
     "modeling": {"errors", "config", "mixing", "vocabulary", "prompts", "buffers", "kernels", "members", "speculation"},
 }
 # The vLLM side rests on the same bottom, and on nothing of the transformers composite.
-VLLM = {"errors", "config", "mixing", "vocabulary", "members", "vllm"}
+VLLM = {"errors", "config", "mixing", "vocabulary", "adapters", "members", "vllm"}
 NEED_VLLM = ("vllm.hooks", "vllm.members", "vllm.model")
 # Imports inside functions, which break a circle or keep something heavy out of start-up.
 LAZY = {"config": {"modeling"}, "recipe": {"demo"}, "modeling": {"recipe"}}
