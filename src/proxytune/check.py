@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from proxytune.checkpoints import parts_of_gguf
 from proxytune.config import Member, ProxyTuneConfig
 from proxytune.errors import MemberError, ProxyTuneError, first_line
 from proxytune.members import (
@@ -131,6 +132,7 @@ def check_recipe(config: ProxyTuneConfig, loading: Loading | None = None) -> Rep
     complete = len(found) == sum(1 for _ in config.members())
     shared = _check_vocabulary(found, problems, notes) if complete else None
     _check_prompts(found, problems)
+    _check_parts(config, found, notes)
     _check_outputs(found, notes)
     members = _count(config, found, loading, problems, notes)
     contexts = [report.context for report in members if report.context is not None]
@@ -198,6 +200,16 @@ def _check_vocabulary(found: Mapping[str, _Found], problems: list[str], notes: l
     for name in report.unchecked:
         notes.append(f"{name} has no tokenizer; that its tokens are the base's is taken on trust")
     return report.shared
+
+
+def _check_parts(config: ProxyTuneConfig, found: Mapping[str, _Found], notes: list[str]) -> None:
+    for name, one in found.items():
+        _, file = member_source(config, name, one.member)
+        if file is not None and (n_parts := parts_of_gguf(file)) > 1:
+            notes.append(
+                f"{name} is split into {n_parts} shards, which are put together in a temporary file at each loading; "
+                f"`llama-gguf-split --merge {file} WHOLE.gguf` does it once"
+            )
 
 
 def _check_prompts(found: Mapping[str, _Found], problems: list[str]) -> None:

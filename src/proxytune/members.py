@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.masking_utils import create_masks_for_generate
 
 from proxytune.adapters import active_adapter, can_be_merged, judge, read_config
+from proxytune.checkpoints import Fit, fit_of, fit_of_gguf, read_header, whole_gguf
 from proxytune.config import Member, Prompt, ProxyTuneConfig, Source
 from proxytune.errors import MemberError, first_line
 from proxytune.kernels import PackedLinear, QuickHead, pack
@@ -41,6 +42,8 @@ __all__ = [
     "load_tokenizer",
     "loading_of",
     "member_source",
+    "opened",
+    "refuse_misfit",
     "refuse_unfit",
 ]
 
@@ -384,7 +387,6 @@ def _seats(group: list[tuple[str, Member]], adapters: Mapping[str, str | None]) 
 
 def load_model(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> PreTrainedModel:
     """Load one member's weights (without its adapter)."""
-    source, gguf_file = member_source(config, name, member)
     kwargs: dict[str, Any] = {
         "dtype": member.dtype or loading.dtype,
         "device_map": member.device_map if member.device_map is not None else loading.device_map,
@@ -394,17 +396,32 @@ def load_model(config: ProxyTuneConfig, name: str, member: Member, loading: Load
         "trust_remote_code": loading.trust_remote_code,
     }
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    kwargs |= _hub_arguments(source, loading, gguf_file)
     if isinstance(kwargs.get("quantization_config"), dict):
         from transformers.quantizers.auto import AutoQuantizationConfig
 
         kwargs["quantization_config"] = AutoQuantizationConfig.from_dict(dict(kwargs["quantization_config"]))
-    with loading_of(name, member.model):
-        model = AutoModelForCausalLM.from_pretrained(source.path, **kwargs)
-    refuse_unfit(name, member, model.config)
-    if gguf_file is not None:
-        forget_gguf(model)
+    with opened(config, name, member, loading) as (path, place):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **place, **kwargs
+        )
+        model, info = loaded
+        refuse_unfit(name, member, model.config)
+        if "gguf_file" in place:
+            fits = [fit_of(model, info), fit_of_gguf(model, path, place) or Fit()]
+            forget_gguf(model)
+        else:
+            fits = [fit_of(model, info, read_header(path, place) if info["unexpected_keys"] else None)]
+    for fit in fits:
+        refuse_misfit(name, member, fit)
     return model  # type: ignore[no-any-return]
+
+
+def refuse_misfit(name: str, member: Member, fit: Fit) -> None:
+    """Raise :class:`MemberError` if a member's files are not the weights that its config asks for."""
+    if fit.problem is not None:
+        raise MemberError(f"{name} ({member.model}) {fit.problem}")
+    if fit.note is not None:
+        logger.warning("%s (%s) %s", name, member.model, fit.note)
 
 
 def forget_gguf(model: Any) -> None:
@@ -424,12 +441,9 @@ def refuse_unfit(name: str, member: Member, own: PreTrainedConfig) -> None:
 
 def load_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> PreTrainedConfig:
     """Load one member's config alone."""
-    source, gguf_file = member_source(config, name, member)
-    with loading_of(name, member.model):
+    with opened(config, name, member, loading, with_data=False) as (path, place):
         return AutoConfig.from_pretrained(  # type: ignore[no-any-return]
-            source.path,
-            trust_remote_code=loading.trust_remote_code,
-            **_hub_arguments(source, loading, gguf_file),
+            path, trust_remote_code=loading.trust_remote_code, **place
         )
 
 
@@ -438,12 +452,27 @@ def load_tokenizer(config: ProxyTuneConfig, name: str, member: Member, loading: 
     source, gguf_file = member_source(config, name, member)
     if source.is_local and gguf_file is None and not _has_tokenizer(Path(source.path) / source.subfolder):
         return None
+    with opened(config, name, member, loading, with_data=False) as (path, place):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=loading.trust_remote_code, **place)
+
+
+@contextmanager
+def opened(
+    config: ProxyTuneConfig, name: str, member: Member, loading: Loading, *, with_data: bool = True
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A member's place as every ``from_pretrained`` takes it: its path, and the keyword arguments that belong to it.
+
+    A split GGUF file is whole in here; ``with_data=False`` is for those who read no weights. What a loader raises
+    comes out as one sentence that names the member.
+    """
+    source, gguf_file = member_source(config, name, member)
+    place = _hub_arguments(source, loading, gguf_file)
     with loading_of(name, member.model):
-        return AutoTokenizer.from_pretrained(
-            source.path,
-            trust_remote_code=loading.trust_remote_code,
-            **_hub_arguments(source, loading, gguf_file),
-        )
+        if gguf_file is None:
+            yield source.path, place
+            return
+        with whole_gguf(source.path, place, with_data=with_data) as whole:
+            yield whole
 
 
 def member_source(config: ProxyTuneConfig, name: str, member: Member) -> tuple[Source, str | None]:

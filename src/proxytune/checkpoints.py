@@ -1,0 +1,319 @@
+"""What a model's files hold, held against what the model needs: after loading, and from the files' headers alone.
+
+transformers draws a weight at random where the files have none, says so in a warning and goes on. Here a weight that
+is missing or of another shape is an error, and so is a tensor that the modules have no place for. A tensor of another
+part (a vision tower, a layer for drafts) is left out, and told.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import get_safetensors_metadata
+from torch import Tensor, nn
+from transformers.modeling_utils import load_state_dict, str_to_torch_dtype
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
+
+__all__ = ["Fit", "fit_of", "fit_of_gguf", "fit_of_header", "parts_of_gguf", "read_header", "whole_gguf"]
+
+Header = dict[str, Tensor]  # tensor name -> its shape and dtype, on the meta device
+SHOWN = 3  # tensors that a message names
+INDEXED = ("model.safetensors", "pytorch_model.bin")  # as transformers looks for them: alone, else by an index
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the tensors of a checkpoint fit a model.
+
+    Attributes:
+        missing: weights that the checkpoint lacks, by the model's own rules: no tied ones.
+        misshapen: weights of another shape, and both shapes.
+        misplaced: tensors inside the modules that the config describes, which these have no place for.
+        apart: tensors of other parts, which are not loaded.
+    """
+
+    missing: tuple[str, ...] = ()
+    misshapen: tuple[str, ...] = ()
+    misplaced: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
+
+    @property
+    def problem(self) -> str | None:
+        """Why the checkpoint is not this model's, as the end of a sentence that begins with the member's name."""
+        if self.missing:
+            return f"lacks {_listed(self.missing)}; are all its files there, and is its config its own?"
+        if self.misshapen:
+            return f"has {_listed(self.misshapen)}; is its config its own?"
+        if self.misplaced:
+            return f"has {_listed(self.misplaced)}, which its config leaves no place for; is its config its own?"
+        return None
+
+    @property
+    def note(self) -> str | None:
+        """What of the checkpoint is not used, likewise."""
+        return f"has {_listed(self.apart)} of parts that this model does not use" if self.apart else None
+
+
+def _listed(tensors: Sequence[str]) -> str:
+    more = f" and {len(tensors) - SHOWN} more" if len(tensors) > SHOWN else ""
+    return f"{len(tensors)} tensor{'s' if len(tensors) > 1 else ''}: {', '.join(tensors[:SHOWN])}{more}".replace(
+        "1 tensor: ", "the tensor "
+    )
+
+
+def fit_of(model: Any, loading_info: Mapping[str, Any], header: Mapping[str, Tensor] | None = None) -> Fit:
+    """How a checkpoint fits, by what transformers says of loading it (``output_loading_info=True``).
+
+    Args:
+        header: the checkpoint's own tensors, where they are known: a mask or a table that older versions saved is no
+            weight.
+    """
+    misplaced: list[str] = []
+    apart: list[str] = []
+    unexpected = sorted(loading_info["unexpected_keys"])
+    for name in unexpected:
+        if (inside := _is_inside(model, name, unexpected)) is None or _is_constant(name, header or {}):
+            continue
+        (misplaced if inside else apart).append(name)
+    return Fit(
+        missing=tuple(sorted(loading_info["missing_keys"])),
+        misshapen=tuple(
+            _misshapen(name, found, wanted) for name, found, wanted in sorted(loading_info["mismatched_keys"])
+        ),
+        misplaced=tuple(misplaced),
+        apart=tuple(apart),
+    )
+
+
+def _misshapen(name: str, found: Sequence[int], wanted: Sequence[int]) -> str:
+    return f"{name} of shape {list(found)} in place of {list(wanted)}"
+
+
+def fit_of_header(model: Any, header: Mapping[str, Tensor]) -> Fit:
+    """How the tensors in a header fit an empty model, by transformers' own renaming and converting of checkpoints."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()  # what is wrong is told by the caller, in a sentence
+    transformers_logging.disable_progress_bar()
+    try:
+        loaded, info = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=dict(header),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            device_map={"": "meta"},
+        )
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+    return fit_of(loaded, info, header)
+
+
+def _is_inside(model: Any, name: str, others: Sequence[str]) -> bool | None:
+    """Whether a tensor that nothing took belongs to the modules that the config describes; None where it is a buffer.
+
+    The trunk (what holds the layers) may have other parts beside the layers, which a config need not tell of. A layer
+    has none: a tensor of a layer, or of one more layer of the same kind, is a part of the model that would be left out.
+    """
+    quantized = getattr(model, "hf_quantizer", None) is not None
+    answers = [_is_inside_of(root, name, others, quantized) for root in dict.fromkeys((model, model.base_model))]
+    return None if None in answers else any(answers)
+
+
+def _is_inside_of(root: nn.Module, name: str, others: Sequence[str], quantized: bool) -> bool | None:
+    module, path, in_a_layer = root, name.split("."), False
+    while len(path) > 1 and (child := module._modules.get(path[0])) is not None:
+        in_a_layer = in_a_layer or isinstance(module, nn.ModuleList)
+        module = child
+        del path[0]
+    if len(path) == 1 and (path[0] in module._buffers or (quantized and path[0] not in module._parameters)):
+        return None  # a quantizer keeps scales beside its weights
+    if isinstance(module, nn.ModuleList) and not in_a_layer:  # one layer more: of the same kind, or for drafts
+        layer = name.removesuffix(".".join(path)) + path[0] + "."
+        parts = {other.removeprefix(layer).split(".")[0] for other in others if other.startswith(layer)}
+        return any(parts <= {*each._modules, *each._parameters} for each in module)
+    return in_a_layer or not any(isinstance(each, nn.ModuleList) for each in module.modules())
+
+
+def _is_constant(name: str, header: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor is a mask or a number that older versions saved with the weights, not a weight."""
+    own = header.get(name)
+    if own is None:  # the model's names may begin with a prefix more, or less
+        own = next((t for other, t in header.items() if other.endswith(f".{name}") or name.endswith(f".{other}")), None)
+    if own is None:
+        return False
+    is_mask = own.dim() >= 3 and own.shape[-1] == own.shape[-2] and own.numel() == own.shape[-1] ** 2
+    return own.dim() == 0 or not own.is_floating_point() or is_mask
+
+
+# -- headers --------------------------------------------------------------------------------------------------
+Place = Mapping[str, Any]  # what a `from_pretrained` is told of a place besides its path: revision, subfolder, token, …
+
+
+def read_header(path: str, place: Place) -> Header | None:
+    """The names, shapes and dtypes of a checkpoint's tensors; no weight is read, and none is downloaded.
+
+    Args:
+        path: a directory or a hub id.
+
+    Returns:
+        None where the files are on the hub alone and their headers cannot be read there.
+
+    Raises:
+        OSError, ValueError: where a file is missing that an index names, or is no checkpoint.
+    """
+    place = {**place, "local_files_only": True, "force_download": False}
+    for name in INDEXED:
+        if (file := _find(path, name, place)) is not None:
+            return load_state_dict(file, map_location="meta")
+        if (index := _find(path, f"{name}.index.json", place)) is None:
+            continue
+        header: Header = {}
+        for shard in sorted(set(json.loads(Path(index).read_text())["weight_map"].values())):
+            if (file := _find(path, shard, place)) is None:
+                raise FileNotFoundError(f"its index names {shard}, which is missing")
+            header |= load_state_dict(file, map_location="meta")
+        return header
+    return _header_on_the_hub(path, place)
+
+
+def _find(path: str, name: str, place: Place) -> str | None:
+    """The local path of a file in a directory, or on the hub, from where it is downloaded if ``place`` allows."""
+    if Path(path).is_dir():
+        file = Path(path) / place.get("subfolder", "") / name
+        return str(file) if file.is_file() else None
+    kinds = ("gated_repo", "missing_entries", "connection_errors")
+    quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
+    return cached_file(path, name, **{key: value for key, value in place.items() if key != "gguf_file"}, **quiet)
+
+
+def _header_on_the_hub(repo_id: str, place: Place) -> Header | None:
+    if place.get("subfolder") or Path(repo_id).exists():
+        return None  # the hub's reading of headers knows whole repositories only
+    try:
+        metadata = get_safetensors_metadata(repo_id, revision=place.get("revision"), token=place.get("token"))
+    except Exception:  # no safetensors there, no connection, no permission: nothing is known
+        return None
+    return {
+        name: torch.empty(tuple(info.shape), dtype=str_to_torch_dtype.get(info.dtype, torch.float32), device="meta")
+        for file in metadata.files_metadata.values()
+        for name, info in file.tensors.items()
+    }
+
+
+# -- GGUF -----------------------------------------------------------------------------------------------------
+PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # as llama-gguf-split names them
+
+
+def parts_of_gguf(file: str) -> int:
+    """Into how many files a GGUF model is split, by the name of one of them."""
+    numbers = PART.search(file)
+    return int(numbers[2]) if numbers else 1
+
+
+@contextmanager
+def whole_gguf(path: str, place: Place, *, with_data: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A GGUF file in one piece, for loaders that read one file: a split one is put together in a temporary directory.
+
+    Args:
+        path, place: a directory or a hub id, and where in it; ``gguf_file`` is any part of a split file.
+        with_data: False makes a file that ends with its header and has holes for weights, for who reads no weights.
+
+    Yields:
+        The path and the place of the whole file.
+
+    Raises:
+        FileNotFoundError: where a part is missing. ValueError: where the parts are not one model's.
+    """
+    n_parts = parts_of_gguf(place["gguf_file"])
+    if n_parts == 1:
+        yield path, dict(place)
+        return
+    stem = PART.sub("", place["gguf_file"])
+    parts = []
+    for number in range(1, n_parts + 1):
+        name = f"{stem}-{number:05}-of-{n_parts:05}.gguf"
+        if (part := _find(path, name, place)) is None:
+            raise FileNotFoundError(f"it is split into {n_parts} files, and {name} is missing")
+        parts.append(part)
+    with tempfile.TemporaryDirectory(prefix="proxytune-gguf-") as directory:
+        whole = f"{Path(stem).name}.gguf"
+        _merge(parts, Path(directory) / whole, with_data)
+        yield directory, {"gguf_file": whole}
+
+
+def _merge(parts: Sequence[str], path: Path, with_data: bool) -> None:
+    """Write the tensors of all parts, and what the first says of the model, into one file."""
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+
+    readers = [GGUFReader(part) for part in parts]
+    fields = readers[0].fields
+    writer = GGUFWriter(str(path), fields["general.architecture"].contents(), endianess=readers[0].endianess)
+    writer.data_alignment = int(readers[0].alignment)
+    for name, field in fields.items():
+        if name != "general.architecture" and not name.startswith(("GGUF.", "split.")):
+            of = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=of)
+    tensors = [tensor for reader in readers for tensor in reader.tensors]
+    said = fields.get("split.tensors.count")
+    if said is not None and said.contents() != len(tensors):
+        raise ValueError(f"its parts hold {len(tensors)} tensors, but should hold {said.contents()}")
+    for tensor in tensors:
+        data = tensor.data
+        writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if with_data:
+        for tensor in tensors:
+            writer.write_tensor_data(tensor.data, readers[0].endianess)
+    writer.close()
+    if not with_data:
+        with path.open("ab") as out:  # holes: a reader maps the weights without looking at them
+            size = sum(GGUFWriter.ggml_pad(tensor.data.nbytes, writer.data_alignment) for tensor in tensors)
+            out.truncate(out.tell() + writer.data_alignment + size)
+
+
+def fit_of_gguf(model: Any, path: str, place: Place) -> Fit | None:
+    """How the header of a whole GGUF file fits a model, empty or loaded; None where that cannot be told.
+
+    transformers' loader drops the tensors that it has no name for, and does not look at shapes. It reads most files by
+    a table of names, which can be asked; where it takes tensors apart or renames them besides, only loading can tell.
+    """
+    from transformers import modeling_gguf_pytorch_utils as reading
+    from transformers.integrations.gguf.reader import GgufHeader
+    from transformers.integrations.gguf.utils import is_gguf_arch_supported
+
+    header = GgufHeader.from_file(str(_find(path, place["gguf_file"], place)))
+    kind = reading.TENSOR_PROCESSORS.get(header.architecture, reading.TensorProcessor)
+    by_table = ("TensorProcessor", "LlamaTensorProcessor", "NemotronTensorProcessor", "Gemma2TensorProcessor")
+    if is_gguf_arch_supported(header.architecture) or kind.__name__ not in by_table:
+        return None
+    with torch.device("meta"):  # loading has put the file's tensors in place, whatever their shapes
+        empty = type(model)(model.config)
+    names = reading.get_gguf_hf_weights_map(empty, kind(config={}))
+    shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    sizes = {names[info.name]: info.shape for info in header.tensors if info.name in names}
+    return Fit(
+        missing=tuple(sorted(name for name in shapes if name not in sizes and tied.get(name) not in sizes)),
+        misshapen=tuple(
+            _misshapen(name, found, shapes[name])
+            for name, found in sorted(sizes.items())
+            if prod(found) != shapes[name].numel()
+        ),
+        misplaced=tuple(
+            sorted(info.name for info in header.tensors if info.name.startswith("blk.") and info.name not in names)
+        ),
+    )
