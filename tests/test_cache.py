@@ -47,23 +47,37 @@ def test_ragged_batch_across_the_window(oracle, model):
         assert_same_tokens(tokens, oracle.greedy(row, 10))
 
 
-@pytest.mark.parametrize(
-    "draft", [{"prompt_lookup_num_tokens": 5}, {"assistant_model": None}], ids=["lookup", "assist"]
-)
+@pytest.mark.parametrize("draft", ["lookup", "assistant"])
 @pytest.mark.parametrize("prompt", [REPEATING, REPEATING[:7]], ids=["beyond the window", "into the window"])
 def test_rejected_drafts_are_rolled_back(oracle, model, draft, prompt):
-    options = {"prompt_lookup_num_tokens": 5} if draft == "lookup" else {"assistant_model": tiny.llama("mini", 9)}
-    out = model.generate(torch.tensor([prompt]), **QUIET, max_new_tokens=24, **options)
+    options = {
+        "lookup": {"prompt_lookup_num_tokens": 5, "max_matching_ngram_size": 1},  # one token that recurs is a match
+        "assistant": {"assistant_model": tiny.llama("mini", 9)},
+    }[draft]
+    cropped = []
+    cache = model.new_cache()
+    crop = cache.crop
+    cache.crop = lambda n: (cropped.append(n), crop(n))
+    out = model.generate(torch.tensor([prompt]), **QUIET, max_new_tokens=24, past_key_values=cache, **options)
     assert_same_tokens(out[0, len(prompt) :], oracle.greedy(prompt, 24))
-
-
+    assert any(cropped), "drafts were rejected"
 @pytest.mark.parametrize("prompt", [REPEATING, REPEATING[:7]], ids=["beyond the window", "into the window"])
-def test_a_composite_drafts_and_is_rolled_back(model, prompt):
-    """As the assistant of a model that often disagrees, and of itself."""
-    ids = torch.tensor([prompt])
-    for main in (tiny.llama("base", 1), model):
-        alone = main.generate(ids, **QUIET, max_new_tokens=20)
-        assert torch.equal(main.generate(ids, **QUIET, max_new_tokens=20, assistant_model=model), alone)
+def test_a_composite_drafts_and_is_rolled_back(oracle, model, prompt, monkeypatch):
+    """As the assistant of a model that often disagrees: each draft is what the mixture says after that text."""
+    ids, drafted, generate = torch.tensor([prompt]), [], model.generate
+
+    def noted(**kwargs):
+        out = generate(**kwargs)
+        drafted.append((kwargs["input_ids"][0].tolist(), out.sequences[0].tolist()))
+        return out
+
+    main = tiny.llama("base", 1)
+    alone = main.generate(ids, **QUIET, max_new_tokens=20)
+    monkeypatch.setattr(model, "generate", noted)
+    assert torch.equal(main.generate(ids, **QUIET, max_new_tokens=20, assistant_model=model), alone)
+    assert len(drafted) > 5, "drafts were rejected"
+    for text, longer in drafted:
+        assert_same_tokens(longer[len(text) :], oracle.greedy(text, len(longer) - len(text)))
 
 
 @torch.no_grad()

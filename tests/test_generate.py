@@ -139,15 +139,16 @@ def test_a_prompt_read_in_chunks_gives_the_same(steered):
 
 # -- ends -----------------------------------------------------------------------------------------------------
 def test_eos_ends_each_row_on_its_own(steered):
-    """An end token that one row says at once and another never."""
-    answers = [tokens for tokens, _ in steered.answers]
-    eos = answers[0][2]
+    """An end token that two rows say at different places and the third never."""
+    eos, ends = 254, []
     rows = greedy(steered.model, eos_token_id=eos)
     for row, tokens in zip(ROWS, rows):
         expected, logits = steered.oracle.greedy(row, N_NEW, eos=eos)
         assert_same_tokens(tokens[: len(expected)], (expected, logits))
-        assert set(tokens[len(expected) :]) <= {tiny.PAD}
-    assert len({tokens.index(eos) for tokens in rows if eos in tokens}) >= 1
+        assert tokens[len(expected) :] == [tiny.PAD] * (N_NEW - len(expected))
+        ends.append(expected.index(eos) if eos in expected else None)
+    assert len(set(ends)) == 3
+    assert None in ends
 
 
 def test_the_bases_eos_is_the_default(trio):
@@ -311,10 +312,22 @@ def test_an_assistant_changes_nothing(steered, trio, seed):
     assert max(calls.columns[1:]) > 1, "drafts were verified several at once"
 
 
-def test_a_composite_can_draft(steered, trio):
+def test_a_composite_can_draft(steered, monkeypatch):
     """The mixture as the assistant of itself: every draft is right, and the answer is the mixture's."""
-    out = steered.model.generate(torch.tensor([ROWS[0]]), **QUIET, max_new_tokens=N_NEW, assistant_model=steered.model)
+    ids, drafted, generate = torch.tensor([ROWS[0]]), [], steered.model.generate
+
+    def noted(**kwargs):
+        out = generate(**kwargs)
+        drafted.append(out.sequences[0, len(ROWS[0]) :].tolist())
+        return out
+
+    monkeypatch.setattr(steered.model, "generate", noted)
+    out = generate(ids, **QUIET, max_new_tokens=N_NEW, assistant_model=steered.model)
     assert_same_tokens(out[0, len(ROWS[0]) :], steered.answers[0])
+    tokens, logits = steered.answers[0]
+    assert len(drafted) > 2
+    for text in drafted:
+        assert_same_tokens(text, (tokens[: len(text)], logits))
 
 
 REPEATING = [1, 40, 41, 42, 43, 40, 41, 42, 43, 40, 41]
@@ -372,28 +385,27 @@ class Shift(LogitsProcessor):
     "options",
     [
         {"repetition_penalty": 1.8},
-        {"min_new_tokens": 6, "eos_token_id": 5},
+        {"min_new_tokens": 9, "eos_token_id": 254},
         {"bad_words_ids": [[i] for i in range(100, 250)]},
-        {"no_repeat_ngram_size": 2},
+        {"no_repeat_ngram_size": 1},
+        {"encoder_repetition_penalty": 1.5},
+        {"sequence_bias": {(5,): 8.0}},
+        {"begin_suppress_tokens": list(range(100, 250))},
+        {"exponential_decay_length_penalty": (2, 50.0), "eos_token_id": 5},
         {"suppress_tokens": list(range(4, 200))},
         {"logits_processor": LogitsProcessorList([Shift()])},
         {"forced_eos_token_id": 5, "eos_token_id": 5},
-        {"guidance_scale": 1.0},
     ],
     ids=lambda options: next(iter(options)),
 )
 def test_processors_see_the_mixed_logits(steered, options):
+    """Each of them changes the answer; otherwise the comparison would show nothing."""
     options = {**QUIET, **options, "max_new_tokens": 10}
     ours = steered.model.generate(**tiny.padded(ROWS), **options)
     theirs = Fused(steered.oracle).generate(**tiny.padded(ROWS), **options, use_cache=False)
     assert torch.equal(ours, theirs)
-
-
-def test_a_processor_that_changes_the_answer_changes_ours(steered):
-    """The comparison above could not fail if processors did nothing."""
-    plain = greedy(steered.model)
-    assert greedy(steered.model, repetition_penalty=1.8) != plain
-    assert greedy(steered.model, logits_processor=LogitsProcessorList([Shift()])) != plain
+    ends = {**QUIET, "eos_token_id": options["eos_token_id"], "max_new_tokens": 10}
+    assert not torch.equal(ours, steered.model.generate(**tiny.padded(ROWS), **ends))
 
 
 def test_a_generation_config_object(steered):
