@@ -61,6 +61,8 @@ def test_rejected_drafts_are_rolled_back(oracle, model, draft, prompt):
     out = model.generate(torch.tensor([prompt]), **QUIET, max_new_tokens=24, past_key_values=cache, **options)
     assert_same_tokens(out[0, len(prompt) :], oracle.greedy(prompt, 24))
     assert any(cropped), "drafts were rejected"
+
+
 @pytest.mark.parametrize("prompt", [REPEATING, REPEATING[:7]], ids=["beyond the window", "into the window"])
 def test_a_composite_drafts_and_is_rolled_back(oracle, model, prompt, monkeypatch):
     """As the assistant of a model that often disagrees: each draft is what the mixture says after that text."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
@@ -28,7 +27,6 @@ from proxytune.evaluation import EVAL_TASKS, TASK_DIR
 from proxytune.evaluation.arms import ArmLM, Bench, Log, expand_arms, jobs_of
 from proxytune.evaluation.results import metric_text, score_lines
 from proxytune.evaluation.run import Settings, evaluate, load_plans
-from proxytune.statistics import bootstrap, compare, gap_closed, interval, paired_bootstrap
 
 
 @pytest.fixture(scope="session")
@@ -625,40 +623,3 @@ def test_a_prompt_too_long_names_its_example(shelf, local, tmp_path):
     data = write_lines(tmp_path / "dev.jsonl", [{"question": "word " * 300, "answers": ["a"]}])
     with pytest.raises(ProxyTuneError, match="triviaqa, example 0, base: the prompt has"):
         evaluate(load_recipe(shelf / "recipe"), Settings(("triviaqa",), arms=("base",), data=str(data)), tmp_path)
-
-
-# -- statistics ----------------------------------------------------------------------------------------------
-def test_intervals_and_tests_give_known_numbers():
-    assert interval([1, 0, 1, 0]).method == "Wilson"
-    mixed = [0.013 * (n * n % 77) for n in range(100)]
-    spread = interval(mixed)
-    assert spread.method == "bootstrap"
-    half = 1.96 * torch.tensor(mixed).std(correction=0).item() / len(mixed) ** 0.5  # the normal interval
-    assert spread.low == pytest.approx(spread.value - half, abs=0.01)
-    assert spread.high == pytest.approx(spread.value + half, abs=0.01)
-    assert bootstrap(mixed, seed=3) == bootstrap(mixed, seed=3) != bootstrap(mixed, seed=4)
-    assert compare([1.0] * 10 + [0.0] * 2, [0.0] * 10 + [1.0] * 2) == (pytest.approx(0.03857421875), "exact McNemar")
-
-
-def test_a_paired_test_sees_pairs():
-    base = [0.1 * (n % 10) for n in range(100)]
-    better = [value + 0.02 + 0.001 * (n % 3) for n, value in enumerate(base)]
-    low, high, p = paired_bootstrap(better, base)
-    assert 0.02 < low < high < 0.023
-    assert p < 0.001
-    shuffled = better[1:] + better[:1]
-    assert paired_bootstrap(shuffled, base)[2] > 0.05  # the same values, no longer in pairs
-    assert paired_bootstrap(base, base) == (0.0, 0.0, 1.0)
-
-
-def test_gap_closed_is_the_ratio_with_a_paired_interval():
-    base, tuned = [0.0] * 50 + [1.0] * 50, [1.0] * 90 + [0.0] * 10
-    steered = [1.0] * 70 + [0.0] * 30
-    gap = gap_closed(base, steered, tuned)
-    assert gap.value == pytest.approx(0.5)
-    assert gap.low < 0.5 < gap.high
-    assert gap_closed(base, base, tuned).value == 0
-    assert gap_closed(base, tuned, tuned) == gap_closed(base, tuned, tuned)
-    assert gap_closed(base, tuned, tuned).low == gap_closed(base, tuned, tuned).high == 1
-    assert gap_closed(base, steered, base).value is None  # nothing to close
-    assert gap_closed([0, 1] * 10, steered[:20], [1, 0] * 9 + [1, 1]).low is None  # not clearly apart

@@ -44,7 +44,8 @@ def wilson(correct: float, total: int, z: float = 1.96) -> tuple[float, float]:
     share, weight = correct / total, z * z / total
     middle = (share + weight / 2) / (1 + weight)
     half = z / (1 + weight) * math.sqrt(share * (1 - share) / total + weight / (4 * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # At 0 and 1 the formula gives exactly these, but for rounding, which would leave the share outside.
+    return middle - half if correct > 0 else 0.0, middle + half if correct < total else 1.0
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
