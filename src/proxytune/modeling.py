@@ -286,6 +286,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
                 f"speculate={speculate} is for greedy decoding and sampling with a cache; leave it out"
             )
         n_batch, n_columns = input_ids.shape
+        rows = self.alpha_rows(alpha, n_batch)  # before a member reads anything: a bad alpha leaves the cache whole
         if use_cache is None:
             use_cache = not self.training
         if use_cache and past_key_values is None:
@@ -319,7 +320,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         ]
         if cache is not None:
             cache.n_batch, cache.n_columns = n_batch, n_cached + n_columns
-        mixed = self.mix_lanes(logits, self.alpha_rows(alpha, n_batch))
+        mixed = self.mix_lanes(logits, rows)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=mixed, labels=labels, vocab_size=mixed.shape[-1], **kwargs)

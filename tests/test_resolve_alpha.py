@@ -1,0 +1,126 @@
+"""Alpha as plain numbers: every spelling of it, and every one that is refused. No model is needed."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+
+import tiny
+from proxytune.config import finite_alpha, resolve_alpha, take_alpha
+from proxytune.errors import AlphaError
+
+AB = ["a", "b"]
+DEFAULT = [1.0, 0.4]
+LARGEST = 3.4e38
+
+
+def refused(call, *args):
+    """The one sentence with which a call is refused."""
+    with pytest.raises(AlphaError) as caught:
+        call(*args)
+    return str(caught.value)
+
+
+# -- one number -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("alpha", [0, -2, 0.25, LARGEST, -LARGEST, 3 * 10**38], ids=repr)
+def test_a_finite_number_is_a_float(alpha):
+    found = finite_alpha(alpha)
+    assert type(found) is float
+    assert found == float(alpha)
+
+
+@pytest.mark.parametrize(
+    "alpha",
+    [math.nan, math.inf, -math.inf, True, "1", None, [1.0], 10**400, 3.5e38, -3.5e38, Fraction(1, 2), 1j],
+    ids=repr,
+)
+def test_anything_else_is_refused(alpha):
+    assert refused(finite_alpha, alpha) == f"alpha must be a finite number, not {alpha!r}"
+    assert refused(finite_alpha, alpha, "it") == f"it must be a finite number, not {alpha!r}"
+
+
+# -- one alpha an expert --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("alpha", "expected"),
+    [
+        (None, (1.0, 0.4)),
+        (2, (2.0, 2.0)),
+        (0, (0.0, 0.0)),
+        ([2, -1], (2.0, -1.0)),
+        ((2, -1), (2.0, -1.0)),
+        ({}, (1.0, 0.4)),
+        ({"b": 0}, (1.0, 0.0)),
+        ({"b": 3, "a": 2}, (2.0, 3.0)),
+    ],
+    ids=repr,
+)
+def test_every_form_of_alpha(alpha, expected):
+    found = resolve_alpha(alpha, AB, DEFAULT)
+    assert found == expected
+    assert all(type(value) is float for value in found)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "message"),
+    [
+        ({"c": 1.0}, "no expert is called 'c'; the recipe has a, b"),
+        ([1.0], "1 alphas for 2 experts (a, b)"),
+        ((1.0, 2.0, 3.0), "3 alphas for 2 experts (a, b)"),
+        ([1.0, "x"], "alpha of expert 'b' must be a finite number, not 'x'"),
+        ({"a": None}, "alpha of expert 'a' must be a finite number, not None"),
+        ("x", "alpha must be a finite number, not 'x'"),
+        (torch.tensor([1.0, 2.0]), "alpha must be a finite number, not tensor([1., 2.])"),
+    ],
+    ids=repr,
+)
+def test_every_alpha_error(alpha, message):
+    assert refused(resolve_alpha, alpha, AB, DEFAULT) == message
+
+
+# -- by an argument's name ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("said", "alphas"), tiny.SPELLINGS, ids=repr)
+def test_spellings_that_every_engine_takes(said, alphas):
+    arguments = {**said, "other": 1}
+    alpha = arguments.pop("alpha", None)
+    assert list(resolve_alpha(take_alpha(arguments, AB, alpha), AB, DEFAULT)) == alphas
+    assert arguments == {"other": 1}, "what is no alpha stays"
+
+
+@pytest.mark.parametrize("alpha", [None, 0.5, [1.0, 2.0], {"a": 1.0}, torch.ones(1, 2), "x"], ids=repr)
+def test_without_names_alpha_stays_what_it_is(alpha):
+    assert take_alpha({"other": 1}, AB, alpha) is alpha
+
+
+def test_names_make_a_mapping_and_leave_the_callers_alone():
+    given = {"a": 0.5, "b": 0.6}
+    assert take_alpha({"alpha.b": 2.0}, AB) == {"b": 2.0}
+    assert take_alpha({"alpha.b": 2.0}, AB, given) == {"a": 0.5, "b": 2.0}
+    assert given == {"a": 0.5, "b": 0.6}
+    assert take_alpha({"alpha.b": 2.0}, AB, (7, 8)) == {"a": 7, "b": 2.0}
+    assert take_alpha({"alpha.b": 2.0}, AB, [7, 8]) == {"a": 7, "b": 2.0}
+    assert take_alpha({"alpha.b": 2.0}, AB, 7) == {"a": 7, "b": 2.0}
+    rows = [0.0, 1.0, -1.5]  # one a row: the composite takes that
+    assert take_alpha({"alpha.a": rows}, AB, 0.5) == {"a": rows, "b": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "alpha", "message"),
+    [
+        ({"alpha.c": 1.0}, None, "no expert is called 'c'; the recipe has a, b"),
+        ({"alpha.": 1.0}, None, "no expert is called ''; the recipe has a, b"),
+        ({"alpha.alpha.a": 1.0}, None, "no expert is called 'alpha.a'; the recipe has a, b"),
+        ({"alpha.a": 1.0}, [1.0], "1 alphas for 2 experts (a, b)"),
+        (
+            {"alpha.b": 1.0, "alpha.a": 1.0},
+            torch.ones(1, 2),
+            "beside 'alpha.b', alpha must be a number, a list in order or a mapping",
+        ),
+        ({"alpha.a": 1.0}, "x", "beside 'alpha.a', alpha must be a number, a list in order or a mapping"),
+    ],
+    ids=repr,
+)
+def test_names_that_cannot_be_are_refused(arguments, alpha, message):
+    assert refused(take_alpha, dict(arguments), AB, alpha) == message
