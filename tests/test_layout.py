@@ -42,7 +42,7 @@ UPPER = {
     "presets": set(),
     "journal": {"errors"},
     "plain_loop": {"mixing"},
-    "check": {"errors", "config", "vocabulary", "prompts", "members"},
+    "check": {"errors", "config", "vocabulary", "prompts", "checkpoints", "members"},
     "compose": {"errors", "config", "members", "recipe", "presets"},
     "generation": {"errors", "prompts"},
     "batch": {"errors", "config", "generation", "journal"},
