@@ -18,6 +18,14 @@ from proxytune.config import Source, rebase, resolve
 PAIR = {"expert": {"model": "e"}, "anti_expert": {"model": "a"}}
 
 
+MISPLACED = [
+    *[(word, "an entry of `experts`") for word in ("alpha", "name", "expert", "anti_expert")],
+    *[(word, "a member: `base`, or") for word in ("model", "adapter", "prompt", "revision", "device_map")],
+    *[(word, "the `prompt` of a member") for word in ("system", "response_prefix", "template", "kind")],
+    *[(word, "the recipe's generation_config.json") for word in ("temperature", "eos_token_id", "max_new_tokens")],
+]
+
+
 def recipe(**values):
     return ProxyTuneConfig(**{"base": {"model": "b"}, "experts": [PAIR], **values})
 
@@ -50,7 +58,7 @@ def test_experts_are_named_in_order():
         ({"base": None}, "the recipe names no `base`; give the model to be steered"),
         ({"base": {}}, "a member must be a string or an object with `model`, not {}"),
         ({"base": 3}, "a member must be a string or an object with `model`, not 3"),
-        ({"base": {"model": "b", "dtipe": "float32"}}, "member 'b' has an unknown field 'dtipe'; known are model,"),
+        ({"base": {"model": "b", "dtipe": "float32"}}, "member 'b' has an unknown field 'dtipe'; did you mean 'dtype'"),
         ({"base": {"model": ""}}, "a member's `model` must be a hub id or a path, not ''"),
         ({"base": {"model": 7}}, "a member's `model` must be a hub id or a path, not 7"),
         ({"base": {"model": "b", "dtype": "int8"}}, "dtype 'int8' of member 'b' is not one of auto, float32"),
@@ -60,7 +68,7 @@ def test_experts_are_named_in_order():
         ({"experts": {"expert": "e"}}, "`experts` must be a list"),
         ({"experts": ["e"]}, "experts[0] must be an object with `expert` and/or `anti_expert`, not 'e'"),
         ({"experts": [{"alpha": 1}]}, "expert 'expert' names neither an `expert` nor an `anti_expert`; give one"),
-        ({"experts": [{**PAIR, "alhpa": 1}]}, "experts[0] has an unknown field 'alhpa'; known are name, expert"),
+        ({"experts": [{**PAIR, "alhpa": 1}]}, "experts[0] has an unknown field 'alhpa'; did you mean 'alpha'"),
         ({"experts": [PAIR, {**PAIR, "name": "expert"}]}, "two experts have the same name: expert, expert"),
         ({"experts": [{**PAIR, "name": "a b"}]}, "an expert's name must be a word without spaces"),
         ({"experts": [{**PAIR, "name": ""}]}, "an expert's name must be a word"),
@@ -70,7 +78,19 @@ def test_experts_are_named_in_order():
         ({"plausibility": math.nan}, "plausibility must lie in (0, 1], not nan"),
         ({"plausibility": "0.1"}, "plausibility must lie in (0, 1], not '0.1'"),
         ({"plausability": 0.1}, "unknown field 'plausability'; did you mean 'plausibility'?"),
-        ({"expert": [PAIR]}, "unknown field 'expert'; did you mean 'experts'?"),
+        *[({word: 1}, f"the recipe has an unknown field {word!r}; it belongs to {place}") for word, place in MISPLACED],
+        ({"combine": "mean"}, "the recipe has an unknown field 'combine'; known are base, experts, plausibility"),
+        ({"experts": [{**PAIR, "prompt": "chat"}]}, "experts[0] has an unknown field 'prompt'; it belongs to a member"),
+        ({"experts": [{**PAIR, "base": "b"}]}, "experts[0] has an unknown field 'base'; it belongs to the recipe's"),
+        ({"base": {"model": "b", "alpha": 1}}, "member 'b' has an unknown field 'alpha'; it belongs to an entry of"),
+        ({"base": {"model": "b", "system": "s"}}, "member 'b' has an unknown field 'system'; it belongs to the"),
+        ({"base": {"model": "b", "prompt": {"kind": "chat", "adapter": "a"}}}, "a prompt has an unknown field"),
+        ({"base": {"model": "b", "prompt": 5}}, "a prompt must be raw, chat, template, or an object of its fields"),
+        ({"base": {"model": "b", "prompt": {"kind": "chat", "system": 5}}}, "`system` of a prompt cannot be 5"),
+        ({"base": {"model": "b", "prompt": {"kind": "chat", "user_prefix": None}}}, "`user_prefix` of a prompt"),
+        ({"base": {"model": "b", "adapter": 5}}, "`adapter` of member 'b' cannot be 5"),
+        ({"base": {"model": "b", "quantization_config": "4bit"}}, "`quantization_config` of member 'b' cannot be"),
+        ({"plausibility": True}, "plausibility must lie in (0, 1], not True"),
     ],
     ids=str,
 )
@@ -149,10 +169,24 @@ def test_the_config_survives_the_disk(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == tiny.VOCAB
 
 
-def test_fields_of_others_are_kept(tmp_path):
-    """A config may carry what other tools put there."""
-    recipe(somebody_elses="thing").save_pretrained(tmp_path)
-    assert AutoConfig.from_pretrained(tmp_path).somebody_elses == "thing"
+@pytest.mark.parametrize("word", ["dtype", "torch_dtype"])
+def test_a_dtype_at_the_top_is_refused_in_a_file_and_not_in_a_call(tmp_path, word):
+    values = json.loads(recipe().to_json_string())
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert AutoConfig.from_pretrained(tmp_path, **{word: "float32"}).alphas == [1.0]
+    (tmp_path / "config.json").write_text(json.dumps({**values, word: "float32"}))
+    with pytest.raises(RecipeError, match=f"unknown field '{word}'; it belongs to a member"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_what_other_tools_put_on_a_config_is_not_written(tmp_path):
+    """Trainers set attributes on any model's config; a recipe that held them could not be read again."""
+    config = recipe(_of_a_tool="thing")
+    config.use_cache, config.dtype, config.somebody_elses = False, "float32", "thing"
+    config.with_alpha(2).save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert again._of_a_tool == "thing", "a name with an underscore is nobody's field"
+    assert (again.dtype, hasattr(again, "somebody_elses"), again.alphas) == (None, False, [2.0])
 
 
 def test_a_base_whose_config_is_remote_code_is_kept_as_it_is(tmp_path):
@@ -191,6 +225,8 @@ def test_resolve(tmp_path, monkeypatch):
     assert resolve("members/m", "org/recipe", None, "abc") == Source("org/recipe", "abc", "members/m")
     assert resolve("../m", "org/recipe/a/b", None, "abc") == Source("org/recipe", "abc", "a/m")
     assert resolve(".", "org/recipe") == Source("org/recipe")
+    assert resolve("members/m", "recipe-id", None, "abc") == Source("recipe-id", "abc", "members/m")
+    assert resolve("./m", "recipe-id") == Source("recipe-id", None, "m")
     with pytest.raises(RecipeError, match=r"'\.\./m' leads out of the repository org/recipe"):
         resolve("../m", "org/recipe")
     monkeypatch.chdir(tmp_path)

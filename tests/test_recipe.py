@@ -36,6 +36,7 @@ from proxytune import (
     write_recipe,
 )
 from proxytune import recipe as recipes
+from proxytune.members import Loading, load_recipe_tokenizer
 
 IDS = torch.tensor([[1, 40, 77, 102, 9, 33, 250, 61]])
 QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}
@@ -609,3 +610,18 @@ def test_a_base_with_idle_sampling_flags_can_be_written(tmp_path):
     sampling = GenerationConfig(do_sample=True, temperature=0.9)
     write_recipe(recipe, tmp_path, generation_config=sampling)
     assert GenerationConfig.from_pretrained(tmp_path).temperature == 0.9
+
+
+# -- what lies beside a recipe --------------------------------------------------------------------------------
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_recipes_broken_tokenizer_is_told_and_not_replaced(tmp_path, file):
+    """Absent is fine: the base has one too. Broken is not: the recipe's might have said another thing."""
+    recipe = tiny.write_recipe(tmp_path / "recipe")
+    loading = Loading()
+    assert load_recipe_tokenizer(load_recipe(recipe), loading) is not None
+    (recipe / file).write_text("{ broken")
+    with pytest.raises(MemberError, match=f"the tokenizer of the recipe {re.escape(str(recipe))} .* cannot be loaded"):
+        load_recipe_tokenizer(load_recipe(recipe), loading)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (recipe / name).unlink()
+    assert load_recipe_tokenizer(load_recipe(recipe), loading) is None

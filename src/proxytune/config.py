@@ -15,6 +15,7 @@ A recipe is a Hugging Face model directory whose ``config.json`` has ``"model_ty
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import posixpath
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from proxytune.errors import AlphaError, RecipeError
 
@@ -33,6 +34,11 @@ PROMPT_KINDS = ("raw", "chat", "template")
 LARGEST_ALPHA = 3.4e38
 NAMED = "alpha."  # what an expert's name follows in a call
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
+# What transformers and this package write into a recipe's config.json besides the recipe's own fields.
+WRITTEN_BY_TRANSFORMERS = {
+    *("attn_implementation", "auto_map", "experts_implementation", "max_position_embeddings", "model_type"),
+    *("name_or_path", "output_attentions", "tie_word_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ class Prompt:
     def __post_init__(self) -> None:
         if self.kind not in PROMPT_KINDS:
             raise RecipeError(f"prompt kind {self.kind!r} is not one of {', '.join(PROMPT_KINDS)}")
+        _refuse_types(self, "a prompt", str, ("response_prefix", "user_prefix"))
+        _refuse_types(self, "a prompt", (str, type(None)), ("system", "template"))
         if (self.template is not None) != (self.kind == "template"):
             raise RecipeError("a prompt has a `template` if and only if its kind is `template`")
         if self.template is not None and self.template.count("{prompt}") != 1:
@@ -77,6 +85,8 @@ class Prompt:
             return cls()
         if isinstance(value, str):
             return cls(kind="template", template=value) if "{prompt}" in value else cls(kind=value)  # type: ignore[arg-type]
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"a prompt must be {', '.join(PROMPT_KINDS)}, or an object of its fields, not {value!r}")
         return cls(**_known_fields(cls, value, "a prompt"))
 
     def to_json(self) -> str | dict[str, Any]:
@@ -107,6 +117,10 @@ class Member:
             raise RecipeError(f"a member's `model` must be a hub id or a path, not {self.model!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise RecipeError(f"dtype {self.dtype!r} of member {self.model!r} is not one of {', '.join(DTYPES)}")
+        what = f"member {self.model!r}"
+        _refuse_types(self, what, (str, type(None)), ("revision", "gguf_file", "adapter", "adapter_revision"))
+        _refuse_types(self, what, (str, int, Mapping, type(None)), ("device_map",))
+        _refuse_types(self, what, (Mapping, type(None)), ("quantization_config",))
 
     @classmethod
     def parse(cls, value: Member | str | Mapping[str, Any]) -> Member:
@@ -233,6 +247,9 @@ def _refuse_length(given: Sequence[Any], names: Sequence[str]) -> None:
         raise AlphaError(f"{len(given)} alphas for {len(names)} experts ({', '.join(names)})")
 
 
+OWN_FIELDS = ("base", "experts", "plausibility")
+
+
 class ProxyTuneConfig(PreTrainedConfig):
     """A recipe as a transformers config.
 
@@ -260,9 +277,10 @@ class ProxyTuneConfig(PreTrainedConfig):
     vocab_size: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for key in kwargs:  # others may add fields of their own; a misspelt one of ours must not be ignored
-            if near := difflib.get_close_matches(key, ("base", "experts", "plausibility"), n=1, cutoff=0.75):
-                raise RecipeError(f"the recipe has an unknown field {key!r}; did you mean {near[0]!r}?")
+        for key in kwargs.keys() - {"torch_dtype"}:  # what a caller of AutoConfig asks of every model
+            # A word that nobody reads is a mistake. Names that begin with an underscore are other tools' own.
+            if key not in WRITTEN_BY_TRANSFORMERS and not key.startswith("_"):
+                raise RecipeError(_unknown("the recipe", key, OWN_FIELDS))
         if self.base is None:
             raise RecipeError("the recipe names no `base`; give the model to be steered")
         base = Member.parse(self.base)
@@ -273,7 +291,9 @@ class ProxyTuneConfig(PreTrainedConfig):
         if len(set(names)) != len(names):
             raise RecipeError(f"two experts have the same name: {', '.join(names)}; names must differ")
         if self.plausibility is not None and not (
-            isinstance(self.plausibility, (int, float)) and 0.0 < self.plausibility <= 1.0
+            isinstance(self.plausibility, (int, float))
+            and not isinstance(self.plausibility, bool)
+            and 0.0 < self.plausibility <= 1.0
         ):
             raise RecipeError(f"plausibility must lie in (0, 1], not {self.plausibility!r}")
         # The JSON form is what is kept, since a config's attributes are what it serialises.
@@ -330,11 +350,23 @@ class ProxyTuneConfig(PreTrainedConfig):
             )
             for expert in self.expert_list
         ]
-        values = {**self.to_dict(), "base": change("base", self.base_member), "experts": experts}
-        copied = ProxyTuneConfig(**{key: value for key, value in values.items() if key != "model_type"})
-        copied.name_or_path = self.name_or_path
-        copied._commit_hash = getattr(self, "_commit_hash", None)
+        copied = copy.deepcopy(self)
+        copied.base = change("base", self.base_member).to_json()
+        copied.experts = [expert.to_json() for expert in experts]
         return copied
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read a recipe's JSON; ``kwargs`` are the caller's, as for any config."""
+        for key in ("dtype", "torch_dtype"):  # fields of any config, and of a caller; in a recipe nothing reads them
+            if config_dict.get(key) is not None:
+                raise RecipeError(_unknown("the recipe", key, OWN_FIELDS))
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, without what other tools have set on this object and a recipe may not hold."""
+        known = {*WRITTEN_BY_TRANSFORMERS, *(f.name for f in fields(self))} - {"dtype"}
+        return {key: value for key, value in super().to_dict().items() if key in known or key.startswith("_")}
 
     def with_alpha(self, alpha: Mapping[str, float] | list[float] | tuple[float, ...] | float) -> ProxyTuneConfig:
         """A copy with other alphas: a number for all experts, a list in order, or a mapping by name."""
@@ -367,8 +399,8 @@ def resolve(path: str, recipe: str | None, revision: str | None = None, recipe_r
 
     Args:
         path: what the recipe says.
-        recipe: the directory that the recipe was read from, or its place on the hub: ``owner/name``, or
-            ``owner/name/folder/in/it``.
+        recipe: the directory that the recipe was read from, or its place on the hub: ``owner/name``,
+            ``owner/name/folder/in/it``, or a repository of one word, such as ``gpt2``.
         revision: the member's own.
         recipe_revision: the commit that the recipe was read at; members in the same repository are read there too.
 
@@ -389,11 +421,11 @@ def resolve(path: str, recipe: str | None, revision: str | None = None, recipe_r
             raise RecipeError(f"member {path!r} does not exist beside the recipe {recipe!r} (looked at {beside!r})")
     elif recipe and (looks_like_path or path.startswith("members/")):
         # A bundled recipe on the hub keeps its members in folders of its own repository.
-        owner, name, *folder = recipe.split("/")
+        repository, folder = "/".join(recipe.split("/")[:2]), recipe.split("/")[2:]
         inside = posixpath.normpath(posixpath.join(*folder, expanded))
         if inside.startswith(".."):
-            raise RecipeError(f"member {path!r} leads out of the repository {owner}/{name}; correct the recipe")
-        return Source(f"{owner}/{name}", recipe_revision, "" if inside == "." else inside)
+            raise RecipeError(f"member {path!r} leads out of the repository {repository}; correct the recipe")
+        return Source(repository, recipe_revision, "" if inside == "." else inside)
     elif os.path.exists(expanded):
         return Source(os.path.abspath(expanded))
     if looks_like_path:
@@ -414,8 +446,33 @@ def _known_fields(cls: type, value: Mapping[str, Any], what: str) -> dict[str, A
     known = [f.name for f in fields(cls)]
     for key in value:
         if key not in known:
-            raise RecipeError(f"{what} has an unknown field {key!r}; known are {', '.join(known)}")
+            raise RecipeError(_unknown(what, key, known))
     return dict(value)
+
+
+MEMBER_WORDS = (*(f.name for f in fields(Member)), "torch_dtype")
+
+
+def _unknown(what: str, key: Any, known: Sequence[str]) -> str:
+    """Why a field cannot stand where it does, and where it belongs."""
+    said = f"{what} has an unknown field {key!r}"
+    for place, names in (
+        ("the recipe's top level", OWN_FIELDS),
+        ("an entry of `experts`", [f.name for f in fields(Expert)]),
+        ("a member: `base`, or the `expert` or `anti_expert` of an entry of `experts`", MEMBER_WORDS),
+        ("the `prompt` of a member", [f.name for f in fields(Prompt)]),
+        ("the recipe's generation_config.json", vars(GenerationConfig())),
+    ):
+        if key in names:
+            return f"{said}; it belongs to {place}"
+    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.75)
+    return f"{said}; {f'did you mean {near[0]!r}? ' if near else ''}known are {', '.join(known)}"
+
+
+def _refuse_types(part: Prompt | Member, what: str, kinds: Any, names: Sequence[str]) -> None:
+    for name in names:
+        if not isinstance(getattr(part, name), kinds):
+            raise RecipeError(f"`{name}` of {what} cannot be {getattr(part, name)!r}")
 
 
 def _non_defaults(part: Prompt | Member) -> dict[str, Any]:
@@ -436,7 +493,10 @@ def _config_at_hand(base: Member, recipe: str) -> PreTrainedConfig | None:
         source = resolve(base.model, recipe, base.revision)
         place = {"revision": source.revision, "subfolder": source.subfolder or None}
         found = AutoConfig.from_pretrained(
-            source.path, local_files_only=True, **{key: value for key, value in place.items() if value is not None}
+            source.path,
+            trust_remote_code=False,
+            local_files_only=True,
+            **{key: value for key, value in place.items() if value is not None},
         )
     except (OSError, ValueError):  # RecipeError too: what is wrong with the base is said when it is loaded
         return None

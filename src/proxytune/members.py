@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
+from transformers.utils.hub import cached_file
 
 from proxytune.adapters import active_adapter, can_be_merged, judge, read_config
 from proxytune.checkpoints import Fit, fit_of, fit_of_gguf, read_header, whole_gguf
@@ -31,6 +32,7 @@ __all__ = [
     "Loading",
     "Seat",
     "adapter_source",
+    "find_file",
     "forget_gguf",
     "group_by_weights",
     "idle_embeddings",
@@ -39,6 +41,7 @@ __all__ = [
     "load_lanes",
     "load_member",
     "load_model",
+    "load_recipe_tokenizer",
     "load_tokenizer",
     "loading_of",
     "member_source",
@@ -48,6 +51,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -393,7 +398,6 @@ def load_model(config: ProxyTuneConfig, name: str, member: Member, loading: Load
         "quantization_config": member.quantization_config or loading.quantization_config,
         "attn_implementation": loading.attn_implementation,
         "tqdm_class": loading.tqdm_class,
-        "trust_remote_code": loading.trust_remote_code,
     }
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     if isinstance(kwargs.get("quantization_config"), dict):
@@ -402,7 +406,12 @@ def load_model(config: ProxyTuneConfig, name: str, member: Member, loading: Load
         kwargs["quantization_config"] = AutoQuantizationConfig.from_dict(dict(kwargs["quantization_config"]))
     with opened(config, name, member, loading) as (path, place):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, output_loading_info=True, ignore_mismatched_sizes=True, **place, **kwargs
+            path,
+            trust_remote_code=loading.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **place,
+            **kwargs,
         )
         model, info = loaded
         refuse_unfit(name, member, model.config)
@@ -450,10 +459,21 @@ def load_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loa
 def load_tokenizer(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> Any:
     """One member's tokenizer, or None where its directory has none."""
     source, gguf_file = member_source(config, name, member)
-    if source.is_local and gguf_file is None and not _has_tokenizer(Path(source.path) / source.subfolder):
-        return None
     with opened(config, name, member, loading, with_data=False) as (path, place):
+        if gguf_file is None and not any(find_file(source, file, loading) for file in TOKENIZER_FILES):
+            return None
         return AutoTokenizer.from_pretrained(path, trust_remote_code=loading.trust_remote_code, **place)
+
+
+def load_recipe_tokenizer(config: ProxyTuneConfig, loading: Loading) -> Any:
+    """The recipe's own tokenizer, or None where it has none.
+
+    Raises:
+        MemberError: if it has one that cannot be read.
+    """
+    if not config.name_or_path:
+        return None
+    return load_tokenizer(config, f"the tokenizer of the recipe {config.name_or_path}", Member("."), loading)
 
 
 @contextmanager
@@ -473,6 +493,21 @@ def opened(
             return
         with whole_gguf(source.path, place, with_data=with_data) as whole:
             yield whole
+
+
+def find_file(source: Source, name: str, loading: Loading) -> str | None:
+    """The path of a file in a place, downloaded if it is on the hub, or None where the place has no such file.
+
+    Raises:
+        OSError: if the hub cannot be reached, or does not give it.
+    """
+    if source.is_local:
+        path = Path(source.path) / source.subfolder / name
+        return str(path) if path.is_file() else None
+    found = cached_file(
+        source.path, name, **_hub_arguments(source, loading), _raise_exceptions_for_missing_entries=False
+    )
+    return None if found is None else str(found)
 
 
 def member_source(config: ProxyTuneConfig, name: str, member: Member) -> tuple[Source, str | None]:
@@ -522,11 +557,6 @@ def _hub_arguments(source: Source, loading: Loading, gguf_file: str | None = Non
     return {key: value for key, value in {**place, **loading.hub}.items() if value is not None}
 
 
-def _has_tokenizer(directory: Path) -> bool:
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-    return any((directory / name).exists() for name in names)
-
-
 def _peft(name: str) -> Any:
     try:
         import peft
@@ -546,6 +576,11 @@ def loading_of(name: str, where: str | None) -> Iterator[None]:
         hint = ": pip install 'proxytune[gguf]'" if "gguf" in str(error).lower() else ""
         raise MemberError(f"{name} ({where}) needs a package that is missing{hint} ({first_line(error)})") from error
     except Exception as error:  # a loader raises anything: OSError, KeyError, RuntimeError of a size mismatch
+        if "trust_remote_code=True" in str(error):
+            raise MemberError(
+                f"{name} ({where}) needs code that it brings along; if you trust it, say --trust-remote-code, or in "
+                "Python member_trust_remote_code=True"
+            ) from error
         raise MemberError(f"{name} ({where}) cannot be loaded: {first_line(error)}") from error
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from proxytune.config import Member, ProxyTuneConfig, rebase
-from proxytune.errors import MemberError, RecipeError, first_line
+from proxytune.errors import MemberError, ProxyTuneError, RecipeError, first_line
 from proxytune.members import Lane, member_source, plain_weights, save_adapter
 
 if TYPE_CHECKING:
@@ -37,8 +37,9 @@ HUB_ARGUMENTS = (
 )
 
 # With this one-line module beside config.json, trust_remote_code=True loads a recipe without `import proxytune`.
+# That is for one's own recipes: in a stranger's it may say anything.
 SHIM_NAME = "proxytune_shim"
-SHIM = '''"""Loads this recipe with trust_remote_code=True; needs `pip install proxytune`."""
+SHIM = '''"""For tools that cannot `import proxytune`; where one can, this file is not read."""
 
 from proxytune import ProxyTuneConfig, ProxyTunedForCausalLM
 
@@ -68,15 +69,17 @@ def load_recipe(recipe: str | Path, **hub: Any) -> ProxyTuneConfig:
     if not os.path.isdir(path) and (path.startswith((".", "/")) or path.count("/") != 1):
         raise RecipeError(f"there is no recipe at {path!r}; make one with `proxytune new`")
     try:
-        config = AutoConfig.from_pretrained(path, **hub)
-    except RecipeError:
+        values, _ = PreTrainedConfig.get_config_dict(path, **hub)
+        kind = values.get("model_type")
+        if kind == ProxyTuneConfig.model_type:  # no code that lies beside it is run, or asked about
+            config = ProxyTuneConfig.from_dict(values, name_or_path=path)
+    except ProxyTuneError:
         raise
     except Exception as error:  # missing, unreachable, malformed: each raises something of its own
         raise RecipeError(f"the recipe {path!r} cannot be read: {first_line(error)}") from error
-    if not isinstance(config, ProxyTuneConfig):
-        raise RecipeError(
-            f"{path!r} is a {config.model_type} model, not a recipe; `proxytune new DIR --base {path}` makes one of it"
-        )
+    if kind != ProxyTuneConfig.model_type:
+        what = f"a {kind} model" if kind else "a directory whose config.json names no model_type"
+        raise RecipeError(f"{path!r} is {what}, not a recipe; `proxytune new DIR --base {path}` makes one of it")
     return read_from(config, hub.get("subfolder"), hub.get("revision"))
 
 
@@ -270,7 +273,7 @@ def model_card(config: ProxyTuneConfig) -> ModelCard:
             "Each member keeps its own licence; using this recipe means keeping all of them.",
             "",
             "```python",
-            "import proxytune",
+            "import proxytune  # so that the recipe is read as data, and no code of it is run",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
             'model = AutoModelForCausalLM.from_pretrained("this repository")',

@@ -332,7 +332,7 @@ def serve(
     """Serve a recipe with vLLM, as an OpenAI-compatible server: print the exact command, and run it.
 
     All other options are vLLM's own (--tensor-parallel-size 4, --port 8000 …) and are passed on. A request sets its
-    alpha in "vllm_xargs": {"alpha": 0.5}. The server of transformers needs no help: transformers serve RECIPE.
+    alpha in "vllm_xargs": {"alpha": 0.5}. For the server of transformers see docs/python.md.
     """
     import shlex
 
@@ -340,7 +340,7 @@ def serve(
     from proxytune.vllm.command import serve_command
 
     if engine != "vllm":
-        raise ProxyTuneError("say --engine vllm (transformers' own server is: transformers serve RECIPE)")
+        raise ProxyTuneError("say --engine vllm (for transformers' own server see docs/python.md)")
     words = serve_command(load_recipe(recipe), context.args, draft=draft, draft_tokens=draft_tokens)
     if only_print:
         typer.echo(shlex.join(words))

@@ -291,9 +291,8 @@ def load_model(
     pack: bool,
 ) -> tuple[ProxyTunedForCausalLM, Any]:
     """The model, and the recipe's tokenizer (the base's where the recipe has none)."""
-    from transformers import AutoTokenizer
-
     from proxytune.compose import device_map as parsed
+    from proxytune.members import Loading, load_recipe_tokenizer
     from proxytune.modeling import ProxyTunedForCausalLM
 
     console = Console(stderr=True)
@@ -307,10 +306,8 @@ def load_model(
             speculate=speculate,
             pack=pack,
         )
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(config.name_or_path)
-        except (OSError, ValueError, KeyError):
-            tokenizer = model.tokenizer
+        own = load_recipe_tokenizer(config, Loading(trust_remote_code=trust_remote_code))
+        tokenizer = model.tokenizer if own is None else own
     if tokenizer is None:
         raise ProxyTuneError("neither the recipe nor its base has a tokenizer; copy the base's into the recipe")
     return model, tokenizer

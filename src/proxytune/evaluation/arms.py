@@ -39,7 +39,7 @@ from proxytune.evaluation.results import ARMS
 from proxytune.generation import Answer, Encoded, Sampling, answer, batches, with_room
 from proxytune.journal import Journal
 from proxytune.kernels import pack
-from proxytune.members import Loading, load_member, load_tokenizer, loading_of
+from proxytune.members import Loading, load_member, load_recipe_tokenizer, load_tokenizer, loading_of
 from proxytune.mixing import mix
 from proxytune.modeling import ProxyTunedForCausalLM
 from proxytune.prompts import Prompter, left_pad
@@ -398,12 +398,12 @@ class Bench:
     def _tuned(self) -> Arm:
         assert self.tuned is not None
         options = {"dtype": self.loading.dtype, "device_map": self.loading.device_map}
-        options |= {"trust_remote_code": self.loading.trust_remote_code}
+        trust = self.loading.trust_remote_code
         with loading_of("the tuned model", self.tuned):
             model: Any = AutoModelForCausalLM.from_pretrained(
-                self.tuned, **{key: value for key, value in options.items() if value}
+                self.tuned, trust_remote_code=trust, **{key: value for key, value in options.items() if value}
             ).eval()
-            tokenizer: Any = AutoTokenizer.from_pretrained(self.tuned)
+            tokenizer: Any = AutoTokenizer.from_pretrained(self.tuned, trust_remote_code=trust)
         if self.loading.pack:
             pack(model)
         prompt = next((m.prompt for name, m in self.members.items() if name.endswith(".expert")), Prompt())
@@ -417,8 +417,8 @@ class Bench:
             if found is None and (member != "base" or self.steered is None):
                 found = load_tokenizer(self.config, member, self.members[member], self.loading)
             if member == "base":
-                with contextlib.suppress(OSError, ValueError, KeyError):  # the recipe's own comes first
-                    found = AutoTokenizer.from_pretrained(self.config.name_or_path)
+                own = load_recipe_tokenizer(self.config, self.loading)
+                found = found if own is None else own
             self.tokenizers[member] = found if found is not None or member == "base" else self.tokenizer
             if self.tokenizers[member] is None:
                 raise MemberError("neither the recipe nor its base has a tokenizer; copy the base's into the recipe")

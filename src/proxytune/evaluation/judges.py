@@ -155,14 +155,14 @@ class LocalModel:
 
         self.batch = batch
         try:
-            config = AutoConfig.from_pretrained(model)
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
             kind = next(iter(config.architectures or ["nothing"]))
             self.classifies = kind.endswith("ForSequenceClassification")
             if not self.classifies and not kind.endswith(("ForCausalLM", "LMHeadModel")):
                 raise ProxyTuneError(f"the judge {model} is {kind}, neither a classifier of texts nor a language model")
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(model, padding_side="right")
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(model, padding_side="right", trust_remote_code=False)
             loader: Any = AutoModelForSequenceClassification if self.classifies else AutoModelForCausalLM
-            self.model: Any = loader.from_pretrained(model, dtype="auto")
+            self.model: Any = loader.from_pretrained(model, dtype="auto", trust_remote_code=False)
         except ProxyTuneError:
             raise
         except (OSError, ValueError, KeyError) as error:
