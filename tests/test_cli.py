@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import tiny
 from proxytune import ProxyTunedForCausalLM, RecipeError, load_recipe
-from proxytune.chat import Conversation, render_conversation
+from proxytune.chat import Conversation
 from proxytune.cli import app
 from proxytune.cli.answers import interruptible
 from proxytune.cli.options import count, size
@@ -24,6 +24,7 @@ from proxytune.compose import parse_expert
 from proxytune.config import Prompt
 from proxytune.generation import Sampling, answer
 from proxytune.presets import PRESETS
+from proxytune.prompts import render
 
 pytestmark = pytest.mark.usefixtures("no_progress")
 
@@ -427,8 +428,8 @@ def test_a_plain_transcript_ends_at_the_users_name(model):
 def test_a_template_is_filled_with_the_transcript(tokenizer):
     said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     prompt = Prompt("template", template="Q: {prompt}\nA:")
-    assert tokenizer.decode(render_conversation(prompt, tokenizer, said[:1])) == "<s>Q: a\nA:"
-    assert tokenizer.decode(render_conversation(prompt, tokenizer, said)) == "<s>Q: User: a\nAssistant: b\nUser: c\nA:"
+    assert tokenizer.decode(render(prompt, tokenizer, said[:1])) == "<s>Q: a\nA:"
+    assert tokenizer.decode(render(prompt, tokenizer, said)) == "<s>Q: User: a\nAssistant: b\nUser: c\nA:"
 
 
 def test_chat_takes_commands(recipe):

@@ -8,6 +8,8 @@ import torch
 import tiny
 from oracle import Oracle, assert_same_tokens
 from proxytune import Member, Prompt, PromptError, ProxyTunedForCausalLM, RecipeError
+from proxytune.chat import Conversation
+from proxytune.generation import Sampling, encode
 from proxytune.prompts import Prompter, left_pad, render
 
 TEXTS = ["Question: how many apples are there?\nAnswer:", "the dog", "Steering a large model, how?"]
@@ -99,6 +101,64 @@ def test_text_is_taken_literally(tokenizer):
 def test_a_chat_needs_a_chat_template():
     with pytest.raises(PromptError, match="no chat template; use a `template`"):
         render(Prompt("chat"), tiny.tokenizer(chat_template=None), "hello")
+
+
+SAID = [
+    {"role": "system", "content": "theirs"},
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "three Answer:"},
+]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        (Prompt("chat"), "[system] theirs\n[user] one\n[assistant] two\n[user] three Answer:\n[assistant]"),
+        (CHAT, "[system] the rules\n[user] one\n[assistant] two\n[user] three\n[assistant]Answer:"),
+        (
+            Prompt("chat", user_prefix="Complete: "),
+            "[system] theirs\n[user] Complete: one\n[assistant] two\n[user] Complete: three Answer:\n[assistant]",
+        ),
+        (TEMPLATE, "Tell me: System: theirs\nUser: one\nAssistant: two\nUser: three Answer:\nReply:"),
+        (
+            Prompt("template", template="<{prompt}>", response_prefix=" Answer:"),
+            "<System: theirs\nUser: one\nAssistant: two\nUser: three> Answer:",
+        ),
+    ],
+    ids=["chat", "with system and prefix", "with user prefix", "template", "template with prefix"],
+)
+def test_a_conversation_is_rendered_as_a_prompt_is(prompt, shown, tokenizer):
+    assert tokenizer.decode(render(prompt, tokenizer, SAID)).removeprefix("<s>") == shown
+    turn = [{"role": "user", "content": "hello"}]
+    assert render(prompt, tokenizer, turn) == render(prompt, tokenizer, "hello")
+
+
+def test_every_way_in_shows_a_member_the_same(oracle, tokenizer):
+    """`generate --chat`, `chat`, and a bare prompt differ in the base's text alone."""
+    model = compose(oracle, tokenizer, Prompt("chat", user_prefix="Complete: "), TEMPLATE)
+    talk = Conversation(model, tokenizer, [1.0], sampling=Sampling(), max_new_tokens=3)
+    turn = [{"role": "user", "content": "the dog"}]
+    bare = encode(model, tokenizer, "the dog").own
+    assert bare == encode(model, tokenizer, "the dog", chat=True).own == talk.encode(turn).own
+    assert tokenizer.decode(bare["e.expert"]) == "<s>[user] Complete: the dog\n[assistant]"
+    system = [{"role": "system", "content": "be nice"}, *turn]
+    told = encode(model, tokenizer, "the dog", chat=True, system="be nice").own
+    assert told == talk.encode(system).own
+    assert tokenizer.decode(told["e.expert"]).startswith("<s>[system] be nice\n[user] Complete: ")
+
+
+REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role here') }}{% endif %}x"
+
+
+def test_a_template_that_refuses_a_conversation_is_one_sentence(oracle, tokenizer):
+    strict = tiny.tokenizer(chat_template=REFUSES)
+    model = compose(oracle, tokenizer, Prompt("chat"), Prompt(), tokenizers={"e.expert": strict})
+    talk = Conversation(model, tokenizer, [1.0], sampling=Sampling(), max_new_tokens=3, system="be nice")
+    with pytest.raises(PromptError, match=r"template of member 'e\.expert' refuses .*: no system role here"):
+        talk.say("hello", lambda piece: None)
+    with pytest.raises(PromptError, match=r"template of the recipe refuses .*: no system role here"):
+        encode(model, strict, "hello", chat=True, system="be nice")
 
 
 def test_a_prompt_needs_a_tokenizer():

@@ -11,18 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from proxytune.config import Prompt
-from proxytune.errors import PromptError
-from proxytune.generation import Answer, Encoded, Printer, Sampling, answer, render_chat, with_room
-from proxytune.prompts import render
+from proxytune.generation import Answer, Encoded, Printer, Sampling, answer, with_room
+from proxytune.prompts import NAMES, Message, render_chat, transcript
 
 if TYPE_CHECKING:
     from proxytune.modeling import ProxyTunedForCausalLM
 
 __all__ = ["Conversation"]
-
-Message = dict[str, str]
-NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
 class Conversation:
@@ -31,7 +26,7 @@ class Conversation:
     Args:
         model: the steered model. tokenizer: the recipe's.
         alphas: one value an expert; may be set anew between turns, since no cache depends on it.
-        system: a system prompt for the recipe's chat template.
+        system: a system prompt for the recipe's chat template, and for members that have none of their own.
 
     Attributes:
         messages: what was said so far.
@@ -97,14 +92,10 @@ class Conversation:
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """The transcript as each member reads it."""
         if self.tokenizer.chat_template:
-            ids = render_chat(self.tokenizer, messages)
+            ids = render_chat(self.tokenizer, messages, "the recipe")
         else:
             ids = list(self.tokenizer(f"{transcript(messages)}\n{NAMES['assistant']}:")["input_ids"])
-        own = {
-            name: render_conversation(prompt, tokenizer, messages)
-            for name, (prompt, tokenizer) in self.model.prompter.own.items()
-        }
-        return with_room(self.model, ids, own)
+        return with_room(self.model, ids, self.model.prompter.from_messages(messages))
 
     def _forget(self) -> None:
         self.cache = self.model.new_cache()
@@ -127,23 +118,3 @@ class Conversation:
         if common == 0:
             self._forget()
         self.read, self.reused = self.read[:common], common
-
-
-def transcript(messages: Sequence[Message]) -> str:
-    """A conversation as plain text, for models without a chat template."""
-    return "\n".join(f"{NAMES[message['role']]}: {message['content']}" for message in messages)
-
-
-def render_conversation(prompt: Prompt, tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """The ids that a member with a prompt of its own is shown for a conversation."""
-    said = [message for message in messages if message["role"] != "system"]
-    if prompt.kind != "chat":
-        return render(prompt, tokenizer, said[0]["content"] if len(said) == 1 else transcript(said))
-    if tokenizer is None or not tokenizer.chat_template:
-        raise PromptError("a member's prompt is `chat`, but its tokenizer has no chat template; use a `template`")
-    system = prompt.system
-    if system is None:  # the recipe's own system prompt comes before the conversation's
-        system = next((message["content"] for message in messages if message["role"] == "system"), None)
-    shown: list[Message] = [{"role": "system", "content": system}] if system is not None else []
-    text = tokenizer.apply_chat_template([*shown, *said], tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text + prompt.response_prefix, add_special_tokens=False)["input_ids"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +29,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from transformers.generation.streamers import BaseStreamer
 
 from proxytune.errors import PromptError, ProxyTuneError
-from proxytune.prompts import left_pad
+from proxytune.prompts import left_pad, render_chat
 
 if TYPE_CHECKING:
     from proxytune.modeling import ProxyTunedForCausalLM
@@ -136,31 +136,18 @@ def encode(
     Args:
         chat: put the prompt, as the user's turn, into the chat template of the recipe's tokenizer. Members with a
             prompt of their own are shown theirs all the same.
-        system: a system prompt for that template.
+        system: a system prompt for that template, and for members with the prompt kind `chat` that have none.
 
     Raises:
         PromptError: if the prompt is empty, cannot be rendered, or leaves some member no room for a token.
     """
     if not prompt.strip():
         raise PromptError("the prompt is empty")
-    if chat:
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        ids = render_chat(tokenizer, [*messages, {"role": "user", "content": prompt}])
-    else:
-        ids = list(tokenizer(prompt)["input_ids"])
-    own = {name: list(rows[0]) for name, rows in model.prompter.from_texts([prompt]).items()}
-    return with_room(model, ids, own)
-
-
-def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """The ids of a conversation that the assistant is to answer, by the tokenizer's chat template."""
-    if not tokenizer.chat_template:
-        raise PromptError("the recipe's tokenizer has no chat template; leave out --chat")
-    try:
-        shown = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program: it raises what it likes (no system role, turns out of order)
-        raise PromptError(f"the recipe's chat template refuses this conversation: {error}") from error
-    return list(tokenizer(shown, add_special_tokens=False)["input_ids"])
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    ids = render_chat(tokenizer, messages, "the recipe") if chat else list(tokenizer(prompt)["input_ids"])
+    return with_room(model, ids, model.prompter.from_messages(messages))
 
 
 def with_room(model: ProxyTunedForCausalLM, ids: list[int], own: dict[str, list[int]]) -> Encoded:

@@ -1,4 +1,7 @@
-"""What each member is shown: from one prompt to the ids of every member that has a prompt of its own."""
+"""What each member is shown: from one prompt, or a conversation, to the ids of every member.
+
+:func:`render` is the one place where text becomes what a member reads. A single prompt is a conversation of one turn.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ import torch
 from torch import Tensor
 
 from proxytune.config import Prompt
-from proxytune.errors import PromptError
+from proxytune.errors import PromptError, first_line
 
-__all__ = ["Prompter"]
+__all__ = ["Message", "Prompter", "left_pad", "render", "render_chat"]
+
+Message = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": text}
+NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
 class Prompter:
@@ -57,33 +63,66 @@ class Prompter:
 
     def from_texts(self, texts: Sequence[str]) -> dict[str, Sequence[Sequence[int]]]:
         """Member name -> the ids of its own prompt, one list a text."""
+        shown = [self.from_messages([{"role": "user", "content": text}]) for text in texts]
+        return {name: [one[name] for one in shown] for name in self.own}
+
+    def from_messages(self, messages: Sequence[Message]) -> dict[str, list[int]]:
+        """Member name -> the ids that it is shown for a conversation."""
         return {
-            name: [render(prompt, tokenizer, text) for text in texts] for name, (prompt, tokenizer) in self.own.items()
+            name: render(prompt, tokenizer, messages, f"member {name!r}")
+            for name, (prompt, tokenizer) in self.own.items()
         }
 
 
-def render(prompt: Prompt, tokenizer: Any, text: str) -> list[int]:
-    """The ids that one member is shown for ``text``."""
+def render(prompt: Prompt, tokenizer: Any, said: str | Sequence[Message], who: str = "a member") -> list[int]:
+    """The ids that one member is shown.
+
+    Args:
+        prompt: its prompt. tokenizer: its own.
+        said: a text, which is a conversation of one turn, or the conversation's messages, the user's last.
+        who: what errors call the member.
+
+    Raises:
+        PromptError: without a tokenizer or a chat template, or where the template refuses the conversation.
+    """
     if tokenizer is None:
-        raise PromptError("a member with a prompt of its own has no tokenizer; add one to its directory")
-    body = text
-    if prompt.response_prefix and body.rstrip().endswith(prompt.response_prefix.strip()):
-        body = body.rstrip().removesuffix(prompt.response_prefix.strip()).rstrip()
+        raise PromptError(f"{who} has a prompt of its own, but has no tokenizer; add one to its directory")
+    messages = [{"role": "user", "content": said}] if isinstance(said, str) else [dict(message) for message in said]
+    if prompt.kind == "raw":
+        return list(tokenizer(_as_text(messages))["input_ids"])
+    last = messages[-1]
+    if prompt.response_prefix and last["content"].rstrip().endswith(prompt.response_prefix.strip()):
+        last["content"] = last["content"].rstrip().removesuffix(prompt.response_prefix.strip()).rstrip()
     if prompt.kind == "template":
         assert prompt.template is not None
-        filled = prompt.template.replace("{prompt}", body) + prompt.response_prefix
+        filled = prompt.template.replace("{prompt}", _as_text(messages)) + prompt.response_prefix
         return list(tokenizer(filled)["input_ids"])
-    if prompt.kind == "raw":
-        return list(tokenizer(text)["input_ids"])
+    for message in messages:
+        if message["role"] == "user":
+            message["content"] = prompt.user_prefix + message["content"]
+    if prompt.system is not None:  # the recipe's own comes before the conversation's
+        messages = [{"role": "system", "content": prompt.system}, *(m for m in messages if m["role"] != "system")]
+    return render_chat(tokenizer, messages, who, prompt.response_prefix)
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Message], who: str, response_prefix: str = "") -> list[int]:
+    """The ids of a conversation that the assistant is to answer, by the tokenizer's chat template."""
     if not tokenizer.chat_template:
-        raise PromptError("a member's prompt is `chat`, but its tokenizer has no chat template; use a `template`")
-    messages = [{"role": "system", "content": prompt.system}] if prompt.system is not None else []
-    messages.append({"role": "user", "content": prompt.user_prefix + body})
+        raise PromptError(f"the tokenizer of {who} has no chat template; use a `template` prompt, or no chat")
     try:
-        shown = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a chat template is a program, and raises what it likes
-        raise PromptError(f"a member's chat template refuses the prompt: {error}") from error
-    return list(tokenizer(shown + prompt.response_prefix, add_special_tokens=False)["input_ids"])
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program: it raises what it likes (no system role, turns out of order)
+        raise PromptError(f"the chat template of {who} refuses this conversation: {first_line(error)}") from error
+    return list(tokenizer(text + response_prefix, add_special_tokens=False)["input_ids"])
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    """A conversation as plain text, for models without a chat template."""
+    return "\n".join(f"{NAMES[message['role']]}: {message['content']}" for message in messages)
+
+
+def _as_text(messages: Sequence[Message]) -> str:
+    return messages[0]["content"] if len(messages) == 1 else transcript(messages)
 
 
 def left_pad(rows: Sequence[Sequence[int]], width: int | None = None, pad: int = 0) -> tuple[Tensor, Tensor]:

@@ -163,7 +163,10 @@ TrustRemoteCode = Annotated[
     typer.Option("--trust-remote-code", help="Run code that the members bring along.", rich_help_panel="Loading"),
 ]
 System = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="System prompt for the recipe's chat template.", show_default=False)
+    str | None,
+    typer.Option(
+        metavar="TEXT", help="System prompt of the chat templates; a member's own comes first.", show_default=False
+    ),
 ]
 
 
