@@ -33,9 +33,21 @@ ROOMS = {
     "checkpoints": set(),
     "members": {"errors", "config", "kernels", "adapters", "checkpoints"},
     "buffers": {"errors"},
-    "speculation": {"errors", "buffers", "cost", "mixing"},
+    "coupling": {"errors", "cost"},
+    "speculation": {"errors", "buffers", "coupling", "cost", "mixing"},
     "recipe": {"errors", "config", "adapters", "members"},
-    "modeling": {"errors", "config", "mixing", "vocabulary", "prompts", "buffers", "kernels", "members", "speculation"},
+    "modeling": {
+        "errors",
+        "config",
+        "mixing",
+        "vocabulary",
+        "prompts",
+        "buffers",
+        "coupling",
+        "kernels",
+        "members",
+        "speculation",
+    },
 }
 # What rests on the core: a module, or a package as a whole -> all that it may import, at the top or inside functions.
 UPPER = {

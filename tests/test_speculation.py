@@ -5,11 +5,19 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from itertools import product
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    SynthIDTextWatermarkingConfig,
+    generation,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import tiny
@@ -131,23 +139,26 @@ def test_where_p_and_q_agree_nothing_is_rejected():
 SAMPLED = {"do_sample": True, "temperature": 1.5, "top_k": 3, "eos_token_id": None, "pad_token_id": tiny.PAD}
 
 
-def joint(oracle, prompt, n_new):
-    """The exact probability of every continuation of top-3 sampling."""
+def joint(oracle, prompt, n_new, temperature, top_p):
+    """The exact probability of every continuation of top-3 sampling, of which only ``top_p`` is left."""
     found = {}
     for choice in product(range(3), repeat=n_new):
         tokens, probability = [], 1.0
         for k in choice:
-            best = (oracle.logits(prompt, tokens)[-1] / 1.5).topk(3)
-            probability *= float(best.values.softmax(-1)[k])
+            best = (oracle.logits(prompt, tokens)[-1] / temperature).topk(3)
+            p = best.values.softmax(-1)
+            p = p * (p.cumsum(-1) - p < top_p)
+            probability *= float(p[k] / p.sum())
             tokens.append(int(best.indices[k]))
         found[tuple(tokens)] = probability
     return found
 
 
-def draws(model, prompt, n_new, n_draws, **kwargs):
-    rows = torch.tensor([prompt] * 2500)
-    for _ in range(n_draws // 2500):
-        out = model.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=n_new, **SAMPLED, **kwargs)
+def draws(model, prompt, n_new, n_draws, n_batch=2500, seeded=False, **kwargs):
+    rows = torch.tensor([prompt] * n_batch)
+    for at in range(n_draws // n_batch):
+        given = {**kwargs, "seed": list(range(at * n_batch, (at + 1) * n_batch))} if seeded else kwargs
+        out = model.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=n_new, **{**SAMPLED, **given})
         yield from map(tuple, out[:, len(prompt) :].tolist())
 
 
@@ -159,12 +170,13 @@ def alike():
     return oracle, tiny.compose(oracle)
 
 
-def statistic(oracle, model, n_draws, **kwargs):
-    exact = joint(oracle, ROWS[1], 4)
+def statistic(oracle, model, n_draws, n_new=4, **kwargs):
+    """Chi-square of the joint distribution of ``n_new`` tokens against the exact one, and its degrees of freedom."""
+    exact = joint(oracle, ROWS[1], n_new, kwargs.get("temperature", 1.5), kwargs.get("top_p", 1.0))
     seen = dict.fromkeys(exact, 0)
     torch.manual_seed(1)
-    for tokens in draws(model, ROWS[1], 4, n_draws, **kwargs):
-        assert tokens in seen, "top-k keeps to the mixture's best"
+    for tokens in draws(model, ROWS[1], n_new, n_draws, **kwargs):
+        assert exact.get(tokens, 0.0) > 0, "top-k and top-p keep to the mixture's best"
         seen[tokens] += 1
     counts = torch.tensor([float(seen[tokens]) for tokens in exact])
     expected = torch.tensor([exact[tokens] for tokens in exact]) * n_draws
@@ -180,6 +192,70 @@ def test_samples_have_the_mixtures_distribution(alike):
     value, degrees = statistic(oracle, model, 100_000, speculate=2)
     assert partly(model.speculation_stats)
     assert value < degrees + 4 * (2 * degrees) ** 0.5, "4 standard deviations of chi-square"
+
+
+@pytest.fixture(scope="module")
+def apart():
+    """Members whose guess is so wrong that a policy which looked at a draw would show at once."""
+    base = tiny.llama("mini", 1)
+    oracle = Oracle(base, [("e", near(base, 2, 0.05), near(base, 3, 0.05), 1.0)])
+    return oracle, tiny.compose(oracle)
+
+
+def test_the_default_draws_from_the_mixture(monkeypatch):
+    """One row, as generate() is called most often; what decides about drafts must not look at what was drawn."""
+    base = tiny.llama("base", 4)
+    oracle = Oracle(base, [("e", near(base, 2, 0.01), near(base, 3, 0.01), 1.0)])
+    model = tiny.compose(oracle)
+    # A draft is worth its costs where its chances are one in three: a likely token's is, an unlikely one's is not.
+    monkeypatch.setattr(model, "costs", Costs(Cost(80, 30), Cost(5, 0.1), 1))
+    watched = Watched(model)
+    value, degrees = statistic(oracle, watched, 300, n_new=3, n_batch=1, temperature=1.2)
+    assert watched.drafted > 100
+    assert value < degrees + 4 * (2 * degrees) ** 0.5
+
+
+class Watched:
+    """A model whose calls are counted."""
+
+    def __init__(self, model):
+        self.model, self.drafted = model, 0
+
+    def generate(self, *args, **kwargs):
+        made = self.model.generate(*args, **kwargs)
+        stats = self.model.speculation_stats
+        self.drafted += stats.drafted + stats.looked_up
+        return made
+
+
+def at_random(*_):
+    return bool(torch.rand(()) < 0.5)
+
+
+POLICIES = {
+    "always": {"first": lambda *_: True, "another": lambda _self, n, _chances: n < 3},
+    "never": {"first": lambda *_: False},
+    "at random": {"first": at_random, "another": lambda _self, n, _chances: n < 12 and at_random()},
+    "by confidence": {"first": lambda _self, chances: sum(chances) / len(chances) > 0.4},
+    "copies": {"from_lookup": lambda _self, found: found and 2},
+    "copies at random": {"from_lookup": lambda _self, found: found and at_random() * 2},
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.8}], ids=["", "top-p"])
+def test_no_policy_of_drafting_changes_what_is_drawn(apart, policy, options, monkeypatch):
+    """Every branch of the cost model, in batches of rows of which each accepts another number."""
+    oracle, model = apart
+    monkeypatch.setattr(Costs, "best_drafts", lambda *_: 1)
+    for name, decide in POLICIES[policy].items():
+        monkeypatch.setattr(Pace, name, decide)
+    if policy.startswith("copies"):  # a text with something to copy
+        monkeypatch.setattr(Lookup, "find", lambda _self, most: [77, 40, 9][:most])
+    watched = Watched(model)
+    value, degrees = statistic(oracle, watched, 5_000, **options)
+    assert (watched.drafted > 0) == (policy != "never")
+    assert value < degrees + 4 * (2 * degrees) ** 0.5
 
 
 @pytest.mark.parametrize("rule", [accept_everything, draw_from_p_on_rejection, swap_p_and_q])
@@ -302,9 +378,11 @@ def test_processors_and_criteria_see_what_they_would_see(model, tokenizer, optio
     assert new_tokens(model, rows, **options, speculate="auto") == plain
 
 
-def test_a_processor_of_the_users_own(model):
+def test_a_processor_of_the_users_own(model, monkeypatch):
     class Even(LogitsProcessor):
         """Every other token is even: it depends on the length of the text."""
+
+        row_by_row = True
 
         def __call__(self, input_ids, scores):
             kept = torch.arange(scores.shape[1]) % 2 == input_ids.shape[1] % 2
@@ -315,10 +393,238 @@ def test_a_processor_of_the_users_own(model):
     assert [token % 2 for token in plain[0]] == [(len(ROWS[0]) + at) % 2 for at in range(N_NEW)]
     assert new_tokens(model, [ROWS[0]], **own, speculate=3) == plain
     assert partly(model.speculation_stats)
-    assert new_tokens(model, **own, speculate="auto") == new_tokens(model, **own, speculate=False)
-    assert model.speculation_stats.drafted == 0
-    with pytest.raises(ProxyTuneError, match="because Even must see the rows of a batch side by side"):
-        new_tokens(model, **own, speculate=3)
+    assert new_tokens(model, **own, speculate=3) == new_tokens(model, **own, speculate=False)
+    monkeypatch.delattr(Even, "row_by_row")
+    for rows in (ROWS[:1], ROWS):
+        assert new_tokens(model, rows, **own) == new_tokens(model, rows, **own, speculate=False)
+        assert model.speculation_stats.drafted == model.speculation_stats.looked_up == 0
+        with pytest.raises(ProxyTuneError, match="because Even is not known to depend on a row's text"):
+            new_tokens(model, rows, **own, speculate=3)
+
+
+class Counting(LogitsProcessor):
+    """Keeps a state, as grammar matchers do: it must be called once a token, in order."""
+
+    def __init__(self):
+        self.n_calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.n_calls += 1
+        return scores.masked_fill(torch.arange(scores.shape[1]) % 3 != self.n_calls % 3, -torch.inf)
+
+
+WATERMARK = {"keys": [11, 22, 33], "ngram_len": 3}
+STATEFUL = {
+    "the user's own": lambda: {"logits_processor": LogitsProcessorList([Counting()])},
+    "guidance": lambda: {"guidance_scale": 1.5, "negative_prompt_ids": torch.tensor([[1, 88, 15, 7]])},
+    "SynthID": lambda: {"watermarking_config": SynthIDTextWatermarkingConfig(**WATERMARK)},
+    "prefixes": lambda: {"prefix_allowed_tokens_fn": lambda _row, ids: [5 + len(ids) % 7, 40]},
+}
+
+
+@pytest.mark.parametrize("options", STATEFUL.values(), ids=STATEFUL)
+def test_processors_with_a_state_are_asked_once_a_token(model, options):
+    rows, n_new = [ROWS[0]], 10
+    plain = new_tokens(model, rows, n_new, **options(), speculate=False)
+    assert plain != new_tokens(model, rows, n_new), "the processor matters"
+    assert new_tokens(model, rows, n_new, **options()) == plain, "in the default settings"
+    with pytest.raises(ProxyTuneError, match=r"because \w+Processor is not known|because Counting is not known"):
+        new_tokens(model, rows, n_new, **options(), speculate=3)
+
+
+def test_guidance_by_hand(oracle, model):
+    negative, tokens = [1, 88, 15, 7], []
+    for _ in range(10):
+        shown, other = (oracle.logits(prompt, tokens)[-1].log_softmax(-1) for prompt in (ROWS[0], negative))
+        tokens.append(int((other + 1.5 * (shown - other)).argmax()))
+    assert new_tokens(model, [ROWS[0]], 10, **STATEFUL["guidance"]()) == [tokens]
+
+
+PURE = {
+    "EpsilonLogitsWarper": (0.01,),
+    "EtaLogitsWarper": (0.01,),
+    "ExponentialDecayLengthPenalty": ((2, 1.5), 2, 3),
+    "ForcedEOSTokenLogitsProcessor": (9, 2),
+    "InfNanRemoveLogitsProcessor": (),
+    "LogitNormalization": (),
+    "MinLengthLogitsProcessor": (9, 2),
+    "MinNewTokensLengthLogitsProcessor": (3, 6, 2),
+    "MinPLogitsWarper": (0.1,),
+    "NoBadWordsLogitsProcessor": ([[7], [5, 6]],),
+    "NoRepeatNGramLogitsProcessor": (2,),
+    "RepetitionPenaltyLogitsProcessor": (1.5,),
+    "SequenceBiasLogitsProcessor": ([[[5, 6], 2.0], [[8], -3.0]],),
+    "SuppressTokensAtBeginLogitsProcessor": ([3], 8),
+    "SuppressTokensLogitsProcessor": ([3, 4],),
+    "TemperatureLogitsWarper": (0.7,),
+    "TopKLogitsWarper": (4,),
+    "TopPLogitsWarper": (0.8,),
+    "TypicalLogitsWarper": (0.8,),
+}
+
+
+def test_what_may_be_drafted_under_depends_on_its_arguments_alone():
+    """Whatever it was asked before, and whichever rows stand beside it."""
+    names = {each.__name__ for each in speculation.ROW_BY_ROW if issubclass(each, LogitsProcessor)}
+    assert names == set(PURE)
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(4, 10, (3, n), generator=generator) for n in (8, 9, 12)]
+    scores = [torch.randn(3, 10, generator=generator) for _ in texts]
+    for name, given in PURE.items():
+        make = lambda: getattr(generation, name)(*given)  # noqa: B023, E731
+        fresh = [make()(text, one.clone()) for text, one in zip(texts, scores)]
+        used = make()
+        for at in (2, 0, 1, 0, 2):
+            assert torch.equal(used(texts[at], scores[at].clone()), fresh[at]), name
+            for row in (1, 0, 2):
+                alone = used(texts[at][row : row + 1], scores[at][row : row + 1].clone())
+                torch.testing.assert_close(alone[0], fresh[at][row], msg=name)
+
+
+# -- positions that depend on the length ----------------------------------------------------------------------------
+SHORT, LONG = [1.0] * 4, [3.0, 5.0, 7.0, 9.0]
+BY_LENGTH = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": SHORT, "long_factor": LONG,
+        "original_max_position_embeddings": 20,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_rotations_that_depend_on_the_length_are_not_drafted_for(kind):
+    """Beyond the trained length a token is read differently if drafts stand behind it."""
+
+    def make(size, seed):
+        return tiny.llama(size, seed, max_position_embeddings=20, rope_parameters=dict(BY_LENGTH[kind]))
+
+    def composed():
+        return ProxyTunedForCausalLM.from_members(make("base", 1), make("small", 2), make("small", 3), alpha=0.0)
+
+    row = ROWS[0]
+    alone = make("base", 1).generate(torch.tensor([row]), **QUIET, max_new_tokens=40)[0, len(row) :].tolist()
+    assert new_tokens(composed(), [row], 40) == [alone]
+    with pytest.raises(ProxyTuneError, match=rf"base.* may rotate positions by the length of the text .*{kind}"):
+        new_tokens(composed(), [row], 40, speculate=4)
+
+
+def test_rotations_are_found_wherever_they_are_said():
+    assert speculation.rotations(tiny.llama("mini")) == {"default"}
+    assert speculation.rotations(tiny.gpt2("mini")) == set()
+    for said in (
+        {"type": "new"},
+        {"full_attention": {"rope_type": "new"}, "sliding_attention": {"rope_type": "default"}},
+    ):
+        model = tiny.llama("mini")
+        model.config.rope_scaling = said
+        assert "new" in speculation.rotations(model)
+
+
+def test_code_that_is_not_transformers_is_not_drafted_for():
+    class Foreign(type(tiny.llama("mini"))):
+        pass
+
+    Foreign.__module__ = "transformers_modules.somewhere"
+    base = tiny.llama("base", 1)
+    base.__class__ = Foreign
+    model = ProxyTunedForCausalLM.from_members(base, tiny.llama("small", 2))
+    new_tokens(model, [ROWS[0]])
+    assert model.speculation_stats.drafted == model.speculation_stats.looked_up == 0
+    with pytest.raises(ProxyTuneError, match=r"because base runs code that is not transformers' own \(Foreign\)"):
+        new_tokens(model, [ROWS[0]], speculate=2)
+
+
+# -- rows that have ended --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_rows_that_have_ended_leave(oracle, cache, monkeypatch):
+    """Caches hold the text of rows that still grow, and no more."""
+    model, runs, sizes = tiny.compose(oracle), [], []
+    make = speculation.LaneRun.__init__
+    monkeypatch.setattr(speculation.LaneRun, "__init__", lambda run, *given: (make(run, *given), runs.append(run))[0])
+    read = speculation.LaneRun.read
+    monkeypatch.setattr(
+        speculation.LaneRun, "read", lambda run, ids, **given: (sizes.append(len(ids)), read(run, ids, **given))[1]
+    )
+    rows, n_new = ROWS[::-1], 150
+    options = {"eos_token_id": 2, "suppress_tokens": [2], "cache_implementation": cache}
+    plain = new_tokens(model, rows, n_new, **options, speculate=False)
+    ends = plain[2][14]
+    early = {**options, "eos_token_id": [2, ends]}
+    plain = new_tokens(model, rows, n_new, **early, speculate=False)
+    n_short = sum(len(set(row[20:])) == 1 for row in plain)
+    assert 0 < n_short < 3, "some rows end early, and others go on"
+    runs.clear()
+    sizes.clear()
+    assert new_tokens(model, rows, n_new, **early, speculate=8) == plain
+    assert partly(model.speculation_stats)
+    longest = max(map(len, rows)) + n_new
+    assert all(run.n_read <= longest for run in runs)
+    assert (min(sizes) < 3) == (cache == "dynamic"), "static shapes stay; other rows leave the forward passes"
+
+
+# -- seeds of rows ---------------------------------------------------------------------------------------------------
+COUPLED = {"do_sample": True, "temperature": 1.3, "top_k": 20}
+
+
+def test_seeded_samples_are_the_same_with_and_without_drafts(model):
+    found = {
+        speculate: new_tokens(model, **COUPLED, seed=5, speculate=speculate) for speculate in (False, 1, 4, "auto")
+    }
+    assert found[False] == found[1] == found[4] == found["auto"]
+    new_tokens(model, **COUPLED, seed=5, speculate=4)
+    assert partly(model.speculation_stats)
+    assert new_tokens(model, **COUPLED, seed=6, speculate=4) != found[4]
+
+
+def test_a_seeded_row_is_the_same_in_any_batch(model):
+    seeds = [11, 22, 33]
+    together = new_tokens(model, **COUPLED, seed=seeds, speculate=3)
+    assert together == [new_tokens(model, [row], **COUPLED, seed=[seed])[0] for row, seed in zip(ROWS, seeds)]
+    assert together != new_tokens(model, **COUPLED, seed=seeds[::-1], speculate=3)
+    uncached = new_tokens(model, **COUPLED, seed=seeds, use_cache=False, n_new=6)
+    assert uncached == [row[:6] for row in together]
+
+
+def test_seeds_of_several_samples_of_a_prompt(model):
+    options = {**QUIET, **COUPLED, "max_new_tokens": 8, "num_return_sequences": 4}
+    out = model.generate(torch.tensor([ROWS[0]]), **options, seed=3, speculate=3)
+    assert torch.equal(out, model.generate(torch.tensor([ROWS[0]]), **options, seed=3, speculate=False))
+    assert len({tuple(row) for row in out.tolist()}) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": [1, 2]}, "2 seeds for 3 rows"),
+        ({"seed": "7"}, "seed must be a number from 0"),
+        ({"seed": -1}, "seed must be a number from 0"),
+        ({"seed": 1, "do_sample": False}, "seed is for sampling; add do_sample=True"),
+        ({"seed": 1, "num_beams": 2}, "seed is for sampling by generate"),
+    ],
+    ids=str,
+)
+def test_seeds_that_cannot_be_honoured(model, options, message):
+    with pytest.raises(ProxyTuneError, match=message):
+        new_tokens(model, **{**COUPLED, **options})
+
+
+def test_seeded_samples_have_the_mixtures_distribution(alike):
+    oracle, model = alike
+    value, degrees = statistic(oracle, model, 5_000, speculate=2, seeded=True)
+    assert partly(model.speculation_stats)
+    assert value < degrees + 4 * (2 * degrees) ** 0.5
+
+
+def test_threads_have_statistics_of_their_own(model):
+    new_tokens(model, [ROWS[0]], speculate=3)
+    mine, theirs = model.speculation_stats, []
+    thread = Thread(target=lambda: theirs.extend([model.speculation_stats, new_tokens(model), model.speculation_stats]))
+    thread.start()
+    thread.join()
+    assert theirs[0] == speculation.SpeculationStats()
+    assert theirs[2].emitted == 3 * N_NEW
+    assert model.speculation_stats is mine
 
 
 def test_a_streamer_is_given_one_token_after_another(model):
@@ -471,6 +777,8 @@ def test_repeated_text_is_copied():
     model = tiny.compose(oracle)
 
     class Cycle(LogitsProcessor):
+        row_by_row = True
+
         def __call__(self, input_ids, scores):
             forced = torch.full_like(scores, -50.0)
             forced[:, 10 + input_ids.shape[1] % 4] = 0

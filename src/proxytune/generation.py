@@ -1,14 +1,14 @@
 """From prompts to answers: what ``proxytune generate`` and ``proxytune chat`` share.
 
 A prompt is encoded for every member, a batch of them goes through the model's own ``generate``, and what comes
-back is cut to each row's own tokens. Sampling draws every row from a generator of its own, so that a row's answer
-does not depend on which other rows it shares a batch with, nor on where a job was interrupted.
+back is cut to each row's own tokens. Sampling draws every row from noise of its own (:mod:`proxytune.coupling`), so
+that a row's answer does not depend on which other rows it shares a batch with, on where a job was interrupted, or on
+drafts.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +28,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from proxytune.coupling import RowSampler, row_seed
 from proxytune.errors import PromptError, ProxyTuneError
 from proxytune.prompts import left_pad, render_chat
 
@@ -202,9 +203,8 @@ def answer(
     ids, mask = left_pad([prompt.ids for prompt in prompts])  # (n_batch, n_columns)
     limits = [max_new_tokens if p.room is None else min(max_new_tokens, p.room) for p in prompts]
     config = plain_generation_config(model, max(limits))
-    processors = LogitsProcessorList(processors)
-    if not sampling.greedy:
-        processors.append(RowSampler(sampling, rows))
+    seeds = [row_seed(sampling.seed, row) for row in rows]
+    processors = LogitsProcessorList([*processors, *([] if sampling.greedy else sampling.warpers())])
     limit_rows = RowLimit(ids.shape[1], limits, stopped)
     criteria = StoppingCriteriaList(criteria)
     if stopped is not None or len(set(limits)) > 1:  # what looks at a whole batch keeps it from being drafted for
@@ -215,8 +215,14 @@ def answer(
         steering = {
             "alpha": torch.tensor([list(row) for row in alphas], dtype=torch.float32),
             "member_input_ids": own or None,
-            "speculate": speculate if sampling.greedy else False,  # a row's generator must be asked once a token
+            "speculate": speculate,
         }
+    if not sampling.greedy:
+        if alphas is None:
+            processors.append(RowSampler(seeds))
+        else:
+            config.do_sample, steering["seed"] = True, seeds
+            config.temperature, config.top_k, config.top_p = 1.0, 0, 1.0  # off: generate() fills in what is None
     with torch.inference_mode():
         sequences = model.generate(
             ids.to(model.device),
@@ -263,28 +269,6 @@ def plain_generation_config(model: Any, max_new_tokens: int) -> GenerationConfig
         ends = config.eos_token_id
         config.pad_token_id = ends[0] if isinstance(ends, (list, tuple)) else ends
     return config
-
-
-class RowSampler(LogitsProcessor):
-    """Sample each row from a generator of its own, by the race that ``torch.multinomial`` runs.
-
-    With exponential draws e, ``argmax p / e`` is a sample from p; so these are scores for a greedy choice.
-    """
-
-    def __init__(self, sampling: Sampling, rows: Sequence[int | str]) -> None:
-        self.warpers = sampling.warpers()
-        self.generators = [torch.Generator().manual_seed(row_seed(sampling.seed, row)) for row in rows]
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Scores of shape (n_batch, n_vocab) in, scores whose argmax is the sample out."""
-        p = torch.softmax(self.warpers(input_ids, scores), dim=-1)
-        draws = [torch.empty(p.shape[-1]).exponential_(generator=generator) for generator in self.generators]
-        return p / torch.stack(draws).to(p.device)
-
-
-def row_seed(seed: int, row: int | str) -> int:
-    """A seed for one row: neighbours must not get related streams, so it is hashed."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{row}".encode()).digest()[:8], "big") >> 1
 
 
 class RowLimit(StoppingCriteria):

@@ -20,18 +20,34 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from proxytune.buffers import buffers_like
 from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig, take_alpha
+from proxytune.coupling import Noise, RowSampler, row_seeds
 from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError
 from proxytune.kernels import compile_model
 from proxytune.members import Lane, Loading, load_config, load_lanes, load_tokenizer, refuse_unfit
 from proxytune.mixing import alpha_tensor, mix
 from proxytune.prompts import Prompter, left_pad
-from proxytune.speculation import SpeculationStats, choose_drafting, costs_of, decode, parse_speculate
+from proxytune.speculation import (
+    SpeculationStats,
+    choose_drafting,
+    costs_of,
+    decode,
+    last_call,
+    parse_speculate,
+    unlike_in_pieces,
+)
 from proxytune.vocabulary import compare
 
 __all__ = ["ProxyTunedCache", "ProxyTunedForCausalLM", "ProxyTunedOutput"]
@@ -193,7 +209,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             lanes[self.drafting.lane].prepare_drafts()
         self.costs = costs_of(self)
         self.speculate = parse_speculate(speculate)
-        self.speculation_stats = SpeculationStats()  # of the last greedy or sampling call of generate()
+        self.unlike_in_pieces = unlike_in_pieces(lanes)
         self.compiled = False
         self.cache_implementation = "dynamic"  # where a call of generate() does not name one
         self._is_stateful = any(getattr(lane.model, "_is_stateful", False) for lane in lanes)
@@ -231,6 +247,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> None:
         return None  # the mixture's head is spread over the members
 
+    @property
+    def speculation_stats(self) -> SpeculationStats:
+        """Of the last greedy or sampling call of :meth:`generate` in this thread."""
+        return last_call(self)
+
     def compile_members(self, how: bool | str = True) -> None:
         """Compile what members decode with, see :func:`proxytune.kernels.compile_model`; static caches go with it."""
         for lane in cast(Sequence[Lane], self.lanes):
@@ -253,6 +274,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         prompt_length: int | None = None,
         output_member_logits: bool = False,
         speculate: Any = None,
+        seed: Any = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ProxyTunedOutput | tuple[Any, ...]:
@@ -270,7 +292,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             member_attention_mask: member name -> mask of that shape; all ones by default.
             prompt_length: how many columns of the whole outer sequence are prompt; needed with own prompts.
             output_member_logits: also return each member's own logits.
-            speculate: only for :meth:`generate`; a number of drafts is refused here.
+            speculate, seed: only for :meth:`generate`; a number of drafts and a seed are refused here.
 
         Returns:
             float32 logits, shape = (n_batch, n_positions, n_vocab of the base). With own prompts the positions
@@ -285,6 +307,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             raise ProxyTuneError(
                 f"speculate={speculate} is for greedy decoding and sampling with a cache; leave it out"
             )
+        if seed is not None:
+            raise ProxyTuneError("seed is for sampling by generate(), without beams or an assistant; leave it out")
         n_batch, n_columns = input_ids.shape
         rows = self.alpha_rows(alpha, n_batch)  # before a member reads anything: a bad alpha leaves the cache whole
         if use_cache is None:
@@ -497,6 +521,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         member_input_ids: Mapping[str, Any] | None = None,
         member_attention_mask: Mapping[str, Tensor] | None = None,
         speculate: Any = None,
+        seed: int | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' ``generate``, with every option of its own, steered.
@@ -509,7 +534,10 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             member_attention_mask: member name -> the mask of such a tensor.
             speculate: ``"auto"``: let a member draft, in greedy decoding and sampling, where that is predicted to pay;
                 False: never; a number: always draft so many tokens. By default what was given at load. Greedy
-                output is the same; samples have the same distribution, but the same seed gives other ones.
+                output is the same; samples have the same distribution, but torch's seed gives other ones.
+            seed: sample each row from noise of its own: a number, or one for each sequence drawn. A row's tokens then
+                depend on its seed and its text alone: not on the batch, and not on drafts; see
+                :mod:`proxytune.coupling`. By default torch's generator decides, as elsewhere in transformers.
 
         Raises:
             PromptError: a prompt that is empty, longer than the shortest member's context, or that cannot be made.
@@ -539,6 +567,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             member_input_ids=member_input_ids,
             member_attention_mask=member_attention_mask,
             speculate=self.speculate if speculate is None else parse_speculate(speculate),
+            seed=seed,
             **kwargs,
         )
 
@@ -553,8 +582,16 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         **model_kwargs: Any,
     ) -> Any:
         """Greedy decoding and sampling: our loop, or transformers' own where ours has no place."""
+        seed = model_kwargs.pop("seed", None)
+        seeds = None if seed is None else row_seeds(seed, input_ids.shape[0])
+        if seeds is not None and not generation_config.do_sample:
+            raise ProxyTuneError("seed is for sampling; add do_sample=True, or leave it out")
         plain = synced_gpus or generation_config.is_assistant or model_kwargs.get("past_key_values") is None
         if plain or stopping_criteria.max_length is None:
+            if seeds is not None:
+                generation_config = copy.copy(generation_config)
+                generation_config.do_sample = False
+                logits_processor = LogitsProcessorList([*logits_processor, RowSampler(seeds)])
             return super()._sample(  # type: ignore[misc]
                 cast(Any, input_ids),
                 logits_processor,
@@ -566,7 +603,15 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             )
         speculate = model_kwargs.pop("speculate")
         return decode(
-            self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs, speculate
+            self,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+            model_kwargs,
+            speculate,
+            None if seeds is None else Noise(seeds),
         )
 
     def _check_prompts(
@@ -647,6 +692,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             "prompt_length",
             "output_member_logits",
             "speculate",
+            "seed",
         )
         plain = {key: value for key, value in model_kwargs.items() if key not in ours}
         return super()._get_candidate_generator(*args, model_kwargs=plain, **kwargs)  # type: ignore[misc]

@@ -14,7 +14,9 @@ moved to the right, so that a batch stays what it was: left-padded, its newest t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -26,13 +28,14 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from proxytune.buffers import BufferLayer, can_roll_back
 from proxytune.cost import APART_BYTES, MAX_DRAFTS, QUICK_HEAD, QUICK_ROWS, Cost, Costs, cost_of_weights
+from proxytune.coupling import Noise
 from proxytune.errors import ProxyTuneError
 from proxytune.mixing import mix
 
 if TYPE_CHECKING:
     from proxytune.modeling import ProxyTunedForCausalLM
 
-__all__ = ["Speculate", "SpeculationStats", "accept_greedy", "accept_sampled", "decode", "parse_speculate"]
+__all__ = ["Speculate", "SpeculationStats", "accept_greedy", "accept_sampled", "decode", "last_call", "parse_speculate"]
 
 Speculate = Literal["auto"] | bool | int
 
@@ -50,6 +53,21 @@ def parse_speculate(value: Any) -> Speculate:
     raise ProxyTuneError(
         f"speculate must be 'auto', False, or a number of drafts from 1 to {MAX_DRAFTS}, not {value!r}"
     )
+
+
+class _LastCalls(threading.local):
+    """The statistics of each model's last call, in each thread."""
+
+    def __init__(self) -> None:
+        self.of: weakref.WeakKeyDictionary[Any, SpeculationStats] = weakref.WeakKeyDictionary()
+
+
+_LAST_CALLS = _LastCalls()
+
+
+def last_call(model: ProxyTunedForCausalLM) -> SpeculationStats:
+    """What the model's last greedy or sampling call in this thread drafted; of all zeros before the first."""
+    return _LAST_CALLS.of.get(model) or SpeculationStats()
 
 
 @dataclass
@@ -134,10 +152,13 @@ class Draft:
 
     Attributes:
         tokens: shape = (n_batch, γ).
-        q: what they were drawn from, (n_batch, γ, n_vocab); None in greedy decoding, and where they were looked up.
+        q: what they were drawn from, (n_batch, γ, n_vocab), for rejection sampling; None where they were looked up,
+            and elsewhere.
         logits: the drafting lane's, of the positions it has read, (n_rows, γ or more, n_vocab of the lane); None
             where it has read nothing.
-        confidences: of each row that grows, its probability in q of each draft.
+        confidences: of each row that grows, the largest probability in q at each draft. Not the probability of the
+            draft itself: what decides how far to draft must not look at a draw that it may discard, or it biases what
+            is drawn.
     """
 
     tokens: Tensor
@@ -264,6 +285,10 @@ class Pace:
         self.spent = 10 * costs.per_token(costs.best_drafts(0.7, n_batch), 0.7, n_batch)
         self.plain = costs.cycle(0, 0.0, n_batch)
         self.idle = 0
+
+    def resize(self, n_batch: int) -> None:
+        """Go on with fewer rows: what a token costs is theirs."""
+        self.n_batch, self.plain = n_batch, self.costs.cycle(0, 0.0, n_batch)
 
     def chance(self, confidence: float) -> float:
         """How likely a draft of this confidence is to be accepted."""
@@ -432,6 +457,15 @@ class LaneRun:
         else:
             self.position = self.position + longest
 
+    def select(self, rows: Tensor, n_batch: int) -> None:
+        """Go on with some ``rows`` of the ``n_batch`` alone."""
+        at = torch.cat([rows.to(self.lane.device) + block * n_batch for block in range(self.n_seats)])
+        self.view.batch_select_indices(at)
+        self.position, self.last_position = self.position[at], self.last_position[at]
+        if self.mask is not None:
+            self.mask = self.mask[at]
+            self._trim()
+
     def _shift(self, by: Tensor) -> None:
         """Move each row ``by`` columns to the right; what falls out at the right was rejected, the left is padding."""
         assert self.mask is not None
@@ -485,8 +519,9 @@ CONTEXT_FREE = tuple(
         "TypicalLogitsWarper",
     )
 )
-# Those, and processors and criteria that treat each row of a batch for itself: rows of unequal lengths can be given
-# to them one by one. Anything else (a class of the user's, one that counts rows) sees the whole batch, undrafted.
+# Those, and processors and criteria that are functions of one row's text and scores: drafts may ask them about texts
+# that are thrown away, and rows of unequal lengths can be given to them one by one. Anything else (a class of the
+# user's, one with a state, one that counts rows) sees each token once and the whole batch, undrafted.
 ROW_BY_ROW = CONTEXT_FREE + tuple(
     getattr(generation, name)
     for name in (
@@ -507,6 +542,44 @@ ROW_BY_ROW = CONTEXT_FREE + tuple(
 )
 
 
+# Rotations of positions (rope_type) that depend on the position alone. Others ("dynamic", "longrope") depend on the
+# longest position of the call as well, so that a token behind drafts is read differently from one read alone.
+ROTATIONS = ("default", "linear", "llama3", "proportional", "yarn")
+
+
+def unlike_in_pieces(lanes: Iterable[Any]) -> str | None:
+    """Why some lane may read several tokens at once differently from one by one; None where all are known not to."""
+    for lane in lanes:
+        names = ", ".join(name for seat in lane.seats for name in seat.names)
+        if not type(lane.model).__module__.startswith("transformers."):
+            return f"{names} runs code that is not transformers' own ({type(lane.model).__name__})"
+        for kind in rotations(lane.model):
+            if kind not in ROTATIONS:
+                return f"{names} may rotate positions by the length of the text (rope_type {kind!r})"
+    return None
+
+
+def rotations(model: Any) -> set[str]:
+    """The rope types that a model's modules and config name."""
+    found: set[str] = set()
+    for source in (*model.modules(), model.config.get_text_config(decoder=True)):
+        for name in ("rope_type", "rope_parameters", "rope_scaling"):
+            found |= _rope_types(getattr(source, name, None))
+    return found
+
+
+def _rope_types(value: Any) -> set[str]:
+    """Those in a rope type, in rope parameters, or in a mapping from kinds of layers to either."""
+    if isinstance(value, str):
+        return {value}
+    if not isinstance(value, Mapping):
+        return set()
+    kind = value.get("rope_type", value.get("type"))
+    if isinstance(kind, str):
+        return {kind}
+    return set().union(*(_rope_types(each) for each in value.values() if isinstance(each, (str, Mapping))))
+
+
 def decode(
     model: ProxyTunedForCausalLM,
     input_ids: Tensor,
@@ -516,18 +589,21 @@ def decode(
     streamer: Any,
     model_kwargs: dict[str, Any],
     speculate: Speculate,
+    noise: Noise | None = None,
 ) -> Any:
     """Greedy decoding or sampling, with drafts where they pay; what ``generate`` returns.
 
     Args:
         input_ids: the prompt, (n_batch, n_columns), left-padded.
         model_kwargs: what ``generate`` has prepared: the cache, mask, positions, alpha, own prompts.
+        noise: where samples are to depend on each row's seed alone, see :mod:`proxytune.coupling`; otherwise they are
+            drawn from torch's generator, and drafts are accepted by rejection sampling.
         The others are those of transformers' ``_sample``.
 
     Raises:
         ProxyTuneError: if a number of drafts was asked for that this call cannot have.
     """
-    run = _Decoding(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+    run = _Decoding(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, noise)
     outputs = cast(Any, model)._prefill(input_ids, generation_config, model_kwargs)
     run.start(outputs.past_key_values, model_kwargs, speculate)
     first = run.choose(outputs.logits[:, -1:])
@@ -541,7 +617,7 @@ def decode(
 class _Decoding:
     """One call of :func:`decode`: the text of each row so far, and the lanes that read it.
 
-    Rows that are drafted for grow unequally, and finished ones stand still. Where that cannot be (``aligned``), all
+    Rows that are drafted for grow unequally, and finished ones leave. Where that cannot be (``aligned``), all
     rows grow by one token a step, and finished ones by padding, as in transformers' own loop.
     """
 
@@ -553,17 +629,23 @@ class _Decoding:
         stopping_criteria: Any,
         generation_config: Any,
         streamer: Any,
+        noise: Noise | None,
     ) -> None:
         self.model, self.config, self.streamer = model, generation_config, streamer
         self.processors, self.criteria = logits_processor, stopping_criteria
         self.context_free = all(type(each) in CONTEXT_FREE for each in logits_processor)
-        self.sampling = bool(generation_config.do_sample)
+        self.noise = noise
+        # By rejection, drafts are judged by what they were drawn from; in greedy decoding, and from given noise, by
+        # what would stand in their place.
+        self.rejecting = bool(generation_config.do_sample) and noise is None
         self.has_eos = any(hasattr(each, "eos_token_id") for each in stopping_criteria)
         pad = generation_config._pad_token_tensor
         self.pad = 0 if pad is None else int(pad)
-        self.stats = model.speculation_stats = SpeculationStats()
+        self.stats = _LAST_CALLS.of[model] = SpeculationStats()
 
         self.n_batch, self.n_prompt = input_ids.shape
+        self.rows = list(range(self.n_batch))  # those that still grow, as the caller counts them
+        self.texts: dict[int, Tensor] = {}  # of those that have ended
         self.length = [self.n_prompt] * self.n_batch
         self.done = [False] * self.n_batch
         self.ids = input_ids
@@ -614,11 +696,21 @@ class _Decoding:
             return "no member with weights of its own can draft for the base"
         if not all(can_roll_back(view) for view in self.cache.views):
             return "a member's cache cannot forget rejected tokens"
+        if self.model.unlike_in_pieces is not None:
+            return self.model.unlike_in_pieces
+
+        def unknown(each: Any) -> bool:
+            return type(each) not in ROW_BY_ROW and not getattr(type(each), "row_by_row", False)
+
+        for each in filter(unknown, self.processors):
+            return (
+                f"{type(each).__name__} is not known to depend on a row's text and scores alone, and drafts call it "
+                "more than once a token (a class that does says so with `row_by_row = True`)"
+            )
         if self.n_batch == 1:
             return None
-        for each in (*self.processors, *self.criteria):
-            if type(each) not in ROW_BY_ROW and not getattr(each, "row_by_row", False):  # a class of ours says so
-                return f"{type(each).__name__} must see the rows of a batch side by side"
+        for each in filter(unknown, self.criteria):
+            return f"{type(each).__name__} must see the rows of a batch side by side"
         if self.streamer is not None:
             return "a streamer takes the rows of a batch side by side"
         if self.config.return_dict_in_generate or self.cache._is_user_defined:
@@ -659,10 +751,36 @@ class _Decoding:
         self._learn(draft, [counts[row] for row in growing], n_steps)
         rows = torch.cat([draft.tokens, tokens[:, None]], dim=1).tolist()
         kept = self.emit([[*row[:n], row[-1]] for row, n in zip(rows, counts)])
-        if not self.aligned:  # rows that have ended are carried along
-            kept = [n or max(kept) for n in kept]
         for run in self.runs:
             run.keep(kept)
+        if not self.aligned:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Take rows that have ended out of the forward passes.
+
+        Static caches keep them, so that no shape changes under a compiled model: they stand still, and what they read
+        is forgotten.
+        """
+        left = [row for row, done in enumerate(self.done) if not done]
+        if len(left) in (0, self.n_batch) or any(run.capacity is not None for run in self.runs):
+            return
+        self._take_down(row for row, done in enumerate(self.done) if done)
+        at = torch.tensor(left, device=self.ids.device)
+        self.ids, self.alpha = self.ids[at], self.alpha[at.to(self.alpha.device)]
+        for name in ("rows", "length", "done", "lookups"):
+            setattr(self, name, [getattr(self, name)[row] for row in left])
+        if self.noise is not None:
+            self.noise.select(left)
+        for run in self.runs:
+            run.select(at, self.n_batch)
+        self.n_batch = len(left)
+        self.pace.resize(self.n_batch)
+
+    def _take_down(self, rows: Iterable[int]) -> None:
+        """Remember the text of rows that have ended."""
+        for row in rows:
+            self.texts[self.rows[row]] = self.ids[row, : self.length[row]]
 
     def _draft(self, last: Tensor, growing: Sequence[int], room: int) -> Draft:
         """At most ``room`` drafts behind the newest tokens ``last``, (n_batch, 1)."""
@@ -682,24 +800,24 @@ class _Decoding:
         newest = last
         while True:
             outputs.append(run.read(newest, hidden=quick is not None))
-            q = self.process(self._guess(outputs[-1], quick), offset=draft.tokens.shape[1]).softmax(dim=-1)
-            newest = torch.multinomial(q[:, 0], num_samples=1) if self.sampling else q.argmax(dim=-1)
+            n_drafts = draft.tokens.shape[1]
+            scores = self.process(self._guess(outputs[-1], quick), offset=n_drafts)
             if self.pace.fixed is None:
-                sure = q[:, 0].gather(1, newest).squeeze(1).tolist()
+                sure = scores[:, 0].softmax(dim=-1).amax(dim=-1).tolist()
                 for at, row in enumerate(growing):
                     draft.confidences[at].append(sure[row])
                     chances[at] *= self.pace.chance(sure[row])
-                if draft.tokens.shape[1] == 0 and not self.pace.first(chances):
+                if n_drafts == 0 and not self.pace.first(chances):
                     return Draft(none, logits=logits_of(outputs[0]))
+            newest = self._draw(scores, offset=n_drafts)[:, None]
             draft.tokens = torch.cat([draft.tokens, newest], dim=1)
-            if self.sampling:
-                distributions.append(q)
+            if self.rejecting:
+                distributions.append(scores.softmax(dim=-1))
             self._write(draft.tokens)
-            n_drafts = draft.tokens.shape[1]
-            if n_drafts == room or not self.pace.another(n_drafts, chances):
+            if n_drafts + 1 == room or not self.pace.another(n_drafts + 1, chances):
                 break
         draft.logits = logits_of(torch.cat(outputs, dim=1))
-        if self.sampling:
+        if self.rejecting:
             draft.q = torch.cat(distributions, dim=1)
         return draft
 
@@ -743,16 +861,24 @@ class _Decoding:
             none = draft.tokens.new_zeros(self.n_batch)
             return none, none
         scores = self._weigh(self.model.mix_lanes(lanes, self.alpha), offset=0)
-        if self.sampling:
+        if self.rejecting:
             return accept_sampled(draft.tokens, scores.softmax(dim=-1), draft.q)
-        return accept_greedy(draft.tokens, scores)
+        return accept_greedy(draft.tokens, scores if self.noise is None else self._race(scores, offset=0))
 
     def choose(self, mixed: Tensor, offset: int = 0) -> Tensor:
         """One token from the mixture at one position, (n_batch, 1, n_vocab) -> (n_batch,)."""
-        scores = self._weigh(mixed, offset)[:, 0]
-        if self.sampling:
-            return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
-        return scores.argmax(dim=-1)
+        return self._draw(self._weigh(mixed, offset), offset)
+
+    def _draw(self, scores: Tensor, offset: int) -> Tensor:
+        """One token of each row from its scores at one position, (n_batch, 1, n_vocab) -> (n_batch,)."""
+        if self.rejecting:
+            return torch.multinomial(scores[:, 0].softmax(dim=-1), num_samples=1).squeeze(1)
+        return (scores if self.noise is None else self._race(scores, offset))[:, 0].argmax(dim=-1)
+
+    def _race(self, scores: Tensor, offset: int) -> Tensor:
+        """Scores whose argmax is the draw; each row's first position lies ``offset`` behind its text."""
+        assert self.noise is not None
+        return self.noise.race(scores.softmax(dim=-1), [length - self.n_prompt + offset for length in self.length])
 
     def _weigh(self, mixed: Tensor, offset: int) -> Tensor:
         """The mixture after all processors, remembered where the caller of ``generate`` wants to see it."""
@@ -799,7 +925,7 @@ class _Decoding:
                 taken[row] += 1
                 self.stats.emitted += not self.done[row]
             for rows, length in self._by_length(growing):
-                stops = self.criteria(self.ids[rows, :length], None)
+                stops = self.criteria(self.ids[rows, :length], cast(Any, self._scores_so_far(j + 1)))
                 for row, stop in zip(range(self.n_batch) if isinstance(rows, slice) else rows, stops.tolist()):
                     self.done[row] = self.done[row] or stop
             if self.streamer is not None:
@@ -807,6 +933,13 @@ class _Decoding:
         if self.weighed:
             self._keep_weighed(taken[0])
         return taken
+
+    def _scores_so_far(self, n_tokens: int) -> tuple[Tensor, ...] | None:
+        """What ``generate`` hands to stopping criteria: where scores are kept, those of each new token."""
+        if self.kept_scores is None:
+            return None
+        newest = torch.cat([scores for _, scores in self.weighed], dim=1)[:, :n_tokens]
+        return (*self.kept_scores, *newest.unbind(dim=1))
 
     def _by_length(self, rows: Sequence[int] | None = None) -> list[tuple[Any, int]]:
         """Rows, all by default, grouped by the length of their text: (index into the batch, length)."""
@@ -865,9 +998,9 @@ class _Decoding:
                 if type(layer) is DynamicSlidingWindowLayer:
                     layer.record_past = False
         self.cache.n_columns += self.length[0] - self.n_prompt - 1  # the newest token is read by the next call
-        for row, length in enumerate(self.length):
-            self.ids[row, length:] = self.pad
-        sequences = self.ids[:, : max(self.length)].clone()
+        self._take_down(range(self.n_batch))
+        texts = [self.texts[row] for row in sorted(self.texts)]
+        sequences = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self.pad)
         if not self.config.return_dict_in_generate:
             return sequences
         return GenerateDecoderOnlyOutput(

@@ -122,7 +122,7 @@ def generate(
     if system is not None and not chat_:
         raise ProxyTuneError("--system needs --chat: a raw prompt has no place for it")
     sampling = sampling_of(temperature, top_p, top_k, min_p, seed)
-    drafts = drafts_of(speculate, sampling)
+    drafts = drafts_of(speculate)
     config = load_recipe(recipe)
     names = [expert.name for expert in config.expert_list]
     alphas = resolve_alpha(parse_alpha(alpha), names, config.alphas)
@@ -241,7 +241,7 @@ def chat(
     sampling = sampling_of(
         temperature, top_p, top_k, min_p, int.from_bytes(os.urandom(4), "big") if seed is None else seed
     )
-    drafts = drafts_of(speculate, sampling)
+    drafts = drafts_of(speculate)
     config = load_recipe(recipe)
     names = [expert.name for expert in config.expert_list]
     alphas = resolve_alpha(parse_alpha(alpha), names, config.alphas)

@@ -293,7 +293,6 @@ def _evaluation(
     from proxytune.compose import device_map as parsed
     from proxytune.config import resolve_alpha
     from proxytune.evaluation import EVAL_TASKS, check_tasks
-    from proxytune.generation import Sampling
     from proxytune.recipe import load_recipe
 
     names = check_tasks(split_names(tasks), EVAL_TASKS)
@@ -317,7 +316,7 @@ def _evaluation(
         device_map=parsed(device_map),
         trust_remote_code=trust_remote_code,
         pack=pack,
-        speculate=drafts_of(speculate, Sampling()),
+        speculate=drafts_of(speculate),
     )
     return config, settings
 

@@ -154,7 +154,7 @@ Speculate = Annotated[
     typer.Option(
         metavar="auto|off|N",
         help="Let an expert draft N tokens ahead, which the base then verifies at once: where it pays, never, or "
-        "always. Greedy answers stay the same; sampled ones are never drafted for here.",
+        "always. Answers stay the same, sampled ones too.",
         rich_help_panel="Speed",
     ),
 ]
@@ -259,12 +259,10 @@ def sampling_of(
     return Sampling(temperature, top_p, top_k, min_p, seed)
 
 
-def drafts_of(text: str, sampling: Sampling) -> str | bool | int:
+def drafts_of(text: str) -> str | bool | int:
     """What ``--speculate`` says, as `generate` takes it."""
     if text not in ("auto", "off") and not text.isdecimal():
         raise ProxyTuneError(f"--speculate {text!r} is not auto, off or a number of drafts")
-    if text.isdecimal() and not sampling.greedy:
-        raise ProxyTuneError(f"--speculate {text} is for greedy answers: a sampled one must not depend on its drafts")
     return int(text) if text.isdecimal() else (text if text == "auto" else False)
 
 
