@@ -6,16 +6,37 @@ do not name is refused, so the next option of PEFT is refused until it has been 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import re
+import warnings
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from proxytune.errors import MemberError
 
-__all__ = ["Terms", "active_adapter", "can_be_merged", "judge", "read_config"]
+__all__ = [
+    "Terms",
+    "active_adapter",
+    "can_be_merged",
+    "changed_weights",
+    "checksums",
+    "judge",
+    "load_adapter",
+    "plain_weights",
+    "read_config",
+    "save_adapter",
+    "try_adapter",
+    "unlike_as_loaded",
+]
 
 # -- the lists ------------------------------------------------------------------------------------------------
 # Options of a LoRA adapter that say where it lies and how large it is. With any values of these it adds s B A x to the
@@ -47,6 +68,7 @@ APART = {
     "monteclora_config": "it sets monteclora_config",
 }
 APART_STARTS = ("pissa", "olora", "mica")  # the same at each load; PiSSA and OLoRA change the model's weights
+CHANGING_STARTS = ("pissa", "olora")  # of these, those that write to the model's weights
 MERGED = frozenset({"use_dora", "target_parameters", "init_lora_weights"})  # may be merged all the same
 
 # Options that are refused whatever their adapter's type, and why; those of LoRA that no list names are refused too.
@@ -65,6 +87,8 @@ OTHER_TYPES = frozenset(
         "WAVEFT",
     }
 )
+
+UNTRIED = frozenset({"ADAMSS", "BOFT", "FROD", "SHIRA", "UNILORA"})  # of these, those that need weights to be set up
 
 
 # -- the rule -------------------------------------------------------------------------------------------------
@@ -150,13 +174,164 @@ def refuse(owner: str, reason: str) -> None:
     )
 
 
+# -- loading --------------------------------------------------------------------------------------------------
+def load_adapter(model: Any, owner: str, name: str, directory: str) -> Any:
+    """Load the adapter in ``directory`` under ``name`` onto a model, or onto a ``PeftModel`` beside its other adapters.
+
+    Returns:
+        The ``PeftModel``.
+
+    Raises:
+        MemberError: for an adapter that is refused, and one whose tensors are not exactly those that its config asks
+            for on this model.
+    """
+    import peft
+    from peft.utils import load_peft_weights
+
+    config = read_config(owner, directory)
+    tensors = load_peft_weights(directory, device="cpu")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # told below, as an error
+        with _telling(f"the adapter of {owner} ({directory})"):
+            if isinstance(model, peft.PeftModel):
+                model.load_adapter(directory, adapter_name=name)
+            else:
+                model = peft.PeftModel.from_pretrained(model, directory, adapter_name=name, config=config)
+    fit_tensors(owner, directory, model, name, tensors)
+    return model
+
+
+def try_adapter(owner: str, directory: str, model: Any) -> tuple[int, bool]:
+    """Hold an adapter's file against a model on the meta device, which it changes: no weight is read.
+
+    Returns:
+        The adapter's parameters; whether names and shapes were compared, which some types do not allow.
+
+    Raises:
+        MemberError: as :func:`load_adapter`.
+    """
+    from peft import get_peft_model
+
+    config = read_config(owner, directory)
+    tensors = _empty_tensors(owner, Path(directory))
+    if config.peft_type in UNTRIED:
+        return sum(tensor.numel() for tensor in tensors.values()), False
+    before = sum(parameter.numel() for parameter in model.parameters())
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT notes that it is told another path of the model
+        adapted = get_peft_model(model, config)
+        count = sum(parameter.numel() for parameter in adapted.parameters()) - before
+        fit_tensors(owner, directory, adapted, "default", tensors)
+    return count, True
+
+
+def _empty_tensors(owner: str, directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file without their values, on the meta device."""
+    from safetensors import safe_open
+
+    if (file := directory / "adapter_model.safetensors").exists():
+        with safe_open(file, "pt") as opened:
+            shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+        return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    if (file := directory / "adapter_model.bin").exists():
+        return torch.load(file, map_location="meta", weights_only=True)  # type: ignore[no-any-return]
+    raise MemberError(f"the adapter of {owner} ({directory}) has no weights in its directory")
+
+
+def fit_tensors(owner: str, directory: str, adapted: Any, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Fill adapter ``name`` of a ``PeftModel`` with a file's tensors, all of which it must have a place for.
+
+    On the meta device this compares names and shapes alone.
+
+    Raises:
+        MemberError: naming the first tensor that is missing, left over or of another shape.
+    """
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+    from peft.utils import set_peft_model_state_dict
+
+    config = adapted.peft_config[name]
+    who = f"the adapter of {owner} ({directory})"
+    for indices in _token_indices(config):
+        n_rows = adapted.get_input_embeddings().weight.shape[0]
+        if indices and max(indices) >= n_rows:
+            raise MemberError(f"{who} trains token {max(indices)}, but the model has {n_rows} tokens")
+    mapping = getattr(adapted.get_base_model(), "_checkpoint_conversion_mapping", None) or {}
+    renamed = {_renamed(key, mapping): tensor for key, tensor in tensors.items()}
+    with _telling(who):
+        result: Any = set_peft_model_state_dict(adapted, renamed, adapter_name=name)
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    missing = [key for key in result.missing_keys if prefix in key and f".{name}" in key and not _is_reference(key)]
+    for keys, what in (
+        (result.unexpected_keys, "has a tensor {!r}, which fits no layer of its model"),
+        (missing, "lacks the tensor {!r}, which its config asks for"),
+    ):
+        if keys:
+            raise MemberError(
+                f"{who} " + what.format(sorted(keys)[0].replace(f".{name}", "")) + f" ({len(keys)} in all)"
+            )
+
+
+@contextmanager
+def _telling(who: str) -> Iterator[None]:
+    """What PEFT raises of tensors that do not fit, in one sentence."""
+    try:
+        yield
+    except KeyError as error:  # PEFT reads some tensors by name
+        raise MemberError(f"{who} lacks the tensor {error.args[0]!r}") from error
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        said = next((line for line in lines if line.startswith("size mismatch")), None)
+        if said is None:
+            raise
+        raise MemberError(f"{who} does not fit its model: {said.rstrip('.')}") from error
+
+
+def _renamed(key: str, mapping: Mapping[str, str]) -> str:
+    """A tensor's name after a family's change of names, as PEFT does it."""
+    bare = key.removeprefix("base_model.model.")
+    found = (re.subn(pattern, new, bare) for pattern, new in mapping.items())
+    return next((key[: len(key) - len(bare)] + name for name, n in found if n), key)
+
+
+def _is_reference(key: str) -> bool:
+    """Whether a layer's tensor is another name of one that the whole adapter shares, which is all that files have."""
+    layer = not key.startswith(("base_model.unilora_theta_d.", "base_model.tinylora_v."))
+    return layer and (".tinylora_v." in key or ".unilora_theta_d." in key or "vblora_vector_bank" in key)
+
+
+def _token_indices(config: Any) -> list[list[int]]:
+    found = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
+    return list(found.values()) if isinstance(found, dict) else [list(found)]
+
+
+def checksums(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """A number for each weight that changes with its bits: one pass over memory."""
+    sums = {}
+    for name, tensor in weights.items():
+        whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size())
+        if tensor.device.type != "meta" and whole is not None and not tensor.is_complex():
+            sums[name] = int(tensor.detach().contiguous().view(whole).sum(dtype=torch.int64))
+    return sums
+
+
+def changed_weights(adapted: Any, before: Mapping[str, int]) -> str | None:
+    """The first of a model's own weights whose sum is not that of ``before``, or None."""
+    after = checksums(plain_weights(adapted))
+    return next((name for name, total in before.items() if after.get(name) != total), None)
+
+
 # -- adapters in memory ---------------------------------------------------------------------------------------
 def active_adapter(owner: str, model: Any) -> str | None:
     """The adapter that a model in memory answers with, or None where it is no ``PeftModel``.
 
     Raises:
-        MemberError: for an adapter that is refused, and for several at once.
+        MemberError: for an adapter that is refused, for several at once, and for one that transformers loaded.
     """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise MemberError(
+            f"{owner} is a model that transformers put an adapter on; name the model and the adapter apart, or give a "
+            "PeftModel"
+        )
     if not hasattr(model, "get_base_model"):
         return None
     active = model.active_adapter
@@ -181,3 +356,43 @@ def can_be_merged(adapted: Any) -> bool:
     users = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     return all(users[id(weight)] == 1 for layer in layers for weight in layer.get_base_layer().parameters())
+
+
+def unlike_as_loaded(adapted: Any) -> str | None:
+    """Why the layers of a ``PeftModel`` in memory are not its weights and its adapters side by side, or None."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
+    if any(layer.merged for layer in layers):
+        return "it is merged at the moment (unmerge_adapter() undoes it)"
+    return "it is disabled at the moment" if any(layer.disable_adapters for layer in layers) else None
+
+
+# -- saving ---------------------------------------------------------------------------------------------------
+def plain_weights(adapted: Any) -> dict[str, Tensor]:
+    """The weights under a ``PeftModel``'s adapters, by the names they have without them."""
+    from peft.utils.save_and_load import get_base_model_state_dict
+
+    return get_base_model_state_dict(adapted)  # type: ignore[no-any-return]
+
+
+def save_adapter(adapted: Any, name: str, directory: Path) -> None:
+    """Save one adapter of a ``PeftModel`` as a PEFT directory of its own.
+
+    The weights are saved beside it as they are now, so an adapter that begins by changing them says so no longer.
+    """
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    tensors = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+    config = copy.deepcopy(adapted.peft_config[name])
+    config.inference_mode = True
+    if getattr(config, "init_lora_weights", None) in CHANGING_STARTS:
+        config.init_lora_weights = True
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()},  # clones: none is shared
+        directory / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config.save_pretrained(str(directory))

@@ -7,8 +7,6 @@ are the bytes that one token adds to the cache, which makes both right for any a
 from __future__ import annotations
 
 import json
-import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,15 +16,16 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from proxytune.adapters import try_adapter
 from proxytune.checkpoints import parts_of_gguf
 from proxytune.config import Member, ProxyTuneConfig
 from proxytune.errors import MemberError, ProxyTuneError, first_line
 from proxytune.members import (
     Loading,
+    adapter_directory,
     adapter_source,
     group_by_weights,
     idle_embeddings,
-    load_adapter_config,
     load_config,
     load_tokenizer,
     loading_of,
@@ -258,7 +257,7 @@ def _count(
         if member.adapter is not None:
             try:
                 place = adapter_source(config, member)
-                n_adapter = _adapter_parameters(config, name, member, one, loading)
+                n_adapter = _adapter_parameters(config, name, member, one, loading, notes)
             except ProxyTuneError as error:
                 problems.append(str(error))
             kept = any(other != name and own_weights[other] == key for other in found)  # alone, it is merged
@@ -410,25 +409,13 @@ def _window(config: PreTrainedConfig) -> int | None:
     return window if window and slides else None
 
 
-def _adapter_parameters(config: ProxyTuneConfig, name: str, member: Member, one: _Found, loading: Loading) -> int:
-    """Build the adapter on an empty model: that shows whether it fits, and counts it."""
-    source = adapter_source(config, member)
-    adapter = load_adapter_config(config, name, member, loading)
-    if (
-        source is not None
-        and source.is_local
-        and not any(
-            os.path.exists(os.path.join(source.path, source.subfolder, f"adapter_model.{end}"))
-            for end in ("safetensors", "bin")
-        )
-    ):
-        raise MemberError(f"{name} ({member.adapter}) has no adapter weights in its directory")
+def _adapter_parameters(
+    config: ProxyTuneConfig, name: str, member: Member, one: _Found, loading: Loading, notes: list[str]
+) -> int:
+    """Try the adapter on an empty model: that shows whether it fits, and counts it."""
     with loading_of(name, member.adapter):
-        from peft import get_peft_model
-
-        model = _empty(one.config, loading)
-        before = sum(parameter.numel() for parameter in model.parameters())
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT notes that it is told another path of the model
-            adapted = get_peft_model(model, adapter)
-        return sum(parameter.numel() for parameter in adapted.parameters()) - before
+        directory = adapter_directory(config, name, member, loading)
+        count, tried = try_adapter(name, directory, _empty(one.config, loading))
+    if not tried:
+        notes.append(f"whether the adapter of {name} fits its model shows when it is loaded")
+    return count

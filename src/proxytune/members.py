@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -21,16 +22,27 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils.hub import cached_file
 
-from proxytune.adapters import active_adapter, can_be_merged, judge, read_config
+from proxytune.adapters import (
+    active_adapter,
+    can_be_merged,
+    changed_weights,
+    checksums,
+    judge,
+    load_adapter,
+    read_config,
+    unlike_as_loaded,
+)
 from proxytune.checkpoints import Fit, fit_of, fit_of_gguf, read_header, whole_gguf
 from proxytune.config import Member, Prompt, ProxyTuneConfig, Source
 from proxytune.errors import MemberError, first_line
 from proxytune.kernels import PackedLinear, QuickHead, pack
+from proxytune.rows import apply_by_rows, refuse_unlike, same_weights
 
 __all__ = [
     "Lane",
     "Loading",
     "Seat",
+    "adapter_directory",
     "adapter_source",
     "find_file",
     "forget_gguf",
@@ -85,17 +97,55 @@ class Lane(nn.Module):
     A forward takes the seats' rows stacked, shape = (n_seats * n_batch, n_columns), block by block.
     """
 
-    def __init__(self, model: PreTrainedModel, seats: Sequence[Seat], source: Member | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, seats: Sequence[Seat], source: Member | None = None, adapted: Any = None
+    ) -> None:
+        """
+        Args:
+            model: a module tree that is the lane's own.
+            source: where it lies; None for a model that was given in memory.
+            adapted: the ``PeftModel`` around ``model``, where its layers have adapters.
+        """
         super().__init__()
-        self.model: Any = model
+        self.model: Any = model.eval()
         self.seats = tuple(seats)
-        self.source = source  # None for a model that was given in memory
+        self.source = source
+        self._adapted = (adapted,)  # in a tuple: its modules are the model's
+        self._alone: dict[str | None, Any] = {}  # adapter -> the model under it alone
         self.packed = any(isinstance(module, PackedLinear) for module in model.modules())
         self.read_bytes = _bytes_read(model)
         self.quick_head: QuickHead | None = None
-        self.blocks = RowBlocks()
-        if len({seat.adapter for seat in seats}) > 1:
-            _swap_in_row_lora(model, self.blocks)
+        self.by_rows = len({seat.adapter for seat in seats}) > 1
+        if self.by_rows:
+            adapters = [seat.adapter for seat in seats]
+            apply_by_rows(model, adapters)
+            if reason := refuse_unlike(model, adapters):
+                owner = next(seat.names[0] for seat in seats if seat.adapter is not None)
+                raise CannotShare(owner, reason)
+        self._as_loaded = _marks(model)
+
+    @property
+    def adapted(self) -> Any:
+        """The ``PeftModel`` around the model, or None."""
+        return self._adapted[0]
+
+    @property
+    def changed(self) -> bool:
+        """Whether the weights are trained, or are no longer those that were loaded."""
+        marks = _marks(self.model)
+        return (
+            any(p.requires_grad for p in self.model.parameters())
+            or marks.keys() != self._as_loaded.keys()
+            or any(_differ(mark, self._as_loaded[name]) for name, mark in marks.items())
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._alone.clear()  # it may give a module other parameters and buffers
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> Lane:
+        self._alone.clear()
+        return super().train(mode)
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +158,9 @@ class Lane(nn.Module):
     def pack(self) -> None:
         """Lay the weights out for fast inference on a CPU; see :func:`proxytune.kernels.pack`."""
         pack(self.model)
+        self._alone.clear()
         self.packed = True
+        self._as_loaded = _marks(self.model)
 
     def prepare_drafts(self) -> None:
         """Make a quick head for drafting, where the weights are packed and the logits are the head's very output."""
@@ -125,8 +177,7 @@ class Lane(nn.Module):
     def hidden(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """The last hidden states of the stacked rows, (n_seats * n_batch, n_columns, n_hidden), for :meth:`head`."""
         self._make_masks(input_ids, inputs)
-        with self.blocks.of(self.seats, input_ids.shape[0] // len(self.seats)):
-            return cast(Tensor, self.model.base_model(input_ids=input_ids, **inputs).last_hidden_state)
+        return cast(Tensor, self.model.base_model(input_ids=input_ids, **inputs).last_hidden_state)
 
     def _make_masks(self, input_ids: Tensor, inputs: dict[str, Any]) -> None:
         """Over a static cache the attention's masks are made here, as ``generate`` does: they depend on its contents,
@@ -149,90 +200,58 @@ class Lane(nn.Module):
         """The logits of hidden states, as :meth:`forward` gives them; for lanes with a quick head."""
         return cast(Tensor, self.model.get_output_embeddings()(hidden))
 
-    @contextmanager
-    def alone(self, name: str) -> Iterator[Any]:
-        """The lane's model as member ``name`` by itself, on all rows, for calls of its own ``generate``."""
+    def alone(self, name: str) -> Any:
+        """The model of member ``name`` by itself, for calls of its own: the very weights, its adapter on all rows."""
+        if not self.by_rows:
+            return self.model
         adapter = next(seat.adapter for seat in self.seats if name in seat.names)
-        self.blocks.rows = [] if adapter is None else [(adapter, slice(None))]
-        try:
-            yield self.model
-        finally:
-            self.blocks.rows = None
+        if adapter not in self._alone:
+            model = same_weights(self.model)
+            apply_by_rows(model, [adapter])
+            self._alone[adapter] = model
+        return self._alone[adapter]
 
     def forward(self, input_ids: Tensor, *, logits_to_keep: int | Tensor, **inputs: Any) -> Tensor:
         """Logits of the stacked rows, shape = (n_seats * n_batch, n_kept, n_vocab), in the model's dtype."""
-        n_batch = input_ids.shape[0] // len(self.seats)
         self._make_masks(input_ids, inputs)
-        with self.blocks.of(self.seats, n_batch):
-            if self.model._supports_logits_to_keep():
-                inputs["logits_to_keep"] = logits_to_keep
-                return cast(Tensor, self.model(input_ids=input_ids, **inputs).logits)
-            logits: Tensor = self.model(input_ids=input_ids, **inputs).logits
+        if self.model._supports_logits_to_keep():
+            inputs["logits_to_keep"] = logits_to_keep
+            return cast(Tensor, self.model(input_ids=input_ids, **inputs).logits)
+        logits: Tensor = self.model(input_ids=input_ids, **inputs).logits
         if isinstance(logits_to_keep, int):
             return logits[:, -logits_to_keep:] if logits_to_keep else logits
         return logits[:, logits_to_keep]
 
 
-# -- LoRA on a block of rows ----------------------------------------------------------------------------------
-class RowBlocks:
-    """Which rows of the forward in progress pass through which adapter; shared by all layers of a lane."""
+class CannotShare(MemberError):
+    """An adapter of ``owner`` turns out to need weights of its own, for ``reason``."""
 
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, slice]] | None = None
-
-    @contextmanager
-    def of(self, seats: Sequence[Seat], n_batch: int) -> Iterator[None]:
-        self.rows = [
-            (seat.adapter, slice(index * n_batch, (index + 1) * n_batch))
-            for index, seat in enumerate(seats)
-            if seat.adapter is not None
-        ]
-        try:
-            yield
-        finally:
-            self.rows = None
+    def __init__(self, owner: str, reason: str) -> None:
+        super().__init__(
+            f"{owner} shares its weights with another member, but its adapter cannot be applied to a part of the batch "
+            f"because {reason}; give members with weights of their own"
+        )
+        self.owner, self.reason = owner, reason
 
 
-class RowLoRA(nn.Module):
-    """A PEFT LoRA layer whose adapters each touch one block of rows: ``y = W x``, then ``y[rows] += s B A x[rows]``.
+def _marks(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """What shows that a parameter was written to: PyTorch's count of writes, and a sample of its bits.
 
-    PEFT's own mixed-adapter batch gathers rows layer by layer; blocks need only views. Outside a lane's forward
-    the layer is PEFT's own.
+    Optimizers that are fused leave the count alone, and change every value.
     """
-
-    def __init__(self, layer: Any, blocks: RowBlocks) -> None:
-        super().__init__()
-        self.peft_layer = layer
-        self.blocks = blocks
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.blocks.rows is None:
-            return self.peft_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
-        layer = self.peft_layer
-        y = layer.base_layer(x, *args, **kwargs)
-        for adapter, rows in self.blocks.rows:
-            if adapter in layer.lora_A:
-                down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-                taken = x[rows].to(down.weight.dtype)
-                delta = up(down(layer.lora_dropout[adapter](taken) if layer.training else taken))
-            elif adapter in layer.lora_embedding_A:  # x are ids; A and B are kept transposed
-                down, up = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-                delta = layer._embed(x[rows], down.T) @ up.T
-                if (scale := layer._get_embed_scale()) is not None:  # Gemma's embeddings scale themselves
-                    delta = delta * scale.to(delta.dtype)
-            else:
-                continue
-            y[rows].add_(delta.to(y.dtype), alpha=layer.scaling[adapter])
-        return y  # type: ignore[no-any-return]
+    return {
+        name: (p.dtype, 0 if p.is_inference() else p._version, *checksums({"": _sample(p)}).values())
+        for name, p in model.named_parameters()
+    }
 
 
-def _swap_in_row_lora(model: nn.Module, blocks: RowBlocks) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def _sample(weight: Tensor, n: int = 65536) -> Tensor:
+    flat = weight.detach().flatten()
+    return flat[:: max(1, len(flat) // n)]
 
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, BaseTunerLayer) and not isinstance(parent, RowLoRA):
-                setattr(parent, name, RowLoRA(child, blocks))
+
+def _differ(mark: tuple[Any, ...], loaded: tuple[Any, ...]) -> bool:
+    return mark[0] == loaded[0] and mark != loaded  # another dtype is the same weights, rounded
 
 
 @torch.no_grad()
@@ -266,7 +285,7 @@ def load_lanes(config: ProxyTuneConfig, loading: Loading, given: Mapping[str, An
     Args:
         config: the recipe.
         loading: what the caller asks of every member.
-        given: member name -> a model in memory (a PeftModel too), which is used as it is.
+        given: member name -> a model in memory (a PeftModel too); its weights are used, its modules stay as they are.
 
     Raises:
         MemberError: naming the member that cannot be loaded, and why.
@@ -278,11 +297,10 @@ def load_lanes(config: ProxyTuneConfig, loading: Loading, given: Mapping[str, An
     named = [(name, member) for name, member in config.members() if name not in given]
     groups, reasons = group_by_weights(config, named, loading)
     for name, reason in reasons.items():
-        logger.warning("the adapter of %s is loaded with weights of its own, because %s", name, reason)
-    lanes = [
-        *(_given_lane(group, given) for group in in_memory.values()),
-        *(_loaded_lane(config, group, loading) for group in groups),
-    ]
+        _warn_apart(name, reason)
+    lanes = [_given_lane(group, given) for group in in_memory.values()]
+    for group in groups:
+        lanes += _loaded_lanes(config, group, loading)
     if loading.pack:
         for lane in lanes:
             lane.pack()
@@ -341,45 +359,61 @@ def _bare(model: Any) -> Any:
 
 
 def _given_lane(group: list[tuple[str, Member]], given: Mapping[str, Any]) -> Lane:
-    adapters: dict[str, str | None] = {}
-    for name, _ in group:
-        adapters[name] = active_adapter(name, given[name])
-        if adapters[name] is not None and len(group) > 1:
-            reason = judge(given[name].peft_config[adapters[name]]).apart
-            if reason:
-                raise MemberError(
-                    f"{name} shares its weights with another member, but its adapter cannot be applied to a part of "
-                    f"the batch because {reason}; give members with weights of their own"
-                )
-    return Lane(_bare(given[group[0][0]]), _seats(group, adapters))
+    """A lane over the weights of models in memory, in a module tree of its own: the caller's stays as it is."""
+    adapters = {name: active_adapter(name, given[name]) for name, _ in group}
+    wrappers = {id(given[name]): given[name] for name, adapter in adapters.items() if adapter is not None}
+    for name, adapter in adapters.items():
+        if adapter is not None and len(set(adapters.values())) > 1:
+            reason = judge(given[name].peft_config[adapter]).apart
+            if len(wrappers) > 1:
+                reason = "two PeftModels wrap that model"
+            if reason or (reason := unlike_as_loaded(given[name])):
+                raise CannotShare(name, reason)
+    model = same_weights(next(iter(wrappers.values()), given[group[0][0]]))
+    return Lane(_bare(model), _seats(group, adapters), adapted=model if wrappers else None)
+
+
+def _loaded_lanes(config: ProxyTuneConfig, group: list[tuple[str, Member]], loading: Loading) -> list[Lane]:
+    """One lane, or where an adapter turns out to be in the others' way, one for each adapter."""
+    try:
+        return [_loaded_lane(config, group, loading)]
+    except CannotShare as error:
+        _warn_apart(error.owner, error.reason)
+    parts: dict[Source | None, list[tuple[str, Member]]] = {}
+    for name, member in group:
+        parts.setdefault(adapter_source(config, member), []).append((name, member))
+    return [_loaded_lane(config, part, loading) for part in parts.values()]
+
+
+def _warn_apart(name: str, reason: str) -> None:
+    logger.warning("the adapter of %s is loaded with weights of its own, because %s", name, reason)
 
 
 def _loaded_lane(config: ProxyTuneConfig, group: list[tuple[str, Member]], loading: Loading) -> Lane:
     name, member = group[0]
     model = load_model(config, name, member, loading)
+    active_adapter(name, model)
     places = {n: adapter_source(config, m) for n, m in group}  # by place: one adapter may have several revisions
     sources = sorted({source for source in places.values() if source is not None}, key=str)
     names = {source: f"adapter{index}" for index, source in enumerate(sources)}
     adapters = {n: names[source] if source is not None else None for n, source in places.items()}
-    if names:
-        peft = _peft(name)
-        wrapped: Any = None
-        for source, adapter in names.items():
-            owner, at = next((n, m) for n, m in group if places[n] == source)
-            with loading_of(owner, at.adapter):
-                directory = _adapter_directory(source, loading)
-                read_config(owner, directory)
-                if wrapped is None:
-                    wrapped = peft.PeftModel.from_pretrained(model, directory, adapter_name=adapter)
-                else:
-                    wrapped.load_adapter(directory, adapter_name=adapter)
-        if len(set(places.values())) == 1 and can_be_merged(wrapped):
-            model = wrapped.merge_and_unload()  # alone on its weights: merged, it costs nothing
-            adapters = dict.fromkeys(adapters)
+    shared = len(set(places.values())) > 1
+    adapted: Any = None
+    before = checksums(model.state_dict()) if shared else {}
+    for source, adapter in names.items():
+        owner, at = next((n, m) for n, m in group if places[n] == source)
+        with loading_of(owner, at.adapter):
+            adapted = load_adapter(adapted or model, owner, adapter, adapter_directory(config, owner, at, loading))
+        if shared and (touched := changed_weights(adapted, before)):
+            raise CannotShare(owner, f"it changes the model's own weights ({touched})")
+    if adapted is not None:
+        if not shared and can_be_merged(adapted):
+            model = adapted.merge_and_unload()  # alone on its weights: merged, it costs nothing
+            adapted, adapters = None, dict.fromkeys(adapters)
         else:
-            model = wrapped.get_base_model()
+            model = adapted.get_base_model()
     model.requires_grad_(False)
-    return Lane(model.eval(), _seats(group, adapters), source=member)
+    return Lane(model, _seats(group, adapters), source=member, adapted=adapted)
 
 
 def _seats(group: list[tuple[str, Member]], adapters: Mapping[str, str | None]) -> list[Seat]:
@@ -528,8 +562,13 @@ def adapter_source(config: ProxyTuneConfig, member: Member) -> Source | None:
     return config.locate(member.adapter, member.adapter_revision)
 
 
-def _adapter_directory(source: Source, loading: Loading, files: str = "adapter_*") -> str:
-    """The directory of an adapter, downloaded if it is on the hub: PEFT, offline, does not find a subfolder there."""
+def adapter_directory(
+    config: ProxyTuneConfig, name: str, member: Member, loading: Loading, files: str = "adapter_*"
+) -> str:
+    """The directory of a member's adapter, downloaded if it is on the hub: PEFT, offline, finds no subfolder there."""
+    if (source := adapter_source(config, member)) is None:
+        raise MemberError(f"{name} has no adapter")
+    _peft(name)
     if source.is_local:
         return str(Path(source.path) / source.subfolder)
     known = ("cache_dir", "force_download", "local_files_only", "token")
@@ -544,11 +583,8 @@ def _adapter_directory(source: Source, loading: Loading, files: str = "adapter_*
 
 def load_adapter_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> Any:
     """The PEFT config of a member's adapter, which is one that can be used."""
-    if (source := adapter_source(config, member)) is None:
-        raise MemberError(f"{name} has no adapter")
-    _peft(name)
     with loading_of(name, member.adapter):
-        return read_config(name, _adapter_directory(source, loading, "adapter_config.json"))
+        return read_config(name, adapter_directory(config, name, member, loading, "adapter_config.json"))
 
 
 def _hub_arguments(source: Source, loading: Loading, gguf_file: str | None = None) -> dict[str, Any]:
@@ -557,12 +593,9 @@ def _hub_arguments(source: Source, loading: Loading, gguf_file: str | None = Non
     return {key: value for key, value in {**place, **loading.hub}.items() if value is not None}
 
 
-def _peft(name: str) -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise MemberError(f"{name} is a LoRA adapter, which needs PEFT: pip install 'proxytune[lora]'") from error
-    return peft
+def _peft(name: str) -> None:
+    if find_spec("peft") is None:
+        raise MemberError(f"{name} has an adapter, which needs PEFT: pip install 'proxytune[lora]'")
 
 
 @contextmanager
@@ -582,29 +615,3 @@ def loading_of(name: str, where: str | None) -> Iterator[None]:
                 "Python member_trust_remote_code=True"
             ) from error
         raise MemberError(f"{name} ({where}) cannot be loaded: {first_line(error)}") from error
-
-
-# -- saving ---------------------------------------------------------------------------------------------------
-def plain_weights(lane: Lane) -> dict[str, Tensor]:
-    """The lane's weights under the names they have without adapters."""
-    weights = {}
-    for name, tensor in lane.model.state_dict().items():
-        if any(part in name for part in (".lora_", ".lora_magnitude_vector")):
-            continue
-        weights[name.replace(".peft_layer.", ".").replace(".base_layer.", ".")] = tensor
-    return weights
-
-
-def save_adapter(lane: Lane, adapter: str, directory: Path) -> None:
-    """Save one of the lane's LoRA adapters as a PEFT directory."""
-    from safetensors.torch import save_file
-
-    tensors = {}
-    for name, tensor in lane.model.state_dict().items():
-        if ".lora_" in name and f".{adapter}." in name:
-            plain = name.replace(".peft_layer.", ".").replace(f".{adapter}.", ".")
-            tensors[f"base_model.model.{plain}"] = tensor.contiguous()
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "adapter_model.safetensors")
-    peft_config = lane.model.peft_config[adapter]
-    peft_config.save_pretrained(str(directory))

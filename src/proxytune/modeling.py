@@ -219,8 +219,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
 
     # -- the parts ------------------------------------------------------------------------------------------
     def member(self, name: str) -> PreTrainedModel:
-        """The model that computes member ``name`` (``base``, ``NAME.expert``, ``NAME.anti_expert``)."""
-        return self._lane(self.seats[name][0]).model
+        """The model of member ``name`` by itself (``base``, ``NAME.expert``, ``NAME.anti_expert``).
+
+        Members of one set of weights share it; of those with adapters on it each has modules of its own over it.
+        """
+        return cast(PreTrainedModel, self._lane(self.seats[name][0]).alone(name))
 
     def context_of(self, name: str) -> int | None:
         """How many tokens member ``name`` can read, or None where its config sets no limit."""
@@ -234,15 +237,19 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         return cast(Lane, self.lanes[index])
 
     @property
+    def _base_lane(self) -> Lane:
+        return self._lane(self.seats["base"][0])
+
+    @property
     def device(self) -> torch.device:
-        return self.base.device
+        return self._base_lane.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.base.dtype
+        return cast(torch.dtype, self._base_lane.model.dtype)
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.base.get_input_embeddings()
+        return cast(nn.Module, self._base_lane.model.get_input_embeddings())
 
     def get_output_embeddings(self) -> None:
         return None  # the mixture's head is spread over the members
@@ -841,7 +848,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             config.text_config.name_or_path = ""  # where it lay on this machine is not the recipe's to tell
             config.vocab_size = widths["base"]
         model = cls(config, lanes, tokenizers=tokenizers, speculate=speculate)
-        model.generation_config = GenerationConfig.from_dict(model.base.generation_config.to_dict())
+        model.generation_config = GenerationConfig.from_dict(model._base_lane.model.generation_config.to_dict())
         if compiled is not False and compiled is not None:
             model.compile_members(compiled)
         return model.eval()

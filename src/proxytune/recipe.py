@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import GenerationConfig, PreTrainedConfig
 
+from proxytune.adapters import plain_weights, save_adapter
 from proxytune.config import Member, ProxyTuneConfig, rebase
 from proxytune.errors import MemberError, ProxyTuneError, RecipeError, first_line
-from proxytune.members import Lane, member_source, plain_weights, save_adapter
+from proxytune.members import Lane, member_source
 
 if TYPE_CHECKING:
     from proxytune.modeling import ProxyTunedForCausalLM
@@ -153,8 +154,7 @@ def save_model(
     try:
         for lane in cast(Sequence[Lane], model.lanes):
             names = [name for seat in lane.seats for name in seat.names]
-            trained = any(parameter.requires_grad for parameter in lane.model.parameters())
-            if lane.source is None or trained or bundle:
+            if lane.source is None or lane.changed or bundle:
                 places |= _save_lane(lane, model, directory / "members", max_shard_size, names)
     except OSError as error:
         raise RecipeError(f"the members cannot be written to {str(directory)!r}: {error.strerror or error}") from error
@@ -188,7 +188,8 @@ def _save_lane(
             break
     target = members / own
     lane.model.generation_config = valid_generation_config(lane.model.generation_config)
-    lane.model.save_pretrained(target, state_dict=plain_weights(lane), max_shard_size=max_shard_size)
+    weights = None if lane.adapted is None else plain_weights(lane.adapted)
+    lane.model.save_pretrained(target, state_dict=weights, max_shard_size=max_shard_size)
     tokenizer = model.tokenizers.get(own) or model.tokenizer
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
@@ -197,7 +198,7 @@ def _save_lane(
         adapter = None
         if seat.adapter is not None:
             adapter = f"members/{seat.names[0]}-adapter"
-            save_adapter(lane, seat.adapter, members.parent / adapter)
+            save_adapter(lane.adapted, seat.adapter, members.parent / adapter)
         places |= {name: (f"members/{own}", adapter) for name in seat.names}
     return places
 

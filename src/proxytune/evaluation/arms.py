@@ -318,10 +318,10 @@ class Bench:
                 yield arm
         else:
             member = self._member_of(name)
-            with self._lane(member).alone(member) as model:
-                prompt, tokenizer = self.members[member].prompt, self._tokenizer(member)
-                shown = {} if prompt.kind == "raw" else {"": (prompt, tokenizer)}
-                yield Arm(name, model, tokenizer, shown)
+            model = self._lane(member).alone(member)
+            prompt, tokenizer = self.members[member].prompt, self._tokenizer(member)
+            shown = {} if prompt.kind == "raw" else {"": (prompt, tokenizer)}
+            yield Arm(name, model, tokenizer, shown)
 
     def close(self) -> None:
         """Let go of every model."""
@@ -372,28 +372,21 @@ class Bench:
         names = ["base", *(f"{e.name}.expert" for e in experts)]
         config = self.config.with_members(lambda _, member: member)
         config.experts, config.plausibility = [e.to_json() for e in summed], None
-        with contextlib.ExitStack() as stack:
-            lanes = {name: self._lane(name) for name in names}
-            # Members in one lane, such as adapters on one model, cannot each be on for all rows: they are loaded.
-            given = {
-                name: stack.enter_context(lane.alone(name))
-                for name, lane in lanes.items()
-                if sum(other is lane for other in lanes.values()) == 1
-            }
-            loading = {"dtype": self.loading.dtype, "device_map": self.loading.device_map, "pack": self.loading.pack}
-            loading |= {"member_trust_remote_code": self.loading.trust_remote_code, "speculate": False}
-            tokenizers = {name: self._tokenizer(name) for name in names}
-            model = ProxyTunedForCausalLM._load(config, given, self.tokenizer, tokenizers, loading)
-            alphas = (1.0,) * len(experts)
-            yield Arm(
-                "mean_logits",
-                model,
-                self.tokenizer,
-                model.prompter.own,
-                alphas,
-                1 / (1 + len(experts)),
-                speculate=False,
-            )
+        given = {name: self._lane(name).alone(name) for name in names}
+        loading = {"dtype": self.loading.dtype, "device_map": self.loading.device_map, "pack": self.loading.pack}
+        loading |= {"member_trust_remote_code": self.loading.trust_remote_code, "speculate": False}
+        tokenizers = {name: self._tokenizer(name) for name in names}
+        model = ProxyTunedForCausalLM._load(config, given, self.tokenizer, tokenizers, loading)
+        alphas = (1.0,) * len(experts)
+        yield Arm(
+            "mean_logits",
+            model,
+            self.tokenizer,
+            model.prompter.own,
+            alphas,
+            1 / (1 + len(experts)),
+            speculate=False,
+        )
 
     def _tuned(self) -> Arm:
         assert self.tuned is not None
