@@ -57,7 +57,7 @@ UPPER = {
     "plain_loop": {"mixing"},
     "check": {"adapters", "errors", "config", "vocabulary", "prompts", "checkpoints", "members"},
     "compose": {"errors", "config", "members", "recipe", "presets"},
-    "generation": {"errors", "prompts"},
+    "generation": {"errors", "prompts", "coupling"},
     "batch": {"errors", "config", "generation", "journal"},
     "chat": {"errors", "config", "prompts", "generation"},
     "bench": {"errors", "config", "members", "modeling", "speculation", "plain_loop", "demo"},

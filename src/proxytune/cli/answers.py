@@ -318,7 +318,7 @@ def serve(
     context: typer.Context,
     recipe: Recipe,
     engine: Annotated[
-        str, typer.Option("--engine", metavar="vllm", help="What serves it; vllm.", show_default=False)
+        str, typer.Option("--engine", metavar="vllm", help="Must be given; vllm is the only one.", show_default=False)
     ] = "",
     draft: Annotated[
         str | None,

@@ -59,7 +59,7 @@ def new(
             "Members",
             "--preset",
             metavar="NAME",
-            help=f"A known trio, whose parts other options replace: {', '.join(PRESETS)}.",
+            help=f"A trio to start from, whose parts other options replace (none was run by us): {', '.join(PRESETS)}.",
         ),
     ] = None,
     expert_adapter: Annotated[
