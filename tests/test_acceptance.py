@@ -68,7 +68,8 @@ def test_each_draft_of_each_row_is_held_against_a_number_of_its_own():
     torch.manual_seed(0)
     rows = 2000
     p = torch.tensor([0.5, 0.5]).expand(rows, 2, 2)
-    n_accepted, _ = accept_sampled(torch.zeros(rows, 2, dtype=torch.long), p, None)
+    n_accepted, tokens = accept_sampled(torch.zeros(rows, 2, dtype=torch.long), p, None)
+    assert n_accepted.shape == tokens.shape == (rows,)
     shares = torch.bincount(n_accepted, minlength=3) / rows
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.25, 0.25]), atol=0.05, rtol=0)
 
@@ -117,6 +118,19 @@ def test_where_p_and_q_agree_nothing_is_rejected(monkeypatch, looked_up):
     assert n_accepted.tolist() == [3, 3]
     assert torch.equal(seen[0], p[:, -1])
     assert tokens.tolist() == p[:, -1].argmax(dim=-1).tolist()
+
+
+def test_a_row_that_rejects_nothing_stands_beside_one_that_does(monkeypatch):
+    """Each row has a rest of its own to draw from."""
+    seen = rests(monkeypatch)
+    drawn(monkeypatch, 0.999)
+    p, other = P[0, 0], Q[0, 0]
+    n_accepted, tokens = accept_sampled(
+        torch.tensor([[0], [1]]), torch.stack([p, p])[:, None], torch.stack([p, other])[:, None]
+    )
+    assert n_accepted.tolist() == [1, 0]
+    torch.testing.assert_close(seen[0], torch.stack([p, (p - other).clamp(min=0)]))
+    assert tokens.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("looked_up", [False, True])

@@ -231,7 +231,6 @@ ONLY = {"default": [1.5], "names": ["a"], "n_batch": 3}
         ([0.1], ONLY, [[0.1]] * 3),
         (torch.tensor(0.25), ONLY, [[0.25]] * 3),
     ],
-    ids=repr,
 )
 def test_every_form_of_alpha(alpha, of, expected):
     rows = alpha_tensor(alpha, **of)
@@ -257,7 +256,6 @@ def test_every_form_of_alpha(alpha, of, expected):
         (torch.ones(3, 2, 1), AB, r"shape \(3, 2, 1\)"),
         ([], AB, r"shape \(0,\)"),
     ],
-    ids=repr,
 )
 def test_every_alpha_error(alpha, of, message):
     with pytest.raises(AlphaError, match=message):
