@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import tiny
 from oracle import Oracle, assert_same_tokens
-from proxytune import Expert, ProxyTunedForCausalLM, ProxyTuneError, speculation
+from proxytune import Expert, MemberError, ProxyTunedForCausalLM, ProxyTuneError, speculation
 from proxytune.cost import Cost, Costs, cost_of_weights, expected_tokens
 from proxytune.speculation import Lookup, Pace, accept_greedy, accept_sampled
 
@@ -509,6 +509,16 @@ def test_rotations_that_depend_on_the_length_are_not_drafted_for(kind):
         new_tokens(composed(), [row], 40, speculate=4)
 
 
+def test_members_of_one_pass_with_prompts_of_unequal_lengths_and_such_a_rotation_are_refused():
+    small = tiny.llama("small", 2, max_position_embeddings=20, rope_parameters=dict(BY_LENGTH["dynamic"]))
+    sides = {"name": "e", "expert": small, "anti_expert": small}
+    ProxyTunedForCausalLM.from_members(tiny.llama("base", 1), experts=[sides])
+    with pytest.raises(MemberError, match=r"e.expert and e.anti_expert are computed together .*'dynamic'"):
+        ProxyTunedForCausalLM.from_members(
+            tiny.llama("base", 1), experts=[{**sides, "expert_prompt": "Answer: {prompt}"}], tokenizer=tiny.tokenizer()
+        )
+
+
 def test_rotations_are_found_wherever_they_are_said():
     assert speculation.rotations(tiny.llama("mini")) == {"default"}
     assert speculation.rotations(tiny.gpt2("mini")) == set()
@@ -536,10 +546,10 @@ def test_code_that_is_not_transformers_is_not_drafted_for():
 
 
 # -- rows that have ended --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_rows_that_have_ended_leave(oracle, cache, monkeypatch):
+@pytest.mark.parametrize(("family", "cache"), [("llama", "dynamic"), ("llama", "static"), ("gemma3", "dynamic")])
+def test_rows_that_have_ended_leave(family, cache, monkeypatch):
     """Caches hold the text of rows that still grow, and no more."""
-    model, runs, sizes = tiny.compose(oracle), [], []
+    model, runs, sizes = tiny.compose(family_oracle(family)), [], []
     make = speculation.LaneRun.__init__
     monkeypatch.setattr(speculation.LaneRun, "__init__", lambda run, *given: (make(run, *given), runs.append(run))[0])
     read = speculation.LaneRun.read

@@ -46,6 +46,7 @@ from proxytune.speculation import (
     decode,
     last_call,
     parse_speculate,
+    refuse_unequal_lengths,
     unlike_in_pieces,
 )
 from proxytune.vocabulary import compare
@@ -210,6 +211,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         self.costs = costs_of(self)
         self.speculate = parse_speculate(speculate)
         self.unlike_in_pieces = unlike_in_pieces(lanes)
+        for lane_module in lanes:
+            refuse_unequal_lengths(lane_module)
         self.compiled = False
         self.cache_implementation = "dynamic"  # where a call of generate() does not name one
         self._is_stateful = any(getattr(lane.model, "_is_stateful", False) for lane in lanes)

@@ -29,7 +29,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from proxytune.buffers import BufferLayer, can_roll_back
 from proxytune.cost import APART_BYTES, MAX_DRAFTS, QUICK_HEAD, QUICK_ROWS, Cost, Costs, cost_of_weights
 from proxytune.coupling import Noise
-from proxytune.errors import ProxyTuneError
+from proxytune.errors import MemberError, ProxyTuneError
 from proxytune.mixing import mix
 
 if TYPE_CHECKING:
@@ -544,7 +544,7 @@ ROW_BY_ROW = CONTEXT_FREE + tuple(
 
 # Rotations of positions (rope_type) that depend on the position alone. Others ("dynamic", "longrope") depend on the
 # longest position of the call as well, so that a token behind drafts is read differently from one read alone.
-ROTATIONS = ("default", "linear", "llama3", "proportional", "yarn")
+ROTATIONS = frozenset({"default", "linear", "llama3", "proportional", "yarn"})
 
 
 def unlike_in_pieces(lanes: Iterable[Any]) -> str | None:
@@ -553,10 +553,21 @@ def unlike_in_pieces(lanes: Iterable[Any]) -> str | None:
         names = ", ".join(name for seat in lane.seats for name in seat.names)
         if not type(lane.model).__module__.startswith("transformers."):
             return f"{names} runs code that is not transformers' own ({type(lane.model).__name__})"
-        for kind in rotations(lane.model):
-            if kind not in ROTATIONS:
-                return f"{names} may rotate positions by the length of the text (rope_type {kind!r})"
+        for kind in sorted(rotations(lane.model) - ROTATIONS):
+            return f"{names} may rotate positions by the length of the text (rope_type {kind!r})"
     return None
+
+
+def refuse_unequal_lengths(lane: Any) -> None:
+    """Raise :class:`MemberError` where one pass reads prompts of several lengths with a rotation that depends on it."""
+    if len({seat.prompt for seat in lane.seats}) == 1:
+        return
+    for kind in sorted(rotations(lane.model) - ROTATIONS):
+        names = " and ".join(name for seat in lane.seats for name in seat.names)
+        raise MemberError(
+            f"{names} are computed together and read prompts of their own, but how positions are rotated may depend "
+            f"on the longest (rope_type {kind!r}); give them one prompt, or each a copy of the model"
+        )
 
 
 def rotations(model: Any) -> set[str]:
