@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -104,7 +105,44 @@ def test_results_are_appended_and_resumed(tmp_path):
     assert [json.loads(line) for line in path.read_text().splitlines()] == results
 
 
-@pytest.mark.parametrize("cut", [1, 5, 40])
+def test_a_whole_last_line_without_its_newline_is_kept(tmp_path):
+    path = tmp_path / "out.jsonl"
+    items, results = job()
+    path.write_text("".join(map(json_line, results[:2])).rstrip("\n"))
+    with Output(path, items, "r", ["expert"]) as output:
+        assert [item.line for item in output.remaining] == [3]
+        output.append(results[2:])
+    assert path.read_text() == "".join(map(json_line, results))
+
+
+@pytest.mark.parametrize("end", ["", "\n", '\n{"line": 3, "pro'])
+def test_reading_changes_nothing(tmp_path, end):
+    """No lock, no new file, and a torn or unended last line stays as it is, whoever may be writing it."""
+    path = tmp_path / "place" / "out.jsonl"
+    items, results = job()
+    assert Output(path, items, "r", ["expert"]).read().remaining == items
+    assert not path.parent.exists()
+    path.parent.mkdir()
+    path.write_text("".join(map(json_line, results[:2])).rstrip("\n") + end)
+    before = (path.read_bytes(), path.stat().st_mtime_ns)
+    with open(path, "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # another process is writing
+        assert [item.line for item in Output(path, items, "r", ["expert"]).read().remaining] == [3]
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["hello", "[1, 2", '{"run": "r"}', "12"])
+def test_a_last_line_that_was_never_ours_is_not_cut_off(tmp_path, text):
+    path = tmp_path / "notes.txt"
+    items, results = job()
+    path.write_text(json_line(results[0]) + text)
+    with pytest.raises(ProxyTuneError, match=r"line 2 of .*not a result"), Output(path, items, "r", ["expert"]):
+        pass
+    assert path.read_text() == json_line(results[0]) + text
+
+
+@pytest.mark.parametrize("cut", [2, 5, 40])
 def test_a_torn_line_is_dropped(tmp_path, cut):
     path = tmp_path / "out.jsonl"
     items, results = job()

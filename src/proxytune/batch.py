@@ -2,7 +2,8 @@
 
 Each result names the input line it was made from (``line``, counted from 1) and the settings it was made with
 (``run``). A batch of results is written and synced to disk before the next one is begun, so after a kill at any
-moment the output holds whole results in order, and at most one torn line at its end, which is cut off.
+moment the output holds whole results in order, and at most one torn line at its end, which is cut off when the job
+goes on.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def result(
 
 
 class Output(Journal):
-    """The file that results are appended to; opened, it knows which lines are done.
+    """The file that results are appended to; read or opened, it knows which lines are done.
 
     Args:
         path: the file, made where it is missing.
@@ -144,6 +145,7 @@ class Output(Journal):
 
     def check(self) -> None:
         """Hold what was read against the job."""
+        self.done = set()
         known = {item.line: item for item in self.items}
         for number, value in enumerate(self.lines, start=1):
             if {"line", "prompt", "alpha", "run"} - set(value) or not isinstance(value["line"], int):

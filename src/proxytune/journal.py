@@ -1,4 +1,4 @@
-"""JSON-lines files that are appended to, and whole again after a kill at any moment."""
+"""JSON-lines files that are appended to, whole again after a kill at any moment, and read without being touched."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ Kind = TypeVar("Kind", bound="Journal")
 class Journal:
     """A file of JSON objects, one a line.
 
-    Opened, it is made where it is missing, and it is this process's alone; a last line that a kill has torn is cut
-    off, and the others are read. What is appended is on disk when :meth:`append` returns.
+    :meth:`read` reads it and changes nothing. Opened (``with``), it is made where it is missing, with its folder, and
+    it is this process's alone. A last line that a kill has torn is cut off; one that lacks only its newline gets it.
+    What is appended is on disk when :meth:`append` returns.
 
     Attributes:
-        lines: what the file held when it was opened, in order.
+        lines: what the file held when it was read or opened, in order.
 
     Raises:
-        ProxyTuneError: on opening, if a line is no JSON object, or another process is writing the file.
+        ProxyTuneError: on reading and opening, if a line is no JSON object; on opening, if another process is writing
+            the file.
         OSError: if it cannot be opened, read or written.
     """
 
@@ -37,15 +39,25 @@ class Journal:
         self.lines: list[dict[str, Any]] = []
         self._file: IO[bytes] | None = None
 
+    def read(self: Kind) -> Kind:
+        """Read the file without locking, making or changing it; where it is missing, there are no lines."""
+        if self.path.is_file():  # a device or a pipe has nothing to read back
+            self._parse()
+            self.check()
+        return self
+
     def __enter__(self: Kind) -> Kind:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: after a failed write nothing is left that closing the file would try to write again.
         self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), "r+b", buffering=0)
         try:
             self._lock()
-            if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):  # a device or a pipe has nothing to resume
-                whole = self._read()
+            if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                whole, ended = self._parse()
                 self.check()  # a file that is not ours is left as it is
                 os.ftruncate(self._file.fileno(), whole)
+                if not ended:
+                    self._file.write(b"\n")
         except BaseException:
             self._file.close()
             raise
@@ -83,19 +95,23 @@ class Journal:
         except OSError:  # a file system without locks
             return
 
-    def _read(self) -> int:
-        """Read the whole lines; how many bytes they are."""
+    def _parse(self) -> tuple[int, bool]:
+        """Read the whole lines; how many bytes they are, and whether the last one has its newline."""
         raw = self.path.read_bytes()
-        whole = raw.rfind(b"\n") + 1
-        for number, line in enumerate(raw[:whole].splitlines(), start=1):
+        self.lines, at = [], 0
+        for number, line in enumerate(raw.splitlines(keepends=True), start=1):
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
+                # A torn line is the beginning of an object, which is never JSON itself.
+                if line.startswith(b"{") and at + len(line) == len(raw) and not line.endswith(b"\n"):
+                    return at, True
                 raise ProxyTuneError(self._foreign(number)) from error
             if not isinstance(value, dict):
                 raise ProxyTuneError(self._foreign(number))
             self.lines.append(value)
-        return whole
+            at += len(line)
+        return at, raw[at - 1 : at] in (b"\n", b"")
 
     def _foreign(self, number: int) -> str:
         return f"line {number} of {self.path} is not a result of this command; choose another output"

@@ -144,7 +144,9 @@ def generate(
     with contextlib.ExitStack() as stack:
         remaining, sink = items, None
         if output is not None:
-            sink = stack.enter_context(Output(output, items, run, names))
+            sink = Output(output, items, run, names).read()  # what is finished is not touched
+            if sink.remaining or not output.exists():
+                stack.enter_context(sink)
             remaining = sink.remaining
             if len(remaining) < len(items):
                 say(f"{len(items) - len(remaining)} of {len(items)} prompts are done already in {output}")

@@ -760,13 +760,13 @@ class Log(Journal):
         ProxyTuneError: on opening, naming what is no prediction of one example, or where another process writes it.
     """
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: str | Path) -> None:
         super().__init__(path)
         self.made: dict[tuple[str, int], dict[str, Any]] = {}
 
     def check(self) -> None:
         """Hold what was read against what this command writes."""
+        self.made = {}
         for number, line in enumerate(self.lines, start=1):
             if "id" not in line or "seconds" not in line:
                 raise ProxyTuneError(

@@ -261,15 +261,16 @@ def verdicts(
 def _ask(asked: Sequence[tuple[Judge, str]], kept: str | Path | None, progress: Callable[[int], None]) -> list[float]:
     """Each question's answer: kept ones, and then the others in chunks, each of which is kept before the next."""
     keys = [hashlib.sha256(f"{judge.name}\n{text}".encode(errors="surrogatepass")).hexdigest() for judge, text in asked]
-    with Journal(kept) if kept is not None else nullcontext() as journal:
-        known: dict[str, float] = {line["key"]: line["yes"] for line in (journal.lines if journal else ())}
-        new = {key: pair for key, pair in zip(keys, asked) if key not in known}
-        progress(len(keys) - len(new))
-        todo: dict[str, list[tuple[str, str]]] = {}
-        owner: dict[str, Judge] = {}
-        for key, (judge, text) in new.items():
-            todo.setdefault(judge.name, []).append((key, text))
-            owner[judge.name] = judge
+    journal = Journal(kept).read() if kept is not None else None
+    known: dict[str, float] = {line["key"]: line["yes"] for line in (journal.lines if journal else ())}
+    new = {key: pair for key, pair in zip(keys, asked) if key not in known}
+    progress(len(keys) - len(new))
+    todo: dict[str, list[tuple[str, str]]] = {}
+    owner: dict[str, Judge] = {}
+    for key, (judge, text) in new.items():
+        todo.setdefault(judge.name, []).append((key, text))
+        owner[judge.name] = judge
+    with journal if journal is not None and new else nullcontext():
         for name, questions in todo.items():
             for start in range(0, len(questions), CHUNK):
                 chunk = questions[start : start + CHUNK]

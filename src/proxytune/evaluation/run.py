@@ -144,9 +144,9 @@ def _unfinished(name: str, plans: Sequence[TaskPlan], out: Path) -> bool:
     """Whether an arm has some prediction still to make."""
     for plan in plans:
         if (requests := plan.requests.get(shots_of(name))) is not None:
-            with Log(out / plan.name / f"{name}.jsonl") as log:
-                if any(job.key not in log.made for job in jobs_of(requests)):
-                    return True
+            made = Log(out / plan.name / f"{name}.jsonl").read().made
+            if any(job.key not in made for job in jobs_of(requests)):
+                return True
     return False
 
 
@@ -237,9 +237,8 @@ def _left(plans: Sequence[TaskPlan], values: Sequence[float], out: Path) -> bool
     for plan in plans:
         keys = {job.key for job in jobs_of(plan.requests["raw"])}
         for value in values:
-            with Log(_alpha_file(out, plan, value)) as log:
-                if keys - set(log.made):
-                    return True
+            if keys - set(Log(_alpha_file(out, plan, value)).read().made):
+                return True
     return False
 
 
@@ -562,5 +561,5 @@ def _write(path: Path, text: str) -> None:
 
 def read_lines(plan: TaskPlan, shots: str, path: Path) -> list[dict[str, Any]]:
     """The predictions of a run, in the order of its examples."""
-    with Log(path) as log:
-        return [log.made[job.key] for job in jobs_of(plan.requests[shots])]
+    made = Log(path).read().made
+    return [made[job.key] for job in jobs_of(plan.requests[shots])]
