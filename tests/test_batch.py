@@ -86,6 +86,16 @@ def test_an_infinite_alpha_is_refused():
         resolve_alpha({"code": float("inf")}, ["chat", "code"], [1.0, 2.0])
 
 
+def test_a_json_list_is_read_however_it_is_laid_out():
+    rows = [{"prompt": "a"}, {"prompt": "b", "alpha": 0.5}, {"prompt": ""}]
+    for indent in (None, 2):
+        items, (bad,) = read(*json.dumps(rows, indent=indent).splitlines(keepends=True))
+        assert [(item.line, item.prompt) for item in items] == [(1, "a"), (2, "b")]
+        assert bad.where == ("entry 3 (line 1)" if indent is None else "entry 3 (line 9)")
+    items, (bad,) = read('{"prompt": "a"}\n', '[{"prompt": "b"}]\n', '{"prompt": "c"}\n')
+    assert ([item.line for item in items], bad.line) == ([1, 3], 2)  # no list where lines have begun
+
+
 # -- writing --------------------------------------------------------------------------------------------------
 def job(n=3):
     items, _ = read(*(f'{{"prompt": "p{i}"}}' for i in range(n)))

@@ -138,8 +138,17 @@ def test_problems_come_from_a_file(tmp_path):
     [
         ("mbpp", lambda path: path / "nobody.jsonl", "there is no file .*nobody.jsonl"),
         ("mbpp", lambda path: path, "is a folder"),
-        ("mbpp", lambda path: write(path / "m.jsonl", [{"task_id": 1}]), "problem 1 of mbpp .*no field 'test_list'"),
-        ("mbpp", lambda path: write(path / "m.jsonl", [3]), "problem 1 of mbpp .*no field"),
+        (
+            "mbpp",
+            lambda path: write(path / "m.jsonl", [{"task_id": 1}]),
+            "line 1 of .*a problem of mbpp.*no field 'test_list'",
+        ),
+        ("mbpp", lambda path: write(path / "m.jsonl", [3]), "line 1 of .*a problem of mbpp.*no field"),
+        (
+            "ds1000",
+            lambda path: write(path / "d.jsonl", [{"code_context": "", "metadata": "{}"}]),
+            "field 'library' in",
+        ),
         ("humaneval", lambda path: "nobody/nothing", "cannot be had from the hub's nobody/nothing"),
     ],
 )
@@ -150,10 +159,15 @@ def test_problems_that_cannot_be_had_are_told(tmp_path, task, make, reason):
 
 def test_a_file_that_is_no_json_is_told(tmp_path):
     (tmp_path / "m.jsonl").write_text("no json\n")
-    with pytest.raises(ProxyTuneError, match="is not JSON lines"):
+    with pytest.raises(ProxyTuneError, match=r"line 1 of .*m.jsonl: it is not JSON"):
         load_problems("mbpp", tmp_path / "m.jsonl")
     (tmp_path / "m.jsonl.gz").write_text("no json\n")
-    with pytest.raises(ProxyTuneError, match="is not JSON lines"):
+    with pytest.raises(ProxyTuneError, match=r"m.jsonl.gz is not a gzip file that can be read"):
+        load_problems("mbpp", tmp_path / "m.jsonl.gz")
+    broken = bytearray(gzip.compress(b'{"task_id": 11, "test_list": []}' * 9))
+    broken[15:30] = b"\xff" * 15
+    (tmp_path / "m.jsonl.gz").write_bytes(broken)
+    with pytest.raises(ProxyTuneError, match=r"m.jsonl.gz is not a gzip file that can be read"):
         load_problems("mbpp", tmp_path / "m.jsonl.gz")
 
 

@@ -555,16 +555,30 @@ def test_a_task_that_does_not_exist_is_told_with_the_nearest():
             "line 2 of .* no text 'answer'",
         ),
         ("gsm8k", "x.jsonl", '{"question": "q", "answer": "1"}\n', "line 1 of .* no '#### number'"),
-        ("gsm8k", "x.jsonl", '\n{"question"', "line 2 of .* is not JSON"),
-        ("gsm8k", "x.txt", "hello", "is not a .jsonl"),
+        ("gsm8k", "x.jsonl", '\n{"question"', "line 2 of .* not JSON"),
+        ("gsm8k", "x.txt", "hello", "is not one of .jsonl"),
         ("triviaqa", "x.csv", 'question,answer,c\nq,"a; b",c\nq,a\n', "line 3 of .* does not have the 3 columns"),
-        ("triviaqa", "x.json", '[{"question": "q", "answers": []}]', "entry 1 of .* no list of texts 'answers'"),
+        (
+            "triviaqa",
+            "x.json",
+            '[{"question": "q", "answers": []}]',
+            r"entry 1 \(line 1\) of .* no list of texts 'answers'",
+        ),
         (
             "realtimeqa",
             "x.jsonl",
             '{"question_id": "1", "question_sentence": "q", "choices": ["a"], "answer": ["4"]}',
             "line 1 of .* has the answer '4'",
         ),
+        (
+            "gsm8k",
+            "x.jsonl",
+            '{"question": "\\ud83d", "answer": "#### 1"}',
+            "line 1 of .* 'question' has half a surrogate",
+        ),
+        ("triviaqa", "x.csv", 'question,answer\nq,"a\nq,a\n', "line 2 of .* not CSV"),
+        ("toxigen", "x.txt", b"fine\n\xff\n", "line 2 of .* not UTF-8"),
+        ("ecqa_json", "x.tsv", b"fine\n\xff\n", "line 1 of .* is not a question"),
         ("mbpp", "x.jsonl", '{"task_id": "x", "text": "t"}', "line 1 of .* no number `task_id`"),
         (
             "ecqa_json",
@@ -576,7 +590,7 @@ def test_a_task_that_does_not_exist_is_told_with_the_nearest():
 )
 def test_malformed_data_is_told_with_its_line(task, name, content, said, tmp_path):
     path = tmp_path / name
-    path.write_text(content, "utf-8")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ProxyTuneError, match=said):
         load_plans(Settings((task,), data=str(path)))
 

@@ -67,7 +67,7 @@ def test_the_interval_of_multiple_choice_leaves_invalid_answers_out(tmp_path):
         (["gsm9k", "{file}"], "there is no task 'gsm9k'; did you mean 'gsm8k'?"),
         (["gsm8k", "{file}.no"], "No such file"),
         (["gsm8k", "{empty}"], "holds no predictions"),
-        (["gsm8k", "{torn}"], "line 4 is not JSON"),
+        (["gsm8k", "{torn}"], "it is not JSON"),
         (["triviaqa", "{file}"], "line 1 cannot be scored as triviaqa: it has no field 'answers' (it fits gsm8k)"),
         (["gsm8k", "{file}", "--k", "x"], "--k is numbers"),
         (["humaneval", "{code}", "--k", "0"], "--k is numbers from 1 on"),

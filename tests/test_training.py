@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import signal
 import subprocess
@@ -111,10 +112,25 @@ def test_rows_are_the_same_from_every_kind_of_file(tmp_path, text):
         writer.writeheader()
         writer.writerows({**row, "note": "none, of ours"} for row in TEXT)
     Dataset.from_list(TEXT).to_parquet(tmp_path / "t.parquet")
-    for path in (text, tmp_path / "t.csv", tmp_path / "t.parquet"):
+    (tmp_path / "t.json").write_text("\n" + json.dumps(TEXT, indent=2))
+    (tmp_path / "t.jsonl.gz").write_bytes(gzip.compress(text.read_bytes()))
+    for path in (text, *(tmp_path / f"t.{kind}" for kind in ("csv", "parquet", "json", "jsonl.gz"))):
         rows = Rows.read(str(path))
         assert (rows.kind, rows.rows) == ("text", TEXT)
     assert Rows.read(str(tmp_path / "t.csv")).places[1] == f"line 4 of {tmp_path / 't.csv'}"  # two lines a row
+
+
+def test_a_long_field_is_read_from_every_kind_of_file(tmp_path):
+    """csv's own limit is 131,072 characters; it is as it was for others afterwards."""
+    limit, row = csv.field_size_limit(), {"prompt": "a", "completion": " word" * 40_000}
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerow(row)
+    assert (
+        Rows.read(str(tmp_path / "t.csv")).rows == Rows.read(str(write_rows(tmp_path / "t.jsonl", [row]))).rows == [row]
+    )
+    assert csv.field_size_limit() == limit
 
 
 def test_a_directory_of_a_data_set_is_read_with_its_split(tmp_path):
@@ -158,10 +174,18 @@ def test_messages_are_a_prompt_and_a_completion_where_the_assistant_speaks_once(
     [
         ("", "no rows"),
         ('{"prompt": "a", "completion": "b"}\n{"prompt": "a"', "line 2 of .* not JSON"),
-        ("\n\n[1]\n", "line 3 of .* not an object"),
+        ("\n\n[1]\n", r"entry 1 \(line 3\) of .* not an object"),
         ('{"prompt": "a", "completion": ""}\n', "line 1 of .* completion is empty"),
         ('{"prompt": " ", "completion": "b"}\n', "line 1 of .* prompt is empty"),
         ('{"prompt": "a", "completion": ["b"]}\n', "line 1 of .* both be text, or both lists"),
+        (
+            '{"prompt": "a", "completion": "b"}\n{"prompt": "\\ud83d", "completion": "b"}',
+            "line 2 of .* its 'prompt' has half",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "\\udc00"}]}\n',
+            "line 1 of .* its 'messages' has half a surrogate",
+        ),
         ('{"text": "a"}\n', r"line 1 of .* neither .* \(its columns: text\)"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n', "line 1 of .* last message"),
         ('{"messages": [{"role": "robot", "content": "a"}]}\n', "line 1 of .* needs a role"),
@@ -185,6 +209,14 @@ def test_broken_rows_are_named(tmp_path, content, said):
         ("t.csv", b"prompt,completion\na,b\nc\n", "line 3 of .* 2 columns"),
         ("t.csv", b'prompt,completion\na,"b\n', "line 2 of .* not CSV"),
         ("t.csv", b"", "no rows"),
+        ("t.csv", b"prompt,completion\n\n\na\n", "line 4 of .* 2 columns"),
+        ("t.csv", b"prompt,completion,prompt\na,b,c\n", "line 1 of .* two columns are called 'prompt'"),
+        ("t.tsv", b"prompt\tcompletion\na\tb\n\xff\tb\n", "line 3 of .* not UTF-8"),
+        (
+            "t.json",
+            b'[{"prompt": "a",\n"completion": "b"},\n{"prompt": 1}]',
+            r"entry 2 \(line 3\) of .*: it has neither",
+        ),
         ("t.parquet", b"PAR0", "not a Parquet file"),
         ("t.txt", b"hello", "not known how to read"),
     ],

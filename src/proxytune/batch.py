@@ -17,6 +17,7 @@ from typing import Any
 
 from proxytune.config import ProxyTuneConfig, resolve_alpha, take_alpha
 from proxytune.errors import ProxyTuneError
+from proxytune.files import Row, half_surrogate, json_rows
 from proxytune.generation import Answer, shown_alpha
 from proxytune.journal import Journal
 
@@ -30,68 +31,64 @@ class Item:
     """One prompt of a job.
 
     Attributes:
-        line: its place in the input, from 1.
+        line: its place in the input, from 1: its line, or its number in a JSON list.
         alphas: one value an expert, in the recipe's order.
         extra: fields of its line that are passed through to the result.
+        where: its place for people: ``line 3``.
     """
 
     line: int
     prompt: str
     alphas: tuple[float, ...]
     extra: dict[str, Any] = field(default_factory=dict)
+    where: str = ""
 
 
 @dataclass(frozen=True)
 class Broken:
-    """A line that cannot be answered, and why."""
+    """A line that cannot be answered, and why; ``where``: its place for people."""
 
     line: int
     reason: str
+    where: str
 
 
 def read_items(
     lines: Iterable[bytes], names: Sequence[str], default: Sequence[float]
 ) -> tuple[list[Item], list[Broken]]:
-    """Read ``{"prompt": ..., "alpha": ..., ...}`` lines; blank lines are skipped, broken ones are returned.
+    """Read ``{"prompt": ..., "alpha": ..., ...}`` lines, or one JSON list of such objects.
+
+    Blank lines are skipped, broken ones are returned.
 
     Args:
         names: the recipe's experts, whose alphas may stand under ``"alpha.NAME"`` too.
         default: their alphas, where a line gives none.
     """
     items, broken = [], []
-    for line, raw in enumerate(lines, start=1):
+    for row in json_rows(lines, finite=True):
         try:
-            if text := raw.decode("utf-8-sig" if line == 1 else "utf-8").strip():
-                items.append(_item(line, text, names, default))
-        except UnicodeDecodeError:
-            broken.append(Broken(line, "it is not UTF-8"))
-        except json.JSONDecodeError as error:
-            broken.append(Broken(line, f"it is not JSON ({error.msg} at column {error.colno})"))
+            if row.broken is not None:
+                raise ProxyTuneError(row.broken)
+            items.append(_item(row, names, default))
         except ProxyTuneError as error:
-            broken.append(Broken(line, str(error)))
-        except (ValueError, RecursionError):  # a number of thousands of digits, brackets within brackets
-            broken.append(Broken(line, "it is not JSON that can be read"))
+            broken.append(Broken(row.number, str(error), row.where))
     return items, broken
 
 
-def _item(line: int, text: str, names: Sequence[str], default: Sequence[float]) -> Item:
-    value = json.loads(text, parse_constant=_no_constant)
+def _item(row: Row, names: Sequence[str], default: Sequence[float]) -> Item:
+    value = row.value
     if not isinstance(value, dict):
         raise ProxyTuneError('it is not an object with a "prompt"')
     if not isinstance(value.get("prompt"), str):
         raise ProxyTuneError('it has no "prompt" that is a string')
     if not value["prompt"].strip():
         raise ProxyTuneError("the prompt is empty")
-    if any("\ud800" <= character <= "\udfff" for character in value["prompt"]):
+    if half_surrogate(value["prompt"]) is not None:
         raise ProxyTuneError("the prompt has half a surrogate pair, which is no character")
     if taken := [name for name in RESULT_FIELDS if name in value]:
         raise ProxyTuneError(f"its field {taken[0]!r} is one of the result's own; rename it")
     prompt, alpha = value.pop("prompt"), take_alpha(value, names, value.pop("alpha", None))
-    return Item(line, prompt, resolve_alpha(alpha, names, default), extra=value)
-
-
-def _no_constant(name: str) -> None:
-    raise ProxyTuneError(f"{name} is not a JSON number")
+    return Item(row.number, prompt, resolve_alpha(alpha, names, default), value, row.where)
 
 
 def fingerprint(config: ProxyTuneConfig, settings: dict[str, Any]) -> str:

@@ -21,9 +21,9 @@ Kind = TypeVar("Kind", bound="Journal")
 class Journal:
     """A file of JSON objects, one a line.
 
-    :meth:`read` reads it and changes nothing. Opened (``with``), it is made where it is missing, with its folder, and
-    it is this process's alone. A last line that a kill has torn is cut off; one that lacks only its newline gets it.
-    What is appended is on disk when :meth:`append` returns.
+    :meth:`read` reads it and changes nothing. Opened (``with``), it is made where it is missing, and it is this
+    process's alone; a last line that a kill has torn is cut off, and one that lacks only its newline gets it. What is
+    appended is on disk when :meth:`append` returns.
 
     Attributes:
         lines: what the file held when it was read or opened, in order.
@@ -47,7 +47,6 @@ class Journal:
         return self
 
     def __enter__(self: Kind) -> Kind:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         # Unbuffered: after a failed write nothing is left that closing the file would try to write again.
         self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), "r+b", buffering=0)
         try:

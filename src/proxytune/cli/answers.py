@@ -72,7 +72,8 @@ def generate(
             "--input",
             "-i",
             metavar="FILE",
-            help='JSON lines {"prompt": ..., "alpha": ...} instead of PROMPTs; - is stdin. Other fields are passed on.',
+            help='JSON lines {"prompt": ..., "alpha": ...}, or a JSON list of these, instead of PROMPTs; - is stdin. '
+            "Other fields are passed on.",
             rich_help_panel="Jobs",
             show_default=False,
         ),
@@ -107,9 +108,9 @@ def generate(
 
     JSON objects have the fields prompt, text, tokens (the new ids, with the end-of-sequence token where the model
     chose it, without padding), alpha (a number, or an object by name where there are several experts) and finish
-    (stop, or length where the limit or a member's context ended it), in a job also line (the input's, from 1) and
-    run (which recipe and options made it). A line that cannot be read is reported by its number, the others are
-    answered, and the exit status is 2.
+    (stop, or length where the limit or a member's context ended it), in a job also line (the input's, from 1; of a
+    JSON list the entry) and run (which recipe and options made it). A line that cannot be read is reported by its
+    number, the others are answered, and the exit status is 2.
     """
     from proxytune.batch import Item, Output, fingerprint, read_items, result
     from proxytune.config import resolve_alpha
@@ -136,7 +137,7 @@ def generate(
             raise ProxyTuneError("--input and --output are the same file")
         items, unread = read_items(read_lines(input_), names, alphas)
         for bad in unread:
-            say(f"{input_}, line {bad.line}: {bad.reason}")
+            say(f"{input_}, {bad.where}: {bad.reason}")
         broken = len(unread)
     settings = {"sampling": vars(sampling), "max_new_tokens": max_new_tokens, "chat": chat_, "system": system}
     run = fingerprint(config, {**settings, "dtype": dtype})
@@ -162,7 +163,7 @@ def generate(
             except ProxyTuneError as error:
                 if input_ is None:
                     raise
-                say(f"{input_}, line {item.line}: {error}")
+                say(f"{input_}, {item.where}: {error}")
                 broken += 1
         streamed = sink is None and not as_json and len(items) == 1 and sys.stdout.isatty()
         advance = stack.enter_context(progress_bar(len(encoded), sink is not None or not sys.stdout.isatty()))

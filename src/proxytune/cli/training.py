@@ -29,7 +29,7 @@ def train(
             "Data",
             "--data",
             metavar="FILE|NAME",
-            help="JSONL, CSV, TSV or Parquet, or a data set (NAME or NAME:CONFIG), with the columns prompt and "
+            help="JSONL, JSON, CSV, TSV or Parquet, or a data set (NAME or NAME:CONFIG), with the columns prompt and "
             "completion, or messages.",
         ),
     ],

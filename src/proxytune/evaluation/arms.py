@@ -764,6 +764,10 @@ class Log(Journal):
         super().__init__(path)
         self.made: dict[tuple[str, int], dict[str, Any]] = {}
 
+    def __enter__(self) -> Log:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return super().__enter__()
+
     def check(self) -> None:
         """Hold what was read against what this command writes."""
         self.made = {}

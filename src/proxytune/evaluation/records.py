@@ -7,7 +7,6 @@ Fields that a task does not know are kept.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from proxytune.errors import ProxyTuneError
+from proxytune.files import half_surrogate, read_json
 
-__all__ = ["FIELDS", "Field", "Prediction", "parse", "read"]
+__all__ = ["FIELDS", "Field", "Line", "Prediction", "parse", "read"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Field:
         value = line[name]
         if value is None and self.null:
             return ""
+        if half_surrogate(value) is not None:
+            raise ProxyTuneError(f"its {name!r} has half a surrogate pair, which is no character")
         if self.kind == "texts":
             if isinstance(value, list) and all(isinstance(one, str) for one in value):
                 return value
@@ -86,53 +88,44 @@ class Prediction:
     Attributes:
         id: of the example: the line's ``id``, else its ``task_id``, else the number of the line.
         sample: its ``sample``, else how many of the example came before.
-        line: where it stands in the file, from 1.
+        line: where it stands in the file, from 1; in a JSON list, which entry it is.
+        where: the same for people: ``line 3``.
         fields: the whole line, with the task's fields under their first names.
     """
 
     id: str
     sample: int
     line: int
+    where: str
     fields: dict[str, Any] = field(repr=False)
 
     def __getitem__(self, name: str) -> Any:
         return self.fields[name]
 
 
-def read(path: str | Path) -> list[dict[str, Any]]:
+class Line(dict[str, Any]):
+    """A line of a prediction file; ``number`` and ``where`` are its place, as :class:`proxytune.files.Row` has them."""
+
+    number: int
+    where: str
+
+
+def read(path: str | Path) -> list[Line]:
     """The lines of a prediction file, or the entries of a JSON list.
 
     Raises:
-        ProxyTuneError: for a line that is no JSON object (named by number), or a file without any.
+        ProxyTuneError: for a line that is no JSON object (it is named), or a file without any.
         OSError: if it cannot be read.
     """
-    raw = Path(path).read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise ProxyTuneError(f"{path}: line {line} is not UTF-8") from error
-    if text.lstrip().startswith("["):
-        try:
-            entries = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ProxyTuneError(f"{path} begins like a JSON list, and is not one: {error}") from error
-    else:
-        entries = []
-        for number, row in enumerate(text.rstrip().split("\n") if text.strip() else [], start=1):
-            try:
-                entries.append(json.loads(row))
-            except json.JSONDecodeError as error:
-                what = f"is not JSON ({error.msg} at column {error.colno})" if row.strip() else "is empty"
-                raise ProxyTuneError(f"{path}: line {number} {what}") from error
-            except (ValueError, RecursionError) as error:  # thousands of digits, brackets within brackets
-                raise ProxyTuneError(f"{path}: line {number} is not JSON that can be read") from error
-    for number, entry in enumerate(entries, start=1):
-        if not isinstance(entry, dict):
-            raise ProxyTuneError(f"{path}: line {number} is not a JSON object")
-    if not entries:
+    found = []
+    for row in read_json(Path(path)):
+        if not isinstance(row.value, dict):
+            raise ProxyTuneError(f"{row.where} of {path}: it is not a JSON object")
+        found.append(Line(row.value))
+        found[-1].number, found[-1].where = row.number, row.where
+    if not found:
         raise ProxyTuneError(f"{path} holds no predictions")
-    return entries
+    return found
 
 
 def parse(task: str, lines: Iterable[Mapping[str, Any]]) -> list[Prediction]:
@@ -144,8 +137,9 @@ def parse(task: str, lines: Iterable[Mapping[str, Any]]) -> list[Prediction]:
     """
     found: list[Prediction] = []
     counts: Counter[str] = Counter()
-    where: dict[tuple[str, int], int] = {}
-    for number, raw in enumerate(lines, start=1):
+    first: dict[tuple[str, int], str] = {}
+    for at, raw in enumerate(lines, start=1):
+        number, where = (raw.number, raw.where) if isinstance(raw, Line) else (at, f"line {at}")
         try:
             for line in _spread(task, raw):
                 values = _values(task, line)
@@ -156,12 +150,11 @@ def parse(task: str, lines: Iterable[Mapping[str, Any]]) -> list[Prediction]:
                 if isinstance(sample, bool) or not isinstance(sample, int) or sample < 0:
                     raise ProxyTuneError("its 'sample' is not a whole number from 0 on")
                 counts[str(key)] += 1
-                before = where.setdefault((str(key), sample), number)
-                if before != number or len(found) > len(where) - 1:
-                    raise ProxyTuneError(f"it is sample {sample} of {key!r}, as line {before} is")
-                found.append(Prediction(str(key), sample, number, {**line, **values}))
+                if (before := first.setdefault((str(key), sample), where)) != where or len(found) >= len(first):
+                    raise ProxyTuneError(f"it is sample {sample} of {key!r}, as {before} is")
+                found.append(Prediction(str(key), sample, number, where, {**line, **values}))
         except ProxyTuneError as error:
-            raise ProxyTuneError(f"line {number} cannot be scored as {task}: {error}") from None
+            raise ProxyTuneError(f"{where} cannot be scored as {task}: {error}") from None
     if not found:
         raise ProxyTuneError("there are no predictions")
     return found

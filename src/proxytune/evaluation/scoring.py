@@ -142,7 +142,7 @@ def _multiple_choice(task: str, letters: str) -> Callable[[Sequence[Prediction]]
         for one in predictions:
             if one["mc_answer_idx"] not in tuple(letters):
                 reason = f"its 'mc_answer_idx' is not one of {', '.join(letters)}"
-                raise ProxyTuneError(f"line {one.line} cannot be scored as {task}: {reason}")
+                raise ProxyTuneError(f"{one.where} cannot be scored as {task}: {reason}")
         chosen = [choice_letter(one["mc_output"], letters) for one in predictions]
         right = [float(letter == one["mc_answer_idx"]) for letter, one in zip(chosen, predictions)]
         invalid = chosen.count(None)

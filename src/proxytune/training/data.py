@@ -7,21 +7,20 @@ TRL's own conventions say what a row is: ``prompt`` and ``completion``, both str
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
 from proxytune.errors import ProxyTuneError, first_line
+from proxytune.files import SUFFIXES, read_rows
 
 __all__ = ["Rows"]
 
 ROLES = ("system", "user", "assistant")
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 Kind = Literal["text", "chat", "turns"]
 
@@ -49,7 +48,7 @@ class Rows:
     def read(
         cls, source: str, *, split: str = "train", prompt: str | None = None, completion: str | None = None
     ) -> Rows:
-        """Read a JSONL, CSV, TSV or Parquet file, or a data set (``NAME`` or ``NAME:CONFIG``) with TRL's columns.
+        """Read a JSONL, JSON, CSV, TSV or Parquet file, or a data set (``NAME`` or ``NAME:CONFIG``) with TRL's columns.
 
         Args:
             split: of a data set. prompt, completion: templates with column names in braces; both or neither.
@@ -61,9 +60,12 @@ class Rows:
             raise ProxyTuneError("--prompt and --completion go together: give both templates, or neither")
         path = Path(source).expanduser()
         if path.is_file():
-            raw, sha256 = _file_rows(path), _file_sha256(path)
+            raw = ((f"{row.where} of {path}", row.value) for row in read_rows(path))
+            sha256 = _file_sha256(path)
         else:
-            if path.suffix in SUFFIXES or (source.startswith((".", "/", "~")) and not path.is_dir()):
+            if path.name.lower().removesuffix(".gz").endswith(SUFFIXES) or (
+                source.startswith((".", "/", "~")) and not path.is_dir()
+            ):
                 raise ProxyTuneError(f"there is no data at {source!r}")
             found = _dataset_rows(source, split)
             digest = hashlib.sha256()
@@ -181,68 +183,6 @@ def _filled(template: str, row: Mapping[str, Any]) -> str:
 
 
 # -- where rows come from -------------------------------------------------------------------------------------
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-    elif path.suffix in (".csv", ".tsv"):
-        yield from _csv_rows(path)
-    elif path.suffix in SUFFIXES:
-        yield from _json_rows(path)
-    else:
-        raise ProxyTuneError(f"{path} is not one of {', '.join(SUFFIXES)}, so it is not known how to read it")
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            place = f"line {number} of {path}"
-            try:
-                if text := raw.decode("utf-8-sig" if number == 1 else "utf-8").strip():
-                    yield place, json.loads(text)
-            except UnicodeDecodeError as error:
-                raise ProxyTuneError(f"{place}: it is not UTF-8") from error
-            except json.JSONDecodeError as error:
-                raise ProxyTuneError(f"{place}: it is not JSON ({error.msg} at column {error.colno})") from error
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
-                raise ProxyTuneError(f"{place}: it is not JSON that can be read") from error
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-        line = 1
-        try:
-            _ = reader.fieldnames
-            while True:
-                line = reader.line_num + 1
-                row: dict[Any, Any] | None = next(reader, None)
-                if row is None:
-                    return
-                place = f"line {line} of {path}"
-                if None in row or None in row.values():
-                    wanted = len(reader.fieldnames or ())
-                    raise ProxyTuneError(f"{place}: it does not have the {wanted} columns of the first line")
-                yield place, row
-        except csv.Error as error:
-            raise ProxyTuneError(f"line {line} of {path}: it is not CSV ({error})") from error
-        except UnicodeDecodeError as error:
-            raise ProxyTuneError(f"{path} is not UTF-8 (behind line {line})") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number} of {path}", row
-    except ArrowException as error:
-        raise ProxyTuneError(f"{path} is not a Parquet file that can be read: {first_line(error)}") from error
-
-
 def _dataset_rows(source: str, split: str) -> list[Any]:
     from datasets import load_dataset
 

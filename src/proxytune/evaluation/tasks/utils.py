@@ -6,10 +6,7 @@ an ``id`` that does not depend on how many others are evaluated.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import importlib.util
-import io
 import json
 import os
 import random
@@ -22,6 +19,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from proxytune.errors import ProxyTuneError, first_line
+from proxytune.files import read_rows, read_text_lines
 
 __all__ = [
     "alpacafarm",
@@ -93,49 +91,12 @@ def local(data: str | None, *names: str, optional: bool = False) -> Path | None:
 
 
 def lines(path: Path) -> Iterator[Line]:
-    """The rows of a .jsonl, .jsonl.gz, .json or .csv file."""
-    name, place = path.name.lower(), f"line {{}} of {path}"
-    try:
-        raw = gzip.decompress(path.read_bytes()) if name.endswith(".gz") else path.read_bytes()
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        broken = raw[: error.start].count(b"\n") + 1
-        raise ProxyTuneError(f"{place.format(broken)} is not UTF-8") from error
-    except (OSError, EOFError) as error:
-        raise ProxyTuneError(f"{path} cannot be read: {first_line(error)}") from error
-    if name.endswith(".csv"):
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=False)
-        for row in reader:
-            where = place.format(reader.line_num)
-            if None in row or None in row.values():
-                raise ProxyTuneError(f"{where} does not have the {len(reader.fieldnames or ())} columns of the first")
-            yield Line(where, dict(row))
-    elif name.endswith(".json"):
-        found = _parsed(text, str(path))
-        if not isinstance(found, list):
-            raise ProxyTuneError(f"{path} is not a JSON list of objects")
-        for number, row in enumerate(found, start=1):
-            yield Line(f"entry {number} of {path}", _object(row, f"entry {number} of {path}"))
-    elif name.endswith((".jsonl", ".jsonl.gz")):
-        for number, row_text in enumerate(text.split("\n"), start=1):
-            if row_text.strip():
-                where = place.format(number)
-                yield Line(where, _object(_parsed(row_text, where), where))
-    else:
-        raise ProxyTuneError(f"{path} is not a .jsonl, .jsonl.gz, .json or .csv file")
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ProxyTuneError(f"{where} is not JSON ({first_line(error)})") from error
-
-
-def _object(value: Any, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise ProxyTuneError(f"{where} is not a JSON object")
-    return value
+    """The rows of a file, each a JSON object or a row of a table."""
+    for row in read_rows(path):
+        where = f"{row.where} of {path}"
+        if not isinstance(row.value, dict):
+            raise ProxyTuneError(f"{where} is not a JSON object")
+        yield Line(where, row.value)
 
 
 def hub(repository: str, *arguments: str, said: str | None = None, **options: Any) -> Iterator[Line]:
@@ -270,10 +231,7 @@ def toxigen(data: str | None = None, groups: list[str] | None = None, per_group:
             ),
         )
         if path is not None:
-            try:
-                found = path.read_text("utf-8").splitlines()
-            except UnicodeDecodeError as error:
-                raise ProxyTuneError(f"{path} is not UTF-8") from error
+            found = [row.value for row in read_text_lines(path)]
         else:
             rows_of = hub("toxigen/toxigen-data", "prompts", split=f"hate_{group}_1k")
             found = [str(line.values.get("text") or line.values.get("prompt") or "") for line in rows_of]
@@ -491,7 +449,8 @@ def ecqa_json(data: str | None = None, **_: Any) -> Splits:
     if path is None:
         raise ProxyTuneError("ecqa_json needs FLAN CoT's ecqa_train.tsv: give it, or its folder, with --data")
     rows = []
-    for number, text in enumerate(path.read_text("utf-8").split("\n"), start=1):
+    for row in read_text_lines(path):
+        number, text = row.number, row.value
         if not text.strip():
             continue
         cells = text.split("\t")

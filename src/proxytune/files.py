@@ -1,0 +1,254 @@
+"""Reading the data files that users give: rows with their places, and one sentence for what is broken.
+
+JSON is read as objects, one a line, or as one list of them, however it is laid out; which of the two it is shows in the
+first character. CSV and TSV have their columns' names in the first line. ``.gz`` is read through.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from proxytune.errors import ProxyTuneError, first_line
+
+__all__ = ["SUFFIXES", "Row", "half_surrogate", "json_rows", "read_json", "read_rows", "read_text_lines"]
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_LARGE_FIELDS = threading.Lock()  # csv's limit is one for the whole process
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a file.
+
+    Attributes:
+        number: from 1, of its line; of an entry of a JSON list and of a Parquet file's row among their like.
+        where: its place in the file, for people: ``line 3``, ``entry 2 (line 5)``, ``row 3``.
+        value: what stands there.
+        broken: why it cannot be read, or None; ``value`` is then None.
+    """
+
+    number: int
+    where: str
+    value: Any = None
+    broken: str | None = None
+
+
+# -- whole files ----------------------------------------------------------------------------------------------
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file, which its name says how to read; none of them is broken.
+
+    Raises:
+        ProxyTuneError: for another kind of file, and at the first row that cannot be read or has half a surrogate pair.
+    """
+    name = path.name.lower().removesuffix(".gz")
+    if name.endswith(".parquet"):
+        rows = _parquet_rows(path)
+    elif name.endswith((".csv", ".tsv")):
+        rows = _csv_rows(path, "\t" if name.endswith(".tsv") else ",")
+    elif name.endswith(SUFFIXES):
+        rows = read_json(path)
+    else:
+        raise ProxyTuneError(f"{path} is not one of {', '.join(SUFFIXES)}, so it is not known how to read it")
+    for row in rows:
+        if (column := half_surrogate(row.value)) is not None:
+            raise ProxyTuneError(
+                f"{row.where} of {path}: its {column} has half a surrogate pair, which is no character"
+            )
+        yield row
+
+
+def read_json(path: Path) -> Iterator[Row]:
+    """The values of a file of JSON lines, or of one JSON list, whatever its name.
+
+    Raises:
+        ProxyTuneError: at the first that cannot be read.
+    """
+    for row in json_rows(_lines(path)):
+        if row.broken is not None:
+            raise ProxyTuneError(f"{row.where} of {path}: {row.broken}")
+        yield row
+
+
+def read_text_lines(path: Path) -> Iterator[Row]:
+    """The lines of a text file without their ends, blank ones too.
+
+    Raises:
+        ProxyTuneError: for a line that is not UTF-8.
+    """
+    for number, raw in enumerate(_lines(path), start=1):
+        try:
+            yield Row(number, f"line {number}", _text(raw, number).rstrip("\r\n"))
+        except UnicodeDecodeError as error:
+            raise ProxyTuneError(f"line {number} of {path}: it is not UTF-8") from error
+
+
+def half_surrogate(value: Any) -> str | None:
+    """The field of a value that has half a surrogate pair, which no encoding can write; None where none has."""
+    if isinstance(value, dict):
+        found = (repr(key) for key, part in value.items() if half_surrogate([key, part]) is not None)
+        return next(found, None)
+    if isinstance(value, list):
+        return next((where for part in value if (where := half_surrogate(part)) is not None), None)
+    return "text" if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value) else None
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, unpacked where its name ends in ``.gz``."""
+    try:
+        with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
+            yield from file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ProxyTuneError(f"{path} is not a gzip file that can be read: {first_line(error)}") from error
+
+
+def _text(raw: bytes, number: int) -> str:
+    """What the bytes say, which begin on line ``number`` of their file."""
+    return raw.decode("utf-8-sig" if number == 1 else "utf-8")
+
+
+# -- JSON -----------------------------------------------------------------------------------------------------
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def json_rows(lines: Iterable[bytes], *, finite: bool = False) -> Iterator[Row]:
+    """The values of JSON lines, or of one JSON list that the lines hold together; what is broken is a row that says so.
+
+    Blank lines are skipped. Behind its first mistake a list is not read on.
+
+    Args:
+        finite: refuse NaN and infinities, which Python writes and JSON does not have.
+    """
+    decoder = json.JSONDecoder(parse_constant=_refused if finite else None)
+    numbered, begun = enumerate(lines, start=1), False
+    for number, raw in numbered:
+        try:
+            text = _text(raw, number).strip()
+            if text.startswith("[") and not begun:
+                yield from _list_rows(raw + b"".join(line for _, line in numbered), number, decoder)
+            elif text == "{" and not begun:
+                yield Row(number, f"line {number}", broken=_SPREAD_OUT)
+                return
+            elif text:
+                yield Row(number, f"line {number}", decoder.decode(text))
+            begun = begun or bool(text)
+        except (ValueError, RecursionError, ProxyTuneError) as error:
+            begun = True
+            yield Row(number, f"line {number}", broken=_why(error))
+
+
+_SPREAD_OUT = "it begins an object of several lines; write one object a line, or one list of objects"
+
+
+def _list_rows(raw: bytes, line: int, decoder: json.JSONDecoder) -> Iterator[Row]:
+    """The entries of a JSON list, which begins on line ``line`` of its file."""
+    number = counted = at = 0
+    try:
+        text = _text(raw, line)
+        at = _skip(text, text.index("[") + 1)
+        more = text[at : at + 1] != "]"
+        while more:
+            number += 1
+            line += text.count("\n", counted, at)
+            counted = at
+            value, end = decoder.raw_decode(text, at)
+            yield Row(number, f"entry {number} (line {line})", value)
+            at = _skip(text, end)
+            more = text[at : at + 1] == ","
+            if more:
+                at = _skip(text, at + 1)
+            elif text[at : at + 1] != "]":
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+        if (rest := _skip(text, at + 1)) < len(text):
+            raise json.JSONDecodeError("Extra data behind the list", text, rest)
+    except UnicodeDecodeError as error:
+        line += raw[: error.start].count(b"\n")
+        yield Row(1, f"line {line}", broken=_why(error))
+    except json.JSONDecodeError as error:
+        line += error.doc.count("\n", counted, error.pos)
+        yield Row(number, f"line {line}", broken=_why(error))
+    except (ValueError, RecursionError, ProxyTuneError) as error:
+        yield Row(number, f"entry {number} (line {line})", broken=_why(error))
+
+
+def _skip(text: str, at: int) -> int:
+    """The next place from ``at`` on that is not white space."""
+    found = _SPACE.match(text, at)
+    return at if found is None else found.end()
+
+
+def _refused(name: str) -> None:
+    raise ProxyTuneError(f"{name} is not a JSON number")
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not JSON ({error.msg} at column {error.colno})"
+    if isinstance(error, ProxyTuneError):
+        return str(error)
+    return "it is not JSON that can be read"  # a number of thousands of digits, brackets within brackets
+
+
+# -- tables ---------------------------------------------------------------------------------------------------
+def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
+    raw = b"".join(_lines(path))
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        broken = raw[: error.start].count(b"\n") + 1
+        raise ProxyTuneError(f"line {broken} of {path}: it is not UTF-8") from error
+    with _LARGE_FIELDS:
+        limit = csv.field_size_limit()
+        csv.field_size_limit(max(limit, len(text)))
+        try:
+            rows = list(_cells(path, text, delimiter))
+        finally:
+            csv.field_size_limit(limit)
+    names = rows[0][1] if rows else []
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ProxyTuneError(f"line {rows[0][0]} of {path}: two columns are called {twice[0]!r}; rename one")
+    for line, cells in rows[1:]:
+        if len(cells) != len(names):
+            raise ProxyTuneError(f"line {line} of {path}: it does not have the {len(names)} columns of the first line")
+        yield Row(line, f"line {line}", dict(zip(names, cells)))
+
+
+def _cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Each row's first line and its cells; blank lines are left out."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise ProxyTuneError(f"line {line} of {path}: it is not CSV ({error})") from error
+        if cells is None:
+            return
+        if cells:
+            yield line, cells
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches():
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(number, f"row {number}", value)
+    except ArrowException as error:
+        raise ProxyTuneError(f"{path} is not a Parquet file that can be read: {first_line(error)}") from error
