@@ -53,20 +53,21 @@ ROOMS = {
 # What rests on the core: a module, or a package as a whole -> all that it may import, at the top or inside functions.
 UPPER = {
     "presets": set(),
+    "files": {"errors"},
     "journal": {"errors"},
     "plain_loop": {"mixing"},
     "check": {"adapters", "errors", "config", "vocabulary", "prompts", "checkpoints", "members"},
     "compose": {"errors", "config", "members", "recipe", "presets"},
     "generation": {"errors", "prompts", "coupling"},
-    "batch": {"errors", "config", "generation", "journal"},
+    "batch": {"errors", "config", "files", "generation", "journal"},
     "chat": {"errors", "config", "prompts", "generation"},
     "bench": {"errors", "config", "members", "modeling", "speculation", "plain_loop", "demo"},
     "plan": {"errors", "config", "cost", "members", "speculation", "check", "bench"},
     "demo": {"errors", "config", "statistics", "kernels", "members", "recipe", "modeling"},
-    "training": {"errors", "config", "mixing", "members", "recipe", "check", "compose"},
+    "training": {"errors", "config", "files", "mixing", "members", "recipe", "check", "compose"},
     "evaluation": {
         *("errors", "config", "mixing", "prompts", "statistics", "kernels", "members", "modeling", "generation"),
-        *("journal", "demo"),
+        *("files", "journal", "demo"),
     },
     # The vLLM side rests on the same bottom, and on nothing of the transformers composite.
     "vllm": {"errors", "config", "mixing", "vocabulary", "adapters", "members"},
