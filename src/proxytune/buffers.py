@@ -41,14 +41,6 @@ class BufferLayer(StaticLayer):
         self.put(self.keys.roll(-n_columns, dims=2), self.values.roll(-n_columns, dims=2))
         self.cumulative_length.sub_(n_columns)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self.keys, self.values = (each.repeat_interleave(repeats, dim=0) for each in (self.keys, self.values))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
-            self.keys, self.values = self.keys[indices], self.values[indices]
-
 
 def can_roll_back(cache: Cache) -> bool:
     """Whether rejected tokens can be taken out of this cache again, row by row."""

@@ -1,7 +1,9 @@
 """What ``proxytune check`` computes: will a recipe work, and what memory does it need?
 
-Only configs and tokenizers are loaded. Parameters are counted on models without storage (the meta device), and so
-are the bytes that one token adds to the cache, which makes both right for any architecture.
+Only configs, tokenizers and the headers of weight files are read. Models are built without storage (the meta device):
+their tensors' names and shapes are held against the headers, their caches are tried, and parameters and the bytes that
+one token adds to a cache are counted on them, which makes all of it right for any architecture. What cannot be told so
+is listed as not checked; :mod:`proxytune.selftest` loads the recipe and tries it.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from proxytune.adapters import try_adapter
-from proxytune.checkpoints import parts_of_gguf
+from proxytune.checkpoints import Fit, fit_of_gguf, fit_of_header, parts_of_gguf, read_header
 from proxytune.config import Member, ProxyTuneConfig
 from proxytune.errors import MemberError, ProxyTuneError, first_line
+from proxytune.families import keeps_states, obstacle_of
 from proxytune.members import (
     Loading,
     adapter_directory,
@@ -30,6 +33,7 @@ from proxytune.members import (
     load_tokenizer,
     loading_of,
     member_source,
+    opened,
     refuse_unfit,
 )
 from proxytune.prompts import render
@@ -80,16 +84,18 @@ class Report:
     """What was found.
 
     Attributes:
-        works: whether the recipe can be loaded and used.
+        works: whether the recipe can be loaded and used; None where nothing is wrong that could be checked.
         problems: why not, one sentence each.
         notes: what is worth knowing all the same.
+        unchecked: what could not be checked, one clause each.
         context: the shortest member's, in tokens.
         shared_vocab: ids below it are mixed.
     """
 
-    works: bool
+    works: bool | None
     problems: list[str]
     notes: list[str]
+    unchecked: list[str]
     members: list[MemberReport]
     alpha: dict[str, float]
     plausibility: float | None
@@ -121,6 +127,7 @@ def check_recipe(config: ProxyTuneConfig, loading: Loading | None = None) -> Rep
     loading = loading or Loading()
     problems: list[str] = []
     notes: list[str] = []
+    unchecked: list[str] = []
     found: dict[str, _Found] = {}
     for name, member in config.members():
         try:
@@ -129,17 +136,18 @@ def check_recipe(config: ProxyTuneConfig, loading: Loading | None = None) -> Rep
         except ProxyTuneError as error:
             problems.append(str(error))
     complete = len(found) == sum(1 for _ in config.members())
-    shared = _check_vocabulary(found, problems, notes) if complete else None
+    shared = _check_vocabulary(found, problems, notes, unchecked) if complete else None
     _check_prompts(found, problems)
     _check_parts(config, found, notes)
     _check_outputs(found, notes)
-    members = _count(config, found, loading, problems, notes)
+    members = _count(config, found, loading, problems, notes, unchecked)
     contexts = [report.context for report in members if report.context is not None]
     grown = [report.kv_bytes_per_token for report in members]
     return Report(
-        works=not problems,
+        works=False if problems else None if unchecked else True,
         problems=problems,
         notes=notes,
+        unchecked=unchecked,
         members=members,
         alpha=dict(zip((expert.name for expert in config.expert_list), config.alphas)),
         plausibility=config.plausibility,
@@ -167,7 +175,7 @@ def count_recipe(config: ProxyTuneConfig, loading: Loading | None = None) -> tup
         own = load_config(config, name, member, loading)
         refuse_unfit(name, member, own)
         found[name] = _Found(member, own)
-    members = _count(config, found, loading, problems, notes)
+    members = _count(config, found, loading, problems, notes, None)
     if problems:
         raise MemberError(problems[0])
     return members, notes
@@ -185,7 +193,7 @@ def _member_config(config: ProxyTuneConfig, name: str, member: Member, loading: 
 
 
 # -- will it work? --------------------------------------------------------------------------------------------
-def _check_vocabulary(found: Mapping[str, _Found], problems: list[str], notes: list[str]) -> int:
+def _check_vocabulary(found: Mapping[str, _Found], problems: list[str], notes: list[str], unchecked: list[str]) -> int:
     report = compare(
         {name: one.tokenizer for name, one in found.items()},
         {name: one.text.vocab_size for name, one in found.items()},
@@ -197,7 +205,7 @@ def _check_vocabulary(found: Mapping[str, _Found], problems: list[str], notes: l
     for name, extra in report.extra.items():
         notes.append(f"{name} has {extra} ids that another member lacks (from {report.shared} on); never chosen")
     for name in report.unchecked:
-        notes.append(f"{name} has no tokenizer; that its tokens are the base's is taken on trust")
+        unchecked.append(f"whether the tokens of {name} are the base's, since it has no tokenizer")
     return report.shared
 
 
@@ -229,6 +237,47 @@ def _check_outputs(found: Mapping[str, _Found], notes: list[str]) -> None:
         notes.append(f"only some members cap their logits ({capped}), so their differences are of unlike scale")
 
 
+def _check_weights(
+    config: ProxyTuneConfig,
+    name: str,
+    one: _Found,
+    model: PreTrainedModel,
+    loading: Loading,
+    notes: list[str],
+    unchecked: list[str],
+) -> None:
+    """Hold a member's cache and files against the empty ``model`` that its config describes.
+
+    Raises:
+        MemberError: for what is wrong with them.
+    """
+    of = f"{name} ({one.member.model})"
+    if (obstacle := obstacle_of(model)) is not None:
+        raise MemberError(f"{of} cannot be used in a recipe: {obstacle}; name another model")
+    if keeps_states(one.text):
+        unchecked.append(f"whether {of} decodes with its states what it reads without them: loading tries it")
+    fit: Fit | None = None
+    why = "its files are on the hub, and their headers cannot be read there"
+    with opened(config, name, one.member, loading, with_data=False) as (path, place):
+        if "gguf_file" in place:
+            fit = fit_of_gguf(model, path, place) if _is_at_hand(path) else None
+            why = "transformers takes its tensors apart while it loads them" if _is_at_hand(path) else why
+        elif getattr(one.config, "quantization_config", None):
+            why = "its files are quantized"
+        elif (header := read_header(path, place)) is not None:
+            fit = fit_of_header(model, header)
+    if fit is None:
+        unchecked.append(f"the tensors of {of}, because {why}")
+    elif fit.problem is not None:
+        raise MemberError(f"{of} {fit.problem}")
+    elif fit.note is not None:
+        notes.append(f"{of} {fit.note}")
+
+
+def _is_at_hand(path: str) -> bool:
+    return Path(path).is_dir()
+
+
 # -- what does it need? ---------------------------------------------------------------------------------------
 def _count(
     config: ProxyTuneConfig,
@@ -236,7 +285,9 @@ def _count(
     loading: Loading,
     problems: list[str],
     notes: list[str],
+    unchecked: list[str] | None,
 ) -> list[MemberReport]:
+    """Count the members, and, where ``unchecked`` is a list, hold their files and caches against their configs."""
     reports: list[MemberReport] = []
     own_weights = _weights(config, found, loading, notes)
     weights_of: dict[Any, str] = {}  # a set of weights -> the first member that has it
@@ -248,6 +299,11 @@ def _count(
         except Exception as error:  # an architecture that transformers lacks, remote code
             problems.append(f"{name} ({member.model}) cannot be built: {first_line(error)}")
             continue
+        if unchecked is not None and key not in weights_of:
+            try:
+                _check_weights(config, name, one, model, loading, notes, unchecked)
+            except ProxyTuneError as error:
+                problems.append(str(error))
         dtype = _dtype(config, name, one, loading)
         n_weights, n_bytes = _weigh(model, one, loading, dtype, name, notes)
         n_head, tied = _head(model)
@@ -257,7 +313,9 @@ def _count(
         if member.adapter is not None:
             try:
                 place = adapter_source(config, member)
-                n_adapter = _adapter_parameters(config, name, member, one, loading, notes)
+                n_adapter = _adapter_parameters(
+                    config, name, member, one, loading, notes if unchecked is None else unchecked
+                )
             except ProxyTuneError as error:
                 problems.append(str(error))
             kept = any(other != name and own_weights[other] == key for other in found)  # alone, it is merged
@@ -410,12 +468,12 @@ def _window(config: PreTrainedConfig) -> int | None:
 
 
 def _adapter_parameters(
-    config: ProxyTuneConfig, name: str, member: Member, one: _Found, loading: Loading, notes: list[str]
+    config: ProxyTuneConfig, name: str, member: Member, one: _Found, loading: Loading, unchecked: list[str]
 ) -> int:
     """Try the adapter on an empty model: that shows whether it fits, and counts it."""
     with loading_of(name, member.adapter):
         directory = adapter_directory(config, name, member, loading)
         count, tried = try_adapter(name, directory, _empty(one.config, loading))
     if not tried:
-        notes.append(f"whether the adapter of {name} fits its model shows when it is loaded")
+        unchecked.append(f"whether the adapter of {name} fits its model: loading tries it")
     return count

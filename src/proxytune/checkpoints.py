@@ -24,7 +24,15 @@ from transformers.modeling_utils import load_state_dict, str_to_torch_dtype
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-__all__ = ["Fit", "fit_of", "fit_of_gguf", "fit_of_header", "parts_of_gguf", "read_header", "whole_gguf"]
+__all__ = [
+    "Fit",
+    "fit_of",
+    "fit_of_gguf",
+    "fit_of_header",
+    "parts_of_gguf",
+    "read_header",
+    "whole_gguf",
+]
 
 Header = dict[str, Tensor]  # tensor name -> its shape and dtype, on the meta device
 SHOWN = 3  # tensors that a message names

@@ -34,7 +34,8 @@ from proxytune.adapters import (
 )
 from proxytune.checkpoints import Fit, fit_of, fit_of_gguf, read_header, whole_gguf
 from proxytune.config import Member, Prompt, ProxyTuneConfig, Source
-from proxytune.errors import MemberError, first_line
+from proxytune.errors import MemberError, PromptError, first_line
+from proxytune.families import has_read, one_by_one, reading_of
 from proxytune.kernels import PackedLinear, QuickHead, pack
 from proxytune.rows import apply_by_rows, refuse_unlike, same_weights
 
@@ -58,7 +59,6 @@ __all__ = [
     "loading_of",
     "member_source",
     "opened",
-    "refuse_misfit",
     "refuse_unfit",
 ]
 
@@ -115,6 +115,10 @@ class Lane(nn.Module):
         self.packed = any(isinstance(module, PackedLinear) for module in model.modules())
         self.read_bytes = _bytes_read(model)
         self.quick_head: QuickHead | None = None
+        self.reading = reading_of(model)
+        if self.reading.obstacle is not None:
+            names = ", ".join(name for seat in seats for name in seat.names)
+            raise MemberError(f"{names} cannot be used in a recipe: {self.reading.obstacle}; name another model")
         self.by_rows = len({seat.adapter for seat in seats}) > 1
         if self.by_rows:
             adapters = [seat.adapter for seat in seats]
@@ -212,15 +216,30 @@ class Lane(nn.Module):
         return self._alone[adapter]
 
     def forward(self, input_ids: Tensor, *, logits_to_keep: int | Tensor, **inputs: Any) -> Tensor:
-        """Logits of the stacked rows, shape = (n_seats * n_batch, n_kept, n_vocab), in the model's dtype."""
+        """Logits of the stacked rows, shape = (n_seats * n_batch, n_kept, n_vocab), in the model's dtype.
+
+        Raises:
+            PromptError: for a row with padding, where the model is not exact with it.
+        """
+        if not self.reading.padded and (mask := inputs.get("attention_mask")) is not None and not bool(mask.all()):
+            raise PromptError(
+                f"{type(self.model).__name__} ({', '.join(self.seats[0].names)}) gives other logits behind padding; "
+                "give it one prompt at a time, or prompts of one length"
+            )
+        cache = inputs.get("past_key_values")
+        if not self.reading.in_pieces and input_ids.shape[1] > 1 and has_read(cache):
+            logits = one_by_one(lambda ids, **own: self(ids, logits_to_keep=0, **own), input_ids, inputs)
+            return _kept(logits, logits_to_keep)
         self._make_masks(input_ids, inputs)
         if self.model._supports_logits_to_keep():
             inputs["logits_to_keep"] = logits_to_keep
             return cast(Tensor, self.model(input_ids=input_ids, **inputs).logits)
-        logits: Tensor = self.model(input_ids=input_ids, **inputs).logits
-        if isinstance(logits_to_keep, int):
-            return logits[:, -logits_to_keep:] if logits_to_keep else logits
-        return logits[:, logits_to_keep]
+        return _kept(self.model(input_ids=input_ids, **inputs).logits, logits_to_keep)
+
+
+def _kept(logits: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Some positions of logits, by transformers' argument of that name: how many of the last, 0 for all, or which."""
+    return logits[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else logits[:, logits_to_keep]
 
 
 class CannotShare(MemberError):
@@ -455,16 +474,11 @@ def load_model(config: ProxyTuneConfig, name: str, member: Member, loading: Load
         else:
             fits = [fit_of(model, info, read_header(path, place) if info["unexpected_keys"] else None)]
     for fit in fits:
-        refuse_misfit(name, member, fit)
+        if fit.problem is not None:
+            raise MemberError(f"{name} ({member.model}) {fit.problem}")
+        if fit.note is not None:
+            logger.warning("%s (%s) %s", name, member.model, fit.note)
     return model  # type: ignore[no-any-return]
-
-
-def refuse_misfit(name: str, member: Member, fit: Fit) -> None:
-    """Raise :class:`MemberError` if a member's files are not the weights that its config asks for."""
-    if fit.problem is not None:
-        raise MemberError(f"{name} ({member.model}) {fit.problem}")
-    if fit.note is not None:
-        logger.warning("%s (%s) %s", name, member.model, fit.note)
 
 
 def forget_gguf(model: Any) -> None:

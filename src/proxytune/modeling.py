@@ -125,17 +125,13 @@ class ProxyTunedCache(Cache):
         self.n_columns += tokens_to_remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select(beam_idx, "reorder_cache")
+        self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._select(indices, "batch_select_indices")
-        self.n_batch = int(indices.sum()) if indices.dtype == torch.bool else len(indices)
+        self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        for view in self.views:
-            view.batch_repeat_interleave(repeats)
-        self.prompts = [p and p.map(lambda t: t.repeat_interleave(repeats, dim=0)) for p in self.prompts]
-        self.n_batch *= repeats
+        self._select(torch.arange(self.n_batch).repeat_interleave(repeats))
 
     def reset(self) -> None:
         super().reset()
@@ -145,14 +141,14 @@ class ProxyTunedCache(Cache):
     def _has_prompts(self) -> bool:
         return any(prompt is not None for prompt in self.prompts)
 
-    def _select(self, rows: Tensor, how: str) -> None:
-        if rows.dtype == torch.bool:
-            rows = rows.nonzero().flatten()
+    def _select(self, rows: Tensor) -> None:
+        """Carry on with these rows, in any number and order; every kind of layer can do that by `reorder_cache`."""
         for index, (view, n_seats) in enumerate(zip(self.views, self.n_seats)):
             stacked = torch.cat([rows + block * self.n_batch for block in range(n_seats)])
-            getattr(view, how)(stacked)
+            view.reorder_cache(stacked)  # type: ignore[arg-type]
             if (prompt := self.prompts[index]) is not None:
                 self.prompts[index] = prompt.map(lambda t, at=stacked: t[at.to(t.device)])
+        self.n_batch = len(rows)
 
 
 class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
@@ -327,6 +323,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = self.new_cache()
         cache = past_key_values
         n_cached = cache.n_columns if cache is not None else 0
+        if position_ids is None and n_cached > 0:  # some families ask a layer that has no length
+            position_ids = torch.arange(n_cached, n_cached + n_columns, device=input_ids.device)[None]
         if n_cached == 0 and self.shared_vocab < self.widest_vocab:
             for name in self.seats:
                 self._check_ids(name, input_ids, attention_mask)

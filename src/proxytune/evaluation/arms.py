@@ -36,6 +36,7 @@ from proxytune.config import Prompt, ProxyTuneConfig
 from proxytune.errors import MemberError, ProxyTuneError
 from proxytune.evaluation.code import clean_code
 from proxytune.evaluation.results import ARMS
+from proxytune.families import has_read, one_by_one, reading_of
 from proxytune.generation import Answer, Encoded, Sampling, answer, batches, with_room
 from proxytune.journal import Journal
 from proxytune.kernels import pack
@@ -719,9 +720,16 @@ class _Reader:
             "use_cache": True,
         }
         if self.arm.alphas is None:
-            keep = last_only and self.model._supports_logits_to_keep()
-            output = self.model(**inputs, **({"logits_to_keep": 1} if keep else {}))
-            logits = {"": output.logits[:, -1:] if last_only else output.logits}
+            keep = {"logits_to_keep": 1} if last_only and self.model._supports_logits_to_keep() else {}
+
+            def read(input_ids: Tensor, **inputs: Any) -> Tensor:
+                output = self.model(input_ids=input_ids, **inputs, **keep)
+                self.cache = output.past_key_values
+                return output.logits[:, -1:] if last_only else output.logits
+
+            ids = inputs.pop("input_ids")
+            in_pieces = not has_read(self.cache) or reading_of(self.model).in_pieces
+            logits = {"": read(ids, **inputs) if in_pieces else one_by_one(read, ids, inputs)}
         else:
             if self.own and self.n_read == 0:
                 inputs["member_input_ids"] = {name: pair[0] for name, pair in self.own.items()}
@@ -729,12 +737,13 @@ class _Reader:
                 inputs["prompt_length"] = n_columns
             output = self.model(**inputs, logits_to_keep=int(last_only), output_member_logits=True)
             logits = output.member_logits
-        self.cache, self.n_read = output.past_key_values, self.n_read + n_columns
+            self.cache = output.past_key_values
+        self.n_read += n_columns
         return logits
 
     def select(self, rows: Tensor, more_mask: Tensor) -> None:
         """Carry on with these rows (repeated where several continue one prompt), and mask the columns to come."""
-        self.cache.batch_select_indices(rows.to(self.device))
+        self.cache.reorder_cache(rows.to(self.device))  # every kind of layer can do that
         self.mask = torch.cat([self.mask[rows], more_mask], dim=1)
 
     def mix(self, logits: Mapping[str, Tensor], alphas: Sequence[float] | None) -> Tensor:

@@ -313,7 +313,7 @@ def _prefilled(arm: Arm, prompts: Sequence[Encoded], rows: Sequence[int]) -> Any
         logits_to_keep=1,
     )
     cache = output.past_key_values
-    cache.batch_select_indices(torch.tensor(list(rows), device=device))
+    cache.reorder_cache(torch.tensor(list(rows), device=device))
     return cache
 
 

@@ -219,7 +219,7 @@ def train(
 
     notes += compose(_recipe_of(settings, data, out), out, force=True, trust_remote_code=settings.trust_remote_code)
     checked = check_recipe(load_recipe(out), loading)
-    if not checked.works:
+    if checked.problems:
         raise RecipeError(f"the recipe that was trained does not work: {'; '.join(checked.problems)}")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     manifest = {
@@ -288,7 +288,7 @@ def _checked(settings: Settings, loading: Loading) -> tuple[ProxyTuneConfig, Set
     expert = Expert(settings.name, anti, anti, settings.alpha)
     config = ProxyTuneConfig(base=settings.base, experts=[expert])
     found = check_recipe(config, loading)
-    if not found.works:
+    if found.problems:
         raise RecipeError(found.problems[0])
     own = load_config(config, "the anti-expert", anti, loading)
     if settings.full and (anti.quantization_config or getattr(own, "quantization_config", None)):
