@@ -165,9 +165,9 @@ def check(
     dtype: Dtype = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Say whether a recipe works and what memory it needs; reads configs and tokenizers alone.
+    """Say whether a recipe works and what memory it needs; reads configs, tokenizers and the headers of weight files.
 
-    The exit status is 0 if it works and 2 if it does not.
+    What cannot be told so is listed as not checked. The exit status is 0 if nothing is wrong, else 2.
     """
     from proxytune.check import check_recipe
     from proxytune.members import Loading
@@ -178,7 +178,7 @@ def check(
         typer.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
     else:
         show_report(report, Console())
-    if not report.works:
+    if report.problems:
         raise typer.Exit(FAILED)
 
 
@@ -210,7 +210,7 @@ def show_report(report: Report, console: Console) -> None:
             console.print(f"{one.name} shares its weights with {one.shares_with}", highlight=False)
         if one.sliding_window:
             console.print(f"{one.name} has layers that keep only {one.sliding_window:,} tokens", highlight=False)
-    if report.works:
+    if not report.problems:
         memory = f"weights {size(report.weight_bytes)}"
         if report.kv_bytes_per_token is not None:
             memory += f", cache {size(report.kv_bytes_per_token)} a token"
@@ -224,6 +224,13 @@ def show_report(report: Report, console: Console) -> None:
         console.print(f"alpha: {alpha}", highlight=False)
     for note in report.notes:
         console.print(f"[yellow]note[/yellow] {note}", highlight=False)
+    for what in report.unchecked:
+        console.print(f"[yellow]not checked[/yellow] {what}", highlight=False)
     for problem in report.problems:
         console.print(f"[red]wrong[/red] {problem}", highlight=False)
-    console.print("[green]the recipe works[/green]" if report.works else "[red]the recipe does not work[/red]")
+    if report.problems:
+        console.print("[red]the recipe does not work[/red]")
+    elif report.unchecked:
+        console.print("nothing is wrong in what was checked")
+    else:
+        console.print("[green]the recipe works[/green]")
