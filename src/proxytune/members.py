@@ -553,7 +553,7 @@ def find_file(source: Source, name: str, loading: Loading) -> str | None:
         path = Path(source.path) / source.subfolder / name
         return str(path) if path.is_file() else None
     found = cached_file(
-        source.path, name, **hub_arguments(source, loading), _raise_exceptions_for_missing_entries=False
+        source.path, name, **_hub_arguments(source, loading), _raise_exceptions_for_missing_entries=False
     )
     return None if found is None else str(found)
 
