@@ -243,6 +243,7 @@ def test_every_form_of_alpha(alpha, of, expected):
     [
         (math.nan, AB, "alpha must be finite, not nan"),
         (math.inf, ONLY, "alpha must be finite, not inf"),
+        (torch.tensor(1e39, dtype=torch.float64), AB, "alpha must be finite, not tensor"),  # not in float32
         ([1.0, -math.inf], AB, "must be finite"),
         ({"a": math.nan}, AB, "must be finite"),
         ("strong", AB, "must be a finite number or a rectangular list of them, not 'strong'"),

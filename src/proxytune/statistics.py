@@ -54,8 +54,9 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, fl
     Returns:
         problems that only the first solved, problems that only the second solved, and the p-value.
     """
-    won = sum(a and not b for a, b in zip(first, second, strict=True))
-    lost = sum(b and not a for a, b in zip(first, second, strict=True))
+    pairs = list(zip(first, second, strict=True))
+    won = sum(a and not b for a, b in pairs)
+    lost = sum(b and not a for a, b in pairs)
     tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
     return won, lost, min(1.0, 2 * tail / 2 ** (won + lost))
 
