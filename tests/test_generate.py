@@ -415,7 +415,7 @@ def test_a_generation_config_object(steered):
 
 
 # -- refusals -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("implementation", ["quantized", "offloaded", "hybrid"])
+@pytest.mark.parametrize("implementation", ["quantized", "offloaded"])
 def test_other_caches_are_refused(steered, implementation):
     with pytest.raises(ProxyTuneError, match=f"{implementation}.*'dynamic'"):
         steered.model.generate(torch.tensor([ROWS[0]]), cache_implementation=implementation, max_new_tokens=2)

@@ -23,6 +23,7 @@ from proxytune.checkpoints import Fit, fit_of_gguf, fit_of_header, parts_of_gguf
 from proxytune.config import Member, ProxyTuneConfig
 from proxytune.errors import MemberError, ProxyTuneError, first_line
 from proxytune.families import keeps_states, obstacle_of
+from proxytune.generation_config import adapted, base_generation_config
 from proxytune.members import (
     Loading,
     adapter_directory,
@@ -138,6 +139,7 @@ def check_recipe(config: ProxyTuneConfig, loading: Loading | None = None) -> Rep
     complete = len(found) == sum(1 for _ in config.members())
     shared = _check_vocabulary(found, problems, notes, unchecked) if complete else None
     _check_prompts(found, problems)
+    _check_generation(config, found, loading, problems, notes)
     _check_parts(config, found, notes)
     _check_outputs(found, notes)
     members = _count(config, found, loading, problems, notes, unchecked)
@@ -228,6 +230,20 @@ def _check_prompts(found: Mapping[str, _Found], problems: list[str]) -> None:
             render(one.member.prompt, one.tokenizer or base, "Hello", f"member {name!r}")
         except ProxyTuneError as error:
             problems.append(f"the prompt of {name} cannot be made: {error}")
+
+
+def _check_generation(
+    config: ProxyTuneConfig, found: Mapping[str, _Found], loading: Loading, problems: list[str], notes: list[str]
+) -> None:
+    """What the recipe generates with by default: its own generation config, or the base's."""
+    if "base" not in found:
+        return
+    try:
+        generation = base_generation_config(config, loading)
+        if generation is not None:
+            notes += adapted(generation, found["base"].text.vocab_size, "the generation config")[1]
+    except ProxyTuneError as error:
+        problems.append(str(error))
 
 
 def _check_outputs(found: Mapping[str, _Found], notes: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,8 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig
 
 from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig
-from proxytune.errors import MemberError, RecipeError
+from proxytune.errors import MemberError, RecipeError, first_line
+from proxytune.generation_config import adapted, ends_of, read_generation_config
 from proxytune.members import Loading, load_config, load_tokenizer, member_source
 from proxytune.presets import PRESETS
 from proxytune.recipe import write_recipe
@@ -197,7 +197,7 @@ def compose(
             )
         text_config.name_or_path = ""  # where it lay on this machine is not the recipe's to tell
         tokenizer = load_tokenizer(config, "base", config.base_member, loading)
-        generation = _generation_config(config, text_config, loading)
+        generation = _generation_config(config, text_config, loading, notes)
     except MemberError as error:
         if not offline:
             raise MemberError(f"{error} (--offline writes the recipe without the base's files)") from error
@@ -215,33 +215,31 @@ def compose(
     return notes
 
 
-def _generation_config(config: ProxyTuneConfig, text_config: PreTrainedConfig, loading: Loading) -> GenerationConfig:
-    generation = _own_generation_config(config, "base", config.base_member, loading)
-    if generation is None:
-        generation = GenerationConfig.from_model_config(text_config)
-    ends = _ends(generation)
+def _generation_config(
+    config: ProxyTuneConfig, text_config: PreTrainedConfig, loading: Loading, notes: list[str]
+) -> GenerationConfig:
+    """The base's, without what a recipe cannot do, and with the ends of the experts that are steered towards."""
+
+    def own(name: str, one: Member) -> GenerationConfig | None:
+        try:
+            return read_generation_config(config, name, one, loading)
+        except OSError as error:
+            reason = f"cannot be reached ({first_line(error)})"
+            notes.append(f"the generation config of {name} {reason}, so its end-of-sequence tokens are not known")
+            return None
+
+    generation = own("base", config.base_member) or GenerationConfig.from_model_config(text_config)
+    width = text_config.get_text_config(decoder=True).vocab_size
+    generation, left_out = adapted(generation, width, "the base's generation config")
+    notes += left_out
+    ends = ends_of(generation)
     for expert in config.expert_list:
         if expert.expert is not None and expert.alpha > 0:
-            own = _own_generation_config(config, f"{expert.name}.expert", expert.expert, loading)
-            ends += [end for end in _ends(own) if end not in ends]
+            more = own(f"{expert.name}.expert", expert.expert)
+            ends += [end for end in ends_of(more) if end not in ends]
     if ends:
         generation.eos_token_id = ends[0] if len(ends) == 1 else ends
     return generation
-
-
-def _own_generation_config(
-    config: ProxyTuneConfig, name: str, one: Member, loading: Loading
-) -> GenerationConfig | None:
-    source, _ = member_source(config, name, one)
-    kwargs: dict[str, Any] = {"revision": source.revision, "subfolder": source.subfolder, **loading.hub}
-    with contextlib.suppress(OSError, ValueError):  # it has none, or cannot be reached
-        return GenerationConfig.from_pretrained(source.path, **{k: v for k, v in kwargs.items() if v})
-    return None
-
-
-def _ends(generation: GenerationConfig | None) -> list[int]:
-    ends = None if generation is None else generation.eos_token_id
-    return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
 
 
 def _seen_from(directory: Path) -> Callable[[str, Member], Member]:

@@ -8,7 +8,6 @@ drafts.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 from transformers.generation.logits_process import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -25,11 +23,12 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from proxytune.coupling import RowSampler, row_seed
 from proxytune.errors import PromptError, ProxyTuneError
+from proxytune.generation_config import ends_of, fields_of, plain_generation_config
 from proxytune.prompts import left_pad, render_chat
 
 if TYPE_CHECKING:
@@ -195,7 +194,7 @@ def answer(
         streamer: is given the tokens of a single prompt as they come.
         stopped: asked after every token; True ends all rows.
         past_key_values: a cache of the first columns of a single prompt.
-        stop_strings: end a single prompt's answer; they are part of it.
+        stop_strings: end an answer, besides those of the generation config; they are part of it.
         processors, criteria: more of transformers' own, before the choice of a token and after it.
         speculate: see ``generate``; by default what the model was loaded with.
     """
@@ -203,6 +202,9 @@ def answer(
     ids, mask = left_pad([prompt.ids for prompt in prompts])  # (n_batch, n_columns)
     limits = [max_new_tokens if p.room is None else min(max_new_tokens, p.room) for p in prompts]
     config = plain_generation_config(model, max(limits))
+    stops = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
+    stops += stop_strings
+    config.stop_strings = stops or None
     seeds = [row_seed(sampling.seed, row) for row in rows]
     processors = LogitsProcessorList([*processors, *([] if sampling.greedy else sampling.warpers())])
     limit_rows = RowLimit(ids.shape[1], limits, stopped)
@@ -227,48 +229,44 @@ def answer(
         sequences = model.generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
-            generation_config=config,
             logits_processor=processors,
             stopping_criteria=criteria,
             streamer=streamer,
             past_key_values=past_key_values,
             **steering,
-            **({"stop_strings": list(stop_strings), "tokenizer": tokenizer} if stop_strings else {}),
+            **fields_of(config),
+            **({"tokenizer": tokenizer} if stops else {}),
         )
-    ends = config.eos_token_id if isinstance(config.eos_token_id, (list, tuple)) else [config.eos_token_id]
+    ends = ends_of(config)
     return [
-        _cut(tokenizer, prompt.ids, new, limit, ends, limit_rows.interrupted)
+        _cut(tokenizer, prompt.ids, new, limit, ends, stops, limit_rows.interrupted)
         for prompt, new, limit in zip(prompts, sequences[:, ids.shape[1] :].tolist(), limits)
     ]
 
 
 def _cut(
-    tokenizer: Any, prompt: list[int], new: list[int], limit: int, ends: Sequence[int | None], interrupted: bool
+    tokenizer: Any,
+    prompt: list[int],
+    new: list[int],
+    limit: int,
+    ends: Sequence[int],
+    stops: Sequence[str],
+    interrupted: bool,
 ) -> Answer:
-    """A row's own tokens: up to its end-of-sequence token or its limit; what follows is padding."""
+    """A row's own tokens: up to its end-of-sequence token, a stop string or its limit; what follows is padding."""
     end = next((at for at, token in enumerate(new[:limit]) if token in ends), None)
     tokens = new[:limit] if end is None else new[: end + 1]
+    if stops:
+        stopped = StopStringCriteria(tokenizer, list(stops))
+        for at in range(1, len(tokens) + 1):
+            if stopped(torch.tensor([[*prompt, *tokens[:at]]]), None):  # type: ignore[arg-type]
+                return Answer(new_text(tokenizer, prompt, tokens[:at]), tokens[:at], "stop")
     finish: Finish = "stop"
     if end is None and len(tokens) == limit:
         finish = "length"
     elif end is None and interrupted:
         finish = "interrupt"
     return Answer(new_text(tokenizer, prompt, tokens), tokens, finish)
-
-
-def plain_generation_config(model: Any, max_new_tokens: int) -> GenerationConfig:
-    """The recipe's generation config with the choice of tokens left to :class:`Sampling`."""
-    config = copy.deepcopy(model.generation_config)
-    for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"):
-        setattr(config, name, None)
-    config.do_sample = False
-    config.num_beams = config.num_return_sequences = 1
-    config.max_new_tokens, config.max_length, config.min_length = max_new_tokens, None, None
-    config.return_dict_in_generate = False
-    if config.pad_token_id is None and config.eos_token_id is not None:
-        ends = config.eos_token_id
-        config.pad_token_id = ends[0] if isinstance(ends, (list, tuple)) else ends
-    return config
 
 
 class RowLimit(StoppingCriteria):

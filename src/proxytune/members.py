@@ -544,10 +544,10 @@ def opened(
 
 
 def find_file(source: Source, name: str, loading: Loading) -> str | None:
-    """The path of a file in a place, downloaded if it is on the hub, or None where the place has no such file.
+    """The path of a file in a place, downloaded if it is on the hub; None where there is none, or offline.
 
     Raises:
-        OSError: if the hub cannot be reached, or does not give it.
+        OSError: if the hub does not give it.
     """
     if source.is_local:
         path = Path(source.path) / source.subfolder / name

@@ -35,6 +35,7 @@ from proxytune.buffers import buffers_like
 from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig, take_alpha
 from proxytune.coupling import Noise, RowSampler, row_seeds
 from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError
+from proxytune.generation_config import adapted, base_generation_config, refuse_fields
 from proxytune.kernels import compile_model
 from proxytune.members import Lane, Loading, load_config, load_lanes, load_tokenizer, refuse_unfit
 from proxytune.mixing import alpha_tensor, mix
@@ -550,12 +551,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             PromptError: a prompt that is empty, longer than the shortest member's context, or that cannot be made.
         """
-        implementation = kwargs.get("cache_implementation", getattr(generation_config, "cache_implementation", None))
-        if implementation not in (None, "dynamic", "static"):
-            raise ProxyTuneError(
-                f"cache_implementation={implementation!r} is not available for several members; use 'dynamic' or "
-                "'static'"
-            )
+        fields = refuse_fields(kwargs, generation_config, self.generation_config)
+        if "stop_strings" in fields and kwargs.get("tokenizer") is None:
+            if self.tokenizer is None:
+                raise ProxyTuneError("stop strings need a tokenizer; pass `tokenizer` to generate()")
+            kwargs["tokenizer"] = self.tokenizer
         alpha = take_alpha(kwargs, self.expert_names, alpha)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None:
@@ -799,9 +799,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         alpha = take_alpha(kwargs, [expert.name for expert in config.expert_list], alpha)
         if alpha is not None:
             config = config.with_alpha(alpha)
-        model = cls._load(config, {}, None, {}, kwargs)
-        model.adjust_generation_config(config, hub)
-        return model
+        return cls._load(config, {}, None, {}, kwargs)
 
     @classmethod
     def _load(
@@ -849,19 +847,14 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             config.text_config.name_or_path = ""  # where it lay on this machine is not the recipe's to tell
             config.vocab_size = widths["base"]
         model = cls(config, lanes, tokenizers=tokenizers, speculate=speculate)
-        model.generation_config = GenerationConfig.from_dict(model._base_lane.model.generation_config.to_dict())
+        own = base_generation_config(config, loading, base="base" not in given)
+        generation = own or model._base_lane.model.generation_config
+        model.generation_config, notes = adapted(generation, widths["base"], "the generation config")
+        for note in notes:
+            logger.warning(note)
         if compiled is not False and compiled is not None:
             model.compile_members(compiled)
         return model.eval()
-
-    def adjust_generation_config(self, config: ProxyTuneConfig, hub: dict[str, Any]) -> None:
-        """Take the recipe's generation_config.json where it has one; otherwise the base's stays."""
-        try:
-            place = config.locate(".")
-            where = {"subfolder": place.subfolder, "revision": place.revision}
-            self.generation_config = GenerationConfig.from_pretrained(place.path, **{**hub, **where})
-        except OSError:
-            logger.info("the recipe has no generation_config.json; the base's is used")
 
     @classmethod
     def _from_config(cls, config: ProxyTuneConfig, **kwargs: Any) -> ProxyTunedForCausalLM:

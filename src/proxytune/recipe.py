@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import re
@@ -18,12 +17,13 @@ from transformers import GenerationConfig, PreTrainedConfig
 from proxytune.adapters import plain_weights, save_adapter
 from proxytune.config import Member, ProxyTuneConfig, rebase
 from proxytune.errors import MemberError, ProxyTuneError, RecipeError, first_line
+from proxytune.generation_config import valid_generation_config
 from proxytune.members import Lane, member_source
 
 if TYPE_CHECKING:
     from proxytune.modeling import ProxyTunedForCausalLM
 
-__all__ = ["load_recipe", "model_card", "push_model", "save_model", "valid_generation_config", "write_recipe"]
+__all__ = ["load_recipe", "model_card", "push_model", "save_model", "write_recipe"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,21 +119,6 @@ def write_recipe(
     except OSError as error:
         raise RecipeError(f"the recipe cannot be written to {str(directory)!r}: {error.strerror or error}") from error
     return directory
-
-
-def valid_generation_config(generation_config: GenerationConfig) -> GenerationConfig:
-    """A generation config that transformers agrees to write.
-
-    Older checkpoints (Llama-2 as first published) set a temperature without ``do_sample``. They decode greedily all
-    the same, but transformers refuses to save such a file; without the idle flags it says what it did.
-    """
-    try:
-        generation_config.validate(strict=True)
-    except ValueError:
-        generation_config = copy.deepcopy(generation_config)
-        for flag in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
-            setattr(generation_config, flag, None)
-    return generation_config
 
 
 def _moved(member: Member, old: str | None, new: Path) -> Member:
