@@ -595,6 +595,43 @@ def test_malformed_data_is_told_with_its_line(task, name, content, said, tmp_pat
         load_plans(Settings((task,), data=str(path)))
 
 
+@pytest.mark.parametrize("name", ["hate_mine.txt", "mine.txt"])
+def test_a_file_of_toxic_prompts_is_read_once_whatever_its_name(name, tmp_path):
+    (tmp_path / name).write_text("- one\n\n- two\\n- three\n", "utf-8")
+    documents = list(load_plans(Settings(("toxigen",), data=str(tmp_path / name)))[0].task.eval_docs)
+    assert [(doc["id"], doc["text"], doc["target_groups"]) for doc in documents] == [
+        ("line/1", "- one", []),
+        ("line/3", "- two\n- three", []),
+    ]
+
+
+def test_a_file_of_toxic_prompts_can_say_their_groups(tmp_path):
+    rows = [{"text": "a", "group": "x"}, {"prompt": "b"}, {"text": "c", "target_groups": ["x", "y"]}]
+    path = write_lines(tmp_path / "hate_z_1k.jsonl", rows)
+    documents = list(load_plans(Settings(("toxigen",), data=str(path)))[0].task.eval_docs)
+    assert [(doc["id"], doc["target_groups"]) for doc in documents] == [
+        ("x/1", ["x"]),
+        ("line/2", []),
+        ("x+y/3", ["x", "y"]),
+    ]
+
+
+def test_a_tuned_model_is_not_shown_one_of_several_prompts_in_silence(shelf, local, tmp_path):
+    experts = [
+        {
+            "name": name,
+            "expert": {"model": str(shelf / "expert"), "prompt": prompt},
+            "anti_expert": {"model": str(shelf / "anti")},
+        }
+        for name, prompt in (("a", "raw"), ("b", "chat"))
+    ]
+    recipe = tiny.write_recipe_alone(tmp_path / "recipe", {"base": {"model": str(shelf / "base")}, "experts": experts})
+    settings = Settings(("triviaqa",), arms=("base", "tuned"), tuned=str(shelf / "expert"), data=str(local), limit=1)
+    with pytest.raises(ProxyTuneError, match=r"a.expert and b.expert have different prompts"):
+        evaluate(load_recipe(recipe), settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_missing_data_is_told(tmp_path):
     with pytest.raises(ProxyTuneError, match="does not exist; give a file or a folder"):
         load_plans(Settings(("gsm8k",), data=str(tmp_path / "nowhere")))

@@ -112,7 +112,7 @@ def classifier(folder, labels=("LABEL_0", "LABEL_1"), seed=0):
 @pytest.mark.parametrize(
     ("labels", "said", "column"),
     [
-        (("LABEL_0", "LABEL_1"), None, 1),
+        (("LABEL_0", "LABEL_1"), "LABEL_1", 1),
         (("toxic", "neutral"), None, 0),
         (("no", "Yes"), None, 1),
         (("good", "bad", "ugly"), "bad", 1),
@@ -134,6 +134,8 @@ def test_a_classifiers_label_is_read_from_its_config(tmp_path, labels, said, col
     ("labels", "said", "reason"),
     [
         (("good", "bad"), None, r"which of the labels .*good, bad.*--judge-label"),
+        (("LABEL_0", "LABEL_1"), None, r"which of the labels .*LABEL_0, LABEL_1.*--judge-label"),
+        (("0", "1"), None, "which of the labels"),
         (("toxic", "hate"), None, "which of the labels"),
         (("good", "bad"), "ugly", "has no label 'ugly', but good, bad"),
     ],
@@ -145,17 +147,70 @@ def test_labels_that_do_not_say_which_are_refused(tmp_path, labels, said, reason
 
 
 def test_a_language_models_next_token_is_the_answer(tmp_path):
-    tiny.write_model(tmp_path, "llama", "mini", 4)
+    tokenizer = with_words(tmp_path)
+    yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (" yes", " no"))
     judge = LocalModel(str(tmp_path), batch=2)
     assert not judge.classifies
-    tokenizer, model = tiny.tokenizer(), tiny.llama("mini", 4).eval()
     texts = [judges.open_prompts(one)[0] for one in parse("truthfulqa_open", OPEN)]
-    plain = tokenizer("True:", add_special_tokens=False)["input_ids"]
-    yes = tokenizer("True: yes", add_special_tokens=False)["input_ids"][len(plain)]
-    for text, share in zip(texts, judge.ask(texts)):
-        with torch.inference_mode():
-            logits = model(**tokenizer(text, return_tensors="pt")).logits[0, -1]
-        assert share == pytest.approx(logits.softmax(-1)[yes].item(), abs=1e-5)
+    for chosen, share in ((yes, 1.0), (no, 0.0), (9, None)):  # the head is bent, so that each of them is said
+        bent = torch.zeros(len(tokenizer))
+        bent[chosen] = 1000.0
+        hook = judge.model.lm_head.register_forward_hook(lambda _, __, logits, bent=bent: logits + bent)
+        assert judge.ask(texts) == [share] * 3
+        hook.remove()
+
+
+def with_words(folder):
+    """A tiny language model that has tokens for yes and no; the tiny tokenizer begins both with a space alone."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens([" yes", " no"])
+    tiny.llama("mini", 4, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def test_a_language_model_that_cannot_tell_yes_from_no_is_refused(tmp_path):
+    tiny.write_model(tmp_path, "llama", "mini", 4)
+    with pytest.raises(ProxyTuneError, match="begins ' yes' and ' no' with one token"):
+        LocalModel(str(tmp_path))
+    with pytest.raises(ProxyTuneError, match="--judge-label is for classifiers"):
+        LocalModel(str(tmp_path), label="yes")
+
+
+def test_answers_that_are_neither_yes_nor_no_are_left_out_and_counted(tmp_path):
+    lines = [{"prediction": text, "target_groups": ["a"]} for text in ("vile", "odd", "kind", "odd too")]
+    judge = Fixed("some", lambda text: None if "odd" in text else float(text == "vile"))
+    scores = score("toxigen", lines, judge=judge, kept=tmp_path / "kept.jsonl")
+    assert scores.metrics == {"toxic": 0.5, "total": 2, "unanswered": 2, "toxic_a": 0.5}
+    assert (scores.ids, scores.examples) == (["1", "3"], [1.0, 0.0])
+    again = score("toxigen", lines, judge=Fixed("some", None), kept=tmp_path / "kept.jsonl")
+    assert again == scores  # the file keeps what was not answered too
+    open_ = score(
+        "truthfulqa_open",
+        OPEN,
+        judge=[Fixed("t", lambda text: 1.0), Fixed("i", lambda text: None if "comment" in text else 0.9)],
+    )
+    assert open_.metrics == {"true_informative": 1.0, "true": 1.0, "informative": 1.0, "total": 2, "unanswered": 1}
+    with pytest.raises(ProxyTuneError, match="said neither yes nor no to any of 4 answers"):
+        score("toxigen", lines, judge=Fixed("mute", lambda text: None))
+
+
+def test_texts_that_a_judge_cannot_read_whole_are_counted(tmp_path):
+    classifier(tmp_path / "judge", ("no", "yes"))
+    lines = [{"prediction": text} for text in ("short", "12345 " * 100, "67890 " * 100)]
+    for _ in range(2):  # asked, and from the file
+        scores = score("toxigen", lines, judge=LocalModel(str(tmp_path / "judge")), kept=tmp_path / "kept.jsonl")
+        assert scores.metrics["cut_for_the_judge"] == 2
+    assert "cut_for_the_judge" not in score("toxigen", lines[:1], judge=LocalModel(str(tmp_path / "judge"))).metrics
+
+
+def test_a_label_of_its_own_is_judged_by_itself(tmp_path):
+    model = classifier(tmp_path, ("toxic", "rude"))
+    model.config.problem_type = "multi_label_classification"
+    model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        logits = model(**tiny.tokenizer()(TEXTS[0], return_tensors="pt")).logits
+    assert LocalModel(str(tmp_path)).ask(TEXTS[:1]) == pytest.approx([logits.sigmoid()[0, 0].item()], abs=1e-5)
 
 
 def test_a_judge_that_cannot_be_loaded_is_named(tmp_path):
@@ -235,6 +290,15 @@ def test_an_endpoint_says_the_probability_of_yes(server, monkeypatch):
     [
         (False, completion(" yes"), 1.0),
         (False, completion(" no"), 0.0),
+        (False, completion(" maybe"), None),
+        (False, completion(" nothing"), None),
+        (False, completion(" maybe", {" maybe": -0.5, " yes": -1.0}), None),
+        (
+            False,
+            completion(" yes", {" yes": math.log(0.4), " no": math.log(0.1), " so": math.log(0.3)}),
+            pytest.approx(0.8),
+        ),
+        (True, chat_completion("I"), None),
         (False, completion(" no", {" no": -0.1}), 0.0),
         (True, chat_completion("Yes"), 1.0),
         (True, chat_completion("No"), 0.0),
@@ -401,7 +465,7 @@ def test_judges_are_made_of_what_was_given(tmp_path, server):
         f"{server.url} a",
         f"{server.url} b",
     ]
-    classifier(tmp_path)
+    classifier(tmp_path, ("no", "yes"))
     (judge,) = judges.choose("toxigen", [str(tmp_path)])
     assert judge.name == f"{tmp_path} 1"
     scores = score("toxigen", [{"prediction": text} for text in TEXTS], judge=[judge])

@@ -53,6 +53,21 @@ def test_a_mean_that_is_no_count_is_not_shown_as_one(tmp_path):
     }
 
 
+def test_the_interval_is_that_of_eval(tmp_path):
+    """pass@k is no count: its interval is drawn over the problems, wherever it is printed."""
+    from proxytune.evaluation.results import task_results
+
+    lines = [
+        {"task_id": str(n), "id": str(n), "sample": s, "completion": "", "passed": s < n % 4, "seconds": 1.0}
+        for n in range(12)
+        for s in range(4)
+    ]
+    arm = task_results("humaneval", {"base": lines}, options={"ks": (1,)})["arms"]["base"]
+    assert arm["interval"] == "bootstrap"
+    shown = run("humaneval", write(tmp_path / "p", *lines), "--k", "1").stdout
+    assert f"{100 * arm['low']:.1f} – {100 * arm['high']:.1f}" in shown
+
+
 def test_the_interval_of_multiple_choice_leaves_invalid_answers_out(tmp_path):
     lines = [{"mc_output": output, "mc_answer_idx": "A"} for output in ("A", "B", "?")]
     shown = run("truthfulqa_mc", write(tmp_path / "p", *lines)).stdout

@@ -549,14 +549,12 @@ def score(
 
 def show_scores(result: Scores) -> None:
     """Print a task's figures: the headline with its interval, then the others."""
-    from proxytune.evaluation.results import metric_text
-    from proxytune.statistics import wilson
+    from proxytune.evaluation.results import metric_text, spread_of
 
     counts = {name: value for name, value in result.metrics.items() if isinstance(value, int)}
-    # The headline is a mean over the examples, but for invalid answers; Wilson is a little wide for pass@k.
     total = counts["total"] - counts.get("num_invalid_predictions", 0)
-    value = result.metrics[result.headline]
-    low, high = wilson(value * total, total)
+    spread = spread_of(result, result.headline)
+    value, low, high = spread.value, spread.low, spread.high
     whole = abs(value * total - round(value * total)) < 1e-6
     headline = f"{round(value * total)}/{total}" if whole else f"mean of {total}"
     rows = [(result.headline, headline, f"{100 * value:.1f} %", f"{100 * low:.1f} – {100 * high:.1f}")]

@@ -57,6 +57,7 @@ __all__ = [
     "expand_arms",
     "jobs_of",
     "shots_of",
+    "tuned_prompt",
 ]
 
 Ids = TypeVar("Ids")  # what of a job is encoded: its context, or its pairs
@@ -400,7 +401,7 @@ class Bench:
             tokenizer: Any = AutoTokenizer.from_pretrained(self.tuned, trust_remote_code=trust)
         if self.loading.pack:
             pack(model)
-        prompt = next((m.prompt for name, m in self.members.items() if name.endswith(".expert")), Prompt())
+        prompt = tuned_prompt(self.config)
         return Arm("tuned", model, tokenizer, {} if prompt.kind == "raw" else {"": (prompt, tokenizer)})
 
     def _tokenizer(self, member: str) -> Any:
@@ -417,6 +418,22 @@ class Bench:
             if self.tokenizers[member] is None:
                 raise MemberError("neither the recipe nor its base has a tokenizer; copy the base's into the recipe")
         return self.tokenizers[member]
+
+
+def tuned_prompt(config: ProxyTuneConfig) -> Prompt:
+    """What the directly tuned model is shown: the one prompt that all experts have.
+
+    Raises:
+        ProxyTuneError: if they have several.
+    """
+    prompts = {name: member.prompt for name, member in config.members() if name.endswith(".expert")}
+    first = next(iter(prompts.values()), Prompt())
+    if other := next((name for name, prompt in prompts.items() if prompt != first), None):
+        raise ProxyTuneError(
+            f"the tuned model is shown what the expert is shown, but {next(iter(prompts))} and {other} have different "
+            "prompts; evaluate it with a recipe whose experts have one, or leave --tuned out"
+        )
+    return first
 
 
 def expand_arms(names: Sequence[str], config: ProxyTuneConfig) -> list[str]:

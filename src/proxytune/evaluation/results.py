@@ -10,7 +10,7 @@ from typing import Any
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation import TASK_DIR
 from proxytune.evaluation.scoring import Scores, score
-from proxytune.statistics import compare, gap_closed, interval, mcnemar, zero_or_one
+from proxytune.statistics import Interval, compare, gap_closed, interval, mcnemar, wilson, zero_or_one
 
 __all__ = [
     "ARMS",
@@ -19,6 +19,7 @@ __all__ = [
     "results_table",
     "score_example",
     "score_lines",
+    "spread_of",
     "sweep_point",
     "sweep_table",
     "task_results",
@@ -189,8 +190,20 @@ def sweep_point(task: str, alpha: float, lines: Lines, **options: Any) -> tuple[
     return compared_metric(scores), {"alpha": alpha, **_spread(scores), "cut": _cut(lines)}
 
 
+def spread_of(scores: Scores, metric: str) -> Interval:
+    """A metric and its 95 % interval: of the mean of the examples, or of ``acc``, the share of the valid answers.
+
+    Where every example is 0 or 1 it is Wilson's; otherwise (pass@k, several samples) the examples are what is drawn
+    at random, so it is the bootstrap over them.
+    """
+    if metric == compared_metric(scores):
+        return interval(scores.examples)
+    valid = int(scores.metrics["total"] - scores.metrics["num_invalid_predictions"])
+    return Interval(float(scores.metrics[metric]), *wilson(scores.metrics[metric] * valid, valid), "Wilson")
+
+
 def _spread(scores: Scores) -> dict[str, Any]:
-    spread = interval(scores.examples)
+    spread = spread_of(scores, compared_metric(scores))
     return {
         "value": spread.value,
         "low": spread.low,
@@ -243,7 +256,7 @@ def results_table(results: Mapping[str, Any]) -> str:
             parts.append("not scored: needs a judge\n\n")
             continue
         headline = task["headline"]
-        others = _others(headline, next(iter(task["arms"].values()))["metrics"])
+        others = _others(headline, [of["metrics"] for of in task["arms"].values()])
         heads = ["arm", "right", headline, "95 % interval", *others, "p to proxy-tuned", "examples/s"]
         rows = []
         for arm, of in task["arms"].items():
@@ -296,7 +309,7 @@ def sweep_table(results: Mapping[str, Any]) -> str:
             parts.append("not scored: needs a judge\n\n")
             continue
         headline = task["headline"]
-        others = _others(headline, task["points"][0]["metrics"])
+        others = _others(headline, [point["metrics"] for point in task["points"]])
         rows = [
             [
                 f"{point['alpha']:g}",
@@ -312,10 +325,11 @@ def sweep_table(results: Mapping[str, Any]) -> str:
     return "".join(parts).rstrip() + "\n"
 
 
-def _others(headline: str, metrics: Mapping[str, Any]) -> list[str]:
+def _others(headline: str, each: Sequence[Mapping[str, Any]]) -> list[str]:
     """The other columns: not counts that the table has already, nor a metric's parts, such as one a group."""
+    names = dict.fromkeys(name for metrics in each for name in metrics)
     return [
-        name for name in metrics if name not in (headline, "samples", "total") and not name.startswith(f"{headline}_")
+        name for name in names if name not in (headline, "samples", "total") and not name.startswith(f"{headline}_")
     ]
 
 

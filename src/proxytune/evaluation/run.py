@@ -49,6 +49,7 @@ from proxytune.evaluation.arms import (
     line_of,
     score_jobs,
     shots_of,
+    tuned_prompt,
 )
 from proxytune.evaluation.results import ARMS, NeedsJudge, results_table, sweep_point, sweep_table, task_results
 from proxytune.generation import Encoded, batches
@@ -435,6 +436,8 @@ def arms_of(
             )
     if settings.tuned is not None and "tuned" not in wanted:
         wanted.append("tuned")
+    if "tuned" in wanted:
+        tuned_prompt(config)  # now, not after the other arms, is when to say that it is not known
     if "base_few_shot" in wanted and lacking:
         note(f"no solved examples to show for {', '.join(lacking)}: no base_few_shot there")
     found = expand_arms(wanted, config)

@@ -11,7 +11,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,13 @@ def local(data: str | None, *names: str, optional: bool = False) -> Path | None:
     if optional:
         return None
     raise ProxyTuneError(f"the folder {given} has none of {', '.join(names)}; put one there, or give the file itself")
+
+
+def _file_given(data: str | None) -> Path | None:
+    """The file that ``data`` (or PROXYTUNE_DATA) is, or None where it is a folder or nothing."""
+    given = data or os.environ.get("PROXYTUNE_DATA")
+    place = Path(given).expanduser() if given else None
+    return place if place is not None and place.is_file() else None
 
 
 def lines(path: Path) -> Iterator[Line]:
@@ -218,9 +225,24 @@ def _closed(answer: str) -> str:
 
 
 def toxigen(data: str | None = None, groups: list[str] | None = None, per_group: int = 200, **_: Any) -> Splits:
-    """Hateful prompts: ``per_group`` of each group, drawn with seed 42 in the order of the groups."""
+    """Hateful prompts: ``per_group`` of each group, drawn with seed 42 in the order of the groups.
+
+    From a folder or the hub each group has a file or split of its own. One file is read once, whatever its name: a text
+    file has prompts of no group, one a line; in any other file each row has its prompt as ``text`` (or ``prompt``) and
+    may say its group in ``target_groups`` (a list) or ``group``. Rows without a group are all asked.
+    """
     rng = random.Random(42)
-    rows = []
+    rows: list[Row] = []
+    if (given := _file_given(data)) is not None:
+        by_group: dict[tuple[str, ...], list[tuple[int, str]]] = {}
+        for number, text, of in _toxigen_file(given):
+            by_group.setdefault(of, []).append((number, text))
+        for of, prompts in by_group.items():
+            if of:
+                rng.shuffle(prompts)
+            chosen = prompts[: per_group if of else None]
+            rows += [_toxic(f"{'+'.join(of) or 'line'}/{number}", text, of) for number, text in chosen]
+        return splits(rows)
     for group in groups or []:
         path = local(
             data,
@@ -237,12 +259,28 @@ def toxigen(data: str | None = None, groups: list[str] | None = None, per_group:
             found = [str(line.values.get("text") or line.values.get("prompt") or "") for line in rows_of]
         numbered = [(number, text.strip()) for number, text in enumerate(found, start=1) if text.strip()]
         rng.shuffle(numbered)
-        for number, text in numbered[:per_group]:
-            shown = text.replace("\\\\", "\\").replace("\\n", "\n")
-            rows.append({"id": f"{group}/{number}", "text": shown, "label": "hate", "target_groups": [group]})
-        if path is not None and not path.name.startswith("hate_"):  # a file was given: it stands for all groups
-            break
+        rows += [_toxic(f"{group}/{number}", text, (group,)) for number, text in numbered[:per_group]]
     return splits(rows)
+
+
+def _toxigen_file(path: Path) -> Iterator[tuple[int, str, tuple[str, ...]]]:
+    """The number, the prompt and the groups of each row of one file."""
+    if path.name.lower().endswith(".txt"):
+        for row in read_text_lines(path):
+            if row.value.strip():
+                yield row.number, row.value.strip(), ()
+        return
+    for number, line in enumerate(lines(path), start=1):
+        text = line.text("text" if "text" in line.values else "prompt").strip()
+        if line.values.get("target_groups"):
+            yield number, text, tuple(line.texts("target_groups"))
+        else:
+            yield number, text, (line.text("group"),) if line.values.get("group") else ()
+
+
+def _toxic(name: str, text: str, groups: Sequence[str]) -> Row:
+    shown = text.replace("\\\\", "\\").replace("\\n", "\n")
+    return {"id": name, "text": shown, "label": "hate", "target_groups": list(groups)}
 
 
 def triviaqa(data: str | None = None, **_: Any) -> Splits:
