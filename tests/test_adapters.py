@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 import tiny
-from proxytune import Member, MemberError, ProxyTunedForCausalLM
+from proxytune import Member, MemberError, ProxyTunedForCausalLM, ProxyTuneError, RecipeError
 from proxytune.adapters import OTHER_TYPES, judge
 from proxytune.check import check_recipe
 from proxytune.recipe import load_recipe
@@ -367,3 +367,43 @@ def test_what_was_trained_and_then_frozen_is_saved(tmp_path, shelf, fused):
     model.save_pretrained(tmp_path / "saved")
     again = ProxyTunedForCausalLM.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(again(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+# -- arguments ------------------------------------------------------------------------------------------------
+def test_save_pretrained_honours_what_transformers_has_or_refuses_it(tmp_path, shelf, monkeypatch):
+    model = ProxyTunedForCausalLM.from_pretrained(shelf / "recipe")
+    for option in (
+        {"variant": "fp16"},
+        {"save_peft_format": False},
+        {"save_original_format": False},
+        {"distributed_checkpoint": True},
+        {"safe_serialization": False},
+        {"state_dict": {}},
+        {"state_dict": {name: tensor + 1 for name, tensor in model.state_dict().items()}},
+        {"repo_id": "me/mine"},
+    ):
+        with pytest.raises(ProxyTuneError):
+            model.save_pretrained(tmp_path / "saved", **option)
+    with pytest.raises(TypeError, match="does not take max_shard_sise"):
+        model.save_pretrained(tmp_path / "saved", max_shard_sise="1GB")
+    model.save_pretrained(tmp_path / "saved", is_main_process=False)
+    assert not (tmp_path / "saved").exists()
+    model.save_pretrained(tmp_path / "saved", True, model.state_dict())
+    assert (tmp_path / "saved" / "config.json").exists()
+    pushed = []
+    monkeypatch.setattr("proxytune.recipe.push_model", lambda _, repo_id, **options: pushed.append((repo_id, options)))
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, token="secret", private=True)
+    assert pushed == [
+        ("saved", {"bundle": False, "commit_message": "Upload recipe", "token": "secret", "private": True})
+    ]
+
+
+def test_from_pretrained_ignores_nothing_and_leaves_the_callers_config_as_it_is(shelf):
+    with pytest.raises(TypeError, match="one argument by position"):
+        ProxyTunedForCausalLM.from_pretrained(shelf / "recipe", "float16")
+    with pytest.raises(RecipeError, match="is a ProxyTuneConfig, not a dict"):
+        ProxyTunedForCausalLM.from_pretrained(shelf / "recipe", config={})
+    config = load_recipe(shelf / "recipe")
+    before = config.to_dict()
+    ProxyTunedForCausalLM.from_pretrained(shelf / "recipe", config=config, alpha=0.25)
+    assert config.to_dict() == before

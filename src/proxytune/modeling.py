@@ -57,6 +57,7 @@ __all__ = ["ProxyTunedCache", "ProxyTunedForCausalLM", "ProxyTunedOutput"]
 logger = logging.getLogger(__name__)
 
 SPARE_COLUMNS = 64  # of a static cache: rejected drafts, and padding before a row of a batch has been moved
+PUSHED_ALONG = {"commit_message", "private", "revision", "create_pr"}  # by save_pretrained(push_to_hub=True)
 # What transformers hands to a forward besides its own arguments: to the loss, and from generate().
 PASSED_ALONG = ("num_items_in_batch", "ignore_index", "shift_labels", "tokenizer", "assistant_tokenizer")
 
@@ -177,6 +178,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         if lanes is None:
             raise RecipeError("a recipe has no weights of its own; use from_pretrained or from_members")
+        config = copy.deepcopy(config)  # the caller's is left as it is
         super().__init__(config)
         self.lanes = nn.ModuleList(lanes)
         self.tokenizers = dict(tokenizers or {})  # member name -> its tokenizer, where one is known
@@ -792,9 +794,14 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         """
         from proxytune.recipe import HUB_ARGUMENTS, load_recipe, read_from
 
+        if model_args:
+            raise TypeError(f"from_pretrained() takes one argument by position, the recipe, not {model_args[0]!r} too")
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
-        if not isinstance(config, ProxyTuneConfig):
+        if config is None:
             config = load_recipe(pretrained_model_name_or_path, **hub)
+        elif not isinstance(config, ProxyTuneConfig):
+            raise RecipeError(f"`config` is a ProxyTuneConfig, not a {type(config).__name__}")
+        config = copy.deepcopy(config)  # the caller's is left as it is
         config = read_from(config, hub.get("subfolder"), hub.get("revision"))
         alpha = take_alpha(kwargs, [expert.name for expert in config.expert_list], alpha)
         if alpha is not None:
@@ -863,15 +870,57 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        token: str | bool | None = None,
+        save_peft_format: bool = True,
+        save_original_format: bool = True,
+        distributed_checkpoint: bool = False,
         *,
         bundle: bool = False,
-        max_shard_size: int | str = "50GB",
-        **kwargs: Any,
+        safe_serialization: bool = True,
+        repo_id: str | None = None,
+        **push: Any,
     ) -> None:
-        """Write the recipe; see :func:`proxytune.recipe.save_model`."""
+        """Write the recipe; see :func:`proxytune.recipe.save_model`.
+
+        Args:
+            is_main_process: where it is False nothing is written.
+            state_dict: as trainers pass it on: the weights that the model has.
+            push_to_hub: upload it too, to ``repo_id`` or the directory's name, with what :meth:`push_to_hub` takes.
+            bundle: save every member, which makes the directory portable.
+
+        Raises:
+            ProxyTuneError: for transformers' other arguments where they ask for what a recipe cannot be.
+        """
         from proxytune.recipe import save_model
 
-        save_model(self, Path(save_directory), bundle=bundle, max_shard_size=max_shard_size)
+        refused = {
+            "variant": variant is not None,
+            "save_peft_format=False": not save_peft_format,
+            "save_original_format=False": not save_original_format,
+            "distributed_checkpoint": distributed_checkpoint,
+            "safe_serialization=False": not safe_serialization,
+        }
+        if asked := [name for name, is_asked in refused.items() if is_asked]:
+            raise ProxyTuneError(f"a recipe is not saved with {asked[0]}; leave it out")
+        if push.keys() - PUSHED_ALONG:
+            raise TypeError(f"save_pretrained() does not take {', '.join(sorted(push.keys() - PUSHED_ALONG))}")
+        if not push_to_hub and (push or repo_id is not None):
+            raise ProxyTuneError(f"{next(iter(push), 'repo_id')} is for push_to_hub=True; add that, or leave it out")
+        if state_dict is not None and not _same_weights(state_dict, self.state_dict()):
+            raise ProxyTuneError(
+                "state_dict= holds other weights than the model; load them (load_state_dict) to save them"
+            )
+        if not is_main_process:
+            return
+        directory = Path(save_directory)
+        save_model(self, directory, bundle=bundle, max_shard_size=max_shard_size)
+        if push_to_hub:
+            self.push_to_hub(repo_id or directory.name, bundle=bundle, token=token, **push)
 
     def push_to_hub(  # type: ignore[override]
         self, repo_id: str, *, bundle: bool = False, commit_message: str = "Upload recipe", **kwargs: Any
@@ -880,6 +929,13 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         from proxytune.recipe import push_model
 
         return push_model(self, repo_id, bundle=bundle, commit_message=commit_message, **kwargs)
+
+
+def _same_weights(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    return given.keys() == own.keys() and all(
+        given[name].data_ptr() == weight.data_ptr() or torch.equal(given[name].to(weight), weight)
+        for name, weight in own.items()
+    )
 
 
 def own_inputs(

@@ -131,16 +131,25 @@ def save_model(
 ) -> None:
     """Write a composite's recipe, and the weights that lie nowhere else.
 
-    A member that was given in memory, or that is being trained (some parameter requires a gradient), is saved
-    under ``directory/members``; the others stay where they are. ``bundle=True`` saves every member there, which
-    makes the directory portable.
+    A member that was given in memory, or that is or was trained here, is saved under ``directory/members``; the
+    others stay where they are. ``bundle=True`` saves every member there, which makes the directory portable.
+
+    Raises:
+        RecipeError: before anything is written, for a member that transformers cannot write.
     """
     places: dict[str, tuple[str, str | None]] = {}  # member name -> (model, adapter)
+    saved = [lane for lane in cast(Sequence[Lane], model.lanes) if lane.source is None or lane.changed or bundle]
+    for lane in saved:
+        quantizer = getattr(lane.model, "hf_quantizer", None)
+        if quantizer is not None and not quantizer.is_serializable():
+            raise RecipeError(
+                f"{lane.seats[0].names[0]} is quantized in a way that cannot be written to files; save without it, or "
+                "load it unquantized"
+            )
     try:
-        for lane in cast(Sequence[Lane], model.lanes):
+        for lane in saved:
             names = [name for seat in lane.seats for name in seat.names]
-            if lane.source is None or lane.changed or bundle:
-                places |= _save_lane(lane, model, directory / "members", max_shard_size, names)
+            places |= _save_lane(lane, model, directory / "members", max_shard_size, names)
     except OSError as error:
         raise RecipeError(f"the members cannot be written to {str(directory)!r}: {error.strerror or error}") from error
 
