@@ -169,7 +169,7 @@ class Lane(nn.Module):
     def prepare_drafts(self) -> None:
         """Make a quick head for drafting, where the weights are packed and the logits are the head's very output."""
         head = self.model.get_output_embeddings()
-        if isinstance(head, PackedLinear) and _ends_with_its_head(self.model):
+        if isinstance(head, PackedLinear) and _ends_with_its_head(self.model, len(self.seats)):
             self.quick_head = QuickHead.of(head)
 
     @property
@@ -274,11 +274,11 @@ def _differ(mark: tuple[Any, ...], loaded: tuple[Any, ...]) -> bool:
 
 
 @torch.no_grad()
-def _ends_with_its_head(model: Any) -> bool:
+def _ends_with_its_head(model: Any, n_rows: int) -> bool:
     """Whether the logits are what the head gives: some families scale or cap them, or norm what the head reads."""
     if model.base_model is model:
         return False
-    ids = torch.tensor([[0, 1]], device=model.device)
+    ids = torch.tensor([[0, 1]] * n_rows, device=model.device)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return torch.equal(model.get_output_embeddings()(hidden), model(input_ids=ids, use_cache=False).logits)
 
