@@ -24,6 +24,7 @@ from torch import Tensor
 from proxytune.errors import MemberError
 
 __all__ = [
+    "APART",
     "Terms",
     "active_adapter",
     "can_be_merged",
@@ -33,6 +34,7 @@ __all__ = [
     "load_adapter",
     "plain_weights",
     "read_config",
+    "refuse",
     "save_adapter",
     "try_adapter",
     "unlike_as_loaded",

@@ -45,6 +45,7 @@ __all__ = [
     "Seat",
     "adapter_directory",
     "adapter_source",
+    "directory_of",
     "find_file",
     "forget_gguf",
     "group_by_weights",
@@ -579,10 +580,16 @@ def adapter_source(config: ProxyTuneConfig, member: Member) -> Source | None:
 def adapter_directory(
     config: ProxyTuneConfig, name: str, member: Member, loading: Loading, files: str = "adapter_*"
 ) -> str:
-    """The directory of a member's adapter, downloaded if it is on the hub: PEFT, offline, finds no subfolder there."""
+    """The directory of a member's adapter, downloaded if it is on the hub."""
     if (source := adapter_source(config, member)) is None:
         raise MemberError(f"{name} has no adapter")
-    _peft(name)
+    return directory_of(name, source, loading, files)
+
+
+def directory_of(name: str, source: Source, loading: Loading, files: str = "adapter_*") -> str:
+    """Where an adapter lies on this machine; downloaded from the hub, since PEFT, offline, finds no subfolder there."""
+    if find_spec("peft") is None:
+        raise MemberError(f"{name} has an adapter, which needs PEFT: pip install 'proxytune[lora]'")
     if source.is_local:
         return str(Path(source.path) / source.subfolder)
     known = ("cache_dir", "force_download", "local_files_only", "token")
@@ -605,11 +612,6 @@ def _hub_arguments(source: Source, loading: Loading, gguf_file: str | None = Non
     """What every ``from_pretrained`` is told of a place, besides its path."""
     place = {"revision": source.revision, "subfolder": source.subfolder or None, "gguf_file": gguf_file}
     return {key: value for key, value in {**place, **loading.hub}.items() if value is not None}
-
-
-def _peft(name: str) -> None:
-    if find_spec("peft") is None:
-        raise MemberError(f"{name} has an adapter, which needs PEFT: pip install 'proxytune[lora]'")
 
 
 @contextmanager

@@ -197,8 +197,9 @@ def test_an_adapter_of_another_kind(shelf):
 
 def test_an_adapter_of_another_model():
     """Told while weights are loaded: that is when their shapes are known."""
-    lora = SimpleNamespace(**dict.fromkeys(["use_rslora", "fan_in_fan_out"], False), peft_type="LORA", bias="none")
-    lora.alpha_pattern, lora.lora_alpha = {}, 8
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=2, lora_alpha=8)
     pair = {"base_model.model.q.lora_A.weight": torch.ones(2, 3), "base_model.model.q.lora_B.weight": torch.ones(5, 2)}
     adapter = Adapter("e.expert", lora, pair)
     ((_, merged),) = with_adapter([("q.weight", torch.zeros(5, 3))], adapter)
@@ -207,6 +208,33 @@ def test_an_adapter_of_another_model():
         list(with_adapter([("q.weight", torch.zeros(3, 5))], adapter))
     with pytest.raises(MemberError, match="has weights for 'q', which the model's checkpoint lacks"):
         list(with_adapter([("k.weight", torch.zeros(5, 3))], adapter))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"use_dora": True}, "is not merged, because it sets use_dora"),
+        ({"bias": "all"}, "is not merged, because it trains biases"),
+        ({"init_lora_weights": "pissa"}, "is not merged, because it sets init_lora_weights"),
+        ({"alora_invocation_tokens": [9]}, "cannot be used, because it acts behind its invocation tokens alone"),
+        ({"use_qalora": True}, "cannot be used, because it sets use_qalora, which was not verified"),
+    ],
+)
+def test_adapters_that_vllm_does_not_merge(options, reason):
+    """By the one list that both engines have."""
+    from peft import LoraConfig
+
+    with pytest.raises(MemberError, match=rf"^the adapter of e\.expert {reason}"):
+        Adapter("e.expert", LoraConfig(**options), {})
+
+
+def test_what_has_a_row_for_each_token():
+    from peft import LoraConfig
+
+    for name, touches in (("lm_head", True), ("layers.0.q_proj", False)):
+        pair = {f"{name}.lora_A.weight": torch.ones(2, 3), f"{name}.lora_B.weight": torch.ones(9 if touches else 5, 2)}
+        assert Adapter("e.expert", LoraConfig(), pair).touches_vocabulary(9) == touches
+    assert Adapter("e.expert", LoraConfig(), {"embed_tokens.weight": torch.ones(9, 3)}).touches_vocabulary(9)
 
 
 def test_members_in_a_folder_of_a_hub_repository(shelf):

@@ -201,8 +201,11 @@ def _refuse_part(fitted: Fitted, dtype: torch.dtype) -> None:
         if config.quantization is not None:
             raise MemberError(f"{who} is quantized, so its adapter cannot be merged; name a plain or a merged model")
         adapter = read_adapter(part.owner, part.adapter)
-        if adapter.embeddings and config.hf_text_config.tie_word_embeddings:
-            raise MemberError(f"the adapter of {who} changes embeddings that are tied to the head; merge it with PEFT")
+        if config.hf_text_config.tie_word_embeddings and adapter.touches_vocabulary(config.hf_text_config.vocab_size):
+            raise MemberError(
+                f"the adapter of {who} changes embeddings that are tied to the head, so it cannot be merged; serve the "
+                "recipe with `proxytune serve`"
+            )
 
 
 def _set_context(model_config: Any, fitted: list[Fitted]) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from proxytune.adapters import APART, judge, read_config, refuse
 from proxytune.config import Source
 from proxytune.errors import MemberError
-from proxytune.members import loading_of
+from proxytune.members import Loading, directory_of, loading_of
 
 __all__ = ["Adapter", "read_adapter", "with_adapter"]
 
@@ -50,21 +51,20 @@ class Adapter:
                 self.whole[plain.replace(".modules_to_save.", ".")] = tensor
 
     def _refuse(self) -> None:
+        terms = judge(self.config)
+        if terms.refused:
+            refuse(self.owner, terms.refused)
         kind = str(getattr(self.config.peft_type, "value", self.config.peft_type))
         if kind != "LORA":
             raise MemberError(f"the adapter of {self.owner} is {kind}; vLLM serves LoRA adapters alone")
-        for name in (
-            "use_dora",
-            "lora_bias",
-            "layer_replication",
-            "trainable_token_indices",
-            "target_parameters",
-            "alora_invocation_tokens",
-        ):
-            if getattr(self.config, name, None):
-                raise MemberError(f"the adapter of {self.owner} sets {name}, which is not merged; merge it with PEFT")
-        if self.config.bias != "none":
-            raise MemberError(f"the adapter of {self.owner} trains biases, which are not merged; merge it with PEFT")
+        if others := [name for name in terms.options if name != "modules_to_save"]:
+            reason = APART.get(others[0], f"it sets {others[0]}")
+            raise MemberError(f"the adapter of {self.owner} is not merged, because {reason}; merge it with PEFT")
+
+    def touches_vocabulary(self, vocab_size: int) -> bool:
+        """Whether it changes the embeddings or the head: what has a row for each token."""
+        tensors = [pair["B"] for pair in self.pairs.values()] + list(self.whole.values())
+        return bool(self.embeddings) or any(tensor.shape[0] == vocab_size for tensor in tensors)
 
     def scaling(self, module: str) -> float:
         """The factor of B A: alpha / r, or alpha / sqrt(r) with rsLoRA (2312.03732)."""
@@ -92,16 +92,11 @@ class Adapter:
 
 def read_adapter(owner: str, source: Source) -> Adapter:
     """Read a PEFT directory or hub repository."""
-    try:
-        from peft import PeftConfig
-        from peft.utils import load_peft_weights
-    except ImportError as error:
-        raise MemberError(f"{owner} is a LoRA adapter, which needs PEFT: pip install 'proxytune[vllm]'") from error
-    place: dict[str, Any] = {"revision": source.revision, "subfolder": source.subfolder or None}
-    place = {key: value for key, value in place.items() if value is not None}
     with loading_of(owner, source.path):
-        config = PeftConfig.from_pretrained(source.path, **place)
-        return Adapter(owner, config, load_peft_weights(source.path, device="cpu", **place))
+        directory = directory_of(owner, source, Loading())
+        from peft.utils import load_peft_weights
+
+        return Adapter(owner, read_config(owner, directory), load_peft_weights(directory, device="cpu"))
 
 
 def with_adapter(weights: Iterable[tuple[str, Tensor]], adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
