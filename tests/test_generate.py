@@ -305,7 +305,7 @@ class Counting(torch.nn.Module):
 def test_an_assistant_changes_nothing(steered, trio, seed):
     """Seed 1 makes the base itself the assistant, whose drafts are partly right; seed 5 knows nothing."""
     assistant = trio.base if seed == 1 else tiny.llama("mini", seed)
-    calls = Counting(trio.expert)
+    calls = Counting(steered.model.member("e.expert"))
     out = steered.model.generate(torch.tensor([ROWS[0]]), **QUIET, max_new_tokens=N_NEW, assistant_model=assistant)
     calls.handle.remove()
     assert_same_tokens(out[0, len(ROWS[0]) :], steered.answers[0])
@@ -334,7 +334,7 @@ REPEATING = [1, 40, 41, 42, 43, 40, 41, 42, 43, 40, 41]
 
 
 def test_prompt_lookup_changes_nothing(steered, trio):
-    calls = Counting(trio.base)
+    calls = Counting(steered.model.base)
     out = steered.model.generate(torch.tensor([REPEATING]), **QUIET, max_new_tokens=24, prompt_lookup_num_tokens=4)
     calls.handle.remove()
     assert_same_tokens(out[0, len(REPEATING) :], steered.oracle.greedy(REPEATING, 24))

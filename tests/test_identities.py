@@ -166,8 +166,11 @@ def test_one_model_in_two_places_runs_once(trio):
     )
     assert len(model.lanes) == 4
     assert count_forwards(model, rows=3) == [3, 3, 3, 3]
-    assert model.member("a.anti_expert") is model.member("b.anti_expert") is trio.anti_expert
-    assert model.member("c.expert") is model.base is trio.base
+    assert model.member("a.anti_expert") is model.member("b.anti_expert")
+    assert model.member("c.expert") is model.base
+    for name, given in (("a.anti_expert", trio.anti_expert), ("base", trio.base)):
+        ours = dict(model.member(name).named_parameters())
+        assert all(ours[weight] is parameter for weight, parameter in given.named_parameters()), "no copy of a weight"
 
 
 @torch.no_grad()
