@@ -214,6 +214,8 @@ ONLY = {"default": [1.5], "names": ["a"], "n_batch": 3}
     ("alpha", "of", "expected"),
     [
         (None, AB, [[1, 2]] * 3),
+        (None, {**AB, "default": [1, 2]}, [[1, 2]] * 3),  # as a recipe's JSON may say it
+        ({"b": 0.5}, {**AB, "default": [1, 2]}, [[1, 0.5]] * 3),
         (0.5, AB, [[0.5, 0.5]] * 3),
         (0, AB, [[0, 0]] * 3),
         (-2, AB, [[-2, -2]] * 3),

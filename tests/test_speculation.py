@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from itertools import product
 from threading import Thread
@@ -171,12 +172,16 @@ def alike():
 
 
 def statistic(oracle, model, n_draws, n_new=4, **kwargs):
-    """Chi-square of the joint distribution of ``n_new`` tokens against the exact one, and its degrees of freedom."""
+    """Chi-square of the joint distribution of ``n_new`` tokens against the exact one, and its degrees of freedom.
+
+    It is infinite where a text was drawn that top-k and top-p forbid.
+    """
     exact = joint(oracle, ROWS[1], n_new, kwargs.get("temperature", 1.5), kwargs.get("top_p", 1.0))
     seen = dict.fromkeys(exact, 0)
     torch.manual_seed(1)
     for tokens in draws(model, ROWS[1], n_new, n_draws, **kwargs):
-        assert exact.get(tokens, 0.0) > 0, "top-k and top-p keep to the mixture's best"
+        if exact.get(tokens, 0.0) == 0:
+            return math.inf, 1
         seen[tokens] += 1
     counts = torch.tensor([float(seen[tokens]) for tokens in exact])
     expected = torch.tensor([exact[tokens] for tokens in exact]) * n_draws
@@ -262,10 +267,7 @@ def test_no_policy_of_drafting_changes_what_is_drawn(apart, policy, options, mon
 def test_samples_of_an_altered_rule_do_not(alike, rule, monkeypatch):
     oracle, model = alike
     monkeypatch.setattr(speculation, "accept_sampled", rule)
-    try:
-        value, degrees = statistic(oracle, model, 20_000, speculate=2)
-    except AssertionError:  # a token that the mixture would never give
-        return
+    value, degrees = statistic(oracle, model, 20_000, speculate=2)
     assert value > degrees + 40 * (2 * degrees) ** 0.5
 
 
@@ -702,7 +704,7 @@ def test_the_same_seed_gives_the_same_samples(model):
     for _ in range(2):
         torch.manual_seed(3)
         found.append(new_tokens(model, do_sample=True, top_k=0))
-    assert found[0] == found[1]
+    assert found[0] == found[1] != new_tokens(model, do_sample=True, top_k=0), "the next draw is another"
 
 
 def test_the_end_of_the_context_is_not_overrun():
