@@ -65,6 +65,7 @@ UPPER = {
     },
     "compose": {"errors", "config", "generation_config", "members", "recipe", "presets"},
     "generation": {"errors", "prompts", "coupling", "generation_config"},
+    "selftest": {"errors", "mixing", "prompts"},
     "batch": {"errors", "config", "files", "generation", "journal"},
     "chat": {"errors", "config", "prompts", "generation"},
     "bench": {"errors", "config", "members", "modeling", "speculation", "plain_loop", "demo"},
@@ -75,7 +76,7 @@ UPPER = {
     },
     "evaluation": {
         *("errors", "config", "mixing", "prompts", "statistics", "kernels", "members", "modeling", "generation"),
-        *("files", "journal", "demo"),
+        *("files", "journal", "families", "demo"),
     },
     # The vLLM side rests on the same bottom, and on nothing of the transformers composite.
     "vllm": {"errors", "config", "mixing", "vocabulary", "adapters", "members"},
