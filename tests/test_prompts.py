@@ -483,3 +483,27 @@ def test_bad_prompts(value, message):
     with pytest.raises(RecipeError) as caught:
         Prompt.parse(value)
     assert message in str(caught.value)
+
+
+def test_a_prompt_beside_a_path_is_the_members(shelf):
+    one = {"expert": str(shelf / "expert"), "anti_expert": shelf / "anti", "expert_prompt": "chat"}
+    model = ProxyTunedForCausalLM.from_members(str(shelf / "base"), experts=[one])
+    assert dict(model.config.members())["expert.expert"].prompt == Prompt("chat")
+    for wrong, message in (
+        ({"expert": Member(one["expert"], prompt=TEMPLATE)}, "expert.expert has two prompts"),
+        ({"expert": None}, "a prompt is given for expert.expert, but no model"),
+        ({"expert_promt": "chat"}, "has an unknown field 'expert_promt'"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            ProxyTunedForCausalLM.from_members(str(shelf / "base"), experts=[{**one, **wrong}])
+
+
+def test_ids_of_another_shape_are_told(oracle, tokenizer):
+    model = compose(oracle, tokenizer, Prompt(), Prompt())
+    for ids, message in (
+        (torch.tensor([1, 5]), r"input_ids have shape \(2,\), not \(n_batch, n_columns\)"),
+        ([[1, 5]], "input_ids must be a tensor"),
+        (torch.zeros(1, 0, dtype=torch.long), "the prompt is empty"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            model.generate(ids, max_new_tokens=1)

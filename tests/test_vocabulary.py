@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import shlex
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import tiny
-from proxytune import PromptError, ProxyTunedForCausalLM, VocabularyError
+from proxytune import PromptError, ProxyTunedForCausalLM, VocabularyError, load_recipe
+from proxytune.cli import app
 from proxytune.vocabulary import compare
 
 
@@ -83,6 +88,40 @@ def test_loading_refuses_other_tokens_under_the_same_ids(tmp_path):
     tiny.write_recipe(tmp_path / "recipe")
     with pytest.raises(VocabularyError, match=f"member 'expert.anti_expert'.*2 ids differ.*id {ids[0]} is 'a' in"):
         ProxyTunedForCausalLM.from_pretrained(tmp_path / "recipe")
+
+
+def test_only_named_differences_are_accepted():
+    words = {"base": ABCD, "e": Words("a", "B", "C", "d")}
+    widths = {"base": 4, "e": 4}
+    report = compare(words, widths, {"1": ["b", "B"]})
+    assert report.mismatches == [(2, "e", "c", "C")]
+    assert report.renamed == [(1, "e", "b", "B")]
+    for other in ({"2": ["b", "B"]}, {"1": ["b", "X"]}, {"1": ["B", "X"]}):
+        assert len(compare(words, widths, other).mismatches) == 2
+    assert compare(words, widths, {"1": ["b", "x", "B"], "2": ["C", "c"]}).mismatches == []
+
+
+def test_the_message_shows_the_field_and_the_flag_that_accept_the_difference(tmp_path):
+    strange = tiny.tokenizer(swap=("a", "b"))
+    tiny.write_model(tmp_path / "anti", "qwen2", "small", 3, tokenizer_=strange)
+    recipe = tiny.write_recipe(tmp_path / "recipe")
+    with pytest.raises(VocabularyError) as caught:
+        ProxyTunedForCausalLM.from_pretrained(recipe)
+    field = re.search(r'put ("renamed_tokens": \{.*?\}) into', str(caught.value))[1]
+    config = json.loads((recipe / "config.json").read_text())
+    (recipe / "config.json").write_text(json.dumps({**config, **json.loads(f"{{{field}}}")}))
+    model = ProxyTunedForCausalLM.from_pretrained(recipe)
+    model.save_pretrained(tmp_path / "again")
+    assert load_recipe(tmp_path / "again").renamed_tokens == json.loads(f"{{{field}}}")["renamed_tokens"]
+    flag = shlex.split(re.search(r"say (--renamed-tokens .*) to proxytune new", str(caught.value))[1])
+    members = [f"--{name}={tmp_path / path}" for name, path in (("base", "base"), ("expert", "expert"))]
+    made = CliRunner().invoke(
+        app, ["new", str(tmp_path / "new"), *members, f"--anti-expert={tmp_path / 'anti'}", *flag]
+    )
+    assert made.exit_code == 0, made.output
+    checked = CliRunner().invoke(app, ["check", str(tmp_path / "new")])
+    assert checked.exit_code == 0
+    assert "the recipe accepts that" in " ".join(checked.output.split())
 
 
 def test_models_in_memory_are_compared_by_the_tokenizers_given(trio, tokenizer):

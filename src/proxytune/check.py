@@ -137,7 +137,7 @@ def check_recipe(config: ProxyTuneConfig, loading: Loading | None = None) -> Rep
         except ProxyTuneError as error:
             problems.append(str(error))
     complete = len(found) == sum(1 for _ in config.members())
-    shared = _check_vocabulary(found, problems, notes, unchecked) if complete else None
+    shared = _check_vocabulary(config, found, problems, notes, unchecked) if complete else None
     _check_prompts(found, problems)
     _check_generation(config, found, loading, problems, notes)
     _check_parts(config, found, notes)
@@ -195,10 +195,17 @@ def _member_config(config: ProxyTuneConfig, name: str, member: Member, loading: 
 
 
 # -- will it work? --------------------------------------------------------------------------------------------
-def _check_vocabulary(found: Mapping[str, _Found], problems: list[str], notes: list[str], unchecked: list[str]) -> int:
+def _check_vocabulary(
+    config: ProxyTuneConfig,
+    found: Mapping[str, _Found],
+    problems: list[str],
+    notes: list[str],
+    unchecked: list[str],
+) -> int:
     report = compare(
         {name: one.tokenizer for name, one in found.items()},
         {name: one.text.vocab_size for name, one in found.items()},
+        config.renamed_tokens,
     )
     try:
         report.raise_for_mismatch()
@@ -206,6 +213,8 @@ def _check_vocabulary(found: Mapping[str, _Found], problems: list[str], notes: l
         problems.append(str(error))
     for name, extra in report.extra.items():
         notes.append(f"{name} has {extra} ids that another member lacks (from {report.shared} on); never chosen")
+    for index, name, ours, theirs in report.renamed:
+        notes.append(f"id {index} is {ours!r} in the base and {theirs!r} in {name}; the recipe accepts that")
     for name in report.unchecked:
         unchecked.append(f"whether the tokens of {name} are the base's, since it has no tokenizer")
     return report.shared

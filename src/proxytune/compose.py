@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -114,6 +115,7 @@ def configure(
     system: str | None = None,
     response_prefix: str | None = None,
     plausibility: float | None = None,
+    renamed_tokens: str | None = None,
 ) -> ProxyTuneConfig:
     """The recipe that the options describe, with paths as they were given.
 
@@ -138,7 +140,11 @@ def configure(
         raise RecipeError("no expert is given; name one with --expert (or --anti-expert alone), or use --preset")
     elif alpha is not None or name is not None:
         raise RecipeError("--alpha and --name belong to --expert; write NAME=EXPERT,alpha=... in --add-expert")
-    config = ProxyTuneConfig(base=made_base, experts=experts, plausibility=plausibility)
+    try:
+        renamed = None if renamed_tokens is None else json.loads(renamed_tokens)
+    except ValueError as error:
+        raise RecipeError(f"--renamed-tokens must be a JSON object, not {renamed_tokens!r}") from error
+    config = ProxyTuneConfig(base=made_base, experts=experts, plausibility=plausibility, renamed_tokens=renamed)
     return _with_texts(config, system, response_prefix)
 
 
@@ -208,7 +214,11 @@ def compose(
         notes.append("the base has no chat template; `proxytune chat` will show it a plain transcript")
 
     written = ProxyTuneConfig(
-        base=config.base, experts=config.experts, plausibility=config.plausibility, text_config=text_config
+        base=config.base,
+        experts=config.experts,
+        plausibility=config.plausibility,
+        renamed_tokens=config.renamed_tokens,
+        text_config=text_config,
     )
     written = written.with_members(_seen_from(directory))
     write_recipe(written, directory, tokenizer=tokenizer, generation_config=generation)

@@ -247,7 +247,7 @@ def _refuse_length(given: Sequence[Any], names: Sequence[str]) -> None:
         raise AlphaError(f"{len(given)} alphas for {len(names)} experts ({', '.join(names)})")
 
 
-OWN_FIELDS = ("base", "experts", "plausibility")
+OWN_FIELDS = ("base", "experts", "plausibility", "renamed_tokens")
 
 
 class ProxyTuneConfig(PreTrainedConfig):
@@ -258,6 +258,8 @@ class ProxyTuneConfig(PreTrainedConfig):
         experts: one :class:`Expert` (or JSON form) per steering term, in order.
         plausibility: only tokens with ``p_base(x) >= plausibility * max p_base`` may be chosen
             (2210.15097, eq. 3); in (0, 1], or None for no mask.
+        renamed_tokens: id -> the names that its token has in different members, ``{"151643": ["<|endoftext|>",
+            "<|end_of_text|>"]}``. These differences of vocabularies are accepted, and no other.
         text_config: the base's own config, kept so that a recipe says what it is without loading the base; where a
             recipe that is read has none, it is taken from the base if that is on this machine.
 
@@ -273,6 +275,7 @@ class ProxyTuneConfig(PreTrainedConfig):
     base: Any = None
     experts: Any = None
     plausibility: float | None = None
+    renamed_tokens: Any = None
     text_config: Any = None
     vocab_size: int | None = None
 
@@ -296,6 +299,7 @@ class ProxyTuneConfig(PreTrainedConfig):
             and 0.0 < self.plausibility <= 1.0
         ):
             raise RecipeError(f"plausibility must lie in (0, 1], not {self.plausibility!r}")
+        self.renamed_tokens = _renamed_tokens(self.renamed_tokens)
         # The JSON form is what is kept, since a config's attributes are what it serialises.
         self.base = base.to_json()
         self.experts = [expert.to_json() for expert in experts]
@@ -442,6 +446,19 @@ def rebase(path: str | None, old: str | None, new: str | Path) -> str | None:
 
 
 # -- helpers --------------------------------------------------------------------------------------------------
+def _renamed_tokens(value: Any) -> dict[str, list[str]] | None:
+    """Names of tokens by id, as JSON has them."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"`renamed_tokens` must be an object of ids and the names of their tokens, not {value!r}")
+    for index, names in value.items():
+        named = isinstance(names, (list, tuple)) and len(names) > 1 and all(isinstance(name, str) for name in names)
+        if not (str(index).isdecimal() and named):
+            raise RecipeError(f"`renamed_tokens` must list two or more names for an id, not {index!r}: {names!r}")
+    return {str(index): list(names) for index, names in value.items()}
+
+
 def _known_fields(cls: type, value: Mapping[str, Any], what: str) -> dict[str, Any]:
     known = [f.name for f in fields(cls)]
     for key in value:

@@ -14,7 +14,7 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -561,8 +561,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         alpha = take_alpha(kwargs, self.expert_names, alpha)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None:
-            if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-                raise PromptError("the prompt is empty; give at least one token")
+            _check_shape(input_ids)
             if alpha is not None:
                 alpha = self.alpha_rows(alpha, input_ids.shape[0])
             if any(self.own_prompts) and member_input_ids is None:
@@ -732,6 +731,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         *,
         experts: Sequence[Expert | Mapping[str, Any]] | None = None,
         plausibility: float | None = None,
+        renamed_tokens: Mapping[str, Sequence[str]] | None = None,
         tokenizer: Any = None,
         tokenizers: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -742,8 +742,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             base, expert, anti_expert: a transformers model (or PeftModel), a :class:`Member`, a path or a hub id.
             alpha: the strength of the one expert.
             experts: instead of ``expert``, ``anti_expert`` and ``alpha``: several, each a mapping with ``name``,
-                ``expert``, ``anti_expert`` and ``alpha``, whose sides may be models too.
-            plausibility: see :class:`ProxyTuneConfig`.
+                ``expert``, ``anti_expert`` and ``alpha``, whose sides may be models too;
+                ``expert_prompt`` and ``anti_expert_prompt`` are what these are shown.
+            plausibility, renamed_tokens: see :class:`ProxyTuneConfig`.
             tokenizer, tokenizers: the base's, and by member name those of members in memory; needed to compare
                 vocabularies and to make own prompts.
             **kwargs: what :meth:`from_pretrained` takes for members that are loaded (``dtype``, ``device_map``, ...).
@@ -760,9 +761,12 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             for side in ("expert", "anti_expert"):
                 prompt = parts.pop(f"{side}_prompt", None)
                 parts[side] = _placeholder(parts.get(side), f"{parts['name']}.{side}", given, prompt)
-            listed.append(Expert(**parts))
+            listed.append(Expert.parse(parts, index))
         config = ProxyTuneConfig(
-            base=_placeholder(base, "base", given, None), experts=listed, plausibility=plausibility
+            base=_placeholder(base, "base", given, None),
+            experts=listed,
+            plausibility=plausibility,
+            renamed_tokens=renamed_tokens,
         )
         return cls._load(config, given, tokenizer, dict(tokenizers or {}), kwargs)
 
@@ -837,7 +841,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
                 if place not in seen:
                     seen[place] = load_tokenizer(config, name, member, loading)
                 tokenizers[name] = seen[place]
-        vocabulary = compare({"base": tokenizers["base"], **tokenizers}, widths)
+        vocabulary = compare({"base": tokenizers["base"], **tokenizers}, widths, config.renamed_tokens)
         vocabulary.raise_for_mismatch()
         for name, extra in vocabulary.extra.items():
             logger.warning(
@@ -962,6 +966,16 @@ def own_inputs(
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
+def _check_shape(input_ids: Any) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise PromptError(f"input_ids must be a tensor of shape (n_batch, n_columns), not {type(input_ids).__name__}")
+    if input_ids.dim() != 2:
+        shape = tuple(input_ids.shape)
+        raise PromptError(f"input_ids have shape {shape}, not (n_batch, n_columns); one row is input_ids[None]")
+    if input_ids.shape[1] == 0:
+        raise PromptError("the prompt is empty; give at least one token")
+
+
 def _as_tensors(
     ids: Mapping[str, Any], masks: Mapping[str, Tensor] | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -980,10 +994,17 @@ def _as_tensors(
 
 def _placeholder(value: Any, name: str, given: dict[str, Any], prompt: Any) -> Member | None:
     """A member for the recipe; a model in memory is put into ``given``."""
-    if value is None or isinstance(value, Member):
-        return value
-    if isinstance(value, (str, Path, Mapping)):
-        return Member.parse(value if isinstance(value, Mapping) else str(value))
+    if value is None:
+        if prompt is not None:
+            raise RecipeError(f"a prompt is given for {name}, but no model; name one")
+        return None
+    if isinstance(value, (Member, str, Path, Mapping)):
+        member = Member.parse(str(value) if isinstance(value, Path) else value)
+        if prompt is None:
+            return member
+        if member.prompt not in (Prompt(), Prompt.parse(prompt)):
+            raise RecipeError(f"{name} has two prompts: its member's and the one beside it; give one")
+        return replace(member, prompt=Prompt.parse(prompt))
     if not isinstance(value, nn.Module) or not hasattr(value, "config"):
         raise MemberError(f"{name} must be a transformers model, a path or a hub id, not {type(value).__name__}")
     given[name] = value

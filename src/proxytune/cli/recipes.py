@@ -127,6 +127,15 @@ def new(
         float | None,
         panel("Mixing", "--plausibility", metavar="P", help="Choose only tokens with p_base >= P * max p_base."),
     ] = None,
+    renamed_tokens: Annotated[
+        str | None,
+        panel(
+            "Members",
+            "--renamed-tokens",
+            metavar="JSON",
+            help="Ids whose token has another name in some member: what the message about vocabularies shows.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a directory that is not empty.")] = False,
     offline: Annotated[
         bool, typer.Option("--offline", help="Do not reach the hub; leave out what is not cached.")
@@ -154,6 +163,7 @@ def new(
         system=system,
         response_prefix=response_prefix,
         plausibility=plausibility,
+        renamed_tokens=renamed_tokens,
     )
     notes = compose(config, directory, force=force, offline=offline, trust_remote_code=trust_remote_code)
     for note in notes:

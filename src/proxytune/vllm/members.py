@@ -226,7 +226,9 @@ def _check_vocabularies(recipe: ProxyTuneConfig) -> dict[str, int]:
     """The width of each part's vocabulary, by its owner, where all tokens are the same."""
     widths = dict(zip((part.owner for part in parts_of(recipe)), shared_widths(recipe)))
     members = dict(recipe.members())
-    report = compare({name: load_tokenizer(recipe, name, members[name], Loading()) for name in widths}, widths)
+    report = compare(
+        {name: load_tokenizer(recipe, name, members[name], Loading()) for name in widths}, widths, recipe.renamed_tokens
+    )
     report.raise_for_mismatch()
     for name, extra in report.extra.items():
         logger.warning(
