@@ -561,3 +561,13 @@ def test_samples_do_not_depend_on_drafts(recipe):
             run("generate", recipe, "The dog", "--temperature", 1, "--json", "--speculate", drafts).stdout
             == with_default
         )
+
+
+def test_an_adapter_given_as_the_expert_is_one_on_the_anti_expert(shelf, tmp_path):
+    members = ("--base", shelf / "base", "--expert", shelf / "adapter")
+    run("new", tmp_path / "made", *members, "--anti-expert", shelf / "anti")
+    expert = load_recipe(tmp_path / "made").expert_list[0].expert
+    assert (expert.model, expert.adapter) == (str(shelf / "anti"), str(shelf / "adapter"))
+    assert "needs a model under it" in fails("new", tmp_path / "alone", *members)
+    members = ("--base", shelf / "adapter", "--expert", shelf / "expert")
+    assert "is an adapter, not a model; give it as `adapter`" in fails("new", tmp_path / "base", *members)

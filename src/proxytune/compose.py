@@ -89,12 +89,19 @@ class Given:
 
 def expert_of(given: Given, known: Member | None, anti_expert: Member | None, adapter: str | None) -> Member | None:
     """The expert: a model, a LoRA adapter on it, or an adapter alone, which stands on the anti-expert's model."""
+    if adapter is None and given.model is not None and _is_adapter(given.model):  # as if it were --expert-adapter
+        given, known, adapter = replace(given, model=None), None, given.model
     if adapter is not None and given.model is None and known is None:
         if anti_expert is None:
             raise RecipeError("an expert adapter needs a model under it; give the expert or the anti-expert too")
         known = replace(anti_expert, prompt=Prompt())
     expert = given.over(known, "the expert")
     return expert if adapter is None or expert is None else replace(expert, adapter=adapter)
+
+
+def _is_adapter(path: str) -> bool:
+    directory = Path(path).expanduser()
+    return (directory / "adapter_config.json").is_file() and not (directory / "config.json").exists()
 
 
 def device_map(text: str | None) -> str | int | None:

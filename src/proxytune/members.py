@@ -8,6 +8,7 @@ adapter then touches only its own block, so the shared weights are read once for
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -499,10 +500,25 @@ def refuse_unfit(name: str, member: Member, own: PreTrainedConfig) -> None:
 
 def load_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> PreTrainedConfig:
     """Load one member's config alone."""
+    source, gguf_file = member_source(config, name, member)
+    if gguf_file is None and (where := _adapted_model(source)) is not None:
+        raise MemberError(
+            f"{name} ({member.model}) is an adapter, not a model; give it as `adapter` (--expert-adapter) beside the "
+            f"`model` it adapts, {where}"
+        )
     with opened(config, name, member, loading, with_data=False) as (path, place):
         return AutoConfig.from_pretrained(  # type: ignore[no-any-return]
             path, trust_remote_code=loading.trust_remote_code, **place
         )
+
+
+def _adapted_model(source: Source) -> str | None:
+    """The model that the adapter in a local directory names, or None where there is no adapter alone."""
+    directory = Path(source.path) / source.subfolder
+    if (directory / "config.json").exists() or not (directory / "adapter_config.json").is_file():
+        return None
+    found = re.search(r'"base_model_name_or_path":\s*"([^"]+)"', (directory / "adapter_config.json").read_text("utf-8"))
+    return repr(found[1]) if found else "which it does not name"
 
 
 def load_tokenizer(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> Any:
