@@ -110,6 +110,11 @@ def test_gradients_flow_where_they_are_asked_for(grad):
             torch.testing.assert_close(tensor.grad, torch.full_like(tensor, slope))
 
 
+def test_what_is_trained_in_float64_is_mixed_in_float32():
+    base, expert = logits(1, 2, 5), logits(1, 2, 5, seed=1, dtype=torch.float64, grad=True)
+    assert mix(base, [(expert, None)], ONE).dtype == torch.float32
+
+
 def test_alpha_can_be_learned():
     base, expert, anti = (logits(1, 2, 5, seed=seed) for seed in range(3))
     alpha = torch.tensor([[0.5]], requires_grad=True)
