@@ -33,8 +33,8 @@ class RowLoRA(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``x`` has n_seats * n_batch rows, or n_seats * n_batch * n_columns where a model flattens them."""
         layer = cast(Any, self)  # PEFT's side of it
-        n_rows, left = divmod(x.shape[0], len(self.seats))
-        if left:
+        n_rows = x.shape[0] // len(self.seats)  # no divmod(): a compiled graph would break at it
+        if x.shape[0] % len(self.seats):
             raise MemberError(f"{x.shape[0]} rows are not {len(self.seats)} equal blocks; load the recipe unshared")
         y = layer.base_layer(x, *args, **kwargs)
         for block, adapter in enumerate(self.seats):
