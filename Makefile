@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # Tests that want real data skip where it is missing.
 export TOKENIZERS_PARALLELISM = false
@@ -13,7 +14,7 @@ VLLM_VENV  ?= .venv-vllm
 VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help install install-vllm demo bench bench-gpu bench-vllm test test-vllm check lint types docs clean
+.PHONY: help install install-vllm demo bench bench-gpu bench-vllm test test-slow test-vllm check lint types docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,7 +54,11 @@ bench-vllm: install-vllm  ## what steering costs in vLLM, on the demo: about fif
 	$(VLLM_BIN)/python scripts/bench_vllm.py demo --json runs/bench-vllm.json | tee runs/bench-vllm.md
 
 test: install  ## the core tests, under five minutes
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
+
+test-slow: install  ## the others: real models, servers, kills, and the notebook
+	$(PYTEST) -m slow
+	$(BIN)/python -m pytest --nbmake docs/notebooks
 
 test-vllm: install-vllm  ## the tests with the real vLLM engine, about ten minutes; a skip fails
 	PROXYTUNE_NO_SKIPS=1 $(VLLM_BIN)/python -m pytest tests/vllm
@@ -69,9 +74,7 @@ types: install  ## mypy, strict
 docs: install  ## the pages, warnings are errors
 	$(BIN)/sphinx-build --quiet --fail-on-warning --builder html docs site
 
-check: lint types docs  ## all that must hold before a commit lands
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --nbmake docs/notebooks
+check: lint types docs test test-slow  ## all that must hold before a commit lands
 
 clean:  ## remove the environments and what tools leave behind
 	rm -rf $(VENV) $(VLLM_VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -64,6 +64,10 @@ REFUSED = {
         LoraConfig(layer_replication=[[0, 2], [1, 2]], target_modules=TARGETS, task_type="CAUSAL_LM"),
         "it repeats layers",
     ),
+    "not verified": (
+        LoraConfig(monteclora_config=MontecloraConfig(), target_modules=TARGETS, task_type="CAUSAL_LM"),
+        "it sets monteclora_config, which was not verified",
+    ),
     "random at each load": (
         LoraConfig(init_lora_weights="pissa_niter_4", target_modules=TARGETS, task_type="CAUSAL_LM"),
         "it sets init_lora_weights='pissa_niter_4'",
@@ -123,7 +127,6 @@ OPTIONS = {  # of LoRA: what it is, and whether it may share weights and be merg
     "tokens": ({"trainable_token_indices": [40, 77]}, False, False),
     "tying": ({"ensure_weight_tying": True, "modules_to_save": ["lm_head"]}, False, False),
     "velora": ({"velora_config": VeloraConfig(num_groups=8)}, False, False),
-    "monteclora": ({"monteclora_config": MontecloraConfig()}, False, False),
     "kasa": ({"kasa_config": KasaConfig()}, False, False),
     "bdlora": (
         {

@@ -36,6 +36,7 @@ def test_static_caches_give_the_plain_loops_tokens(family, speculate):
     assert all(isinstance(layer, BufferLayer) for layer in layers(model))
 
 
+@pytest.mark.slow
 def test_rows_that_drift_apart_for_long_fit_the_buffers():
     """Rejected drafts become padding at the left, which is dropped before it fills the spare columns."""
     oracle = family_oracle("llama", max_position_embeddings=512)

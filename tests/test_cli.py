@@ -483,6 +483,7 @@ def test_the_entry_point(recipe):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.slow
 def test_a_full_disk(recipe):
     with open("/dev/full", "w") as full:
         command = [str(Path(sys.executable).with_name("proxytune")), "generate", str(recipe), "a", "--json", "-n", "2"]
@@ -493,6 +494,7 @@ def test_a_full_disk(recipe):
     assert "error: /dev/full: No space left on device; what was written before is kept" in told
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_job_cleanly(recipe, tmp_path):
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(f'{{"prompt": "the fox {i}"}}\n' for i in range(500)))

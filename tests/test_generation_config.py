@@ -201,6 +201,7 @@ def test_penalties_are_honoured_as_transformers_honours_them(place, tokenizer):
 
 # -- the command line -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["gemma", "stop strings", "contrastive search"])
+@pytest.mark.slow
 def test_every_command_answers_with_it(place, name, tmp_path):
     publish(place, PUBLISHED[name])
     data = tmp_path / "gsm8k.jsonl"

@@ -176,6 +176,7 @@ def test_importing_the_package_or_its_command_line_imports_nothing_heavy():
         "import proxytune, transformers.generation.utils; from transformers import AutoConfig, AutoModelForCausalLM",
     ],
 )
+@pytest.mark.slow
 def test_recipes_are_registered_whatever_is_imported_first(program, shelf):
     """Each order in an interpreter of its own."""
     program += f"""

@@ -142,6 +142,7 @@ def trio_lane():
     return planning._Timed(lane=None, n_seats=1)
 
 
+@pytest.mark.slow
 def test_a_probe_is_held_against_a_bench(lora_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "PROBE_SECONDS", 0.0)
     measured = tmp_path / "bench.json"

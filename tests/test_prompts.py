@@ -475,7 +475,10 @@ def test_prompts_are_parsed_and_written(value, prompt):
         ({"system": "s"}, "a `system` prompt needs the prompt kind `chat`"),
         ({"response_prefix": "A:"}, "a `response_prefix` needs"),
         ({"user_prefix": "A:"}, "a `user_prefix` needs the prompt kind `chat`"),
-        ({"kind": "chat", "sistem": "s"}, "a prompt has an unknown field 'sistem'; known are kind, system"),
+        (
+            {"kind": "chat", "sistem": "s"},
+            "a prompt has an unknown field 'sistem'; did you mean 'system'? known are kind, system",
+        ),
     ],
     ids=repr,
 )

@@ -112,6 +112,7 @@ def test_the_pipeline_in_chat(shelf):
     assert out["generated_text"][-1]["role"] == "assistant"
 
 
+@pytest.mark.slow
 def test_a_fresh_process_needs_only_trust_remote_code(shelf, logits):
     """No `import proxytune`: the recipe's shim brings it."""
     program = f"""
@@ -399,6 +400,7 @@ def test_a_bundle_on_the_hub_finds_its_members_in_its_own_repository(hub, tmp_pa
     assert not torch.allclose(hub["main"], hub["strong"])
 
 
+@pytest.mark.slow
 def test_a_bundle_on_the_hub_from_the_command_line(hub, tmp_path):
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "proxytune.cli"]

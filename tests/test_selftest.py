@@ -84,6 +84,7 @@ def test_what_a_trial_raises_is_its_outcome(model, monkeypatch):
     assert "ZeroDivisionError" in trials[PLAIN].detail
 
 
+@pytest.mark.slow
 def test_the_command_tells_each_trial_and_fails_with_one(tmp_path, monkeypatch):
     recipe = str(tiny.write_recipe(tmp_path / "recipe"))
     told = CliRunner().invoke(app, ["check", recipe, "--run"])

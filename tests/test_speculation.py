@@ -194,7 +194,7 @@ def statistic(oracle, model, n_draws, n_new=4, **kwargs):
 
 def test_samples_have_the_mixtures_distribution(alike):
     oracle, model = alike
-    value, degrees = statistic(oracle, model, 100_000, speculate=2)
+    value, degrees = statistic(oracle, model, 20_000, speculate=2)
     assert partly(model.speculation_stats)
     assert value < degrees + 4 * (2 * degrees) ** 0.5, "4 standard deviations of chi-square"
 
@@ -248,7 +248,7 @@ POLICIES = {
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("options", [{}, {"top_p": 0.8}], ids=["", "top-p"])
+@pytest.mark.parametrize("options", [{}, pytest.param({"top_p": 0.8}, marks=pytest.mark.slow)], ids=["", "top-p"])
 def test_no_policy_of_drafting_changes_what_is_drawn(apart, policy, options, monkeypatch):
     """Every branch of the cost model, in batches of rows of which each accepts another number."""
     oracle, model = apart
@@ -548,7 +548,14 @@ def test_code_that_is_not_transformers_is_not_drafted_for():
 
 
 # -- rows that have ended --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("family", "cache"), [("llama", "dynamic"), ("llama", "static"), ("gemma3", "dynamic")])
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [
+        ("llama", "dynamic"),
+        pytest.param("llama", "static", marks=pytest.mark.slow),
+        pytest.param("gemma3", "dynamic", marks=pytest.mark.slow),
+    ],
+)
 def test_rows_that_have_ended_leave(family, cache, monkeypatch):
     """Caches hold the text of rows that still grow, and no more."""
     model, runs, sizes = tiny.compose(family_oracle(family)), [], []

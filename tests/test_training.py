@@ -475,6 +475,7 @@ def test_a_loss_that_is_no_number_ends_the_run(shelf, text, tmp_path):
     assert not (tmp_path / "out/config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more_is_told(shelf, text, tmp_path):
     """The system refuses to let any file grow beyond 8 KiB; the checkpoint is larger."""
     members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")

@@ -67,7 +67,6 @@ APART = {
     "use_bdlora": "it sets use_bdlora",
     "kasa_config": "it sets kasa_config, which changes the model's weights",
     "velora_config": "it sets velora_config",
-    "monteclora_config": "it sets monteclora_config",
 }
 APART_STARTS = ("pissa", "olora", "mica")  # the same at each load; PiSSA and OLoRA change the model's weights
 CHANGING_STARTS = ("pissa", "olora")  # of these, those that write to the model's weights
