@@ -553,8 +553,8 @@ def unlike_in_pieces(lanes: Iterable[Any]) -> str | None:
         names = ", ".join(name for seat in lane.seats for name in seat.names)
         if not type(lane.model).__module__.startswith("transformers."):
             return f"{names} runs code that is not transformers' own ({type(lane.model).__name__})"
-        for kind in sorted(rotations(lane.model) - ROTATIONS):
-            return f"{names} may rotate positions by the length of the text (rope_type {kind!r})"
+        if kinds := sorted(rotations(lane.model) - ROTATIONS):
+            return f"{names} may rotate positions by the length of the text (rope_type {kinds[0]!r})"
     return None
 
 
@@ -562,11 +562,11 @@ def refuse_unequal_lengths(lane: Any) -> None:
     """Raise :class:`MemberError` where one pass reads prompts of several lengths with a rotation that depends on it."""
     if len({seat.prompt for seat in lane.seats}) == 1:
         return
-    for kind in sorted(rotations(lane.model) - ROTATIONS):
+    if kinds := sorted(rotations(lane.model) - ROTATIONS):
         names = " and ".join(name for seat in lane.seats for name in seat.names)
         raise MemberError(
             f"{names} are computed together and read prompts of their own, but how positions are rotated may depend "
-            f"on the longest (rope_type {kind!r}); give them one prompt, or each a copy of the model"
+            f"on the longest (rope_type {kinds[0]!r}); give them one prompt, or each a copy of the model"
         )
 
 
@@ -813,8 +813,9 @@ class _Decoding:
             outputs.append(run.read(newest, hidden=quick is not None))
             n_drafts = draft.tokens.shape[1]
             scores = self.process(self._guess(outputs[-1], quick), offset=n_drafts)
+            q = scores.softmax(dim=-1) if self.rejecting or self.pace.fixed is None else scores
             if self.pace.fixed is None:
-                sure = scores[:, 0].softmax(dim=-1).amax(dim=-1).tolist()
+                sure = q[:, 0].amax(dim=-1).tolist()
                 for at, row in enumerate(growing):
                     draft.confidences[at].append(sure[row])
                     chances[at] *= self.pace.chance(sure[row])
@@ -823,7 +824,7 @@ class _Decoding:
             newest = self._draw(scores, offset=n_drafts)[:, None]
             draft.tokens = torch.cat([draft.tokens, newest], dim=1)
             if self.rejecting:
-                distributions.append(scores.softmax(dim=-1))
+                distributions.append(q)
             self._write(draft.tokens)
             if n_drafts + 1 == room or not self.pace.another(n_drafts + 1, chances):
                 break
