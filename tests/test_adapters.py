@@ -410,3 +410,10 @@ def test_from_pretrained_ignores_nothing_and_leaves_the_callers_config_as_it_is(
     before = config.to_dict()
     ProxyTunedForCausalLM.from_pretrained(shelf / "recipe", config=config, alpha=0.25)
     assert config.to_dict() == before
+
+
+def test_an_adapter_on_the_hub_given_as_a_model_is_named(tmp_path, shelf):
+    adapter = write(tmp_path / "adapter", shelf / "anti", LoraConfig(target_modules=TARGETS, task_type="CAUSAL_LM"))
+    tiny.publish(tmp_path / "hub", "me/adapter", adapter)
+    with pytest.raises(MemberError, match=r"me/adapter\) is an adapter, not a model; give it as `adapter`"):
+        ProxyTunedForCausalLM.from_members(shelf / "base", "me/adapter", shelf / "anti", cache_dir=tmp_path / "hub")

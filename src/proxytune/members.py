@@ -501,7 +501,9 @@ def refuse_unfit(name: str, member: Member, own: PreTrainedConfig) -> None:
 def load_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> PreTrainedConfig:
     """Load one member's config alone."""
     source, gguf_file = member_source(config, name, member)
-    if gguf_file is None and (where := _adapted_model(source)) is not None:
+    with loading_of(name, member.model):
+        where = None if gguf_file is not None else _adapted_model(source, loading)
+    if where is not None:
         raise MemberError(
             f"{name} ({member.model}) is an adapter, not a model; give it as `adapter` (--expert-adapter) beside the "
             f"`model` it adapts, {where}"
@@ -512,12 +514,13 @@ def load_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loa
         )
 
 
-def _adapted_model(source: Source) -> str | None:
-    """The model that the adapter in a local directory names, or None where there is no adapter alone."""
-    directory = Path(source.path) / source.subfolder
-    if (directory / "config.json").exists() or not (directory / "adapter_config.json").is_file():
+def _adapted_model(source: Source, loading: Loading) -> str | None:
+    """The model that the adapter in a place names, or None where there is no adapter alone."""
+    if find_file(source, "config.json", loading) is not None:
         return None
-    found = re.search(r'"base_model_name_or_path":\s*"([^"]+)"', (directory / "adapter_config.json").read_text("utf-8"))
+    if (file := find_file(source, "adapter_config.json", loading)) is None:
+        return None
+    found = re.search(r'"base_model_name_or_path":\s*"([^"]+)"', Path(file).read_text("utf-8"))
     return repr(found[1]) if found else "which it does not name"
 
 

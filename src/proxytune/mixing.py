@@ -46,22 +46,23 @@ def mix(
     anti_expert_k)`` is -inf (the expert excludes the token; for a negative alpha, the anti-expert does), so is the
     mixture. Where it is +inf or undefined (only the other side excludes the token, or both do, or alpha is 0),
     expert k says nothing about that token. So no -inf gives a NaN; a member's own NaN is kept.
+
+    The difference is taken first: two equal sides then cancel to the last bit, and large logits lose no digits.
     """
     sides = [side for pair in experts for side in pair if side is not None]
     shared = min(logits.shape[-1] for logits in (base, *sides)) if vocab_size is None else vocab_size
-    # In place while nothing is trained; `copy` keeps the caller's logits whole where no conversion copies them.
-    in_place = not (torch.is_grad_enabled() and any(logits.requires_grad for logits in (base, *sides)))
-    steered = base[..., :shared].to(torch.float32, copy=in_place)
-    weights = [alpha[:, index, None, None].to(base.device) for index in range(len(experts))]  # (n_batch or 1, 1, 1)
-    for weight, pair in zip(weights, experts):
-        for sign, side in zip((1.0, -1.0), pair):
-            if side is not None:
-                term = side[..., :shared].to(device=base.device, dtype=torch.float32)
-                add = steered.addcmul_ if in_place else steered.addcmul
-                steered = add(weight, term, value=sign)
-    # An infinity anywhere shows in the sum: one pass over the result, where looking into each member takes several.
-    if not bool(steered.detach().sum().isfinite()):
-        steered = _with_exclusions(base, experts, weights, shared)
+    # Whatever is changed in place was made here. Nothing asks the device for a value: that would wait for it.
+    steered = base[..., :shared].to(torch.float32, copy=True)
+    nothing = steered.new_zeros(())
+    for index, pair in enumerate(experts):
+        weight = alpha[:, index, None, None].to(base.device)  # (n_batch or 1, 1, 1)
+        expert, anti_expert = (
+            nothing if side is None else side[..., :shared].to(base.device, torch.float32) for side in pair
+        )
+        offset = expert - anti_expert
+        excluded = ((offset == -torch.inf) & (weight > 0)) | ((offset == torch.inf) & (weight < 0))
+        silent = offset.isinf() | ((expert == -torch.inf) & (anti_expert == -torch.inf))
+        steered.addcmul_(weight, offset.masked_fill_(silent, 0.0)).masked_fill_(excluded, -torch.inf)
     if plausibility is not None:
         scores = base[..., :shared].float()  # the threshold is taken over the ids that can be chosen at all
         implausible = scores < scores.amax(dim=-1, keepdim=True) + math.log(plausibility)
@@ -69,23 +70,6 @@ def mix(
     if shared < base.shape[-1]:
         steered = torch.nn.functional.pad(steered, (0, base.shape[-1] - shared), value=-torch.inf)
     return steered
-
-
-def _with_exclusions(
-    base: Tensor, experts: Sequence[tuple[Tensor | None, Tensor | None]], weights: Sequence[Tensor], shared: int
-) -> Tensor:
-    """The same sum, in the same order, by :func:`mix`'s rule for -inf."""
-    steered = base[..., :shared].float()
-    excluded = steered == -torch.inf
-    for weight, pair in zip(weights, experts):
-        terms = [side if side is None else side[..., :shared].to(base.device, torch.float32) for side in pair]
-        gone = [torch.zeros_like(excluded) if term is None else term == -torch.inf for term in terms]
-        silent = gone[0] | gone[1]
-        for sign, term in zip((1.0, -1.0), terms):
-            if term is not None:
-                steered = steered.addcmul(weight, term.masked_fill(silent, 0.0), value=sign)
-        excluded = excluded | ((weight > 0) & gone[0] & ~gone[1]) | ((weight < 0) & gone[1] & ~gone[0])
-    return steered.masked_fill(excluded, -torch.inf)
 
 
 def alpha_tensor(

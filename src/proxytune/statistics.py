@@ -1,20 +1,21 @@
 """How far counts and means can be trusted: Wilson's interval, exact McNemar, paired bootstrap, gap closed.
 
-Pure functions of numbers; whatever is drawn at random is drawn from a seed.
+Pure functions of numbers, by scipy's tests; whatever is drawn at random is drawn from a seed.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 __all__ = ["Gap", "Interval", "bootstrap", "compare", "gap_closed", "interval", "mcnemar", "paired_bootstrap", "wilson"]
 
 DRAWS = 10_000
+ROUNDING = 1e-12  # a difference of means below it is none
 Floats = NDArray[np.float64]
 
 
@@ -37,15 +38,12 @@ class Gap:
     high: float | None
 
 
-def wilson(correct: float, total: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(correct: int, total: int) -> tuple[float, float]:
     """The 95 % score interval of a proportion, as two numbers in [0, 1]."""
     if total == 0:
         return 0.0, 1.0
-    share, weight = correct / total, z * z / total
-    middle = (share + weight / 2) / (1 + weight)
-    half = z / (1 + weight) * math.sqrt(share * (1 - share) / total + weight / (4 * total))
-    # At 0 and 1 the formula gives exactly these, but for rounding, which would leave the share outside.
-    return middle - half if correct > 0 else 0.0, middle + half if correct < total else 1.0
+    found = stats.binomtest(correct, total).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
@@ -57,8 +55,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, fl
     pairs = list(zip(first, second, strict=True))
     won = sum(a and not b for a, b in pairs)
     lost = sum(b and not a for a, b in pairs)
-    tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
-    return won, lost, min(1.0, 2 * tail / 2 ** (won + lost))
+    return won, lost, float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
 def interval(examples: Sequence[float], seed: int = 0) -> Interval:
@@ -86,7 +83,7 @@ def paired_bootstrap(first: Sequence[float], second: Sequence[float], seed: int 
         return 0.0, 0.0, 1.0
     means, others = _resampled_means([first, second], seed)
     difference = means - others
-    far = min(int((difference <= 0).sum()), int((difference >= 0).sum()))
+    far = min(int((difference <= ROUNDING).sum()), int((difference >= -ROUNDING).sum()))
     return *_percentiles(difference), min(1.0, 2 * (far + 1) / (DRAWS + 1))
 
 
@@ -123,21 +120,14 @@ def zero_or_one(examples: Sequence[float]) -> bool:
 
 def _resampled_means(arms: Sequence[Sequence[float]], seed: int) -> list[Floats]:
     """The means of each arm over the same draws of examples: one array (n_draws,) an arm."""
-    values = [np.asarray(arm, dtype=np.float64) for arm in arms]
-    n = len(values[0])
-    if any(len(each) != n for each in values):
+    if len({len(arm) for arm in arms}) > 1:
         raise ValueError("paired arms must have the same examples")
-    rng = np.random.default_rng(seed)
-    means: list[list[Floats]] = [[] for _ in values]
-    for draws in _chunks(DRAWS, max(1, 4_000_000 // max(n, 1))):  # a draw takes 8 bytes an example
-        chosen = rng.integers(0, n, size=(draws, n))
-        for each, found in zip(values, means):
-            found.append(each[chosen].mean(axis=1))
-    return [np.concatenate(found) for found in means]
-
-
-def _chunks(total: int, size: int) -> list[int]:
-    return [min(size, total - at) for at in range(0, total, size)]
+    values = np.array(arms, dtype=np.float64)  # (n_arms, n_examples): the columns are drawn, so pairs stay together
+    if values.shape[1] == 1:  # scipy wants two
+        return [np.full(DRAWS, value) for value in values[:, 0]]
+    batch = max(1, 4_000_000 // values.size)  # draws at a time: each takes 8 bytes an example and arm
+    drawn = stats.bootstrap((values,), np.mean, n_resamples=DRAWS, batch=batch, axis=-1, method="percentile", rng=seed)
+    return list(drawn.bootstrap_distribution)
 
 
 def _percentiles(values: Floats) -> tuple[float, float]:

@@ -199,7 +199,7 @@ def spread_of(scores: Scores, metric: str) -> Interval:
     if metric == compared_metric(scores):
         return interval(scores.examples)
     valid = int(scores.metrics["total"] - scores.metrics["num_invalid_predictions"])
-    return Interval(float(scores.metrics[metric]), *wilson(scores.metrics[metric] * valid, valid), "Wilson")
+    return Interval(float(scores.metrics[metric]), *wilson(round(scores.metrics[metric] * valid), valid), "Wilson")
 
 
 def _spread(scores: Scores) -> dict[str, Any]:
