@@ -26,9 +26,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from predict_pairs import SHAPES, llama2
-from proxytune import ProxyTunedForCausalLM, ProxyTuneError, speculation
-from proxytune.bench import Settings, Subject, run_bench
+from proxytune import ProxyTunedForCausalLM, ProxyTuneError
 from proxytune.cli.speed import show_bench
+from proxytune.decoding import loop as speculation
+from proxytune.speed.bench import Settings, Subject, run_bench
 
 TINY = {"tiny base": llama2(64, 128, 4, 4, 2), "tiny": llama2(32, 64, 2, 2, 2)}  # for a test without a GPU
 PAIRS = {
@@ -123,7 +124,7 @@ def n_parameters(config: Any) -> int:
 
 
 def coin(probability: float) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """In place of :func:`proxytune.speculation.accept_greedy`: each draft is accepted with this probability."""
+    """In place of :func:`proxytune.decoding.loop.accept_greedy`: each draft is accepted with this probability."""
 
     def accept(drafts: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         best = scores.argmax(dim=-1)  # as the rule does

@@ -38,13 +38,13 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from proxytune.bench import describe_machine
-from proxytune.check import count_recipe
-from proxytune.config import ProxyTuneConfig
-from proxytune.demo.problems import make_problems
 from proxytune.errors import ProxyTuneError, first_line
-from proxytune.members import Loading, member_source
-from proxytune.recipe import load_recipe
+from proxytune.evaluation.problems import make_problems
+from proxytune.recipe.check import count_recipe
+from proxytune.recipe.config import ProxyTuneConfig
+from proxytune.recipe.members import Loading, member_source
+from proxytune.recipe.store import load_recipe
+from proxytune.speed.bench import describe_machine
 from proxytune.vllm import installed_version
 from proxytune.vllm.command import serve_command, server_of
 from proxytune.vllm.plan import parts_of

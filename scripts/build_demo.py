@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from proxytune.demo.assets import layers_from_base, load_base, pack_layers, unpack_layers
-from proxytune.demo.problems import make_problems
+from proxytune.evaluation.problems import make_problems
 
 FLAN_COT = ("aqua", "creak", "ecqa", "qasc", "sensemaking", "strategyqa")
 MAX_TOKENS = 192  # of one text

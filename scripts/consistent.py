@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from proxytune import ProxyTunedForCausalLM
 from proxytune.demo import demo_recipe
-from proxytune.demo.problems import Problem, is_correct, is_exact, make_problems
-from proxytune.kernels import pack
-from proxytune.statistics import mcnemar, wilson
+from proxytune.evaluation.problems import Problem, is_correct, is_exact, make_problems
+from proxytune.evaluation.statistics import mcnemar, wilson
+from proxytune.lanes.kernels import pack
 from proxytune.training import Settings, train
 from proxytune.training.run import Progress, members_of
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import LlamaConfig, Qwen2Config
 
-from proxytune.config import Expert, Member, ProxyTuneConfig
-from proxytune.plan import plan_recipe
+from proxytune.recipe.config import Expert, Member, ProxyTuneConfig
+from proxytune.speed.plan import plan_recipe
 
 ACCEPTANCES = (0.6, 0.8)
 LLAMA: dict[str, Any] = {"vocab_size": 32000, "dtype": "bfloat16", "max_position_embeddings": 4096}

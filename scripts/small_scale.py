@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from proxytune.demo import demo_recipe
+from proxytune.evaluation.statistics import compare, interval
 from proxytune.evaluation.tasks.utils import ecqa_json
-from proxytune.statistics import compare, interval
 
 
 @dataclass(frozen=True)

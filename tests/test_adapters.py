@@ -17,9 +17,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 import tiny
 from proxytune import Member, MemberError, ProxyTunedForCausalLM, ProxyTuneError, RecipeError
-from proxytune.adapters import OTHER_TYPES, judge
-from proxytune.check import check_recipe
-from proxytune.recipe import load_recipe
+from proxytune.recipe.adapters import OTHER_TYPES, judge
+from proxytune.recipe.check import check_recipe
+from proxytune.recipe.store import load_recipe
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
@@ -394,7 +394,7 @@ def test_save_pretrained_honours_what_transformers_has_or_refuses_it(tmp_path, s
     model.save_pretrained(tmp_path / "saved", True, model.state_dict())
     assert (tmp_path / "saved" / "config.json").exists()
     pushed = []
-    monkeypatch.setattr("proxytune.recipe.push_model", lambda _, repo_id, **options: pushed.append((repo_id, options)))
+    monkeypatch.setattr("proxytune.saving.push_model", lambda _, repo_id, **options: pushed.append((repo_id, options)))
     model.save_pretrained(tmp_path / "saved", push_to_hub=True, token="secret", private=True)
     assert pushed == [
         ("saved", {"bundle": False, "commit_message": "Upload recipe", "token": "secret", "private": True})

@@ -17,10 +17,10 @@ import torch
 
 import tiny
 from proxytune import AlphaError, ProxyTunedForCausalLM, ProxyTuneError, load_recipe
-from proxytune.batch import Output, fingerprint, read_items, result
-from proxytune.config import resolve_alpha
-from proxytune.generation import Answer, Printer, RowSampler, Sampling, answer, encode, new_text
-from proxytune.journal import json_line
+from proxytune.answers.batch import Output, fingerprint, read_items, result
+from proxytune.answers.generation import Answer, Printer, RowSampler, Sampling, answer, encode, new_text
+from proxytune.answers.journal import json_line
+from proxytune.recipe.alpha import resolve_alpha
 
 
 # -- reading --------------------------------------------------------------------------------------------------

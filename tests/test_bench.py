@@ -12,8 +12,9 @@ from transformers import LlamaForCausalLM
 
 import oracle
 import tiny
-from proxytune import ProxyTunedForCausalLM, bench, load_recipe
-from proxytune.plain_loop import plain_loop
+from proxytune import ProxyTunedForCausalLM, load_recipe
+from proxytune.answers.plain_loop import plain_loop
+from proxytune.speed import bench
 from test_cli import fails, run
 
 pytestmark = pytest.mark.usefixtures("no_progress")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from oracle import Oracle, assert_same_tokens
 from proxytune import MemberError, ProxyTuneError
-from proxytune.buffers import BufferLayer
+from proxytune.lanes.buffers import BufferLayer
 from test_speculation import QUIET, ROWS, family_oracle, new_tokens, partly
 
 STATIC = {"cache_implementation": "static"}
@@ -63,7 +63,7 @@ def test_other_strategies_take_static_caches(how):
 
 def test_what_keeps_more_than_keys_and_values_is_refused(monkeypatch):
     model = tiny.compose(family_oracle("llama"))
-    monkeypatch.setattr("proxytune.buffers.can_roll_back", lambda cache: False)
+    monkeypatch.setattr("proxytune.lanes.buffers.can_roll_back", lambda cache: False)
     with pytest.raises(ProxyTuneError, match="static caches are for attention layers, and a member has others"):
         new_tokens(model, n_new=2, **STATIC)
 

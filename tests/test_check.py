@@ -9,8 +9,8 @@ import torch
 
 import tiny
 from proxytune import ProxyTuneConfig, ProxyTunedForCausalLM, load_recipe
-from proxytune.check import check_recipe
-from proxytune.members import Loading
+from proxytune.recipe.check import check_recipe
+from proxytune.recipe.members import Loading
 
 
 def recipe(shelf, tmp_path, **values):

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from proxytune import MemberError, ProxyTuneConfig
-from proxytune.members import Loading, load_model
+from proxytune.lanes.loading import load_model
+from proxytune.recipe.members import Loading
 
 
 def load(directory, name="expert.expert", **member):

@@ -16,15 +16,15 @@ from typer.testing import CliRunner
 
 import tiny
 from proxytune import ProxyTunedForCausalLM, RecipeError, load_recipe
-from proxytune.chat import Conversation
+from proxytune.answers.chat import Conversation
+from proxytune.answers.generation import Sampling, answer
 from proxytune.cli import app
 from proxytune.cli.answers import interruptible
 from proxytune.cli.options import count, size
-from proxytune.compose import parse_expert
-from proxytune.config import Prompt
-from proxytune.generation import Sampling, answer
-from proxytune.presets import PRESETS
-from proxytune.prompts import render
+from proxytune.recipe.compose import parse_expert
+from proxytune.recipe.config import Prompt
+from proxytune.recipe.presets import PRESETS
+from proxytune.recipe.prompts import render
 
 pytestmark = pytest.mark.usefixtures("no_progress")
 

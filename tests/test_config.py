@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 import tiny
 from proxytune import AlphaError, Expert, Member, Prompt, ProxyTuneConfig, RecipeError
-from proxytune.config import Source, rebase, resolve
+from proxytune.recipe.source import Source, rebase, resolve
 
 PAIR = {"expert": {"model": "e"}, "anti_expert": {"model": "a"}}
 

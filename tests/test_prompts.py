@@ -8,9 +8,9 @@ import torch
 import tiny
 from oracle import Oracle, assert_same_tokens
 from proxytune import Member, Prompt, PromptError, ProxyTunedForCausalLM, RecipeError
-from proxytune.chat import Conversation
-from proxytune.generation import Sampling, encode
-from proxytune.prompts import Prompter, left_pad, render
+from proxytune.answers.chat import Conversation
+from proxytune.answers.generation import Sampling, encode
+from proxytune.recipe.prompts import Prompter, left_pad, render
 
 TEXTS = ["Question: how many apples are there?\nAnswer:", "the dog", "Steering a large model, how?"]
 QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}

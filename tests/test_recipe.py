@@ -35,8 +35,8 @@ from proxytune import (
     load_recipe,
     write_recipe,
 )
-from proxytune import recipe as recipes
-from proxytune.members import Loading, load_recipe_tokenizer
+from proxytune.recipe import store as recipes
+from proxytune.recipe.members import Loading, load_recipe_tokenizer
 
 IDS = torch.tensor([[1, 40, 77, 102, 9, 33, 250, 61]])
 QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tiny
-from proxytune.config import finite_alpha, resolve_alpha, take_alpha
 from proxytune.errors import AlphaError
+from proxytune.recipe.alpha import finite_alpha, resolve_alpha, take_alpha
 
 AB = ["a", "b"]
 DEFAULT = [1.0, 0.4]

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from proxytune import ProxyTuneError
+from proxytune.answers.journal import Journal
 from proxytune.evaluation import TASKS, check_tasks, score
 from proxytune.evaluation.records import FIELDS, parse, read
 from proxytune.evaluation.scoring import (
@@ -21,7 +22,6 @@ from proxytune.evaluation.scoring import (
     trim_gsm8k,
     triviaqa_match,
 )
-from proxytune.journal import Journal
 
 
 def gsm8k(output, answer="18", **more):
@@ -293,7 +293,7 @@ def test_what_a_journal_has_appended_survives_a_kill(tmp_path):
     path = tmp_path / "predictions.jsonl"
     program = f"""
 import os, signal
-from proxytune.journal import Journal
+from proxytune.answers.journal import Journal
 with Journal({str(path)!r}) as journal:
     journal.append([{{"id": "a"}}])
     os.kill(os.getpid(), signal.SIGKILL)

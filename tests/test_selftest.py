@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 import tiny
 from oracle import Oracle
 from proxytune import ProxyTunedForCausalLM
+from proxytune.answers.selftest import run_trials
 from proxytune.cli import app
-from proxytune.members import Lane
-from proxytune.selftest import run_trials
+from proxytune.lanes.transformers import Lane
 
 ALPHA_ZERO, PLAIN, UNCACHED, DRAFTED, BATCHED = range(5)
 

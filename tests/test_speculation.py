@@ -23,9 +23,10 @@ from transformers.generation.streamers import BaseStreamer
 
 import tiny
 from oracle import Oracle, assert_same_tokens
-from proxytune import Expert, MemberError, ProxyTunedForCausalLM, ProxyTuneError, speculation
-from proxytune.cost import Cost, Costs, cost_of_weights, expected_tokens
-from proxytune.speculation import Lookup, Pace, accept_greedy, accept_sampled
+from proxytune import Expert, MemberError, ProxyTunedForCausalLM, ProxyTuneError
+from proxytune.decoding import loop as speculation
+from proxytune.decoding.cost import Cost, Costs, cost_of_weights, expected_tokens
+from proxytune.decoding.loop import Lookup, Pace, accept_greedy, accept_sampled
 
 ROWS = [[1, 40, 77, 102, 9, 33, 250, 61], [1, 88, 15], [1, 7, 300, 41, 12]]
 QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}

@@ -8,8 +8,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from proxytune import statistics
-from proxytune.statistics import (
+from proxytune.evaluation import statistics
+from proxytune.evaluation.statistics import (
     Gap,
     Interval,
     bootstrap,

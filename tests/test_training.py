@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 import tiny
 from proxytune import Member, ProxyTunedForCausalLM, ProxyTuneError, load_recipe
-from proxytune.check import check_recipe
 from proxytune.cli import app
-from proxytune.members import Loading
+from proxytune.recipe.check import check_recipe
+from proxytune.recipe.members import Loading
 from proxytune.training import Settings
 from proxytune.training.data import Rows
 from proxytune.training.run import _checked, _trainer

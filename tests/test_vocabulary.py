@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import tiny
 from proxytune import PromptError, ProxyTunedForCausalLM, VocabularyError, load_recipe
 from proxytune.cli import app
-from proxytune.vocabulary import compare
+from proxytune.recipe.vocabulary import compare
 
 
 class Words:

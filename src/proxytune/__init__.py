@@ -18,10 +18,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig
+    from proxytune.cache import ProxyTunedCache
     from proxytune.errors import AlphaError, MemberError, PromptError, ProxyTuneError, RecipeError, VocabularyError
-    from proxytune.modeling import ProxyTunedCache, ProxyTunedForCausalLM, ProxyTunedOutput
-    from proxytune.recipe import load_recipe, write_recipe
+    from proxytune.model import ProxyTunedForCausalLM, ProxyTunedOutput
+    from proxytune.recipe.config import Expert, Member, Prompt, ProxyTuneConfig
+    from proxytune.recipe.store import load_recipe, write_recipe
 
 __version__ = "0.1.0"
 
@@ -44,10 +45,11 @@ __all__ = [
 ]
 
 _HOME = {
-    "config": ("Expert", "Member", "Prompt", "ProxyTuneConfig"),
+    "cache": ("ProxyTunedCache",),
+    "recipe.config": ("Expert", "Member", "Prompt", "ProxyTuneConfig"),
     "errors": ("AlphaError", "MemberError", "PromptError", "ProxyTuneError", "RecipeError", "VocabularyError"),
-    "modeling": ("ProxyTunedCache", "ProxyTunedForCausalLM", "ProxyTunedOutput"),
-    "recipe": ("load_recipe", "write_recipe"),
+    "model": ("ProxyTunedForCausalLM", "ProxyTunedOutput"),
+    "recipe.store": ("load_recipe", "write_recipe"),
 }
 
 
@@ -60,12 +62,17 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'proxytune' has no attribute {name!r}")
 
 
+def register_model() -> None:
+    """Import the model, which registers itself with ``AutoModelForCausalLM``. It takes seconds."""
+    importlib.import_module("proxytune.model")
+
+
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
 class _WhenImported(MetaPathFinder):
-    """Imports :mod:`proxytune.config`, which registers itself, right after transformers' ``AutoConfig``."""
+    """Imports :mod:`proxytune.recipe.config`, which registers itself, right after transformers' ``AutoConfig``."""
 
     name = "transformers.models.auto.configuration_auto"
 
@@ -81,13 +88,13 @@ class _WhenImported(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                importlib.import_module("proxytune.config")
+                importlib.import_module("proxytune.recipe.config")
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 if _WhenImported.name in sys.modules:
-    importlib.import_module("proxytune.config")
+    importlib.import_module("proxytune.recipe.config")
 else:
     sys.meta_path.insert(0, _WhenImported())

@@ -282,7 +282,7 @@ def test_compiled_members_are_not_mixed_up(shelf, tmp_path, monkeypatch):
 def test_the_demo():
     """A real model: a base that came from a GGUF file, and a LoRA expert on the anti-expert's weights."""
     from proxytune.demo import demo_recipe
-    from proxytune.demo.problems import make_problems
+    from proxytune.evaluation.problems import make_problems
 
     recipe = demo_recipe()
     alphas = [1.0, 0.0, 0.5, -0.5, 1.5, 1.0]

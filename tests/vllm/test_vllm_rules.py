@@ -12,8 +12,9 @@ import torch
 from vllm.config import ModelConfig
 
 import tiny
-from proxytune.config import Member, ProxyTuneConfig, Source
 from proxytune.errors import AlphaError, MemberError, ProxyTuneError
+from proxytune.recipe.config import Member, ProxyTuneConfig
+from proxytune.recipe.source import Source
 from proxytune.vllm import check_version, hooks
 from proxytune.vllm.alpha import join, requested, split
 from proxytune.vllm.members import Fitted, _refuse_part
@@ -258,7 +259,7 @@ def test_what_works_is_not_refused(shelf):
 
 def test_the_command_and_its_draft(shelf):
     from proxytune.errors import RecipeError
-    from proxytune.recipe import load_recipe
+    from proxytune.recipe.store import load_recipe
     from proxytune.vllm.command import serve_command
 
     config = load_recipe(shelf.recipe("commanded"))

@@ -39,8 +39,8 @@ from proxytune.cli.options import (
 from proxytune.errors import ProxyTuneError
 
 if TYPE_CHECKING:
-    from proxytune.batch import Item
-    from proxytune.chat import Conversation
+    from proxytune.answers.batch import Item
+    from proxytune.answers.chat import Conversation
 
 __all__ = ["chat", "demo", "generate", "interruptible", "serve"]
 
@@ -112,11 +112,11 @@ def generate(
     JSON list the entry) and run (which recipe and options made it). A line that cannot be read is reported by its
     number, the others are answered, and the exit status is 2.
     """
-    from proxytune.batch import Item, Output, fingerprint, read_items, result
-    from proxytune.config import resolve_alpha
-    from proxytune.generation import Printer, answer, batches, encode
-    from proxytune.journal import json_line
-    from proxytune.recipe import load_recipe
+    from proxytune.answers.batch import Item, Output, fingerprint, read_items, result
+    from proxytune.answers.generation import Printer, answer, batches, encode
+    from proxytune.answers.journal import json_line
+    from proxytune.recipe.alpha import resolve_alpha
+    from proxytune.recipe.store import load_recipe
 
     if bool(prompts) == (input_ is not None):
         raise ProxyTuneError("give either prompts or --input FILE")
@@ -237,9 +237,9 @@ def chat(
     Greedy unless a sampling option is given. The members' caches are kept from turn to turn, except where members
     have prompts of their own. While talking, /alpha 0.5 changes the strength, /reset forgets, /help lists more.
     """
-    from proxytune.chat import Conversation
-    from proxytune.config import resolve_alpha
-    from proxytune.recipe import load_recipe
+    from proxytune.answers.chat import Conversation
+    from proxytune.recipe.alpha import resolve_alpha
+    from proxytune.recipe.store import load_recipe
 
     sampling = sampling_of(
         temperature, top_p, top_k, min_p, int.from_bytes(os.urandom(4), "big") if seed is None else seed
@@ -275,7 +275,7 @@ def chat(
 
 def take_turn(conversation: Conversation, line: str, names: Sequence[str]) -> None:
     """Do what one line of a conversation asks for."""
-    from proxytune.config import resolve_alpha
+    from proxytune.recipe.alpha import resolve_alpha
 
     command, *rest = line.split()
     if command == "/alpha":
@@ -339,7 +339,7 @@ def serve(
     """
     import shlex
 
-    from proxytune.recipe import load_recipe
+    from proxytune.recipe.store import load_recipe
     from proxytune.vllm.command import serve_command
 
     if engine != "vllm":

@@ -32,8 +32,8 @@ from proxytune.cli.options import (
 from proxytune.errors import ProxyTuneError
 
 if TYPE_CHECKING:
-    from proxytune.config import ProxyTuneConfig
     from proxytune.evaluation.scoring import Scores
+    from proxytune.recipe.config import ProxyTuneConfig
 
 __all__ = ["evaluate", "score", "sweep"]
 
@@ -290,10 +290,10 @@ def _evaluation(
     pack: bool,
 ) -> tuple[ProxyTuneConfig, Any]:
     """What ``eval`` and ``sweep`` evaluate: the recipe, and the settings as the run takes them."""
-    from proxytune.compose import device_map as parsed
-    from proxytune.config import resolve_alpha
     from proxytune.evaluation import EVAL_TASKS, check_tasks
-    from proxytune.recipe import load_recipe
+    from proxytune.recipe.alpha import resolve_alpha
+    from proxytune.recipe.compose import device_map as parsed
+    from proxytune.recipe.store import load_recipe
 
     names = check_tasks(split_names(tasks), EVAL_TASKS)
     try:

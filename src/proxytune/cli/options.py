@@ -17,9 +17,9 @@ from proxytune.errors import AlphaError, ProxyTuneError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from proxytune.config import ProxyTuneConfig
-    from proxytune.generation import Sampling
-    from proxytune.modeling import ProxyTunedForCausalLM
+    from proxytune.answers.generation import Sampling
+    from proxytune.model import ProxyTunedForCausalLM
+    from proxytune.recipe.config import ProxyTuneConfig
 
 __all__ = [
     "FAILED",
@@ -254,7 +254,7 @@ def sampling_of(
     temperature: float | None, top_p: float | None, top_k: int | None, min_p: float | None, seed: int
 ) -> Sampling:
     """How tokens are chosen, from the options."""
-    from proxytune.generation import Sampling
+    from proxytune.answers.generation import Sampling
 
     return Sampling(temperature, top_p, top_k, min_p, seed)
 
@@ -268,7 +268,7 @@ def drafts_of(text: str) -> str | bool | int:
 
 def checked_dtype(text: str | None) -> str | None:
     """``--dtype``, if it is one."""
-    from proxytune.config import DTYPES
+    from proxytune.recipe.config import DTYPES
 
     if text is not None and text not in DTYPES:
         raise ProxyTuneError(f"--dtype {text!r} is not one of {', '.join(DTYPES)}")
@@ -292,9 +292,9 @@ def load_model(
     pack: bool,
 ) -> tuple[ProxyTunedForCausalLM, Any]:
     """The model, and the recipe's tokenizer (the base's where the recipe has none)."""
-    from proxytune.compose import device_map as parsed
-    from proxytune.members import Loading, load_recipe_tokenizer
-    from proxytune.modeling import ProxyTunedForCausalLM
+    from proxytune.model import ProxyTunedForCausalLM
+    from proxytune.recipe.compose import device_map as parsed
+    from proxytune.recipe.members import Loading, load_recipe_tokenizer
 
     console = Console(stderr=True)
     with console.status("loading the members") if console.is_terminal else contextlib.nullcontext():

@@ -22,10 +22,10 @@ from proxytune.cli.options import (
     say,
     size,
 )
-from proxytune.presets import PRESETS
+from proxytune.recipe.presets import PRESETS
 
 if TYPE_CHECKING:
-    from proxytune.check import Report
+    from proxytune.recipe.check import Report
 
 __all__ = ["check", "new"]
 
@@ -147,7 +147,7 @@ def new(
     A member is a hub id, a local directory or a .gguf file. Its weights stay where they are; the base's config,
     tokenizer and generation config are copied. Relative paths are kept relative to DIR.
     """
-    from proxytune.compose import Given, compose, configure
+    from proxytune.recipe.compose import Given, compose, configure
 
     config = configure(
         preset=preset,
@@ -186,9 +186,9 @@ def check(
     held against the paper's plain loop: at alpha 0, by default, without a cache, with and without drafts, and as a
     batch. The exit status is 0 if nothing is wrong, else 2.
     """
-    from proxytune.check import check_recipe
-    from proxytune.members import Loading
-    from proxytune.recipe import load_recipe
+    from proxytune.recipe.check import check_recipe
+    from proxytune.recipe.members import Loading
+    from proxytune.recipe.store import load_recipe
 
     config = load_recipe(recipe)
     report = check_recipe(config, Loading(dtype=checked_dtype(dtype), trust_remote_code=trust_remote_code))
@@ -197,7 +197,7 @@ def check(
         show_report(report, console)
     trials = []
     if run and not report.problems:
-        from proxytune.selftest import run_trials
+        from proxytune.answers.selftest import run_trials
 
         model, _ = load_model(config, dtype, None, trust_remote_code, "auto", pack=False)
         for trial in run_trials(model):

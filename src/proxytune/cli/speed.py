@@ -25,8 +25,8 @@ from proxytune.cli.options import (
 from proxytune.errors import ProxyTuneError
 
 if TYPE_CHECKING:
-    from proxytune.bench import BenchResult
-    from proxytune.plan import Plan
+    from proxytune.speed.bench import BenchResult
+    from proxytune.speed.plan import Plan
 
 __all__ = ["bench", "plan", "show_bench"]
 
@@ -90,10 +90,10 @@ def bench(
     recipe as it is loaded by default). The result is a Markdown table. Ctrl-C ends with what was measured until then.
     The exit status is 2 if steered arms wrote different tokens that no near tie explains.
     """
-    from proxytune.bench import MemberOptions, Settings, load_subject, problem_texts, run_bench, texts_of_file
-    from proxytune.compose import device_map as parsed
-    from proxytune.recipe import load_recipe
-    from proxytune.speculation import parse_speculate
+    from proxytune.decoding.loop import parse_speculate
+    from proxytune.recipe.compose import device_map as parsed
+    from proxytune.recipe.store import load_recipe
+    from proxytune.speed.bench import MemberOptions, Settings, load_subject, problem_texts, run_bench, texts_of_file
 
     try:
         batches = tuple(int(part) for part in batch.split(","))
@@ -234,11 +234,11 @@ def plan(
     speculative lets the cheapest of them draft, as many tokens as pay best. With --probe the recipe is loaded and its
     forwards are timed; without, a step costs the bytes of weights that it moves.
     """
-    from proxytune.bench import MemberOptions, load_subject
-    from proxytune.compose import device_map as parsed
-    from proxytune.members import Loading
-    from proxytune.plan import compare_with_bench, plan_probed, plan_recipe, probe, read_bench
-    from proxytune.recipe import load_recipe
+    from proxytune.recipe.compose import device_map as parsed
+    from proxytune.recipe.members import Loading
+    from proxytune.recipe.store import load_recipe
+    from proxytune.speed.bench import MemberOptions, load_subject
+    from proxytune.speed.plan import compare_with_bench, plan_probed, plan_recipe, probe, read_bench
 
     batches, wanted = parsed_batches(batch), MemberOptions.parse(options)
     try:

@@ -157,7 +157,7 @@ def train(
     M+ begins as the anti-expert M- and is trained on the completions alone, by TRL's SFTTrainer; the defaults are the
     paper's. OUT is then a recipe: proxytune check OUT. Logs for TensorBoard lie in OUT/training/logs.
     """
-    from proxytune.config import Member
+    from proxytune.recipe.config import Member
     from proxytune.training.run import Settings, members_of
     from proxytune.training.run import train as run
 

@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from proxytune.errors import MemberError, ProxyTuneError
-from proxytune.members import forget_gguf
+from proxytune.lanes.loading import forget_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -191,8 +191,8 @@ def _fingerprint(assets: Path) -> str:
 def _build(place: Path, assets: Path) -> None:
     from peft import PeftModel
 
-    from proxytune.config import Expert, Member, ProxyTuneConfig
-    from proxytune.recipe import write_recipe
+    from proxytune.recipe.config import Expert, Member, ProxyTuneConfig
+    from proxytune.recipe.store import write_recipe
 
     facts = json.loads((assets / "demo.json").read_text(encoding="utf-8"))
     base, tokenizer = load_base()

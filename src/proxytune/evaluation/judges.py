@@ -16,9 +16,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+from proxytune.answers.journal import Journal
 from proxytune.errors import ProxyTuneError, first_line
 from proxytune.evaluation.records import Prediction
-from proxytune.journal import Journal
 
 __all__ = [
     "Annotator",

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from proxytune.answers.files import half_surrogate, read_json
 from proxytune.errors import ProxyTuneError
-from proxytune.files import half_surrogate, read_json
 
 __all__ = ["FIELDS", "Field", "Line", "Prediction", "parse", "read"]
 
@@ -104,7 +104,7 @@ class Prediction:
 
 
 class Line(dict[str, Any]):
-    """A line of a prediction file; ``number`` and ``where`` are its place, as :class:`proxytune.files.Row` has them."""
+    """A line of a prediction file; ``number`` and ``where`` are its place, as answers.files.Row has them."""
 
     number: int
     where: str

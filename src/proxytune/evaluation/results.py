@@ -10,7 +10,7 @@ from typing import Any
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation import TASK_DIR
 from proxytune.evaluation.scoring import Scores, score
-from proxytune.statistics import Interval, compare, gap_closed, interval, mcnemar, wilson, zero_or_one
+from proxytune.evaluation.statistics import Interval, compare, gap_closed, interval, mcnemar, wilson, zero_or_one
 
 __all__ = [
     "ARMS",
@@ -84,7 +84,7 @@ def _output_field(task: str) -> str:
 
 def _score_demo(lines: Sequence[Mapping[str, Any]]) -> Scores:
     """Strict exact match, as ``proxytune demo`` counts it; ``nothing_else``: the two lines of the answer alone."""
-    from proxytune.demo.problems import Problem, is_correct, is_exact
+    from proxytune.evaluation.problems import Problem, is_correct, is_exact
 
     problems = [Problem(str(line["question"]), "", int(line["answer"]), 0) for line in lines]
     right = [is_correct(str(line["model_output"]), of) for line, of in zip(lines, problems)]

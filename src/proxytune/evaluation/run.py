@@ -30,7 +30,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from proxytune.config import ProxyTuneConfig
+from proxytune.answers.generation import Encoded, batches
 from proxytune.errors import AlphaError, ProxyTuneError
 from proxytune.evaluation import EVAL_TASKS, TASK_DIR, check_tasks
 from proxytune.evaluation.arms import (
@@ -52,8 +52,8 @@ from proxytune.evaluation.arms import (
     tuned_prompt,
 )
 from proxytune.evaluation.results import ARMS, NeedsJudge, results_table, sweep_point, sweep_table, task_results
-from proxytune.generation import Encoded, batches
-from proxytune.prompts import left_pad
+from proxytune.recipe.config import ProxyTuneConfig
+from proxytune.recipe.prompts import left_pad
 
 __all__ = [
     "Settings",

@@ -22,8 +22,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from proxytune.decoding.mixing import mix
 from proxytune.errors import MemberError, ProxyTuneError
-from proxytune.mixing import mix
 from proxytune.training.positions import PositionsTrainer, has_plain_head, last_hidden, summed
 
 __all__ = ["ConsistentTrainer", "Frozen", "HiddenStates", "mixed_nll"]

@@ -15,8 +15,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
+from proxytune.answers.files import SUFFIXES, read_rows
 from proxytune.errors import ProxyTuneError, first_line
-from proxytune.files import SUFFIXES, read_rows
 
 __all__ = ["Rows"]
 

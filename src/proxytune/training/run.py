@@ -25,13 +25,14 @@ from typing import Any
 
 import torch
 
-from proxytune.check import check_recipe
-from proxytune.compose import compose
-from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig
 from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError, first_line
-from proxytune.generation_config import valid_generation_config
-from proxytune.members import Loading, load_config, load_model, load_tokenizer
-from proxytune.recipe import load_recipe
+from proxytune.lanes.loading import load_model
+from proxytune.recipe.check import check_recipe
+from proxytune.recipe.compose import compose
+from proxytune.recipe.config import Expert, Member, Prompt, ProxyTuneConfig
+from proxytune.recipe.generation_config import valid_generation_config
+from proxytune.recipe.members import Loading, load_config, load_tokenizer
+from proxytune.recipe.store import load_recipe
 from proxytune.training.data import Rows
 
 __all__ = ["Progress", "Settings", "Trained", "members_of", "train"]

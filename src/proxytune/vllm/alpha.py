@@ -6,7 +6,7 @@ A request says ``extra_args`` (``vllm_xargs`` in the OpenAI API), which hold sca
     {"alpha": [0.5, 1.0]}            one an expert, in the recipe's order
     {"alpha.math": 0.5}              for one expert by name; others keep the recipe's, or what "alpha" says
 
-The transformers engine takes the same (:func:`proxytune.config.take_alpha`).
+The transformers engine takes the same (:func:`proxytune.recipe.alpha.take_alpha`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxytune.config import resolve_alpha, take_alpha
+from proxytune.recipe.alpha import resolve_alpha, take_alpha
 
 __all__ = ["PIECES", "join", "requested", "split"]
 

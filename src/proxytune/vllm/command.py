@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from proxytune.config import ProxyTuneConfig
 from proxytune.errors import MemberError, RecipeError
+from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.vllm import check_version, installed_version
 from proxytune.vllm.plan import parts_of, refuse
 

@@ -21,8 +21,8 @@ from vllm.renderers.base import BaseRenderer
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
-from proxytune.config import ProxyTuneConfig
 from proxytune.errors import AlphaError
+from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.vllm.alpha import requested
 
 __all__ = ["AlphaCheck", "Recipe", "Shards", "alpha_state_class", "serve", "shards_of", "wrap_v1_runner"]

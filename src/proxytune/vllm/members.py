@@ -21,13 +21,13 @@ from vllm.transformers_utils.model_arch_config_convertor import (
     ModelArchConfigConvertorBase,
 )
 
-from proxytune.config import ProxyTuneConfig
 from proxytune.errors import MemberError, ProxyTuneError, first_line
-from proxytune.members import Loading, load_tokenizer
+from proxytune.recipe.config import ProxyTuneConfig
+from proxytune.recipe.members import Loading, load_tokenizer
+from proxytune.recipe.vocabulary import compare
 from proxytune.vllm import hooks
 from proxytune.vllm.plan import Part, parts_of, refuse
 from proxytune.vllm.weights import read_adapter
-from proxytune.vocabulary import compare
 
 __all__ = ["Fitted", "RecipeArchitecture", "RecipeRules", "fit", "part_config"]
 

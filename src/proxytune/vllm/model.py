@@ -23,8 +23,8 @@ from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
+from proxytune.decoding.mixing import mix
 from proxytune.errors import MemberError
-from proxytune.mixing import mix
 from proxytune.vllm import hooks
 from proxytune.vllm.alpha import PIECES, join, split
 from proxytune.vllm.members import Fitted, fit, part_config

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from proxytune.config import Member, ProxyTuneConfig, Source
 from proxytune.errors import MemberError, PromptError
-from proxytune.members import adapter_source, member_source
+from proxytune.recipe.config import Member, ProxyTuneConfig
+from proxytune.recipe.members import adapter_source, member_source
+from proxytune.recipe.source import Source
 
 __all__ = ["Part", "parts_of", "refuse"]
 

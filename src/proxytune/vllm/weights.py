@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxytune.adapters import APART, judge, read_config, refuse
-from proxytune.config import Source
 from proxytune.errors import MemberError
-from proxytune.members import Loading, directory_of, loading_of
+from proxytune.recipe.adapters import APART, judge, read_config, refuse
+from proxytune.recipe.members import Loading, directory_of, loading_of
+from proxytune.recipe.source import Source
 
 __all__ = ["Adapter", "read_adapter", "with_adapter"]
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
+from proxytune.answers.files import read_rows, read_text_lines
 from proxytune.errors import ProxyTuneError, first_line
-from proxytune.files import read_rows, read_text_lines
 
 __all__ = [
     "alpacafarm",
@@ -463,7 +463,7 @@ def alpacafarm(data: str | None = None, **_: Any) -> Splits:
 
 def demo_math(data: str | None = None, split: str = "test", problems: int = 1000, seed: int = 0, **_: Any) -> Splits:
     """The demo's own problems: made, not read, so no data is needed."""
-    from proxytune.demo.problems import FEW_SHOT, make_problems
+    from proxytune.evaluation.problems import FEW_SHOT, make_problems
 
     found = make_problems(split, problems, seed)  # type: ignore[arg-type]
     return splits(

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from proxytune.decoding.mixing import mix
 from proxytune.errors import ProxyTuneError, first_line
-from proxytune.mixing import mix
-from proxytune.prompts import left_pad
+from proxytune.recipe.prompts import left_pad
 
 if TYPE_CHECKING:
-    from proxytune.modeling import ProxyTunedForCausalLM
+    from proxytune.model import ProxyTunedForCausalLM
 
 __all__ = ["Trial", "run_trials"]
 

@@ -1,7 +1,7 @@
 """From prompts to answers: what ``proxytune generate`` and ``proxytune chat`` share.
 
 A prompt is encoded for every member, a batch of them goes through the model's own ``generate``, and what comes
-back is cut to each row's own tokens. Sampling draws every row from noise of its own (:mod:`proxytune.coupling`), so
+back is cut to each row's own tokens. Sampling draws every row from noise of its own (see decoding.noise), so
 that a row's answer does not depend on which other rows it shares a batch with, on where a job was interrupted, or on
 drafts.
 """
@@ -26,13 +26,13 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from proxytune.coupling import RowSampler, row_seed
+from proxytune.decoding.noise import RowSampler, row_seed
 from proxytune.errors import PromptError, ProxyTuneError
-from proxytune.generation_config import ends_of, fields_of, plain_generation_config
-from proxytune.prompts import left_pad, render_chat
+from proxytune.recipe.generation_config import ends_of, fields_of, plain_generation_config
+from proxytune.recipe.prompts import left_pad, render_chat
 
 if TYPE_CHECKING:
-    from proxytune.modeling import ProxyTunedForCausalLM
+    from proxytune.model import ProxyTunedForCausalLM
 
 __all__ = [
     "Answer",

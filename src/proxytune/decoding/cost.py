@@ -131,7 +131,7 @@ def cost_of_weights(n_bytes: float, n_layers: int, device: str = "cuda", *, pack
         n_bytes: of all weights that a token passes through.
         n_layers: decoder layers.
         device: a torch device type; what is not listed counts as ``cuda``.
-        packed: on a CPU, whether :func:`proxytune.kernels.pack` has laid the weights out.
+        packed: on a CPU, whether :func:`proxytune.lanes.kernels.pack` has laid the weights out.
     """
     kind = device if device in LAYER_BYTES else "cuda"
     several = UNPACKED_CPU if kind == "cpu" and not packed else 1.0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from proxytune.mixing import mix
+from proxytune.decoding.mixing import mix
 
 __all__ = ["plain_loop"]
 
@@ -40,7 +40,7 @@ def plain_loop(
         base: the model that is steered.
         experts: (expert or None, anti-expert or None, alpha) each; a LoRA expert is merged before it comes here.
         input_ids: shape = (n_batch, n_prompt), read by every model.
-        plausibility: see :func:`proxytune.mixing.mix`.
+        plausibility: see :func:`proxytune.decoding.mixing.mix`.
         logits_processor: applied to the mixed logits, shape = (n_batch, n_vocab).
         temperature: of sampling; None is greedy.
 

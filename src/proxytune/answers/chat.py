@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from proxytune.generation import Answer, Encoded, Printer, Sampling, answer, with_room
-from proxytune.prompts import NAMES, Message, render_chat, transcript
+from proxytune.answers.generation import Answer, Encoded, Printer, Sampling, answer, with_room
+from proxytune.recipe.prompts import NAMES, Message, render_chat, transcript
 
 if TYPE_CHECKING:
-    from proxytune.modeling import ProxyTunedForCausalLM
+    from proxytune.model import ProxyTunedForCausalLM
 
 __all__ = ["Conversation"]
 

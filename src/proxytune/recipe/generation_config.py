@@ -19,9 +19,9 @@ import torch
 from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 
-from proxytune.config import Member, ProxyTuneConfig
 from proxytune.errors import MemberError, ProxyTuneError, first_line
-from proxytune.members import Loading, find_file, member_source
+from proxytune.recipe.config import Member, ProxyTuneConfig
+from proxytune.recipe.members import Loading, find_file, member_source
 
 __all__ = [
     "adapted",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import LogitsProcessor
 
-from proxytune.cost import MAX_DRAFTS
+from proxytune.decoding.cost import MAX_DRAFTS
 from proxytune.errors import ProxyTuneError
 
 __all__ = ["Noise", "RowSampler", "row_seed", "row_seeds"]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxytune.config import Prompt
 from proxytune.errors import PromptError, first_line
+from proxytune.recipe.config import Prompt
 
 __all__ = ["Message", "Prompter", "left_pad", "render", "render_chat"]
 

@@ -25,22 +25,13 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
-    PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from proxytune.buffers import buffers_like
-from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig, take_alpha
-from proxytune.coupling import Noise, RowSampler, row_seeds
-from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError
-from proxytune.generation_config import adapted, base_generation_config, refuse_fields
-from proxytune.kernels import compile_model
-from proxytune.members import Lane, Loading, load_config, load_lanes, load_tokenizer, refuse_unfit
-from proxytune.mixing import alpha_tensor, mix
-from proxytune.prompts import Prompter, left_pad
-from proxytune.speculation import (
+from proxytune.cache import LanePrompt, ProxyTunedCache
+from proxytune.decoding.loop import (
     SpeculationStats,
     choose_drafting,
     costs_of,
@@ -50,12 +41,24 @@ from proxytune.speculation import (
     refuse_unequal_lengths,
     unlike_in_pieces,
 )
-from proxytune.vocabulary import compare
+from proxytune.decoding.mixing import alpha_tensor, mix
+from proxytune.decoding.noise import Noise, RowSampler, row_seeds
+from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError
+from proxytune.lanes.kernels import compile_model
+from proxytune.lanes.loading import load_lanes
+from proxytune.lanes.transformers import Lane
+from proxytune.recipe.alpha import take_alpha
+from proxytune.recipe.config import Expert, Member, Prompt, ProxyTuneConfig
+from proxytune.recipe.generation_config import adapted, base_generation_config, refuse_fields
+from proxytune.recipe.members import Loading, load_config, load_tokenizer, refuse_unfit
+from proxytune.recipe.prompts import Prompter, left_pad
+from proxytune.recipe.store import HUB_ARGUMENTS, load_recipe, read_from
+from proxytune.recipe.vocabulary import compare
+from proxytune.saving import push_model, save_model
 
-__all__ = ["ProxyTunedCache", "ProxyTunedForCausalLM", "ProxyTunedOutput"]
+__all__ = ["ProxyTunedForCausalLM", "ProxyTunedOutput"]
 
 logger = logging.getLogger(__name__)
-
 SPARE_COLUMNS = 64  # of a static cache: rejected drafts, and padding before a row of a batch has been moved
 PUSHED_ALONG = {"commit_message", "private", "revision", "create_pr"}  # by save_pretrained(push_to_hub=True)
 # What transformers hands to a forward besides its own arguments: to the loss, and from generate().
@@ -71,86 +74,6 @@ class ProxyTunedOutput(CausalLMOutputWithPast):
     """
 
     member_logits: dict[str, Tensor] | None = None
-
-
-@dataclass
-class LanePrompt:
-    """The prompts that a lane's seats read instead of ``input_ids``, stacked like the lane's rows.
-
-    ids, mask: shape = (n_seats * n_batch, width), left-padded.
-    """
-
-    ids: Tensor
-    mask: Tensor
-
-    def map(self, change: Any) -> LanePrompt:
-        return LanePrompt(change(self.ids), change(self.mask))
-
-
-class ProxyTunedCache(Cache):
-    """One cache for all members: every lane's layers in a row, and a view of them for each lane.
-
-    The views hold the very layer objects, so what ``generate`` does to the whole (crop, reorder, repeat) happens
-    to each member. A lane of k seats holds k blocks of rows, which is why rows are selected block by block.
-    """
-
-    is_compileable = False  # members are compiled, each for itself; their views say so
-
-    def __init__(
-        self, configs: Sequence[PreTrainedConfig], n_seats: Sequence[int], capacity: int | None = None
-    ) -> None:
-        """
-        Args:
-            configs, n_seats: of each lane.
-            capacity: columns that each layer has room for, see :mod:`proxytune.buffers`; None: layers that grow.
-        """
-        self.views: list[Cache] = [DynamicCache(config=config) for config in configs]
-        if capacity is not None:
-            self.views = buffers_like(self.views, capacity)
-        super().__init__(layers=[layer for view in self.views for layer in view.layers])
-        self.n_seats = list(n_seats)
-        self.prompts: list[LanePrompt | None] = [None] * len(self.views)
-        self.prompt_length = 0
-        self.n_batch = 0
-        self._is_user_defined = False
-        self.n_columns = 0  # columns of the outer input_ids that all members have read
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.n_columns
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:  # the older meaning: the length to keep
-            tokens_to_remove = min(tokens_to_remove - self.n_columns, 0)
-        if self.n_columns + tokens_to_remove < self.prompt_length and self._has_prompts():
-            raise PromptError("a cache cannot be cropped into the prompt while members have prompts of their own")
-        super().crop(tokens_to_remove)
-        self.n_columns += tokens_to_remove
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select(torch.arange(self.n_batch).repeat_interleave(repeats))
-
-    def reset(self) -> None:
-        super().reset()
-        self.prompts = [None] * len(self.views)
-        self.n_columns = self.prompt_length = 0
-
-    def _has_prompts(self) -> bool:
-        return any(prompt is not None for prompt in self.prompts)
-
-    def _select(self, rows: Tensor) -> None:
-        """Carry on with these rows, in any number and order; every kind of layer can do that by `reorder_cache`."""
-        for index, (view, n_seats) in enumerate(zip(self.views, self.n_seats)):
-            stacked = torch.cat([rows + block * self.n_batch for block in range(n_seats)])
-            view.reorder_cache(stacked)  # type: ignore[arg-type]
-            if (prompt := self.prompts[index]) is not None:
-                self.prompts[index] = prompt.map(lambda t, at=stacked: t[at.to(t.device)])
-        self.n_batch = len(rows)
 
 
 class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
@@ -262,7 +185,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         return last_call(self)
 
     def compile_members(self, how: bool | str = True) -> None:
-        """Compile what members decode with, see :func:`proxytune.kernels.compile_model`; static caches go with it."""
+        """Compile what members decode with, see lanes.kernels.compile_model; static caches go with it."""
         for lane in cast(Sequence[Lane], self.lanes):
             compile_model(lane.model, how)
         self.compiled, self.cache_implementation = True, "static"
@@ -538,7 +461,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         """transformers' ``generate``, with every option of its own, steered.
 
         Args:
-            alpha: see :func:`proxytune.mixing.alpha_tensor`: a number, one a row, one an expert, or by name. An
+            alpha: see :func:`decoding.mixing.alpha_tensor`: a number, one a row, one an expert, or by name. An
                 argument called ``"alpha.NAME"`` sets one expert's, as in the requests that servers take.
             member_input_ids: member name -> its own prompt: a list of lists of ids, or a left-padded tensor of
                 shape (n_batch, its width). By default made from the text of ``input_ids``, by the recipe.
@@ -548,7 +471,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
                 output is the same; samples have the same distribution, but torch's seed gives other ones.
             seed: sample each row from noise of its own: a number, or one for each sequence drawn. A row's tokens then
                 depend on its seed and its text alone: not on the batch, and not on drafts; see
-                :mod:`proxytune.coupling`. By default torch's generator decides, as elsewhere in transformers.
+                :mod:`proxytune.decoding.noise`. By default torch's generator decides, as elsewhere in transformers.
 
         Raises:
             PromptError: a prompt that is empty, longer than the shortest member's context, or that cannot be made.
@@ -789,15 +712,13 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
                 lets a recipe be loaded without importing proxytune first, does not reach the members.
             share: False loads LoRA members with weights of their own.
             speculate: what :meth:`generate` does where it is not told, ``"auto"`` by default.
-            pack: lay the members' weights out for fast inference on a CPU, see :func:`proxytune.kernels.pack`.
-            compile: compile the members, see :func:`proxytune.kernels.compile_model`: True, or a mode of
+            pack: lay the members' weights out for fast inference on a CPU, see :func:`proxytune.lanes.kernels.pack`.
+            compile: compile the members, see :func:`proxytune.lanes.kernels.compile_model`: True, or a mode of
                 ``torch.compile``.
 
         Raises:
             RecipeError, MemberError, VocabularyError, AlphaError: each one sentence.
         """
-        from proxytune.recipe import HUB_ARGUMENTS, load_recipe, read_from
-
         if model_args:
             raise TypeError(f"from_pretrained() takes one argument by position, the recipe, not {model_args[0]!r} too")
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
@@ -821,8 +742,6 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         tokenizers: dict[str, Any],
         kwargs: dict[str, Any],
     ) -> ProxyTunedForCausalLM:
-        from proxytune.recipe import HUB_ARGUMENTS
-
         speculate = parse_speculate(kwargs.pop("speculate", "auto"))
         compiled = kwargs.pop("compile", False)
         loading = _loading(config, kwargs, HUB_ARGUMENTS)
@@ -889,7 +808,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         repo_id: str | None = None,
         **push: Any,
     ) -> None:
-        """Write the recipe; see :func:`proxytune.recipe.save_model`.
+        """Write the recipe; see :func:`proxytune.saving.save_model`.
 
         Args:
             is_main_process: where it is False nothing is written.
@@ -900,8 +819,6 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ProxyTuneError: for transformers' other arguments where they ask for what a recipe cannot be.
         """
-        from proxytune.recipe import save_model
-
         refused = {
             "variant": variant is not None,
             "save_peft_format=False": not save_peft_format,
@@ -929,9 +846,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     def push_to_hub(  # type: ignore[override]
         self, repo_id: str, *, bundle: bool = False, commit_message: str = "Upload recipe", **kwargs: Any
     ) -> str:
-        """Upload the recipe with a model card; see :func:`proxytune.recipe.push_model`."""
-        from proxytune.recipe import push_model
-
+        """Upload the recipe with a model card; see :func:`proxytune.saving.push_model`."""
         return push_model(self, repo_id, bundle=bundle, commit_message=commit_message, **kwargs)
 
 

@@ -1,6 +1,6 @@
 """``proxytune plan``: what steering will cost beside the base alone, before anything is loaded.
 
-The arithmetic is :mod:`proxytune.cost`'s, which also chooses the drafts while decoding. It is fed with one of two:
+The arithmetic is that of decoding.cost, which also chooses the drafts while decoding. It is fed with one of two:
 
 - the members' shapes and dtypes, counted without storage: a step costs the bytes that it moves, and each further row
   a stated share of them. That is what large models come to; launching kernels is not in it, so small ones are slower.
@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from proxytune.bench import MemberOptions, Subject, now, run_arm
-from proxytune.check import MemberReport, count_recipe
-from proxytune.config import Expert, ProxyTuneConfig
-from proxytune.cost import QUICK_HEAD, QUICK_ROWS, ROW_SHARE, UNPACKED_CPU, Cost, Costs, cost_of_weights
+from proxytune.decoding.cost import QUICK_HEAD, QUICK_ROWS, ROW_SHARE, UNPACKED_CPU, Cost, Costs, cost_of_weights
+from proxytune.decoding.loop import choose_drafting, costs_by_role
 from proxytune.errors import ProxyTuneError
-from proxytune.members import Loading, group_by_weights
-from proxytune.speculation import choose_drafting, costs_by_role
+from proxytune.recipe.check import MemberReport, count_recipe
+from proxytune.recipe.config import Expert, ProxyTuneConfig
+from proxytune.recipe.layout import group_by_weights
+from proxytune.recipe.members import Loading
+from proxytune.speed.bench import MemberOptions, Subject, now, run_arm
 
 __all__ = [
     "Compared",
@@ -61,7 +62,7 @@ class LaneShape:
         members: who is computed with it, in ``n_seats`` blocks of rows.
         weight_bytes: of its members, with the quick head that packing gives to a float32 lane which drafts.
         read_bytes: of weights that a forward reads, adapters included.
-        quick_head_bytes: of that quick head, 0 where there is none; see :class:`proxytune.kernels.QuickHead`.
+        quick_head_bytes: of that quick head, 0 where there is none; see :class:`proxytune.lanes.kernels.QuickHead`.
         kv_bytes_per_token: of cache for all seats, None if unknown.
     """
 
@@ -121,7 +122,7 @@ class RecipeCosts:
         return (cost, n_drafts) if n_drafts and cost < plain else (plain, 0)
 
     def of_cycles(self, stats: Mapping[str, int], n_batch: int) -> float:
-        """The cost of the cycles that were counted (:class:`~proxytune.speculation.SpeculationStats`), each kind at
+        """The cost of the cycles that were counted (:class:`~proxytune.decoding.loop.SpeculationStats`), each kind at
         its mean number of drafts."""
         drafting = replace(self.steered, overhead=self.cycle_overhead)
         copying = stats["lookup_cycles"]
@@ -168,7 +169,7 @@ class _Seats:
 
 @dataclass(frozen=True)
 class _Shape:
-    """As much of a model as :func:`proxytune.speculation.choose_drafting` looks at."""
+    """As much of a model as :func:`proxytune.decoding.loop.choose_drafting` looks at."""
 
     lanes: list[_Seats]
     seats: dict[str, tuple[int, int]]  # member name -> (lane, block of rows in it)
@@ -496,7 +497,7 @@ def compare_with_bench(
     drafts that it had, by kind: how many the text will offer to copy, no plan can know.
 
     Args:
-        options, shares: of the :class:`~proxytune.bench.Subject` that was probed.
+        options, shares: of the :class:`~proxytune.speed.bench.Subject` that was probed.
         bench: what ``proxytune bench --json`` wrote.
     """
     found = []

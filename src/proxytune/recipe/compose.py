@@ -11,12 +11,12 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-from proxytune.config import Expert, Member, Prompt, ProxyTuneConfig
 from proxytune.errors import MemberError, RecipeError, first_line
-from proxytune.generation_config import adapted, ends_of, read_generation_config
-from proxytune.members import Loading, load_config, load_tokenizer, member_source
-from proxytune.presets import PRESETS
-from proxytune.recipe import write_recipe
+from proxytune.recipe.config import Expert, Member, Prompt, ProxyTuneConfig
+from proxytune.recipe.generation_config import adapted, ends_of, read_generation_config
+from proxytune.recipe.members import Loading, load_config, load_tokenizer, member_source
+from proxytune.recipe.presets import PRESETS
+from proxytune.recipe.store import write_recipe
 
 __all__ = ["EXPERT_SYNTAX", "Given", "compose", "configure", "device_map", "parse_expert"]
 

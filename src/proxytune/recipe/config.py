@@ -18,21 +18,20 @@ from __future__ import annotations
 import copy
 import difflib
 import os
-import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
-from proxytune.errors import AlphaError, RecipeError
+import proxytune
+from proxytune.errors import RecipeError
+from proxytune.recipe.alpha import finite_alpha, resolve_alpha
+from proxytune.recipe.source import Source, resolve
 
-__all__ = ["Expert", "Member", "Prompt", "ProxyTuneConfig", "finite_alpha", "resolve_alpha", "take_alpha"]
+__all__ = ["Expert", "Member", "Prompt", "ProxyTuneConfig"]
 
 PROMPT_KINDS = ("raw", "chat", "template")
-LARGEST_ALPHA = 3.4e38
-NAMED = "alpha."  # what an expert's name follows in a call
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 # What transformers and this package write into a recipe's config.json besides the recipe's own fields.
 WRITTEN_BY_TRANSFORMERS = {
@@ -182,71 +181,6 @@ class Expert:
         return {**value, "alpha": self.alpha}
 
 
-def finite_alpha(alpha: Any, what: str = "alpha") -> float:
-    """Return ``alpha`` as a float; raise :class:`AlphaError` unless it is a finite number."""
-    # Bounded by what float32, in which logits are mixed, can hold; and an int may be too long for a float at all.
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= LARGEST_ALPHA:
-        raise AlphaError(f"{what} must be a finite number, not {alpha!r}")
-    return float(alpha)
-
-
-def resolve_alpha(alpha: Any, names: Sequence[str], default: Sequence[float]) -> tuple[float, ...]:
-    """One alpha an expert, in order, from a number, a list in order, a mapping by name, or None for ``default``.
-
-    Raises:
-        AlphaError: for a value that is not finite, an unknown name, or a list of the wrong length.
-    """
-    if alpha is None:
-        return tuple(default)
-    if isinstance(alpha, Mapping):
-        _refuse_unknown(alpha, names)
-        alpha = [alpha.get(name, value) for name, value in zip(names, default)]
-    elif isinstance(alpha, (list, tuple)):
-        _refuse_length(alpha, names)
-    else:
-        return (finite_alpha(alpha),) * len(names)
-    return tuple(finite_alpha(value, f"alpha of expert {name!r}") for name, value in zip(names, alpha))
-
-
-def take_alpha(arguments: dict[str, Any], names: Sequence[str], alpha: Any = None) -> Any:
-    """The alpha of a call that may say ``"alpha.NAME"`` too: some callers can send scalars and flat lists alone.
-
-    Args:
-        arguments: the call's others; ``"alpha.NAME"`` are taken out of it.
-        names: the experts' names, in the recipe's order.
-        alpha: what the call says for all experts, or None. An expert's own goes before it.
-
-    Returns:
-        ``alpha`` as it is where no name is said, otherwise a mapping by name.
-
-    Raises:
-        AlphaError: for an unknown name, a list of the wrong length, or a tensor beside names.
-    """
-    named = {key.removeprefix(NAMED): arguments.pop(key) for key in list(arguments) if key.startswith(NAMED)}
-    if not named:
-        return alpha
-    _refuse_unknown(named, names)
-    if alpha is None or isinstance(alpha, Mapping):
-        return {**(alpha or {}), **named}
-    if isinstance(alpha, (list, tuple)):
-        _refuse_length(alpha, names)
-        return {**dict(zip(names, alpha)), **named}
-    if isinstance(alpha, (int, float)):
-        return {**dict.fromkeys(names, alpha), **named}
-    raise AlphaError(f"beside {NAMED + next(iter(named))!r}, alpha must be a number, a list in order or a mapping")
-
-
-def _refuse_unknown(given: Mapping[Any, Any], names: Sequence[str]) -> None:
-    for name in given:
-        if name not in names:
-            raise AlphaError(f"no expert is called {name!r}; the recipe has {', '.join(names)}")
-
-
-def _refuse_length(given: Sequence[Any], names: Sequence[str]) -> None:
-    if len(given) != len(names):
-        raise AlphaError(f"{len(given)} alphas for {len(names)} experts ({', '.join(names)})")
-
-
 OWN_FIELDS = ("base", "experts", "plausibility", "renamed_tokens")
 
 
@@ -314,7 +248,7 @@ class ProxyTuneConfig(PreTrainedConfig):
         self.architectures = self.architectures or ["AutoModelForCausalLM", "ProxyTunedForCausalLM"]
         super().__post_init__(**kwargs)
         # Who has a recipe may hand it to AutoModelForCausalLM. That model registers itself; it takes seconds to import.
-        from proxytune import modeling  # noqa: F401
+        proxytune.register_model()
 
     # -- the parsed view ------------------------------------------------------------------------------------
     @property
@@ -382,67 +316,6 @@ class ProxyTuneConfig(PreTrainedConfig):
 
 
 AutoConfig.register(ProxyTuneConfig.model_type, ProxyTuneConfig, exist_ok=True)
-
-
-# -- where a member lies --------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Source:
-    """Where ``from_pretrained`` finds something: a path or hub id, with revision and subfolder for the hub."""
-
-    path: str
-    revision: str | None = None
-    subfolder: str = ""
-
-    @property
-    def is_local(self) -> bool:
-        return os.path.exists(self.path)
-
-
-def resolve(path: str, recipe: str | None, revision: str | None = None, recipe_revision: str | None = None) -> Source:
-    """Find a member's ``path``: absolute, relative to the ``recipe``, or a hub id.
-
-    Args:
-        path: what the recipe says.
-        recipe: the directory that the recipe was read from, or its place on the hub: ``owner/name``,
-            ``owner/name/folder/in/it``, or a repository of one word, such as ``gpt2``.
-        revision: the member's own.
-        recipe_revision: the commit that the recipe was read at; members in the same repository are read there too.
-
-    Raises:
-        RecipeError: if it is plainly a path and nothing lies there.
-    """
-    expanded = os.path.expanduser(path)
-    looks_like_path = expanded.startswith((".", os.sep)) or expanded.endswith(".gguf") or expanded.count("/") > 1
-    if os.path.isabs(expanded):
-        if not os.path.exists(expanded):
-            raise RecipeError(f"member {path!r} does not exist; correct the path in the recipe")
-        return Source(os.path.normpath(expanded))
-    if recipe and os.path.isdir(recipe):
-        beside = os.path.normpath(os.path.join(recipe, expanded))
-        if os.path.exists(beside):
-            return Source(beside)
-        if looks_like_path:
-            raise RecipeError(f"member {path!r} does not exist beside the recipe {recipe!r} (looked at {beside!r})")
-    elif recipe and (looks_like_path or path.startswith("members/")):
-        # A bundled recipe on the hub keeps its members in folders of its own repository.
-        repository, folder = "/".join(recipe.split("/")[:2]), recipe.split("/")[2:]
-        inside = posixpath.normpath(posixpath.join(*folder, expanded))
-        if inside.startswith(".."):
-            raise RecipeError(f"member {path!r} leads out of the repository {repository}; correct the recipe")
-        return Source(repository, recipe_revision, "" if inside == "." else inside)
-    elif os.path.exists(expanded):
-        return Source(os.path.abspath(expanded))
-    if looks_like_path:
-        raise RecipeError(f"member {path!r} does not exist; give a path that does, or a hub id")
-    return Source(path, revision)
-
-
-def rebase(path: str | None, old: str | None, new: str | Path) -> str | None:
-    """Say ``path``, relative to directory ``old``, relative to directory ``new``; other paths stay as they are."""
-    if path is None or os.path.isabs(os.path.expanduser(path)) or not old or not os.path.isdir(old):
-        return path
-    target = os.path.normpath(os.path.join(os.path.abspath(old), path))
-    return os.path.relpath(target, os.path.abspath(new)) if os.path.exists(target) else path
 
 
 # -- helpers --------------------------------------------------------------------------------------------------

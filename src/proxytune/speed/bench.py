@@ -40,12 +40,14 @@ from transformers import (
     MinNewTokensLengthLogitsProcessor,
 )
 
-from proxytune.config import DTYPES, ProxyTuneConfig
+from proxytune.answers.plain_loop import plain_loop
+from proxytune.decoding.loop import Speculate, SpeculationStats, parse_speculate
 from proxytune.errors import ProxyTuneError
-from proxytune.members import Lane, Loading, group_by_weights
-from proxytune.modeling import ProxyTunedForCausalLM
-from proxytune.plain_loop import plain_loop
-from proxytune.speculation import Speculate, SpeculationStats, parse_speculate
+from proxytune.lanes.transformers import Lane
+from proxytune.model import ProxyTunedForCausalLM
+from proxytune.recipe.config import DTYPES, ProxyTuneConfig
+from proxytune.recipe.layout import group_by_weights
+from proxytune.recipe.members import Loading
 
 __all__ = [
     "ARMS",
@@ -194,7 +196,7 @@ class Row:
             ``tokens_per_second_low`` and ``_high`` are the slowest and the fastest round.
         ratio_to_base, ratio_to_plain_loop: in tokens a second, within the same options; more is better.
         acceptance: drafts accepted of those held against the mixture, over all rounds; None where there were none.
-        speculation: of the arm ``speculative``: its :class:`~proxytune.speculation.SpeculationStats`, over all rounds.
+        speculation: of the arm ``speculative``: its :class:`SpeculationStats`, over all rounds.
         peak_memory_bytes: see ``memory`` of the machine.
         time_to_first_token_s: until the first new token can be chosen.
     """
@@ -298,7 +300,7 @@ Texts = Iterator[tuple[str, str]]  # endless: a text, as it stands before anothe
 
 def problem_texts(seed: int) -> Texts:
     """The demo's held-out problems: solved, and as the demo asks them."""
-    from proxytune.demo.problems import make_problems
+    from proxytune.evaluation.problems import make_problems
 
     problems = make_problems("test", 2000, seed)
     while True:

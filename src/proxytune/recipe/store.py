@@ -5,28 +5,24 @@ from __future__ import annotations
 import logging
 import os
 import re
-import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import GenerationConfig, PreTrainedConfig
 
-from proxytune.adapters import plain_weights, save_adapter
-from proxytune.config import Member, ProxyTuneConfig, rebase
 from proxytune.errors import MemberError, ProxyTuneError, RecipeError, first_line
-from proxytune.generation_config import valid_generation_config
-from proxytune.members import Lane, member_source
+from proxytune.recipe.config import Member, ProxyTuneConfig
+from proxytune.recipe.generation_config import valid_generation_config
+from proxytune.recipe.members import member_source
+from proxytune.recipe.source import rebase
 
-if TYPE_CHECKING:
-    from proxytune.modeling import ProxyTunedForCausalLM
-
-__all__ = ["load_recipe", "model_card", "push_model", "save_model", "write_recipe"]
+__all__ = ["load_recipe", "model_card", "moved_member", "read_from", "write_recipe"]
 
 logger = logging.getLogger(__name__)
-
+NAMED_RECIPES = "proxytune.recipes"
 HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -36,7 +32,6 @@ HUB_ARGUMENTS = (
     "subfolder",
     "proxies",
 )
-
 # With this one-line module beside config.json, trust_remote_code=True loads a recipe without `import proxytune`.
 # That is for one's own recipes: in a stranger's it may say anything.
 SHIM_NAME = "proxytune_shim"
@@ -53,16 +48,16 @@ AUTO_MAP = {
 
 
 def load_recipe(recipe: str | Path, **hub: Any) -> ProxyTuneConfig:
-    """Read a recipe's ``config.json``: a directory, a hub id, or ``"demo"`` for the embedded one.
+    """Read a recipe's ``config.json``: a directory, a hub id, or the name of one that a package brings (``demo``).
+
+    A package offers one by an entry point in the group ``proxytune.recipes``: a function that gives the directory.
 
     Raises:
         RecipeError: if there is none, or it is not a recipe.
     """
     path = os.path.expanduser(os.fspath(recipe))
-    if path == "demo" and not os.path.isdir(path):
-        from proxytune.demo import demo_recipe
-
-        path = str(demo_recipe())
+    if not os.path.isdir(path) and (named := list(entry_points(group=NAMED_RECIPES, name=path))):
+        path = str(named[0].load()())
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, hub.get("subfolder", ""), "config.json")):
         raise RecipeError(f"{path!r} has no config.json, so it is not a recipe; make one with `proxytune new`")
     if os.path.isfile(path):
@@ -106,7 +101,7 @@ def write_recipe(
     """
     directory = Path(directory)
 
-    written = config.with_members(lambda _, member: _moved(member, config.name_or_path, directory))
+    written = config.with_members(lambda _, member: moved_member(member, config.name_or_path, directory))
     written.auto_map = AUTO_MAP
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -121,123 +116,9 @@ def write_recipe(
     return directory
 
 
-def _moved(member: Member, old: str | None, new: Path) -> Member:
+def moved_member(member: Member, old: str | None, new: Path) -> Member:
     """The member with its relative paths, meant from the directory ``old``, said from ``new``."""
     return replace(member, model=rebase(member.model, old, new), adapter=rebase(member.adapter, old, new))
-
-
-def save_model(
-    model: ProxyTunedForCausalLM, directory: Path, *, bundle: bool = False, max_shard_size: int | str = "50GB"
-) -> None:
-    """Write a composite's recipe, and the weights that lie nowhere else.
-
-    A member that was given in memory, or that is or was trained here, is saved under ``directory/members``; the
-    others stay where they are. ``bundle=True`` saves every member there, which makes the directory portable.
-
-    Raises:
-        RecipeError: before anything is written, for a member that transformers cannot write.
-    """
-    places: dict[str, tuple[str, str | None]] = {}  # member name -> (model, adapter)
-    saved = [lane for lane in cast(Sequence[Lane], model.lanes) if lane.source is None or lane.changed or bundle]
-    for lane in saved:
-        quantizer = getattr(lane.model, "hf_quantizer", None)
-        if quantizer is not None and not quantizer.is_serializable():
-            raise RecipeError(
-                f"{lane.seats[0].names[0]} is quantized in a way that cannot be written to files; save without it, or "
-                "load it unquantized"
-            )
-    try:
-        for lane in saved:
-            names = [name for seat in lane.seats for name in seat.names]
-            places |= _save_lane(lane, model, directory / "members", max_shard_size, names)
-    except OSError as error:
-        raise RecipeError(f"the members cannot be written to {str(directory)!r}: {error.strerror or error}") from error
-
-    def placed(name: str, member: Member) -> Member:
-        if name not in places:
-            return _moved(member, model.config.name_or_path, directory)
-        weights, adapter = places[name]
-        return Member(
-            model=weights,
-            adapter=adapter,
-            dtype=member.dtype,
-            device_map=member.device_map,
-            prompt=member.prompt,
-        )
-
-    config = model.config.with_members(placed)
-    config.name_or_path = ""  # all paths are said from the new directory: write_recipe moves none
-    write_recipe(config, directory, tokenizer=model.tokenizer, generation_config=model.generation_config)
-
-
-def _save_lane(
-    lane: Lane, model: ProxyTunedForCausalLM, members: Path, max_shard_size: int | str, names: list[str]
-) -> dict[str, tuple[str, str | None]]:
-    """Save one lane's weights and adapters; member name -> (model, adapter), relative to the recipe."""
-    own = next(iter(names))
-    for name in names:  # named after a member that uses the weights as they are, where there is one
-        seat = next(seat for seat in lane.seats if name in seat.names)
-        if seat.adapter is None:
-            own = name
-            break
-    target = members / own
-    lane.model.generation_config = valid_generation_config(lane.model.generation_config)
-    weights = None if lane.adapted is None else plain_weights(lane.adapted)
-    lane.model.save_pretrained(target, state_dict=weights, max_shard_size=max_shard_size)
-    tokenizer = model.tokenizers.get(own) or model.tokenizer
-    if tokenizer is not None:
-        tokenizer.save_pretrained(target)
-    places: dict[str, tuple[str, str | None]] = {}
-    for seat in lane.seats:
-        adapter = None
-        if seat.adapter is not None:
-            adapter = f"members/{seat.names[0]}-adapter"
-            save_adapter(lane.adapted, seat.adapter, members.parent / adapter)
-        places |= {name: (f"members/{own}", adapter) for name in seat.names}
-    return places
-
-
-def push_model(
-    model: ProxyTunedForCausalLM,
-    repo_id: str,
-    *,
-    bundle: bool = False,
-    commit_message: str = "Upload recipe",
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-) -> str:
-    """Upload a recipe to the hub with a model card that names its members and their licences.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        RecipeError: if a member lies on this machine only, and is not bundled.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(model, Path(folder), bundle=bundle)
-        written = load_recipe(folder)
-        for name, member in written.members():
-            source, _ = member_source(written, name, member)
-            if source.is_local and not Path(source.path).is_relative_to(folder):
-                raise RecipeError(
-                    f"member {name} lies on this machine ({source.path}), where others cannot load it; "
-                    "push with bundle=True"
-                )
-        # The card tells of the members as they were named, not of the copies in the bundle.
-        model_card(model.config).save(Path(folder) / "README.md")
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-        )
-    return str(commit)
 
 
 # -- the model card -------------------------------------------------------------------------------------------

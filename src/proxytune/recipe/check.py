@@ -3,7 +3,7 @@
 Only configs, tokenizers and the headers of weight files are read. Models are built without storage (the meta device):
 their tensors' names and shapes are held against the headers, their caches are tried, and parameters and the bytes that
 one token adds to a cache are counted on them, which makes all of it right for any architecture. What cannot be told so
-is listed as not checked; :mod:`proxytune.selftest` loads the recipe and tries it.
+is listed as not checked; :mod:`proxytune.answers.selftest` loads the recipe and tries it.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from proxytune.adapters import try_adapter
-from proxytune.checkpoints import Fit, fit_of_gguf, fit_of_header, parts_of_gguf, read_header
-from proxytune.config import Member, ProxyTuneConfig
 from proxytune.errors import MemberError, ProxyTuneError, first_line
-from proxytune.families import keeps_states, obstacle_of
-from proxytune.generation_config import adapted, base_generation_config
-from proxytune.members import (
+from proxytune.recipe.adapters import try_adapter
+from proxytune.recipe.checkpoints import Fit, fit_of_gguf, fit_of_header, parts_of_gguf, read_header
+from proxytune.recipe.config import Member, ProxyTuneConfig
+from proxytune.recipe.families import idle_embeddings, keeps_states, obstacle_of
+from proxytune.recipe.generation_config import adapted, base_generation_config
+from proxytune.recipe.layout import group_by_weights
+from proxytune.recipe.members import (
     Loading,
     adapter_directory,
     adapter_source,
-    group_by_weights,
-    idle_embeddings,
     load_config,
     load_tokenizer,
     loading_of,
@@ -37,8 +36,8 @@ from proxytune.members import (
     opened,
     refuse_unfit,
 )
-from proxytune.prompts import render
-from proxytune.vocabulary import compare
+from proxytune.recipe.prompts import render
+from proxytune.recipe.vocabulary import compare
 
 __all__ = ["MemberReport", "Report", "check_recipe", "count_recipe"]
 
@@ -378,7 +377,7 @@ def _weights(
 ) -> dict[str, Any]:
     """Member name -> a key that members with one set of weights in memory have in common.
 
-    The rule is :func:`proxytune.members.group_by_weights`'s.
+    The rule is :func:`proxytune.recipe.layout.group_by_weights`'s.
     """
     members = [(name, one.member) for name, one in found.items()]
     try:

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from proxytune.config import ProxyTuneConfig, resolve_alpha, take_alpha
+from proxytune.answers.files import Row, half_surrogate, json_rows
+from proxytune.answers.generation import Answer, shown_alpha
+from proxytune.answers.journal import Journal
 from proxytune.errors import ProxyTuneError
-from proxytune.files import Row, half_surrogate, json_rows
-from proxytune.generation import Answer, shown_alpha
-from proxytune.journal import Journal
+from proxytune.recipe.alpha import resolve_alpha, take_alpha
+from proxytune.recipe.config import ProxyTuneConfig
 
 __all__ = ["Broken", "Item", "Output", "fingerprint", "read_items", "result"]
 

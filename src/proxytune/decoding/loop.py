@@ -26,14 +26,14 @@ from transformers import generation
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from proxytune.buffers import BufferLayer, can_roll_back
-from proxytune.cost import APART_BYTES, MAX_DRAFTS, QUICK_HEAD, QUICK_ROWS, Cost, Costs, cost_of_weights
-from proxytune.coupling import Noise
+from proxytune.decoding.cost import APART_BYTES, MAX_DRAFTS, QUICK_HEAD, QUICK_ROWS, Cost, Costs, cost_of_weights
+from proxytune.decoding.mixing import mix
+from proxytune.decoding.noise import Noise
 from proxytune.errors import MemberError, ProxyTuneError
-from proxytune.mixing import mix
+from proxytune.lanes.buffers import BufferLayer, can_roll_back
 
 if TYPE_CHECKING:
-    from proxytune.modeling import ProxyTunedForCausalLM
+    from proxytune.model import ProxyTunedForCausalLM
 
 __all__ = ["Speculate", "SpeculationStats", "accept_greedy", "accept_sampled", "decode", "last_call", "parse_speculate"]
 
@@ -207,7 +207,7 @@ def choose_drafting(model: ProxyTunedForCausalLM) -> Drafting | None:
 
 
 def costs_of(model: ProxyTunedForCausalLM) -> Costs:
-    """What the lanes cost, from their sizes; see :func:`proxytune.cost.cost_of_weights`."""
+    """What the lanes cost, from their sizes; see :func:`proxytune.decoding.cost.cost_of_weights`."""
     costs, head = [], None
     for lane in cast(Sequence[Any], model.lanes):
         fast = lane.packed or lane.model.dtype != torch.float32
@@ -607,7 +607,7 @@ def decode(
     Args:
         input_ids: the prompt, (n_batch, n_columns), left-padded.
         model_kwargs: what ``generate`` has prepared: the cache, mask, positions, alpha, own prompts.
-        noise: where samples are to depend on each row's seed alone, see :mod:`proxytune.coupling`; otherwise they are
+        noise: where samples are to depend on each row's seed alone, see decoding.noise; otherwise they are
             drawn from torch's generator, and drafts are accepted by rejection sampling.
         The others are those of transformers' ``_sample``.
 

@@ -1,0 +1,3 @@
+"""Text in, text out."""
+
+__all__: list[str] = []

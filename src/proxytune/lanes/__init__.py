@@ -1,0 +1,3 @@
+"""Where members run."""
+
+__all__: list[str] = []

@@ -1,0 +1,133 @@
+"""How a loaded model is to be read, told by trying: whole or in pieces, with padding or without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxytune.errors import first_line
+from proxytune.recipe.families import new_cache, obstacle_of, read_columns, unused_cache
+
+__all__ = ["Reading", "has_read", "one_by_one", "reading_of"]
+
+N_TRIED, N_PREFIX = 14, 11  # tokens that a trial reads, and how many of them at first
+# How far two ways of computing the same logits may lie apart (root mean square), as a share of the logits' spread.
+EXACT = {torch.float32: 2e-4, torch.float64: 2e-4}
+ROUNDED = 0.2  # in half precision and quantized; another prefix gives about 1
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model is to be read.
+
+    Attributes:
+        obstacle: why its cache cannot be driven at all; None where it can.
+        in_pieces: whether several tokens can be read at once behind others; else one at a time.
+        padded: whether padding on the left changes nothing.
+    """
+
+    obstacle: str | None = None
+    in_pieces: bool = True
+    padded: bool = True
+
+
+_tried: dict[Any, Reading] = {}  # the answer depends on the class and its config
+
+
+@torch.no_grad()
+def reading_of(model: Any) -> Reading:
+    """How a loaded model is to be read, by reading a few tokens in several ways and comparing the logits."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return Reading(obstacle_of(model))
+    key = (type(model), model.dtype, model.config.to_json_string())
+    if key not in _tried:
+        modes = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            _tried[key] = _try(model)
+        finally:
+            for module in modes:
+                module.training = True
+    return _tried[key]
+
+
+def _try(model: Any) -> Reading:
+    kind = type(model).__name__
+    if (obstacle := obstacle_of(model)) is not None:
+        return Reading(obstacle)
+    n_vocab = model.config.get_text_config(decoder=True).vocab_size
+    ids = (torch.arange(1, N_TRIED + 1, device=model.device) * 7919 % n_vocab)[None]
+    ones = torch.ones_like(ids)
+    tolerance = EXACT.get(model.dtype, ROUNDED) if getattr(model, "hf_quantizer", None) is None else ROUNDED
+
+    def agree(logits: Tensor, expected: Tensor) -> bool:
+        apart = (logits.float() - expected.float()).pow(2).mean(dim=-1).sqrt()
+        return bool((apart / expected.float().std(dim=-1)).mean() <= tolerance)
+
+    try:
+        whole = _logits(read_columns(model, ids, mask=ones))
+        cache = new_cache(model)
+        answered = read_columns(model, ids[:, :N_PREFIX], mask=ones[:, :N_PREFIX], cache=cache)
+        if (unused := unused_cache(model, cache, answered, N_PREFIX)) is not None:
+            return Reading(unused)
+        stepped = [
+            _logits(
+                read_columns(model, ids[:, at : at + 1], at, cache=cache)
+            )  # nothing is padding, so lanes give no mask
+            for at in range(N_PREFIX, N_PREFIX + 2)
+        ]
+        same = agree(_logits(answered), whole[:, :N_PREFIX])
+        if not same or not agree(torch.cat(stepped, dim=1), whole[:, N_PREFIX : N_PREFIX + 2]):
+            return Reading(f"{kind} decodes other logits with a cache than it reads without one")
+    except Exception as error:  # a cache of another kind, positions that only its own generate() knows
+        return Reading(f"{kind} cannot be read with a cache ({first_line(error)})")
+
+    def tried(read: Callable[[], Tensor], expected: Tensor) -> bool:
+        try:
+            return agree(read(), expected)
+        except Exception:  # what cannot be done need not be done
+            return False
+
+    def piece() -> Tensor:
+        cache = new_cache(model)
+        read_columns(model, ids[:, :N_PREFIX], mask=ones[:, :N_PREFIX], cache=cache)
+        return _logits(read_columns(model, ids[:, N_PREFIX:], mask=ones, cache=cache))
+
+    def behind_padding() -> Tensor:
+        pad = torch.zeros_like(ids[:, :2])
+        return _logits(read_columns(model, torch.cat([pad, ids], dim=1), mask=torch.cat([pad, ones], dim=1)))[:, 2:]
+
+    return Reading(in_pieces=tried(piece, whole[:, N_PREFIX:]), padded=tried(behind_padding, whole))
+
+
+def _logits(output: Any) -> Tensor:
+    logits: Tensor = output.logits
+    return logits
+
+
+def has_read(cache: Any) -> bool:
+    """Whether some column has been read into a cache."""
+    return cache is not None and any(getattr(layer, "is_initialized", False) for layer in cache.layers)
+
+
+def one_by_one(read: Callable[..., Tensor], ids: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """The logits of columns that are read behind others one at a time, as models must be that are not ``in_pieces``.
+
+    Args:
+        read: gives the logits of ids, (n_rows, k), and ``inputs``.
+        ids: shape = (n_rows, n_columns). inputs: with ``attention_mask`` (n_rows, n_read + n_columns) and
+            ``position_ids`` (n_rows, n_columns), or None in their places.
+    """
+    parts = []
+    n_columns, mask, positions = ids.shape[1], inputs.get("attention_mask"), inputs.get("position_ids")
+    for at in range(n_columns):
+        own = {
+            "attention_mask": None if mask is None else mask[:, : mask.shape[1] - n_columns + at + 1],
+            "position_ids": None if positions is None else positions[:, at : at + 1],
+        }
+        parts.append(read(ids[:, at : at + 1], **{**inputs, **own}))
+    return torch.cat(parts, dim=1)

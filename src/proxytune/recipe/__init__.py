@@ -1,0 +1,3 @@
+"""What a recipe says; loads no weights."""
+
+__all__: list[str] = []

@@ -1,0 +1,132 @@
+"""A loaded composite written back: its recipe, the weights that lie nowhere else, and the hub."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub import HfApi
+
+from proxytune.errors import RecipeError
+from proxytune.lanes.transformers import Lane
+from proxytune.recipe.adapters import plain_weights, save_adapter
+from proxytune.recipe.config import Member
+from proxytune.recipe.generation_config import valid_generation_config
+from proxytune.recipe.members import member_source
+from proxytune.recipe.store import load_recipe, model_card, moved_member, write_recipe
+
+__all__ = ["push_model", "save_model"]
+
+
+def save_model(model: Any, directory: Path, *, bundle: bool = False, max_shard_size: int | str = "50GB") -> None:
+    """Write a composite's recipe, and the weights that lie nowhere else.
+
+    A member that was given in memory, or that is or was trained here, is saved under ``directory/members``; the
+    others stay where they are. ``bundle=True`` saves every member there, which makes the directory portable.
+
+    Raises:
+        RecipeError: before anything is written, for a member that transformers cannot write.
+    """
+    places: dict[str, tuple[str, str | None]] = {}  # member name -> (model, adapter)
+    saved = [lane for lane in cast(Sequence[Lane], model.lanes) if lane.source is None or lane.changed or bundle]
+    for lane in saved:
+        quantizer = getattr(lane.model, "hf_quantizer", None)
+        if quantizer is not None and not quantizer.is_serializable():
+            raise RecipeError(
+                f"{lane.seats[0].names[0]} is quantized in a way that cannot be written to files; save without it, or "
+                "load it unquantized"
+            )
+    try:
+        for lane in saved:
+            names = [name for seat in lane.seats for name in seat.names]
+            places |= _save_lane(lane, model, directory / "members", max_shard_size, names)
+    except OSError as error:
+        raise RecipeError(f"the members cannot be written to {str(directory)!r}: {error.strerror or error}") from error
+
+    def placed(name: str, member: Member) -> Member:
+        if name not in places:
+            return moved_member(member, model.config.name_or_path, directory)
+        weights, adapter = places[name]
+        return Member(
+            model=weights,
+            adapter=adapter,
+            dtype=member.dtype,
+            device_map=member.device_map,
+            prompt=member.prompt,
+        )
+
+    config = model.config.with_members(placed)
+    config.name_or_path = ""  # all paths are said from the new directory: write_recipe moves none
+    write_recipe(config, directory, tokenizer=model.tokenizer, generation_config=model.generation_config)
+
+
+def _save_lane(
+    lane: Lane, model: Any, members: Path, max_shard_size: int | str, names: list[str]
+) -> dict[str, tuple[str, str | None]]:
+    """Save one lane's weights and adapters; member name -> (model, adapter), relative to the recipe."""
+    own = next(iter(names))
+    for name in names:  # named after a member that uses the weights as they are, where there is one
+        seat = next(seat for seat in lane.seats if name in seat.names)
+        if seat.adapter is None:
+            own = name
+            break
+    target = members / own
+    lane.model.generation_config = valid_generation_config(lane.model.generation_config)
+    weights = None if lane.adapted is None else plain_weights(lane.adapted)
+    lane.model.save_pretrained(target, state_dict=weights, max_shard_size=max_shard_size)
+    tokenizer = model.tokenizers.get(own) or model.tokenizer
+    if tokenizer is not None:
+        tokenizer.save_pretrained(target)
+    places: dict[str, tuple[str, str | None]] = {}
+    for seat in lane.seats:
+        adapter = None
+        if seat.adapter is not None:
+            adapter = f"members/{seat.names[0]}-adapter"
+            save_adapter(lane.adapted, seat.adapter, members.parent / adapter)
+        places |= {name: (f"members/{own}", adapter) for name in seat.names}
+    return places
+
+
+def push_model(
+    model: Any,
+    repo_id: str,
+    *,
+    bundle: bool = False,
+    commit_message: str = "Upload recipe",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload a recipe to the hub with a model card that names its members and their licences.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        RecipeError: if a member lies on this machine only, and is not bundled.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, Path(folder), bundle=bundle)
+        written = load_recipe(folder)
+        for name, member in written.members():
+            source, _ = member_source(written, name, member)
+            if source.is_local and not Path(source.path).is_relative_to(folder):
+                raise RecipeError(
+                    f"member {name} lies on this machine ({source.path}), where others cannot load it; "
+                    "push with bundle=True"
+                )
+        # The card tells of the members as they were named, not of the copies in the bundle.
+        model_card(model.config).save(Path(folder) / "README.md")
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return str(commit)

@@ -1,0 +1,3 @@
+"""What steering costs: measured, and planned."""
+
+__all__: list[str] = []
