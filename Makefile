@@ -63,9 +63,10 @@ test-slow: install  ## the others: real models, servers, kills, and the notebook
 test-vllm: install-vllm  ## the tests with the real vLLM engine, about ten minutes; a skip fails
 	PROXYTUNE_NO_SKIPS=1 $(VLLM_BIN)/python -m pytest tests/vllm
 
-lint: install  ## ruff: style and format; hadolint: the Dockerfile
+lint: install  ## ruff: style and format; import-linter: who imports whom; hadolint: the Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 
 types: install  ## mypy, strict

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from predict_pairs import SHAPES, llama2
 from proxytune import ProxyTunedForCausalLM, ProxyTuneError
 from proxytune.cli.speed import show_bench
-from proxytune.decoding import loop as speculation
+from proxytune.decoding import sampling
 from proxytune.speed.bench import Settings, Subject, run_bench
 
 TINY = {"tiny base": llama2(64, 128, 4, 4, 2), "tiny": llama2(32, 64, 2, 2, 2)}  # for a test without a GPU
@@ -99,7 +99,7 @@ def measure_pair(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
         print(
             f"## {name}, random weights, batch {n_batch}, each draft accepted with probability {acceptance}: {said}\n"
         )
-        with mock.patch.object(speculation, "accept_greedy", coin(acceptance)):
+        with mock.patch.object(sampling, "accept_greedy", coin(acceptance)):
             result = run_bench(
                 [subject], settings, itertools.repeat(("x" * 64,) * 2), tokenizer=RandomTokens(), compare=False
             )
@@ -124,7 +124,7 @@ def n_parameters(config: Any) -> int:
 
 
 def coin(probability: float) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """In place of :func:`proxytune.decoding.loop.accept_greedy`: each draft is accepted with this probability."""
+    """In place of :func:`proxytune.decoding.acceptance.accept_greedy`: each draft is accepted with this probability."""
 
     def accept(drafts: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         best = scores.argmax(dim=-1)  # as the rule does

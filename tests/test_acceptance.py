@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from proxytune.decoding.loop import accept_greedy, accept_sampled
+from proxytune.decoding.acceptance import accept_greedy, accept_sampled
 
 N_VOCAB = 5
 

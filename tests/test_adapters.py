@@ -394,7 +394,7 @@ def test_save_pretrained_honours_what_transformers_has_or_refuses_it(tmp_path, s
     model.save_pretrained(tmp_path / "saved", True, model.state_dict())
     assert (tmp_path / "saved" / "config.json").exists()
     pushed = []
-    monkeypatch.setattr("proxytune.saving.push_model", lambda _, repo_id, **options: pushed.append((repo_id, options)))
+    monkeypatch.setattr("proxytune.model.push_model", lambda _, repo_id, **options: pushed.append((repo_id, options)))
     model.save_pretrained(tmp_path / "saved", push_to_hub=True, token="secret", private=True)
     assert pushed == [
         ("saved", {"bundle": False, "commit_message": "Upload recipe", "token": "secret", "private": True})

@@ -149,11 +149,11 @@ def shared():
 
 
 @torch.no_grad()
-def test_the_whole_is_its_views(shared):
+def test_the_whole_is_its_states(shared):
     cache = shared.new_cache()
     shared(torch.tensor([[1, 5, 6]]), past_key_values=cache)
-    assert len(cache.views) == 2, "one view a lane"
-    layers = [layer for view in cache.views for layer in view.layers]
+    assert len(cache.states) == 2, "one state a lane"
+    layers = [layer for state in cache.states for layer in state.layers]
     assert all(a is b for a, b in zip(cache.layers, layers, strict=True))
     assert [layer.get_seq_length() for layer in cache.layers] == [3] * len(layers)
 

@@ -128,7 +128,7 @@ def test_a_callers_own_cache_is_filled(steered):
     row = ROWS[0]
     steered.model.generate(torch.tensor([row]), **QUIET, max_new_tokens=4, past_key_values=cache)
     assert cache.get_seq_length() == len(row) + 3
-    assert all(view.get_seq_length() == len(row) + 3 for view in cache.views)
+    assert all(state.view.get_seq_length() == len(row) + 3 for state in cache.states)
 
 
 def test_a_prompt_read_in_chunks_gives_the_same(steered):

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as arrays
 
 from proxytune.decoding.mixing import alpha_tensor, mix
 from proxytune.errors import AlphaError
+from syncs import counted_syncs
 
 
 def formula(base, experts, alpha, plausibility):
@@ -143,6 +144,11 @@ def test_the_shared_width_can_be_given():
     assert (mix(base, [(expert, None)], ONE, vocab_size=5)[..., 5:] == -math.inf).all()
 
 
+def test_a_plausibility_of_1_keeps_the_bases_favourite():
+    mixed = mix(torch.tensor([[[1.0, 2.0, 0.0]]]), [(torch.zeros(1, 1, 3), None)], ONE, plausibility=1.0)
+    assert mixed.tolist() == [[[-math.inf, 2.0, -math.inf]]]
+
+
 def test_plausibility_is_over_the_ids_that_can_be_chosen():
     """The base's favourite is an id that the expert lacks: the mask must not be empty."""
     base = torch.tensor([[[1.0, 2.0, 50.0]]])
@@ -208,6 +214,16 @@ def test_a_members_nan_is_not_hidden():
     base, expert = logits(1, 1, 4), logits(1, 1, 4, seed=1)
     expert[0, 0, 2] = math.nan
     assert mix(base, [(expert, None)], ONE).isnan().tolist() == [[[False, False, True, False]]]
+    assert mix(base, [(torch.full_like(expert, -math.inf), expert)], ONE).isnan().tolist()[0][0][2]
+
+
+def test_mixing_never_waits_for_the_device():
+    """Not even with excluded tokens, other widths and a mask."""
+    base, expert, anti = logits(2, 3, 50), logits(2, 3, 40, seed=1), logits(2, 3, 60, seed=2)
+    expert[0, 1, 7] = -math.inf
+    with counted_syncs() as syncs:
+        mix(base, [(expert, anti), (None, anti)], torch.ones(2, 2), plausibility=0.1)
+    assert syncs == []
 
 
 # -- alpha in all its forms -----------------------------------------------------------------------------------

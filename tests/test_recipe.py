@@ -33,6 +33,7 @@ from proxytune import (
     RecipeError,
     VocabularyError,
     load_recipe,
+    saving,
     write_recipe,
 )
 from proxytune.recipe import store as recipes
@@ -462,7 +463,7 @@ class Hub:
 
 def test_push_to_hub_writes_the_card(shelf, tmp_path, monkeypatch, logits):
     monkeypatch.setattr(Hub, "place", tmp_path / "hub", raising=False)
-    monkeypatch.setattr(recipes, "HfApi", Hub)
+    monkeypatch.setattr(saving, "HfApi", Hub)
     model = ProxyTunedForCausalLM.from_pretrained(shelf / "recipe")
     assert model.push_to_hub("me/steered", bundle=True) == "commit of me/steered"
     card = (tmp_path / "hub/README.md").read_text()
@@ -472,7 +473,7 @@ def test_push_to_hub_writes_the_card(shelf, tmp_path, monkeypatch, logits):
 
 
 def test_members_of_this_machine_are_not_pushed_without_their_weights(shelf, monkeypatch):
-    monkeypatch.setattr(recipes, "HfApi", Hub)
+    monkeypatch.setattr(saving, "HfApi", Hub)
     with pytest.raises(RecipeError, match=r"member base lies on this machine .*bundle=True"):
         ProxyTunedForCausalLM.from_pretrained(shelf / "recipe").push_to_hub("me/steered")
 

@@ -13,7 +13,7 @@ from oracle import Oracle
 from proxytune import ProxyTunedForCausalLM
 from proxytune.answers.selftest import run_trials
 from proxytune.cli import app
-from proxytune.lanes.transformers import Lane
+from proxytune.lanes.transformers import TransformersLane
 
 ALPHA_ZERO, PLAIN, UNCACHED, DRAFTED, BATCHED = range(5)
 
@@ -66,14 +66,14 @@ def test_a_wrong_mixture_fails(model, monkeypatch):
 
 
 def test_a_cache_that_forgets_fails(model, monkeypatch):
-    read = Lane.forward
+    read = TransformersLane.forward
 
     def forgetful(self, input_ids, **inputs):
         if inputs.get("past_key_values") is not None:
             inputs["position_ids"] = torch.zeros_like(inputs["position_ids"])
         return read(self, input_ids, **inputs)
 
-    monkeypatch.setattr(Lane, "forward", forgetful)
+    monkeypatch.setattr(TransformersLane, "forward", forgetful)
     assert outcomes(model)[UNCACHED] is False
 
 

@@ -23,10 +23,16 @@ from transformers.generation.streamers import BaseStreamer
 
 import tiny
 from oracle import Oracle, assert_same_tokens
-from proxytune import Expert, MemberError, ProxyTunedForCausalLM, ProxyTuneError
-from proxytune.decoding import loop as speculation
-from proxytune.decoding.cost import Cost, Costs, cost_of_weights, expected_tokens
-from proxytune.decoding.loop import Lookup, Pace, accept_greedy, accept_sampled
+from proxytune import Expert, MemberError, ProxyTunedForCausalLM, ProxyTuneError, generate
+from proxytune.decoding import drafting, sampling
+from proxytune.decoding import text as texts
+from proxytune.decoding.acceptance import accept_greedy, accept_sampled
+from proxytune.decoding.cost import QUICK_ROWS, Cost, Costs, cost_of_weights, expected_tokens
+from proxytune.decoding.draft import Draft, Lookup
+from proxytune.decoding.pace import Pace
+from proxytune.lanes import transformers
+from proxytune.lanes.reading import rotations
+from proxytune.lanes.transformers import TransformersState
 
 ROWS = [[1, 40, 77, 102, 9, 33, 250, 61], [1, 88, 15], [1, 7, 300, 41, 12]]
 QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}
@@ -267,7 +273,7 @@ def test_no_policy_of_drafting_changes_what_is_drawn(apart, policy, options, mon
 @pytest.mark.parametrize("rule", [accept_everything, draw_from_p_on_rejection, swap_p_and_q])
 def test_samples_of_an_altered_rule_do_not(alike, rule, monkeypatch):
     oracle, model = alike
-    monkeypatch.setattr(speculation, "accept_sampled", rule)
+    monkeypatch.setattr(sampling, "accept_sampled", rule)
     value, degrees = statistic(oracle, model, 20_000, speculate=2)
     assert value > degrees + 40 * (2 * degrees) ** 0.5
 
@@ -468,7 +474,7 @@ PURE = {
 
 def test_what_may_be_drafted_under_depends_on_its_arguments_alone():
     """Whatever it was asked before, and whichever rows stand beside it."""
-    names = {each.__name__ for each in speculation.ROW_BY_ROW if issubclass(each, LogitsProcessor)}
+    names = {each.__name__ for each in generate.ROW_BY_ROW if issubclass(each, LogitsProcessor)}
     assert names == set(PURE)
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(4, 10, (3, n), generator=generator) for n in (8, 9, 12)]
@@ -523,15 +529,15 @@ def test_members_of_one_pass_with_prompts_of_unequal_lengths_and_such_a_rotation
 
 
 def test_rotations_are_found_wherever_they_are_said():
-    assert speculation.rotations(tiny.llama("mini")) == {"default"}
-    assert speculation.rotations(tiny.gpt2("mini")) == set()
+    assert rotations(tiny.llama("mini")) == {"default"}
+    assert rotations(tiny.gpt2("mini")) == set()
     for said in (
         {"type": "new"},
         {"full_attention": {"rope_type": "new"}, "sliding_attention": {"rope_type": "default"}},
     ):
         model = tiny.llama("mini")
         model.config.rope_scaling = said
-        assert "new" in speculation.rotations(model)
+        assert "new" in rotations(model)
 
 
 def test_code_that_is_not_transformers_is_not_drafted_for():
@@ -560,11 +566,11 @@ def test_code_that_is_not_transformers_is_not_drafted_for():
 def test_rows_that_have_ended_leave(family, cache, monkeypatch):
     """Caches hold the text of rows that still grow, and no more."""
     model, runs, sizes = tiny.compose(family_oracle(family)), [], []
-    make = speculation.LaneRun.__init__
-    monkeypatch.setattr(speculation.LaneRun, "__init__", lambda run, *given: (make(run, *given), runs.append(run))[0])
-    read = speculation.LaneRun.read
+    make = TransformersState.__init__
+    monkeypatch.setattr(TransformersState, "__init__", lambda run, *given: (make(run, *given), runs.append(run))[0])
+    inputs = TransformersState._inputs
     monkeypatch.setattr(
-        speculation.LaneRun, "read", lambda run, ids, **given: (sizes.append(len(ids)), read(run, ids, **given))[1]
+        TransformersState, "_inputs", lambda run, ids, mask: (sizes.append(len(ids)), inputs(run, ids, mask))[1]
     )
     rows, n_new = ROWS[::-1], 150
     options = {"eos_token_id": 2, "suppress_tokens": [2], "cache_implementation": cache}
@@ -579,7 +585,7 @@ def test_rows_that_have_ended_leave(family, cache, monkeypatch):
     assert new_tokens(model, rows, n_new, **early, speculate=8) == plain
     assert partly(model.speculation_stats)
     longest = max(map(len, rows)) + n_new
-    assert all(run.n_read <= longest for run in runs)
+    assert all(run.n_columns <= longest for run in runs)
     assert (min(sizes) < 3) == (cache == "dynamic"), "static shapes stay; other rows leave the forward passes"
 
 
@@ -642,7 +648,7 @@ def test_threads_have_statistics_of_their_own(model):
     thread = Thread(target=lambda: theirs.extend([model.speculation_stats, new_tokens(model), model.speculation_stats]))
     thread.start()
     thread.join()
-    assert theirs[0] == speculation.SpeculationStats()
+    assert theirs[0] == generate.SpeculationStats()
     assert theirs[2].emitted == 3 * N_NEW
     assert model.speculation_stats is mine
 
@@ -759,7 +765,7 @@ def test_lora_experts_are_drafted_for_with_a_quick_head(shelf, alpha):
     n_seen = len(seen)
     assert set(seen) == {(len(ROWS), 1, 16)}, "M- and M+ are mixed before the head, not after it"
     drafted = model.speculation_stats
-    many = [ROWS[1]] * (speculation.QUICK_ROWS + 1)
+    many = [ROWS[1]] * (QUICK_ROWS + 1)
     assert len({tuple(row) for row in new_tokens(model, many, alpha=alpha, speculate=3)}) == 1
     assert len(seen) == n_seen, "many rows are drafted for with the lane's own head"
     hook.remove()
@@ -770,7 +776,7 @@ def test_lora_experts_are_drafted_for_with_a_quick_head(shelf, alpha):
 
 @pytest.mark.slow
 def test_samples_of_a_poor_quick_head_have_the_mixtures_distribution(alike, monkeypatch):
-    monkeypatch.setattr(speculation, "QUICK_ROWS", 10**6)  # the draws are rows of large batches
+    monkeypatch.setattr(drafting, "QUICK_ROWS", 10**6)  # the draws are rows of large batches
     oracle, _ = alike
     model = with_a_poor_quick_head(tiny.compose(copy.deepcopy(oracle), pack=True))
     value, degrees = statistic(oracle, model, 100_000, speculate=2)
@@ -811,6 +817,12 @@ def test_repeated_text_is_copied():
     assert model.speculation_stats.cycles < 40
 
 
+def drafts(confidences):
+    """What a lane has drafted, that sure of it."""
+    tokens = torch.zeros(len(confidences), len(confidences[0]), dtype=torch.long)
+    return Draft(tokens, "lane", n_read=tokens.shape[1], confidences=confidences)
+
+
 def test_pace_drafts_further_the_surer_and_the_cheaper():
     cheap = Costs(Cost(100, 1), Cost(5, 0.1), 1, ((Cost(5, 0.1), 1),))
     dear = Costs(Cost(100, 1), Cost(90, 1), 1, ((Cost(90, 1), 1),))
@@ -819,7 +831,7 @@ def test_pace_drafts_further_the_surer_and_the_cheaper():
         """How far it drafts, having seen ``accepted`` of every 10 drafts of a confidence accepted."""
         pace = Pace("auto", costs, 1)
         for at in range(100):
-            pace.drafted([[0.6]], [int(at % 10 < accepted)], 1)
+            pace.learn(drafts([[0.6]]), [int(at % 10 < accepted)])
         chance, n_drafts = pace.chance(0.6), 1
         if not pace.first([chance]):
             return 0
@@ -839,7 +851,7 @@ def test_drafts_that_fail_do_not_make_tokens_dear():
     costs = Costs(Cost(100, 10), Cost(40, 4), 1, apart=40)
     pace = Pace("auto", costs, 4)
     for _ in range(100):
-        pace.drafted([[0.6] * 3] * 4, [0] * 4, 3)
+        pace.learn(drafts([[0.6] * 3] * 4), [0] * 4)
     assert pace.spent / pace.earned > costs.cycle(0, 0.0, 4) / 4
     assert pace._price(4) == costs.cycle(0, 0.0, 4) / 4
     assert not pace.first([0.5] * 4)
@@ -853,7 +865,7 @@ def test_auto_leaves_a_batch_alone_where_no_acceptance_would_pay(model, monkeypa
     monkeypatch.setattr(model, "costs", dear)
     assert dear.best_drafts(0.9, 1) > 0 == dear.best_drafts(0.9, 3)
     paces = []
-    monkeypatch.setattr(speculation, "Pace", lambda *given: paces.append(Pace(*given)) or paces[-1])
+    monkeypatch.setattr(generate, "Pace", lambda *given: paces.append(Pace(*given)) or paces[-1])
     plain = new_tokens(model, speculate=False)
     for speculate, rows, fixed in (("auto", ROWS, 0), (2, ROWS, 2), ("auto", ROWS[:1], None)):
         assert new_tokens(model, rows, speculate=speculate)[0] == plain[0]
@@ -958,6 +970,7 @@ def test_experts_of_the_config_class_are_taken():
 
 
 def test_a_long_text_outgrows_its_buffers(monkeypatch):
-    monkeypatch.setattr(speculation, "GROWTH", 16)
+    monkeypatch.setattr(texts, "GROWTH", 16)
+    monkeypatch.setattr(transformers, "GROWTH", 16)
     model = tiny.compose(family_oracle("gemma3"))
     assert new_tokens(model, n_new=90, speculate=3) == new_tokens(model, n_new=90, speculate=False)

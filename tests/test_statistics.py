@@ -162,7 +162,7 @@ def test_equal_arms_do_not_differ():
 
 def test_arms_of_other_examples_are_refused():
     for pair in (([0.5], [0.5, 0.7]), ([0.5, 0.7], [0.5])):
-        with pytest.raises(ValueError, match="paired arms must have the same examples"):
+        with pytest.raises(ValueError, match=r"^paired arms must have the same examples"):
             paired_bootstrap(*pair)
     with pytest.raises(ValueError, match="argument 2"):  # zip's own
         mcnemar([True], [True, False])

@@ -1,20 +1,18 @@
-"""One cache for all members of a composite."""
+"""One cache for all members of a composite: what each lane has read, behind the face of a transformers cache."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    PreTrainedConfig,
-)
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
+from proxytune.decoding.lane import Lane, LaneState
 from proxytune.errors import PromptError
-from proxytune.lanes.buffers import buffers_like
 
 __all__ = ["LanePrompt", "ProxyTunedCache"]
 
@@ -29,37 +27,53 @@ class LanePrompt:
     ids: Tensor
     mask: Tensor
 
-    def map(self, change: Any) -> LanePrompt:
-        return LanePrompt(change(self.ids), change(self.mask))
+    def select(self, at: Tensor) -> LanePrompt:
+        """Some of the rows."""
+        return LanePrompt(*(part[at.to(part.device)] for part in (self.ids, self.mask)))
 
 
 class ProxyTunedCache(Cache):
-    """One cache for all members: every lane's layers in a row, and a view of them for each lane.
+    """The states of all lanes; what ``generate`` does to the whole (crop, reorder, repeat) happens to each.
 
-    The views hold the very layer objects, so what ``generate`` does to the whole (crop, reorder, repeat) happens
-    to each member. A lane of k seats holds k blocks of rows, which is why rows are selected block by block.
+    Attributes:
+        states: of each lane, from the first call on.
+        n_columns: columns of the outer ``input_ids`` that all members have read.
+        prompts: of each lane that reads prompts of its own, and ``prompt_length``, the outer columns in their place.
     """
 
     is_compileable = False  # members are compiled, each for itself; their views say so
 
-    def __init__(
-        self, configs: Sequence[PreTrainedConfig], n_seats: Sequence[int], capacity: int | None = None
-    ) -> None:
+    def __init__(self, lanes: Sequence[Lane], capacity: int | None = None) -> None:
         """
         Args:
-            configs, n_seats: of each lane.
-            capacity: columns that each layer has room for, see :mod:`proxytune.lanes.buffers`; None: layers that grow.
+            capacity: columns that each state has room for, see :mod:`proxytune.lanes.buffers`; None: states that grow.
         """
-        self.views: list[Cache] = [DynamicCache(config=config) for config in configs]
-        if capacity is not None:
-            self.views = buffers_like(self.views, capacity)
-        super().__init__(layers=[layer for view in self.views for layer in view.layers])
-        self.n_seats = list(n_seats)
-        self.prompts: list[LanePrompt | None] = [None] * len(self.views)
-        self.prompt_length = 0
-        self.n_batch = 0
+        super().__init__(layers=[])
+        self.lanes, self.capacity = list(lanes), capacity
         self._is_user_defined = False
-        self.n_columns = 0  # columns of the outer input_ids that all members have read
+        self.rolls_back = False
+        self.reset()
+
+    def reset(self) -> None:
+        self.states: list[LaneState] = []
+        self.layers: list[Any] = []
+        self.prompts: list[LanePrompt | None] = [None] * len(self.lanes)
+        self.n_batch = self.n_columns = self.prompt_length = 0
+
+    def begin(self, n_batch: int) -> None:
+        """Open the lanes' states for ``n_batch`` rows, where nothing has been read yet."""
+        if not self.states:
+            self.states = [lane.open(n_batch, self.capacity) for lane in self.lanes]
+            # What holds keys and values of transformers' kind shows them, so that its tools find them.
+            self.layers = [layer for state in self.states for layer in getattr(state, "layers", [])]
+            if self.rolls_back:
+                self.activate_past_recording()
+            self.n_batch = n_batch
+
+    def activate_past_recording(self) -> None:
+        self.rolls_back = True
+        for state in self.states:
+            state.begin_drafts()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.n_columns
@@ -67,9 +81,10 @@ class ProxyTunedCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:  # the older meaning: the length to keep
             tokens_to_remove = min(tokens_to_remove - self.n_columns, 0)
-        if self.n_columns + tokens_to_remove < self.prompt_length and self._has_prompts():
+        if self.n_columns + tokens_to_remove < self.prompt_length and any(self.prompts):
             raise PromptError("a cache cannot be cropped into the prompt while members have prompts of their own")
-        super().crop(tokens_to_remove)
+        for state in self.states:
+            state.crop(-tokens_to_remove)
         self.n_columns += tokens_to_remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -81,19 +96,17 @@ class ProxyTunedCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._select(torch.arange(self.n_batch).repeat_interleave(repeats))
 
-    def reset(self) -> None:
-        super().reset()
-        self.prompts = [None] * len(self.views)
-        self.n_columns = self.prompt_length = 0
-
-    def _has_prompts(self) -> bool:
-        return any(prompt is not None for prompt in self.prompts)
-
     def _select(self, rows: Tensor) -> None:
-        """Carry on with these rows, in any number and order; every kind of layer can do that by `reorder_cache`."""
-        for index, (view, n_seats) in enumerate(zip(self.views, self.n_seats)):
-            stacked = torch.cat([rows + block * self.n_batch for block in range(n_seats)])
-            view.reorder_cache(stacked)  # type: ignore[arg-type]
+        """Carry on with these rows, in any number and order."""
+        for index, (lane, state) in enumerate(zip(self.lanes, self.states)):
+            state.select(rows)
             if (prompt := self.prompts[index]) is not None:
-                self.prompts[index] = prompt.map(lambda t, at=stacked: t[at.to(t.device)])
+                at = torch.cat([rows + seat * self.n_batch for seat in range(len(lane.seats))])
+                self.prompts[index] = prompt.select(at)
         self.n_batch = len(rows)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProxyTunedCache:
+        memo |= {id(lane): lane for lane in self.lanes}  # a copy of what was read, not of the models
+        copied = memo[id(self)] = copy.copy(self)
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,26 +26,21 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from proxytune.cache import LanePrompt, ProxyTunedCache
-from proxytune.decoding.loop import (
-    SpeculationStats,
-    choose_drafting,
-    costs_of,
-    decode,
-    last_call,
-    parse_speculate,
-    refuse_unequal_lengths,
-    unlike_in_pieces,
-)
+from proxytune.decoding.cost import APART_BYTES
+from proxytune.decoding.drafting import choose_drafting, costs_by_role
+from proxytune.decoding.lane import stacked
 from proxytune.decoding.mixing import alpha_tensor, mix
 from proxytune.decoding.noise import Noise, RowSampler, row_seeds
+from proxytune.decoding.pace import parse_speculate
 from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError
+from proxytune.generate import SpeculationStats, last_call, sample
 from proxytune.lanes.kernels import compile_model
 from proxytune.lanes.loading import load_lanes
-from proxytune.lanes.transformers import Lane
+from proxytune.lanes.reading import refuse_unequal_lengths, unlike_in_pieces
+from proxytune.lanes.transformers import TransformersLane
 from proxytune.recipe.alpha import take_alpha
 from proxytune.recipe.config import Expert, Member, Prompt, ProxyTuneConfig
 from proxytune.recipe.generation_config import adapted, base_generation_config, refuse_fields
@@ -94,7 +88,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(
         self,
         config: ProxyTuneConfig,
-        lanes: Sequence[Lane] | None = None,
+        lanes: Sequence[TransformersLane] | None = None,
         *,
         tokenizers: Mapping[str, Any] | None = None,
         speculate: Any = "auto",
@@ -127,15 +121,23 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         self.shared_vocab, self.widest_vocab = min(widths), max(widths)
         # A lane reads prompts of its own as soon as one of its seats does: its rows must stay aligned.
         self.own_prompts = [any(seat.prompt.kind != "raw" for seat in lane.seats) for lane in lanes]
-        self.drafting = choose_drafting(self)
+        for lane_module, width in zip(lanes, widths):
+            lane_module.narrow = width < self.widest_vocab
+        self.drafting = choose_drafting([lane.read_bytes for lane in lanes], self.seats, self.expert_names)
         if self.drafting is not None:
             lanes[self.drafting.lane].prepare_drafts()
-        self.costs = costs_of(self)
+        costs = costs_by_role(
+            self.seats["base"][0],
+            self.drafting,
+            [lane.cost for lane in lanes],
+            [len(lane.seats) for lane in lanes],
+            None if self.drafting is None else lanes[self.drafting.lane].head_cost,
+        )
+        self.costs = replace(costs, apart=APART_BYTES.get(self.device.type, APART_BYTES["cuda"]))
         self.speculate = parse_speculate(speculate)
         self.unlike_in_pieces = unlike_in_pieces(lanes)
         for lane_module in lanes:
             refuse_unequal_lengths(lane_module)
-        self.compiled = False
         self.cache_implementation = "dynamic"  # where a call of generate() does not name one
         self._is_stateful = any(getattr(lane.model, "_is_stateful", False) for lane in lanes)
         contexts = {name: self.context_of(name) for name in self.seats}
@@ -152,17 +154,21 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def context_of(self, name: str) -> int | None:
         """How many tokens member ``name`` can read, or None where its config sets no limit."""
-        return getattr(self._lane(self.seats[name][0]).config, "max_position_embeddings", None)
+        return self._lane(self.seats[name][0]).context
 
     @property
     def base(self) -> PreTrainedModel:
         return self.member("base")
 
-    def _lane(self, index: int) -> Lane:
-        return cast(Lane, self.lanes[index])
+    @property
+    def _all_lanes(self) -> Sequence[TransformersLane]:
+        return cast(Sequence[TransformersLane], self.lanes)
+
+    def _lane(self, index: int) -> TransformersLane:
+        return self._all_lanes[index]
 
     @property
-    def _base_lane(self) -> Lane:
+    def _base_lane(self) -> TransformersLane:
         return self._lane(self.seats["base"][0])
 
     @property
@@ -186,9 +192,10 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def compile_members(self, how: bool | str = True) -> None:
         """Compile what members decode with, see lanes.kernels.compile_model; static caches go with it."""
-        for lane in cast(Sequence[Lane], self.lanes):
+        for lane in self._all_lanes:
             compile_model(lane.model, how)
-        self.compiled, self.cache_implementation = True, "static"
+            lane.compiled = True
+        self.cache_implementation = "static"
 
     # -- the hot path ---------------------------------------------------------------------------------------
     def forward(
@@ -249,8 +256,6 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = self.new_cache()
         cache = past_key_values
         n_cached = cache.n_columns if cache is not None else 0
-        if position_ids is None and n_cached > 0:  # some families ask a layer that has no length
-            position_ids = torch.arange(n_cached, n_cached + n_columns, device=input_ids.device)[None]
         if n_cached == 0 and self.shared_vocab < self.widest_vocab:
             for name in self.seats:
                 self._check_ids(name, input_ids, attention_mask)
@@ -261,23 +266,17 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             n_shared = n_columns - max(prompt_length - n_cached, 0)
             logits_to_keep = self._comparable(logits_to_keep, n_shared, n_cached < prompt_length, labels)
 
-        logits = [
-            self.run_lane(
-                index,
-                input_ids,
-                attention_mask,
-                position_ids,
-                n_cached=n_cached,
-                view=None if cache is None else cache.views[index],
-                prompt=prompts[index],
-                prompt_length=prompt_length,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-            )
-            for index in range(len(self.lanes))
-        ]
-        if cache is not None:
-            cache.n_batch, cache.n_columns = n_batch, n_cached + n_columns
+        if cache is None:
+            logits = [
+                lane(
+                    **self._inputs(lane, input_ids, attention_mask, position_ids, prompt, prompt_length),
+                    logits_to_keep=logits_to_keep,
+                    use_cache=False,
+                )
+                for lane, prompt in zip(self._all_lanes, prompts)
+            ]
+        else:
+            logits = self._read(cache, input_ids, attention_mask, position_ids, prompts, prompt_length, logits_to_keep)
         mixed = self.mix_lanes(logits, rows)
         loss = None
         if labels is not None:
@@ -292,43 +291,58 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def run_lane(
+    def _read(
         self,
-        index: int,
+        cache: ProxyTunedCache,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        *,
-        n_cached: int,
-        view: Cache | None,
+        prompts: Sequence[LanePrompt | None],
+        prompt_length: int,
+        logits_to_keep: int | Tensor,
+    ) -> list[Tensor]:
+        """Let every lane read the new columns, and keep them: its logits, (n_seats * n_batch, n_positions, n_vocab)."""
+        n_batch, n_columns = input_ids.shape
+        n_cached = cache.n_columns
+        new_mask = None if attention_mask is None else attention_mask[:, -n_columns:]
+        if position_ids is not None:
+            _refuse_positions(position_ids, attention_mask, n_cached, n_columns)
+        cache.begin(n_batch)
+        positions = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        logits = []
+        for state, prompt in zip(cache.states, prompts):
+            ids, mask = input_ids, new_mask
+            if prompt is not None and n_cached < prompt_length:
+                ids, mask = own_columns(prompt, input_ids, attention_mask, prompt_length)
+            values = state.read(ids, mask, positions=positions).values
+            state.keep()
+            logits.append(values if isinstance(logits_to_keep, int) else values[:, logits_to_keep])
+        cache.n_columns = n_cached + n_columns
+        return logits
+
+    def _inputs(
+        self,
+        lane: TransformersLane,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
         prompt: LanePrompt | None,
         prompt_length: int,
-        use_cache: bool,
-        logits_to_keep: int | Tensor,
-    ) -> Tensor:
-        """One lane's forward over new columns of the outer sequence: (n_seats * n_batch, n_positions, n_vocab)."""
-        lane = self._lane(index)
-        if lane.config.vocab_size < self.widest_vocab:
-            # An id that this member lacks is never chosen, and refused in a prompt: what is left of them is padding.
-            input_ids = input_ids.clamp(max=lane.config.vocab_size - 1)
+    ) -> dict[str, Tensor | None]:
+        """What a lane reads in a call without a cache."""
+        n_rows = len(lane.seats) * input_ids.shape[0]
+        ids, mask, positions = input_ids, attention_mask, position_ids
         if prompt is not None:
-            continuation = input_ids[:, max(prompt_length - n_cached, 0) :]  # the columns that all members share
-            inputs = own_inputs(prompt, continuation, attention_mask, prompt_length, n_cached)
-        else:
-            positions = position_ids if position_ids is None else position_ids.expand(input_ids.shape[0], -1)
-            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
-            if (n_seats := len(lane.seats)) > 1:
-                inputs = {name: value if value is None else value.repeat(n_seats, 1) for name, value in inputs.items()}
-        # Prompts come in every length, and are read once: nothing is compiled for them.
-        eager = self.compiled and n_cached == 0
-        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
-            logits: Tensor = lane(
-                **{name: None if value is None else value.to(lane.device) for name, value in inputs.items()},
-                past_key_values=view,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-            )
-        return logits
+            ids, mask = own_columns(prompt, input_ids, attention_mask, prompt_length)
+            positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
+        elif positions is not None:
+            positions = positions.expand(input_ids.shape[0], -1)
+        if lane.narrow:
+            ids = ids.clamp(max=lane.n_vocab - 1)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        return {
+            name: None if value is None else stacked(value, n_rows).to(lane.device) for name, value in inputs.items()
+        }
 
     def member_logits(self, name: str, lane_logits: Sequence[Tensor]) -> Tensor:
         """The rows of one member in its lane's logits: (n_batch, n_positions, n_vocab of the member)."""
@@ -392,7 +406,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
                 f"columns, not {input_ids.shape[1]}; do without `prefill_chunk_size`"
             )
         prompts: list[LanePrompt | None] = []
-        for own, lane in zip(self.own_prompts, cast(Sequence[Lane], self.lanes)):
+        for own, lane in zip(self.own_prompts, self._all_lanes):
             if not own:
                 prompts.append(None)
                 continue
@@ -534,7 +548,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
                 **model_kwargs,
             )
         speculate = model_kwargs.pop("speculate")
-        return decode(
+        return sample(
             self,
             input_ids,
             logits_processor,
@@ -640,8 +654,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def new_cache(self, capacity: int | None = None) -> ProxyTunedCache:
         """An empty cache for all members; one that grows, or a static one for ``capacity`` columns."""
-        lanes = cast(Sequence[Lane], self.lanes)
-        return ProxyTunedCache([lane.config for lane in lanes], [len(lane.seats) for lane in lanes], capacity)
+        return ProxyTunedCache(self._all_lanes, capacity)
 
     # -- making one -----------------------------------------------------------------------------------------
     @classmethod
@@ -857,28 +870,32 @@ def _same_weights(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> boo
     )
 
 
-def own_inputs(
-    own: LanePrompt, continuation: Tensor, attention_mask: Tensor | None, prompt_length: int, n_cached: int
-) -> dict[str, Tensor | None]:
-    """What a lane with prompts of its own reads in one call.
+def own_columns(
+    own: LanePrompt, input_ids: Tensor, attention_mask: Tensor | None, prompt_length: int
+) -> tuple[Tensor, Tensor]:
+    """The ids and the mask of a lane with prompts of its own, in a call that begins with them, (n_rows, n_columns).
 
     Args:
-        own: the lane's prompts, (n_rows, width) with n_rows = n_seats * n_batch.
-        continuation: the shared columns of this call, (n_batch, n_shared).
-        attention_mask: the outer mask, (n_batch, n_cached + n_columns); its part from ``prompt_length`` on is shared.
+        own: the lane's prompts, (n_rows, width).
+        input_ids, attention_mask: the outer ones, (n_batch, n_columns); their part from ``prompt_length`` on is shared.
     """
-    n_seats = own.ids.shape[0] // continuation.shape[0]
-    ids = continuation.repeat(n_seats, 1)
-    n_before = max(n_cached - prompt_length, 0)  # continuation columns already in the cache
-    if n_cached < prompt_length:
-        ids = torch.cat([own.ids, ids], dim=1)
+    shared = input_ids[:, prompt_length:]
+    shown = torch.ones_like(shared) if attention_mask is None else attention_mask[:, prompt_length:].to(own.mask.dtype)
+    n_rows = own.ids.shape[0]
+    return torch.cat([own.ids, stacked(shared, n_rows)], dim=1), torch.cat([own.mask, stacked(shown, n_rows)], dim=1)
+
+
+def _refuse_positions(position_ids: Tensor, attention_mask: Tensor | None, n_cached: int, n_columns: int) -> None:
+    """Behind a cache a token's position is the number of tokens before it: what ``generate`` says too."""
     if attention_mask is None:
-        shared = continuation.new_ones(continuation.shape[0], n_before + continuation.shape[1])
+        mask = torch.ones(1, n_cached + n_columns, dtype=torch.long, device=position_ids.device)
     else:
-        shared = attention_mask[:, prompt_length:].to(own.mask.dtype)
-    mask = torch.cat([own.mask, shared.repeat(n_seats, 1)], dim=1)
-    positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)[:, -ids.shape[1] :]
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        mask = attention_mask.to(position_ids.device).long()
+    expected = (mask.cumsum(dim=1) - 1)[:, -n_columns:]
+    if bool(((position_ids - expected) * mask[:, -n_columns:]).any()):
+        raise ProxyTuneError(
+            "position_ids count a row's tokens, as the mask does, where a cache is kept; others need use_cache=False"
+        )
 
 
 def _check_shape(input_ids: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from huggingface_hub import HfApi
 
 from proxytune.errors import RecipeError
-from proxytune.lanes.transformers import Lane
+from proxytune.lanes.transformers import TransformersLane
 from proxytune.recipe.adapters import plain_weights, save_adapter
 from proxytune.recipe.config import Member
 from proxytune.recipe.generation_config import valid_generation_config
@@ -30,7 +30,9 @@ def save_model(model: Any, directory: Path, *, bundle: bool = False, max_shard_s
         RecipeError: before anything is written, for a member that transformers cannot write.
     """
     places: dict[str, tuple[str, str | None]] = {}  # member name -> (model, adapter)
-    saved = [lane for lane in cast(Sequence[Lane], model.lanes) if lane.source is None or lane.changed or bundle]
+    saved = [
+        lane for lane in cast(Sequence[TransformersLane], model.lanes) if lane.source is None or lane.changed or bundle
+    ]
     for lane in saved:
         quantizer = getattr(lane.model, "hf_quantizer", None)
         if quantizer is not None and not quantizer.is_serializable():
@@ -63,7 +65,7 @@ def save_model(model: Any, directory: Path, *, bundle: bool = False, max_shard_s
 
 
 def _save_lane(
-    lane: Lane, model: Any, members: Path, max_shard_size: int | str, names: list[str]
+    lane: TransformersLane, model: Any, members: Path, max_shard_size: int | str, names: list[str]
 ) -> dict[str, tuple[str, str | None]]:
     """Save one lane's weights and adapters; member name -> (model, adapter), relative to the recipe."""
     own = next(iter(names))

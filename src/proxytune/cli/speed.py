@@ -90,7 +90,7 @@ def bench(
     recipe as it is loaded by default). The result is a Markdown table. Ctrl-C ends with what was measured until then.
     The exit status is 2 if steered arms wrote different tokens that no near tie explains.
     """
-    from proxytune.decoding.loop import parse_speculate
+    from proxytune.decoding.pace import parse_speculate
     from proxytune.recipe.compose import device_map as parsed
     from proxytune.recipe.store import load_recipe
     from proxytune.speed.bench import MemberOptions, Settings, load_subject, problem_texts, run_bench, texts_of_file

@@ -122,7 +122,7 @@ def _resampled_means(arms: Sequence[Sequence[float]], seed: int) -> list[Floats]
     """The means of each arm over the same draws of examples: one array (n_draws,) an arm."""
     if len({len(arm) for arm in arms}) > 1:
         raise ValueError("paired arms must have the same examples")
-    values = np.array(arms, dtype=np.float64)  # (n_arms, n_examples): the columns are drawn, so pairs stay together
+    values = np.array(arms)  # (n_arms, n_examples): the columns are drawn, so pairs stay together
     if values.shape[1] == 1:  # scipy wants two
         return [np.full(DRAWS, value) for value in values[:, 0]]
     batch = max(1, 4_000_000 // values.size)  # draws at a time: each takes 8 bytes an example and arm

@@ -6,7 +6,6 @@ nothing and move no row; these do both, in place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from proxytune.errors import ProxyTuneError
 
-__all__ = ["BufferLayer", "buffers_like", "can_roll_back"]
+__all__ = ["BufferLayer", "buffer_cache", "can_roll_back"]
 
 
 class BufferLayer(StaticLayer):
@@ -47,12 +46,12 @@ def can_roll_back(cache: Cache) -> bool:
     return all(type(layer) in (BufferLayer, DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
-def buffers_like(views: Sequence[Cache], capacity: int) -> list[Cache]:
-    """Static caches in place of dynamic ones, with room for ``capacity`` columns each.
+def buffer_cache(view: Cache, capacity: int) -> Cache:
+    """A static cache in place of a dynamic one, with room for ``capacity`` columns.
 
     Raises:
         ProxyTuneError: where a layer is something else than keys and values (a state space, an index).
     """
-    if not all(can_roll_back(view) for view in views):
+    if not can_roll_back(view):
         raise ProxyTuneError("static caches are for attention layers, and a member has others; use 'dynamic'")
-    return [Cache(layers=[BufferLayer(capacity) for _ in view.layers]) for view in views]
+    return Cache(layers=[BufferLayer(capacity) for _ in view.layers])

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from proxytune.errors import MemberError
 from proxytune.lanes.rows import same_weights
-from proxytune.lanes.transformers import CannotShare, Lane
+from proxytune.lanes.transformers import CannotShare, TransformersLane
 from proxytune.recipe.adapters import (
     active_adapter,
     can_be_merged,
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 # -- loading --------------------------------------------------------------------------------------------------
-def load_lanes(config: ProxyTuneConfig, loading: Loading, given: Mapping[str, Any]) -> list[Lane]:
+def load_lanes(config: ProxyTuneConfig, loading: Loading, given: Mapping[str, Any]) -> list[TransformersLane]:
     """Load every member of the recipe, each set of weights once.
 
     Args:
@@ -60,7 +60,7 @@ def load_lanes(config: ProxyTuneConfig, loading: Loading, given: Mapping[str, An
     return lanes
 
 
-def load_member(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> Lane:
+def load_member(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> TransformersLane:
     """Load one member alone, its adapter merged where that can be done."""
     lane = _loaded_lane(config, [(name, member)], loading)
     if loading.pack:
@@ -73,7 +73,7 @@ def _bare(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _given_lane(group: list[tuple[str, Member]], given: Mapping[str, Any]) -> Lane:
+def _given_lane(group: list[tuple[str, Member]], given: Mapping[str, Any]) -> TransformersLane:
     """A lane over the weights of models in memory, in a module tree of its own: the caller's stays as it is."""
     adapters = {name: active_adapter(name, given[name]) for name, _ in group}
     wrappers = {id(given[name]): given[name] for name, adapter in adapters.items() if adapter is not None}
@@ -85,10 +85,10 @@ def _given_lane(group: list[tuple[str, Member]], given: Mapping[str, Any]) -> La
             if reason or (reason := unlike_as_loaded(given[name])):
                 raise CannotShare(name, reason)
     model = same_weights(next(iter(wrappers.values()), given[group[0][0]]))
-    return Lane(_bare(model), seats_of(group, adapters), adapted=model if wrappers else None)
+    return TransformersLane(_bare(model), seats_of(group, adapters), adapted=model if wrappers else None)
 
 
-def _loaded_lanes(config: ProxyTuneConfig, group: list[tuple[str, Member]], loading: Loading) -> list[Lane]:
+def _loaded_lanes(config: ProxyTuneConfig, group: list[tuple[str, Member]], loading: Loading) -> list[TransformersLane]:
     """One lane, or where an adapter turns out to be in the others' way, one for each adapter."""
     try:
         return [_loaded_lane(config, group, loading)]
@@ -104,7 +104,7 @@ def _warn_apart(name: str, reason: str) -> None:
     logger.warning("the adapter of %s is loaded with weights of its own, because %s", name, reason)
 
 
-def _loaded_lane(config: ProxyTuneConfig, group: list[tuple[str, Member]], loading: Loading) -> Lane:
+def _loaded_lane(config: ProxyTuneConfig, group: list[tuple[str, Member]], loading: Loading) -> TransformersLane:
     name, member = group[0]
     model = load_model(config, name, member, loading)
     active_adapter(name, model)
@@ -128,7 +128,7 @@ def _loaded_lane(config: ProxyTuneConfig, group: list[tuple[str, Member]], loadi
         else:
             model = adapted.get_base_model()
     model.requires_grad_(False)
-    return Lane(model, seats_of(group, adapters), source=member, adapted=adapted)
+    return TransformersLane(model, seats_of(group, adapters), source=member, adapted=adapted)
 
 
 def load_model(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> PreTrainedModel:

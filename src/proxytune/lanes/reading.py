@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from proxytune.errors import first_line
+from proxytune.errors import MemberError, first_line
 from proxytune.recipe.families import new_cache, obstacle_of, read_columns, unused_cache
 
-__all__ = ["Reading", "has_read", "one_by_one", "reading_of"]
+__all__ = [
+    "Reading",
+    "has_read",
+    "one_by_one",
+    "reading_of",
+    "refuse_unequal_lengths",
+    "rotations",
+    "unlike_in_pieces",
+]
 
 N_TRIED, N_PREFIX = 14, 11  # tokens that a trial reads, and how many of them at first
 # How far two ways of computing the same logits may lie apart (root mean square), as a share of the logits' spread.
@@ -131,3 +139,52 @@ def one_by_one(read: Callable[..., Tensor], ids: Tensor, inputs: dict[str, Any])
         }
         parts.append(read(ids[:, at : at + 1], **{**inputs, **own}))
     return torch.cat(parts, dim=1)
+
+
+# Rotations of positions (rope_type) that depend on the position alone. Others ("dynamic", "longrope") depend on the
+# longest position of the call as well, so that a token behind drafts is read differently from one read alone.
+ROTATIONS = frozenset({"default", "linear", "llama3", "proportional", "yarn"})
+
+
+def unlike_in_pieces(lanes: Iterable[Any]) -> str | None:
+    """Why some lane may read several tokens at once differently from one by one; None where all are known not to."""
+    for lane in lanes:
+        names = ", ".join(name for seat in lane.seats for name in seat.names)
+        if not type(lane.model).__module__.startswith("transformers."):
+            return f"{names} runs code that is not transformers' own ({type(lane.model).__name__})"
+        if kinds := sorted(rotations(lane.model) - ROTATIONS):
+            return f"{names} may rotate positions by the length of the text (rope_type {kinds[0]!r})"
+    return None
+
+
+def refuse_unequal_lengths(lane: Any) -> None:
+    """Raise :class:`MemberError` where one pass reads prompts of several lengths with a rotation that depends on it."""
+    if len({seat.prompt for seat in lane.seats}) == 1:
+        return
+    if kinds := sorted(rotations(lane.model) - ROTATIONS):
+        names = " and ".join(name for seat in lane.seats for name in seat.names)
+        raise MemberError(
+            f"{names} are computed together and read prompts of their own, but how positions are rotated may depend "
+            f"on the longest (rope_type {kinds[0]!r}); give them one prompt, or each a copy of the model"
+        )
+
+
+def rotations(model: Any) -> set[str]:
+    """The rope types that a model's modules and config name."""
+    found: set[str] = set()
+    for source in (*model.modules(), model.config.get_text_config(decoder=True)):
+        for name in ("rope_type", "rope_parameters", "rope_scaling"):
+            found |= _rope_types(getattr(source, name, None))
+    return found
+
+
+def _rope_types(value: Any) -> set[str]:
+    """Those in a rope type, in rope parameters, or in a mapping from kinds of layers to either."""
+    if isinstance(value, str):
+        return {value}
+    if not isinstance(value, Mapping):
+        return set()
+    kind = value.get("rope_type", value.get("type"))
+    if isinstance(kind, str):
+        return {kind}
+    return set().union(*(_rope_types(each) for each in value.values() if isinstance(each, (str, Mapping))))

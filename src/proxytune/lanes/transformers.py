@@ -1,21 +1,26 @@
 """Members that run in transformers: one set of weights, and all members that are computed with it.
 
-Members that use the same weights sit in one :class:`Lane` and are computed in one forward, each as a block of
-rows of the batch: the anti-expert and the LoRA expert on top of it, or one model under two prompts. A LoRA
+Members that use the same weights sit in one :class:`TransformersLane` and are computed in one forward, each as a block
+of rows of the batch: the anti-expert and the LoRA expert on top of it, or one model under two prompts. A LoRA
 adapter then touches only its own block, so the shared weights are read once for all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 from transformers.masking_utils import create_masks_for_generate
 
+from proxytune.decoding.cost import QUICK_HEAD, Cost, cost_of_weights
+from proxytune.decoding.lane import Scores, stacked
 from proxytune.errors import MemberError, PromptError
+from proxytune.lanes.buffers import BufferLayer, buffer_cache, can_roll_back
 from proxytune.lanes.kernels import PackedLinear, QuickHead, pack
 from proxytune.lanes.reading import has_read, one_by_one, reading_of
 from proxytune.lanes.rows import apply_by_rows, refuse_unlike, same_weights
@@ -26,14 +31,19 @@ from proxytune.recipe.config import Member
 from proxytune.recipe.families import idle_embeddings
 from proxytune.recipe.layout import Seat
 
-__all__ = ["CannotShare", "Lane"]
+__all__ = ["CannotShare", "TransformersLane", "TransformersState"]
+
+GROWTH = 512  # columns by which masks grow: seldom enough to cost nothing
 
 
-class Lane(nn.Module):
+class TransformersLane(nn.Module):
     """One set of weights and the seats that are computed with it.
 
-    A forward takes the seats' rows stacked, shape = (n_seats * n_batch, n_columns), block by block.
+    A forward takes the seats' rows stacked, shape = (n_seats * n_batch, n_columns), block by block; it is for training.
+    Otherwise a lane is read through :meth:`open`, see :mod:`proxytune.decoding.lane`.
     """
+
+    complete = True
 
     def __init__(
         self, model: PreTrainedModel, seats: Sequence[Seat], source: Member | None = None, adapted: Any = None
@@ -53,6 +63,8 @@ class Lane(nn.Module):
         self.packed = any(isinstance(module, PackedLinear) for module in model.modules())
         self.read_bytes = _bytes_read(model)
         self.quick_head: QuickHead | None = None
+        self.compiled = False
+        self.narrow = False  # whether others have ids that it lacks
         self.reading = reading_of(model)
         if self.reading.obstacle is not None:
             names = ", ".join(name for seat in seats for name in seat.names)
@@ -85,7 +97,7 @@ class Lane(nn.Module):
         self._alone.clear()  # it may give a module other parameters and buffers
         return super()._apply(fn, recurse)
 
-    def train(self, mode: bool = True) -> Lane:
+    def train(self, mode: bool = True) -> TransformersLane:
         self._alone.clear()
         return super().train(mode)
 
@@ -96,6 +108,38 @@ class Lane(nn.Module):
     @property
     def config(self) -> PreTrainedConfig:
         return cast(PreTrainedConfig, self.model.config.get_text_config(decoder=True))
+
+    @property
+    def cost(self) -> Cost:
+        """Of a forward, from the bytes that it reads; with the quick head where there is one."""
+        fast = self.packed or self.model.dtype != torch.float32
+        n_bytes = self.read_bytes - (0 if self.quick_head is None else (1 - QUICK_HEAD) * self.head_bytes)
+        layers = getattr(self.config, "num_hidden_layers", 1)
+        return cost_of_weights(n_bytes, layers, self.device.type, packed=fast)
+
+    @property
+    def head_cost(self) -> Cost | None:
+        """Of its own head, where a quick one guesses."""
+        return None if self.quick_head is None else cost_of_weights(self.head_bytes, 0, self.device.type)
+
+    @property
+    def n_vocab(self) -> int:
+        """How many ids it scores."""
+        return int(self.config.vocab_size)
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens it can read, or None where its config sets no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def tolerance(self) -> float:
+        """How far two ways to read one text may lie apart, as a share of the largest logit."""
+        return {torch.float32: 1e-4, torch.float64: 1e-4}.get(self.model.dtype, 0.1)
+
+    def open(self, n_batch: int, capacity: int | None = None) -> TransformersState:
+        """See :class:`proxytune.decoding.lane.Lane`."""
+        return TransformersState(self, n_batch, capacity)
 
     def pack(self) -> None:
         """Lay the weights out for fast inference on a CPU; see :func:`proxytune.lanes.kernels.pack`."""
@@ -173,6 +217,176 @@ class Lane(nn.Module):
             inputs["logits_to_keep"] = logits_to_keep
             return cast(Tensor, self.model(input_ids=input_ids, **inputs).logits)
         return _kept(self.model(input_ids=input_ids, **inputs).logits, logits_to_keep)
+
+
+class TransformersState:
+    """The state of a :class:`TransformersLane`; see :class:`proxytune.decoding.lane`.
+
+    Attributes:
+        view: the lane's cache, of transformers' own layers.
+        mask: (n_rows, n_columns or more), 0 at padding; None while nothing is padding.
+        position: of the next token, (n_rows, 1).
+    """
+
+    def __init__(self, lane: TransformersLane, n_batch: int, capacity: int | None = None) -> None:
+        self.lane, self.n_batch, self.capacity = lane, n_batch, capacity
+        self.n_seats = len(lane.seats)
+        self.view: Cache = DynamicCache(config=lane.config)
+        if capacity is not None:
+            self.view = buffer_cache(self.view, capacity)
+        self.n_columns = self.pending = 0
+        self.mask: Tensor | None = None
+        self.position = torch.zeros(self.n_seats * n_batch, 1, dtype=torch.long, device=lane.device)
+        self.ahead: Tensor | int = 0  # tokens among the columns read since the last `keep`, of each row
+        self.last: Tensor | None = None  # the position beyond which nothing is kept, (n_rows, 1)
+
+        self.rolls_back = False
+
+    @property
+    def layers(self) -> list[Any]:
+        """The cache's layers, by which transformers' own tools know it."""
+        return self.view.layers
+
+    @property
+    def forgets(self) -> bool:
+        """Whether every layer keeps keys and values of each column."""
+        return can_roll_back(self.view)
+
+    def begin_drafts(self, room: int | None = None) -> None:
+        """See :class:`proxytune.decoding.lane.LaneState`."""
+        self.rolls_back = True
+        self.last = None if room is None else self.position + max(room - 1, 0)
+        self.view.activate_past_recording()
+
+    def end_drafts(self) -> None:
+        """See :class:`proxytune.decoding.lane.LaneState`."""
+        self.rolls_back, self.last = False, None
+        for layer in self.view.layers:
+            if type(layer) is DynamicSlidingWindowLayer:
+                layer.record_past = False
+
+    def read(
+        self, ids: Tensor, mask: Tensor | None = None, *, positions: int = 0, want: Tensor | None = None
+    ) -> Scores:
+        """See :class:`proxytune.decoding.lane.LaneState`; all is scored, whatever is wanted."""
+        rows, inputs = self._inputs(ids, mask)
+        # Prompts come in every length, and are read once: nothing is compiled for them.
+        eager = self.lane.compiled and self.n_columns + self.pending == ids.shape[1]
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            return Scores(self.lane(rows, **inputs, logits_to_keep=positions))
+
+    def read_hidden(self, ids: Tensor) -> Tensor:
+        """As :meth:`read`, but the hidden states that the lane's head makes logits of, (n_rows, k, n_hidden)."""
+        rows, inputs = self._inputs(ids, None)
+        return self.lane.hidden(rows, **inputs)
+
+    def _inputs(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
+        """What the model is given for the next columns, and the columns counted."""
+        n_rows, k = self.n_seats * self.n_batch, ids.shape[1]
+        before = self.n_columns + self.pending
+        if self.lane.narrow:  # an id that it lacks is never chosen, and refused in a prompt: what is left is padding
+            ids = ids.clamp(max=self.lane.n_vocab - 1)
+        rows = stacked(ids, n_rows).to(self.lane.device)
+        if mask is not None and bool(mask.all()):
+            mask = None
+        width = self.capacity or before + k
+        if mask is not None and self.mask is None:
+            self.mask = rows.new_ones(n_rows, before)
+        if self.mask is not None and self.mask.shape[1] < width:  # what comes is padding only where it is said
+            self.mask = torch.nn.functional.pad(self.mask, (0, max(GROWTH, width - self.mask.shape[1])), value=1)
+        start = self.position + self.ahead
+        if mask is None:
+            position_ids = start + torch.arange(k, device=self.lane.device)
+            self.ahead = self.ahead + k
+        else:
+            shown = stacked(mask, n_rows).to(self.lane.device)
+            cast(Tensor, self.mask)[:, before : before + k] = shown
+            position_ids = (start + shown.cumsum(dim=1) - 1).clamp_(min=0)
+            self.ahead = self.ahead + shown.sum(dim=1, keepdim=True)
+        if self.last is not None:
+            position_ids = torch.minimum(position_ids, self.last)
+        self.pending += k
+        return rows, {
+            "attention_mask": None if self.mask is None else self.mask[:, :width],
+            "position_ids": position_ids,
+            "past_key_values": self.view,
+            "use_cache": True,
+        }
+
+    def keep(self, counts: Sequence[int] | None = None) -> None:
+        """See :class:`proxytune.decoding.lane.LaneState`."""
+        if counts is None:
+            self.n_columns, self.position = self.n_columns + self.pending, self.position + self.ahead
+            self.pending = self.ahead = 0
+            return
+        longest = max(counts)
+        unequal = min(counts) < longest
+        if unequal:
+            self._shift(torch.tensor([longest - k for k in counts], device=self.lane.device).repeat(self.n_seats))
+        if self.rolls_back:
+            self.view.crop(longest - self.pending)  # crop(0) still lets sliding windows forget what lies behind them
+        self.n_columns += longest
+        self.pending = self.ahead = 0
+        if unequal:
+            self.position = self.position + torch.tensor(counts, device=self.lane.device).repeat(self.n_seats)[:, None]
+            self._trim()
+        else:
+            self.position = self.position + longest
+
+    def crop(self, n_columns: int) -> None:
+        """See :class:`proxytune.decoding.lane.LaneState`."""
+        self.view.crop(-n_columns)
+        self.n_columns -= n_columns
+        self.position = self.position - n_columns
+
+    def select(self, rows: Tensor) -> None:
+        """See :class:`proxytune.decoding.lane.LaneState`."""
+        rows = rows.to(self.lane.device)
+        at = torch.cat([rows + seat * self.n_batch for seat in range(self.n_seats)])
+        self.view.reorder_cache(cast(Any, at))  # every kind of layer can do that, for any number of rows
+        self.position = self.position[at]
+        self.last = None if self.last is None else self.last[at]
+        self.n_batch = len(rows)
+        if self.mask is not None:
+            self.mask = self.mask[at]
+            if self.rolls_back:  # rows that were moved apart
+                self._trim()
+
+    def _shift(self, by: Tensor) -> None:
+        """Move each row ``by`` columns to the right; what falls out at the right was rejected, the left is padding."""
+        for layer in cast(Sequence[Any], self.view.layers):
+            n_heads, width, n_values = layer.keys.shape[1:]
+            source = (torch.arange(width, device=by.device) - by[:, None]).clamp_(min=0)[:, None, :, None]
+            source = source.to(layer.keys.device)  # a lane may be spread over devices
+            keys = layer.keys.gather(2, source.expand(-1, n_heads, -1, n_values))
+            values = layer.values.gather(2, source.expand(-1, n_heads, -1, layer.values.shape[-1]))
+            if isinstance(layer, BufferLayer):
+                layer.put(keys, values)
+            else:
+                layer.keys, layer.values = keys, values
+        columns = torch.arange(self.n_columns + self.pending, device=by.device)
+        if self.mask is None:
+            self.mask = columns.new_ones(len(by), self.capacity or len(columns))
+        source = columns - by[:, None]
+        moved = self.mask[:, : len(columns)].gather(1, source.clamp(min=0))
+        self.mask[:, : len(columns)] = moved.masked_fill(source < 0, 0)
+
+    def _trim(self) -> None:
+        """Drop the columns at the left that have become padding in every row."""
+        assert self.mask is not None
+        if (surplus := int(self.mask.any(dim=0).long().argmax())) == 0:
+            return
+        self.mask = self.mask[:, surplus:]
+        self.n_columns -= surplus
+        for layer in cast(Sequence[Any], self.view.layers):
+            if isinstance(layer, BufferLayer):
+                layer.drop_left(surplus)
+                continue
+            # A sliding window holds the last columns only, and counts the others.
+            n_held = min(layer.keys.shape[2], self.n_columns)
+            layer.keys, layer.values = layer.keys[:, :, -n_held:], layer.values[:, :, -n_held:]
+            if layer.is_sliding:
+                layer.cumulative_length = self.n_columns
 
 
 def _kept(logits: Tensor, logits_to_keep: int | Tensor) -> Tensor:

@@ -41,9 +41,10 @@ from transformers import (
 )
 
 from proxytune.answers.plain_loop import plain_loop
-from proxytune.decoding.loop import Speculate, SpeculationStats, parse_speculate
+from proxytune.decoding.pace import Speculate, parse_speculate
 from proxytune.errors import ProxyTuneError
-from proxytune.lanes.transformers import Lane
+from proxytune.generate import SpeculationStats
+from proxytune.lanes.transformers import TransformersLane
 from proxytune.model import ProxyTunedForCausalLM
 from proxytune.recipe.config import DTYPES, ProxyTuneConfig
 from proxytune.recipe.layout import group_by_weights
@@ -370,7 +371,7 @@ class Subject:
 
     @property
     def compiled(self) -> bool:
-        return self.default.compiled
+        return self.default.cache_implementation == "static"
 
     def asked(self, arm: str) -> Mapping[str, Any]:
         """What ``generate`` is asked in an arm. Compiled, the base alone gets a static cache too."""
@@ -405,8 +406,8 @@ def load_subject(config: ProxyTuneConfig, options: MemberOptions, **loading: Any
     return Subject(named, separate, default)
 
 
-def _lanes(model: ProxyTunedForCausalLM) -> Sequence[Lane]:
-    return cast(Sequence[Lane], model.lanes)
+def _lanes(model: ProxyTunedForCausalLM) -> Sequence[TransformersLane]:
+    return cast(Sequence[TransformersLane], model.lanes)
 
 
 # -- one run of one arm ---------------------------------------------------------------------------------------

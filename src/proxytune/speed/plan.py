@@ -17,17 +17,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from proxytune.decoding.cost import QUICK_HEAD, QUICK_ROWS, ROW_SHARE, UNPACKED_CPU, Cost, Costs, cost_of_weights
-from proxytune.decoding.loop import choose_drafting, costs_by_role
+from proxytune.decoding.drafting import Drafting, choose_drafting, costs_by_role
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.check import MemberReport, count_recipe
-from proxytune.recipe.config import Expert, ProxyTuneConfig
+from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.layout import group_by_weights
 from proxytune.recipe.members import Loading
 from proxytune.speed.bench import MemberOptions, Subject, now, run_arm
@@ -122,7 +122,7 @@ class RecipeCosts:
         return (cost, n_drafts) if n_drafts and cost < plain else (plain, 0)
 
     def of_cycles(self, stats: Mapping[str, int], n_batch: int) -> float:
-        """The cost of the cycles that were counted (:class:`~proxytune.decoding.loop.SpeculationStats`), each kind at
+        """The cost of the cycles that were counted (``SpeculationStats``), each kind at
         its mean number of drafts."""
         drafting = replace(self.steered, overhead=self.cycle_overhead)
         copying = stats["lookup_cycles"]
@@ -159,23 +159,6 @@ class Plan:
 
 
 # -- from shapes ----------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class _Seats:
-    """As much of a lane as who drafts depends on."""
-
-    read_bytes: int
-    seats: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """As much of a model as :func:`proxytune.decoding.loop.choose_drafting` looks at."""
-
-    lanes: list[_Seats]
-    seats: dict[str, tuple[int, int]]  # member name -> (lane, block of rows in it)
-    experts: list[Expert]
-
-
 def plan_recipe(
     config: ProxyTuneConfig,
     options: MemberOptions | None = None,
@@ -198,7 +181,7 @@ def plan_recipe(
     options = options or MemberOptions()
     loading = Loading(dtype=options.dtype, pack=options.pack, trust_remote_code=trust_remote_code)
     members, notes = count_recipe(config, loading)
-    lanes, shape = _lanes(config, members, loading)
+    lanes, base, drafting = _lanes(config, members, loading)
     apart, _ = count_recipe(config, replace(loading, share=False))
 
     def cost(n_bytes: float, dtype: str) -> Cost:
@@ -207,7 +190,7 @@ def plan_recipe(
     saved = [lane.quick_head_bytes * (1 / QUICK_HEAD - 1) for lane in lanes]
     lane_costs = [cost(lane.read_bytes - less, lane.dtype) for lane, less in zip(lanes, saved)]
     heads = [cost(lane.quick_head_bytes / QUICK_HEAD, lane.dtype) for lane in lanes if lane.quick_head_bytes]
-    steered = costs_by_role(shape, lane_costs, *heads)
+    steered = costs_by_role(base, drafting, lane_costs, [lane.n_seats for lane in lanes], *heads)
     naive = [cost(one.read_bytes, one.dtype) for one in members]
     costs = {
         n_batch: RecipeCosts(naive[0].of(n_batch), sum(each.of(n_batch) for each in naive), steered)
@@ -226,8 +209,8 @@ def plan_recipe(
 
 def _lanes(
     config: ProxyTuneConfig, members: Sequence[MemberReport], loading: Loading
-) -> tuple[list[LaneShape], _Shape]:
-    """The sets of weights that loading would make, and who sits where in them."""
+) -> tuple[list[LaneShape], int, Drafting | None]:
+    """The sets of weights that loading would make, which of them holds the base, and who drafts."""
     reports = {one.name: one for one in members}
     groups, _ = group_by_weights(config, list(config.members()), loading)
     lanes: list[LaneShape] = []
@@ -248,14 +231,13 @@ def _lanes(
                 kv_bytes_per_token=_sum(grown),
             )
         )
-    rivals = [_Seats(lane.read_bytes, ("",) * lane.n_seats) for lane in lanes]
-    shape = _Shape(rivals, seats, config.expert_list)
-    if loading.pack and (drafting := choose_drafting(cast(Any, shape))) is not None:
+    drafting = choose_drafting([lane.read_bytes for lane in lanes], seats, [one.name for one in config.expert_list])
+    if loading.pack and drafting is not None:
         lane = lanes[drafting.lane]
         if lane.dtype == "float32":
             quick = int(QUICK_HEAD * reports[lane.members[0]].head_bytes)
             lanes[drafting.lane] = replace(lane, weight_bytes=lane.weight_bytes + quick, quick_head_bytes=quick)
-    return lanes, shape
+    return lanes, seats["base"][0], drafting
 
 
 def predict(costs: Mapping[int, RecipeCosts], acceptances: Sequence[float], *, timed: bool) -> list[Prediction]:
@@ -409,7 +391,13 @@ def probe(subject: Subject, batches: Sequence[int]) -> dict[int, RecipeCosts]:
             step_and_head[0] if step_and_head and lane is quick else lanes[id(lane)].cost(n_batch)
             for lane in _lanes_of(default)
         ]
-        steered = costs_by_role(default, lane_costs, *step_and_head[1:])
+        steered = costs_by_role(
+            default.seats["base"][0],
+            default.drafting,
+            lane_costs,
+            [len(lane.seats) for lane in _lanes_of(default)],
+            *step_and_head[1:],
+        )
         overhead = plain.step() - steered.cycle(0, 0.0, n_batch)
         cycle_overhead = overhead
         if steered.draft is not None and drafted.cycles:
@@ -430,7 +418,7 @@ def plan_probed(
     """The plan of a recipe in memory, from what :func:`probe` found."""
     loading = loading or Loading()
     members, notes = count_recipe(config, loading)
-    lanes, _ = _lanes(config, members, loading)
+    lanes, *_ = _lanes(config, members, loading)
     apart, _ = count_recipe(config, replace(loading, share=False))
     basis = f"the recipe's own forwards, timed on this machine for {PROBE_SECONDS:.0f} seconds ({subject.options})"
     return _plan(basis, lanes, members, apart, predict(costs, acceptances, timed=True), notes)

@@ -1,0 +1,157 @@
+"""The lane contract: all that the decoding loop and the composite know of where members run.
+
+A lane is one set of weights and the members that are computed with it. Its *state* is what it has read for the rows of
+one call. Rows are stacked by seat: a lane of ``n_seats`` seats holds ``n_seats * n_batch`` rows, seat by seat. Every
+runtime keeps the laws in ``tests/laws.py``; :mod:`proxytune.lanes.fake` is the smallest one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from proxytune.decoding.cost import Cost
+
+__all__ = ["Lane", "LaneState", "Scores", "part", "stacked"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a lane says of the token that follows each position.
+
+    Attributes:
+        values: logits of the whole vocabulary, shape = (n_rows, n_positions, n_vocab); or, where ``ids`` are given,
+            log-probabilities of these alone, (n_rows, n_positions, n_known).
+        ids: which tokens ``values`` are of, (n_rows, n_positions, n_known); None: of all, in order.
+        bound: no token that is not in ``ids`` has a larger log-probability, (n_rows, n_positions); None where all are.
+    """
+
+    values: Tensor
+    ids: Tensor | None = None
+    bound: Tensor | None = None
+
+
+class LaneState(Protocol):
+    """What a lane has read for the rows of one call, column by column.
+
+    Columns are read first and kept afterwards, so that drafts can be taken back.
+
+    Attributes:
+        n_batch: rows of each seat. n_columns: columns that are kept.
+        forgets: whether :meth:`keep` can leave out columns that were read, row by row.
+    """
+
+    n_batch: int
+    n_columns: int
+
+    @property
+    def forgets(self) -> bool: ...
+
+    def begin_drafts(self, room: int | None = None) -> None:
+        """From now on columns that are read may be taken back, even those that have left a sliding window.
+
+        ``room``: how many more columns can be kept; what is read beyond them needs no position of its own.
+        """
+        ...
+
+    def end_drafts(self) -> None:
+        """What is read from now on is kept."""
+        ...
+
+    def read(
+        self, ids: Tensor, mask: Tensor | None = None, *, positions: int = 0, want: Tensor | None = None
+    ) -> Scores:
+        """Read the next columns of every row.
+
+        Args:
+            ids: shape = (n_batch, k) where all seats read the same, else (n_rows, k).
+            mask: of the shape of ``ids``, 0 at padding; None where there is none. Padding stands at the left of a row.
+            positions: of how many of the last columns scores are wanted; 0: of all k.
+            want: ids that must be among the scored ones, (n_wanted,); for lanes that do not score all.
+        """
+        ...
+
+    def keep(self, counts: Sequence[int] | None = None) -> None:
+        """Of the columns read since the last call keep each batch row's first ``counts``, and forget the rest.
+
+        None keeps all of them. Rows that keep less than the longest are moved to the right, behind padding.
+        """
+        ...
+
+    def crop(self, n_columns: int) -> None:
+        """Forget the last ``n_columns`` of the columns kept, in all rows."""
+        ...
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these batch rows, (n_selected,), in any number and order: reorder, repeat or drop."""
+        ...
+
+
+class Lane(Protocol):
+    """One set of weights and the members computed with it.
+
+    Attributes:
+        seats: the blocks of rows; each has ``names``, the members that it serves.
+        n_vocab: how many ids it scores. context: how many columns it can read; None where nothing limits them.
+        complete: whether it scores the whole vocabulary.
+        tolerance: how far the logits of two ways to read one text may lie apart, as a share of their largest.
+        cost: of a pass. head_cost: of its own head, where it has a quick one.
+        quick_head: what guesses logits from hidden states at less cost, for drafts alone; None where there is none. A
+            lane that has one also has ``head``, and its state ``read_hidden``.
+    """
+
+    @property
+    def seats(self) -> Sequence[Any]: ...
+
+    @property
+    def n_vocab(self) -> int: ...
+
+    @property
+    def context(self) -> int | None: ...
+
+    @property
+    def complete(self) -> bool: ...
+
+    @property
+    def tolerance(self) -> float: ...
+
+    @property
+    def quick_head(self) -> Any: ...
+
+    @property
+    def cost(self) -> Cost: ...
+
+    @property
+    def head_cost(self) -> Cost | None: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def open(self, n_batch: int, capacity: int | None = None) -> LaneState:
+        """A state that has read nothing, for ``n_batch`` rows of each seat.
+
+        ``capacity``: with room for that many columns from the start, and of one shape; None: it grows.
+        """
+        ...
+
+
+def stacked(tensor: Tensor, n_rows: int) -> Tensor:
+    """Rows for every seat: (n_batch, k), which all seats share, becomes (n_rows, k); what has n_rows stays."""
+    return tensor if tensor.shape[0] == n_rows else tensor.repeat(n_rows // tensor.shape[0], 1)
+
+
+def part(scores: Sequence[Scores], start: int, stop: int | None) -> list[Scores]:
+    """Some positions of all lanes' scores."""
+    at = slice(start, stop)
+    return [
+        Scores(
+            each.values[:, at],
+            None if each.ids is None else each.ids[:, at],
+            None if each.bound is None else each.bound[:, at],
+        )
+        for each in scores
+    ]

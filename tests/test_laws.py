@@ -1,0 +1,304 @@
+"""The laws of lanes: whatever runs members keeps them, and the loop and the composite rest on nothing else.
+
+Add a runtime to ``RUNTIMES``: a function that makes a lane of two seats or one.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from threading import Thread
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import tiny
+from proxytune.decoding.lane import stacked
+from proxytune.lanes.fake import FakeLane, hashed_logits
+from proxytune.lanes.transformers import TransformersLane
+from proxytune.recipe.config import Prompt
+from proxytune.recipe.layout import Seat
+
+N_VOCAB = 40
+BOTH = (Seat(("a.expert",), Prompt()), Seat(("a.anti_expert",), Prompt()))
+
+
+def fake():
+    seats = [hashed_logits(N_VOCAB, seed) for seed in (1, 2)]
+    return FakeLane(seats, [("a.expert",), ("a.anti_expert",)], N_VOCAB)
+
+
+def llama():
+    return TransformersLane(tiny.llama("mini", 3), [BOTH[0]])
+
+
+def twice():
+    """One set of weights under two prompts."""
+    return TransformersLane(tiny.llama("mini", 3), BOTH)
+
+
+def windowed():
+    """Layers that keep a few tokens alone."""
+    return TransformersLane(tiny.gemma3("mini", 3), [BOTH[0]])
+
+
+def tabled():
+    """Positions that come from a table."""
+    return TransformersLane(tiny.gpt2("mini", 3), BOTH)
+
+
+RUNTIMES = {each.__name__: cache(each) for each in (fake, llama, twice, windowed, tabled)}
+CAPACITIES = {name: [None] if name == "fake" else [None, 96] for name in RUNTIMES}
+
+
+@pytest.fixture(params=[(name, capacity) for name in RUNTIMES for capacity in CAPACITIES[name]], ids=str)
+def runtime(request):
+    name, capacity = request.param
+    return RUNTIMES[name](), capacity
+
+
+def ids_of(n_rows, n_columns, seed=0):
+    return torch.randint(3, N_VOCAB, (n_rows, n_columns), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def fresh(lane, text):
+    """The logits behind a text, read at once by itself: (n_seats, n_vocab)."""
+    return lane.open(1).read(torch.tensor([text]), positions=1).values[:, 0]
+
+
+def assert_near(lane, found, expected):
+    bound = lane.tolerance * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=bound)
+
+
+def assert_stands_at(lane, state, texts, probe=5):
+    """Reading one more token gives what a fresh state gives for the whole text; it is taken back if it can be."""
+    n_batch = len(texts)
+    values = state.read(torch.full((n_batch, 1), probe), positions=1).values
+    for row, text in enumerate(texts):
+        expected = fresh(lane, [*text, probe])
+        assert_near(lane, torch.stack([values[seat * n_batch + row, 0] for seat in range(len(expected))]), expected)
+    state.keep([0] * n_batch)
+
+
+def begun(lane, capacity, ids, mask=None):
+    """A state that has read and kept a prompt, and may take back what comes."""
+    state = lane.open(len(ids), capacity)
+    state.read(ids, mask)
+    state.keep()
+    state.begin_drafts()
+    return state
+
+
+def texts_of(ids, mask=None):
+    rows = ids.tolist()
+    if mask is None:
+        return rows
+    return [[token for token, shown in zip(row, own) if shown] for row, own in zip(rows, mask.tolist())]
+
+
+# -- the laws -----------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def test_it_describes_itself(runtime):
+    lane, _ = runtime
+    assert all(seat.names for seat in lane.seats)
+    assert lane.open(2).read(ids_of(2, 3)).values.shape == (2 * len(lane.seats), 3, lane.n_vocab)
+    assert lane.complete
+    assert lane.context is None or lane.context > 0
+    assert lane.cost.of(1) > 0
+
+
+@torch.no_grad()
+def test_a_batch_is_its_rows(runtime):
+    lane, capacity = runtime
+    ids = ids_of(3, 7)
+    assert_stands_at(lane, begun(lane, capacity, ids), ids.tolist())
+
+
+@torch.no_grad()
+def test_seats_may_read_prompts_of_their_own(runtime):
+    lane, capacity = runtime
+    n_seats = len(lane.seats)
+    own, shared = ids_of(2 * n_seats, 4, seed=1), ids_of(2, 3, seed=2)
+    state = lane.open(2, capacity)
+    state.read(own)
+    values = state.read(shared, positions=1).values
+    for at, text in enumerate(torch.cat([own, stacked(shared, 2 * n_seats)], dim=1).tolist()):
+        assert_near(lane, values[at, 0], fresh(lane, text)[at // 2])
+
+
+@torch.no_grad()
+def test_in_pieces_is_at_once(runtime):
+    lane, capacity = runtime
+    ids = ids_of(2, 9)
+    whole = lane.open(2, capacity).read(ids).values
+    state, parts = lane.open(2, capacity), []
+    for start, stop in ((0, 4), (4, 5), (5, 9)):
+        parts.append(state.read(ids[:, start:stop]).values)
+        if start != 4:
+            state.keep()
+    assert_near(lane, torch.cat(parts, dim=1), whole)
+
+
+@torch.no_grad()
+def test_positions_are_the_last(runtime):
+    lane, capacity = runtime
+    ids = ids_of(2, 6)
+    whole = lane.open(2, capacity).read(ids).values
+    assert_near(lane, lane.open(2, capacity).read(ids, positions=2).values, whole[:, -2:])
+
+
+@torch.no_grad()
+def test_left_padding_changes_nothing(runtime):
+    lane, capacity = runtime
+    ids, mask = ids_of(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    assert_stands_at(lane, begun(lane, capacity, ids, mask), texts_of(ids, mask))
+    state = lane.open(2, capacity)  # padding that goes on in a second piece
+    state.read(ids[:, :2], mask[:, :2])
+    state.read(ids[:, 2:], mask[:, 2:])
+    state.keep()
+    state.begin_drafts()
+    assert_stands_at(lane, state, texts_of(ids, mask))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("counts", [[2, 2, 2], [0, 0, 0], [1, 3, 0]])
+def test_what_is_not_kept_was_never_read(runtime, counts):
+    lane, capacity = runtime
+    ids, drafts = ids_of(3, 20), ids_of(3, 4, seed=1)
+    state = begun(lane, capacity, ids)
+    state.read(drafts)
+    state.keep(counts)
+    texts = [row + own[:n] for row, own, n in zip(ids.tolist(), drafts.tolist(), counts)]
+    assert_stands_at(lane, state, texts)
+    state.read(drafts)
+    state.keep(counts[::-1])
+    assert_stands_at(lane, state, [text + own[:n] for text, own, n in zip(texts, drafts.tolist(), counts[::-1])])
+
+
+@torch.no_grad()
+def test_cropped_is_never_read(runtime):
+    lane, capacity = runtime
+    ids = ids_of(2, 20)
+    state = lane.open(2, capacity)
+    state.begin_drafts()
+    state.read(ids)
+    state.keep()
+    state.crop(3)
+    assert state.n_columns == 17
+    assert_stands_at(lane, state, ids[:, :17].tolist())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [[2, 0], [0, 0, 1, 1, 2, 2], [1]])
+def test_rows_are_reordered_repeated_and_left_out(runtime, rows):
+    lane, capacity = runtime
+    ids, mask = ids_of(3, 6), torch.ones(3, 6, dtype=torch.long)
+    mask[1, :2] = 0
+    state = begun(lane, capacity, ids, mask)
+    state.select(torch.tensor(rows))
+    assert state.n_batch == len(rows)
+    texts = texts_of(ids, mask)
+    assert_stands_at(lane, state, [texts[row] for row in rows])
+
+
+@torch.no_grad()
+def test_a_finished_row_costs_nothing():
+    lane = fake()
+    state = begun(lane, None, ids_of(3, 4))
+    state.select(torch.tensor([1]))
+    before = lane.n_computed
+    state.read(ids_of(1, 2), positions=1)
+    assert lane.n_computed - before == len(lane.seats)
+
+
+def test_threads_with_states_of_their_own_do_not_meet(runtime):
+    lane, capacity = runtime
+    wrong = []
+
+    @torch.no_grad()
+    def work(seed):
+        ids = ids_of(2, 6, seed)
+        expected = [fresh(lane, text) for text in ids.tolist()]
+        for _ in range(4):
+            state = lane.open(2, capacity)
+            state.read(ids[:, :3])
+            values = state.read(ids[:, 3:], positions=1).values[:, 0]
+            for row, own in enumerate(expected):
+                if not torch.allclose(values[row::2], own, atol=1e-3):
+                    wrong.append(seed)
+
+    threads = [Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+# -- any order of reads, keeps and selections ---------------------------------------------------------------------
+class Ragged(RuleBasedStateMachine):
+    """What the loop may do to a state, held against the texts that each row then has."""
+
+    lane = None
+    capacity = None
+
+    @initialize(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=3), seed=st.integers(0, 10**6))
+    def begin(self, lengths, seed):
+        ids = ids_of(len(lengths), max(lengths), seed)
+        mask = torch.tensor([[int(at >= max(lengths) - n) for at in range(max(lengths))] for n in lengths])
+        with torch.no_grad():
+            self.state = begun(self.lane, self.capacity, ids, mask)
+        self.texts, self.drafts = texts_of(ids, mask), []
+
+    @rule(k=st.integers(1, 4), seed=st.integers(0, 10**6))
+    @precondition(lambda self: max(map(len, self.texts)) < 60 and len(self.drafts) < 3)
+    def read(self, k, seed):
+        ids = ids_of(len(self.texts), k, seed)
+        with torch.no_grad():
+            values = self.state.read(ids).values
+        self.drafts.append(ids)
+        n_batch = len(self.texts)
+        read = torch.cat(self.drafts, dim=1).tolist()
+        for row, text in enumerate(self.texts):
+            expected = fresh(self.lane, text + read[row])
+            for seat, own in enumerate(expected):
+                assert_near(self.lane, values[seat * n_batch + row, -1], own)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.drafts)
+    def keep(self, data):
+        read = torch.cat(self.drafts, dim=1).tolist()
+        counts = data.draw(st.lists(st.integers(0, len(read[0])), min_size=len(read), max_size=len(read)))
+        with torch.no_grad():
+            self.state.keep(counts)
+        self.texts = [text + own[:n] for text, own, n in zip(self.texts, read, counts)]
+        self.drafts = []
+
+    @rule(data=st.data())
+    @precondition(lambda self: not self.drafts)
+    def select(self, data):
+        rows = data.draw(st.lists(st.integers(0, len(self.texts) - 1), min_size=1, max_size=4))
+        with torch.no_grad():
+            self.state.select(torch.tensor(rows))
+        self.texts = [list(self.texts[row]) for row in rows]
+
+    @invariant()
+    def counts_rows(self):
+        if hasattr(self, "texts"):
+            assert self.state.n_batch == len(self.texts)
+            assert self.state.n_columns >= max(map(len, self.texts)), "every token of every row is held"
+
+
+@pytest.mark.parametrize(
+    ("name", "capacity"),
+    [("fake", None), ("twice", None), ("windowed", None), pytest.param("twice", 96, marks=pytest.mark.slow)],
+)
+def test_any_order(name, capacity):
+    machine = type("Machine", (Ragged,), {"lane": RUNTIMES[name](), "capacity": capacity}).TestCase
+    machine.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
+    machine().runTest()
