@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import json
 import re
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -161,7 +162,13 @@ def test_cache_root_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("PROXYTUNE_CACHE", str(tmp_path / "here"))
     assert demo_assets.cache_root() == tmp_path / "here"
     monkeypatch.delenv("PROXYTUNE_CACHE")
-    assert demo_assets.cache_root().name == "proxytune"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    if sys.platform == "linux":
+        assert demo_assets.cache_root() == tmp_path / "xdg" / "proxytune"
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        assert demo_assets.cache_root() == Path.home() / ".cache" / "proxytune"
+    else:
+        assert demo_assets.cache_root().name == "proxytune"
 
 
 def test_missing_base_names_the_command(monkeypatch, tmp_path):

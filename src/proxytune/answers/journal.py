@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TypeVar
 
+from filelock import lock_descriptor
+
 from proxytune.errors import ProxyTuneError
 
 __all__ = ["Journal", "json_line"]
@@ -42,19 +44,20 @@ class Journal:
     def read(self: Kind) -> Kind:
         """Read the file without locking, making or changing it; where it is missing, there are no lines."""
         if self.path.is_file():  # a device or a pipe has nothing to read back
-            self._parse()
+            self._parse(self.path.read_bytes())
             self.check()
         return self
 
     def __enter__(self: Kind) -> Kind:
         # Unbuffered: after a failed write nothing is left that closing the file would try to write again.
-        self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666), "r+b", buffering=0)
+        self._file = self.path.open("a+b", buffering=0)
         try:
             self._lock()
             if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
-                whole, ended = self._parse()
+                self._file.seek(0)
+                whole, ended = self._parse(self._file.read())
                 self.check()  # a file that is not ours is left as it is
-                os.ftruncate(self._file.fileno(), whole)
+                self._file.truncate(whole)
                 if not ended:
                     self._file.write(b"\n")
         except BaseException:
@@ -82,21 +85,17 @@ class Journal:
                 raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # not on this system: two processes at once are then the user's to avoid
-            return
+        # The file itself is locked, so that nothing is left beside it.
         assert self._file is not None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ProxyTuneError(f"{self.path} is being written by another process") from error
-        except OSError:  # a file system without locks
+            locked = lock_descriptor(self._file.fileno(), blocking=False)
+        except OSError:  # a file system without locks: two processes at once are then the user's to avoid
             return
+        if not locked:
+            raise ProxyTuneError(f"{self.path} is being written by another process")
 
-    def _parse(self) -> tuple[int, bool]:
-        """Read the whole lines; how many bytes they are, and whether the last one has its newline."""
-        raw = self.path.read_bytes()
+    def _parse(self, raw: bytes) -> tuple[int, bool]:
+        """Take the whole lines; how many bytes they are, and whether the last one has its newline."""
         self.lines, at = [], 0
         for number, line in enumerate(raw.splitlines(keepends=True), start=1):
             try:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from platformdirs import user_cache_path
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -140,13 +141,7 @@ def cache_root() -> Path:
     """Where proxytune keeps what it can make again: ``PROXYTUNE_CACHE``, else the platform's cache directory."""
     if given := os.environ.get("PROXYTUNE_CACHE"):
         return Path(given).expanduser()
-    if sys.platform == "win32":
-        home = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        home = Path.home() / "Library" / "Caches"
-    else:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "proxytune"
+    return user_cache_path("proxytune", appauthor=False, opinion=False)
 
 
 def materialize(cache_dir: Path | None = None, assets: Path = ASSETS) -> Path:
