@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from proxytune.decoding.mixing import alpha_tensor, mix
-from proxytune.errors import AlphaError
+from proxytune.decoding.mixing import mix
 from syncs import counted_syncs
 
 
@@ -224,63 +223,3 @@ def test_mixing_never_waits_for_the_device():
     with counted_syncs() as syncs:
         mix(base, [(expert, anti), (None, anti)], torch.ones(2, 2), plausibility=0.1)
     assert syncs == []
-
-
-# -- alpha in all its forms -----------------------------------------------------------------------------------
-AB = {"default": [1.0, 2.0], "names": ["a", "b"], "n_batch": 3}
-ONLY = {"default": [1.5], "names": ["a"], "n_batch": 3}
-
-
-@pytest.mark.parametrize(
-    ("alpha", "of", "expected"),
-    [
-        (None, AB, [[1, 2]] * 3),
-        (None, {**AB, "default": [1, 2]}, [[1, 2]] * 3),  # as a recipe's JSON may say it
-        ({"b": 0.5}, {**AB, "default": [1, 2]}, [[1, 0.5]] * 3),
-        (0.5, AB, [[0.5, 0.5]] * 3),
-        (0, AB, [[0, 0]] * 3),
-        (-2, AB, [[-2, -2]] * 3),
-        ([0.1, 0.2], AB, [[0.1, 0.2]] * 3),
-        (torch.tensor([0.1, 0.2]), AB, [[0.1, 0.2]] * 3),
-        (np.array([0.1, 0.2]), AB, [[0.1, 0.2]] * 3),
-        ([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]], AB, [[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]]),
-        (torch.tensor([[0.1], [0.2], [0.3]]), AB, [[0.1, 0.1], [0.2, 0.2], [0.3, 0.3]]),
-        (torch.tensor([[0.1, 0.2]], dtype=torch.float64), AB, [[0.1, 0.2]] * 3),
-        ({"b": 0.5}, AB, [[1, 0.5]] * 3),
-        ({"b": [0.5, 0.6, 0.7], "a": 0}, AB, [[0, 0.5], [0, 0.6], [0, 0.7]]),
-        ({}, AB, [[1, 2]] * 3),
-        (None, ONLY, [[1.5]] * 3),
-        ([0.1, 0.2, 0.3], ONLY, [[0.1], [0.2], [0.3]]),
-        ([0.1], ONLY, [[0.1]] * 3),
-        (torch.tensor(0.25), ONLY, [[0.25]] * 3),
-    ],
-)
-def test_every_form_of_alpha(alpha, of, expected):
-    rows = alpha_tensor(alpha, **of)
-    assert rows.dtype == torch.float32
-    torch.testing.assert_close(rows, torch.tensor(expected, dtype=torch.float32))
-
-
-@pytest.mark.parametrize(
-    ("alpha", "of", "message"),
-    [
-        (math.nan, AB, "alpha must be finite, not nan"),
-        (math.inf, ONLY, "alpha must be finite, not inf"),
-        (torch.tensor(1e39, dtype=torch.float64), AB, "alpha must be finite, not tensor"),  # not in float32
-        ([1.0, -math.inf], AB, "must be finite"),
-        ({"a": math.nan}, AB, "must be finite"),
-        ("strong", AB, "must be a finite number or a rectangular list of them, not 'strong'"),
-        ([[1.0], [1.0, 2.0]], AB, "rectangular"),
-        ({"c": 1.0}, AB, "no expert is called 'c'; the recipe has a, b"),
-        ({"a": [1.0, 2.0]}, AB, "alpha of 'a' must be a number or 3 values, one a row"),
-        ({"a": [[1.0, 2.0, 3.0]]}, AB, "alpha of 'a' must be a number or 3 values"),
-        ([1.0, 2.0, 3.0], AB, r"shape \(3,\) fits neither 2 expert\(s\) \(a, b\) nor 3 row\(s\)"),
-        ([1.0, 2.0], ONLY, r"shape \(2,\) fits neither 1 expert\(s\) \(a\) nor 3 row\(s\)"),
-        (torch.ones(2, 2), AB, r"shape \(2, 2\).*shape \(3, 2\)"),
-        (torch.ones(3, 2, 1), AB, r"shape \(3, 2, 1\)"),
-        ([], AB, r"shape \(0,\)"),
-    ],
-)
-def test_every_alpha_error(alpha, of, message):
-    with pytest.raises(AlphaError, match=message):
-        alpha_tensor(alpha, **of)

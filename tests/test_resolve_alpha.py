@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
 import tiny
 from proxytune.errors import AlphaError
-from proxytune.recipe.alpha import finite_alpha, resolve_alpha, take_alpha
+from proxytune.recipe.alpha import alpha_rows, finite_alpha, resolve_alpha, take_alpha
 
 AB = ["a", "b"]
 DEFAULT = [1.0, 0.4]
@@ -72,7 +73,6 @@ def test_every_form_of_alpha(alpha, expected):
         ([1.0, "x"], "alpha of expert 'b' must be a finite number, not 'x'"),
         ({"a": None}, "alpha of expert 'a' must be a finite number, not None"),
         ("x", "alpha must be a finite number, not 'x'"),
-        (torch.tensor([1.0, 2.0]), "alpha must be a finite number, not tensor([1., 2.])"),
     ],
     ids=repr,
 )
@@ -124,3 +124,62 @@ def test_names_make_a_mapping_and_leave_the_callers_alone():
 )
 def test_names_that_cannot_be_are_refused(arguments, alpha, message):
     assert refused(take_alpha, dict(arguments), AB, alpha) == message
+
+
+# -- alpha in all its forms -----------------------------------------------------------------------------------
+THREE = {"default": [1.0, 2.0], "names": ["a", "b"], "n_rows": 3}
+ONLY = {"default": [1.5], "names": ["a"], "n_rows": 3}
+
+
+@pytest.mark.parametrize(
+    ("alpha", "of", "expected"),
+    [
+        (None, THREE, [[1, 2]] * 3),
+        (None, {**THREE, "default": [1, 2]}, [[1, 2]] * 3),  # as a recipe's JSON may say it
+        ({"b": 0.5}, {**THREE, "default": [1, 2]}, [[1, 0.5]] * 3),
+        (0.5, THREE, [[0.5, 0.5]] * 3),
+        (0, THREE, [[0, 0]] * 3),
+        (-2, THREE, [[-2, -2]] * 3),
+        ([0.1, 0.2], THREE, [[0.1, 0.2]] * 3),
+        (torch.tensor([0.1, 0.2]), THREE, [[0.1, 0.2]] * 3),
+        (np.array([0.1, 0.2]), THREE, [[0.1, 0.2]] * 3),
+        ([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]], THREE, [[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]]),
+        (torch.tensor([[0.1], [0.2], [0.3]]), THREE, [[0.1, 0.1], [0.2, 0.2], [0.3, 0.3]]),
+        (torch.tensor([[0.1, 0.2]], dtype=torch.float64), THREE, [[0.1, 0.2]] * 3),
+        ({"b": 0.5}, THREE, [[1, 0.5]] * 3),
+        ({"b": [0.5, 0.6, 0.7], "a": 0}, THREE, [[0, 0.5], [0, 0.6], [0, 0.7]]),
+        ({}, THREE, [[1, 2]] * 3),
+        (None, ONLY, [[1.5]] * 3),
+        ([0.1, 0.2, 0.3], ONLY, [[0.1], [0.2], [0.3]]),
+        ([0.1], ONLY, [[0.1]] * 3),
+        (torch.tensor(0.25), ONLY, [[0.25]] * 3),
+    ],
+)
+def test_every_form_of_alpha_of_rows(alpha, of, expected):
+    rows = alpha_rows(alpha, **of)
+    assert [pytest.approx(row) for row in expected] == [list(row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "of", "message"),
+    [
+        (math.nan, THREE, "alpha must be a finite number, not nan"),
+        (math.inf, ONLY, "alpha must be a finite number, not inf"),
+        (torch.tensor(1e39, dtype=torch.float64), THREE, "alpha must be a finite number, not 1e"),  # not in float32
+        ([1.0, -math.inf], THREE, "must be a finite number"),
+        ({"a": math.nan}, THREE, "must be a finite number"),
+        ("strong", THREE, "must be a finite number, not 'strong'"),
+        ([[1.0], [1.0, 2.0]], THREE, "3 rows of one value for each of 2 experts"),
+        ({"c": 1.0}, THREE, "no expert is called 'c'; the recipe has a, b"),
+        ({"a": [1.0, 2.0]}, THREE, "alpha of 'a' must be a number or 3 values, one a row"),
+        ({"a": [[1.0, 2.0, 3.0]]}, THREE, "alpha of expert 'a' must be a finite number, not"),
+        ([1.0, 2.0, 3.0], THREE, r"^3 alphas for 2 experts \(a, b\) or 3 rows$"),
+        ([1.0, 2.0], ONLY, r"^2 alphas for 1 experts \(a\) or 3 rows$"),
+        (torch.ones(2, 2), THREE, "alpha must have 3 rows of one value for each of 2 experts"),
+        (torch.ones(3, 2, 1), THREE, "must be a finite number, not "),
+        ([], THREE, "^0 alphas for 2 experts"),
+    ],
+)
+def test_every_alpha_error_of_rows(alpha, of, message):
+    with pytest.raises(AlphaError, match=message):
+        alpha_rows(alpha, **of)

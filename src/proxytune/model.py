@@ -32,7 +32,7 @@ from proxytune.cache import LanePrompt, ProxyTunedCache
 from proxytune.decoding.cost import APART_BYTES
 from proxytune.decoding.drafting import choose_drafting, costs_by_role
 from proxytune.decoding.lane import stacked
-from proxytune.decoding.mixing import alpha_tensor, mix
+from proxytune.decoding.mixing import mix
 from proxytune.decoding.noise import Noise, RowSampler, row_seeds
 from proxytune.decoding.pace import parse_speculate
 from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError
@@ -41,7 +41,7 @@ from proxytune.lanes.kernels import compile_model
 from proxytune.lanes.loading import load_lanes
 from proxytune.lanes.reading import refuse_unequal_lengths, unlike_in_pieces
 from proxytune.lanes.transformers import TransformersLane
-from proxytune.recipe.alpha import take_alpha
+from proxytune.recipe.alpha import alpha_rows, take_alpha
 from proxytune.recipe.config import Expert, Member, Prompt, ProxyTuneConfig
 from proxytune.recipe.generation_config import adapted, base_generation_config, refuse_fields
 from proxytune.recipe.members import Loading, load_config, load_tokenizer, refuse_unfit
@@ -365,13 +365,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def alpha_rows(self, alpha: Any, n_batch: int) -> Tensor:
-        """``alpha`` in any accepted form as float32, shape = (n_batch or 1, n_experts)."""
-        return alpha_tensor(
-            alpha,
-            default=[expert.alpha for expert in self.experts],  # the config would be parsed again at every token
-            names=self.expert_names,
-            n_batch=n_batch,
-        )
+        """``alpha`` in any accepted form as float32, shape = (n_batch, n_experts)."""
+        default = [expert.alpha for expert in self.experts]  # the config would be parsed again at every token
+        return torch.tensor(alpha_rows(alpha, self.expert_names, default, n_batch), dtype=torch.float32)
 
     def _prompts(
         self,
@@ -475,7 +471,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         """transformers' ``generate``, with every option of its own, steered.
 
         Args:
-            alpha: see :func:`decoding.mixing.alpha_tensor`: a number, one a row, one an expert, or by name. An
+            alpha: see :func:`recipe.alpha.alpha_rows`: a number, one a row, one an expert, or by name. An
                 argument called ``"alpha.NAME"`` sets one expert's, as in the requests that servers take.
             member_input_ids: member name -> its own prompt: a list of lists of ids, or a left-padded tensor of
                 shape (n_batch, its width). By default made from the text of ``input_ids``, by the recipe.

@@ -29,7 +29,6 @@ from proxytune.cli.options import (
     TrustRemoteCode,
     drafts_of,
     load_model,
-    parse_alpha,
     progress_bar,
     read_lines,
     sampling_of,
@@ -115,7 +114,7 @@ def generate(
     from proxytune.answers.batch import Item, Output, fingerprint, read_items, result
     from proxytune.answers.generation import Printer, answer, batches, encode
     from proxytune.answers.journal import json_line
-    from proxytune.recipe.alpha import resolve_alpha
+    from proxytune.recipe.alpha import alpha_of_text, resolve_alpha
     from proxytune.recipe.store import load_recipe
 
     if bool(prompts) == (input_ is not None):
@@ -126,7 +125,7 @@ def generate(
     drafts = drafts_of(speculate)
     config = load_recipe(recipe)
     names = [expert.name for expert in config.expert_list]
-    alphas = resolve_alpha(parse_alpha(alpha), names, config.alphas)
+    alphas = resolve_alpha(alpha_of_text(alpha), names, config.alphas)
     broken = 0
     if input_ is None:
         items = [Item(line, prompt, alphas) for line, prompt in enumerate(prompts or [], start=1)]
@@ -238,7 +237,7 @@ def chat(
     have prompts of their own. While talking, /alpha 0.5 changes the strength, /reset forgets, /help lists more.
     """
     from proxytune.answers.chat import Conversation
-    from proxytune.recipe.alpha import resolve_alpha
+    from proxytune.recipe.alpha import alpha_of_text, resolve_alpha
     from proxytune.recipe.store import load_recipe
 
     sampling = sampling_of(
@@ -247,7 +246,7 @@ def chat(
     drafts = drafts_of(speculate)
     config = load_recipe(recipe)
     names = [expert.name for expert in config.expert_list]
-    alphas = resolve_alpha(parse_alpha(alpha), names, config.alphas)
+    alphas = resolve_alpha(alpha_of_text(alpha), names, config.alphas)
     model, tokenizer = load_model(config, dtype, device_map, trust_remote_code, drafts, pack)
     conversation = Conversation(
         model, tokenizer, alphas, sampling=sampling, max_new_tokens=max_new_tokens, system=system
@@ -275,12 +274,12 @@ def chat(
 
 def take_turn(conversation: Conversation, line: str, names: Sequence[str]) -> None:
     """Do what one line of a conversation asks for."""
-    from proxytune.recipe.alpha import resolve_alpha
+    from proxytune.recipe.alpha import alpha_of_text, resolve_alpha
 
     command, *rest = line.split()
     if command == "/alpha":
         if rest:
-            conversation.alphas = resolve_alpha(parse_alpha(rest), names, conversation.alphas)
+            conversation.alphas = resolve_alpha(alpha_of_text(rest), names, conversation.alphas)
         say("alpha: " + ", ".join(f"{name} {value:g}" for name, value in zip(names, conversation.alphas)))
     elif command == "/reset":
         conversation.reset()

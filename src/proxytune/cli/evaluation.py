@@ -22,7 +22,6 @@ from proxytune.cli.options import (
     checked_dtype,
     drafts_of,
     panel,
-    parse_alpha,
     progress_bar,
     say,
     share_bar,
@@ -291,7 +290,7 @@ def _evaluation(
 ) -> tuple[ProxyTuneConfig, Any]:
     """What ``eval`` and ``sweep`` evaluate: the recipe, and the settings as the run takes them."""
     from proxytune.evaluation import EVAL_TASKS, check_tasks
-    from proxytune.recipe.alpha import resolve_alpha
+    from proxytune.recipe.alpha import alpha_of_text, resolve_alpha
     from proxytune.recipe.compose import device_map as parsed
     from proxytune.recipe.store import load_recipe
 
@@ -310,7 +309,7 @@ def _evaluation(
         samples=samples,
         seed=seed,
         batch_size=batch_size,
-        alphas=resolve_alpha(parse_alpha(alpha), experts, config.alphas),
+        alphas=resolve_alpha(alpha_of_text(alpha), experts, config.alphas),
         data=data,
         dtype=checked_dtype(dtype),
         device_map=parsed(device_map),

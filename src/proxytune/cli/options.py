@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
-from proxytune.errors import AlphaError, ProxyTuneError
+from proxytune.errors import ProxyTuneError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -46,7 +46,6 @@ __all__ = [
     "load_model",
     "number_text",
     "panel",
-    "parse_alpha",
     "parsed_batches",
     "progress_bar",
     "read_lines",
@@ -207,25 +206,6 @@ def drop_stdout() -> None:
     """Let what is still buffered go nowhere, so that leaving does not fail on it a second time."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def parse_alpha(given: Sequence[str] | None) -> float | Mapping[str, float] | None:
-    """Read ``0.5`` or ``NAME=0.5`` ...; None where nothing was given."""
-    if not given:
-        return None
-    named: dict[str, float] = {}
-    for text in given:
-        name, equals, number = text.rpartition("=")
-        try:
-            value = float(number)
-        except ValueError as error:
-            raise AlphaError(f"alpha must be a number or NAME=NUMBER, not {text!r}") from error
-        if not equals and len(given) > 1:
-            raise AlphaError("give one alpha for all experts, or NAME=NUMBER for each")
-        if not equals:
-            return value
-        named[name.strip()] = value
-    return named
 
 
 def count(number: int) -> str:

@@ -10,14 +10,12 @@ Everything is float32: the difference of two nearly equal logits is what steers,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from proxytune.errors import AlphaError
-
-__all__ = ["alpha_tensor", "mix"]
+__all__ = ["mix"]
 
 
 def mix(
@@ -70,62 +68,3 @@ def mix(
     if shared < base.shape[-1]:
         steered = torch.nn.functional.pad(steered, (0, base.shape[-1] - shared), value=-torch.inf)
     return steered
-
-
-def alpha_tensor(
-    alpha: float | Sequence[float] | Mapping[str, object] | Tensor | None,
-    *,
-    default: Sequence[float],
-    names: Sequence[str],
-    n_batch: int,
-) -> Tensor:
-    """Bring every accepted form of alpha into one shape.
-
-    Args:
-        alpha: a number for all experts; a flat list or 1-D tensor in the recipe's order, or, where there is one
-            expert, one value a row; a 2-D (n_batch, n_experts) tensor; a mapping from an expert's name to a
-            number or to one value a row; None for ``default``.
-        default: the recipe's alphas, which experts left out of a mapping keep.
-        names: the experts' names, in order.
-        n_batch: rows of the batch.
-
-    Returns:
-        float32, shape = (n_batch, n_experts).
-
-    Raises:
-        AlphaError: for a shape that fits neither rows nor experts, an unknown name, or a value not finite.
-    """
-    n_experts = len(names)
-    rows = torch.tensor(list(default), dtype=torch.float32).expand(n_batch, n_experts).clone()
-    if isinstance(alpha, Mapping):
-        for name, value in alpha.items():
-            if name not in names:
-                raise AlphaError(f"no expert is called {name!r}; the recipe has {', '.join(names)}")
-            column = _finite(value)
-            if column.dim() > 1 or column.numel() not in (1, n_batch):
-                raise AlphaError(f"alpha of {name!r} must be a number or {n_batch} values, one a row")
-            rows[:, list(names).index(name)] = column
-    elif alpha is not None:
-        given = _finite(alpha)
-        if given.dim() == 0 or (given.dim() == 1 and given.numel() == n_experts):
-            rows[:] = given
-        elif given.dim() == 1 and n_experts == 1 and given.numel() == n_batch:
-            rows[:, 0] = given
-        elif given.dim() == 2 and given.shape[0] in (1, n_batch) and given.shape[1] in (1, n_experts):
-            rows[:] = given
-        else:
-            raise AlphaError(
-                f"alpha of shape {tuple(given.shape)} fits neither {n_experts} expert(s) ({', '.join(names)}) nor "
-                f"{n_batch} row(s); give a number, one value an expert, or shape ({n_batch}, {n_experts})"
-            )
-    return rows
-
-
-def _finite(alpha: object) -> Tensor:
-    try:
-        values = torch.as_tensor(alpha, dtype=torch.float32, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise AlphaError(f"alpha must be a finite number or a rectangular list of them, not {alpha!r}") from error
-    if not bool(torch.isfinite(values).all()):
-        raise AlphaError(f"alpha must be finite, not {alpha!r}")
-    return values

@@ -1,4 +1,4 @@
-"""Alpha in every spelling."""
+"""Alpha in every spelling: in recipes, calls, requests and commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from proxytune.errors import AlphaError
 
-__all__ = ["finite_alpha", "resolve_alpha", "take_alpha"]
+__all__ = ["alpha_of_text", "alpha_rows", "finite_alpha", "resolve_alpha", "take_alpha"]
 
 LARGEST_ALPHA = 3.4e38
 NAMED = "alpha."  # what an expert's name follows in a call
@@ -21,22 +21,66 @@ def finite_alpha(alpha: Any, what: str = "alpha") -> float:
     return float(alpha)
 
 
-def resolve_alpha(alpha: Any, names: Sequence[str], default: Sequence[float]) -> tuple[float, ...]:
-    """One alpha an expert, in order, from a number, a list in order, a mapping by name, or None for ``default``.
+def alpha_rows(alpha: Any, names: Sequence[str], default: Sequence[float], n_rows: int) -> list[tuple[float, ...]]:
+    """One alpha an expert for each row, from every form in which it may be given.
+
+    Args:
+        alpha: a number for all experts; a list in the recipe's order, or, where there is one expert, of one value a
+            row; a list of such lists, one a row; a mapping from an expert's name to a number or to one value a row;
+            tensors and arrays of these shapes; None for ``default``.
+        names: the experts' names, in order. default: the recipe's alphas, which experts left out of a mapping keep.
 
     Raises:
-        AlphaError: for a value that is not finite, an unknown name, or a list of the wrong length.
+        AlphaError: for a value that is not finite, an unknown name, or a shape that fits neither rows nor experts.
     """
     if alpha is None:
-        return tuple(default)
+        return [tuple(default)] * n_rows
     if isinstance(alpha, Mapping):
         _refuse_unknown(alpha, names)
-        alpha = [alpha.get(name, value) for name, value in zip(names, default)]
-    elif isinstance(alpha, (list, tuple)):
-        _refuse_length(alpha, names)
-    else:
-        return (finite_alpha(alpha),) * len(names)
-    return tuple(finite_alpha(value, f"alpha of expert {name!r}") for name, value in zip(names, alpha))
+        given = [(name, _plain(alpha.get(name, value))) for name, value in zip(names, default)]
+        return list(zip(*(_column(value, name, n_rows) for name, value in given)))
+    alpha = _plain(alpha)
+    if not isinstance(alpha, (list, tuple)):
+        return [(finite_alpha(alpha),) * len(names)] * n_rows
+    if not any(isinstance(row, (list, tuple)) for row in alpha):
+        if len(alpha) == len(names):
+            return [_row(alpha, names)] * n_rows
+        if len(names) == 1 and len(alpha) == n_rows:
+            return list(zip(_column(alpha, names[0], n_rows)))
+        rows = f" or {n_rows} rows" if n_rows > 1 else ""
+        raise AlphaError(f"{len(alpha)} alphas for {len(names)} experts ({', '.join(names)}){rows}")
+    widths = {len(row) if isinstance(row, (list, tuple)) else 0 for row in alpha}
+    if len(alpha) not in (1, n_rows) or widths not in ({1}, {len(names)}):
+        raise AlphaError(
+            f"alpha must have {n_rows} rows of one value for each of {len(names)} experts ({', '.join(names)}), "
+            f"not {alpha!r}"
+        )
+    found = [_row(list(row) * (len(names) // len(row)), names) for row in alpha]
+    return found * (n_rows // len(found))
+
+
+def resolve_alpha(alpha: Any, names: Sequence[str], default: Sequence[float]) -> tuple[float, ...]:
+    """The same for one row."""
+    return alpha_rows(alpha, names, default, 1)[0]
+
+
+def alpha_of_text(given: Sequence[str] | None) -> float | Mapping[str, float] | None:
+    """Alpha from words of a command line: ``0.5``, or ``NAME=0.5`` for each expert; None where nothing was given."""
+    if not given:
+        return None
+    named: dict[str, float] = {}
+    for text in given:
+        name, equals, number = text.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError as error:
+            raise AlphaError(f"alpha must be a number or NAME=NUMBER, not {text!r}") from error
+        if not equals and len(given) > 1:
+            raise AlphaError("give one alpha for all experts, or NAME=NUMBER for each")
+        if not equals:
+            return value
+        named[name.strip()] = value
+    return named
 
 
 def take_alpha(arguments: dict[str, Any], names: Sequence[str], alpha: Any = None) -> Any:
@@ -65,6 +109,23 @@ def take_alpha(arguments: dict[str, Any], names: Sequence[str], alpha: Any = Non
     if isinstance(alpha, (int, float)):
         return {**dict.fromkeys(names, alpha), **named}
     raise AlphaError(f"beside {NAMED + next(iter(named))!r}, alpha must be a number, a list in order or a mapping")
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and arrays as numbers and lists of them."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _row(values: Sequence[Any], names: Sequence[str]) -> tuple[float, ...]:
+    return tuple(finite_alpha(value, f"alpha of expert {name!r}") for name, value in zip(names, values))
+
+
+def _column(value: Any, name: str, n_rows: int) -> list[float]:
+    """One expert's alpha for each row."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if len(values) not in (1, n_rows):
+        raise AlphaError(f"alpha of {name!r} must be a number or {n_rows} values, one a row")
+    return [finite_alpha(each, f"alpha of expert {name!r}") for each in values] * (n_rows // len(values))
 
 
 def _refuse_unknown(given: Mapping[Any, Any], names: Sequence[str]) -> None:
