@@ -10,15 +10,17 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from transformers import generation
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, generation
+from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from proxytune.cache import ProxyTunedCache
-from proxytune.decoding.drafting import Drafter
+from proxytune.decoding.cost import Costs
+from proxytune.decoding.drafting import Drafter, Drafting
 from proxytune.decoding.lane import Scores
 from proxytune.decoding.loop import Step, decode
 from proxytune.decoding.noise import Noise
@@ -127,8 +129,34 @@ ROW_BY_ROW = CONTEXT_FREE + tuple(
 )
 
 
+class Steered(Protocol):
+    """What is asked of the composite here: who can draft and what that costs, and how lanes are mixed."""
+
+    config: Any
+    lanes: Any
+    drafting: Drafting | None
+    costs: Costs
+    unlike_in_pieces: str | None
+    shared_vocab: int
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def _prefill(self) -> Any: ...
+
+    def mix_lanes(self, lane_logits: Sequence[Tensor], alpha: Tensor) -> Tensor: ...
+
+    def alpha_rows(self, alpha: Any, n_batch: int) -> Tensor: ...
+
+
 def obstacle_of(
-    model: Any, cache: ProxyTunedCache, processors: Any, criteria: Any, config: Any, streamer: Any
+    model: Steered,
+    cache: ProxyTunedCache,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    streamer: BaseStreamer | None,
 ) -> str | None:
     """Why nothing can be drafted in this call, or None."""
     if model.drafting is None:
@@ -136,7 +164,7 @@ def obstacle_of(
     if not all(state.forgets for state in cache.states):
         return "a member's cache cannot forget rejected tokens"
     if model.unlike_in_pieces is not None:
-        return cast(str, model.unlike_in_pieces)
+        return model.unlike_in_pieces
 
     def unknown(each: Any) -> bool:
         return type(each) not in ROW_BY_ROW and not getattr(type(each), "row_by_row", False)
@@ -159,7 +187,7 @@ def obstacle_of(
     return None
 
 
-def _has_eos(criteria: Any) -> bool:
+def _has_eos(criteria: StoppingCriteriaList) -> bool:
     return any(hasattr(each, "eos_token_id") for each in criteria)
 
 
@@ -179,12 +207,12 @@ def _drafting(cache: ProxyTunedCache, room: int | None) -> Iterator[None]:
 
 
 def sample(
-    model: Any,
+    model: Steered,
     input_ids: Tensor,
-    processors: Any,
-    criteria: Any,
-    config: Any,
-    streamer: Any,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    streamer: BaseStreamer | None,
     model_kwargs: dict[str, Any],
     speculate: Speculate,
     noise: Noise | None = None,
@@ -208,6 +236,7 @@ def sample(
     prompt = outputs.logits[:, -1:]
     del outputs  # the prompt's logits are large
     n_batch, n_prompt = input_ids.shape
+    limit = cast(int, criteria.max_length)  # without one transformers' own loop runs
 
     obstacle = obstacle_of(model, cache, processors, criteria, config, streamer)
     if obstacle is not None and speculate not in ("auto", False):
@@ -242,14 +271,14 @@ def sample(
     )
 
     def mixture(scores: Sequence[Scores], alpha: Tensor) -> Tensor:
-        return cast(Tensor, model.mix_lanes([each.values for each in scores], alpha))
+        return model.mix_lanes([each.values for each in scores], alpha)
 
     # On the device of the logits: a copy to it at each step would wait for all that the device has still to do.
     alpha = model.alpha_rows(model_kwargs.get("alpha"), n_batch).to(model.device)
     # Static caches keep finished rows, so that no shape changes under a compiled model.
     steps = decode(prompt, cache.states, mixture, alpha, text, sampler, drafter, leave=cache.capacity is None)
     kept: list[Step] = []
-    with _drafting(cache, None if speculate is False else criteria.max_length - n_prompt - 1):
+    with _drafting(cache, None if speculate is False else limit - n_prompt - 1):
         for step in steps:
             stats.count(step)
             if streamer is not None:

@@ -6,16 +6,16 @@ M+ must be run at every token anyway, and it resembles the mixture. So it runs a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from proxytune.decoding.cost import MAX_DRAFTS, QUICK_ROWS, Cost, Costs
 from proxytune.decoding.draft import Draft
-from proxytune.decoding.lane import Scores
+from proxytune.decoding.lane import Lane, LaneState, QuickLane, QuickState, Scores
 from proxytune.decoding.mixing import mix
 from proxytune.decoding.pace import Pace
 from proxytune.decoding.sampling import Sampler
@@ -98,8 +98,8 @@ class Drafter:
     def __init__(
         self,
         drafting: Drafting | None,
-        lanes: Sequence[Any],
-        states: Sequence[Any],
+        lanes: Sequence[Lane],
+        states: Sequence[LaneState],
         text: Text,
         sampler: Sampler,
         pace: Pace,
@@ -133,7 +133,9 @@ class Drafter:
         draft = Draft(none.tokens, confidences=[[] for _ in growing])
         outputs, distributions, chances = [], [], [1.0] * len(growing)
         while True:
-            outputs.append(self.state.read(newest).values if quick is None else self.state.read_hidden(newest))
+            outputs.append(
+                self.state.read(newest).values if quick is None else cast(QuickState, self.state).read_hidden(newest)
+            )
             n_drafts = draft.tokens.shape[1]
             scores = self.sampler.process(self._guess(outputs[-1], quick, alpha), offset=n_drafts)
             q = scores.softmax(dim=-1) if self.sampler.rejecting or self.pace.fixed is None else scores
@@ -151,7 +153,10 @@ class Drafter:
             if n_drafts + 1 == room or not self.pace.another(n_drafts + 1, chances):
                 break
         read = torch.cat(outputs, dim=1)
-        draft.scores, draft.n_read = Scores(read if quick is None else self.runtime.head(read)), len(outputs)
+        draft.scores, draft.n_read = (
+            Scores(read if quick is None else cast(QuickLane, self.runtime).head(read)),
+            len(outputs),
+        )
         if draft.tokens.shape[1] == 0:
             draft.confidences = []
             return draft
@@ -160,7 +165,7 @@ class Drafter:
             draft.q = torch.cat(distributions, dim=1)
         return draft
 
-    def _guess(self, output: Tensor, quick: Any, alpha: Tensor) -> Tensor:
+    def _guess(self, output: Tensor, quick: Callable[[Tensor], Tensor] | None, alpha: Tensor) -> Tensor:
         """The drafting lane's guess at the mixture, (n_batch, 1, n_vocab of the base); see :func:`choose_drafting`.
 
         ``output`` are its logits, or hidden states that ``quick`` is a head for: a head is linear, so that these are

@@ -2,21 +2,22 @@
 
 A lane is one set of weights and the members that are computed with it. Its *state* is what it has read for the rows of
 one call. Rows are stacked by seat: a lane of ``n_seats`` seats holds ``n_seats * n_batch`` rows, seat by seat. Every
-runtime keeps the laws in ``tests/laws.py``; :mod:`proxytune.lanes.fake` is the smallest one.
+runtime keeps the laws in ``tests/test_laws.py``; :mod:`proxytune.lanes.fake` is the smallest one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from proxytune.decoding.cost import Cost
+from proxytune.recipe.layout import Seat
 
-__all__ = ["Lane", "LaneState", "Scores", "part", "stacked"]
+__all__ = ["Lane", "LaneState", "QuickLane", "QuickState", "Scores", "part", "stacked"]
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,11 @@ class Lane(Protocol):
         tolerance: how far the logits of two ways to read one text may lie apart, as a share of their largest.
         cost: of a pass. head_cost: of its own head, where it has a quick one.
         quick_head: what guesses logits from hidden states at less cost, for drafts alone; None where there is none. A
-            lane that has one also has ``head``, and its state ``read_hidden``.
+            lane that has one is a :class:`QuickLane`, and its states are :class:`QuickState`.
     """
 
     @property
-    def seats(self) -> Sequence[Any]: ...
+    def seats(self) -> Sequence[Seat]: ...
 
     @property
     def n_vocab(self) -> int: ...
@@ -120,7 +121,7 @@ class Lane(Protocol):
     def tolerance(self) -> float: ...
 
     @property
-    def quick_head(self) -> Any: ...
+    def quick_head(self) -> Callable[[Tensor], Tensor] | None: ...
 
     @property
     def cost(self) -> Cost: ...
@@ -136,6 +137,22 @@ class Lane(Protocol):
 
         ``capacity``: with room for that many columns from the start, and of one shape; None: it grows.
         """
+        ...
+
+
+class QuickLane(Lane, Protocol):
+    """A lane that can guess logits at less cost than its own."""
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Its own logits of hidden states, (n_rows, k, n_hidden) -> (n_rows, k, n_vocab)."""
+        ...
+
+
+class QuickState(LaneState, Protocol):
+    """A state of such a lane."""
+
+    def read_hidden(self, ids: Tensor) -> Tensor:
+        """As :meth:`read`, but the hidden states that the lane's head makes logits of, (n_rows, k, n_hidden)."""
         ...
 
 

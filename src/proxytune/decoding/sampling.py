@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
 from proxytune.decoding.acceptance import accept_greedy, accept_sampled
 from proxytune.decoding.noise import Noise
@@ -22,7 +24,14 @@ class Sampler:
     """
 
     def __init__(
-        self, text: Text, processors: Any, *, sample: bool, noise: Noise | None, context_free: bool, remember: bool
+        self,
+        text: Text,
+        processors: LogitsProcessorList,
+        *,
+        sample: bool,
+        noise: Noise | None,
+        context_free: bool,
+        remember: bool,
     ) -> None:
         """
         Args:
@@ -30,7 +39,8 @@ class Sampler:
             sample: draw, instead of taking the best. noise: what draws are made from; None: torch's generator.
             remember: keep what was weighed, for callers who want to see logits and scores.
         """
-        self.text, self.processors, self.context_free = text, processors, context_free
+        self.text, self.context_free, self.plain = text, context_free, not processors
+        self.processors = cast(Callable[[Tensor, Tensor], Tensor], processors)  # theirs takes narrower types
         self.noise, self.rejecting, self.remember = noise, sample and noise is None, remember
         self.weighed: list[tuple[Tensor, Tensor]] = []  # this step's logits and scores
         self.before: list[Tensor] = []  # the scores of the tokens before this step
@@ -40,11 +50,11 @@ class Sampler:
 
         Position j of a row follows its text and ``offset + j`` drafts, which have been written behind the text.
         """
-        if not self.processors:
+        if self.plain:
             return scores
         ids = self.text.ids
         if self.context_free:
-            flat: Tensor = self.processors(ids[:, :1].repeat(scores.shape[1], 1), scores.flatten(0, 1))
+            flat = self.processors(ids[:, :1].repeat(scores.shape[1], 1), scores.flatten(0, 1))
             return flat.view_as(scores)
         result = scores.clone()
         for j in range(scores.shape[1]):

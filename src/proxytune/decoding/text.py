@@ -7,10 +7,11 @@ one token a step, and finished ones by padding, as in transformers' own loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteriaList
 
 from proxytune.decoding.cost import MAX_DRAFTS
 from proxytune.decoding.draft import Lookup
@@ -31,7 +32,9 @@ class Text:
         aligned: whether rows stay side by side.
     """
 
-    def __init__(self, prompt: Tensor, criteria: Any, *, pad: int, has_eos: bool, aligned: bool) -> None:
+    def __init__(
+        self, prompt: Tensor, criteria: StoppingCriteriaList, *, pad: int, has_eos: bool, aligned: bool
+    ) -> None:
         """
         Args:
             prompt: shape = (n_batch, n_prompt), left-padded.
@@ -60,8 +63,7 @@ class Text:
     @property
     def room(self) -> int:
         """How many drafts the shortest growing row can take, and one token behind them."""
-        limit: int = self.criteria.max_length
-        return limit - min(self.length[row] for row in self.growing) - 1
+        return cast(int, self.criteria.max_length) - min(self.length[row] for row in self.growing) - 1
 
     def make_room(self) -> None:
         """Let the buffer hold another step, and the drafts that stand in it before they are judged."""
@@ -79,7 +81,7 @@ class Text:
         for row, length in enumerate(self.length):
             self.ids[row, length : length + drafts.shape[1]] = drafts[row]
 
-    def by_length(self, rows: Sequence[int] | None = None) -> list[tuple[Any, int]]:
+    def by_length(self, rows: Sequence[int] | None = None) -> list[tuple[slice | list[int], int]]:
         """Rows, all by default, grouped by the length of their text: (index into the batch, length)."""
         if self.aligned:
             return [(slice(None), self.length[0])]

@@ -7,7 +7,6 @@ lanes can be held against it without a download.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +46,7 @@ class FakeLane:
     context: int | None = None
     tolerance = 0.0
     device = torch.device("cpu")
-    quick_head: Any = None
+    quick_head: Callable[[Tensor], Tensor] | None = None
     cost = Cost(1.0)
     head_cost: Cost | None = None
 
