@@ -26,7 +26,7 @@ from proxytune.demo import demo_recipe
 from proxytune.evaluation.problems import Problem, is_correct, is_exact, make_problems
 from proxytune.evaluation.statistics import mcnemar, wilson
 from proxytune.lanes.kernels import pack
-from proxytune.training import Settings, train
+from proxytune.training import TrainingOptions, train
 from proxytune.training.run import Progress, members_of
 
 ARMS = ("plain", "consistent")
@@ -54,12 +54,9 @@ def make_recipe(plan: Plan, arm: str, seed: int, work: Path) -> Path:
         for problem in make_problems("train", plan.problems, seed=2000 + seed)
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    base, anti_expert, name, _ = members_of("demo")
-    settings = Settings(
-        base=base,
-        anti_expert=anti_expert,
+    options = TrainingOptions(
         data=str(data),
-        name=name,
+        recipe="demo",
         alpha=plan.alpha,
         consistent=arm == "consistent",
         rank=plan.rank,
@@ -69,6 +66,7 @@ def make_recipe(plan: Plan, arm: str, seed: int, work: Path) -> Path:
         max_steps=plan.steps,
         gradient_checkpointing=False,
         seed=seed,
+        resume=True,
     )
     out = work / f"{arm}-{seed}"
 
@@ -77,7 +75,7 @@ def make_recipe(plan: Plan, arm: str, seed: int, work: Path) -> Path:
             loss = "" if now.loss is None else f"  loss {now.loss:.3f}"
             print(f"{out.name}: {now.doing} {now.step}/{now.steps}{loss}", flush=True)
 
-    train(settings, out, resume=True, report=report)
+    train(options, out, report=report)
     return out
 
 

@@ -20,13 +20,13 @@ from trl import SFTTrainer
 from typer.testing import CliRunner
 
 import tiny
-from proxytune import Member, ProxyTunedForCausalLM, ProxyTuneError, load_recipe
+from proxytune import Expert, Member, ProxyTuneConfig, ProxyTunedForCausalLM, ProxyTuneError, load_recipe, write_recipe
 from proxytune.cli import app
 from proxytune.recipe.check import check_recipe
 from proxytune.recipe.members import Loading
-from proxytune.training import Settings
+from proxytune.training import TrainingOptions
 from proxytune.training.data import Rows
-from proxytune.training.run import _checked, _trainer
+from proxytune.training.run import _checked, _trainer, resolved
 
 pytestmark = pytest.mark.usefixtures("no_progress")
 
@@ -277,10 +277,10 @@ def test_tensorboard_has_a_loss_for_each_step(trained):
 
 
 def test_the_paper_is_the_preset():
-    settings = Settings(Member("m"), Member("a"), "d", full=True).resolved()
+    settings = resolved(TrainingOptions("d", "m", "a", full=True))
     assert (settings.epochs, settings.lr, settings.warmup, settings.batch_size) == (2, 2e-5, 0.03, 128)
     assert settings.batch_size % settings.micro_batch == 0
-    adapter = Settings(Member("m"), Member("a"), "d").resolved()
+    adapter = resolved(TrainingOptions("d", "m", "a"))
     assert (adapter.lr, adapter.rank, adapter.lora_alpha) == (2e-4, 16, 32)
 
 
@@ -498,8 +498,10 @@ def test_members_that_cannot_be_trained_are_refused(shelf, text, tmp_path):
     (quantized / "config.json").write_text(json.dumps(config))
     base = ("--base", shelf / "base", "--data", text)
     assert "only an adapter" in fails(tmp_path / "out", *base, "--anti-expert", quantized, "--full")
-    with pytest.raises(ProxyTuneError, match="has an adapter"):
-        _checked(Settings(Member(str(shelf / "base")), Member(str(shelf / "anti"), adapter="x"), "d"), Loading())
+    adapted = Member(str(shelf / "anti"), adapter="x")
+    recipe = ProxyTuneConfig(base=Member(str(shelf / "base")), experts=[Expert("e", adapted, adapted)])
+    write_recipe(recipe, tmp_path / "adapted")
+    assert "has an adapter" in fails(tmp_path / "out", "--recipe", tmp_path / "adapted", "--data", text)
     tiny.write_model(tmp_path / "swapped", "qwen2", "small", 3, tokenizer_=tiny.tokenizer(swap=("a", "b")))
     assert "share the base's vocabulary" in fails(tmp_path / "out", *base, "--anti-expert", tmp_path / "swapped")
 
@@ -517,14 +519,14 @@ def test_chat_messages_need_a_chat_template_that_takes_them(shelf, tmp_path):
 # -- training inside the mixture ------------------------------------------------------------------------------
 def made_trainer(shelf, folder, data, anti=None, **options):
     """The trainer as a run makes it, before its first step; its settings may differ by ``options``."""
-    settings = Settings(
-        Member(str(shelf / "base")),
-        Member(str(anti or shelf / "anti")),
+    wanted = TrainingOptions(
         str(data),
+        str(shelf / "base"),
+        str(anti or shelf / "anti"),
         **{"rank": 4, "batch_size": 4, "micro_batch": 4, "precision": "float32", **options},
-    ).resolved()
-    config, settings, shared = _checked(settings, Loading())
-    return _trainer(config, settings, shared, Rows.read(str(data)), folder, Loading(), lambda progress: None)
+    )
+    config, wanted, shared = _checked(resolved(wanted), Loading())
+    return _trainer(config, wanted, shared, Rows.read(str(data)), folder, Loading(), lambda progress: None)
 
 
 def three_forwards(base, expert, anti, batch, alpha):

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from proxytune.cli.answers import chat, demo, generate, serve
 from proxytune.cli.evaluation import evaluate, score, sweep
+from proxytune.cli.flags import flat
 from proxytune.cli.options import drop_stdout, fail, say
 from proxytune.cli.recipes import check, new
 from proxytune.cli.speed import bench, plan
@@ -93,7 +94,7 @@ def _app(
 
 
 app.command()(new)
-app.command()(train)
+app.command()(flat(train))
 app.command()(check)
 app.command()(generate)
 app.command()(chat)

@@ -1,6 +1,6 @@
 """``proxytune train``: M+ made from M- with TRL's ``SFTTrainer``, alone or inside the mixture, and a recipe of it.
 
-command.py     the options, and what is shown
+options.py     the options
 run.py         one run: the checks, the trainer, the recipe
 data.py        rows from files and data sets
 positions.py   TRL's trainer, projecting only what is learned
@@ -12,10 +12,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from proxytune.training.run import Settings, Trained, train
+from proxytune.training.options import TrainingOptions
 
-__all__ = ["Settings", "Trained", "train"]
+if TYPE_CHECKING:
+    from proxytune.training.run import Trained, train
+
+__all__ = ["Trained", "TrainingOptions", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -34,11 +34,11 @@ from proxytune.recipe.generation_config import valid_generation_config
 from proxytune.recipe.members import Loading, load_config, load_tokenizer
 from proxytune.recipe.store import load_recipe
 from proxytune.training.data import Rows
+from proxytune.training.options import TrainingOptions
 
-__all__ = ["Progress", "Settings", "Trained", "members_of", "train"]
+__all__ = ["Progress", "Trained", "members_of", "train"]
 
 PACKAGES = ("trl", "peft", "datasets", "accelerate", "tensorboard")
-PRECISIONS = ("auto", "bf16", "fp16", "float32")
 FULL_LR, LORA_LR = 2e-5, 2e-4
 LONGEST = 2048
 # What may differ between a run and its resumption: none of it touches a weight.
@@ -46,87 +46,6 @@ FREE = ("save_every", "hidden_cache", "data")
 
 # safetensors and torch tell a full disk, or a file that may not grow, with errors of their own.
 FULL_DISK = ("No space left", "File too large", "PytorchStreamWriter")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is trained, on what, and how. The defaults are the paper's for its task experts, but for the LoRA.
-
-    Attributes:
-        base, anti_expert: M and M-. M+ begins as M-.
-        data: see :meth:`proxytune.training.data.Rows.read`, with ``split``, ``prompt`` and ``completion``.
-        name, alpha: of the expert, in the recipe; with ``consistent`` alpha is trained with, too.
-        consistent: train inside the mixture (2407.01155).
-        hidden_cache: with ``consistent``, where the frozen members' hidden states are kept: ``auto`` (in the output,
-            if the run is longer than an epoch), ``off``, or a directory.
-        full: train all of M-'s weights in place of a LoRA adapter.
-        rank, lora_alpha, targets: the adapter; ``lora_alpha`` is twice the rank by default, ``targets`` are names of
-            modules with commas between, or ``all-linear``.
-        lr: peak learning rate, 2e-5 for all weights and 2e-4 for an adapter by default.
-        warmup: share of the steps. batch_size: rows a step. micro_batch: rows a forward; it divides the batch.
-        max_length: most tokens of a row; 2048 by default, or the shortest member's context.
-        max_steps: instead of ``epochs``. save_every: steps between checkpoints, a tenth of the run by default.
-    """
-
-    base: Member
-    anti_expert: Member
-    data: str
-    split: str = "train"
-    prompt: str | None = None
-    completion: str | None = None
-    name: str = "expert"
-    alpha: float = 1.0
-    consistent: bool = False
-    hidden_cache: str = "auto"
-    full: bool = False
-    rank: int = 16
-    lora_alpha: int | None = None
-    targets: str = "all-linear"
-    epochs: float = 2.0
-    max_steps: int | None = None
-    lr: float | None = None
-    warmup: float = 0.03
-    batch_size: int = 128
-    micro_batch: int | None = None
-    max_length: int | None = None
-    precision: str = "auto"
-    gradient_checkpointing: bool = True
-    save_every: int | None = None
-    seed: int = 0
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "lora_alpha", "max_steps", "micro_batch", "max_length", "save_every", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ProxyTuneError(f"{name} must be at least 1, not {value}")
-        for name in ("epochs", "lr"):
-            if (value := getattr(self, name)) is not None and not (0 < value < math.inf):
-                raise ProxyTuneError(f"{name} must be a positive number, not {value}")
-        if not 0 <= self.warmup < 1:
-            raise ProxyTuneError(f"warmup is a share of the steps, at least 0 and below 1, not {self.warmup}")
-        if self.precision not in PRECISIONS:
-            raise ProxyTuneError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
-        if self.micro_batch is not None and self.batch_size % self.micro_batch:
-            raise ProxyTuneError(
-                f"a batch of {self.batch_size} rows cannot be made of micro batches of {self.micro_batch}"
-            )
-        if self.hidden_cache != "auto" and not self.consistent:
-            raise ProxyTuneError("a hidden cache is for consistent training; nothing else has use for it")
-
-    def resolved(self) -> Settings:
-        """With every default that depends on others filled in."""
-        micro = self.micro_batch or max(n for n in range(1, 9) if self.batch_size % n == 0)
-        return replace(
-            self,
-            lr=self.lr or (FULL_LR if self.full else LORA_LR),
-            lora_alpha=self.lora_alpha or 2 * self.rank,
-            micro_batch=micro,
-            precision=_precision(self.precision),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        members = {"base": self.base.to_json(), "anti_expert": self.anti_expert.to_json()}
-        return {**asdict(self), **members}
 
 
 @dataclass(frozen=True)
@@ -172,46 +91,46 @@ def members_of(recipe: str) -> tuple[Member, Member, str, float]:
 
 
 def train(
-    settings: Settings,
+    options: TrainingOptions,
     out: Path,
     *,
-    resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Trained:
     """Train an expert and write its recipe into ``out``.
 
     Args:
-        resume: go on in a directory where an earlier run with the same settings was killed; where none was, begin.
-            A finished run is left as it is.
+        options: with ``resume``, go on in a directory where a run with the same options was killed; where none was,
+            begin. A finished run is left as it is.
         report: is told after each step.
 
     Raises:
-        ProxyTuneError: for whatever is wrong with the settings, the data, the members or the directory; before any
+        ProxyTuneError: for whatever is wrong with the options, the data, the members or the directory; before any
             training wherever it can be known before.
     """
     _need_packages()
-    settings = settings.resolved()
+    options = resolved(options)
     folder = out / "training"
-    _may_write(out, folder, resume)
+    _may_write(out, folder, options.resume)
     started = time.time()
-    loading = Loading(trust_remote_code=settings.trust_remote_code)
-    config, settings, shared = _checked(settings, loading)
+    loading = Loading(trust_remote_code=options.trust_remote_code)
+    config, options, shared = _checked(options, loading)
     report(Progress("reading the data", 0, 1))
-    data = Rows.read(settings.data, split=settings.split, prompt=settings.prompt, completion=settings.completion)
-    _begin(folder, settings, data, resume)
+    data = Rows.read(options.data, split=options.split, prompt=options.prompt, completion=options.completion)
+    arguments = _arguments(options, config)
+    _begin(folder, {**arguments, "data_sha256": data.sha256}, options.resume)
     if (folder / "manifest.json").exists():
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         _clean(folder)
         return Trained(out, manifest, ["the run was finished already; nothing was done"])
 
-    trainer, notes, facts = _trainer(config, settings, shared, data, folder, loading, report)
+    trainer, notes, facts = _trainer(config, options, shared, data, folder, loading, report)
     checkpoint = _last_checkpoint(folder / "checkpoints")
     if checkpoint is not None:
         notes.append(f"resumed from step {_step(checkpoint)}")
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         report(Progress("writing the recipe", trainer.state.global_step, trainer.state.global_step))
-        _save_expert(trainer, settings, config, loading, out)
+        _save_expert(trainer, options, config, loading, out)
     except Exception as error:
         if isinstance(error, OSError) or any(said in str(error) for said in FULL_DISK):
             raise ProxyTuneError(
@@ -219,7 +138,9 @@ def train(
             ) from error
         raise
 
-    notes += compose(_recipe_of(settings, data, out), out, force=True, trust_remote_code=settings.trust_remote_code)
+    notes += compose(
+        _recipe_of(config, options, data, out), out, force=True, trust_remote_code=options.trust_remote_code
+    )
     checked = check_recipe(load_recipe(out), loading)
     if checked.problems:
         raise RecipeError(f"the recipe that was trained does not work: {'; '.join(checked.problems)}")
@@ -227,8 +148,8 @@ def train(
     manifest = {
         "versions": {name: version(name) for name in ("proxytune", "torch", "transformers", *PACKAGES)}
         | {"python": platform.python_version()},
-        "arguments": settings.to_json(),
-        "seed": settings.seed,
+        "arguments": arguments,
+        "seed": options.seed,
         "data": {"source": data.source, "sha256": data.sha256, "kind": data.kind, **facts},
         "steps": trainer.state.global_step,
         "epochs": round(float(trainer.state.epoch or 0), 4),
@@ -255,6 +176,17 @@ def _need_packages() -> None:
         )
 
 
+def resolved(options: TrainingOptions) -> TrainingOptions:
+    """With every default that depends on others filled in."""
+    return replace(
+        options,
+        lr=options.lr or (FULL_LR if options.full else LORA_LR),
+        lora_alpha=options.lora_alpha or 2 * options.rank,
+        micro_batch=options.micro_batch or max(n for n in range(1, 9) if options.batch_size % n == 0),
+        precision=_precision(options.precision),
+    )
+
+
 def _precision(asked: str) -> str:
     """``auto`` is bf16 where the hardware multiplies in it, else fp16 on a GPU and float32 on a CPU."""
     if asked != "auto":
@@ -274,39 +206,55 @@ def _may_write(out: Path, folder: Path, resume: bool) -> None:
         raise ProxyTuneError(f"{str(out)!r} holds no training run to resume; give another directory")
 
 
-def _checked(settings: Settings, loading: Loading) -> tuple[ProxyTuneConfig, Settings, int]:
-    """The recipe before training, M+ being M-; the settings, with the length that all members can read; and how many
+def _checked(options: TrainingOptions, loading: Loading) -> tuple[ProxyTuneConfig, TrainingOptions, int]:
+    """The recipe before training, M+ being M-; the options, with the length that all members can read; and how many
     ids all of them have.
 
     What cannot work, or cannot be trained, is refused here, before a weight is loaded.
     """
-    anti = settings.anti_expert
+    if options.recipe is not None:
+        base, anti, name, alpha = members_of(options.recipe)
+    else:
+        base, anti, name, alpha = Member(options.base), Member(options.anti_expert), "expert", 1.0
     if anti.model is not None and (anti.gguf_file or anti.model.endswith(".gguf")):
         raise MemberError(
             f"the anti-expert {anti.model!r} is a GGUF file, which cannot be trained; name the model it was made of"
         )
     if anti.adapter is not None:
         raise MemberError("the anti-expert has an adapter; merge it into its model first, and name that")
-    expert = Expert(settings.name, anti, anti, settings.alpha)
-    config = ProxyTuneConfig(base=settings.base, experts=[expert])
+    alpha = alpha if options.alpha is None else options.alpha
+    config = ProxyTuneConfig(base=base, experts=[Expert(options.name or name, anti, anti, alpha)])
     found = check_recipe(config, loading)
     if found.problems:
         raise RecipeError(found.problems[0])
     own = load_config(config, "the anti-expert", anti, loading)
-    if settings.full and (anti.quantization_config or getattr(own, "quantization_config", None)):
+    if options.full and (anti.quantization_config or getattr(own, "quantization_config", None)):
         raise MemberError("the anti-expert is quantized, so only an adapter can be trained on it; leave out --full")
     context = found.context or LONGEST
-    if settings.max_length is not None and settings.max_length > context:
+    if options.max_length is not None and options.max_length > context:
         raise ProxyTuneError(
-            f"--max-length {settings.max_length} is longer than the {context} tokens that all members can read"
+            f"--max-length {options.max_length} is longer than the {context} tokens that all members can read"
         )
     assert found.shared_vocab is not None
-    return config, replace(settings, max_length=settings.max_length or min(LONGEST, context)), found.shared_vocab
+    return config, replace(options, max_length=options.max_length or min(LONGEST, context)), found.shared_vocab
 
 
-def _begin(folder: Path, settings: Settings, data: Rows, resume: bool) -> None:
+def _anti(config: ProxyTuneConfig) -> Member:
+    anti = config.expert_list[0].anti_expert
+    assert anti is not None
+    return anti
+
+
+def _arguments(options: TrainingOptions, config: ProxyTuneConfig) -> dict[str, Any]:
+    """What is written down of a run: its options, and the members themselves in place of their recipe's name."""
+    said = {name: value for name, value in asdict(options).items() if name not in ("recipe", "resume")}
+    (expert,) = config.expert_list
+    members = {"base": config.base, "anti_expert": config.experts[0]["anti_expert"]}
+    return {**said, **members, "name": expert.name, "alpha": expert.alpha}
+
+
+def _begin(folder: Path, arguments: dict[str, Any], resume: bool) -> None:
     """Write down what is run, or compare with what was."""
-    arguments = {**settings.to_json(), "data_sha256": data.sha256}
     file = folder / "arguments.json"
     if resume and file.exists():
         _same_arguments(json.loads(file.read_text("utf-8")), arguments)
@@ -358,7 +306,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 # -- the trainer ----------------------------------------------------------------------------------------------
 def _trainer(
     config: ProxyTuneConfig,
-    settings: Settings,
+    options: TrainingOptions,
     shared: int,
     data: Rows,
     folder: Path,
@@ -374,7 +322,7 @@ def _trainer(
 
     # Members that read what the caller gives read what the base's tokenizer made. An expert that is shown a chat
     # format is shown its own; but inside the mixture all read one text.
-    reader = "base" if settings.consistent or data.kind == "text" else f"{settings.name}.anti_expert"
+    reader = "base" if options.consistent or data.kind == "text" else f"{config.expert_list[0].name}.anti_expert"
     tokenizer = load_tokenizer(config, reader, dict(config.members())[reader], loading)
     if tokenizer is None:
         raise MemberError(f"the {reader} has no tokenizer; put one into its directory")
@@ -383,54 +331,54 @@ def _trainer(
     _refuse_unrendered(data, tokenizer, reader)
 
     report(Progress("loading the models", 0, 1))
-    anti = settings.anti_expert
-    dtype = "float32" if settings.full else anti.dtype  # small steps would be lost in 16 bits
+    anti = _anti(config)
+    dtype = "float32" if options.full else anti.dtype  # small steps would be lost in 16 bits
     model: Any = load_model(config, "the anti-expert", replace(anti, dtype=dtype), loading)
     model.generation_config = valid_generation_config(model.generation_config)
-    assert settings.micro_batch is not None
-    assert settings.lr is not None
-    assert settings.lora_alpha is not None
+    assert options.micro_batch is not None
+    assert options.lr is not None
+    assert options.lora_alpha is not None
     arguments = SFTConfig(
         output_dir=str(folder / "checkpoints"),
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        learning_rate=settings.lr,
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps or -1,
+        learning_rate=options.lr,
         lr_scheduler_type="linear",
-        warmup_steps=settings.warmup,
+        warmup_steps=options.warmup,
         weight_decay=0.0,
-        per_device_train_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=settings.batch_size // settings.micro_batch,
+        per_device_train_batch_size=options.micro_batch,
+        gradient_accumulation_steps=options.batch_size // options.micro_batch,
         max_length=None,  # rows are cut below, where it is counted
         completion_only_loss=None if data.kind == "turns" else True,
         assistant_only_loss=data.kind == "turns",
-        bf16=settings.precision == "bf16",
-        fp16=settings.precision == "fp16",
+        bf16=options.precision == "bf16",
+        fp16=options.precision == "fp16",
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
-        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing=options.gradient_checkpointing,
         logging_steps=1,
         logging_nan_inf_filter=False,  # a loss that is no number must be seen
         save_strategy="steps",
-        save_steps=settings.save_every or 0.1,
+        save_steps=options.save_every or 0.1,
         save_total_limit=2,
-        seed=settings.seed,
+        seed=options.seed,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,  # a row's number goes with it
     )
     lora = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.lora_alpha,
-        target_modules="all-linear" if settings.targets == "all-linear" else settings.targets.split(","),
+        r=options.rank,
+        lora_alpha=options.lora_alpha,
+        target_modules="all-linear" if options.targets == "all-linear" else options.targets.split(","),
         task_type="CAUSAL_LM",
     )
     kind: Any = SFTTrainer
-    if settings.consistent:
+    if options.consistent:
         from proxytune.training.consistent import ConsistentTrainer as kind
     elif arguments.device.type == "cpu" and not hasattr(model.config, "output_router_logits"):
         from proxytune.training.positions import PositionsTrainer, has_plain_head
 
         kind = PositionsTrainer if has_plain_head(model) else SFTTrainer
-    frozen_copy = copy.deepcopy(model) if settings.consistent and settings.full else None
+    frozen_copy = copy.deepcopy(model) if options.consistent and options.full else None
     report(Progress("tokenizing the data", 0, 1))
     try:
         trainer = kind(
@@ -438,16 +386,16 @@ def _trainer(
             args=arguments,
             train_dataset=Dataset.from_list(data.rows),
             processing_class=tokenizer,
-            peft_config=None if settings.full else lora,
+            peft_config=None if options.full else lora,
         )
     except ProxyTuneError:
         raise
     except (ValueError, RuntimeError, TypeError) as error:  # what TRL and PEFT refuse: targets, templates, quantization
         raise ProxyTuneError(f"TRL cannot train this: {first_line(error)}") from error
-    notes, facts = _fit(trainer, settings, data, shared)
-    if settings.consistent:
+    notes, facts = _fit(trainer, options, data, shared)
+    if options.consistent:
         trainer.data_collator = _WithRows(trainer.data_collator)
-        _mix(trainer, config, settings, folder, loading, frozen_copy, shared, facts["rows"], report)
+        _mix(trainer, config, options, folder, loading, frozen_copy, shared, facts["rows"], report)
 
     from torch.utils.tensorboard import SummaryWriter
 
@@ -463,7 +411,7 @@ def _trainer(
 def _mix(
     trainer: Any,
     config: ProxyTuneConfig,
-    settings: Settings,
+    options: TrainingOptions,
     folder: Path,
     loading: Loading,
     frozen_copy: Any,
@@ -471,13 +419,13 @@ def _mix(
     n_rows: int,
     report: Callable[[Progress], None],
 ) -> None:
-    base = load_model(config, "base", settings.base, loading)
-    trainer.mix_with(base, frozen_copy, settings.alpha, shared)
-    steps_an_epoch = math.ceil(n_rows / settings.batch_size)
-    epochs = settings.epochs if settings.max_steps is None else settings.max_steps / steps_an_epoch
-    if settings.hidden_cache == "off" or (settings.hidden_cache == "auto" and epochs <= 1):
+    base = load_model(config, "base", config.base_member, loading)
+    trainer.mix_with(base, frozen_copy, config.alphas[0], shared)
+    steps_an_epoch = math.ceil(n_rows / options.batch_size)
+    epochs = options.epochs if options.max_steps is None else options.max_steps / steps_an_epoch
+    if options.hidden_cache == "off" or (options.hidden_cache == "auto" and epochs <= 1):
         return
-    place = folder / "hidden" if settings.hidden_cache == "auto" else Path(settings.hidden_cache).expanduser()
+    place = folder / "hidden" if options.hidden_cache == "auto" else Path(options.hidden_cache).expanduser()
     trainer.keep_hidden(place, lambda name, done, of: report(Progress(f"hidden states of the {name}", done, of)))
 
 
@@ -497,13 +445,13 @@ def _refuse_unrendered(data: Rows, tokenizer: Any, reader: str) -> None:
             raise PromptError(f"{place}: the chat template refuses it: {first_line(error)}") from error
 
 
-def _fit(trainer: Any, settings: Settings, data: Rows, shared: int) -> tuple[list[str], dict[str, Any]]:
+def _fit(trainer: Any, options: TrainingOptions, data: Rows, shared: int) -> tuple[list[str], dict[str, Any]]:
     """Cut TRL's tokenized rows at ``max_length``; say how many, and refuse to lose a whole completion.
 
     (TRL would cut them silently, and drop those of which nothing is left to learn.)
     """
     dataset = trainer.train_dataset
-    longest, notes = settings.max_length or LONGEST, []
+    longest, notes = options.max_length or LONGEST, []
     n_long, n_learned, lost, ended = 0, 0, [], False
     ends = {trainer.processing_class.eos_token_id, *_as_list(trainer.model.generation_config.eos_token_id)}
     for place, ids, labels in zip(data.places, dataset["input_ids"], dataset["labels"]):
@@ -563,12 +511,12 @@ def _reporting(report: Callable[[Progress], None]) -> Any:
 
 
 # -- after the training ---------------------------------------------------------------------------------------
-def _save_expert(trainer: Any, settings: Settings, config: ProxyTuneConfig, loading: Loading, out: Path) -> None:
+def _save_expert(trainer: Any, options: TrainingOptions, config: ProxyTuneConfig, loading: Loading, out: Path) -> None:
     part, place = out / "expert.part", out / "expert"
     shutil.rmtree(part, ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if settings.full:
-        anti = settings.anti_expert
+    if options.full:
+        anti = _anti(config)
         said = anti.dtype or getattr(load_config(config, "the anti-expert", anti, loading), "dtype", None)
         if said not in (None, "auto"):
             model.to(said if isinstance(said, torch.dtype) else getattr(torch, str(said)))  # as M- is kept
@@ -582,12 +530,13 @@ def _save_expert(trainer: Any, settings: Settings, config: ProxyTuneConfig, load
     part.rename(place)
 
 
-def _recipe_of(settings: Settings, data: Rows, out: Path) -> ProxyTuneConfig:
+def _recipe_of(config: ProxyTuneConfig, options: TrainingOptions, data: Rows, out: Path) -> ProxyTuneConfig:
     """The recipe, paths as from the current directory. An expert that was taught a chat format is shown it."""
-    anti, place = settings.anti_expert, os.path.relpath(out / "expert")  # relative: OUT can be moved
-    prompt = Prompt("chat") if data.kind != "text" and not settings.consistent else Prompt()
-    if settings.full:
+    anti, place = _anti(config), os.path.relpath(out / "expert")  # relative: OUT can be moved
+    prompt = Prompt("chat") if data.kind != "text" and not options.consistent else Prompt()
+    if options.full:
         expert = replace(anti, model=place, revision=None, prompt=prompt)
     else:
         expert = replace(anti, adapter=place, prompt=prompt)
-    return ProxyTuneConfig(base=settings.base, experts=[Expert(settings.name, expert, anti, settings.alpha)])
+    (before,) = config.expert_list
+    return ProxyTuneConfig(base=config.base, experts=[replace(before, expert=expert)])

@@ -1,0 +1,48 @@
+"""How an option is declared: a field of a frozen dataclass, with its help and what a command line needs to know.
+
+The command line (:mod:`proxytune.cli.flags`) is generated from these fields; this module knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from proxytune.errors import ProxyTuneError
+
+__all__ = ["numbers", "option", "words"]
+
+
+def option(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> Any:
+    """A field with its help.
+
+    Args:
+        default: left out where the option must be given; a function where it is another each time.
+        help: what the option does, in a sentence.
+        **more: flag (``--name``, or ``--name -n``; the field's name by default; ``--no-…`` switches off what is on),
+            metavar, panel (the heading that it stands under), min, envvar, many (may be given several times), and
+            parse, which makes the field's value of the text that was given, or of the texts.
+    """
+    unknown = more.keys() - {"flag", "metavar", "panel", "min", "envvar", "many", "parse"}
+    if unknown:
+        raise TypeError(f"option() takes no {', '.join(unknown)}")
+    kind = "default_factory" if callable(default) else "default"
+    return dataclasses.field(**{kind: default}, metadata={"help": help, **more})
+
+
+def words(text: str) -> tuple[str, ...]:
+    """``a,b``: what stands between the commas."""
+    return tuple(part.strip() for part in text.split(","))
+
+
+def numbers(flag: str, example: str, kind: type = int) -> Callable[[str], tuple[Any, ...]]:
+    """Reads ``1,16``; the ``flag`` and an ``example`` are for the message where that is not what was given."""
+
+    def read(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError as error:
+            raise ProxyTuneError(f"{flag} is numbers, such as {example}, not {text!r}") from error
+
+    return read

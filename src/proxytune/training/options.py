@@ -1,0 +1,116 @@
+"""The options of a training run. The defaults are the paper's for its task experts, but for the LoRA."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from proxytune.errors import ProxyTuneError
+from proxytune.options import option
+
+__all__ = ["TrainingOptions"]
+
+PRECISIONS = ("auto", "bf16", "fp16", "float32")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What is trained, on what, and how."""
+
+    data: str = option(
+        help="JSONL, JSON, CSV, TSV or Parquet, or a data set (NAME or NAME:CONFIG), with the columns prompt and "
+        "completion, or messages.",
+        metavar="FILE|NAME",
+        panel="Data",
+    )
+    base: str | None = option(None, "M, which is to be steered.", metavar="MODEL", panel="Members")
+    anti_expert: str | None = option(None, "M-, which M+ is made of.", metavar="MODEL", panel="Members")
+    recipe: str | None = option(
+        None,
+        "Take base and anti-expert from a recipe, or from `demo`, in place of naming them.",
+        metavar="RECIPE",
+        panel="Members",
+    )
+    name: str | None = option(None, "The expert's name; the recipe's, or `expert`.", metavar="NAME", panel="Members")
+    alpha: float | None = option(
+        None, "Its strength; the recipe's, or 1.", flag="--alpha -a", metavar="NUMBER", panel="Members"
+    )
+    split: str = option("train", "Of a data set.", metavar="SPLIT", panel="Data")
+    prompt: str | None = option(
+        None, "Make prompts of other columns: 'Question: {question}'.", metavar="TEXT", panel="Data"
+    )
+    completion: str | None = option(None, "Make completions: ' {answer}'.", metavar="TEXT", panel="Data")
+    max_length: int | None = option(
+        None,
+        "Most tokens of a row; 2048, or what the members can read. Longer rows are cut, and counted.",
+        metavar="N",
+        panel="Data",
+    )
+    full: bool = option(False, "All of M-'s weights, not a LoRA adapter.", panel="What is trained")
+    rank: int = option(16, "The adapter's rank.", metavar="N", panel="What is trained")
+    lora_alpha: int | None = option(None, "Its alpha; twice the rank.", metavar="N", panel="What is trained")
+    targets: str = option(
+        "all-linear",
+        "The modules that get one: all-linear, or q_proj,v_proj …",
+        metavar="NAME,…",
+        panel="What is trained",
+    )
+    consistent: bool = option(
+        False,
+        "Train inside the mixture: the loss is taken of base + alpha * (expert - anti-expert).",  # 2407.01155
+        panel="What is trained",
+    )
+    hidden_cache: str = option(
+        "auto",
+        "With --consistent, where the frozen members' hidden states are kept: in OUT while it trains, if it is longer "
+        "than an epoch; nowhere; or in DIR, for later runs too.",
+        metavar="auto|off|DIR",
+        panel="What is trained",
+    )
+    epochs: float = option(2.0, "Passes over the data.", metavar="N", panel="How")
+    max_steps: int | None = option(None, "This many steps in place of epochs.", metavar="N", panel="How")
+    lr: float | None = option(
+        None, "Peak learning rate; 2e-4 for an adapter, 2e-5 with --full.", metavar="RATE", panel="How"
+    )
+    warmup: float = option(0.03, "Of the steps; then it falls to 0.", metavar="SHARE", panel="How")
+    batch_size: int = option(128, "Rows a step.", metavar="N", panel="How")
+    micro_batch: int | None = option(
+        None, "Rows in memory at once; it divides the batch. At most 8.", metavar="N", panel="How"
+    )
+    precision: str = option(
+        "auto",
+        "Mixed precision; bf16 where the hardware has it.",
+        metavar="auto|bf16|fp16|float32",
+        panel="How",
+    )
+    gradient_checkpointing: bool = option(
+        True, "Faster, for more memory.", flag="--no-gradient-checkpointing", panel="How"
+    )
+    seed: int = option(0, "Of the adapter and the order of rows.", metavar="N", panel="How")
+    save_every: int | None = option(
+        None, "Steps between checkpoints; a tenth of the run.", metavar="N", panel="The run"
+    )
+    resume: bool = option(False, "Go on where a killed run with the same options was.", panel="The run")
+    trust_remote_code: bool = option(False, "Run code that the members bring along.", panel="The run")
+
+    def __post_init__(self) -> None:
+        if self.recipe is None and (self.base is None or self.anti_expert is None):
+            raise ProxyTuneError("name the members with --base and --anti-expert, or take them with --recipe")
+        if self.recipe is not None and (self.base is not None or self.anti_expert is not None):
+            raise ProxyTuneError("--recipe names the members; leave out --base and --anti-expert")
+        for name in ("rank", "lora_alpha", "max_steps", "micro_batch", "max_length", "save_every", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ProxyTuneError(f"{name} must be at least 1, not {value}")
+        for name in ("epochs", "lr"):
+            if (value := getattr(self, name)) is not None and not (0 < value < math.inf):
+                raise ProxyTuneError(f"{name} must be a positive number, not {value}")
+        if not 0 <= self.warmup < 1:
+            raise ProxyTuneError(f"warmup is a share of the steps, at least 0 and below 1, not {self.warmup}")
+        if self.precision not in PRECISIONS:
+            raise ProxyTuneError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            raise ProxyTuneError(
+                f"a batch of {self.batch_size} rows cannot be made of micro batches of {self.micro_batch}"
+            )
+        if self.hidden_cache != "auto" and not self.consistent:
+            raise ProxyTuneError("a hidden cache is for consistent training; nothing else has use for it")
