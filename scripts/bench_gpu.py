@@ -29,7 +29,8 @@ from predict_pairs import SHAPES, llama2
 from proxytune import ProxyTunedForCausalLM, ProxyTuneError
 from proxytune.cli.speed import show_bench
 from proxytune.decoding import sampling
-from proxytune.speed.bench import Settings, Subject, run_bench
+from proxytune.speed.bench import Subject, run_bench
+from proxytune.speed.options import BenchOptions
 
 TINY = {"tiny base": llama2(64, 128, 4, 4, 2), "tiny": llama2(32, 64, 2, 2, 2)}  # for a test without a GPU
 PAIRS = {
@@ -92,8 +93,13 @@ def measure_pair(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     ):
         n_drafts = given.drafts or model.costs.best_drafts(acceptance, n_batch)
         arms = ARMS if n_drafts else ARMS[:-1]
-        settings = Settings(
-            (n_batch,), tuple(given.lengths.split(",")), arms, given.repeats, budget=None, speculate=n_drafts or "auto"
+        options = BenchOptions(
+            (n_batch,),
+            tuple(given.lengths.split(",")),
+            arms,
+            repeats=given.repeats,
+            minutes=0,
+            speculate=n_drafts or "auto",
         )
         said = f"{n_drafts} drafts a cycle" if n_drafts else "no number of drafts is predicted to pay"
         print(
@@ -101,7 +107,7 @@ def measure_pair(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
         )
         with mock.patch.object(sampling, "accept_greedy", coin(acceptance)):
             result = run_bench(
-                [subject], settings, itertools.repeat(("x" * 64,) * 2), tokenizer=RandomTokens(), compare=False
+                [subject], options, itertools.repeat(("x" * 64,) * 2), tokenizer=RandomTokens(), compare=False
             )
         show_bench(result)
         found.append({"pair": name, "coin": acceptance, "drafts": n_drafts, **result.to_json()})

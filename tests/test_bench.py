@@ -14,7 +14,9 @@ import oracle
 import tiny
 from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.answers.plain_loop import plain_loop
+from proxytune.recipe.options import LoadingOptions
 from proxytune.speed import bench
+from proxytune.speed.options import ARMS, BenchOptions, Case, MemberOptions
 from test_cli import fails, run
 
 pytestmark = pytest.mark.usefixtures("no_progress")
@@ -73,7 +75,7 @@ def test_the_plain_loop_takes_experts_of_one_side(trio):
 # -- prompts --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("n_prompt", [1, 2, 8, 100])
 def test_prompts_have_the_length_that_was_asked_for(tokenizer, n_prompt):
-    ids = bench.prompts(bench.problem_texts(0), tokenizer, bench.Case(3, n_prompt, 1))
+    ids = bench.prompts(bench.problem_texts(0), tokenizer, Case(3, n_prompt, 1))
     assert ids.shape == (3, n_prompt)
     assert (ids[:, 0] == tiny.BOS).all() == (n_prompt > 1)
     texts = tokenizer.batch_decode(ids)
@@ -82,7 +84,7 @@ def test_prompts_have_the_length_that_was_asked_for(tokenizer, n_prompt):
 
 
 def test_long_prompts_hold_solved_problems(tokenizer):
-    ids = bench.prompts(bench.problem_texts(0), tokenizer, bench.Case(1, 600, 1))
+    ids = bench.prompts(bench.problem_texts(0), tokenizer, Case(1, 600, 1))
     assert tokenizer.decode(ids[0]).count("#### ") >= 2
 
 
@@ -94,7 +96,7 @@ def test_prompts_of_a_file_are_its_paragraphs(tokenizer, tmp_path):
         "Another one,\nof two lines.",
         "One paragraph.",
     ]
-    ids = bench.prompts(texts, tokenizer, bench.Case(1, 60, 1))
+    ids = bench.prompts(texts, tokenizer, Case(1, 60, 1))
     assert tokenizer.decode(ids[0]).endswith(".")
 
 
@@ -107,7 +109,7 @@ def test_every_arm_is_measured(measured):
     assert cases == {(1, 6, 5), (2, 6, 5), (1, 3, 9), (2, 3, 9)}
     for case in cases:
         arms = [row["arm"] for row in rows if (row["batch"], row["prompt"], row["output"]) == case]
-        assert arms == [arm for arm in bench.ARMS if arm != "base_lookup" or case[0] == 1]
+        assert arms == [arm for arm in ARMS if arm != "base_lookup" or case[0] == 1]
     for row in rows:
         base, loop = (
             next(
@@ -204,11 +206,11 @@ def test_prompts_from_a_file(measured, tmp_path):
 
 # -- budget and interruption ----------------------------------------------------------------------------------
 def test_the_budget_cuts_rounds_and_options_and_says_so():
-    result = bench.BenchResult({}, bench.Settings(repeats=5))
+    result = bench.BenchResult({}, BenchOptions(repeats=5))
     slow, fast = SimpleNamespace(options="float32"), SimpleNamespace(options="float32+pack")
     runs = [(slow, "base"), (fast, "base")]
     costs = {"float32": 10.0, "float32+pack": 4.0}
-    case = bench.Case(4, 8, 512)
+    case = Case(4, 8, 512)
     assert bench._cut(result, case, runs, costs, None) == (runs, 5)
     assert bench._cut(result, case, runs, costs, 70.0) == (runs, 5)
     assert result.notes == []
@@ -255,7 +257,7 @@ def test_compiled_members_are_in_every_arm(measured, monkeypatch):
 
     monkeypatch.setattr(LlamaForCausalLM, "generate", noted)
     found, made = measured(*QUICK, "--options", "float32+compile")
-    assert {row["arm"] for row in found["rows"]} == set(bench.ARMS) - {"base_lookup"}
+    assert {row["arm"] for row in found["rows"]} == set(ARMS) - {"base_lookup"}
     assert {row["options"] for row in found["rows"]} == {"float32+compile"}
     assert found["overhead"] == []
     assert len(compiled) >= 3
@@ -282,11 +284,11 @@ def test_other_tokens_are_an_error(measured, monkeypatch):
 
 
 def test_a_near_tie_is_no_mismatch(lora_recipe):
-    subject = bench.load_subject(load_recipe(lora_recipe), bench.MemberOptions())
+    subject = bench.load_subject(load_recipe(lora_recipe), MemberOptions(), LoadingOptions())
     ids = torch.tensor([[5, 9, 40]])
     with torch.no_grad():
         order = subject.separate(ids).logits[0, -1].argsort(descending=True)
-    case = bench.Case(1, 3, 1)
+    case = Case(1, 3, 1)
     found = {"plain_loop": order[None, :1], "composite": order[None, 1:2]}
     (clear,) = bench.compare_tokens(subject, case, ids, found)
     assert (clear.differs_at, clear.near_tie) == (0, False)

@@ -25,8 +25,9 @@ from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation import EVAL_TASKS, TASK_DIR
 from proxytune.evaluation.arms import ArmLM, Bench, Log, expand_arms, jobs_of
+from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.results import metric_text, score_lines
-from proxytune.evaluation.run import Settings, evaluate, load_plans
+from proxytune.evaluation.run import evaluate, load_plans
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +43,7 @@ def models(shelf):
 
 
 def plan_of(task, local, **settings):
-    return load_plans(Settings((task,), data=str(local), **settings))[0]
+    return load_plans(EvaluationOptions((task,), data=str(local), **settings))[0]
 
 
 def answers(recipe, arm, plan, path, **options):
@@ -316,7 +317,7 @@ def test_likelihoods_with_own_prompts_and_of_single_arms_are_the_plain_loops(she
 
 # -- a whole run ---------------------------------------------------------------------------------------------
 def test_a_run_scores_compares_and_draws(shelf, local, tmp_path):
-    settings = Settings(("triviaqa", "mbpp_likelihood"), tuned=str(shelf / "expert"), data=str(local), limit=4)
+    settings = EvaluationOptions(("triviaqa", "mbpp_likelihood"), tuned=str(shelf / "expert"), data=str(local), limit=4)
     notes: list[str] = []
     results = evaluate(load_recipe(shelf / "recipe"), settings, tmp_path / "out", note=notes.append)
     assert (tmp_path / "out" / "results.json").read_text() == json.dumps(results, indent=2) + "\n"
@@ -385,7 +386,9 @@ def test_judged_and_run_answers_are_scored_by_their_own_means(shelf, local, tmp_
             asked.extend(texts)
             return [float(len(text) % 2) for text in texts]
 
-    settings = Settings(("toxigen", "humaneval"), arms=("base", "proxy_tuned"), data=str(local), samples=2, limit=3)
+    settings = EvaluationOptions(
+        ("toxigen", "humaneval"), arms=("base", "proxy_tuned"), data=str(local), samples=2, limit=3
+    )
     options = {
         "toxigen": {"judge": Judge(), "kept": tmp_path / "verdicts.jsonl"},
         "humaneval": {"data": problems_file("humaneval", str(local)), "ks": (10, 1), "unguarded": True},
@@ -409,7 +412,7 @@ def test_judged_and_run_answers_are_scored_by_their_own_means(shelf, local, tmp_
 
 def test_a_run_can_grow_but_not_change(shelf, local, tmp_path):
     config = load_recipe(shelf / "recipe")
-    settings = Settings(("realtimeqa",), arms=("base",), data=str(local), limit=2)
+    settings = EvaluationOptions(("realtimeqa",), arms=("base",), data=str(local), limit=2)
     evaluate(config, settings, tmp_path)
     made = (tmp_path / "realtimeqa" / "base.jsonl").read_bytes()
     grown = evaluate(config, replace(settings, arms=("base", "expert")), tmp_path)
@@ -418,7 +421,7 @@ def test_a_run_can_grow_but_not_change(shelf, local, tmp_path):
     for change, named in (
         ({"limit": 3}, "limit 2, now 3"),
         ({"seed": 5}, "seed 0, now 5"),
-        ({"alphas": (0.5,)}, 'alpha {"expert": 1.0}, now {"expert": 0.5}'),
+        ({"alpha": 0.5}, 'alpha {"expert": 1.0}, now {"expert": 0.5}'),
     ):
         with pytest.raises(ProxyTuneError, match=r"was begun with .*repeat that, or choose another --out") as caught:
             evaluate(config, replace(settings, **change), tmp_path)
@@ -458,7 +461,7 @@ def test_a_killed_run_goes_on_where_it_was(shelf, local, tmp_path):
     assert sorted(int(line["id"]) for line in lines) == list(range(40))
     assert "| **proxy-tuned base**" in done.stdout
 
-    whole = Settings(("triviaqa",), arms=("proxy_tuned",), data=str(data), batch_size=2)
+    whole = EvaluationOptions(("triviaqa",), arms=("proxy_tuned",), data=str(data), batch_size=2)
     evaluate(load_recipe(shelf / "recipe"), whole, tmp_path / "whole")
     texts = [
         {line["id"]: line["output"] for line in map(json.loads, place.read_text().splitlines())}
@@ -542,7 +545,7 @@ def test_lm_evals_command_line_takes_the_directory(shelf, local):
 # -- what is refused -----------------------------------------------------------------------------------------
 def test_a_task_that_does_not_exist_is_told_with_the_nearest():
     with pytest.raises(ProxyTuneError, match="there is no task 'gms8k'; did you mean 'gsm8k'"):
-        load_plans(Settings(("gms8k",)))
+        load_plans(EvaluationOptions(("gms8k",)))
 
 
 @pytest.mark.parametrize(
@@ -592,13 +595,13 @@ def test_malformed_data_is_told_with_its_line(task, name, content, said, tmp_pat
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ProxyTuneError, match=said):
-        load_plans(Settings((task,), data=str(path)))
+        load_plans(EvaluationOptions((task,), data=str(path)))
 
 
 @pytest.mark.parametrize("name", ["hate_mine.txt", "mine.txt"])
 def test_a_file_of_toxic_prompts_is_read_once_whatever_its_name(name, tmp_path):
     (tmp_path / name).write_text("- one\n\n- two\\n- three\n", "utf-8")
-    documents = list(load_plans(Settings(("toxigen",), data=str(tmp_path / name)))[0].task.eval_docs)
+    documents = list(load_plans(EvaluationOptions(("toxigen",), data=str(tmp_path / name)))[0].task.eval_docs)
     assert [(doc["id"], doc["text"], doc["target_groups"]) for doc in documents] == [
         ("line/1", "- one", []),
         ("line/3", "- two\n- three", []),
@@ -608,7 +611,7 @@ def test_a_file_of_toxic_prompts_is_read_once_whatever_its_name(name, tmp_path):
 def test_a_file_of_toxic_prompts_can_say_their_groups(tmp_path):
     rows = [{"text": "a", "group": "x"}, {"prompt": "b"}, {"text": "c", "target_groups": ["x", "y"]}]
     path = write_lines(tmp_path / "hate_z_1k.jsonl", rows)
-    documents = list(load_plans(Settings(("toxigen",), data=str(path)))[0].task.eval_docs)
+    documents = list(load_plans(EvaluationOptions(("toxigen",), data=str(path)))[0].task.eval_docs)
     assert [(doc["id"], doc["target_groups"]) for doc in documents] == [
         ("x/1", ["x"]),
         ("line/2", []),
@@ -626,7 +629,9 @@ def test_a_tuned_model_is_not_shown_one_of_several_prompts_in_silence(shelf, loc
         for name, prompt in (("a", "raw"), ("b", "chat"))
     ]
     recipe = tiny.write_recipe_alone(tmp_path / "recipe", {"base": {"model": str(shelf / "base")}, "experts": experts})
-    settings = Settings(("triviaqa",), arms=("base", "tuned"), tuned=str(shelf / "expert"), data=str(local), limit=1)
+    settings = EvaluationOptions(
+        ("triviaqa",), arms=("base", "tuned"), tuned=str(shelf / "expert"), data=str(local), limit=1
+    )
     with pytest.raises(ProxyTuneError, match=r"a.expert and b.expert have different prompts"):
         evaluate(load_recipe(recipe), settings, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -634,18 +639,18 @@ def test_a_tuned_model_is_not_shown_one_of_several_prompts_in_silence(shelf, loc
 
 def test_missing_data_is_told(tmp_path):
     with pytest.raises(ProxyTuneError, match="does not exist; give a file or a folder"):
-        load_plans(Settings(("gsm8k",), data=str(tmp_path / "nowhere")))
+        load_plans(EvaluationOptions(("gsm8k",), data=str(tmp_path / "nowhere")))
     with pytest.raises(ProxyTuneError, match=r"has none of gsm8k/test.jsonl"):
-        load_plans(Settings(("gsm8k",), data=str(tmp_path)))
+        load_plans(EvaluationOptions(("gsm8k",), data=str(tmp_path)))
     (tmp_path / "x.jsonl").touch()
     with pytest.raises(ProxyTuneError, match="one file, but there are several tasks"):
-        load_plans(Settings(("gsm8k", "triviaqa"), data=str(tmp_path / "x.jsonl")))
+        load_plans(EvaluationOptions(("gsm8k", "triviaqa"), data=str(tmp_path / "x.jsonl")))
 
 
 def test_the_hub_out_of_reach_is_one_sentence(monkeypatch):
     monkeypatch.delenv("PROXYTUNE_DATA", raising=False)
     with pytest.raises(ProxyTuneError, match=r"openai/gsm8k cannot be loaded from the hub .*give its file with --data"):
-        load_plans(Settings(("gsm8k",)))
+        load_plans(EvaluationOptions(("gsm8k",)))
 
 
 def test_arms_that_a_recipe_lacks_are_refused(shelf, local, tmp_path):
@@ -653,9 +658,9 @@ def test_arms_that_a_recipe_lacks_are_refused(shelf, local, tmp_path):
     with pytest.raises(ProxyTuneError, match="there is no arm 'exprt'"):
         expand_arms(["exprt"], config)
     with pytest.raises(ProxyTuneError, match="--tuned MODEL"):
-        evaluate(config, Settings(("triviaqa",), arms=("tuned",), data=str(local)), tmp_path)
+        evaluate(config, EvaluationOptions(("triviaqa",), arms=("tuned",), data=str(local)), tmp_path)
     with pytest.raises(ProxyTuneError, match="no solved examples to show for triviaqa"):
-        evaluate(config, Settings(("triviaqa",), arms=("base_few_shot",), data=str(local)), tmp_path)
+        evaluate(config, EvaluationOptions(("triviaqa",), arms=("base_few_shot",), data=str(local)), tmp_path)
     lone = tiny.write_recipe_alone(
         tmp_path / "contrast",
         {"base": {"model": str(shelf / "base")}, "experts": [{"anti_expert": {"model": str(shelf / "anti")}}]},
@@ -667,10 +672,14 @@ def test_arms_that_a_recipe_lacks_are_refused(shelf, local, tmp_path):
 def test_a_foreign_file_in_the_place_of_predictions_is_refused(shelf, local, tmp_path):
     write_lines(tmp_path / "triviaqa" / "base.jsonl", [{"question": "q"}])
     with pytest.raises(ProxyTuneError, match=r"line 1 of .*base.jsonl is not a prediction of this command"):
-        evaluate(load_recipe(shelf / "recipe"), Settings(("triviaqa",), arms=("base",), data=str(local)), tmp_path)
+        evaluate(
+            load_recipe(shelf / "recipe"), EvaluationOptions(("triviaqa",), arms=("base",), data=str(local)), tmp_path
+        )
 
 
 def test_a_prompt_too_long_names_its_example(shelf, local, tmp_path):
     data = write_lines(tmp_path / "dev.jsonl", [{"question": "word " * 300, "answers": ["a"]}])
     with pytest.raises(ProxyTuneError, match="triviaqa, example 0, base: the prompt has"):
-        evaluate(load_recipe(shelf / "recipe"), Settings(("triviaqa",), arms=("base",), data=str(data)), tmp_path)
+        evaluate(
+            load_recipe(shelf / "recipe"), EvaluationOptions(("triviaqa",), arms=("base",), data=str(data)), tmp_path
+        )

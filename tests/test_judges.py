@@ -18,6 +18,7 @@ from proxytune import ProxyTuneError
 from proxytune.answers.journal import Journal
 from proxytune.evaluation import judges, score
 from proxytune.evaluation.judges import Endpoint, JudgeDown, LocalModel
+from proxytune.evaluation.options import JudgeOptions
 from proxytune.evaluation.records import parse
 
 OPEN = [
@@ -456,17 +457,16 @@ def test_without_the_package_it_is_named(monkeypatch):
 )
 def test_judges_that_do_not_fit_are_refused(task, options, reason):
     with pytest.raises(ProxyTuneError, match=reason):
-        judges.choose(task, **options)
+        judges.choose(task, JudgeOptions(**options))
 
 
 def test_judges_are_made_of_what_was_given(tmp_path, server):
-    assert judges.choose("toxigen") is None
-    assert [judge.name for judge in judges.choose("truthfulqa_open", url=server.url, models=["a", "b"])] == [
-        f"{server.url} a",
-        f"{server.url} b",
-    ]
+    assert judges.choose("toxigen", JudgeOptions()) is None
+    pair = JudgeOptions(url=server.url, models=("a", "b"))
+    names = [judge.name for judge in judges.choose("truthfulqa_open", pair)]
+    assert names == [f"{server.url} a", f"{server.url} b"]
     classifier(tmp_path, ("no", "yes"))
-    (judge,) = judges.choose("toxigen", [str(tmp_path)])
+    (judge,) = judges.choose("toxigen", JudgeOptions((str(tmp_path),)))
     assert judge.name == f"{tmp_path} 1"
     scores = score("toxigen", [{"prediction": text} for text in TEXTS], judge=[judge])
     assert scores.examples == [float(share >= 0.5) for share in judge.ask(TEXTS)]

@@ -153,10 +153,13 @@ def test_every_likelihood_task_gives_lm_evals_figures(shelf, tmp_path):
     from proxytune import load_recipe
     from proxytune.evaluation import EVAL_TASKS
     from proxytune.evaluation.arms import ArmLM, Bench, Log
-    from proxytune.evaluation.run import Settings, load_plans
+    from proxytune.evaluation.options import EvaluationOptions
+    from proxytune.evaluation.run import load_plans
 
     data = write_data(tmp_path / "data")
-    plans = [load_plans(Settings((task,), data=str(data), limit=2))[0] for task in EVAL_TASKS if task not in NO_DATA]
+    plans = [
+        load_plans(EvaluationOptions((task,), data=str(data), limit=2))[0] for task in EVAL_TASKS if task not in NO_DATA
+    ]
     plans = [plan for plan in plans if plan.likelihood]
     assert {plan.name for plan in plans} == {"truthfulqa_mc1", "mbpp_likelihood"}
     bench = Bench(load_recipe(shelf / "recipe"), ["proxy_tuned", "base_few_shot"])

@@ -13,6 +13,7 @@ from proxytune.decoding.cost import Cost, Costs
 from proxytune.recipe.check import count_recipe
 from proxytune.speed import bench
 from proxytune.speed import plan as planning
+from proxytune.speed.options import MemberOptions
 from proxytune.speed.plan import RecipeCosts, plan_recipe, predict
 from test_cli import fails, run
 
@@ -76,7 +77,7 @@ def test_what_is_read_is_what_the_loaded_lanes_read(lora_recipe):
 
 def test_packing_is_counted(lora_recipe):
     """A copy of a tied head, and the quick head of the lane that drafts."""
-    plan = plan_recipe(load_recipe(lora_recipe), bench.MemberOptions(pack=True), device="cpu")
+    plan = plan_recipe(load_recipe(lora_recipe), MemberOptions(pack=True), device="cpu")
     model = ProxyTunedForCausalLM.from_pretrained(lora_recipe, pack=True)
     drafting = model.lanes[model.drafting.lane]
     quick = sum(tensor.nbytes for tensor in drafting.quick_head.buffers())
@@ -152,7 +153,7 @@ def test_a_probe_is_held_against_a_bench(lora_recipe, tmp_path, monkeypatch):
     assert "held against the bench" in made.stdout
     found = json.loads((tmp_path / "plan.json").read_text("utf-8"))
     arms = {one["arm"] for one in found["compared"]}
-    assert {"base", "plain_loop", "composite", "shared"} <= arms <= set(bench.ARMS)
+    assert {"base", "plain_loop", "composite", "shared"} <= arms <= set(ARMS)
     assert {one["output"] for one in found["compared"]} == {40}
     for one in found["compared"]:
         assert one["predicted"] > 0

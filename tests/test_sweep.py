@@ -16,7 +16,9 @@ pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'proxytune[eva
 
 from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.errors import AlphaError
-from proxytune.evaluation.run import Settings, alpha_range, evaluate, sweep
+from proxytune.evaluation.options import EvaluationOptions
+from proxytune.evaluation.run import alpha_range, evaluate, sweep
+from proxytune.recipe.options import LoadingOptions
 
 ALPHAS = [0.0, 0.5, 1.5]
 
@@ -46,11 +48,11 @@ def test_a_sweep_equals_runs_of_their_own(prompt, shelf, local, tmp_path):
         ],
     }
     config = load_recipe(tiny.write_recipe_alone(tmp_path / "recipe", values))
-    settings = Settings(("realtimeqa", "mbpp_likelihood"), data=str(local), limit=5, batch_size=7)
+    settings = EvaluationOptions(("realtimeqa", "mbpp_likelihood"), data=str(local), limit=5, batch_size=7)
     results = sweep(config, settings, ALPHAS, tmp_path / "sweep")
     for at, alpha in enumerate(ALPHAS):
-        own = replace(settings, arms=("proxy_tuned",), alphas=(alpha,), speculate=False)
-        single = evaluate(config, own, tmp_path / f"own{alpha}")
+        own = replace(settings, arms=("proxy_tuned",), alpha=alpha)
+        single = evaluate(config, own, tmp_path / f"own{alpha}", loading=LoadingOptions(speculate=False))
         for task in settings.tasks:
             ours = lines(tmp_path / "sweep" / task / f"alpha={alpha:g}.jsonl")
             theirs = lines(tmp_path / f"own{alpha}" / task / "proxy_tuned.jsonl")
@@ -78,7 +80,7 @@ def test_prompts_are_read_once_for_all_alphas(shelf, local, tmp_path, monkeypatc
         return forward(self, input_ids, *args, **kwargs)
 
     monkeypatch.setattr(ProxyTunedForCausalLM, "forward", watched)
-    settings = Settings(("realtimeqa",), data=str(local), limit=2, batch_size=6)
+    settings = EvaluationOptions(("realtimeqa",), data=str(local), limit=2, batch_size=6)
     sweep(load_recipe(shelf / "recipe"), settings, ALPHAS, tmp_path)
     (rows, width), rest = widths[0], widths[1:]
     assert rows == 2
@@ -92,7 +94,7 @@ def test_prompts_are_read_once_for_all_alphas(shelf, local, tmp_path, monkeypatc
 
 def test_a_sweep_goes_on_and_takes_more_alphas(shelf, local, tmp_path):
     config = load_recipe(shelf / "recipe")
-    settings = Settings(("realtimeqa",), data=str(local), batch_size=6)
+    settings = EvaluationOptions(("realtimeqa",), data=str(local), batch_size=6)
     whole = sweep(config, settings, ALPHAS, tmp_path / "whole")
     sweep(config, settings, ALPHAS[:1], tmp_path / "parts")
     torn = (tmp_path / "whole" / "realtimeqa" / "alpha=0.5.jsonl").read_bytes().splitlines(keepends=True)
@@ -132,4 +134,10 @@ def test_a_bad_range_is_one_sentence(text):
 
 def test_an_expert_that_is_not_there_is_told(shelf, local, tmp_path):
     with pytest.raises(AlphaError, match="no expert is called 'chat'; the recipe has expert"):
-        sweep(load_recipe(shelf / "recipe"), Settings(("realtimeqa",), data=str(local)), [1.0], tmp_path, expert="chat")
+        sweep(
+            load_recipe(shelf / "recipe"),
+            EvaluationOptions(("realtimeqa",), data=str(local)),
+            [1.0],
+            tmp_path,
+            expert="chat",
+        )

@@ -125,7 +125,7 @@ def generate(
     drafts = drafts_of(speculate)
     config = load_recipe(recipe)
     names = [expert.name for expert in config.expert_list]
-    alphas = resolve_alpha(alpha_of_text(alpha), names, config.alphas)
+    alphas = resolve_alpha(alpha_of_text(alpha) if alpha else None, names, config.alphas)
     broken = 0
     if input_ is None:
         items = [Item(line, prompt, alphas) for line, prompt in enumerate(prompts or [], start=1)]
@@ -246,7 +246,7 @@ def chat(
     drafts = drafts_of(speculate)
     config = load_recipe(recipe)
     names = [expert.name for expert in config.expert_list]
-    alphas = resolve_alpha(alpha_of_text(alpha), names, config.alphas)
+    alphas = resolve_alpha(alpha_of_text(alpha) if alpha else None, names, config.alphas)
     model, tokenizer = load_model(config, dtype, device_map, trust_remote_code, drafts, pack)
     conversation = Conversation(
         model, tokenizer, alphas, sampling=sampling, max_new_tokens=max_new_tokens, system=system

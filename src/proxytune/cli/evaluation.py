@@ -4,45 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxytune.cli.options import (
-    Alpha,
-    DeviceMap,
-    Dtype,
-    JsonFile,
-    Pack,
-    Recipe,
-    Speculate,
-    TrustRemoteCode,
-    checked_dtype,
-    drafts_of,
-    panel,
-    progress_bar,
-    say,
-    share_bar,
-    show_table,
-    split_names,
-)
+from proxytune.cli.options import JsonFile, Recipe, progress_bar, say, share_bar, show_table
 from proxytune.errors import ProxyTuneError
+from proxytune.evaluation.options import CodeOptions, EvaluationOptions, JudgeOptions
+from proxytune.recipe.options import LoadingOptions
 
 if TYPE_CHECKING:
     from proxytune.evaluation.scoring import Scores
-    from proxytune.recipe.config import ProxyTuneConfig
 
 __all__ = ["evaluate", "score", "sweep"]
 
+ONLY_UNGUARDED = {"ks": (10, 1), "workers": None, "seconds": None}  # pass@10 first, the paper's
 
-Tasks = Annotated[
-    str,
-    typer.Option(
-        "--tasks", "-t", metavar="NAME,...", help="What is evaluated; see docs/evaluation.md.", show_default=False
-    ),
-]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -51,70 +30,6 @@ Out = Annotated[
         metavar="DIR",
         help="Predictions and results; a run that is there is carried on. By default eval-RECIPE or sweep-RECIPE.",
         show_default=False,
-    ),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PATH",
-        envvar="PROXYTUNE_DATA",
-        help="A file or a folder in place of the hub.",
-        rich_help_panel="Data",
-        show_default=False,
-    ),
-]
-Limit = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        min=1,
-        help="So many examples of each task, drawn by --seed; all by default.",
-        rich_help_panel="Data",
-        show_default=False,
-    ),
-]
-Samples = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        min=1,
-        help="Samples a problem, in tasks that sample; 20 as in the paper by default.",
-        rich_help_panel="Data",
-        show_default=False,
-    ),
-]
-EvalSeed = Annotated[
-    int, typer.Option("--seed", metavar="N", help="Of the examples drawn and of sampling.", rich_help_panel="Data")
-]
-EvalBatch = Annotated[
-    int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Rows at once.", rich_help_panel="Speed")
-]
-
-_judges = "Judges and code"
-JudgeNames = Annotated[
-    list[str] | None,
-    panel(_judges, "--judge", metavar="DIR|ID", help="A local classifier or language model, as `score` takes it."),
-]
-JudgeLabel = Annotated[str | None, panel(_judges, "--judge-label", metavar="NAME", help="Its label that means yes.")]
-JudgeUrl = Annotated[
-    str | None, panel(_judges, "--judge-url", metavar="URL", help="An OpenAI-compatible endpoint, with its /v1.")
-]
-JudgeModels = Annotated[
-    list[str] | None,
-    panel(_judges, "--judge-model", metavar="NAME", help="The model there, or an annotator of alpaca_eval."),
-]
-JudgeChat = Annotated[
-    bool, typer.Option("--judge-chat", help="The endpoint has chat completions alone.", rich_help_panel=_judges)
-]
-JudgeKey = Annotated[
-    str, typer.Option("--judge-key", metavar="VARIABLE", help="Where its key is.", rich_help_panel=_judges)
-]
-Unguarded = Annotated[
-    bool,
-    typer.Option(
-        "--unguarded",
-        help="Run generated code even where it cannot be locked up: it may then do what you may do.",
-        rich_help_panel=_judges,
     ),
 ]
 
@@ -129,39 +44,13 @@ def _tasks_dir(wanted: bool) -> None:
 
 def evaluate(
     recipe: Recipe,
-    tasks: Tasks,
-    arms: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,...",
-            help="base, anti_expert, expert, proxy_tuned, tuned, base_few_shot, mean_logits; all but tuned by default.",
-            show_default=False,
-        ),
-    ] = None,
-    tuned: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="A directly tuned model, for the gap closed.", show_default=False),
-    ] = None,
-    alpha: Alpha = None,
+    *,
+    options: EvaluationOptions,
     out: Out = None,
     json_file: JsonFile = None,
-    data: Data = None,
-    limit: Limit = None,
-    samples: Samples = None,
-    seed: EvalSeed = 0,
-    batch_size: EvalBatch = 8,
-    judge: JudgeNames = None,
-    judge_label: JudgeLabel = None,
-    judge_url: JudgeUrl = None,
-    judge_model: JudgeModels = None,
-    judge_chat: JudgeChat = False,
-    judge_key: JudgeKey = "OPENAI_API_KEY",
-    unguarded: Unguarded = False,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    trust_remote_code: TrustRemoteCode = False,
-    speculate: Speculate = "auto",
-    pack: Pack = False,
+    judges: JudgeOptions,
+    code: Annotated[CodeOptions, ONLY_UNGUARDED],
+    loading: LoadingOptions,
     tasks_dir: Annotated[
         bool,
         typer.Option(
@@ -179,37 +68,28 @@ def evaluate(
     with intervals, paired tests, the gap closed and examples a second; the tables are printed.
     """
     from proxytune.evaluation.results import results_table
-    from proxytune.evaluation.run import evaluate as run
+    from proxytune.recipe.store import load_recipe
 
-    config, settings = _evaluation(
-        recipe,
-        tasks,
-        arms,
-        tuned,
-        alpha,
-        data,
-        limit,
-        samples,
-        seed,
-        batch_size,
-        dtype,
-        device_map,
-        trust_remote_code,
-        speculate,
-        pack,
-    )
-    place = out or _out("eval", recipe)
-    scoring = _scoring(place, data, judge, judge_label, judge_url, judge_model, judge_chat, judge_key, unguarded)
+    run = _harness()
+    config, place = load_recipe(recipe), out or _out("eval", recipe)
     with _judged(f"all until here is kept in {place}"), share_bar() as bar:
-        results = run(config, settings, place, scoring=scoring, progress=_counted(bar), note=say)
+        results = run.evaluate(
+            config,
+            options,
+            place,
+            loading=loading,
+            scoring=_scoring(options, code, judges, place),
+            progress=_counted(bar),
+            note=say,
+        )
     typer.echo(results_table(results), nl=False)
-    if json_file is not None:
-        json_file.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    _write(json_file, results)
 
 
 def sweep(
     recipe: Recipe,
-    tasks: Tasks,
+    *,
+    options: Annotated[EvaluationOptions, {"arms": None, "tuned": None, "alpha": None}],
     alpha: Annotated[
         str,
         typer.Option(
@@ -218,22 +98,9 @@ def sweep(
     ] = "0:2:0.25",
     out: Out = None,
     json_file: JsonFile = None,
-    data: Data = None,
-    limit: Limit = None,
-    samples: Samples = None,
-    seed: EvalSeed = 0,
-    batch_size: EvalBatch = 8,
-    judge: JudgeNames = None,
-    judge_label: JudgeLabel = None,
-    judge_url: JudgeUrl = None,
-    judge_model: JudgeModels = None,
-    judge_chat: JudgeChat = False,
-    judge_key: JudgeKey = "OPENAI_API_KEY",
-    unguarded: Unguarded = False,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    trust_remote_code: TrustRemoteCode = False,
-    pack: Pack = False,
+    judges: JudgeOptions,
+    code: Annotated[CodeOptions, ONLY_UNGUARDED],
+    loading: Annotated[LoadingOptions, {"speculate": False}],
 ) -> None:
     """Evaluate a recipe at several alphas: a table and a plot of the curve, with intervals.
 
@@ -241,118 +108,55 @@ def sweep(
     it was; alphas can be added.
     """
     from proxytune.evaluation.results import sweep_table
-    from proxytune.evaluation.run import alpha_range
-    from proxytune.evaluation.run import sweep as run
-
-    expert, values = alpha_range(alpha)
-    config, settings = _evaluation(
-        recipe,
-        tasks,
-        None,
-        None,
-        None,
-        data,
-        limit,
-        samples,
-        seed,
-        batch_size,
-        dtype,
-        device_map,
-        trust_remote_code,
-        "off",
-        pack,
-    )
-    place = out or _out("sweep", recipe)
-    scoring = _scoring(place, data, judge, judge_label, judge_url, judge_model, judge_chat, judge_key, unguarded)
-    with _judged(f"all until here is kept in {place}"), share_bar() as bar:
-        results = run(config, settings, values, place, expert=expert, scoring=scoring, progress=_counted(bar), note=say)
-    typer.echo(sweep_table(results), nl=False)
-    if json_file is not None:
-        json_file.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-
-
-def _evaluation(
-    recipe: str,
-    tasks: str,
-    arms: str | None,
-    tuned: str | None,
-    alpha: Sequence[str] | None,
-    data: str | None,
-    limit: int | None,
-    samples: int | None,
-    seed: int,
-    batch_size: int,
-    dtype: str | None,
-    device_map: str | None,
-    trust_remote_code: bool,
-    speculate: str,
-    pack: bool,
-) -> tuple[ProxyTuneConfig, Any]:
-    """What ``eval`` and ``sweep`` evaluate: the recipe, and the settings as the run takes them."""
-    from proxytune.evaluation import EVAL_TASKS, check_tasks
-    from proxytune.recipe.alpha import alpha_of_text, resolve_alpha
-    from proxytune.recipe.compose import device_map as parsed
     from proxytune.recipe.store import load_recipe
 
-    names = check_tasks(split_names(tasks), EVAL_TASKS)
+    run = _harness()
+    expert, values = run.alpha_range(alpha)
+    config, place = load_recipe(recipe), out or _out("sweep", recipe)
+    with _judged(f"all until here is kept in {place}"), share_bar() as bar:
+        results = run.sweep(
+            config,
+            options,
+            values,
+            place,
+            expert=expert,
+            loading=loading,
+            scoring=_scoring(options, code, judges, place),
+            progress=_counted(bar),
+            note=say,
+        )
+    typer.echo(sweep_table(results), nl=False)
+    _write(json_file, results)
+
+
+def _harness() -> Any:
+    """The module that evaluates, if what it needs is installed."""
     try:
-        from proxytune.evaluation.run import Settings
+        from proxytune.evaluation import run
     except ImportError as error:
         raise ProxyTuneError(f"evaluating needs {error.name}: pip install 'proxytune[eval]'") from error
-    config = load_recipe(recipe)
-    experts = [expert.name for expert in config.expert_list]
-    settings = Settings(
-        names,
-        arms=None if arms is None else split_names(arms),
-        tuned=tuned,
-        limit=limit,
-        samples=samples,
-        seed=seed,
-        batch_size=batch_size,
-        alphas=resolve_alpha(alpha_of_text(alpha), experts, config.alphas),
-        data=data,
-        dtype=checked_dtype(dtype),
-        device_map=parsed(device_map),
-        trust_remote_code=trust_remote_code,
-        pack=pack,
-        speculate=drafts_of(speculate),
-    )
-    return config, settings
+    return run
 
 
 def _scoring(
-    out: Path,
-    data: str | None,
-    names: list[str] | None,
-    label: str | None,
-    url: str | None,
-    models: list[str] | None,
-    chat: bool,
-    key: str,
-    unguarded: bool,
-) -> Any:
-    """What each task's scorer takes besides the predictions."""
+    options: EvaluationOptions, code: CodeOptions, judges: JudgeOptions, out: Path
+) -> Callable[[str], dict[str, Any]]:
+    """Says what each task's scorer takes besides the predictions."""
     from proxytune.evaluation.results import JUDGED
-    from proxytune.evaluation.scoring import CODE
+    from proxytune.evaluation.scoring import CODE, scorer_options
+    from proxytune.evaluation.tasks.utils import problems_file
 
-    def options(task: str) -> dict[str, Any]:
-        if task in CODE:
-            from proxytune.evaluation.code import limits_of
-            from proxytune.evaluation.tasks.utils import problems_file
+    def scorer(task: str) -> dict[str, Any]:
+        data = problems_file(task, options.data) if task in CODE else None
+        judging = judges if task in JUDGED else JudgeOptions()
+        return scorer_options(task, code, judging, data=data, kept=out / task / "verdicts.jsonl")
 
-            # pass@10 first, the paper's; where there are fewer samples it is left out.
-            return {"data": problems_file(task, data), "ks": (10, 1), "limits": limits_of(task), "unguarded": unguarded}
-        if task not in JUDGED or not (names or url or models):
-            return {}
-        from proxytune.evaluation.judges import choose
+    return scorer
 
-        kept = out / task / "verdicts.jsonl"
-        judge = choose(
-            task, names or (), url=url, models=models or (), key_variable=key, chat=chat, label=label, kept=kept
-        )
-        return {"judge": judge, "kept": kept}
 
-    return options
+def _write(path: Path | None, values: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
 
 
 @contextlib.contextmanager
@@ -391,6 +195,7 @@ def score(
     predictions: Annotated[
         Path, typer.Argument(metavar="PREDICTIONS", help="JSON lines, or a JSON list.", show_default=False)
     ],
+    *,
     json_file: JsonFile = None,
     rerun: Annotated[
         bool, typer.Option("--rerun", help="Judge those lines too that carry a verdict already (passed, is_toxic, …).")
@@ -404,82 +209,8 @@ def score(
             show_default=False,
         ),
     ] = None,
-    k: Annotated[
-        str,
-        typer.Option(
-            "--k", metavar="K,...", help="pass@k, for every k that the samples allow.", rich_help_panel="Code"
-        ),
-    ] = "1,10",
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Programs at once; by default one a core.",
-            rich_help_panel="Code",
-            show_default=False,
-        ),
-    ] = None,
-    seconds: Annotated[
-        float | None,
-        typer.Option(
-            metavar="S",
-            min=1,
-            help="CPU time of a program, by default 3 (ds1000: 60); 7 more of wall time (ds1000: twice as much).",
-            rich_help_panel="Code",
-            show_default=False,
-        ),
-    ] = None,
-    unguarded: Annotated[
-        bool,
-        typer.Option(
-            "--unguarded",
-            help="Run generated code even where it cannot be locked up: it may then do what you may do.",
-            rich_help_panel="Code",
-        ),
-    ] = False,
-    judge: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="DIR|ID",
-            help="A local classifier or language model. truthfulqa_open takes two: of truth, of information.",
-            rich_help_panel="Judges",
-            show_default=False,
-        ),
-    ] = None,
-    judge_label: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="The classifier's label that means yes (or toxic), where its config does not say.",
-            rich_help_panel="Judges",
-            show_default=False,
-        ),
-    ] = None,
-    judge_url: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="An OpenAI-compatible endpoint, with its /v1.",
-            rich_help_panel="Judges",
-            show_default=False,
-        ),
-    ] = None,
-    judge_model: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="The model there; truthfulqa_open takes two. For alpacafarm an annotator of alpaca_eval.",
-            rich_help_panel="Judges",
-            show_default=False,
-        ),
-    ] = None,
-    judge_chat: Annotated[
-        bool, typer.Option("--judge-chat", help="The endpoint has chat completions alone.", rich_help_panel="Judges")
-    ] = False,
-    judge_key: Annotated[
-        str, typer.Option(metavar="VARIABLE", help="The environment variable with its key.", rich_help_panel="Judges")
-    ] = "OPENAI_API_KEY",
+    code: CodeOptions,
+    judges: JudgeOptions,
     verdicts: Annotated[
         Path | None,
         typer.Option(
@@ -498,52 +229,20 @@ def score(
     """
     from proxytune.evaluation import check_tasks, records
     from proxytune.evaluation import score as scored
-    from proxytune.evaluation.scoring import CODE
+    from proxytune.evaluation.scoring import scorer_options
 
     check_tasks([task])
     lines = records.read(predictions)
     if json_file is not None:
         json_file.open("a").close()  # now, not after an hour, is when to say that it cannot be written
-    try:
-        ks = [int(part) for part in k.split(",")]
-    except ValueError as error:
-        raise ProxyTuneError(f"--k is numbers, such as 1,10, not {k!r}") from error
-    if min(ks) < 1:
-        raise ProxyTuneError(f"--k is numbers from 1 on, not {k!r}")
     kept = verdicts or predictions.with_name(f"{predictions.name}.verdicts.jsonl")
-    options: dict[str, Any] = {}
-    if task in CODE:
-        from proxytune.evaluation.code import limits_of
-
-        options = {
-            "data": data,
-            "ks": ks,
-            "workers": workers,
-            "limits": limits_of(task, seconds),
-            "unguarded": unguarded,
-        }
-    given = [judge, judge_label, judge_url, judge_model]
-    if any(given) or task == "alpacafarm":
-        from proxytune.evaluation import judges
-
-        options["judge"] = judges.choose(
-            task,
-            judge or (),
-            url=judge_url,
-            models=judge_model or (),
-            key_variable=judge_key,
-            chat=judge_chat,
-            label=judge_label,
-            reference=data,
-            kept=kept,
-        )
+    options = scorer_options(task, code, judges, data=data, kept=kept)
     total = len(records.parse(task, lines))
     with _judged(f"its verdicts until here are kept in {kept}"), progress_bar(total, True) as advance:
-        result = scored(task, lines, rerun=rerun, kept=kept, progress=advance, **options)
+        result = scored(task, lines, rerun=rerun, progress=advance, **options)
     show_scores(result)
-    if json_file is not None:
-        said = {"task": task, "metrics": result.metrics, **({"outcomes": result.outcomes} if result.outcomes else {})}
-        json_file.write_text(json.dumps(said, indent=2) + "\n", "utf-8")
+    outcomes = {"outcomes": result.outcomes} if result.outcomes else {}
+    _write(json_file, {"task": task, "metrics": result.metrics, **outcomes})
 
 
 def show_scores(result: Scores) -> None:

@@ -66,8 +66,8 @@ def _parameter(name: str, field: Field[Any], kind: Any) -> inspect.Parameter:
     flags = said.pop("flag", "--" + field.name.replace("_", "-")).split()
     parsed, many = said.pop("parse", None), said.pop("many", False)
     default: Any = None if field.default is MISSING else field.default
-    if isinstance(default, tuple):
-        default = ",".join(map(str, default))
+    if parsed is not None and default is not None:
+        default = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
     if many:
         kind, default = list[str] | None, None
     elif parsed is not None:

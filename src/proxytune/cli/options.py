@@ -46,7 +46,6 @@ __all__ = [
     "load_model",
     "number_text",
     "panel",
-    "parsed_batches",
     "progress_bar",
     "read_lines",
     "sampling_of",
@@ -54,7 +53,6 @@ __all__ = [
     "share_bar",
     "show_table",
     "size",
-    "split_names",
     "write_out",
 ]
 
@@ -175,22 +173,6 @@ def number_text(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def parsed_batches(text: str) -> tuple[int, ...]:
-    """``1,16``: numbers of rows."""
-    try:
-        batches = tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise ProxyTuneError(f"--batch is numbers, such as 1,16, not {text!r}") from error
-    if min(batches) < 1 or len(set(batches)) < len(batches):
-        raise ProxyTuneError(f"--batch is numbers of rows, at least 1 and each once, not {text!r}")
-    return batches
-
-
-def split_names(text: str) -> tuple[str, ...]:
-    """``a,b``: what stands between the commas."""
-    return tuple(part.strip() for part in text.split(","))
-
-
 def fail(message: str) -> NoReturn:
     """Tell what is wrong in one line and leave."""
     say(f"error: {' '.join(message.split())}")
@@ -248,7 +230,7 @@ def drafts_of(text: str) -> str | bool | int:
 
 def checked_dtype(text: str | None) -> str | None:
     """``--dtype``, if it is one."""
-    from proxytune.recipe.config import DTYPES
+    from proxytune.recipe.options import DTYPES
 
     if text is not None and text not in DTYPES:
         raise ProxyTuneError(f"--dtype {text!r} is not one of {', '.join(DTYPES)}")
@@ -273,8 +255,8 @@ def load_model(
 ) -> tuple[ProxyTunedForCausalLM, Any]:
     """The model, and the recipe's tokenizer (the base's where the recipe has none)."""
     from proxytune.model import ProxyTunedForCausalLM
-    from proxytune.recipe.compose import device_map as parsed
     from proxytune.recipe.members import Loading, load_recipe_tokenizer
+    from proxytune.recipe.options import device_map as parsed
 
     console = Console(stderr=True)
     with console.status("loading the members") if console.is_terminal else contextlib.nullcontext():
@@ -282,7 +264,7 @@ def load_model(
             str(config.name_or_path),
             config=config,
             dtype=checked_dtype(dtype),
-            device_map=parsed(device_map),
+            device_map=None if device_map is None else parsed(device_map),
             member_trust_remote_code=trust_remote_code,
             speculate=speculate,
             pack=pack,

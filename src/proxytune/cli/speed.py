@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxytune.cli.options import (
-    FAILED,
-    DeviceMap,
-    JsonFile,
-    Recipe,
-    TrustRemoteCode,
-    number_text,
-    parsed_batches,
-    say,
-    share_bar,
-    show_table,
-    size,
-    split_names,
-)
-from proxytune.errors import ProxyTuneError
+from proxytune.cli.options import FAILED, JsonFile, Recipe, number_text, say, share_bar, show_table, size
+from proxytune.recipe.options import LoadingOptions
+from proxytune.speed.options import BenchOptions, PlanOptions
 
 if TYPE_CHECKING:
     from proxytune.speed.bench import BenchResult
@@ -30,56 +17,15 @@ if TYPE_CHECKING:
 
 __all__ = ["bench", "plan", "show_bench"]
 
+ONLY_WHERE = {"dtype": None, "speculate": "auto", "pack": False}  # --options, and the arms, say the rest
+
 
 def bench(
     recipe: Recipe,
-    batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "1,4,16",
-    lengths: Annotated[
-        str, typer.Option(metavar="PROMPT/OUTPUT,...", help="Tokens of the prompt and new tokens.")
-    ] = "64/128,8/512,512/8",
-    arms: Annotated[
-        str, typer.Option(metavar="NAME,...", help="What is compared; ratios need base and plain_loop.")
-    ] = "base,base_lookup,plain_loop,composite,shared,speculative",
-    options: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME+NAME,...",
-            help="Sets of member options, each on for every arm, the base alone too: a dtype (auto is the recipe's), "
-            "pack, compile.",
-        ),
-    ] = "auto",
-    speculate: Annotated[
-        str,
-        typer.Option(
-            metavar="auto|N", help="What the arm speculative asks; a number of drafts copies none from the text."
-        ),
-    ] = "auto",
-    temperature: Annotated[
-        float | None,
-        typer.Option(metavar="T", help="Sample in all arms, with seeds; greedy by default.", show_default=False),
-    ] = None,
-    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Rounds, of which the median is told.")] = 5,
-    minutes: Annotated[
-        float,
-        typer.Option(
-            metavar="M",
-            min=0,
-            help="Cases beyond it get fewer rounds or none, which is told; 64/128 at batch 1 always has its own. "
-            "0 is no limit.",
-        ),
-    ] = 18,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Text that prompts are cut from; the demo's held-out problems by default.",
-            show_default=False,
-        ),
-    ] = None,
+    *,
+    options: BenchOptions,
     json_file: JsonFile = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the prompts, and of the order within a round.")] = 0,
-    device_map: DeviceMap = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Annotated[LoadingOptions, ONLY_WHERE],
 ) -> None:
     """Measure what steering costs: against the base alone and against the plain three-forward loop, in one run.
 
@@ -90,33 +36,14 @@ def bench(
     recipe as it is loaded by default). The result is a Markdown table. Ctrl-C ends with what was measured until then.
     The exit status is 2 if steered arms wrote different tokens that no near tie explains.
     """
-    from proxytune.decoding.pace import parse_speculate
-    from proxytune.recipe.compose import device_map as parsed
     from proxytune.recipe.store import load_recipe
-    from proxytune.speed.bench import MemberOptions, Settings, load_subject, problem_texts, run_bench, texts_of_file
+    from proxytune.speed.bench import bench_recipe
 
-    try:
-        batches = tuple(int(part) for part in batch.split(","))
-    except ValueError as error:
-        raise ProxyTuneError(f"--batch is numbers, such as 1,16, not {batch!r}") from error
-    settings = Settings(
-        batches, split_names(lengths), split_names(arms), repeats=repeats, budget=60 * minutes or None, seed=seed,
-        speculate=parse_speculate(int(speculate) if speculate.isdecimal() else speculate), temperature=temperature,
-    )  # fmt: skip
-    wanted = [MemberOptions.parse(text) for text in split_names(options)]
-    if len(set(wanted)) < len(wanted):
-        raise ProxyTuneError(f"--options {options!r} names one set twice")
-    texts = problem_texts(seed) if prompts is None else texts_of_file(prompts)
     config = load_recipe(recipe)
     if json_file is not None:
         json_file.open("a").close()  # now, not after twenty minutes, is when to say that it cannot be written
     with share_bar() as progress:
-        loading = {"device_map": parsed(device_map), "member_trust_remote_code": trust_remote_code}
-        subjects = []
-        for one in wanted:
-            progress(f"loading, {one.dtype or 'auto'}", 0.0)
-            subjects.append(load_subject(config, one, **loading))
-        result = run_bench(subjects, settings, texts, progress=progress)
+        result = bench_recipe(config, options, loading, progress=progress)
     show_bench(result)
     if json_file is not None:
         json_file.write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
@@ -198,34 +125,10 @@ def show_bench(result: BenchResult) -> None:
 
 def plan(
     recipe: Recipe,
-    acceptance: Annotated[
-        str, typer.Option(metavar="A,...", help="Shares of drafts that the mixture accepts.")
-    ] = "0.7",
-    batch: Annotated[str, typer.Option(metavar="N,...", help="Batch sizes.")] = "1,4,16",
-    options: Annotated[
-        str,
-        typer.Option(metavar="NAME+NAME", help="What is on in the members, as for bench: a dtype, pack."),
-    ] = "auto",
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="cpu|cuda", help="What it shall run on; a GPU where this machine has one.", show_default=False
-        ),
-    ] = None,
-    measured: Annotated[
-        bool, typer.Option("--probe", help="Load the recipe and time it for about ten seconds.")
-    ] = False,
-    against: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="With --probe: hold it against what `bench --json FILE` has measured.",
-            show_default=False,
-        ),
-    ] = None,
+    *,
+    options: PlanOptions,
     json_file: JsonFile = None,
-    device_map: DeviceMap = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Annotated[LoadingOptions, ONLY_WHERE],
 ) -> None:
     """Predict what steering will cost beside the base alone, before anything is loaded.
 
@@ -234,48 +137,10 @@ def plan(
     speculative lets the cheapest of them draft, as many tokens as pay best. With --probe the recipe is loaded and its
     forwards are timed; without, a step costs the bytes of weights that it moves.
     """
-    from proxytune.recipe.compose import device_map as parsed
-    from proxytune.recipe.members import Loading
     from proxytune.recipe.store import load_recipe
-    from proxytune.speed.bench import MemberOptions, load_subject
-    from proxytune.speed.plan import compare_with_bench, plan_probed, plan_recipe, probe, read_bench
+    from proxytune.speed.plan import make_plan
 
-    batches, wanted = parsed_batches(batch), MemberOptions.parse(options)
-    try:
-        acceptances = [float(part) for part in acceptance.split(",")]
-    except ValueError as error:
-        raise ProxyTuneError(f"--acceptance is numbers, such as 0.6,0.8, not {acceptance!r}") from error
-    if wanted.compile:
-        raise ProxyTuneError("a plan knows nothing of compiled members; leave compile out of --options")
-    if not all(0 <= value <= 1 for value in acceptances):
-        raise ProxyTuneError(f"an acceptance lies between 0 and 1, not at {acceptance}")
-    if not measured and (against is not None or device_map is not None):
-        raise ProxyTuneError("--against and --device-map need --probe: without it nothing is loaded")
-    if measured and device is not None:
-        raise ProxyTuneError("--device is for a prediction without --probe; --device-map says where to probe")
-    if device not in (None, "cpu", "cuda"):
-        raise ProxyTuneError(f"--device is cpu or cuda, not {device!r}")
-    config = load_recipe(recipe)
-    compared = []
-    if measured:
-        bench_rows = None if against is None else read_bench(against)
-        subject = load_subject(
-            config, wanted, device_map=parsed(device_map), member_trust_remote_code=trust_remote_code
-        )
-        costs = probe(subject, batches)
-        loading = Loading(dtype=wanted.dtype, pack=wanted.pack, trust_remote_code=trust_remote_code)
-        found = plan_probed(config, subject, costs, acceptances, loading)
-        if bench_rows is not None:
-            compared = compare_with_bench(costs, subject.options, subject.shares, bench_rows)
-            if not compared:
-                raise ProxyTuneError(f"{against} has no row with the options {subject.options} and these batch sizes")
-    else:
-        import torch
-
-        kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        found = plan_recipe(
-            config, wanted, device=kind, batches=batches, acceptances=acceptances, trust_remote_code=trust_remote_code
-        )
+    found, compared = make_plan(load_recipe(recipe), options, loading)
     show_plan(found)
     if compared:
         typer.echo("**held against the bench: a step after the prompt**\n")

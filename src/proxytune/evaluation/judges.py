@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from proxytune.answers.journal import Journal
 from proxytune.errors import ProxyTuneError, first_line
+from proxytune.evaluation.options import JudgeOptions
 from proxytune.evaluation.records import Prediction
 
 __all__ = [
@@ -355,24 +356,17 @@ def _ask(
 
 def choose(
     task: str,
-    names: Sequence[str] = (),
+    options: JudgeOptions,
     *,
-    url: str | None = None,
-    models: Sequence[str] = (),
-    key_variable: str = "OPENAI_API_KEY",
-    chat: bool = False,
-    label: str | None = None,
     reference: str | Path | None = None,
     kept: str | Path | None = None,
 ) -> Judge | Sequence[Judge] | Annotator | None:
-    """The judge of a task, from what the command line was given; None where it was given nothing.
-
-    Args:
-        names: local models. url, models: models behind an endpoint; for alpacafarm, an annotator of alpaca_eval.
+    """The judge of a task; None where the options name none.
 
     Raises:
         ProxyTuneError: for a combination that makes no sense, and for a judge that cannot be had.
     """
+    names, url, models = options.names, options.url, options.models
     if names and (url or models):
         raise ProxyTuneError("--judge is a local model: give it, or --judge-url with --judge-model, not both")
     most = {"truthfulqa_open": 2, "toxigen": 1, "alpacafarm": 1}.get(task, 0)
@@ -385,8 +379,8 @@ def choose(
     if bool(url) != bool(models):
         raise ProxyTuneError("--judge-url and --judge-model go together")
     if url:
-        return [Endpoint(url, model, key_variable=key_variable, chat=chat) for model in models]
-    return [LocalModel(name, label=label) for name in names] or None
+        return [Endpoint(url, model, key_variable=options.key, chat=options.chat) for model in models]
+    return [LocalModel(name, label=options.label) for name in names] or None
 
 
 # -- AlpacaFarm -------------------------------------------------------------------------------------------------

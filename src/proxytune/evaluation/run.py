@@ -21,7 +21,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from lm_eval.tasks import TaskManager
 
 from proxytune.answers.generation import Encoded, batches
 from proxytune.errors import AlphaError, ProxyTuneError
-from proxytune.evaluation import EVAL_TASKS, TASK_DIR, check_tasks
+from proxytune.evaluation import TASK_DIR
 from proxytune.evaluation.arms import (
     Arm,
     ArmLM,
@@ -51,12 +51,14 @@ from proxytune.evaluation.arms import (
     shots_of,
     tuned_prompt,
 )
+from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.results import ARMS, NeedsJudge, results_table, sweep_point, sweep_table, task_results
+from proxytune.recipe.alpha import resolve_alpha
 from proxytune.recipe.config import ProxyTuneConfig
+from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.prompts import left_pad
 
 __all__ = [
-    "Settings",
     "alpha_range",
     "evaluate",
     "load_plans",
@@ -64,46 +66,18 @@ __all__ = [
 ]
 
 DEFAULT_ARMS = ("base", "anti_expert", "expert", "proxy_tuned", "base_few_shot", "mean_logits")
+AS_IT_IS = LoadingOptions()
 Scoring = Callable[[str], Mapping[str, Any]]
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is evaluated, and how.
-
-    Attributes:
-        arms: names of :data:`proxytune.evaluation.arms.ARMS`; by default all that the recipe and the tasks have.
-        tuned: the directly tuned model, a path or hub id.
-        limit: how many examples of each task, drawn by ``seed``; None for all.
-        samples: samples a problem in place of the task's own number, where a task samples.
-        seed: of the subset and of the sampling.
-        alphas: one value an expert in place of the recipe's.
-        data: a file or folder in place of the hub.
-    """
-
-    tasks: tuple[str, ...]
-    arms: tuple[str, ...] | None = None
-    tuned: str | None = None
-    limit: int | None = None
-    samples: int | None = None
-    seed: int = 0
-    batch_size: int = 8
-    alphas: tuple[float, ...] | None = None
-    data: str | None = None
-    dtype: str | None = None
-    device_map: Any = None
-    trust_remote_code: bool = False
-    pack: bool = False
-    speculate: Any = "auto"
 
 
 # -- an evaluation --------------------------------------------------------------------------------------------
 def evaluate(
     config: ProxyTuneConfig,
-    settings: Settings,
+    options: EvaluationOptions,
     out: Path,
     *,
+    loading: LoadingOptions = AS_IT_IS,
     scoring: Scoring = lambda task: {},
     progress: Progress = lambda said, done, total: None,
     note: Callable[[str], None] = lambda text: None,
@@ -118,13 +92,13 @@ def evaluate(
         ProxyTuneError: one sentence: an unknown task or arm, missing or malformed data, a run begun otherwise.
     """
     started = time.monotonic()
-    plans = load_plans(settings)
-    names = arms_of(config, settings, plans, note)
-    write_manifest(out, manifest_of(config, settings, plans, {"arms": names}))
+    plans = load_plans(options)
+    names = arms_of(config, options, plans, note)
+    write_manifest(out, manifest_of(config, options, loading, plans, {"arms": names}))
     left = [name for name in names if _unfinished(name, plans, out)]
-    bench = _bench(config, settings, left)
+    bench = Bench(config, left, alphas=_alphas(config, options), tuned=options.tuned, **vars(loading))
     for name in left:
-        answer_tasks(bench, name, plans, settings, out, progress)
+        answer_tasks(bench, name, plans, options, out, progress)
     bench.close()
     tasks = {}
     for plan in plans:
@@ -152,7 +126,7 @@ def _unfinished(name: str, plans: Sequence[TaskPlan], out: Path) -> bool:
 
 
 def answer_tasks(
-    bench: Bench, name: str, plans: Sequence[TaskPlan], settings: Settings, out: Path, progress: Progress
+    bench: Bench, name: str, plans: Sequence[TaskPlan], options: EvaluationOptions, out: Path, progress: Progress
 ) -> None:
     """One arm's predictions for all tasks, those alone that are not there yet; the arm is loaded only for them."""
     with contextlib.ExitStack() as stack:
@@ -176,7 +150,7 @@ def answer_tasks(
                 done += n
                 progress(said, done, total)
 
-            harness = ArmLM(arm, plan, log, batch_size=settings.batch_size, seed=settings.seed, advance=advance)
+            harness = ArmLM(arm, plan, log, batch_size=options.batch_size, seed=options.seed, advance=advance)
             progress(said, done, len(jobs))
             (harness.loglikelihood if plan.likelihood else harness.generate_until)(requests)
 
@@ -184,11 +158,12 @@ def answer_tasks(
 # -- a sweep --------------------------------------------------------------------------------------------------
 def sweep(
     config: ProxyTuneConfig,
-    settings: Settings,
+    options: EvaluationOptions,
     values: Sequence[float],
     out: Path,
     *,
     expert: str | None = None,
+    loading: LoadingOptions = AS_IT_IS,
     scoring: Scoring = lambda task: {},
     progress: Progress = lambda said, done, total: None,
     note: Callable[[str], None] = lambda text: None,
@@ -202,20 +177,21 @@ def sweep(
         values: the alphas. expert: whose they are; the other experts keep theirs. None for all.
     """
     started = time.monotonic()
-    plans = load_plans(settings)
+    plans = load_plans(options)
     names = [each.name for each in config.expert_list]
     if expert is not None and expert not in names:
         raise AlphaError(f"no expert is called {expert!r}; the recipe has {', '.join(names)}")
-    default = config.alphas if settings.alphas is None else list(settings.alphas)
-    alphas = [tuple(value if expert in (None, name) else own for name, own in zip(names, default)) for value in values]
-    write_manifest(out, manifest_of(config, settings, plans, {"sweep": expert or "all experts"}))
-    bench = _bench(config, settings, ["proxy_tuned"])
+    alphas = [
+        tuple(value if expert in (None, name) else own for name, own in zip(names, config.alphas)) for value in values
+    ]
+    write_manifest(out, manifest_of(config, options, loading, plans, {"sweep": expert or "all experts"}))
+    bench = Bench(config, ["proxy_tuned"], **vars(loading))
     with bench.arm("proxy_tuned") if _left(plans, values, out) else contextlib.nullcontext() as arm:
         if arm is not None:
             for plan in plans:
                 with contextlib.ExitStack() as stack:
                     logs = [stack.enter_context(Log(_alpha_file(out, plan, value))) for value in values]
-                    _sweep_task(arm, plan, alphas, logs, settings, progress)
+                    _sweep_task(arm, plan, alphas, logs, options, progress)
     bench.close()
     tasks = {plan.name: _sweep_results(plan, values, out, scoring, note) for plan in plans}
     results = {"tasks": tasks, "seconds": round(time.monotonic() - started, 1)}
@@ -248,7 +224,7 @@ def _sweep_task(
     plan: TaskPlan,
     alphas: Sequence[tuple[float, ...]],
     logs: Sequence[Log],
-    settings: Settings,
+    options: EvaluationOptions,
     progress: Progress,
 ) -> None:
     """All alphas of one task, a batch of prompts at a time; what the logs hold is not made again."""
@@ -260,7 +236,7 @@ def _sweep_task(
     said = f"{plan.name}, {len(alphas)} alphas"
     progress(said, done, total)
     # Continuations are mixed anew without more rows; generating, each alpha is a row of its own.
-    n_prompts = settings.batch_size if plan.likelihood else max(1, settings.batch_size // len(alphas))
+    n_prompts = options.batch_size if plan.likelihood else max(1, options.batch_size // len(alphas))
     output = str(plan.metadata.get("output", "output"))
     encoded: list[tuple[Job, Any]] = (encode_choices if plan.likelihood else encode_jobs)(arm, plan, jobs)
     for batch in batches(encoded, n_prompts):
@@ -279,7 +255,7 @@ def _sweep_task(
                 plan,
                 [batch[row] for row in rows],
                 [alphas[at] for _, at in pairs],
-                seed=settings.seed,
+                seed=options.seed,
                 past_key_values=_prefilled(arm, [encoded for _, encoded in batch], rows),
             )
             made = [line_of(plan, batch[row][0], 0.0, {output: text}) for row, text in zip(rows, texts)]
@@ -324,10 +300,10 @@ def _sweep_results(
     points: list[dict[str, Any]] = []
     headline = None
     try:
-        options = scoring(plan.name)
+        judging = scoring(plan.name)
         for value in values:
             lines = read_lines(plan, "raw", _alpha_file(out, plan, value))
-            headline, point = sweep_point(plan.name, value, lines, **options)
+            headline, point = sweep_point(plan.name, value, lines, **judging)
             points.append(point)
     except NeedsJudge as error:
         note(str(error))
@@ -360,27 +336,26 @@ def alpha_range(text: str) -> tuple[str | None, list[float]]:
 
 
 # -- the plan -------------------------------------------------------------------------------------------------
-def load_plans(settings: Settings) -> list[TaskPlan]:
+def load_plans(options: EvaluationOptions) -> list[TaskPlan]:
     """The tasks with their requests, the data read."""
-    names = check_tasks(settings.tasks, EVAL_TASKS)
-    if settings.data is not None and Path(settings.data).is_file() and len(names) > 1:
+    if options.data is not None and Path(options.data).is_file() and len(options.tasks) > 1:
         raise ProxyTuneError("--data is one file, but there are several tasks; give a folder")
     with _quiet():
-        metadata: dict[str, Any] = {"seed": settings.seed}
-        if settings.data is not None:
-            metadata["data"] = str(settings.data)
+        metadata: dict[str, Any] = {"seed": options.seed}
+        if options.data is not None:
+            metadata["data"] = str(options.data)
         manager = TaskManager(include_path=str(TASK_DIR), include_defaults=False, metadata=metadata)
         plans = []
-        for name in names:
+        for name in options.tasks:
             task = manager.load([name])["tasks"][name]
-            task.set_fewshot_seed(settings.seed)
+            task.set_fewshot_seed(options.seed)
             repeats = task.config.repeats
-            if settings.samples is not None and repeats > 1:
-                repeats = settings.samples
+            if options.samples is not None and repeats > 1:
+                repeats = options.samples
             documents = task.eval_docs
             chosen: Sequence[int] = range(len(documents))
-            if settings.limit is not None and settings.limit < len(documents):
-                chosen = sorted(random.Random(settings.seed).sample(range(len(documents)), settings.limit))
+            if options.limit is not None and options.limit < len(documents):
+                chosen = sorted(random.Random(options.seed).sample(range(len(documents)), options.limit))
             requests = {"raw": _requests(task, documents, chosen, 0, repeats)}
             shots = (task.config.metadata or {}).get("few_shot", 0)
             if shots and len(task.fewshot_docs() or ()) >= shots:
@@ -415,26 +390,26 @@ def _quiet() -> Iterator[None]:
 
 
 def arms_of(
-    config: ProxyTuneConfig, settings: Settings, plans: Sequence[TaskPlan], note: Callable[[str], None]
+    config: ProxyTuneConfig, options: EvaluationOptions, plans: Sequence[TaskPlan], note: Callable[[str], None]
 ) -> list[str]:
     """The arms of a run, in order."""
     shown = [plan.name for plan in plans if "few_shot" in plan.requests]
     lacking = [plan.name for plan in plans if "few_shot" not in plan.requests]
-    if settings.arms is None:
+    if options.arms is None:
         members = [name for name, _ in config.members()]
         wanted = [arm for arm in DEFAULT_ARMS if arm != "base_few_shot" or shown]
         for side, arms in ((".expert", ("expert", "mean_logits")), (".anti_expert", ("anti_expert",))):
             if not any(name.endswith(side) for name in members):
                 wanted = [arm for arm in wanted if arm not in arms]
     else:
-        wanted = list(settings.arms)
-        if "tuned" in wanted and settings.tuned is None:
+        wanted = list(options.arms)
+        if "tuned" in wanted and options.tuned is None:
             raise ProxyTuneError("the arm tuned needs a model: --tuned MODEL")
         if "base_few_shot" in wanted and not shown:
             raise ProxyTuneError(
                 f"there are no solved examples to show for {', '.join(lacking)}; leave the arm base_few_shot out"
             )
-    if settings.tuned is not None and "tuned" not in wanted:
+    if options.tuned is not None and "tuned" not in wanted:
         wanted.append("tuned")
     if "tuned" in wanted:
         tuned_prompt(config)  # now, not after the other arms, is when to say that it is not known
@@ -445,27 +420,21 @@ def arms_of(
     return order + [arm for arm in found if arm == "tuned"]
 
 
-def _bench(config: ProxyTuneConfig, settings: Settings, names: Sequence[str]) -> Bench:
-    return Bench(
-        config,
-        names,
-        alphas=settings.alphas,
-        tuned=settings.tuned,
-        dtype=settings.dtype,
-        device_map=settings.device_map,
-        trust_remote_code=settings.trust_remote_code,
-        pack=settings.pack,
-        speculate=settings.speculate,
-    )
+def _alphas(config: ProxyTuneConfig, options: EvaluationOptions) -> tuple[float, ...]:
+    return resolve_alpha(options.alpha, [each.name for each in config.expert_list], config.alphas)
 
 
 # -- the manifest ---------------------------------------------------------------------------------------------
 def manifest_of(
-    config: ProxyTuneConfig, settings: Settings, plans: Sequence[TaskPlan], what: Mapping[str, Any]
+    config: ProxyTuneConfig,
+    options: EvaluationOptions,
+    loading: LoadingOptions,
+    plans: Sequence[TaskPlan],
+    what: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What a run is: ``decides`` and ``tasks`` decide its predictions, the rest is for the record."""
     experts = [{key: value for key, value in expert.items() if key != "alpha"} for expert in config.experts]
-    alphas = config.alphas if settings.alphas is None else list(settings.alphas)
+    alphas = _alphas(config, options)
     kind = "sweep" if "sweep" in what else "eval"
     return {
         "decides": {
@@ -474,14 +443,14 @@ def manifest_of(
             "experts": experts,
             "plausibility": config.plausibility,
             "alpha": what["sweep"] if kind == "sweep" else dict(zip([e.name for e in config.expert_list], alphas)),
-            "tuned": settings.tuned,
-            "seed": settings.seed,
-            "dtype": settings.dtype,
-            "pack": settings.pack,
+            "tuned": options.tuned,
+            "seed": options.seed,
+            "dtype": loading.dtype,
+            "pack": loading.pack,
         },
         "tasks": {
             plan.name: {
-                "limit": settings.limit,
+                "limit": options.limit,
                 "examples": len({job.id for job in jobs_of(plan.requests["raw"])}),
                 "samples": plan.repeats,
                 "version": plan.metadata.get("version"),
@@ -491,9 +460,9 @@ def manifest_of(
         },
         **({"arms": list(what["arms"])} if "arms" in what else {}),
         "recipe": str(config.name_or_path),
-        "data": settings.data or os.environ.get("PROXYTUNE_DATA") or "hub",
-        "batch_size": settings.batch_size,
-        "speculate": settings.speculate,
+        "data": options.data or os.environ.get("PROXYTUNE_DATA") or "hub",
+        "batch_size": options.batch_size,
+        "speculate": loading.speculate,
         "versions": _versions(),
     }
 

@@ -21,6 +21,7 @@ from proxytune.evaluation.records import Prediction, parse
 
 if TYPE_CHECKING:
     from proxytune.evaluation.judges import Annotator, Judge
+    from proxytune.evaluation.options import CodeOptions, JudgeOptions
     from proxytune.evaluation.sandbox import Limits, Verdict
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "gsm8k_answer",
     "gsm8k_reference",
     "score",
+    "scorer_options",
     "trim_gsm8k",
     "triviaqa_match",
 ]
@@ -263,6 +265,23 @@ SCORERS: dict[str, Callable[[Sequence[Prediction]], Scores]] = {
     "triviaqa": _triviaqa,
     "truthfulqa_mc": _multiple_choice("truthfulqa_mc", "ABCD"),
 }
+
+
+def scorer_options(
+    task: str, code: CodeOptions, judges: JudgeOptions, *, data: str | Path | None, kept: Path
+) -> dict[str, Any]:
+    """What :func:`score` takes besides the predictions; ``data`` are a code task's problems, or a judge's reference."""
+    found: dict[str, Any] = {"kept": kept}
+    if task in CODE:
+        from proxytune.evaluation.code import limits_of
+
+        running = {"ks": code.ks, "workers": code.workers, "unguarded": code.unguarded}
+        found |= {"data": data, "limits": limits_of(task, code.seconds), **running}
+    if judges.names or judges.label or judges.url or judges.models:
+        from proxytune.evaluation.judges import choose
+
+        found["judge"] = choose(task, judges, reference=data, kept=kept)
+    return found
 
 
 def score(

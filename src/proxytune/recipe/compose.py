@@ -15,10 +15,11 @@ from proxytune.errors import MemberError, RecipeError, first_line
 from proxytune.recipe.config import Expert, Member, Prompt, ProxyTuneConfig
 from proxytune.recipe.generation_config import adapted, ends_of, read_generation_config
 from proxytune.recipe.members import Loading, load_config, load_tokenizer, member_source
+from proxytune.recipe.options import device_map
 from proxytune.recipe.presets import PRESETS
 from proxytune.recipe.store import write_recipe
 
-__all__ = ["EXPERT_SYNTAX", "Given", "compose", "configure", "device_map", "parse_expert"]
+__all__ = ["EXPERT_SYNTAX", "Given", "compose", "configure", "parse_expert"]
 
 EXPERT_SYNTAX = "NAME=EXPERT[,anti=MODEL][,alpha=NUMBER][,adapter=PATH][,prompt=raw|chat][,dtype=…][,revision=…]"
 
@@ -102,11 +103,6 @@ def expert_of(given: Given, known: Member | None, anti_expert: Member | None, ad
 def _is_adapter(path: str) -> bool:
     directory = Path(path).expanduser()
     return (directory / "adapter_config.json").is_file() and not (directory / "config.json").exists()
-
-
-def device_map(text: str | None) -> str | int | None:
-    """``auto``, ``cpu``, ``cuda:1``, or a number of a device."""
-    return int(text) if text is not None and text.isdigit() else text
 
 
 def configure(

@@ -27,12 +27,12 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 import proxytune
 from proxytune.errors import RecipeError
 from proxytune.recipe.alpha import finite_alpha, resolve_alpha
+from proxytune.recipe.options import DTYPES
 from proxytune.recipe.source import Source, resolve
 
 __all__ = ["Expert", "Member", "Prompt", "ProxyTuneConfig"]
 
 PROMPT_KINDS = ("raw", "chat", "template")
-DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 # What transformers and this package write into a recipe's config.json besides the recipe's own fields.
 WRITTEN_BY_TRANSFORMERS = {
     *("attn_implementation", "auto_map", "experts_implementation", "max_position_embeddings", "model_type"),

@@ -41,24 +41,22 @@ from transformers import (
 )
 
 from proxytune.answers.plain_loop import plain_loop
-from proxytune.decoding.pace import Speculate, parse_speculate
 from proxytune.errors import ProxyTuneError
 from proxytune.generate import SpeculationStats
 from proxytune.lanes.transformers import TransformersLane
 from proxytune.model import ProxyTunedForCausalLM
-from proxytune.recipe.config import DTYPES, ProxyTuneConfig
+from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.layout import group_by_weights
 from proxytune.recipe.members import Loading
+from proxytune.recipe.options import LoadingOptions
+from proxytune.speed.options import MAIN, BenchOptions, Case, MemberOptions
 
 __all__ = [
-    "ARMS",
     "BenchResult",
-    "Case",
-    "MemberOptions",
     "Overhead",
     "Row",
-    "Settings",
     "Subject",
+    "bench_recipe",
     "describe_machine",
     "load_subject",
     "problem_texts",
@@ -66,7 +64,6 @@ __all__ = [
     "texts_of_file",
 ]
 
-ARMS = ("base", "base_lookup", "plain_loop", "composite", "shared", "speculative")
 STEERED = ("plain_loop", "composite", "shared", "speculative")
 ASKED: Mapping[str, Mapping[str, Any]] = {  # what `generate` is asked in each arm that it runs
     "base": {},
@@ -75,115 +72,8 @@ ASKED: Mapping[str, Mapping[str, Any]] = {  # what `generate` is asked in each a
     "shared": {"speculate": False},
     "speculative": {},
 }
-MAIN = ("64/128", 1)  # the case that always has its repeats
 WARM_UP = 8  # new tokens of a warm-up
 NEAR_TIE = 1e-3  # float32 logits closer than this may be ordered either way by another kernel
-
-
-# -- what is asked for ----------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Case:
-    """``batch`` rows of ``prompt`` tokens, continued by ``output`` tokens."""
-
-    batch: int
-    prompt: int
-    output: int
-
-    @property
-    def lengths(self) -> str:
-        return f"{self.prompt}/{self.output}"
-
-    def __str__(self) -> str:
-        return f"{self.lengths} at batch {self.batch}"
-
-
-@dataclass(frozen=True)
-class MemberOptions:
-    """What is on in every member of an arm: a dtype (None: what the recipe says), packed weights, compiled layers."""
-
-    dtype: str | None = None
-    pack: bool = False
-    compile: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> MemberOptions:
-        """Read ``float32+pack+compile``; ``auto`` is the recipe's own dtype.
-
-        Raises:
-            ProxyTuneError: for a word that is no option, or two dtypes.
-        """
-        words = text.strip().split("+")
-        for word in words:
-            if word not in (*DTYPES, "pack", "compile"):
-                known = ", ".join((*DTYPES, "pack"))
-                raise ProxyTuneError(f"no member option is called {word!r}; known are {known} and compile")
-        dtypes = [word for word in words if word in DTYPES]
-        if len(dtypes) > 1:
-            raise ProxyTuneError(f"{text!r} names two dtypes")
-        dtype = dtypes[0] if dtypes and dtypes[0] != "auto" else None
-        return cls(dtype, pack="pack" in words, compile="compile" in words)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured.
-
-    Attributes:
-        batches, lengths: sizes, and ``PROMPT/OUTPUT`` in tokens; every pair of them is a case.
-        arms: of :data:`ARMS`.
-        repeats: rounds of a case, where the budget allows.
-        budget: seconds for all of it; what goes beyond it has only its last set of options, fewer rounds, or none,
-            and that is told. 64/128 at batch 1 always has all. None: no limit.
-        seed: of the prompts, the order of the arms, and samples.
-        speculate: what the arm ``speculative`` asks; a number of drafts copies none from the text.
-        temperature: of sampling, of which each round has its seed, the same for all arms; None is greedy.
-    """
-
-    batches: tuple[int, ...] = (1, 4, 16)
-    lengths: tuple[str, ...] = ("64/128", "8/512", "512/8")
-    arms: tuple[str, ...] = ARMS
-    repeats: int = 5
-    budget: float | None = 1080.0
-    seed: int = 0
-    speculate: Speculate = "auto"
-    temperature: float | None = None
-
-    def __post_init__(self) -> None:
-        for arm in self.arms:
-            if arm not in ARMS:
-                raise ProxyTuneError(f"no arm is called {arm!r}; known are {', '.join(ARMS)}")
-        for name in ("arms", "batches", "lengths"):
-            given = getattr(self, name)
-            if not given or len(set(given)) < len(given):
-                raise ProxyTuneError(f"the {name} must be named, each once, not {', '.join(map(str, given)) or 'none'}")
-        if any(batch < 1 for batch in self.batches):
-            raise ProxyTuneError(f"a batch has at least 1 row, not {min(self.batches)}")
-        if self.repeats < 1:
-            raise ProxyTuneError(f"at least 1 repeat is needed, not {self.repeats}")
-        if self.temperature is not None and not self.temperature > 0:
-            raise ProxyTuneError(f"a temperature is greater than 0, not {self.temperature}; leave it out for greedy")
-        parse_speculate(self.speculate)
-        self.cases()
-
-    def asked(self, arm: str) -> dict[str, Any]:
-        """What a run of ``arm`` is asked besides what the arm is."""
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
-        return {
-            **({} if self.temperature is None else sampling),
-            **({"speculate": self.speculate} if arm == "speculative" else {}),
-        }
-
-    def cases(self) -> list[Case]:
-        """Every batch size with every length pair; the main case first, then the cheap before the dear."""
-        found = []
-        for text in self.lengths:
-            prompt, slash, output = text.partition("/")
-            if not (slash and prompt.isdecimal() and output.isdecimal() and int(prompt) and int(output)):
-                raise ProxyTuneError(f"lengths are PROMPT/OUTPUT in tokens, such as 64/128, not {text!r}")
-            found += [Case(batch, int(prompt), int(output)) for batch in self.batches]
-        return sorted(
-            found, key=lambda case: ((case.lengths, case.batch) != MAIN, case.batch, case.prompt, case.output)
-        )
 
 
 # -- what comes out -------------------------------------------------------------------------------------------
@@ -260,7 +150,7 @@ class BenchResult:
     """All that was measured, also where it was interrupted."""
 
     machine: dict[str, Any]
-    settings: Settings
+    settings: BenchOptions
     rows: list[Row] = field(default_factory=list)
     overheads: list[Overhead] = field(default_factory=list)
     agreements: list[Agreement] = field(default_factory=list)
@@ -285,7 +175,7 @@ class BenchResult:
         """As plain values."""
         return {
             "machine": self.machine,
-            "settings": asdict(self.settings),
+            "settings": self.settings.to_json(),
             "rows": [asdict(row) for row in self.rows],
             "overhead": [asdict(row) for row in self.overheads],
             "outputs": self.outputs(),
@@ -384,15 +274,21 @@ class Subject:
         return self.default if arm in ("shared", "speculative") else self.separate
 
 
-def load_subject(config: ProxyTuneConfig, options: MemberOptions, **loading: Any) -> Subject:
+def load_subject(config: ProxyTuneConfig, options: MemberOptions, loading: LoadingOptions) -> Subject:
     """Load a recipe as often as the arms need it, the base once.
 
     Args:
         config: the recipe.
         options: of all members.
-        **loading: what ``from_pretrained`` takes besides (``device_map``, ``member_trust_remote_code``).
+        loading: its ``device_map`` and ``trust_remote_code``.
     """
-    wanted = {"dtype": options.dtype or "auto", "pack": options.pack, "compile": options.compile, **loading}
+    wanted = {
+        "dtype": options.dtype or "auto",
+        "pack": options.pack,
+        "compile": options.compile,
+        "device_map": loading.device_map,
+        "member_trust_remote_code": loading.trust_remote_code,
+    }
     separate = ProxyTunedForCausalLM.from_pretrained(str(config.name_or_path), config=config, share=False, **wanted)
     default = separate
     groups, _ = group_by_weights(config, list(config.members()), Loading())
@@ -636,9 +532,21 @@ def _gap(model: ProxyTunedForCausalLM, prefix: Tensor, ours: int, theirs: int) -
 
 
 # -- the whole ------------------------------------------------------------------------------------------------
+def bench_recipe(
+    config: ProxyTuneConfig, options: BenchOptions, loading: LoadingOptions, *, progress: Callable[[str, float], None]
+) -> BenchResult:
+    """Load the recipe with each set of member options, and measure; see :func:`run_bench`."""
+    texts = problem_texts(options.seed) if options.prompts is None else texts_of_file(options.prompts)
+    subjects = []
+    for members in options.members:
+        progress(f"loading, {members.dtype or 'auto'}", 0.0)
+        subjects.append(load_subject(config, members, loading))
+    return run_bench(subjects, options, texts, progress=progress)
+
+
 def run_bench(
     subjects: Sequence[Subject],
-    settings: Settings,
+    settings: BenchOptions,
     texts: Texts,
     *,
     tokenizer: Any = None,
@@ -826,7 +734,7 @@ def _rows(case: Case, samples: Mapping[tuple[str, str], Sequence[Sample]]) -> li
     return rows
 
 
-def _share(settings: Settings, spent: float, n_left: int) -> float | None:
+def _share(settings: BenchOptions, spent: float, n_left: int) -> float | None:
     """Seconds that the next of ``n_left`` cases may take: the cheap come first and leave theirs to the dear."""
     return None if settings.budget is None else max(settings.budget - spent, 0.0) / n_left
 

@@ -30,7 +30,9 @@ from proxytune.recipe.check import MemberReport, count_recipe
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.layout import group_by_weights
 from proxytune.recipe.members import Loading
-from proxytune.speed.bench import MemberOptions, Subject, now, run_arm
+from proxytune.recipe.options import LoadingOptions
+from proxytune.speed.bench import Subject, load_subject, now, run_arm
+from proxytune.speed.options import MemberOptions, PlanOptions
 
 __all__ = [
     "Compared",
@@ -156,6 +158,35 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)
+
+
+def make_plan(config: ProxyTuneConfig, options: PlanOptions, loading: LoadingOptions) -> tuple[Plan, list[Compared]]:
+    """Predict, from shapes or with a probe; and, if asked, the predictions held against a bench.
+
+    Raises:
+        ProxyTuneError: for options that contradict each other, and where the bench has nothing to compare.
+    """
+    if not options.probe:
+        if loading.device_map is not None:
+            raise ProxyTuneError("--against and --device-map need --probe: without it nothing is loaded")
+        found = plan_recipe(
+            config,
+            options.members,
+            device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            batches=options.batches,
+            acceptances=options.acceptances,
+            trust_remote_code=loading.trust_remote_code,
+        )
+        return found, []
+    bench = None if options.against is None else read_bench(options.against)
+    subject = load_subject(config, options.members, loading)
+    costs = probe(subject, options.batches)
+    own = Loading(options.members.dtype, pack=options.members.pack, trust_remote_code=loading.trust_remote_code)
+    found = plan_probed(config, subject, costs, options.acceptances, own)
+    compared = [] if bench is None else compare_with_bench(costs, subject.options, subject.shares, bench)
+    if bench is not None and not compared:
+        raise ProxyTuneError(f"{options.against} has no row with the options {subject.options} and these batch sizes")
+    return found, compared
 
 
 # -- from shapes ----------------------------------------------------------------------------------------------

@@ -1,0 +1,128 @@
+"""The options of evaluations: what is evaluated, how programs are run, and who judges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from proxytune.errors import ProxyTuneError
+from proxytune.evaluation import EVAL_TASKS, check_tasks
+from proxytune.options import numbers, option, words
+from proxytune.recipe.alpha import alpha_of_text
+
+__all__ = ["CodeOptions", "EvaluationOptions", "JudgeOptions"]
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is evaluated."""
+
+    tasks: tuple[str, ...] = option(
+        help="What is evaluated; see docs/evaluation.md.", flag="--tasks -t", metavar="NAME,...", parse=words
+    )
+    arms: tuple[str, ...] | None = option(
+        None,
+        "base, anti_expert, expert, proxy_tuned, tuned, base_few_shot, mean_logits; all but tuned by default.",
+        metavar="NAME,...",
+        parse=words,
+    )
+    tuned: str | None = option(None, "A directly tuned model, for the gap closed.", metavar="MODEL")
+    alpha: float | Mapping[str, float] | None = option(
+        None,
+        "Strength of steering in place of the recipe's, for all experts or for one; repeatable.",
+        flag="--alpha -a",
+        metavar="NUMBER|NAME=NUMBER",
+        many=True,
+        parse=alpha_of_text,
+    )
+    data: str | None = option(
+        None, "A file or a folder in place of the hub.", metavar="PATH", envvar="PROXYTUNE_DATA", panel="Data"
+    )
+    limit: int | None = option(
+        None, "So many examples of each task, drawn by --seed; all by default.", metavar="N", min=1, panel="Data"
+    )
+    samples: int | None = option(
+        None,
+        "Samples a problem, in tasks that sample; 20 as in the paper by default.",
+        metavar="N",
+        min=1,
+        panel="Data",
+    )
+    seed: int = option(0, "Of the examples drawn and of sampling.", metavar="N", panel="Data")
+    batch_size: int = option(8, "Rows at once.", flag="--batch-size -b", metavar="N", min=1, panel="Speed")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", check_tasks(self.tasks, EVAL_TASKS))
+
+
+@dataclass(frozen=True)
+class CodeOptions:
+    """How generated programs are run and counted."""
+
+    ks: tuple[int, ...] = option(
+        (1, 10),
+        "pass@k, for every k that the samples allow.",
+        flag="--k",
+        metavar="K,...",
+        panel="Code",
+        parse=numbers("--k", "1,10"),
+    )
+    workers: int | None = option(None, "Programs at once; by default one a core.", metavar="N", min=1, panel="Code")
+    seconds: float | None = option(
+        None,
+        "CPU time of a program, by default 3 (ds1000: 60); 7 more of wall time (ds1000: twice as much).",
+        metavar="S",
+        min=1,
+        panel="Code",
+    )
+    unguarded: bool = option(
+        False,
+        "Run generated code even where it cannot be locked up: it may then do what you may do.",
+        panel="Code",
+    )
+
+    def __post_init__(self) -> None:
+        if min(self.ks) < 1:
+            raise ProxyTuneError(f"--k is numbers from 1 on, not {','.join(map(str, self.ks))!r}")
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """Who judges answers: models here, or models behind an endpoint."""
+
+    names: tuple[str, ...] = option(
+        (),
+        "A local classifier or language model. truthfulqa_open takes two: of truth, of information.",
+        flag="--judge",
+        metavar="DIR|ID",
+        panel="Judges",
+        many=True,
+        parse=tuple,
+    )
+    label: str | None = option(
+        None,
+        "The classifier's label that means yes (or toxic), where its config does not say.",
+        flag="--judge-label",
+        metavar="NAME",
+        panel="Judges",
+    )
+    url: str | None = option(
+        None, "An OpenAI-compatible endpoint, with its /v1.", flag="--judge-url", metavar="URL", panel="Judges"
+    )
+    models: tuple[str, ...] = option(
+        (),
+        "The model there; truthfulqa_open takes two. For alpacafarm an annotator of alpaca_eval.",
+        flag="--judge-model",
+        metavar="NAME",
+        panel="Judges",
+        many=True,
+        parse=tuple,
+    )
+    chat: bool = option(False, "The endpoint has chat completions alone.", flag="--judge-chat", panel="Judges")
+    key: str = option(
+        "OPENAI_API_KEY",
+        "The environment variable with its key.",
+        flag="--judge-key",
+        metavar="VARIABLE",
+        panel="Judges",
+    )

@@ -1,0 +1,205 @@
+"""The options of benches and plans: what is measured, and what is predicted."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from proxytune.errors import ProxyTuneError
+from proxytune.options import numbers, option, words
+from proxytune.recipe.options import DTYPES
+
+__all__ = ["ARMS", "MAIN", "BenchOptions", "Case", "MemberOptions", "PlanOptions"]
+
+ARMS = ("base", "base_lookup", "plain_loop", "composite", "shared", "speculative")
+MAIN = ("64/128", 1)  # the case that always has its repeats
+
+
+@dataclass(frozen=True)
+class Case:
+    """``batch`` rows of ``prompt`` tokens, continued by ``output`` tokens."""
+
+    batch: int
+    prompt: int
+    output: int
+
+    @property
+    def lengths(self) -> str:
+        return f"{self.prompt}/{self.output}"
+
+    def __str__(self) -> str:
+        return f"{self.lengths} at batch {self.batch}"
+
+
+@dataclass(frozen=True)
+class MemberOptions:
+    """What is on in every member of an arm: a dtype (None: what the recipe says), packed weights, compiled layers."""
+
+    dtype: str | None = None
+    pack: bool = False
+    compile: bool = False
+
+    def __str__(self) -> str:
+        return (self.dtype or "auto") + ("+pack" if self.pack else "") + ("+compile" if self.compile else "")
+
+    @classmethod
+    def parse(cls, text: str) -> MemberOptions:
+        """Read ``float32+pack+compile``; ``auto`` is the recipe's own dtype.
+
+        Raises:
+            ProxyTuneError: for a word that is no option, or two dtypes.
+        """
+        given = text.strip().split("+")
+        for word in given:
+            if word not in (*DTYPES, "pack", "compile"):
+                known = ", ".join((*DTYPES, "pack"))
+                raise ProxyTuneError(f"no member option is called {word!r}; known are {known} and compile")
+        dtypes = [word for word in given if word in DTYPES]
+        if len(dtypes) > 1:
+            raise ProxyTuneError(f"{text!r} names two dtypes")
+        dtype = dtypes[0] if dtypes and dtypes[0] != "auto" else None
+        return cls(dtype, pack="pack" in given, compile="compile" in given)
+
+
+def _member_options(text: str) -> tuple[MemberOptions, ...]:
+    found = tuple(MemberOptions.parse(part) for part in words(text))
+    if len(set(found)) < len(found):
+        raise ProxyTuneError(f"--options {text!r} names one set twice")
+    return found
+
+
+def _speculate(text: str) -> Any:
+    from proxytune.decoding.pace import parse_speculate
+
+    return parse_speculate(int(text) if text.isdecimal() else text)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is measured: every batch size with every pair of lengths is a case, and all arms run it."""
+
+    batches: tuple[int, ...] = option(
+        (1, 4, 16), "Batch sizes.", flag="--batch", metavar="N,...", parse=numbers("--batch", "1,16")
+    )
+    lengths: tuple[str, ...] = option(
+        ("64/128", "8/512", "512/8"), "Tokens of the prompt and new tokens.", metavar="PROMPT/OUTPUT,...", parse=words
+    )
+    arms: tuple[str, ...] = option(
+        ARMS, "What is compared; ratios need base and plain_loop.", metavar="NAME,...", parse=words
+    )
+    members: tuple[MemberOptions, ...] = option(
+        (MemberOptions(),),
+        "Sets of member options, each on for every arm, the base alone too: a dtype (auto is the recipe's), pack, "
+        "compile.",
+        flag="--options",
+        metavar="NAME+NAME,...",
+        parse=_member_options,
+    )
+    speculate: Any = option(
+        "auto",
+        "What the arm speculative asks; a number of drafts copies none from the text.",
+        metavar="auto|N",
+        parse=_speculate,
+    )
+    temperature: float | None = option(None, "Sample in all arms, with seeds; greedy by default.", metavar="T")
+    repeats: int = option(5, "Rounds, of which the median is told.", metavar="N", min=1)
+    minutes: float = option(
+        18,
+        "Cases beyond it get fewer rounds or none, which is told; 64/128 at batch 1 always has its own. 0 is no limit.",
+        metavar="M",
+        min=0,
+    )
+    prompts: Path | None = option(
+        None, "Text that prompts are cut from; the demo's held-out problems by default.", metavar="FILE"
+    )
+    seed: int = option(0, "Of the prompts, and of the order within a round.", metavar="N")
+
+    def __post_init__(self) -> None:
+        for arm in self.arms:
+            if arm not in ARMS:
+                raise ProxyTuneError(f"no arm is called {arm!r}; known are {', '.join(ARMS)}")
+        for name in ("arms", "batches", "lengths"):
+            given = getattr(self, name)
+            if not given or len(set(given)) < len(given):
+                raise ProxyTuneError(f"the {name} must be named, each once, not {', '.join(map(str, given)) or 'none'}")
+        if any(batch < 1 for batch in self.batches):
+            raise ProxyTuneError(f"a batch has at least 1 row, not {min(self.batches)}")
+        if self.repeats < 1:
+            raise ProxyTuneError(f"at least 1 repeat is needed, not {self.repeats}")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ProxyTuneError(f"a temperature is greater than 0, not {self.temperature}; leave it out for greedy")
+        self.cases()
+
+    @property
+    def budget(self) -> float | None:
+        """Seconds for all of it; None is no limit."""
+        return 60.0 * self.minutes or None
+
+    def asked(self, arm: str) -> dict[str, Any]:
+        """What a run of ``arm`` is asked besides what the arm is."""
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
+        return {
+            **({} if self.temperature is None else sampling),
+            **({"speculate": self.speculate} if arm == "speculative" else {}),
+        }
+
+    def cases(self) -> list[Case]:
+        """Every batch size with every length pair; the main case first, then the cheap before the dear."""
+        found = []
+        for text in self.lengths:
+            prompt, slash, output = text.partition("/")
+            if not (slash and prompt.isdecimal() and output.isdecimal() and int(prompt) and int(output)):
+                raise ProxyTuneError(f"lengths are PROMPT/OUTPUT in tokens, such as 64/128, not {text!r}")
+            found += [Case(batch, int(prompt), int(output)) for batch in self.batches]
+        return sorted(
+            found, key=lambda case: ((case.lengths, case.batch) != MAIN, case.batch, case.prompt, case.output)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; rows name their members' options."""
+        said = {name: value for name, value in asdict(self).items() if name not in ("members", "minutes", "prompts")}
+        return {**said, "budget": self.budget}
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is predicted, and from what."""
+
+    acceptances: tuple[float, ...] = option(
+        (0.7,),
+        "Shares of drafts that the mixture accepts.",
+        flag="--acceptance",
+        metavar="A,...",
+        parse=numbers("--acceptance", "0.6,0.8", float),
+    )
+    batches: tuple[int, ...] = option(
+        (1, 4, 16), "Batch sizes.", flag="--batch", metavar="N,...", parse=numbers("--batch", "1,16")
+    )
+    members: MemberOptions = option(
+        MemberOptions(),
+        "What is on in the members, as for bench: a dtype, pack.",
+        flag="--options",
+        metavar="NAME+NAME",
+        parse=MemberOptions.parse,
+    )
+    device: str | None = option(None, "What it shall run on; a GPU where this machine has one.", metavar="cpu|cuda")
+    probe: bool = option(False, "Load the recipe and time it for about ten seconds.")
+    against: Path | None = option(
+        None, "With --probe: hold it against what `bench --json FILE` has measured.", metavar="FILE"
+    )
+
+    def __post_init__(self) -> None:
+        if min(self.batches) < 1 or len(set(self.batches)) < len(self.batches):
+            given = ",".join(map(str, self.batches))
+            raise ProxyTuneError(f"--batch is numbers of rows, at least 1 and each once, not {given!r}")
+        if self.members.compile:
+            raise ProxyTuneError("a plan knows nothing of compiled members; leave compile out of --options")
+        if not all(0 <= value <= 1 for value in self.acceptances):
+            raise ProxyTuneError(f"an acceptance lies between 0 and 1, not at {','.join(map(str, self.acceptances))}")
+        if self.against is not None and not self.probe:
+            raise ProxyTuneError("--against and --device-map need --probe: without it nothing is loaded")
+        if self.probe and self.device is not None:
+            raise ProxyTuneError("--device is for a prediction without --probe; --device-map says where to probe")
+        if self.device not in (None, "cpu", "cuda"):
+            raise ProxyTuneError(f"--device is cpu or cuda, not {self.device!r}")
