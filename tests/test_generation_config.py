@@ -15,7 +15,7 @@ from proxytune import MemberError, ProxyTunedForCausalLM, ProxyTuneError, load_r
 from proxytune.answers.generation import Encoded, Sampling, answer
 from proxytune.cli import app
 from proxytune.evaluation.arms import Bench
-from proxytune.recipe.compose import Given, compose, configure
+from proxytune.recipe.compose import compose, configure
 from proxytune.recipe.generation_config import (
     FIELDS,
     IDLE,
@@ -27,6 +27,7 @@ from proxytune.recipe.generation_config import (
     plain_generation_config,
     valid_generation_config,
 )
+from proxytune.recipe.options import ComposeOptions, MemberChoice
 
 pytestmark = pytest.mark.usefixtures("no_progress")
 
@@ -265,9 +266,13 @@ def test_a_value_that_transformers_cannot_use_is_told_at_loading(place, values):
         load(place)
 
 
+def composed(place, expert):
+    base = MemberChoice(str(place / "base"))
+    return configure(ComposeOptions(base=base, expert=MemberChoice(expert), anti_expert=base))
+
+
 def make(place, out, **options):
-    expert = Given(str(out.parent / "expert"))
-    config = configure(base=Given(str(place / "base")), expert=expert, anti_expert=Given(str(place / "base")))
+    config = composed(place, str(out.parent / "expert"))
     return compose(config, out, **options)
 
 
@@ -290,9 +295,7 @@ def test_an_experts_generation_config_is_read_or_told(place, shelf, tmp_path):
 
 def test_an_expert_on_an_unreachable_hub_is_noted(place, tmp_path):
     publish(place, {})
-    config = configure(
-        base=Given(str(place / "base")), expert=Given("org/expert"), anti_expert=Given(str(place / "base"))
-    )
+    config = composed(place, "org/expert")
     notes = compose(config, tmp_path / "made")
     assert len(notes) == 1
     assert notes[0].startswith("the generation config of expert.expert cannot be reached (")

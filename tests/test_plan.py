@@ -13,7 +13,7 @@ from proxytune.decoding.cost import Cost, Costs
 from proxytune.recipe.check import count_recipe
 from proxytune.speed import bench
 from proxytune.speed import plan as planning
-from proxytune.speed.options import MemberOptions
+from proxytune.speed.options import ARMS, MemberOptions
 from proxytune.speed.plan import RecipeCosts, plan_recipe, predict
 from test_cli import fails, run
 

@@ -8,7 +8,6 @@ drafts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,8 +25,9 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from proxytune.answers.options import Sampling
 from proxytune.decoding.noise import RowSampler, row_seed
-from proxytune.errors import PromptError, ProxyTuneError
+from proxytune.errors import PromptError
 from proxytune.recipe.generation_config import ends_of, fields_of, plain_generation_config
 from proxytune.recipe.prompts import left_pad, render_chat
 
@@ -46,48 +46,6 @@ __all__ = [
 
 
 Finish = Literal["stop", "length", "interrupt"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: greedy unless one of the first four is given.
-
-    What is not given is off (temperature 1, no top-p, top-k or min-p), whatever the recipe's generation_config says.
-    """
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ProxyTuneError(f"temperature must be a finite number of at least 0, not {self.temperature!r}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ProxyTuneError(f"top-p must lie in (0, 1], not {self.top_p!r}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ProxyTuneError(f"top-k must be at least 1, not {self.top_k!r}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ProxyTuneError(f"min-p must lie in [0, 1], not {self.min_p!r}")
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken (temperature 0 says so too)."""
-        return self.temperature == 0 or (self.temperature, self.top_p, self.top_k, self.min_p) == (None,) * 4
-
-    def warpers(self) -> LogitsProcessorList:
-        """transformers' own processors, in its own order."""
-        found = LogitsProcessorList()
-        if self.temperature not in (None, 1.0):
-            found.append(TemperatureLogitsWarper(float(self.temperature or 1.0)))
-        if self.top_k is not None:
-            found.append(TopKLogitsWarper(self.top_k))
-        if self.top_p is not None and self.top_p < 1:
-            found.append(TopPLogitsWarper(self.top_p))
-        if self.min_p is not None:
-            found.append(MinPLogitsWarper(self.min_p))
-        return found
 
 
 @dataclass(frozen=True)
@@ -206,7 +164,7 @@ def answer(
     stops += stop_strings
     config.stop_strings = stops or None
     seeds = [row_seed(sampling.seed, row) for row in rows]
-    processors = LogitsProcessorList([*processors, *([] if sampling.greedy else sampling.warpers())])
+    processors = LogitsProcessorList([*processors, *([] if sampling.greedy else _warpers(sampling))])
     limit_rows = RowLimit(ids.shape[1], limits, stopped)
     criteria = StoppingCriteriaList(criteria)
     if stopped is not None or len(set(limits)) > 1:  # what looks at a whole batch keeps it from being drafted for
@@ -267,6 +225,20 @@ def _cut(
     elif end is None and interrupted:
         finish = "interrupt"
     return Answer(new_text(tokenizer, prompt, tokens), tokens, finish)
+
+
+def _warpers(sampling: Sampling) -> LogitsProcessorList:
+    """transformers' own processors, in its own order."""
+    found = LogitsProcessorList()
+    if sampling.temperature not in (None, 1.0):
+        found.append(TemperatureLogitsWarper(float(sampling.temperature or 1.0)))
+    if sampling.top_k is not None:
+        found.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p is not None and sampling.top_p < 1:
+        found.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p is not None:
+        found.append(MinPLogitsWarper(sampling.min_p))
+    return found
 
 
 class RowLimit(StoppingCriteria):

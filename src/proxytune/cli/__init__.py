@@ -93,11 +93,11 @@ def _app(
     pass
 
 
-app.command()(new)
+app.command()(flat(new))
 app.command()(flat(train))
-app.command()(check)
-app.command()(generate)
-app.command()(chat)
+app.command()(flat(check))
+app.command()(flat(generate))
+app.command()(flat(chat))
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command()(demo)
 app.command("eval")(flat(evaluate))

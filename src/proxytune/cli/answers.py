@@ -12,30 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxytune.cli.options import (
-    FAILED,
-    Alpha,
-    DeviceMap,
-    Dtype,
-    MaxNewTokens,
-    MinP,
-    Pack,
-    Recipe,
-    Speculate,
-    System,
-    Temperature,
-    TopK,
-    TopP,
-    TrustRemoteCode,
-    drafts_of,
-    load_model,
-    progress_bar,
-    read_lines,
-    sampling_of,
-    say,
-    write_out,
-)
+from proxytune.answers.options import AnswerOptions, ChatOptions, ChatSampling, JobOptions, Sampling
+from proxytune.cli.flags import only
+from proxytune.cli.options import FAILED, Recipe, load_model, progress_bar, read_lines, say, write_out
 from proxytune.errors import ProxyTuneError
+from proxytune.recipe.options import LoadingOptions
 
 if TYPE_CHECKING:
     from proxytune.answers.batch import Item
@@ -49,56 +30,11 @@ def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="PROMPT...", help="What is to be continued.", show_default=False)
     ] = None,
-    alpha: Alpha = None,
-    max_new_tokens: MaxNewTokens = 256,
-    chat_: Annotated[
-        bool, typer.Option("--chat", help="Put each prompt into the recipe's chat template, as the user's turn.")
-    ] = False,
-    system: System = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            metavar="N", help="Seed of the sampling; each prompt draws by its place.", rich_help_panel="Sampling"
-        ),
-    ] = 0,
-    input_: Annotated[
-        str | None,
-        typer.Option(
-            "--input",
-            "-i",
-            metavar="FILE",
-            help='JSON lines {"prompt": ..., "alpha": ...}, or a JSON list of these, instead of PROMPTs; - is stdin. '
-            "Other fields are passed on.",
-            rich_help_panel="Jobs",
-            show_default=False,
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="Write JSON lines there; what an interrupted run has left is kept, and the rest is done.",
-            rich_help_panel="Jobs",
-            show_default=False,
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", metavar="N", min=1, help="Prompts at once.", rich_help_panel="Jobs")
-    ] = 8,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object a prompt, in order.", rich_help_panel="Jobs")
-    ] = False,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    trust_remote_code: TrustRemoteCode = False,
-    speculate: Speculate = "auto",
-    pack: Pack = False,
+    *,
+    options: AnswerOptions,
+    sampling: Sampling,
+    job: JobOptions,
+    loading: LoadingOptions,
 ) -> None:
     """Continue prompts, steered.
 
@@ -114,65 +50,59 @@ def generate(
     from proxytune.answers.batch import Item, Output, fingerprint, read_items, result
     from proxytune.answers.generation import Printer, answer, batches, encode
     from proxytune.answers.journal import json_line
-    from proxytune.recipe.alpha import alpha_of_text, resolve_alpha
+    from proxytune.recipe.alpha import resolve_alpha
     from proxytune.recipe.store import load_recipe
 
-    if bool(prompts) == (input_ is not None):
+    if bool(prompts) == (job.input is not None):
         raise ProxyTuneError("give either prompts or --input FILE")
-    if system is not None and not chat_:
-        raise ProxyTuneError("--system needs --chat: a raw prompt has no place for it")
-    sampling = sampling_of(temperature, top_p, top_k, min_p, seed)
-    drafts = drafts_of(speculate)
     config = load_recipe(recipe)
     names = [expert.name for expert in config.expert_list]
-    alphas = resolve_alpha(alpha_of_text(alpha) if alpha else None, names, config.alphas)
+    alphas = resolve_alpha(options.alpha, names, config.alphas)
     broken = 0
-    if input_ is None:
+    if job.input is None:
         items = [Item(line, prompt, alphas) for line, prompt in enumerate(prompts or [], start=1)]
         if any(not item.prompt.strip() for item in items):
             raise ProxyTuneError("the prompt is empty")
     else:
-        if output is not None and input_ != "-" and output.exists() and output.samefile(input_):
-            raise ProxyTuneError("--input and --output are the same file")
-        items, unread = read_items(read_lines(input_), names, alphas)
+        items, unread = read_items(read_lines(job.input), names, alphas)
         for bad in unread:
-            say(f"{input_}, {bad.where}: {bad.reason}")
+            say(f"{job.input}, {bad.where}: {bad.reason}")
         broken = len(unread)
-    settings = {"sampling": vars(sampling), "max_new_tokens": max_new_tokens, "chat": chat_, "system": system}
-    run = fingerprint(config, {**settings, "dtype": dtype})
+    asked = {name: value for name, value in vars(options).items() if name != "alpha"}
+    run = fingerprint(config, {"sampling": vars(sampling), **asked, "dtype": loading.dtype})
 
     with contextlib.ExitStack() as stack:
         remaining, sink = items, None
-        if output is not None:
-            sink = Output(output, items, run, names).read()  # what is finished is not touched
-            if sink.remaining or not output.exists():
+        if job.output is not None:
+            sink = Output(job.output, items, run, names).read()  # what is finished is not touched
+            if sink.remaining or not job.output.exists():
                 stack.enter_context(sink)
             remaining = sink.remaining
             if len(remaining) < len(items):
-                say(f"{len(items) - len(remaining)} of {len(items)} prompts are done already in {output}")
+                say(f"{len(items) - len(remaining)} of {len(items)} prompts are done already in {job.output}")
         if not remaining:
             if broken:
                 raise typer.Exit(FAILED)
             return
-        model, tokenizer = load_model(config, dtype, device_map, trust_remote_code, drafts, pack)
+        model, tokenizer = load_model(config, loading)
         encoded = []
         for item in remaining:
             try:
-                encoded.append((item, encode(model, tokenizer, item.prompt, chat=chat_, system=system)))
+                encoded.append((item, encode(model, tokenizer, item.prompt, chat=options.chat, system=options.system)))
             except ProxyTuneError as error:
-                if input_ is None:
+                if job.input is None:
                     raise
-                say(f"{input_}, {item.where}: {error}")
+                say(f"{job.input}, {item.where}: {error}")
                 broken += 1
-        streamed = sink is None and not as_json and len(items) == 1 and sys.stdout.isatty()
+        streamed = sink is None and not job.json and len(items) == 1 and sys.stdout.isatty()
         advance = stack.enter_context(progress_bar(len(encoded), sink is not None or not sys.stdout.isatty()))
-        for batch in batches(encoded, batch_size):
+        for batch in batches(encoded, job.batch_size):
             made = answer(
                 model,
                 tokenizer,
                 [prompt for _, prompt in batch],
                 [item.alphas for item, _ in batch],
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=options.max_new_tokens,
                 sampling=sampling,
                 rows=[item.line for item, _ in batch],
                 streamer=Printer(tokenizer, write_out) if streamed else None,
@@ -182,15 +112,15 @@ def generate(
                 sink.append([result(item, one, names, numbered=True, run=run) for item, one in pairs])
             else:
                 for item, one in pairs:
-                    if as_json or input_ is not None:
-                        write_out(json_line(result(item, one, names, numbered=input_ is not None)))
+                    if job.json or job.input is not None:
+                        write_out(json_line(result(item, one, names, numbered=job.input is not None)))
                     else:
                         _show_answer(item, "" if streamed else one.text, alone=len(items) == 1)
             advance(len(batch))
-        if streamed and made[0].finish == "length" and len(made[0].tokens) < max_new_tokens:
+        if streamed and made[0].finish == "length" and len(made[0].tokens) < options.max_new_tokens:
             say("the shortest member's context is full")
     if sink is not None:
-        say(f"wrote {len(encoded)} answers to {output}")
+        say(f"wrote {len(encoded)} answers to {job.output}")
     if broken:
         say(f"{broken} lines could not be answered")
         raise typer.Exit(FAILED)
@@ -212,24 +142,10 @@ Ctrl-C stops an answer."""
 
 def chat(
     recipe: Recipe,
-    alpha: Alpha = None,
-    max_new_tokens: MaxNewTokens = 512,
-    system: System = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Seed of the sampling; by default another each time.", rich_help_panel="Sampling"
-        ),
-    ] = None,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    trust_remote_code: TrustRemoteCode = False,
-    speculate: Speculate = "auto",
-    pack: Pack = False,
+    *,
+    options: Annotated[ChatOptions, only("alpha", "max_new_tokens", "system")],
+    sampling: ChatSampling,
+    loading: LoadingOptions,
 ) -> None:
     """Talk with a steered model.
 
@@ -237,19 +153,15 @@ def chat(
     have prompts of their own. While talking, /alpha 0.5 changes the strength, /reset forgets, /help lists more.
     """
     from proxytune.answers.chat import Conversation
-    from proxytune.recipe.alpha import alpha_of_text, resolve_alpha
+    from proxytune.recipe.alpha import resolve_alpha
     from proxytune.recipe.store import load_recipe
 
-    sampling = sampling_of(
-        temperature, top_p, top_k, min_p, int.from_bytes(os.urandom(4), "big") if seed is None else seed
-    )
-    drafts = drafts_of(speculate)
     config = load_recipe(recipe)
     names = [expert.name for expert in config.expert_list]
-    alphas = resolve_alpha(alpha_of_text(alpha) if alpha else None, names, config.alphas)
-    model, tokenizer = load_model(config, dtype, device_map, trust_remote_code, drafts, pack)
+    alphas = resolve_alpha(options.alpha, names, config.alphas)
+    model, tokenizer = load_model(config, loading)
     conversation = Conversation(
-        model, tokenizer, alphas, sampling=sampling, max_new_tokens=max_new_tokens, system=system
+        model, tokenizer, alphas, sampling=sampling, max_new_tokens=options.max_new_tokens, system=options.system
     )
     if not tokenizer.chat_template:
         say("the recipe has no chat template, so its base is shown a plain transcript")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from proxytune.cli.flags import only
 from proxytune.cli.options import JsonFile, Recipe, progress_bar, say, share_bar, show_table
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.options import CodeOptions, EvaluationOptions, JudgeOptions
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate", "score", "sweep"]
 
-ONLY_UNGUARDED = {"ks": (10, 1), "workers": None, "seconds": None}  # pass@10 first, the paper's
 
 Out = Annotated[
     Path | None,
@@ -49,7 +50,7 @@ def evaluate(
     out: Out = None,
     json_file: JsonFile = None,
     judges: JudgeOptions,
-    code: Annotated[CodeOptions, ONLY_UNGUARDED],
+    code: Annotated[CodeOptions, only("unguarded")],
     loading: LoadingOptions,
     tasks_dir: Annotated[
         bool,
@@ -89,7 +90,7 @@ def evaluate(
 def sweep(
     recipe: Recipe,
     *,
-    options: Annotated[EvaluationOptions, {"arms": None, "tuned": None, "alpha": None}],
+    options: Annotated[EvaluationOptions, only("tasks", "data", "limit", "samples", "seed", "batch_size")],
     alpha: Annotated[
         str,
         typer.Option(
@@ -99,8 +100,8 @@ def sweep(
     out: Out = None,
     json_file: JsonFile = None,
     judges: JudgeOptions,
-    code: Annotated[CodeOptions, ONLY_UNGUARDED],
-    loading: Annotated[LoadingOptions, {"speculate": False}],
+    code: Annotated[CodeOptions, only("unguarded")],
+    loading: Annotated[LoadingOptions, only("dtype", "device_map", "trust_remote_code", "pack")],
 ) -> None:
     """Evaluate a recipe at several alphas: a table and a plot of the curve, with intervals.
 
@@ -120,7 +121,7 @@ def sweep(
             values,
             place,
             expert=expert,
-            loading=loading,
+            loading=replace(loading, speculate=False),
             scoring=_scoring(options, code, judges, place),
             progress=_counted(bar),
             note=say,
@@ -145,6 +146,8 @@ def _scoring(
     from proxytune.evaluation.results import JUDGED
     from proxytune.evaluation.scoring import CODE, scorer_options
     from proxytune.evaluation.tasks.utils import problems_file
+
+    code = replace(code, ks=(10, 1))  # pass@10 first, the paper's
 
     def scorer(task: str) -> dict[str, Any]:
         data = problems_file(task, options.data) if task in CODE else None

@@ -1,4 +1,4 @@
-"""What several commands share: options, how they are read, and how things are shown."""
+"""What several commands share: arguments of theirs, loading, and how things are shown."""
 
 from __future__ import annotations
 
@@ -17,38 +17,22 @@ from proxytune.errors import ProxyTuneError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from proxytune.answers.generation import Sampling
     from proxytune.model import ProxyTunedForCausalLM
     from proxytune.recipe.config import ProxyTuneConfig
+    from proxytune.recipe.options import LoadingOptions
 
 __all__ = [
     "FAILED",
-    "Alpha",
-    "DeviceMap",
-    "Dtype",
     "JsonFile",
-    "MaxNewTokens",
-    "MinP",
-    "Pack",
     "Recipe",
-    "Speculate",
-    "System",
-    "Temperature",
-    "TopK",
-    "TopP",
-    "TrustRemoteCode",
-    "checked_dtype",
     "count",
     "counting_bar",
-    "drafts_of",
     "drop_stdout",
     "fail",
     "load_model",
     "number_text",
-    "panel",
     "progress_bar",
     "read_lines",
-    "sampling_of",
     "say",
     "share_bar",
     "show_table",
@@ -59,111 +43,11 @@ __all__ = [
 FAILED = 2
 
 
-def panel(title: str, *names: str, **options: Any) -> Any:
-    """An option in a panel of the help, its default not shown unless asked."""
-    return typer.Option(*names, rich_help_panel=title, **{"show_default": False, **options})
-
-
 Recipe = Annotated[
     str, typer.Argument(metavar="RECIPE", help="Recipe directory, hub id, or `demo`.", show_default=False)
 ]
-Alpha = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--alpha",
-        "-a",
-        metavar="NUMBER|NAME=NUMBER",
-        help="Strength of steering in place of the recipe's, for all experts or for one; repeatable.",
-        show_default=False,
-    ),
-]
-MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="Most new tokens of an answer.")
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option(
-        metavar="T", help="Sample at this temperature; 0 is greedy.", rich_help_panel="Sampling", show_default=False
-    ),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(
-        "--top-p",
-        metavar="P",
-        help="Sample from the likeliest tokens that sum to P.",
-        rich_help_panel="Sampling",
-        show_default=False,
-    ),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(
-        "--top-k",
-        metavar="K",
-        help="Sample from the K likeliest tokens.",
-        rich_help_panel="Sampling",
-        show_default=False,
-    ),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(
-        "--min-p",
-        metavar="P",
-        help="Sample from tokens at least P times as likely as the likeliest.",
-        rich_help_panel="Sampling",
-        show_default=False,
-    ),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        metavar="float32|float16|bfloat16|auto",
-        help="Dtype of members whose entry in the recipe sets none; the checkpoint's by default.",
-        rich_help_panel="Loading",
-        show_default=False,
-    ),
-]
-DeviceMap = Annotated[
-    str | None,
-    typer.Option(
-        "--device-map",
-        metavar="auto|DEVICE",
-        help="Where members go whose entry sets none: auto, cpu, cuda:1.",
-        rich_help_panel="Loading",
-        show_default=False,
-    ),
-]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write everything there too.", show_default=False)
-]
-Pack = Annotated[
-    bool,
-    typer.Option(
-        "--pack",
-        help="Lay the weights out for the CPU first: several times faster there, for float32 and bfloat16.",
-        rich_help_panel="Speed",
-    ),
-]
-Speculate = Annotated[
-    str,
-    typer.Option(
-        metavar="auto|off|N",
-        help="Let an expert draft N tokens ahead, which the base then verifies at once: where it pays, never, or "
-        "always. Answers stay the same, sampled ones too.",
-        rich_help_panel="Speed",
-    ),
-]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run code that the members bring along.", rich_help_panel="Loading"),
-]
-System = Annotated[
-    str | None,
-    typer.Option(
-        metavar="TEXT", help="System prompt of the chat templates; a member's own comes first.", show_default=False
-    ),
 ]
 
 
@@ -212,31 +96,6 @@ def write_out(text: str) -> None:
     sys.stdout.flush()
 
 
-def sampling_of(
-    temperature: float | None, top_p: float | None, top_k: int | None, min_p: float | None, seed: int
-) -> Sampling:
-    """How tokens are chosen, from the options."""
-    from proxytune.answers.generation import Sampling
-
-    return Sampling(temperature, top_p, top_k, min_p, seed)
-
-
-def drafts_of(text: str) -> str | bool | int:
-    """What ``--speculate`` says, as `generate` takes it."""
-    if text not in ("auto", "off") and not text.isdecimal():
-        raise ProxyTuneError(f"--speculate {text!r} is not auto, off or a number of drafts")
-    return int(text) if text.isdecimal() else (text if text == "auto" else False)
-
-
-def checked_dtype(text: str | None) -> str | None:
-    """``--dtype``, if it is one."""
-    from proxytune.recipe.options import DTYPES
-
-    if text is not None and text not in DTYPES:
-        raise ProxyTuneError(f"--dtype {text!r} is not one of {', '.join(DTYPES)}")
-    return text
-
-
 def read_lines(path: str) -> list[bytes]:
     """The lines of a file, or of stdin for ``-``."""
     if path == "-":
@@ -245,31 +104,15 @@ def read_lines(path: str) -> list[bytes]:
         return file.readlines()
 
 
-def load_model(
-    config: ProxyTuneConfig,
-    dtype: str | None,
-    device_map: str | None,
-    trust_remote_code: bool,
-    speculate: str | bool | int,
-    pack: bool,
-) -> tuple[ProxyTunedForCausalLM, Any]:
+def load_model(config: ProxyTuneConfig, loading: LoadingOptions) -> tuple[ProxyTunedForCausalLM, Any]:
     """The model, and the recipe's tokenizer (the base's where the recipe has none)."""
     from proxytune.model import ProxyTunedForCausalLM
     from proxytune.recipe.members import Loading, load_recipe_tokenizer
-    from proxytune.recipe.options import device_map as parsed
 
     console = Console(stderr=True)
     with console.status("loading the members") if console.is_terminal else contextlib.nullcontext():
-        model = ProxyTunedForCausalLM.from_pretrained(
-            str(config.name_or_path),
-            config=config,
-            dtype=checked_dtype(dtype),
-            device_map=None if device_map is None else parsed(device_map),
-            member_trust_remote_code=trust_remote_code,
-            speculate=speculate,
-            pack=pack,
-        )
-        own = load_recipe_tokenizer(config, Loading(trust_remote_code=trust_remote_code))
+        model = ProxyTunedForCausalLM.from_pretrained(str(config.name_or_path), config=config, **loading.of_model())
+        own = load_recipe_tokenizer(config, Loading(trust_remote_code=loading.trust_remote_code))
         tokenizer = model.tokenizer if own is None else own
     if tokenizer is None:
         raise ProxyTuneError("neither the recipe nor its base has a tokenizer; copy the base's into the recipe")

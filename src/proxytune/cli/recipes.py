@@ -10,19 +10,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from proxytune.cli.options import (
-    FAILED,
-    Dtype,
-    Recipe,
-    TrustRemoteCode,
-    checked_dtype,
-    count,
-    load_model,
-    panel,
-    say,
-    size,
-)
-from proxytune.recipe.presets import PRESETS
+from proxytune.cli.flags import only
+from proxytune.cli.options import FAILED, Recipe, count, load_model, say, size
+from proxytune.recipe.options import ComposeOptions, LoadingOptions
 
 if TYPE_CHECKING:
     from proxytune.recipe.check import Report
@@ -32,140 +22,23 @@ __all__ = ["check", "new"]
 
 def new(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to be made.", show_default=False)],
-    base: Annotated[str | None, panel("Members", "--base", metavar="MODEL", help="The model that is steered.")] = None,
-    expert: Annotated[
-        str | None, panel("Members", "--expert", metavar="MODEL", help="The model it is steered towards.")
-    ] = None,
-    anti_expert: Annotated[
-        str | None, panel("Members", "--anti-expert", metavar="MODEL", help="What the expert was before it was tuned.")
-    ] = None,
-    alpha: Annotated[
-        float | None, panel("Mixing", "--alpha", "-a", metavar="NUMBER", help="Strength; 1 by default.")
-    ] = None,
-    name: Annotated[
-        str | None, panel("Mixing", "--name", metavar="NAME", help="The expert's name; `expert` by default.")
-    ] = None,
-    add_expert: Annotated[
-        list[str] | None,
-        panel(
-            "Members",
-            "--add-expert",
-            metavar="NAME=EXPERT[,FIELD=VALUE…]",
-            help="One more expert; fields: anti, alpha, adapter, and prompt, dtype, revision (anti-… for the "
-            "anti-expert). With no EXPERT the adapter is on the anti-expert. Repeatable.",
-        ),
-    ] = None,
-    preset: Annotated[
-        str | None,
-        panel(
-            "Members",
-            "--preset",
-            metavar="NAME",
-            help=f"A trio to start from, whose parts other options replace (none was run by us): {', '.join(PRESETS)}.",
-        ),
-    ] = None,
-    expert_adapter: Annotated[
-        str | None,
-        panel(
-            "Members",
-            "--expert-adapter",
-            metavar="PATH",
-            help="LoRA adapter on the expert, or, without one, on the anti-expert.",
-        ),
-    ] = None,
-    base_revision: Annotated[
-        str | None, panel("Members", "--base-revision", metavar="REVISION", help="The base's branch, tag or commit.")
-    ] = None,
-    expert_revision: Annotated[
-        str | None, panel("Members", "--expert-revision", metavar="REVISION", help="The expert's.")
-    ] = None,
-    anti_expert_revision: Annotated[
-        str | None, panel("Members", "--anti-expert-revision", metavar="REVISION", help="The anti-expert's.")
-    ] = None,
-    base_prompt: Annotated[
-        str | None,
-        panel("Prompts", "--base-prompt", metavar="raw|chat|TEXT", help="What the base is shown; TEXT holds {prompt}."),
-    ] = None,
-    expert_prompt: Annotated[
-        str | None, panel("Prompts", "--expert-prompt", metavar="raw|chat|TEXT", help="The expert's.")
-    ] = None,
-    anti_expert_prompt: Annotated[
-        str | None, panel("Prompts", "--anti-expert-prompt", metavar="raw|chat|TEXT", help="The anti-expert's.")
-    ] = None,
-    system: Annotated[
-        str | None,
-        panel("Prompts", "--system", metavar="TEXT", help="System prompt of the members whose prompt is chat."),
-    ] = None,
-    response_prefix: Annotated[
-        str | None,
-        panel(
-            "Prompts",
-            "--response-prefix",
-            metavar="TEXT",
-            help="Words that answers begin with, such as 'Answer:', moved behind the members' own prompts.",
-        ),
-    ] = None,
-    base_dtype: Annotated[
-        str | None, panel("Loading", "--base-dtype", metavar="DTYPE", help="The base's: float32, bfloat16 …")
-    ] = None,
-    expert_dtype: Annotated[
-        str | None, panel("Loading", "--expert-dtype", metavar="DTYPE", help="The expert's.")
-    ] = None,
-    anti_expert_dtype: Annotated[
-        str | None, panel("Loading", "--anti-expert-dtype", metavar="DTYPE", help="The anti-expert's.")
-    ] = None,
-    base_device_map: Annotated[
-        str | None, panel("Loading", "--base-device-map", metavar="DEVICE", help="Where it goes: auto, cuda:1.")
-    ] = None,
-    expert_device_map: Annotated[
-        str | None, panel("Loading", "--expert-device-map", metavar="DEVICE", help="The expert.")
-    ] = None,
-    anti_expert_device_map: Annotated[
-        str | None, panel("Loading", "--anti-expert-device-map", metavar="DEVICE", help="The anti-expert.")
-    ] = None,
-    plausibility: Annotated[
-        float | None,
-        panel("Mixing", "--plausibility", metavar="P", help="Choose only tokens with p_base >= P * max p_base."),
-    ] = None,
-    renamed_tokens: Annotated[
-        str | None,
-        panel(
-            "Members",
-            "--renamed-tokens",
-            metavar="JSON",
-            help="Ids whose token has another name in some member: what the message about vocabularies shows.",
-        ),
-    ] = None,
+    *,
+    options: ComposeOptions,
     force: Annotated[bool, typer.Option("--force", help="Write into a directory that is not empty.")] = False,
     offline: Annotated[
         bool, typer.Option("--offline", help="Do not reach the hub; leave out what is not cached.")
     ] = False,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Annotated[LoadingOptions, only("trust_remote_code")],
 ) -> None:
     """Make a recipe: a model directory that names its members and how they mix.
 
     A member is a hub id, a local directory or a .gguf file. Its weights stay where they are; the base's config,
     tokenizer and generation config are copied. Relative paths are kept relative to DIR.
     """
-    from proxytune.recipe.compose import Given, compose, configure
+    from proxytune.recipe.compose import compose, configure
 
-    config = configure(
-        preset=preset,
-        base=Given(base, base_revision, base_dtype, base_prompt, base_device_map),
-        expert=Given(expert, expert_revision, expert_dtype, expert_prompt, expert_device_map),
-        anti_expert=Given(
-            anti_expert, anti_expert_revision, anti_expert_dtype, anti_expert_prompt, anti_expert_device_map
-        ),
-        expert_adapter=expert_adapter,
-        name=name,
-        alpha=alpha,
-        add_expert=add_expert or (),
-        system=system,
-        response_prefix=response_prefix,
-        plausibility=plausibility,
-        renamed_tokens=renamed_tokens,
-    )
-    notes = compose(config, directory, force=force, offline=offline, trust_remote_code=trust_remote_code)
+    trust = loading.trust_remote_code
+    notes = compose(configure(options), directory, force=force, offline=offline, trust_remote_code=trust)
     for note in notes:
         say(f"note: {note}")
     say(f"wrote {directory}; whether it works is told by: proxytune check {directory}")
@@ -173,12 +46,12 @@ def new(
 
 def check(
     recipe: Recipe,
+    *,
     run: Annotated[
         bool, typer.Option("--run", help="Load the recipe, and try it against the plain loop on its own models.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    dtype: Dtype = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Annotated[LoadingOptions, only("dtype", "trust_remote_code")],
 ) -> None:
     """Say whether a recipe works and what memory it needs; reads configs, tokenizers and the headers of weight files.
 
@@ -191,7 +64,7 @@ def check(
     from proxytune.recipe.store import load_recipe
 
     config = load_recipe(recipe)
-    report = check_recipe(config, Loading(dtype=checked_dtype(dtype), trust_remote_code=trust_remote_code))
+    report = check_recipe(config, Loading(dtype=loading.dtype, trust_remote_code=loading.trust_remote_code))
     console = Console()
     if not as_json:
         show_report(report, console)
@@ -199,7 +72,7 @@ def check(
     if run and not report.problems:
         from proxytune.answers.selftest import run_trials
 
-        model, _ = load_model(config, dtype, None, trust_remote_code, "auto", pack=False)
+        model, _ = load_model(config, loading)
         for trial in run_trials(model):
             trials.append(trial)
             if not as_json:

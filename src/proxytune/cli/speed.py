@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from proxytune.cli.flags import only
 from proxytune.cli.options import FAILED, JsonFile, Recipe, number_text, say, share_bar, show_table, size
 from proxytune.recipe.options import LoadingOptions
 from proxytune.speed.options import BenchOptions, PlanOptions
@@ -17,15 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = ["bench", "plan", "show_bench"]
 
-ONLY_WHERE = {"dtype": None, "speculate": "auto", "pack": False}  # --options, and the arms, say the rest
-
 
 def bench(
     recipe: Recipe,
     *,
     options: BenchOptions,
     json_file: JsonFile = None,
-    loading: Annotated[LoadingOptions, ONLY_WHERE],
+    loading: Annotated[LoadingOptions, only("device_map", "trust_remote_code")],
 ) -> None:
     """Measure what steering costs: against the base alone and against the plain three-forward loop, in one run.
 
@@ -128,7 +127,7 @@ def plan(
     *,
     options: PlanOptions,
     json_file: JsonFile = None,
-    loading: Annotated[LoadingOptions, ONLY_WHERE],
+    loading: Annotated[LoadingOptions, only("device_map", "trust_remote_code")],
 ) -> None:
     """Predict what steering will cost beside the base alone, before anything is loaded.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from proxytune.answers.options import ALPHA
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation import EVAL_TASKS, check_tasks
 from proxytune.options import numbers, option, words
-from proxytune.recipe.alpha import alpha_of_text
 
 __all__ = ["CodeOptions", "EvaluationOptions", "JudgeOptions"]
 
@@ -27,14 +27,7 @@ class EvaluationOptions:
         parse=words,
     )
     tuned: str | None = option(None, "A directly tuned model, for the gap closed.", metavar="MODEL")
-    alpha: float | Mapping[str, float] | None = option(
-        None,
-        "Strength of steering in place of the recipe's, for all experts or for one; repeatable.",
-        flag="--alpha -a",
-        metavar="NUMBER|NAME=NUMBER",
-        many=True,
-        parse=alpha_of_text,
-    )
+    alpha: float | Mapping[str, float] | None = option(None, **ALPHA)
     data: str | None = option(
         None, "A file or a folder in place of the hub.", metavar="PATH", envvar="PROXYTUNE_DATA", panel="Data"
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from proxytune.errors import MemberError, RecipeError, first_line
 from proxytune.recipe.config import Expert, Member, Prompt, ProxyTuneConfig
 from proxytune.recipe.generation_config import adapted, ends_of, read_generation_config
 from proxytune.recipe.members import Loading, load_config, load_tokenizer, member_source
-from proxytune.recipe.options import device_map
+from proxytune.recipe.options import ComposeOptions, MemberChoice
 from proxytune.recipe.presets import PRESETS
 from proxytune.recipe.store import write_recipe
 
-__all__ = ["EXPERT_SYNTAX", "Given", "compose", "configure", "parse_expert"]
+__all__ = ["EXPERT_SYNTAX", "compose", "configure", "parse_expert"]
 
 EXPERT_SYNTAX = "NAME=EXPERT[,anti=MODEL][,alpha=NUMBER][,adapter=PATH][,prompt=raw|chat][,dtype=…][,revision=…]"
 
@@ -52,43 +52,34 @@ def parse_expert(text: str) -> Expert:
         alpha = float(fields.get("alpha", "1"))
     except ValueError as error:
         raise RecipeError(f"--add-expert {text!r}: alpha must be a number, not {fields['alpha']!r}") from error
-    anti_expert = Given(
-        fields.get("anti"), fields.get("anti-revision"), fields.get("anti-dtype"), fields.get("anti-prompt")
-    ).over(None, "the anti-expert")
-    expert = Given(model.strip() or None, fields.get("revision"), fields.get("dtype"), fields.get("prompt"))
-    return Expert(name.strip(), expert_of(expert, None, anti_expert, fields.get("adapter")), anti_expert, alpha)
+    anti, own = (
+        MemberChoice(model, *(fields.get(side + field) for field in ("revision", "prompt", "dtype")))
+        for model, side in ((fields.get("anti"), "anti-"), (model.strip() or None, ""))
+    )
+    anti_expert = _over(anti, None, "the anti-expert")
+    return Expert(name.strip(), expert_of(own, None, anti_expert, fields.get("adapter")), anti_expert, alpha)
 
 
-@dataclass(frozen=True)
-class Given:
-    """What the options say of one member."""
+def _over(choice: MemberChoice, known: Member | None, what: str) -> Member | None:
+    """The member, the choice put in place of what is ``known`` of it, say from a preset.
 
-    model: str | None = None
-    revision: str | None = None
-    dtype: str | None = None
-    prompt: str | None = None
-    device_map: str | None = None
-
-    def over(self, known: Member | None, what: str) -> Member | None:
-        """The member, these options put in place of what is ``known`` of it, say from a preset.
-
-        Another model keeps the known one's prompt and nothing else. None where there is neither.
-        """
-        given: dict[str, Any] = {name: value for name, value in vars(self).items() if value is not None}
-        if self.prompt is not None:
-            given["prompt"] = Prompt.parse(self.prompt)
-        if self.device_map is not None:
-            given["device_map"] = device_map(self.device_map)
-        if self.model is None and known is None:
-            if given:
-                raise RecipeError(f"{next(iter(given))} is given for {what}, but no model; name one")
-            return None
-        if self.model is not None:
-            return Member(**{"prompt": known.prompt if known else Prompt(), **given})
-        return replace(known, **given)  # type: ignore[type-var]
+    Another model keeps the known one's prompt and nothing else. None where there is neither.
+    """
+    given: dict[str, Any] = {name: value for name, value in vars(choice).items() if value is not None}
+    if choice.prompt is not None:
+        given["prompt"] = Prompt.parse(choice.prompt)
+    if choice.model is None and known is None:
+        if given:
+            raise RecipeError(f"{next(iter(given))} is given for {what}, but no model; name one")
+        return None
+    if choice.model is not None:
+        return Member(**{"prompt": known.prompt if known else Prompt(), **given})
+    return replace(known, **given)  # type: ignore[type-var]
 
 
-def expert_of(given: Given, known: Member | None, anti_expert: Member | None, adapter: str | None) -> Member | None:
+def expert_of(
+    given: MemberChoice, known: Member | None, anti_expert: Member | None, adapter: str | None
+) -> Member | None:
     """The expert: a model, a LoRA adapter on it, or an adapter alone, which stands on the anti-expert's model."""
     if adapter is None and given.model is not None and _is_adapter(given.model):  # as if it were --expert-adapter
         given, known, adapter = replace(given, model=None), None, given.model
@@ -96,7 +87,7 @@ def expert_of(given: Given, known: Member | None, anti_expert: Member | None, ad
         if anti_expert is None:
             raise RecipeError("an expert adapter needs a model under it; give the expert or the anti-expert too")
         known = replace(anti_expert, prompt=Prompt())
-    expert = given.over(known, "the expert")
+    expert = _over(given, known, "the expert")
     return expert if adapter is None or expert is None else replace(expert, adapter=adapter)
 
 
@@ -105,36 +96,23 @@ def _is_adapter(path: str) -> bool:
     return (directory / "adapter_config.json").is_file() and not (directory / "config.json").exists()
 
 
-def configure(
-    *,
-    preset: str | None = None,
-    base: Given,
-    expert: Given,
-    anti_expert: Given,
-    expert_adapter: str | None = None,
-    name: str | None = None,
-    alpha: float | None = None,
-    add_expert: Sequence[str] = (),
-    system: str | None = None,
-    response_prefix: str | None = None,
-    plausibility: float | None = None,
-    renamed_tokens: str | None = None,
-) -> ProxyTuneConfig:
+def configure(options: ComposeOptions) -> ProxyTuneConfig:
     """The recipe that the options describe, with paths as they were given.
 
     Raises:
         RecipeError: for options that make no recipe.
     """
+    preset, name, alpha = options.preset, options.name, options.alpha
     if preset is not None and preset not in PRESETS:
         raise RecipeError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
     start = PRESETS[preset][1]() if preset is not None else None
     first = start.expert_list[0] if start is not None else None
-    made_base = base.over(start.base_member if start is not None else None, "the base")
+    made_base = _over(options.base, start.base_member if start is not None else None, "the base")
     if made_base is None:
         raise RecipeError("no base is given; name the model to be steered with --base, or use --preset")
-    anti = anti_expert.over(first.anti_expert if first else None, "the anti-expert")
-    towards = expert_of(expert, first.expert if first else None, anti, expert_adapter)
-    experts = [parse_expert(text) for text in add_expert]
+    anti = _over(options.anti_expert, first.anti_expert if first else None, "the anti-expert")
+    towards = expert_of(options.expert, first.expert if first else None, anti, options.expert_adapter)
+    experts = [parse_expert(text) for text in options.add_expert]
     if towards is not None or anti is not None:
         name = name or (first.name if first else "expert")
         alpha = (first.alpha if first else 1.0) if alpha is None else alpha
@@ -144,11 +122,11 @@ def configure(
     elif alpha is not None or name is not None:
         raise RecipeError("--alpha and --name belong to --expert; write NAME=EXPERT,alpha=... in --add-expert")
     try:
-        renamed = None if renamed_tokens is None else json.loads(renamed_tokens)
+        renamed = None if options.renamed_tokens is None else json.loads(options.renamed_tokens)
     except ValueError as error:
-        raise RecipeError(f"--renamed-tokens must be a JSON object, not {renamed_tokens!r}") from error
-    config = ProxyTuneConfig(base=made_base, experts=experts, plausibility=plausibility, renamed_tokens=renamed)
-    return _with_texts(config, system, response_prefix)
+        raise RecipeError(f"--renamed-tokens must be a JSON object, not {options.renamed_tokens!r}") from error
+    config = ProxyTuneConfig(base=made_base, experts=experts, plausibility=options.plausibility, renamed_tokens=renamed)
+    return _with_texts(config, options.system, options.response_prefix)
 
 
 def _with_texts(config: ProxyTuneConfig, system: str | None, response_prefix: str | None) -> ProxyTuneConfig:

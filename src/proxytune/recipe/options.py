@@ -1,4 +1,4 @@
-"""The options of loading a recipe: what holds for members whose entry in it sets none."""
+"""The options of making a recipe and of loading one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 from proxytune.errors import ProxyTuneError
 from proxytune.options import option
+from proxytune.recipe.presets import PRESETS
 
-__all__ = ["DTYPES", "LoadingOptions", "device_map"]
+__all__ = ["DTYPES", "ComposeOptions", "LoadingOptions", "MemberChoice", "device_map"]
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 
@@ -70,3 +71,65 @@ class LoadingOptions:
             "speculate": self.speculate,
             "pack": self.pack,
         }
+
+
+@dataclass(frozen=True)
+class MemberChoice:
+    """What is said of one member."""
+
+    model: str | None = option(None, flag="", metavar="MODEL", panel="Members")
+    revision: str | None = option(None, "The MEMBER's branch, tag or commit.", metavar="REVISION", panel="Members")
+    prompt: str | None = option(
+        None, "What the MEMBER is shown; TEXT holds {prompt}.", metavar="raw|chat|TEXT", panel="Prompts"
+    )
+    dtype: str | None = option(None, "The MEMBER's: float32, bfloat16 …", metavar="DTYPE", panel="Loading")
+    device_map: str | int | None = option(
+        None, "Where the MEMBER goes: auto, cuda:1.", metavar="DEVICE", panel="Loading", parse=device_map
+    )
+
+
+@dataclass(frozen=True)
+class ComposeOptions:
+    """What a recipe is made of."""
+
+    preset: str | None = option(
+        None,
+        f"A trio to start from, whose parts other options replace (none was run by us): {', '.join(PRESETS)}.",
+        metavar="NAME",
+        panel="Members",
+    )
+    alpha: float | None = option(None, "Strength; 1 by default.", flag="--alpha -a", metavar="NUMBER", panel="Mixing")
+    name: str | None = option(None, "The expert's name; `expert` by default.", metavar="NAME", panel="Mixing")
+    base: MemberChoice = option(MemberChoice(), "The model that is steered.")
+    expert: MemberChoice = option(MemberChoice(), "The model it is steered towards.")
+    anti_expert: MemberChoice = option(MemberChoice(), "What the expert was before it was tuned.")
+    add_expert: tuple[str, ...] = option(
+        (),
+        "One more expert; fields: anti, alpha, adapter, and prompt, dtype, revision (anti-… for the anti-expert). With "
+        "no EXPERT the adapter is on the anti-expert. Repeatable.",
+        metavar="NAME=EXPERT[,FIELD=VALUE…]",
+        panel="Members",
+        many=True,
+        parse=tuple,
+    )
+    expert_adapter: str | None = option(
+        None, "LoRA adapter on the expert, or, without one, on the anti-expert.", metavar="PATH", panel="Members"
+    )
+    system: str | None = option(
+        None, "System prompt of the members whose prompt is chat.", metavar="TEXT", panel="Prompts"
+    )
+    response_prefix: str | None = option(
+        None,
+        "Words that answers begin with, such as 'Answer:', moved behind the members' own prompts.",
+        metavar="TEXT",
+        panel="Prompts",
+    )
+    plausibility: float | None = option(
+        None, "Choose only tokens with p_base >= P * max p_base.", metavar="P", panel="Mixing"
+    )
+    renamed_tokens: str | None = option(
+        None,
+        "Ids whose token has another name in some member: what the message about vocabularies shows.",
+        metavar="JSON",
+        panel="Members",
+    )

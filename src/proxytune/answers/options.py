@@ -1,0 +1,126 @@
+"""The options of answers: what is shown and asked of a recipe, and how tokens are chosen."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from proxytune.errors import ProxyTuneError
+from proxytune.options import option
+from proxytune.recipe.alpha import alpha_of_text
+
+__all__ = ["ALPHA", "AnswerOptions", "ChatOptions", "ChatSampling", "JobOptions", "Sampling"]
+
+ALPHA: dict[str, Any] = {
+    "help": "Strength of steering in place of the recipe's, for all experts or for one; repeatable.",
+    "flag": "--alpha -a",
+    "metavar": "NUMBER|NAME=NUMBER",
+    "many": True,
+    "parse": alpha_of_text,
+}
+MOST: dict[str, Any] = {
+    "help": "Most new tokens of an answer.",
+    "flag": "--max-new-tokens -n",
+    "metavar": "N",
+    "min": 1,
+}
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """What is asked of a recipe besides the prompt."""
+
+    alpha: float | Mapping[str, float] | None = option(None, **ALPHA)
+    max_new_tokens: int = option(256, **MOST)
+    chat: bool = option(False, "Put each prompt into the recipe's chat template, as the user's turn.")
+    system: str | None = option(
+        None, "System prompt of the chat templates; a member's own comes first.", metavar="TEXT"
+    )
+
+    def __post_init__(self) -> None:
+        if self.system is not None and not self.chat:
+            raise ProxyTuneError("--system needs --chat: a raw prompt has no place for it")
+
+
+@dataclass(frozen=True)
+class ChatOptions(AnswerOptions):
+    """What is asked of it in a conversation, which is always in the chat template."""
+
+    max_new_tokens: int = option(512, **MOST)
+    chat: bool = True
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: greedy unless one of the first four is given.
+
+    What is not given is off (temperature 1, no top-p, top-k or min-p), whatever the recipe's generation_config says.
+    """
+
+    temperature: float | None = option(None, "Sample at this temperature; 0 is greedy.", metavar="T", panel="Sampling")
+    top_p: float | None = option(None, "Sample from the likeliest tokens that sum to P.", metavar="P", panel="Sampling")
+    top_k: int | None = option(None, "Sample from the K likeliest tokens.", metavar="K", panel="Sampling")
+    min_p: float | None = option(
+        None, "Sample from tokens at least P times as likely as the likeliest.", metavar="P", panel="Sampling"
+    )
+    seed: int = option(0, "Seed of the sampling; each prompt draws by its place.", metavar="N", panel="Sampling")
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ProxyTuneError(f"temperature must be a finite number of at least 0, not {self.temperature!r}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ProxyTuneError(f"top-p must lie in (0, 1], not {self.top_p!r}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ProxyTuneError(f"top-k must be at least 1, not {self.top_k!r}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ProxyTuneError(f"min-p must lie in [0, 1], not {self.min_p!r}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken (temperature 0 says so too)."""
+        return self.temperature == 0 or (self.temperature, self.top_p, self.top_k, self.min_p) == (None,) * 4
+
+
+def _another_seed() -> int:
+    return int.from_bytes(os.urandom(4), "big")
+
+
+@dataclass(frozen=True)
+class ChatSampling(Sampling):
+    """The same in a conversation."""
+
+    seed: int = option(
+        _another_seed, "Seed of the sampling; by default another each time.", metavar="N", panel="Sampling"
+    )
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """Where prompts come from and answers go."""
+
+    input: str | None = option(
+        None,
+        'JSON lines {"prompt": ..., "alpha": ...}, or a JSON list of these, instead of PROMPTs; - is stdin. Other '
+        "fields are passed on.",
+        flag="--input -i",
+        metavar="FILE",
+        panel="Jobs",
+    )
+    output: Path | None = option(
+        None,
+        "Write JSON lines there; what an interrupted run has left is kept, and the rest is done.",
+        flag="--output -o",
+        metavar="FILE",
+        panel="Jobs",
+    )
+    batch_size: int = option(8, "Prompts at once.", flag="--batch-size -b", metavar="N", min=1, panel="Jobs")
+    json: bool = option(False, "Print one JSON object a prompt, in order.", panel="Jobs")
+
+    def __post_init__(self) -> None:
+        given, output = self.input, self.output
+        if output is not None and given not in (None, "-") and output.exists() and output.samefile(str(given)):
+            raise ProxyTuneError("--input and --output are the same file")
