@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from proxytune.assembling import config_of_members, load_parts, loading_of_call
 from proxytune.cache import LanePrompt, ProxyTunedCache
 from proxytune.decoding.cost import APART_BYTES
 from proxytune.decoding.drafting import choose_drafting, costs_by_role
@@ -35,19 +36,17 @@ from proxytune.decoding.lane import stacked
 from proxytune.decoding.mixing import mix
 from proxytune.decoding.noise import Noise, RowSampler, row_seeds
 from proxytune.decoding.pace import parse_speculate
-from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError
+from proxytune.errors import PromptError, ProxyTuneError, RecipeError
 from proxytune.generate import SpeculationStats, last_call, sample
 from proxytune.lanes.kernels import compile_model
-from proxytune.lanes.loading import load_lanes
 from proxytune.lanes.reading import refuse_unequal_lengths, unlike_in_pieces
 from proxytune.lanes.transformers import TransformersLane
+from proxytune.own_prompts import as_tensors, comparable, lane_prompts, own_columns, reads_its_own
 from proxytune.recipe.alpha import alpha_rows, take_alpha
-from proxytune.recipe.config import Expert, Member, Prompt, ProxyTuneConfig
+from proxytune.recipe.config import Expert, Member, ProxyTuneConfig
 from proxytune.recipe.generation_config import adapted, base_generation_config, refuse_fields
-from proxytune.recipe.members import Loading, load_config, load_tokenizer, refuse_unfit
-from proxytune.recipe.prompts import Prompter, left_pad
+from proxytune.recipe.prompts import Prompter
 from proxytune.recipe.store import HUB_ARGUMENTS, load_recipe, read_from
-from proxytune.recipe.vocabulary import compare
 from proxytune.saving import push_model, save_model
 
 __all__ = ["ProxyTunedForCausalLM", "ProxyTunedOutput"]
@@ -119,8 +118,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         }
         widths = [lane.config.vocab_size for lane in lanes]
         self.shared_vocab, self.widest_vocab = min(widths), max(widths)
-        # A lane reads prompts of its own as soon as one of its seats does: its rows must stay aligned.
-        self.own_prompts = [any(seat.prompt.kind != "raw" for seat in lane.seats) for lane in lanes]
+        self.own_prompts = [reads_its_own(lane) for lane in lanes]
         for lane_module, width in zip(lanes, widths):
             lane_module.narrow = width < self.widest_vocab
         self.drafting = choose_drafting([lane.read_bytes for lane in lanes], self.seats, self.expert_names)
@@ -260,11 +258,16 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             for name in self.seats:
                 self._check_ids(name, input_ids, attention_mask)
         prompts, prompt_length = self._prompts(
-            input_ids, attention_mask, cache, member_input_ids, member_attention_mask, prompt_length
+            cache, input_ids, attention_mask, member_input_ids, member_attention_mask, prompt_length
         )
         if any(self.own_prompts):
-            n_shared = n_columns - max(prompt_length - n_cached, 0)
-            logits_to_keep = self._comparable(logits_to_keep, n_shared, n_cached < prompt_length, labels)
+            if labels is not None:
+                raise PromptError(
+                    "`labels` need one prompt for all members; mask the prompt in a recipe of raw prompts"
+                )
+            # The last prompt token predicts the first shared one.
+            n_shared = n_columns - max(prompt_length - n_cached, 0) + (n_cached < prompt_length)
+            logits_to_keep = comparable(logits_to_keep, n_shared)
 
         if cache is None:
             logits = [
@@ -371,9 +374,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _prompts(
         self,
+        cache: ProxyTunedCache | None,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        cache: ProxyTunedCache | None,
         member_input_ids: Mapping[str, Tensor] | None,
         member_attention_mask: Mapping[str, Tensor] | None,
         prompt_length: int | None,
@@ -383,66 +386,20 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             if member_input_ids:
                 raise PromptError("`member_input_ids` were given, but every member of the recipe reads the raw prompt")
             return [None] * len(self.lanes), 0
-        n_cached = cache.n_columns if cache is not None else 0
-        if cache is not None and n_cached and (prompt_length is None or cache.prompt_length == prompt_length):
-            return cache.prompts, cache.prompt_length
-        if n_cached:
+        if cache is not None and cache.n_columns:
+            if prompt_length is None or cache.prompt_length == prompt_length:
+                return cache.prompts, cache.prompt_length
             raise PromptError(
                 "members have prompts of their own, so a cache cannot be continued with a longer prompt; start without "
                 "`past_key_values`"
             )
-        if prompt_length is None or member_input_ids is None:
-            raise PromptError(
-                "members have prompts of their own, so a forward needs `member_input_ids` and `prompt_length` to know "
-                "where the shared continuation begins; use generate(), which makes both"
-            )
-        if not 0 < prompt_length <= input_ids.shape[1]:
-            raise PromptError(
-                f"members have prompts of their own, so their first forward reads the whole prompt, {prompt_length} "
-                f"columns, not {input_ids.shape[1]}; do without `prefill_chunk_size`"
-            )
-        prompts: list[LanePrompt | None] = []
-        for own, lane in zip(self.own_prompts, self._all_lanes):
-            if not own:
-                prompts.append(None)
-                continue
-            blocks = []
-            for seat in lane.seats:
-                if seat.prompt.kind == "raw":
-                    ids = input_ids[:, :prompt_length]
-                    mask = None if attention_mask is None else attention_mask[:, :prompt_length]
-                else:
-                    name = seat.names[0]
-                    if name not in member_input_ids:
-                        raise PromptError(f"`member_input_ids` has no prompt for member {name!r}")
-                    ids = member_input_ids[name]
-                    mask = (member_attention_mask or {}).get(name)
-                    if ids.dim() != 2 or ids.shape[0] != input_ids.shape[0]:
-                        raise PromptError(
-                            f"the prompt of member {name!r} has shape {tuple(ids.shape)}, not ({len(input_ids)}, width)"
-                        )
-                blocks.append((ids, torch.ones_like(ids) if mask is None else mask))
-            width = max(ids.shape[1] for ids, _ in blocks)
-            stacked = [
-                torch.cat([nn.functional.pad(block[part], (width - block[part].shape[1], 0)) for block in blocks])
-                for part in (0, 1)
-            ]
-            prompts.append(LanePrompt(*(tensor.to(input_ids.device) for tensor in stacked)))
+        prompts = lane_prompts(
+            self._all_lanes, input_ids, attention_mask, member_input_ids, member_attention_mask, prompt_length
+        )
+        length = cast(int, prompt_length)
         if cache is not None:
-            cache.prompts, cache.prompt_length = prompts, prompt_length
-        return prompts, prompt_length
-
-    def _comparable(self, logits_to_keep: int | Tensor, n_shared: int, prefill: bool, labels: Tensor | None) -> int:
-        """How many positions to compute where members have read different prompts."""
-        n_positions = n_shared + prefill  # the last prompt token predicts the first shared one
-        if labels is not None:
-            raise PromptError("`labels` need one prompt for all members; mask the prompt in a recipe of raw prompts")
-        if not isinstance(logits_to_keep, int) or logits_to_keep > n_positions:
-            raise PromptError(
-                f"members have prompts of their own, so only the last {n_positions} positions can be mixed; "
-                "give that number or fewer as `logits_to_keep`"
-            )
-        return logits_to_keep or n_positions
+            cache.prompts, cache.prompt_length = prompts, length
+        return prompts, length
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         """No option is accepted and ignored."""
@@ -500,7 +457,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             if any(self.own_prompts) and member_input_ids is None:
                 member_input_ids = self.prompter.from_ids(input_ids, kwargs.get("attention_mask"))
             if member_input_ids is not None:
-                member_input_ids, member_attention_mask = _as_tensors(member_input_ids, member_attention_mask)
+                member_input_ids, member_attention_mask = as_tensors(member_input_ids, member_attention_mask)
             self._check_prompts(input_ids, kwargs.get("attention_mask"), member_input_ids)
         return super().generate(  # type: ignore[misc]
             inputs,
@@ -685,21 +642,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             experts = [{"expert": expert, "anti_expert": anti_expert, "alpha": alpha}]
         elif expert is not None or anti_expert is not None:
             raise RecipeError("give either `expert`/`anti_expert` or the list `experts`, not both")
-        given: dict[str, Any] = {}
-        listed = []
-        for index, value in enumerate(experts):
-            parts = dict(value) if isinstance(value, Mapping) else vars(value).copy()
-            parts.setdefault("name", "expert" if index == 0 else f"expert{index + 1}")
-            for side in ("expert", "anti_expert"):
-                prompt = parts.pop(f"{side}_prompt", None)
-                parts[side] = _placeholder(parts.get(side), f"{parts['name']}.{side}", given, prompt)
-            listed.append(Expert.parse(parts, index))
-        config = ProxyTuneConfig(
-            base=_placeholder(base, "base", given, None),
-            experts=listed,
-            plausibility=plausibility,
-            renamed_tokens=renamed_tokens,
-        )
+        own = {"plausibility": plausibility, "renamed_tokens": renamed_tokens}
+        config, given = config_of_members(base, experts, own)
         return cls._load(config, given, tokenizer, dict(tokenizers or {}), kwargs)
 
     @classmethod
@@ -753,42 +697,13 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> ProxyTunedForCausalLM:
         speculate = parse_speculate(kwargs.pop("speculate", "auto"))
         compiled = kwargs.pop("compile", False)
-        loading = _loading(config, kwargs, HUB_ARGUMENTS)
+        loading = loading_of_call(config, kwargs)
         tokenizers["base"] = tokenizers.get("base", tokenizer)
-        widths, seen = {}, {}
-        for name, member in config.members():
-            if name in given:
-                widths[name] = given[name].config.get_text_config(decoder=True).vocab_size
-                tokenizers.setdefault(name, None)
-                continue
-            member_config = load_config(config, name, member, loading)
-            refuse_unfit(name, member, member_config)
-            widths[name] = member_config.get_text_config(decoder=True).vocab_size
-            if tokenizers.get(name) is None:  # members of one directory share one tokenizer
-                place = (member.model, member.revision, member.gguf_file)
-                if place not in seen:
-                    seen[place] = load_tokenizer(config, name, member, loading)
-                tokenizers[name] = seen[place]
-        vocabulary = compare({"base": tokenizers["base"], **tokenizers}, widths, config.renamed_tokens)
-        vocabulary.raise_for_mismatch()
-        for name, extra in vocabulary.extra.items():
-            logger.warning(
-                "%s has %d ids that another member lacks (from %d on); they are never chosen",
-                name,
-                extra,
-                vocabulary.shared,
-            )
-
-        lanes = load_lanes(config, loading, given)
-        if config.text_config is None:
-            base = next(lane for lane in lanes if any("base" in seat.names for seat in lane.seats))
-            config.text_config = copy.deepcopy(base.model.config)
-            config.text_config.name_or_path = ""  # where it lay on this machine is not the recipe's to tell
-            config.vocab_size = widths["base"]
+        lanes = load_parts(config, loading, given, tokenizers)
         model = cls(config, lanes, tokenizers=tokenizers, speculate=speculate)
         own = base_generation_config(config, loading, base="base" not in given)
         generation = own or model._base_lane.model.generation_config
-        model.generation_config, notes = adapted(generation, widths["base"], "the generation config")
+        model.generation_config, notes = adapted(generation, model._base_lane.n_vocab, "the generation config")
         for note in notes:
             logger.warning(note)
         if compiled is not False and compiled is not None:
@@ -866,21 +781,6 @@ def _same_weights(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> boo
     )
 
 
-def own_columns(
-    own: LanePrompt, input_ids: Tensor, attention_mask: Tensor | None, prompt_length: int
-) -> tuple[Tensor, Tensor]:
-    """The ids and the mask of a lane with prompts of its own, in a call that begins with them, (n_rows, n_columns).
-
-    Args:
-        own: the lane's prompts, (n_rows, width).
-        input_ids, attention_mask: the outer ones, (n_batch, n_columns); their part from ``prompt_length`` on is shared.
-    """
-    shared = input_ids[:, prompt_length:]
-    shown = torch.ones_like(shared) if attention_mask is None else attention_mask[:, prompt_length:].to(own.mask.dtype)
-    n_rows = own.ids.shape[0]
-    return torch.cat([own.ids, stacked(shared, n_rows)], dim=1), torch.cat([own.mask, stacked(shown, n_rows)], dim=1)
-
-
 def _refuse_positions(position_ids: Tensor, attention_mask: Tensor | None, n_cached: int, n_columns: int) -> None:
     """Behind a cache a token's position is the number of tokens before it: what ``generate`` says too."""
     if attention_mask is None:
@@ -902,75 +802,6 @@ def _check_shape(input_ids: Any) -> None:
         raise PromptError(f"input_ids have shape {shape}, not (n_batch, n_columns); one row is input_ids[None]")
     if input_ids.shape[1] == 0:
         raise PromptError("the prompt is empty; give at least one token")
-
-
-def _as_tensors(
-    ids: Mapping[str, Any], masks: Mapping[str, Tensor] | None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Own prompts as left-padded tensors with their masks."""
-    tensors, found = {}, dict(masks or {})
-    for name, rows in ids.items():
-        if isinstance(rows, Tensor):
-            tensors[name] = rows
-            found.setdefault(name, torch.ones_like(rows))
-        else:
-            if any(len(row) == 0 for row in rows):
-                raise PromptError(f"the prompt of member {name!r} is empty; give at least one token")
-            tensors[name], found[name] = left_pad(rows)
-    return tensors, found
-
-
-def _placeholder(value: Any, name: str, given: dict[str, Any], prompt: Any) -> Member | None:
-    """A member for the recipe; a model in memory is put into ``given``."""
-    if value is None:
-        if prompt is not None:
-            raise RecipeError(f"a prompt is given for {name}, but no model; name one")
-        return None
-    if isinstance(value, (Member, str, Path, Mapping)):
-        member = Member.parse(str(value) if isinstance(value, Path) else value)
-        if prompt is None:
-            return member
-        if member.prompt not in (Prompt(), Prompt.parse(prompt)):
-            raise RecipeError(f"{name} has two prompts: its member's and the one beside it; give one")
-        return replace(member, prompt=Prompt.parse(prompt))
-    if not isinstance(value, nn.Module) or not hasattr(value, "config"):
-        raise MemberError(f"{name} must be a transformers model, a path or a hub id, not {type(value).__name__}")
-    given[name] = value
-    return Member(model=None, prompt=Prompt.parse(prompt))
-
-
-def _loading(config: ProxyTuneConfig, kwargs: dict[str, Any], hub: Sequence[str]) -> Loading:
-    """Sort what ``from_pretrained`` was given; an option that nothing reads is an error, not ignored."""
-    kwargs = dict(kwargs)
-    for name in (
-        "_from_auto",
-        "_from_pipeline",
-        "_commit_hash",
-        "trust_remote_code",
-        "adapter_kwargs",
-        "code_revision",
-    ):
-        kwargs.pop(name, None)
-    for name in ("revision", "subfolder"):  # they place the recipe, not its members
-        kwargs.pop(name, None)
-    attention = kwargs.pop("attn_implementation", None)
-    loading = Loading(
-        dtype=kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None),
-        device_map=kwargs.pop("device_map", None),
-        quantization_config=kwargs.pop("quantization_config", None),
-        attn_implementation=attention or config._attn_implementation,  # AutoConfig puts it there
-        tqdm_class=kwargs.pop("tqdm_class", None),
-        trust_remote_code=bool(kwargs.pop("member_trust_remote_code", False)),
-        share=bool(kwargs.pop("share", True)),
-        pack=bool(kwargs.pop("pack", False)),
-        hub={
-            key: kwargs.pop(key) for key in hub if kwargs.get(key) is not None and key not in ("revision", "subfolder")
-        },
-    )
-    kwargs = {key: value for key, value in kwargs.items() if value is not None and key not in hub}
-    if kwargs:
-        raise RecipeError(f"from_pretrained does not take {', '.join(sorted(kwargs))}")
-    return loading
 
 
 AutoModelForCausalLM.register(ProxyTuneConfig, ProxyTunedForCausalLM, exist_ok=True)

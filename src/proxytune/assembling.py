@@ -1,0 +1,145 @@
+"""From a recipe, or from members in memory, to the lanes and tokenizers that a composite is made of."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from proxytune.errors import MemberError, RecipeError
+from proxytune.lanes.loading import load_lanes
+from proxytune.lanes.transformers import TransformersLane
+from proxytune.recipe.config import Expert, Member, Prompt, ProxyTuneConfig
+from proxytune.recipe.members import Loading, load_config, load_tokenizer, refuse_unfit
+from proxytune.recipe.store import HUB_ARGUMENTS
+from proxytune.recipe.vocabulary import compare
+
+__all__ = ["config_of_members", "load_parts", "loading_of_call"]
+
+logger = logging.getLogger(__name__)
+
+
+def config_of_members(
+    base: Any, experts: Sequence[Expert | Mapping[str, Any]], own: Mapping[str, Any]
+) -> tuple[ProxyTuneConfig, dict[str, Any]]:
+    """The recipe of members that are in memory, on disk or on the hub; and, by name, those in memory.
+
+    Args:
+        base: a model, a :class:`Member`, a path or a hub id. experts: see ``from_members``.
+        own: fields of the recipe itself.
+    """
+    given: dict[str, Any] = {}
+    listed = []
+    for index, value in enumerate(experts):
+        parts = dict(value) if isinstance(value, Mapping) else vars(value).copy()
+        parts.setdefault("name", "expert" if index == 0 else f"expert{index + 1}")
+        for side in ("expert", "anti_expert"):
+            prompt = parts.pop(f"{side}_prompt", None)
+            parts[side] = _placeholder(parts.get(side), f"{parts['name']}.{side}", given, prompt)
+        listed.append(Expert.parse(parts, index))
+    return ProxyTuneConfig(base=_placeholder(base, "base", given, None), experts=listed, **own), given
+
+
+def load_parts(
+    config: ProxyTuneConfig, loading: Loading, given: Mapping[str, Any], tokenizers: dict[str, Any]
+) -> list[TransformersLane]:
+    """Load all members, once their vocabularies are known to be the same.
+
+    Args:
+        config: the recipe; it is told the base's config where it does not say it.
+        given: member name -> a model in memory.
+        tokenizers: member name -> its tokenizer, where the caller gave one; those of other members are put into it.
+
+    Raises:
+        MemberError, VocabularyError: naming what does not fit.
+    """
+    widths, seen = {}, {}
+    for name, member in config.members():
+        if name in given:
+            widths[name] = given[name].config.get_text_config(decoder=True).vocab_size
+            tokenizers.setdefault(name, None)
+            continue
+        member_config = load_config(config, name, member, loading)
+        refuse_unfit(name, member, member_config)
+        widths[name] = member_config.get_text_config(decoder=True).vocab_size
+        if tokenizers.get(name) is None:  # members of one directory share one tokenizer
+            place = (member.model, member.revision, member.gguf_file)
+            if place not in seen:
+                seen[place] = load_tokenizer(config, name, member, loading)
+            tokenizers[name] = seen[place]
+    vocabulary = compare({"base": tokenizers["base"], **tokenizers}, widths, config.renamed_tokens)
+    vocabulary.raise_for_mismatch()
+    for name, extra in vocabulary.extra.items():
+        logger.warning(
+            "%s has %d ids that another member lacks (from %d on); they are never chosen",
+            name,
+            extra,
+            vocabulary.shared,
+        )
+    lanes = load_lanes(config, loading, given)
+    if config.text_config is None:
+        base = next(lane for lane in lanes if any("base" in seat.names for seat in lane.seats))
+        config.text_config = copy.deepcopy(base.model.config)
+        config.text_config.name_or_path = ""  # where it lay on this machine is not the recipe's to tell
+        config.vocab_size = widths["base"]
+    return lanes
+
+
+def _placeholder(value: Any, name: str, given: dict[str, Any], prompt: Any) -> Member | None:
+    """A member for the recipe; a model in memory is put into ``given``."""
+    if value is None:
+        if prompt is not None:
+            raise RecipeError(f"a prompt is given for {name}, but no model; name one")
+        return None
+    if isinstance(value, (Member, str, Path, Mapping)):
+        member = Member.parse(str(value) if isinstance(value, Path) else value)
+        if prompt is None:
+            return member
+        if member.prompt not in (Prompt(), Prompt.parse(prompt)):
+            raise RecipeError(f"{name} has two prompts: its member's and the one beside it; give one")
+        return replace(member, prompt=Prompt.parse(prompt))
+    if not isinstance(value, nn.Module) or not hasattr(value, "config"):
+        raise MemberError(f"{name} must be a transformers model, a path or a hub id, not {type(value).__name__}")
+    given[name] = value
+    return Member(model=None, prompt=Prompt.parse(prompt))
+
+
+def loading_of_call(config: ProxyTuneConfig, kwargs: dict[str, Any]) -> Loading:
+    """Sort what ``from_pretrained`` was given; an option that nothing reads is an error, not ignored."""
+    kwargs = dict(kwargs)
+    for name in (
+        "_from_auto",
+        "_from_pipeline",
+        "_commit_hash",
+        "trust_remote_code",
+        "adapter_kwargs",
+        "code_revision",
+    ):
+        kwargs.pop(name, None)
+    for name in ("revision", "subfolder"):  # they place the recipe, not its members
+        kwargs.pop(name, None)
+    attention = kwargs.pop("attn_implementation", None)
+    loading = Loading(
+        dtype=kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None),
+        device_map=kwargs.pop("device_map", None),
+        quantization_config=kwargs.pop("quantization_config", None),
+        attn_implementation=attention or config._attn_implementation,  # AutoConfig puts it there
+        tqdm_class=kwargs.pop("tqdm_class", None),
+        trust_remote_code=bool(kwargs.pop("member_trust_remote_code", False)),
+        share=bool(kwargs.pop("share", True)),
+        pack=bool(kwargs.pop("pack", False)),
+        hub={
+            key: kwargs.pop(key)
+            for key in HUB_ARGUMENTS
+            if kwargs.get(key) is not None and key not in ("revision", "subfolder")
+        },
+    )
+    kwargs = {key: value for key, value in kwargs.items() if value is not None and key not in HUB_ARGUMENTS}
+    if kwargs:
+        raise RecipeError(f"from_pretrained does not take {', '.join(sorted(kwargs))}")
+    return loading
