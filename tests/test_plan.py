@@ -14,7 +14,7 @@ from proxytune.recipe.check import count_recipe
 from proxytune.speed import bench
 from proxytune.speed import plan as planning
 from proxytune.speed.options import ARMS, MemberOptions
-from proxytune.speed.plan import RecipeCosts, plan_recipe, predict
+from proxytune.speed.plan import RecipeCosts, cost_of_forwards, plan_recipe, predict
 from test_cli import fails, run
 
 pytestmark = pytest.mark.usefixtures("no_progress")
@@ -129,19 +129,14 @@ def test_the_command_prints_tables_and_writes_json(lora_recipe, tmp_path):
 
 
 # -- from a probe ---------------------------------------------------------------------------------------------
-def test_a_line_goes_through_the_forwards(trio_lane):
-    trio_lane.seconds = {(1, k): [0.3 + 0.01 * k] for k in (2, 4, 8)} | {(1, 1): [0.11]}
-    cost = trio_lane.cost(1)
+def test_a_line_goes_through_the_forwards():
+    cost = cost_of_forwards({1: 0.11} | {rows: 0.3 + 0.01 * rows for rows in (2, 4, 8)})
     assert cost.per_row == pytest.approx(0.01)
     assert cost.fixed == pytest.approx(0.10)
     assert [cost.of(rows) for rows in (1, 2, 16)] == pytest.approx([0.11, 0.32, 0.46])
-    trio_lane.seconds = {(4, k): [0.3 - 0.001 * k] for k in (1, 2, 4)}
-    assert trio_lane.cost(4).per_row == 0.0, "noise does not make rows a gain"
-
-
-@pytest.fixture
-def trio_lane():
-    return planning._Timed(lane=None, n_seats=1)
+    falling = cost_of_forwards({rows: 0.3 - 0.001 * rows for rows in (4, 8, 16)})
+    assert falling.per_row == 0.0, "noise does not make rows a gain"
+    assert 0.28 < falling.fixed < 0.3
 
 
 @pytest.mark.slow

@@ -14,11 +14,13 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -28,31 +30,19 @@ from proxytune.decoding.drafting import Drafting, choose_drafting, costs_by_role
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.check import MemberReport, count_recipe
 from proxytune.recipe.config import ProxyTuneConfig
-from proxytune.recipe.layout import group_by_weights
+from proxytune.recipe.layout import group_by_weights, seats_of
 from proxytune.recipe.members import Loading
 from proxytune.recipe.options import LoadingOptions
-from proxytune.speed.bench import Subject, load_subject, now, run_arm
+from proxytune.speed.bench import Sample, Subject, load_subject, now, run_arm
 from proxytune.speed.options import MemberOptions, PlanOptions
 
-__all__ = [
-    "Compared",
-    "LaneShape",
-    "Plan",
-    "Prediction",
-    "RecipeCosts",
-    "compare_with_bench",
-    "plan_probed",
-    "plan_recipe",
-    "predict",
-    "probe",
-    "read_bench",
-]
+__all__ = ["Plan", "make_plan", "plan_recipe"]
 
 PROBE_SECONDS = 10.0
-MEASURED_OUTPUT = 32  # new tokens that a row of a bench needs at least, to be held against a prediction
 COLUMNS = (1, 2, 4, 8)  # tokens of a row in the forwards that are timed
 CACHED = 64  # tokens that they find in the cache
 PROBE_TOKENS, PROBE_DRAFTS = 20, 3  # of the calls of `generate` that are timed
+MEASURED_OUTPUT = 32  # new tokens of a bench's row; with fewer it measures the prompt, and is not held against a plan
 
 
 # -- what comes out -------------------------------------------------------------------------------------------
@@ -124,19 +114,14 @@ class RecipeCosts:
         return (cost, n_drafts) if n_drafts and cost < plain else (plain, 0)
 
     def of_cycles(self, stats: Mapping[str, int], n_batch: int) -> float:
-        """The cost of the cycles that were counted (``SpeculationStats``), each kind at
-        its mean number of drafts."""
+        """The cost of the cycles that were counted (``SpeculationStats``), each kind at its mean number of drafts."""
         drafting = replace(self.steered, overhead=self.cycle_overhead)
-        copying = stats["lookup_cycles"]
-        others = stats["cycles"] - copying
-        cost = 0.0
-        if copying:
-            cost += copying * drafting.lookup_cycle(stats["looked_up"] / copying / n_batch, n_batch)
-        if others:
-            n_drafts = stats["drafted"] / others / n_batch
-            acceptance = stats["accepted"] / stats["drafted"] if stats["drafted"] else 0.0
-            cost += others * (drafting if n_drafts else self.steered).cycle(n_drafts, acceptance, n_batch)
-        return cost
+        copying, others = stats["lookup_cycles"], stats["cycles"] - stats["lookup_cycles"]
+        n_copied = stats["looked_up"] / max(1, copying) / n_batch
+        n_drafts = stats["drafted"] / max(1, others) / n_batch
+        acceptance = stats["accepted"] / max(1, stats["drafted"])
+        other = (drafting if n_drafts else self.steered).cycle(n_drafts, acceptance, n_batch)
+        return copying * drafting.lookup_cycle(n_copied, n_batch) + others * other
 
 
 @dataclass(frozen=True)
@@ -160,6 +145,21 @@ class Plan:
         return asdict(self)
 
 
+def predict(costs: Mapping[int, RecipeCosts], acceptances: Sequence[float], *, timed: bool) -> list[Prediction]:
+    """The predictions for every batch size in ``costs`` (whose unit is seconds where they are ``timed``)."""
+    predictions = []
+    for n_batch, own in costs.items():
+        base, shared = own.base_alone, own.steered.cycle(0, 0.0, n_batch)
+        for acceptance in acceptances:
+            cost, n_drafts = own.speculative(acceptance, n_batch)
+            relative = (own.naive / base, shared / base, cost / base)
+            ratios = (base / cost, own.naive / cost)
+            predictions.append(
+                Prediction(n_batch, acceptance, *relative, n_drafts, *ratios, base_seconds=base if timed else None)
+            )
+    return predictions
+
+
 def make_plan(config: ProxyTuneConfig, options: PlanOptions, loading: LoadingOptions) -> tuple[Plan, list[Compared]]:
     """Predict, from shapes or with a probe; and, if asked, the predictions held against a bench.
 
@@ -169,34 +169,33 @@ def make_plan(config: ProxyTuneConfig, options: PlanOptions, loading: LoadingOpt
     if not options.probe:
         if loading.device_map is not None:
             raise ProxyTuneError("--against and --device-map need --probe: without it nothing is loaded")
-        found = plan_recipe(
-            config,
-            options.members,
-            device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-            batches=options.batches,
-            acceptances=options.acceptances,
-            trust_remote_code=loading.trust_remote_code,
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        trusting = loading.trust_remote_code
+        plan = plan_recipe(
+            config, options.members, device, options.batches, options.acceptances, trust_remote_code=trusting
         )
-        return found, []
+        return plan, []
     bench = None if options.against is None else read_bench(options.against)
     subject = load_subject(config, options.members, loading)
     costs = probe(subject, options.batches)
     own = Loading(options.members.dtype, pack=options.members.pack, trust_remote_code=loading.trust_remote_code)
-    found = plan_probed(config, subject, costs, options.acceptances, own)
+    plan, *_ = _count(config, own)
+    basis = f"the recipe's own forwards, timed on this machine for {PROBE_SECONDS:.0f} seconds ({subject.options})"
+    plan = replace(plan, basis=basis, predictions=predict(costs, options.acceptances, timed=True))
     compared = [] if bench is None else compare_with_bench(costs, subject.options, subject.shares, bench)
     if bench is not None and not compared:
         raise ProxyTuneError(f"{options.against} has no row with the options {subject.options} and these batch sizes")
-    return found, compared
+    return plan, compared
 
 
 # -- from shapes ----------------------------------------------------------------------------------------------
 def plan_recipe(
     config: ProxyTuneConfig,
     options: MemberOptions | None = None,
-    *,
     device: str = "cuda",
     batches: Sequence[int] = (1,),
     acceptances: Sequence[float] = (0.7,),
+    *,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Predict from the members' configs alone; neither weights nor tokenizers need to exist.
@@ -211,175 +210,108 @@ def plan_recipe(
     """
     options = options or MemberOptions()
     loading = Loading(dtype=options.dtype, pack=options.pack, trust_remote_code=trust_remote_code)
-    members, notes = count_recipe(config, loading)
-    lanes, base, drafting = _lanes(config, members, loading)
-    apart, _ = count_recipe(config, replace(loading, share=False))
+    plan, members, base, drafting = _count(config, loading)
 
     def cost(n_bytes: float, dtype: str) -> Cost:
         return cost_of_weights(n_bytes, 0, device, packed=options.pack or dtype != "float32")
 
-    saved = [lane.quick_head_bytes * (1 / QUICK_HEAD - 1) for lane in lanes]
-    lane_costs = [cost(lane.read_bytes - less, lane.dtype) for lane, less in zip(lanes, saved)]
-    heads = [cost(lane.quick_head_bytes / QUICK_HEAD, lane.dtype) for lane in lanes if lane.quick_head_bytes]
-    steered = costs_by_role(base, drafting, lane_costs, [lane.n_seats for lane in lanes], *heads)
+    saved = [lane.quick_head_bytes * (1 / QUICK_HEAD - 1) for lane in plan.lanes]
+    lane_costs = [cost(lane.read_bytes - less, lane.dtype) for lane, less in zip(plan.lanes, saved)]
+    heads = [cost(lane.quick_head_bytes / QUICK_HEAD, lane.dtype) for lane in plan.lanes if lane.quick_head_bytes]
+    steered = costs_by_role(base, drafting, lane_costs, [lane.n_seats for lane in plan.lanes], *heads)
     naive = [cost(one.read_bytes, one.dtype) for one in members]
-    costs = {
-        n_batch: RecipeCosts(naive[0].of(n_batch), sum(each.of(n_batch) for each in naive), steered)
-        for n_batch in batches
-    }
+    costs = {n: RecipeCosts(naive[0].of(n), sum(each.of(n) for each in naive), steered) for n in batches}
     basis = (
         f"the bytes of weights that a step moves, and {100 * ROW_SHARE[device]:g} % of them for each row ({device}); "
         "launching kernels is not counted, so members of less than a few GB are slower than this (--probe measures)"
     )
-    if device == "cpu" and not options.pack and any(lane.dtype == "float32" for lane in lanes):
+    if device == "cpu" and not options.pack and any(lane.dtype == "float32" for lane in plan.lanes):
         basis += (
             f"; float32 weights that are not packed take {UNPACKED_CPU:g} times as long for several rows as for one"
         )
-    return _plan(basis, lanes, members, apart, predict(costs, acceptances, timed=False), notes)
+    return replace(plan, basis=basis, predictions=predict(costs, acceptances, timed=False))
 
 
-def _lanes(
-    config: ProxyTuneConfig, members: Sequence[MemberReport], loading: Loading
-) -> tuple[list[LaneShape], int, Drafting | None]:
-    """The sets of weights that loading would make, which of them holds the base, and who drafts."""
+def _count(config: ProxyTuneConfig, loading: Loading) -> tuple[Plan, list[MemberReport], int, Drafting | None]:
+    """A plan without predictions, the members, the lane that would hold the base, and who would draft."""
+    members, notes = count_recipe(config, loading)
+    apart, _ = count_recipe(config, replace(loading, share=False))
     reports = {one.name: one for one in members}
-    groups, _ = group_by_weights(config, list(config.members()), loading)
     lanes: list[LaneShape] = []
-    seats: dict[str, tuple[int, int]] = {}
-    for at, group in enumerate(groups):
-        blocks = list(dict.fromkeys((member.adapter, member.prompt) for _, member in group))
-        seats |= {name: (at, blocks.index((member.adapter, member.prompt))) for name, member in group}
+    blocks: dict[str, tuple[int, int]] = {}
+    for group in group_by_weights(config, list(config.members()), loading)[0]:
+        seats = seats_of(group, {name: member.adapter for name, member in group})
+        blocks |= {name: (len(lanes), block) for block, seat in enumerate(seats) for name in seat.names}
         own = [reports[name] for name, _ in group]
-        grown = [one.kv_bytes_per_token for one in own]
         lanes.append(
             LaneShape(
                 members=tuple(one.name for one in own),
                 dtype=own[0].dtype,
-                n_seats=len(blocks),
+                n_seats=len(seats),
                 n_layers=own[0].layers,
                 weight_bytes=sum(one.weight_bytes for one in own),
                 read_bytes=own[0].read_bytes + sum(one.adapter_bytes for one in own),
-                kv_bytes_per_token=_sum(grown),
+                kv_bytes_per_token=_cache_bytes(own),
             )
         )
-    drafting = choose_drafting([lane.read_bytes for lane in lanes], seats, [one.name for one in config.expert_list])
-    if loading.pack and drafting is not None:
+    drafting = choose_drafting([lane.read_bytes for lane in lanes], blocks, [one.name for one in config.expert_list])
+    if loading.pack and drafting is not None and lanes[drafting.lane].dtype == "float32":
         lane = lanes[drafting.lane]
-        if lane.dtype == "float32":
-            quick = int(QUICK_HEAD * reports[lane.members[0]].head_bytes)
-            lanes[drafting.lane] = replace(lane, weight_bytes=lane.weight_bytes + quick, quick_head_bytes=quick)
-    return lanes, seats["base"][0], drafting
+        quick = int(QUICK_HEAD * reports[lane.members[0]].head_bytes)
+        lanes[drafting.lane] = replace(lane, weight_bytes=lane.weight_bytes + quick, quick_head_bytes=quick)
+    weights = {
+        "base": members[0].weight_bytes,
+        "naive": sum(one.weight_bytes for one in apart),
+        "shared": sum(lane.weight_bytes for lane in lanes),
+    }
+    cache = {"base": _cache_bytes(members[:1]), "naive": _cache_bytes(apart), "shared": _cache_bytes(members)}
+    return Plan("", lanes, weights, cache, [], notes), members, blocks["base"][0], drafting
 
 
-def predict(costs: Mapping[int, RecipeCosts], acceptances: Sequence[float], *, timed: bool) -> list[Prediction]:
-    """The predictions for every batch size in ``costs`` (whose unit is seconds where they are ``timed``)."""
-    found = []
-    for n_batch, own in costs.items():
-        for acceptance in acceptances:
-            shared = own.steered.cycle(0, acceptance, n_batch)
-            speculative, n_drafts = own.speculative(acceptance, n_batch)
-            found.append(
-                Prediction(
-                    n_batch,
-                    acceptance,
-                    own.naive / own.base_alone,
-                    shared / own.base_alone,
-                    speculative / own.base_alone,
-                    n_drafts,
-                    own.base_alone / speculative,
-                    own.naive / speculative,
-                    own.base_alone if timed else None,
-                )
-            )
-    return found
-
-
-def _plan(
-    basis: str,
-    lanes: list[LaneShape],
-    members: Sequence[MemberReport],
-    apart: Sequence[MemberReport],
-    predictions: list[Prediction],
-    notes: list[str],
-) -> Plan:
-    return Plan(
-        basis,
-        lanes,
-        {
-            "base": members[0].weight_bytes,
-            "naive": sum(one.weight_bytes for one in apart),
-            "shared": sum(lane.weight_bytes for lane in lanes),
-        },
-        {
-            "base": members[0].kv_bytes_per_token,
-            "naive": _sum([one.kv_bytes_per_token for one in apart]),
-            "shared": _sum([one.kv_bytes_per_token for one in members]),
-        },
-        predictions,
-        notes,
-    )
-
-
-def _sum(sizes: Sequence[int | None]) -> int | None:
+def _cache_bytes(members: Sequence[MemberReport]) -> int | None:
+    sizes = [one.kv_bytes_per_token for one in members]
     return None if None in sizes else sum(size or 0 for size in sizes)
 
 
 # -- from a probe ---------------------------------------------------------------------------------------------
-@dataclass
-class _Timed:
-    """A lane that is timed: its forwards' seconds by (rows of the batch, columns).
+class _Forward:
+    """What is timed of a lane: ``call(ids, cache)``, in seconds by (n_batch, n_columns)."""
 
-    ``part``: all of it; a step of drafting, which ends in the quick head; or its own head alone.
-    """
+    def __init__(self, lane: Any, call: Callable[[Tensor, DynamicCache], Any] | None = None) -> None:
+        self.lane = lane
+        self.call = call or (lambda ids, cache: lane(ids, past_key_values=cache, use_cache=True, logits_to_keep=0))
+        self.caches: dict[int, DynamicCache] = {}
+        self.seconds: dict[tuple[int, int], list[float]] = defaultdict(list)
 
-    lane: Any
-    n_seats: int
-    part: Literal["all", "draft", "head"] = "all"
-    caches: dict[int, DynamicCache] = field(default_factory=dict)
-    seconds: dict[tuple[int, int], list[float]] = field(default_factory=dict)
-
-    def run(self, n_batch: int, n_columns: int) -> float:
-        rows = n_batch * self.n_seats
+    def run(self, n_batch: int, n_columns: int, keep: bool) -> None:
         if n_batch not in self.caches:
             self.caches[n_batch] = DynamicCache(config=self.lane.config)
-            self._forward(self._ids(rows, CACHED), self.caches[n_batch])
-        cache = copy.deepcopy(self.caches[n_batch])
-        ids = self._ids(rows, n_columns)
+            self.call(self._ids(n_batch, CACHED), self.caches[n_batch])
+        cache, ids = copy.deepcopy(self.caches[n_batch]), self._ids(n_batch, n_columns)
         begin = now(ids.device)
-        self._forward(ids, cache)
-        return now(ids.device) - begin
+        self.call(ids, cache)
+        if keep:
+            self.seconds[n_batch, n_columns].append(now(ids.device) - begin)
 
-    def _ids(self, n_rows: int, n_columns: int) -> Tensor:
-        return torch.randint(0, self.lane.config.vocab_size, (n_rows, n_columns), device=self.lane.device)
-
-    def _forward(self, ids: Tensor, cache: DynamicCache) -> None:
-        if self.part == "all":
-            self.lane(ids, past_key_values=cache, use_cache=True, logits_to_keep=0)
-        elif self.part == "draft":
-            hidden = self.lane.hidden(ids, past_key_values=cache, use_cache=True)
-            self.lane.quick_head(hidden[: len(ids) // self.n_seats])
-        else:
-            self.lane.head(torch.zeros(*ids.shape, self.lane.quick_head.in_features))
+    def _ids(self, n_batch: int, n_columns: int) -> Tensor:
+        shape = (n_batch * len(self.lane.seats), n_columns)
+        return torch.randint(0, self.lane.config.vocab_size, shape, device=self.lane.device)
 
     def cost(self, n_batch: int) -> Cost:
-        """The line through the forwards of a batch, seconds over rows; one row alone is taken as it was measured."""
-        points = {
-            rows * columns * self.n_seats: statistics.median(seconds)
-            for (rows, columns), seconds in self.seconds.items()
-            if rows == n_batch
-        }
-        single = points.pop(1, None)
-        rows = torch.tensor(list(points), dtype=torch.float64)
-        seconds = torch.tensor(list(points.values()), dtype=torch.float64)
-        # Errors count relative to the time, so that few rows, which most forwards have, are met as well as many.
-        system = torch.stack([torch.ones_like(rows), rows], dim=1) / seconds[:, None]
-        fixed, per_row = torch.linalg.lstsq(system, torch.ones_like(seconds)[:, None]).solution.flatten().tolist()
-        if per_row < 0:
-            fixed, per_row = statistics.geometric_mean(points.values()), 0.0
-        if single is None:
-            return Cost(fixed, per_row)
-        alone = single - per_row
-        return Cost(alone, per_row, fixed / alone) if alone > 0 else Cost(fixed, per_row)
+        seats = len(self.lane.seats)
+        return cost_of_forwards({n_batch * n * seats: statistics.median(self.seconds[n_batch, n]) for n in COLUMNS})
+
+
+def cost_of_forwards(seconds: Mapping[int, float]) -> Cost:
+    """The line through forwards, rows -> seconds; one row alone is taken as it was measured."""
+    points = {rows: each for rows, each in seconds.items() if rows > 1}
+    taken = np.array([*points.values()])
+    # Errors count relative to the time, so that few rows, which most forwards have, are met as well as many.
+    per_row, fixed = np.polyfit([*points], taken, 1, w=1 / taken).tolist()
+    if per_row < 0:
+        fixed, per_row = statistics.geometric_mean(taken), 0.0
+    alone = seconds.get(1, 0.0) - per_row
+    return Cost(alone, per_row, fixed / alone) if alone > 0 else Cost(fixed, per_row)
 
 
 @torch.no_grad()
@@ -390,105 +322,61 @@ def probe(subject: Subject, batches: Sequence[int]) -> dict[int, RecipeCosts]:
         batch size -> costs in seconds.
     """
     separate, default = subject.separate, subject.default
-    lanes = {id(lane): _Timed(lane, len(lane.seats)) for model in (separate, default) for lane in _lanes_of(model)}
-    made = {
-        n_batch: [
-            _Generated(subject, "base", n_batch),
-            _Generated(subject, "shared", n_batch),
-            _Generated(subject, "speculative", n_batch),
-        ]
-        for n_batch in batches
-    }
-    quick = next((lane for lane in _lanes_of(default) if lane.quick_head is not None), None)
-    apart = [] if quick is None else [_Timed(quick, len(quick.seats), "draft"), _Timed(quick, len(quick.seats), "head")]
-    every = [*lanes.values(), *apart]
-    points = [(timed, n_batch, columns) for n_batch in batches for columns in COLUMNS for timed in every]
+    lanes: list[Any] = list(default.lanes)
+    forwards = {id(lane): _Forward(lane) for lane in (*lanes, *separate.lanes)}
+    timed = list(forwards.values())
+    quick = next((at for at, lane in enumerate(lanes) if lane.quick_head is not None), None)
+    if quick is not None:
+        timed += _quick_parts(lanes[quick])
+    calls: dict[tuple[str, int], list[Sample]] = defaultdict(list)
     begin, rounds = time.perf_counter(), 0
     while rounds < 3 or time.perf_counter() - begin < PROBE_SECONDS:
-        for timed, n_batch, columns in points:
-            taken = timed.run(n_batch, columns)
-            if rounds:  # the first round warms up
-                timed.seconds.setdefault((n_batch, columns), []).append(taken)
-        for calls in made.values():
-            for call in calls:
-                call.run(keep=rounds > 0)
+        for n_batch in batches:
+            for n_columns in COLUMNS:
+                for forward in timed:
+                    forward.run(n_batch, n_columns, keep=rounds > 0)  # the first round warms up
+            for arm in ("base", "shared", "speculative"):
+                ids = torch.randint(0, default.shared_vocab, (n_batch, CACHED))
+                asked = {"speculate": PROBE_DRAFTS} if arm == "speculative" else None
+                sample = run_arm(subject, arm, ids, PROBE_TOKENS, asked)
+                calls[arm, n_batch] += [sample] if rounds else []
         rounds += 1
 
-    found = {}
+    costs = {}
     for n_batch in batches:
-        base, plain, drafted = made[n_batch]
-        step_and_head = [timed.cost(n_batch) for timed in apart] if n_batch <= QUICK_ROWS else []
-        lane_costs = [
-            step_and_head[0] if step_and_head and lane is quick else lanes[id(lane)].cost(n_batch)
-            for lane in _lanes_of(default)
-        ]
-        steered = costs_by_role(
-            default.seats["base"][0],
-            default.drafting,
-            lane_costs,
-            [len(lane.seats) for lane in _lanes_of(default)],
-            *step_and_head[1:],
+        lane_costs, heads = [forwards[id(lane)].cost(n_batch) for lane in lanes], []
+        if quick is not None and n_batch <= QUICK_ROWS:
+            lane_costs[quick], *heads = (part.cost(n_batch) for part in timed[-2:])
+        seats = [len(lane.seats) for lane in lanes]
+        steered = costs_by_role(default.seats["base"][0], default.drafting, lane_costs, seats, *heads)
+        base, plain = (
+            statistics.median(each.seconds - each.first for each in calls[arm, n_batch]) / (PROBE_TOKENS - 1)
+            for arm in ("base", "shared")
         )
-        overhead = plain.step() - steered.cycle(0, 0.0, n_batch)
-        cycle_overhead = overhead
-        if steered.draft is not None and drafted.cycles:
-            cycle_overhead = drafted.cycle_seconds() - steered.cycle(PROBE_DRAFTS, drafted.acceptance(), n_batch)
-        members = [lanes[id(separate.lanes[separate.seats[name][0]])].cost(n_batch) for name in separate.seats]
+        overhead = cycle_overhead = plain - steered.cycle(0, 0.0, n_batch)
+        drafted = calls["speculative", n_batch]
+        stats = [each.stats for each in drafted if each.stats is not None]
+        if steered.draft is not None and (n_cycles := sum(each.cycles for each in stats)):
+            acceptance = sum(each.accepted for each in stats) / max(1, sum(each.judged for each in stats))
+            cycle = sum(each.seconds - each.first for each in drafted) / n_cycles
+            cycle_overhead = cycle - steered.cycle(PROBE_DRAFTS, acceptance, n_batch)
+        members = [forwards[id(separate.lanes[lane])].cost(n_batch) for lane, _ in separate.seats.values()]
         naive = sum(cost.of(n_batch) for cost in members) + overhead
-        found[n_batch] = RecipeCosts(base.step(), naive, replace(steered, overhead=overhead), cycle_overhead)
-    return found
+        costs[n_batch] = RecipeCosts(base, naive, replace(steered, overhead=overhead), cycle_overhead)
+    return costs
 
 
-def plan_probed(
-    config: ProxyTuneConfig,
-    subject: Subject,
-    costs: Mapping[int, RecipeCosts],
-    acceptances: Sequence[float],
-    loading: Loading | None = None,
-) -> Plan:
-    """The plan of a recipe in memory, from what :func:`probe` found."""
-    loading = loading or Loading()
-    members, notes = count_recipe(config, loading)
-    lanes, *_ = _lanes(config, members, loading)
-    apart, _ = count_recipe(config, replace(loading, share=False))
-    basis = f"the recipe's own forwards, timed on this machine for {PROBE_SECONDS:.0f} seconds ({subject.options})"
-    return _plan(basis, lanes, members, apart, predict(costs, acceptances, timed=True), notes)
+def _quick_parts(lane: Any) -> list[_Forward]:
+    """A step of drafting, which ends in the lane's quick head; and its own head alone."""
 
+    def draft(ids: Tensor, cache: DynamicCache) -> None:
+        hidden = lane.hidden(ids, past_key_values=cache, use_cache=True)
+        lane.quick_head(hidden[: len(ids) // len(lane.seats)])
 
-@dataclass
-class _Generated:
-    """Calls of ``generate`` in one arm, timed."""
+    def head(ids: Tensor, cache: DynamicCache) -> None:
+        lane.head(torch.zeros(*ids.shape, lane.quick_head.in_features))
 
-    subject: Subject
-    arm: str
-    n_batch: int
-    steps: list[float] = field(default_factory=list)
-    decoding: float = 0.0
-    cycles: int = 0
-    judged: int = 0
-    accepted: int = 0
-
-    def run(self, keep: bool) -> None:
-        width = self.subject.default.shared_vocab
-        ids = torch.randint(0, width, (self.n_batch, CACHED))
-        asked = {"speculate": PROBE_DRAFTS} if self.arm == "speculative" else None
-        sample = run_arm(self.subject, self.arm, ids, PROBE_TOKENS, asked)
-        if keep:
-            self.decoding += sample.seconds - sample.first
-            self.steps.append((sample.seconds - sample.first) / (PROBE_TOKENS - 1))
-            if sample.stats is not None:
-                self.cycles += sample.stats.cycles
-                self.judged += sample.stats.judged
-                self.accepted += sample.stats.accepted
-
-    def step(self) -> float:
-        return statistics.median(self.steps)
-
-    def cycle_seconds(self) -> float:
-        return self.decoding / self.cycles
-
-    def acceptance(self) -> float:
-        return self.accepted / self.judged if self.judged else 0.0
+    return [_Forward(lane, draft), _Forward(lane, head)]
 
 
 # -- held against a bench -------------------------------------------------------------------------------------
@@ -512,29 +400,29 @@ def compare_with_bench(
 ) -> list[Compared]:
     """Hold a probe's costs against the rows of a bench that have the same options and batch sizes.
 
-    Rows of fewer than 32 new tokens are left out: they measure the prompt. The speculative row is predicted from the
-    drafts that it had, by kind: how many the text will offer to copy, no plan can know.
+    The speculative row is predicted from the drafts that it had, by kind: how many the text will offer to copy, no
+    plan can know.
 
     Args:
         options, shares: of the :class:`~proxytune.speed.bench.Subject` that was probed.
         bench: what ``proxytune bench --json`` wrote.
     """
-    found = []
+    compared = []
     for row in bench["rows"]:
-        own = costs.get(row["batch"])
-        if own is None or row["options"] != options or row["output"] < MEASURED_OUTPUT:
+        batch, steps = row["batch"], row["output"] - 1
+        if batch not in costs or row["options"] != options or row["output"] < MEASURED_OUTPUT:
             continue
-        predicted = {"base": own.base_alone, "plain_loop": own.naive, "shared": own.steered.cycle(0, 0.0, row["batch"])}
+        own = costs[batch]
+        predicted = {"base": own.base_alone, "plain_loop": own.naive, "shared": own.steered.cycle(0, 0.0, batch)}
         predicted["composite"] = own.naive if shares else predicted["shared"]
-        if stats := row["speculation"]:
-            predicted["speculative"] = own.of_cycles(stats, row["batch"]) / (row["repeats"] * (row["output"] - 1))
+        if row["speculation"]:
+            predicted["speculative"] = own.of_cycles(row["speculation"], batch) / (row["repeats"] * steps)
         if row["arm"] in predicted:
-            whole = row["batch"] * row["output"] / row["tokens_per_second"]
-            measured = (whole - row["time_to_first_token_s"]) / (row["output"] - 1)
-            names = (row["arm"], row["options"], row["batch"], row["prompt"], row["output"])
             seconds = predicted[row["arm"]]
-            found.append(Compared(*names, seconds, measured, seconds / measured - 1))
-    return found
+            measured = (batch * row["output"] / row["tokens_per_second"] - row["time_to_first_token_s"]) / steps
+            names = {name: row[name] for name in ("arm", "options", "batch", "prompt", "output")}
+            compared.append(Compared(**names, predicted=seconds, measured=measured, error=seconds / measured - 1))
+    return compared
 
 
 def read_bench(path: Path) -> dict[str, Any]:
@@ -545,12 +433,8 @@ def read_bench(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text("utf-8"))
-        if not (isinstance(found, dict) and isinstance(found["rows"], list)):
-            raise KeyError("rows")
-    except (ValueError, KeyError) as error:
-        raise ProxyTuneError(f"{path} was not written by `proxytune bench --json`") from error
-    return found
-
-
-def _lanes_of(model: Any) -> list[Any]:
-    return list(model.lanes)
+        if isinstance(found, dict) and isinstance(found.get("rows"), list):
+            return found
+    except ValueError:
+        pass
+    raise ProxyTuneError(f"{path} was not written by `proxytune bench --json`")
