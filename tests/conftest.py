@@ -14,8 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from transformers.utils import logging
 
-import tiny
 from proxytune.vllm import installed_version
+from support import tiny
 
 # The tests of the real engine run in vLLM's own environment: make test-vllm.
 collect_ignore = [] if installed_version() else ["vllm"]

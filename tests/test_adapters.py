@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
-import tiny
 from proxytune import Member, MemberError, ProxyTunedForCausalLM, ProxyTuneError, RecipeError
 from proxytune.recipe.adapters import OTHER_TYPES, judge
 from proxytune.recipe.check import check_recipe
 from proxytune.recipe.store import load_recipe
+from support import tiny
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import tiny
 from proxytune import AlphaError, ProxyTunedForCausalLM, ProxyTuneError, load_recipe
 from proxytune.answers.batch import Output, fingerprint, read_items, result
 from proxytune.answers.generation import Answer, Printer, RowSampler, Sampling, answer, encode, new_text
 from proxytune.answers.journal import json_line
 from proxytune.recipe.alpha import resolve_alpha
+from support import tiny
 
 
 # -- reading --------------------------------------------------------------------------------------------------

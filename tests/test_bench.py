@@ -10,14 +10,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-import oracle
-import tiny
 from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.answers.plain_loop import plain_loop
 from proxytune.recipe.options import LoadingOptions
 from proxytune.speed import bench
 from proxytune.speed.options import ARMS, BenchOptions, Case, MemberOptions
-from test_cli import fails, run
+from support import oracle, tiny
+from support.commands import fails, run
 
 pytestmark = pytest.mark.usefixtures("no_progress")
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import bench_gpu
 
 TINY = ("--device", "cpu", "--pair", "tiny", "--dtype", "float32", "--lengths", "6/40", "--repeats", "1")

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import tiny
-from oracle import Oracle, assert_same_tokens
 from proxytune import MemberError, ProxyTuneError
 from proxytune.lanes.buffers import BufferLayer
-from test_speculation import QUIET, ROWS, family_oracle, new_tokens, partly
+from support import tiny
+from support.decoding import QUIET, ROWS, family_oracle, new_tokens, partly
+from support.oracle import Oracle, assert_same_tokens
 
 STATIC = {"cache_implementation": "static"}
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-import tiny
-from oracle import Oracle, assert_same_tokens
 from proxytune import ProxyTunedForCausalLM
+from support import tiny
+from support.decoding import QUIET
+from support.oracle import Oracle, assert_same_tokens
 
 PROMPT = [1, *(20 + (7 * i) % 90 for i in range(2 * tiny.WINDOW + 3))]  # longer than any window
 REPEATING = [1, *[40, 41, 42, 43, 44] * 5, 40, 41]
-QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}
 
 SLIDING = {
     "base slides": ("mistral", "llama", "qwen2"),

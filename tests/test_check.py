@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-import tiny
 from proxytune import ProxyTuneConfig, ProxyTunedForCausalLM, load_recipe
 from proxytune.recipe.check import check_recipe
 from proxytune.recipe.members import Loading
+from support import tiny
 
 
 def recipe(shelf, tmp_path, **values):

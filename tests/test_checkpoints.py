@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import tiny
 from proxytune import MemberError, ProxyTuneConfig
 from proxytune.lanes.loading import load_model
 from proxytune.recipe.members import Loading
+from support import tiny
 
 
 def load(directory, name="expert.expert", **member):

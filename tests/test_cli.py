@@ -12,41 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-import tiny
 from proxytune import ProxyTunedForCausalLM, RecipeError, load_recipe
 from proxytune.answers.chat import Conversation
 from proxytune.answers.generation import Sampling, answer
-from proxytune.cli import app
 from proxytune.cli.answers import interruptible
 from proxytune.cli.options import count, size
 from proxytune.recipe.compose import parse_expert
 from proxytune.recipe.config import Prompt
 from proxytune.recipe.presets import PRESETS
 from proxytune.recipe.prompts import render
+from support import tiny
+from support.commands import fails, run
 
 pytestmark = pytest.mark.usefixtures("no_progress")
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def run(*args, input=None, status=0):
-    """Run a command in this process; the result has ``stdout`` and ``stderr``."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args], input=input)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == status, result.stderr + result.stdout
-    return result
-
-
-def fails(*args, input=None):
-    """Run a command that must fail with one sentence; return it."""
-    result = run(*args, input=input, status=2)
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    return result.stderr
 
 
 def entry(*args, **options):

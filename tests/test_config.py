@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-import tiny
 from proxytune import AlphaError, Expert, Member, Prompt, ProxyTuneConfig, RecipeError
 from proxytune.recipe.source import Source, rebase, resolve
+from support import tiny
 
 PAIR = {"expert": {"model": "e"}, "anti_expert": {"model": "a"}}
 

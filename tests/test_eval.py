@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoModelForCausalLM
 
-import tiny
-from evaldata import QUESTIONS, write_data, write_lines
-from oracle import Oracle, assert_same_tokens
+from support import tiny
+from support.evaldata import QUESTIONS, write_data, write_lines
+from support.oracle import Oracle, assert_same_tokens
 
 pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'proxytune[eval]'")
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-import tiny
-from oracle import Oracle, assert_same_tokens
 from proxytune import MemberError, ProxyTuneConfig
 from proxytune.lanes.reading import one_by_one, reading_of
 from proxytune.recipe.check import check_recipe
+from support import tiny
+from support.decoding import QUIET
+from support.oracle import Oracle, assert_same_tokens
 
-QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}
 ROWS = [[1, 40, 77, 102, 9, 33, 250, 61, 90, 91, 12], [1, 88, 15], [1, 7, 300, 41, 12]]
 LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2}
 MIXED = ["linear_attention", "full_attention", "linear_attention"]

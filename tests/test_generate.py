@@ -18,13 +18,12 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-import tiny
-from oracle import Oracle, assert_same_tokens
 from proxytune import PromptError, ProxyTunedForCausalLM, ProxyTuneError
+from support import tiny
+from support.decoding import QUIET, ROWS
+from support.oracle import Oracle, assert_same_tokens
 
-ROWS = [[1, 40, 77, 102, 9, 33, 250, 61], [1, 88, 15], [1, 7, 300, 41, 12]]
 N_NEW = 16
-QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}
 
 
 def greedy(model, rows=None, n_new=N_NEW, **kwargs):

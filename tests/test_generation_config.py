@@ -10,7 +10,6 @@ import torch
 from transformers import GenerationConfig
 from typer.testing import CliRunner
 
-import tiny
 from proxytune import MemberError, ProxyTunedForCausalLM, ProxyTuneError, load_recipe
 from proxytune.answers.generation import Encoded, Sampling, answer
 from proxytune.cli import app
@@ -28,6 +27,7 @@ from proxytune.recipe.generation_config import (
     valid_generation_config,
 )
 from proxytune.recipe.options import ComposeOptions, MemberChoice
+from support import tiny
 
 pytestmark = pytest.mark.usefixtures("no_progress")
 

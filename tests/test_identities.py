@@ -7,12 +7,11 @@ import math
 import pytest
 import torch
 
-import tiny
-from oracle import Oracle, assert_same_tokens
 from proxytune import ProxyTunedForCausalLM
+from support import tiny
+from support.decoding import QUIET, ROWS
+from support.oracle import Oracle, assert_same_tokens
 
-ROWS = [[1, 40, 77, 102, 9, 33, 250, 61], [1, 88, 15], [1, 7, 300, 41, 12]]
-QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}
 MODES = [
     {},
     {"num_beams": 3, "num_return_sequences": 2},

@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers import LlamaForSequenceClassification
 
-import tiny
 from proxytune import ProxyTuneError
 from proxytune.answers.journal import Journal
 from proxytune.evaluation import judges, score
 from proxytune.evaluation.judges import Endpoint, JudgeDown, LocalModel
 from proxytune.evaluation.options import JudgeOptions
 from proxytune.evaluation.records import parse
+from support import tiny
 
 OPEN = [
     {"question": "Is it so? ", "output": " Yes."},

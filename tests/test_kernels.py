@@ -7,14 +7,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import tiny
-from oracle import Oracle, assert_same_tokens
 from proxytune import MemberError, ProxyTunedForCausalLM
 from proxytune.lanes.kernels import PackedLinear, QuickHead, pack
+from support import tiny
+from support.decoding import QUIET, ROWS
+from support.oracle import Oracle, assert_same_tokens
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
-ROWS = [[1, 40, 77, 102, 9, 33, 250, 61], [1, 88, 15], [1, 7, 300, 41, 12]]
-QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -45,7 +44,7 @@ def test_packed_models_generate_the_plain_loops_tokens(family):
 
 @torch.no_grad()
 def test_a_packed_recipe_with_shared_lora_is_saved_with_its_weights(shelf, tmp_path):
-    from test_lora import load
+    from support.adapters import load
 
     model, plain = load(shelf, pack=True), load(shelf)
     ids = torch.tensor([ROWS[0]])

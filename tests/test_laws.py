@@ -14,12 +14,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-import tiny
 from proxytune.decoding.lane import stacked
 from proxytune.lanes.fake import FakeLane, hashed_logits
 from proxytune.lanes.transformers import TransformersLane
 from proxytune.recipe.config import Prompt
 from proxytune.recipe.layout import Seat
+from support import tiny
 
 N_VOCAB = 40
 BOTH = (Seat(("a.expert",), Prompt()), Seat(("a.anti_expert",), Prompt()))

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoModelForCausalLM
 
-import tiny
-from evaldata import write_data
-from oracle import Oracle
 from proxytune import ProxyTunedForCausalLM
+from support import tiny
+from support.evaldata import write_data
+from support.oracle import Oracle
 
 pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'proxytune[eval]'")
 

@@ -7,8 +7,6 @@ import torch
 from transformers import MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
-import tiny
-from oracle import Oracle
 from proxytune.decoding.cost import Cost, Costs
 from proxytune.decoding.drafting import Drafter, choose_drafting
 from proxytune.decoding.loop import decode
@@ -17,7 +15,9 @@ from proxytune.decoding.pace import Pace
 from proxytune.decoding.sampling import Sampler
 from proxytune.decoding.text import Text
 from proxytune.lanes.fake import FakeLane, hashed_logits
-from syncs import counted_syncs
+from support import tiny
+from support.oracle import Oracle
+from support.syncs import counted_syncs
 
 N_VOCAB, N_NEW, END = 30, 12, 12
 ROWS = [[3, 4, 5, 6], [8, 9, 8, 9], [20, 21, 22, 23]]

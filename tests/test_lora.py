@@ -6,43 +6,16 @@ import logging
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-import tiny
-from oracle import Oracle, assert_same_tokens
 from proxytune import Expert, Member, MemberError, ProxyTunedForCausalLM
+from support import tiny
+from support.adapters import adapted, load, oracle_of
+from support.decoding import QUIET, ROWS
+from support.oracle import assert_same_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-
-ROWS = [[1, 40, 77, 102, 9, 33, 250, 61], [1, 88, 15], [1, 7, 300, 41, 12]]
-QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}
-
-
-def adapted(weights, adapter):
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(weights), adapter).eval()
-
-
-def load(shelf, adapters=("adapter",), **kwargs):
-    experts = [
-        {
-            "name": f"e{index}",
-            "expert": {"model": str(shelf / "anti"), "adapter": str(shelf / adapter)},
-            "anti_expert": {"model": str(shelf / "anti")},
-            "alpha": 1.0 - 0.3 * index,
-        }
-        for index, adapter in enumerate(adapters)
-    ]
-    parsed = [Expert.parse(values) for values in experts]
-    return ProxyTunedForCausalLM.from_members(str(shelf / "base"), experts=parsed, **kwargs)
-
-
-def oracle_of(shelf, adapters=("adapter",)):
-    anti = AutoModelForCausalLM.from_pretrained(shelf / "anti")
-    return Oracle(
-        AutoModelForCausalLM.from_pretrained(shelf / "base"),
-        [(f"e{i}", adapted(shelf / "anti", shelf / a), anti, 1.0 - 0.3 * i) for i, a in enumerate(adapters)],
-    )
 
 
 @pytest.fixture(scope="module")

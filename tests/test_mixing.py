@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from proxytune.decoding.mixing import mix
-from syncs import counted_syncs
+from support.syncs import counted_syncs
 
 
 def formula(base, experts, alpha, plausibility):

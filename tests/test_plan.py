@@ -7,7 +7,6 @@ import json
 import pytest
 from transformers import LlamaConfig
 
-import tiny
 from proxytune import ProxyTuneConfig, ProxyTunedForCausalLM, load_recipe
 from proxytune.decoding.cost import Cost, Costs
 from proxytune.recipe.check import count_recipe
@@ -15,7 +14,8 @@ from proxytune.speed import bench
 from proxytune.speed import plan as planning
 from proxytune.speed.options import ARMS, MemberOptions
 from proxytune.speed.plan import RecipeCosts, cost_of_forwards, plan_recipe, predict
-from test_cli import fails, run
+from support import tiny
+from support.commands import fails, run
 
 pytestmark = pytest.mark.usefixtures("no_progress")
 

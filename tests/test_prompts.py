@@ -5,30 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-import tiny
-from oracle import Oracle, assert_same_tokens
 from proxytune import Member, Prompt, PromptError, ProxyTunedForCausalLM, RecipeError
 from proxytune.answers.chat import Conversation
 from proxytune.answers.generation import Sampling, encode
 from proxytune.recipe.prompts import Prompter, left_pad, render
-
-TEXTS = ["Question: how many apples are there?\nAnswer:", "the dog", "Steering a large model, how?"]
-QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}
-SYSTEM = "the rules"
-CHAT = Prompt("chat", system=SYSTEM, response_prefix="Answer:")
-TEMPLATE = Prompt("template", template="Tell me: {prompt}\nReply:")
-
-
-def chat_ids(text, tokenizer, system=SYSTEM, prefix="Answer:"):
-    """By hand: the chat around the text, without the words that are put where the answer begins."""
-    body = text[: -len(prefix)].rstrip() if prefix and text.endswith(prefix) else text
-    filled = f"<s>[system] {system}\n" if system else "<s>"
-    filled += f"[user] {body}\n[assistant]{prefix}"
-    return tokenizer(filled, add_special_tokens=False)["input_ids"]
-
-
-def template_ids(text, tokenizer):
-    return tokenizer(f"Tell me: {text}\nReply:")["input_ids"]
+from support import tiny
+from support.decoding import QUIET
+from support.oracle import Oracle, assert_same_tokens
+from support.own_prompts import CHAT, TEMPLATE, TEXTS, batch_of, chat_ids, compose, prompts_of, template_ids
 
 
 @pytest.fixture(scope="module")
@@ -36,32 +20,9 @@ def oracle(trio):
     return Oracle(trio.base, [("e", trio.expert, trio.anti_expert, 1.0)])
 
 
-def compose(oracle, tokenizer, expert=CHAT, anti_expert=TEMPLATE, **kwargs):
-    """The trio, its expert and anti-expert each under a prompt of its own."""
-    name, e, a, alpha = oracle.experts[0]
-    one = {
-        "name": name, "expert": e, "anti_expert": a, "alpha": alpha, "expert_prompt": expert,
-        "anti_expert_prompt": anti_expert,
-    }  # fmt: skip
-    return ProxyTunedForCausalLM.from_members(oracle.base, experts=[one], tokenizer=tokenizer, **kwargs)
-
-
 @pytest.fixture(scope="module")
 def model(oracle, tokenizer):
     return compose(oracle, tokenizer)
-
-
-def prompts_of(text, tokenizer):
-    return {
-        "base": tokenizer(text)["input_ids"],
-        "e.expert": chat_ids(text, tokenizer),
-        "e.anti_expert": template_ids(text, tokenizer),
-    }
-
-
-def batch_of(tokenizer, texts=TEXTS):
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
-    return {key: batch[key] for key in ("input_ids", "attention_mask")}
 
 
 # -- rendering ------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from functools import cache
 
 import pytest
 
-import tiny
-from test_speculation import QUIET, family_oracle
+from support import tiny
+from support.decoding import QUIET, family_oracle
 
 N_NEW = 16
 PROCESSORS = [

@@ -22,8 +22,6 @@ from transformers import (
     pipeline,
 )
 
-import tiny
-from oracle import Oracle, assert_same_tokens
 from proxytune import (
     AlphaError,
     Member,
@@ -38,9 +36,11 @@ from proxytune import (
 )
 from proxytune.recipe import store as recipes
 from proxytune.recipe.members import Loading, load_recipe_tokenizer
+from support import tiny
+from support.decoding import QUIET
+from support.oracle import Oracle, assert_same_tokens
 
 IDS = torch.tensor([[1, 40, 77, 102, 9, 33, 250, 61]])
-QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import tiny
 from proxytune.errors import AlphaError
 from proxytune.recipe.alpha import alpha_rows, finite_alpha, resolve_alpha, take_alpha
+from support import tiny
 
 AB = ["a", "b"]
 DEFAULT = [1.0, 0.4]

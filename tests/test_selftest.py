@@ -8,12 +8,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import tiny
-from oracle import Oracle
 from proxytune import ProxyTunedForCausalLM
 from proxytune.answers.selftest import run_trials
 from proxytune.cli import app
 from proxytune.lanes.transformers import TransformersLane
+from support import tiny
+from support.oracle import Oracle
 
 ALPHA_ZERO, PLAIN, UNCACHED, DRAFTED, BATCHED = range(5)
 

@@ -21,8 +21,6 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-import tiny
-from oracle import Oracle, assert_same_tokens
 from proxytune import Expert, MemberError, ProxyTunedForCausalLM, ProxyTuneError, generate
 from proxytune.decoding import drafting, sampling
 from proxytune.decoding import text as texts
@@ -33,25 +31,11 @@ from proxytune.decoding.pace import Pace
 from proxytune.lanes import transformers
 from proxytune.lanes.reading import rotations
 from proxytune.lanes.transformers import TransformersState
-
-ROWS = [[1, 40, 77, 102, 9, 33, 250, 61], [1, 88, 15], [1, 7, 300, 41, 12]]
-QUIET = {"do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}
-N_NEW = 24
-
-
-def near(model, seed, by=0.03):
-    """A copy with noise on its weights: it often agrees with the model, and often does not."""
-    other = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=by)
-    return other
-
-
-def family_oracle(family, alpha=1.0, **config):
-    base = tiny.model(family, "base", 1, **config)
-    return Oracle(base, [("e", near(base, 2), near(base, 3), alpha)])
+from support import tiny
+from support.adapters import load, oracle_of
+from support.decoding import N_NEW, QUIET, ROWS, family_oracle, near, new_tokens, partly
+from support.oracle import Oracle, assert_same_tokens
+from support.own_prompts import TEXTS, batch_of, compose, prompts_of
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +46,6 @@ def oracle():
 @pytest.fixture(scope="module")
 def model(oracle):
     return tiny.compose(oracle)
-
-
-def new_tokens(model, rows=None, n_new=N_NEW, **kwargs):
-    batch = tiny.padded(rows or ROWS)
-    out = model.generate(**batch, **{**QUIET, "max_new_tokens": n_new, **kwargs})
-    return [row[batch["input_ids"].shape[1] :].tolist() for row in out]
-
-
-def partly(stats):
-    """Drafts were accepted, and drafts were rejected."""
-    return 0 < stats.accepted < stats.judged
 
 
 # -- the rule ---------------------------------------------------------------------------------------------------
@@ -332,8 +305,6 @@ def test_several_experts_and_sides_left_out(oracle):
 
 @pytest.mark.parametrize("share", [True, False])
 def test_lora_experts_draft_with_the_anti_expert_beside_them(shelf, share):
-    from test_lora import load, oracle_of
-
     oracle, model = oracle_of(shelf), load(shelf, share=share)
     for row, tokens in zip(ROWS, new_tokens(model, speculate=3)):
         assert_same_tokens(tokens, oracle.greedy(row, N_NEW))
@@ -352,8 +323,6 @@ def test_lora_experts_draft_with_the_anti_expert_beside_them(shelf, share):
 
 
 def test_own_prompts(oracle, tokenizer):
-    from test_prompts import TEXTS, batch_of, compose, prompts_of
-
     model = compose(oracle, tokenizer)
     batch = batch_of(tokenizer)
     out = model.generate(**batch, **QUIET, max_new_tokens=N_NEW, speculate=3)
@@ -754,8 +723,6 @@ def test_greedy_tokens_do_not_depend_on_the_quick_head(family):
 
 @pytest.mark.parametrize("alpha", [1.0, 0.4])
 def test_lora_experts_are_drafted_for_with_a_quick_head(shelf, alpha):
-    from test_lora import load, oracle_of
-
     oracle, model = oracle_of(shelf), load(shelf, pack=True)
     lane = model.lanes[model.drafting.lane]
     seen = []

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import tiny
-from evaldata import write_data
+from support import tiny
+from support.evaldata import write_data
 
 pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'proxytune[eval]'")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import tiny
-from oracle import Oracle, assert_same_tokens
+from support import tiny
+from support.oracle import Oracle, assert_same_tokens
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

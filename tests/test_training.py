@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 from typer.testing import CliRunner
 
-import tiny
 from proxytune import Expert, Member, ProxyTuneConfig, ProxyTunedForCausalLM, ProxyTuneError, load_recipe, write_recipe
 from proxytune.cli import app
 from proxytune.recipe.check import check_recipe
@@ -27,6 +26,7 @@ from proxytune.recipe.members import Loading
 from proxytune.training import TrainingOptions
 from proxytune.training.data import Rows
 from proxytune.training.run import _checked, _trainer, resolved
+from support import tiny
 
 pytestmark = pytest.mark.usefixtures("no_progress")
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import proxytune
-import tiny
 from proxytune.cli import app
+from support import tiny
 
 pytestmark = pytest.mark.usefixtures("no_progress")
 

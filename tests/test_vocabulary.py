@@ -11,10 +11,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import tiny
 from proxytune import PromptError, ProxyTunedForCausalLM, VocabularyError, load_recipe
 from proxytune.cli import app
 from proxytune.recipe.vocabulary import compare
+from support import tiny
 
 
 class Words:

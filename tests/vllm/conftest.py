@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-import tiny
-from served import expert, wide
+from support import tiny
+from support.served import expert, wide
 
 
 def pytest_sessionfinish(session: Any, exitstatus: int) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-import tiny
-from served import N_NEW, ROWS, Reference, assert_all_same, counted, engine, expert, generate, quantized, wide
+from support import tiny
+from support.served import N_NEW, ROWS, Reference, assert_all_same, counted, engine, expert, generate, quantized, wide
 
 # -- families -------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from served import ROWS, Reference, assert_all_same, counted, engine, expert, generate
+from support.served import ROWS, Reference, assert_all_same, counted, engine, expert, generate
 
 EXTRA = [{}, {"alpha": 0.0}, {"alpha": [-0.5, 1.0]}, {"alpha.e": 2}]
 ALPHAS = [[0.8, 0.3], [0.0, 0.0], [-0.5, 1.0], [2.0, 0.3]]

@@ -11,7 +11,6 @@ import pytest
 import torch
 from vllm.config import ModelConfig
 
-import tiny
 from proxytune.errors import AlphaError, MemberError, ProxyTuneError
 from proxytune.recipe.config import Member, ProxyTuneConfig
 from proxytune.recipe.source import Source
@@ -20,7 +19,8 @@ from proxytune.vllm.alpha import join, requested, split
 from proxytune.vllm.members import Fitted, _refuse_part
 from proxytune.vllm.plan import Part, refuse
 from proxytune.vllm.weights import Adapter, with_adapter
-from served import expert, quantized, wide
+from support import tiny
+from support.served import expert, quantized, wide
 
 
 def configured(recipe, **options):

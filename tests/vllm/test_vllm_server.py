@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import openai
 import pytest
 
-from served import ROWS, Reference, assert_all_same, expert
+from support.served import ROWS, Reference, assert_all_same, expert
 
 N_CLIENTS = 32
 N_NEW = 16
