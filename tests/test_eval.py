@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -24,10 +25,14 @@ pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'proxytune[eva
 from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation import EVAL_TASKS, TASK_DIR
-from proxytune.evaluation.arms import ArmLM, Bench, Log, expand_arms, jobs_of
+from proxytune.evaluation.answering import Job, Log, TaskPlan, answer_jobs, shots_of
+from proxytune.evaluation.arms import Arms, expand_arms
 from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.results import metric_text, score_lines
 from proxytune.evaluation.run import evaluate, load_plans
+from proxytune.recipe.options import LoadingOptions
+
+UNDRAFTED = LoadingOptions(speculate=False)
 
 
 @pytest.fixture(scope="session")
@@ -48,23 +53,23 @@ def plan_of(task, local, **settings):
 
 def answers(recipe, arm, plan, path, **options):
     """One arm's texts, by example and sample."""
-    options = {"batch_size": 4, **options}
-    bench = Bench(load_recipe(recipe), [arm], speculate=False, tuned=options.pop("tuned", None))
-    with bench.arm(arm) as ready, Log(path) as log:
-        harness = ArmLM(ready, plan, log, **options)
-        requests = list(plan.requests[ready.shots])
-        texts = harness.generate_until(requests)
-        assert [job.key for job in jobs_of(requests)] == [
-            (str(r.doc["id"]), s) for r, s in zip(requests, samples(requests))
-        ]
-        return dict(zip([job.key for job in jobs_of(requests)], texts))
+    ready = Arms(load_recipe(recipe), [arm], UNDRAFTED).make(arm)
+    lines = answered(ready, plan, path, **{"batch_size": 4, **options})
+    return {key: line[plan.metadata["output"]] for key, line in lines.items()}
 
 
-def samples(requests):
-    seen: dict = {}
-    for request in requests:
-        seen[request.doc["id"]] = seen.get(request.doc["id"], -1) + 1
-        yield seen[request.doc["id"]]
+def answered(arm, plan, path, **options):
+    """One arm's prediction lines, by example and sample, in the order of the jobs; what the file has is kept."""
+    jobs = plan.jobs[shots_of(arm.name)]
+    with Log(path) as log:
+        for (lines,) in answer_jobs(arm, plan, jobs, [log.made], **options):
+            log.append(lines)
+    return {job.key: log.made[job.key] for job in jobs}
+
+
+def pairs_of(lines):
+    """Each continuation's (log-likelihood, greedy), as lm_eval gives them."""
+    return [pair for line in lines.values() for pair in zip(line["loglikelihoods"], line["greedy"])]
 
 
 # -- what the arms answer ------------------------------------------------------------------------------------
@@ -91,12 +96,39 @@ def test_every_arm_answers_as_the_plain_loop(shelf, local, models, tokenizer, tm
 
 def test_few_shot_shows_solved_examples_to_the_base_alone(shelf, local, models, tokenizer, tmp_path):
     plan = plan_of("gsm8k", local, limit=1)
-    shown = jobs_of(plan.requests["few_shot"])[0].context
-    raw = jobs_of(plan.requests["raw"])[0].context
+    shown = plan.jobs["few_shot"][0].context
+    raw = plan.jobs["raw"][0].context
     assert shown.endswith(raw)
     assert shown.count("Answer the following question.") == 5
     assert "There are 3.\n#### 1,003\n\nAnswer" in shown
     assert "<<" not in shown
+
+
+def test_what_prompts_begin_with_is_read_once(shelf, models, tokenizer, tmp_path, monkeypatch):
+    shown = " ".join(QUESTIONS) + "\n"
+    jobs = [Job(str(n), 0, shown + question, {}, {"max_gen_toks": 6}) for n, question in enumerate(QUESTIONS[:3])]
+    arm = Arms(load_recipe(shelf / "recipe"), ["base_few_shot"]).make("base_few_shot")
+    n_shown = len(tokenizer(shown)["input_ids"])
+    read = []
+    forward = type(arm.model).forward
+
+    @functools.wraps(forward)
+    def watched(self, input_ids, *args, **kwargs):
+        read.append(tuple(input_ids.shape))
+        return forward(self, input_ids, *args, **kwargs)
+
+    lines = answered(arm, TaskPlan("t", {"few_shot": jobs}), tmp_path / "warm.jsonl")  # how to read it has been tried
+    monkeypatch.setattr(type(arm.model), "forward", watched)
+    assert answered(arm, TaskPlan("t", {"few_shot": jobs}), tmp_path / "a.jsonl").keys() == lines.keys()
+    (rows, common), (all_rows, rest) = read[:2]
+    assert (rows, all_rows) == (1, 3)
+    assert common > n_shown - 3
+    assert common + rest == max(len(tokenizer(job.context)["input_ids"]) for job in jobs)
+    for job in jobs:
+        tokens, logits = Oracle(models.base).greedy(tokenizer(job.context)["input_ids"], 6, eos=tiny.EOS)
+        if lines[job.key]["output"] != tokenizer.decode(tokens, skip_special_tokens=True):
+            written = tokenizer(lines[job.key]["output"], add_special_tokens=False)["input_ids"]
+            assert_same_tokens(written, (tokens, logits))
 
 
 def test_a_lora_that_shares_weights_is_alone_in_its_own_arm(shelf, local, tokenizer, tmp_path):
@@ -121,7 +153,7 @@ def test_a_lora_that_shares_weights_is_alone_in_its_own_arm(shelf, local, tokeni
     base = AutoModelForCausalLM.from_pretrained(shelf / "base")
     plan = plan_of("realtimeqa", local, limit=3)
     config = load_recipe(recipe)
-    bench = Bench(config, ["expert", "anti_expert", "proxy_tuned", "mean_logits"], speculate=False)
+    arms = Arms(config, ["expert", "anti_expert", "proxy_tuned", "mean_logits"], UNDRAFTED)
     oracles = {
         "expert": Oracle(tuned),
         "anti_expert": Oracle(anti),
@@ -129,16 +161,16 @@ def test_a_lora_that_shares_weights_is_alone_in_its_own_arm(shelf, local, tokeni
         "proxy_tuned": Oracle(base, [("e", tuned, anti, 1.0)]),
     }
     for arm, oracle in oracles.items():
-        with bench.arm(arm) as ready, Log(tmp_path / f"{arm}.jsonl") as log:
-            ArmLM(ready, plan, log, batch_size=2).generate_until(list(plan.requests["raw"]))
-            for line in log.lines:
-                tokens, logits = oracle.greedy(tokenizer(line["prompt"])["input_ids"], 10, eos=tiny.EOS)
-                if line["mc_output"] != tokenizer.decode(tokens, skip_special_tokens=True):
-                    assert_same_tokens(
-                        tokenizer(line["mc_output"], add_special_tokens=False)["input_ids"], (tokens, logits)
-                    )
-        assert bench.steered is not None
-    lanes = {id(bench._lane(name)) for name in ("lora.expert", "lora.anti_expert")}
+        lines = answered(arms.make(arm), plan, tmp_path / f"{arm}.jsonl", batch_size=2)
+        assert len(lines) == 3
+        for line in lines.values():
+            tokens, logits = oracle.greedy(tokenizer(line["prompt"])["input_ids"], 10, eos=tiny.EOS)
+            if line["mc_output"] != tokenizer.decode(tokens, skip_special_tokens=True):
+                assert_same_tokens(
+                    tokenizer(line["mc_output"], add_special_tokens=False)["input_ids"], (tokens, logits)
+                )
+        assert arms.steered is not None
+    lanes = {id(arms._lane(name)) for name in ("lora.expert", "lora.anti_expert")}
     assert len(lanes) == 1
 
 
@@ -161,18 +193,15 @@ def test_a_lora_that_shares_weights_is_alone_in_its_own_arm(shelf, local, tokeni
 def test_a_chat_member_is_shown_the_papers_form_of_the_prompt(task, shown, raw, shelf, local, tokenizer, tmp_path):
     recipe = chat_recipe(shelf, tmp_path)
     plan = plan_of(task, local)
-    context = jobs_of(plan.requests["raw"])[0].context
-    bench = Bench(load_recipe(recipe), ["proxy_tuned"], speculate=False)
-    with bench.arm("proxy_tuned") as arm:
-        encoded = arm.encode(plan, context)
-        assert set(encoded.own) == {"expert.expert"}
-        own = tokenizer.decode(encoded.own["expert.expert"]).removeprefix("<s>")
-        assert own == shown.format(q=QUESTIONS[0])
-        assert tokenizer.decode(encoded.ids).endswith(raw.format(q=QUESTIONS[0]))
-    with bench.arm("expert") as arm:  # alone it reads the same
-        assert arm.encode(plan, context).ids == encoded.own["expert.expert"]
-    with bench.arm("base") as arm:
-        assert arm.encode(plan, context).ids == encoded.ids
+    context = plan.jobs["raw"][0].context
+    arms = Arms(load_recipe(recipe), ["proxy_tuned"], UNDRAFTED)
+    encoded = arms.make("proxy_tuned").encode(plan, context)
+    assert set(encoded.own) == {"expert.expert"}
+    own = tokenizer.decode(encoded.own["expert.expert"]).removeprefix("<s>")
+    assert own == shown.format(q=QUESTIONS[0])
+    assert tokenizer.decode(encoded.ids).endswith(raw.format(q=QUESTIONS[0]))
+    assert arms.make("expert").encode(plan, context).ids == encoded.own["expert.expert"]  # alone it reads the same
+    assert arms.make("base").encode(plan, context).ids == encoded.ids
 
 
 def chat_recipe(shelf, tmp_path, prompt="chat", **longer):
@@ -195,14 +224,14 @@ def chat_recipe(shelf, tmp_path, prompt="chat", **longer):
 
 def test_truthfulqa_gives_a_system_prompt_unless_the_recipe_has_one(shelf, local, tokenizer, tmp_path):
     plan = plan_of("truthfulqa_mc", local)
-    context = jobs_of(plan.requests["raw"])[0].context
+    context = plan.jobs["raw"][0].context
     for name, prompt, begins in (
         ("plain", "chat", "[system] You are a helpful, respectful and honest assistant."),
         ("own", {"kind": "chat", "system": "Be brief."}, "[system] Be brief.\n[user]"),
     ):
         recipe = chat_recipe(shelf, tmp_path / name, prompt, max_position_embeddings=1024)
-        with Bench(load_recipe(recipe), ["proxy_tuned"]).arm("proxy_tuned") as arm:
-            own = tokenizer.decode(arm.encode(plan, context).own["expert.expert"]).removeprefix("<s>")
+        arm = Arms(load_recipe(recipe), ["proxy_tuned"]).make("proxy_tuned")
+        own = tokenizer.decode(arm.encode(plan, context).own["expert.expert"]).removeprefix("<s>")
         assert own.startswith(begins)
         assert own.endswith("[assistant] The answer is:")
 
@@ -211,25 +240,24 @@ def test_a_steered_chat_expert_answers_as_the_plain_loop(shelf, local, models, t
     recipe = chat_recipe(shelf, tmp_path)
     plan = plan_of("realtimeqa", local, limit=3)
     oracle = Oracle(models.base, [("expert", models.expert, models.anti, 1.0)])
-    bench = Bench(load_recipe(recipe), ["proxy_tuned"], speculate=False)
-    with bench.arm("proxy_tuned") as arm, Log(tmp_path / "a.jsonl") as log:
-        ArmLM(arm, plan, log, batch_size=3).generate_until(list(plan.requests["raw"]))
-        for line in log.lines:
-            encoded = arm.encode(plan, line["prompt"])
-            prompts = {"base": encoded.ids, **encoded.own}
-            tokens, logits = oracle.greedy(prompts, 10, eos=tiny.EOS)
-            if line["mc_output"] != tokenizer.decode(tokens, skip_special_tokens=True):
-                assert_same_tokens(
-                    tokenizer(line["mc_output"], add_special_tokens=False)["input_ids"], (tokens, logits)
-                )
+    arm = Arms(load_recipe(recipe), ["proxy_tuned"], UNDRAFTED).make("proxy_tuned")
+    lines = answered(arm, plan, tmp_path / "a.jsonl", batch_size=3)
+    assert len(lines) == 3
+    for line in lines.values():
+        encoded = arm.encode(plan, line["prompt"])
+        prompts = {"base": encoded.ids, **encoded.own}
+        tokens, logits = oracle.greedy(prompts, 10, eos=tiny.EOS)
+        if line["mc_output"] != tokenizer.decode(tokens, skip_special_tokens=True):
+            assert_same_tokens(tokenizer(line["mc_output"], add_special_tokens=False)["input_ids"], (tokens, logits))
 
 
 def test_samples_depend_on_neither_batch_nor_resumption(shelf, local, tmp_path):
     plan = plan_of("humaneval", local, samples=3)
-    options = dict(plan.requests["raw"][0].arguments[1])
+    options = plan.jobs["raw"][0].options
     assert (options["do_sample"], options["temperature"], options["top_p"], plan.repeats) == (True, 0.8, 0.95, 3)
-    for request in plan.requests["raw"]:
-        request.arguments[1]["max_gen_toks"] = 8
+    short = [replace(job, options={**options, "max_gen_toks": 8}) for job in plan.jobs["raw"]]
+    plan = replace(plan, jobs={"raw": short})
+    assert [job.key for job in short] == [(f"HumanEval/{n}", s) for n in range(3) for s in range(3)]
     whole = answers(shelf / "recipe", "proxy_tuned", plan, tmp_path / "a.jsonl", batch_size=9)
     assert len(set(whole.values())) > 6  # samples differ
     lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
@@ -253,7 +281,7 @@ def test_banned_strings_are_never_written(shelf, local, models, tokenizer, tmp_p
         if tokenizer(text, add_special_tokens=False)["input_ids"] == token and text.strip():
             begins[key] = text
     assert begins
-    plan.task.config.metadata["banned"] = sorted(set(begins.values()))
+    plan = replace(plan, metadata={**plan.metadata, "banned": sorted(set(begins.values()))})
     kept = answers(shelf / "recipe", "base", plan, tmp_path / "kept.jsonl")
     for key, text in begins.items():
         assert free[key].startswith(text)
@@ -262,10 +290,10 @@ def test_banned_strings_are_never_written(shelf, local, models, tokenizer, tmp_p
 
 def test_completions_are_cleaned_as_the_papers_were(shelf, local, tmp_path, monkeypatch):
     from proxytune.answers.generation import Answer
-    from proxytune.evaluation import arms
+    from proxytune.evaluation import answering
 
     written = "    x = 1\n    assert x\n    print(x)\n    return x\ndef g():\n    return 2"
-    monkeypatch.setattr(arms, "answer", lambda *a, **k: [Answer(written, [1], "stop")] * len(a[2]))
+    monkeypatch.setattr(answering, "answer", lambda *a, **k: [Answer(written, [1], "stop")] * len(a[2]))
     plan = plan_of("humaneval", local, samples=1, limit=1)
     made = answers(shelf / "recipe", "base", plan, tmp_path / "a.jsonl")
     assert list(made.values()) == ["    x = 1\n    return x"]
@@ -274,16 +302,18 @@ def test_completions_are_cleaned_as_the_papers_were(shelf, local, tmp_path, monk
 # -- likelihoods ---------------------------------------------------------------------------------------------
 def test_likelihoods_are_those_of_lm_evals_own_model(shelf, local, tokenizer, tmp_path):
     """The composite through HFLM reads each choice anew; here the prompt is read once."""
+    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     plan = plan_of("truthfulqa_mc1", local, limit=4)
-    requests = list(plan.requests["raw"])
+    asked = [(job.context, text) for job in plan.jobs["raw"] for text in job.continuations]
+    requests = [Instance("loglikelihood", {}, pair, at) for at, pair in enumerate(asked)]
     model = ProxyTunedForCausalLM.from_pretrained(shelf / "recipe")
     theirs = HFLM(
         pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=3, max_length=tiny.CONTEXT, add_bos_token=True
     ).loglikelihood(requests, disable_tqdm=True)
-    with Bench(load_recipe(shelf / "recipe"), ["proxy_tuned"]).arm("proxy_tuned") as arm, Log(tmp_path / "a") as log:
-        ours = ArmLM(arm, plan, log, batch_size=3).loglikelihood(requests)
+    arm = Arms(load_recipe(shelf / "recipe"), ["proxy_tuned"]).make("proxy_tuned")
+    ours = pairs_of(answered(arm, plan, tmp_path / "a", batch_size=3))
     assert len(ours) == len(theirs) == 16
     for (a, greedy_a), (b, greedy_b) in zip(ours, theirs):
         assert a == pytest.approx(b, abs=1e-3)
@@ -296,23 +326,23 @@ def test_likelihoods_with_own_prompts_and_of_single_arms_are_the_plain_loops(she
         **{name: AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "expert", "anti")}
     )
     plan = plan_of("truthfulqa_mc1", local, limit=3)
-    requests = list(plan.requests["raw"])
-    bench = Bench(load_recipe(recipe), ["proxy_tuned", "expert", "mean_logits"])
+    arms = Arms(load_recipe(recipe), ["proxy_tuned", "expert", "mean_logits"])
     oracles = {
         "proxy_tuned": (Oracle(models.base, [("expert", models.expert, models.anti, 1.0)]), 1.0),
         "mean_logits": (Oracle(models.base, [("expert", models.expert, None, 1.0)]), 0.5),
         "expert": (Oracle(models.expert), 1.0),
     }
     for name, (oracle, scale) in oracles.items():
-        with bench.arm(name) as arm, Log(tmp_path / f"{name}.jsonl") as log:
-            found = ArmLM(arm, plan, log, batch_size=2).loglikelihood(requests)
-            for request, (value, _) in zip(requests, found):
-                context, continuation = request.arguments
-                encoded = arm.encode(plan, context)
-                n_context = len(tokenizer(context)["input_ids"])
-                tokens = tokenizer(context + continuation)["input_ids"][n_context:]
-                log_p = (scale * oracle.logits({"base": encoded.ids, **encoded.own}, tokens)[:-1]).log_softmax(dim=-1)
-                assert value == pytest.approx(sum(float(row[t]) for row, t in zip(log_p, tokens)), abs=1e-3)
+        arm = arms.make(name)
+        found = pairs_of(answered(arm, plan, tmp_path / f"{name}.jsonl", batch_size=2))
+        asked = [(job.context, text) for job in plan.jobs["raw"] for text in job.continuations]
+        assert len(found) == len(asked) > 3
+        for (context, continuation), (value, _) in zip(asked, found):
+            encoded = arm.encode(plan, context)
+            n_context = len(tokenizer(context)["input_ids"])
+            tokens = tokenizer(context + continuation)["input_ids"][n_context:]
+            log_p = (scale * oracle.logits({"base": encoded.ids, **encoded.own}, tokens)[:-1]).log_softmax(dim=-1)
+            assert value == pytest.approx(sum(float(row[t]) for row, t in zip(log_p, tokens)), abs=1e-3)
 
 
 # -- a whole run ---------------------------------------------------------------------------------------------
@@ -362,12 +392,9 @@ def test_a_run_scores_compares_and_draws(shelf, local, tmp_path):
     def loading(*_):
         raise AssertionError("loaded again")
 
-    bench = pytest.MonkeyPatch()
-    bench.setattr(Bench, "arm", loading)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Arms, "make", loading)
         again = evaluate(load_recipe(shelf / "recipe"), settings, tmp_path / "out")
-    finally:
-        bench.undo()
     assert again["tasks"] == results["tasks"]
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.jsonl")}
 
@@ -471,7 +498,7 @@ def test_a_killed_run_goes_on_where_it_was(shelf, local, tmp_path):
 
 
 def test_ecqa_json_wants_the_object_and_nothing_else(local):
-    document = plan_of("ecqa_json", local).requests["raw"][0].doc
+    document = plan_of("ecqa_json", local).jobs["raw"][0].doc
     assert document["solution"] == '{"answer": "a fox"}'
     outputs = [
         ' {"answer": "a fox"}',

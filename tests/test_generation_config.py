@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from proxytune import MemberError, ProxyTunedForCausalLM, ProxyTuneError, load_recipe
 from proxytune.answers.generation import Encoded, Sampling, answer
 from proxytune.cli import app
-from proxytune.evaluation.arms import Bench
+from proxytune.evaluation.arms import Arms
 from proxytune.recipe.compose import compose, configure
 from proxytune.recipe.generation_config import (
     FIELDS,
@@ -122,17 +122,17 @@ def test_python_answers_with_it(place, values, tokenizer):
 def test_the_commands_answer_with_it(place, values, tokenizer):
     """One row, a batch, sampled and greedy, and an arm that is a plain transformers model."""
     publish(place, values)
-    bench = Bench(load_recipe(place / "recipe"), ["base", "proxy_tuned"])
+    arms = Arms(load_recipe(place / "recipe"), ["base", "proxy_tuned"])
     prompts = [[1, 40, 41, 42], [1, 50]]
     for arm in ("base", "proxy_tuned"):
-        with bench.arm(arm) as one:
-            alphas = None if one.alphas is None else [one.alphas] * 2
-            for sampling in (Sampling(), Sampling(temperature=1.0)):
-                asked = {"max_new_tokens": 4, "sampling": sampling}
-                whole = answer(one.model, tokenizer, [Encoded(ids) for ids in prompts], alphas, **asked)
-                for row, ids in enumerate(prompts[:1]):
-                    own = answer(one.model, tokenizer, [Encoded(ids)], alphas and alphas[:1], rows=[row], **asked)
-                    assert own[0] == whole[row]
+        one = arms.make(arm)
+        alphas = None if one.alphas is None else [one.alphas] * 2
+        for sampling in (Sampling(), Sampling(temperature=1.0)):
+            asked = {"max_new_tokens": 4, "sampling": sampling}
+            whole = answer(one.model, tokenizer, [Encoded(ids) for ids in prompts], alphas, **asked)
+            for row, ids in enumerate(prompts[:1]):
+                own = answer(one.model, tokenizer, [Encoded(ids)], alphas and alphas[:1], rows=[row], **asked)
+                assert own[0] == whole[row]
 
 
 def test_hybrid_is_dynamic_and_needs_no_note(place, caplog):

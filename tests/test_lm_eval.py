@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 from transformers import AutoModelForCausalLM
 
@@ -89,28 +87,37 @@ PAIRS = {
 
 def bare_plan():
     """A task that says nothing."""
-    from proxytune.evaluation.arms import TaskPlan
+    from proxytune.evaluation.answering import TaskPlan
 
-    return TaskPlan("t", SimpleNamespace(config=SimpleNamespace(metadata={}), OUTPUT_TYPE="loglikelihood"), {}, 1)
+    return TaskPlan("t", {}, likelihood=True)
 
 
-def scored(arm, pairs, path, batch_size=3):
+def scored(arm, pairs):
     """Pairs scored by an arm and by lm_eval's own model: each (log-likelihood, greedy)."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from proxytune.evaluation.arms import ArmLM, Log
+    from proxytune.evaluation.run import jobs_of
 
     names: dict[str, str] = {}
     requests = [
         Instance("loglikelihood", {"id": names.setdefault(context, str(len(names)))}, (context, text), at)
         for at, (context, text) in enumerate(pairs)
     ]
-    with Log(path) as log:
-        ours = ArmLM(arm, bare_plan(), log, batch_size=batch_size).loglikelihood(requests)
-        lines = list(log.made.values())
+    ours, lines = of_arm(arm, bare_plan(), jobs_of(requests))
     model = HFLM(pretrained=arm.model, tokenizer=arm.tokenizer, device="cpu", batch_size=1, max_length=tiny.CONTEXT)
     return ours, model.loglikelihood(requests, disable_tqdm=True), lines
+
+
+def of_arm(arm, plan, jobs):
+    """Each continuation's (log-likelihood, greedy), and the prediction lines, both in the order of the jobs."""
+    from proxytune.evaluation.answering import answer_jobs
+
+    made = {
+        (line["id"], line["sample"]): line for (lines,) in answer_jobs(arm, plan, jobs, batch_size=3) for line in lines
+    }
+    lines = [made[job.key] for job in jobs]
+    return [pair for line in lines for pair in zip(line["loglikelihoods"], line["greedy"])], lines
 
 
 def same(ours, theirs):
@@ -121,38 +128,39 @@ def same(ours, theirs):
 
 @pytest.mark.parametrize("arm", ["base", "proxy_tuned"])
 @pytest.mark.parametrize("kind", [kind for kind in PAIRS if kind != "white space alone"])
-def test_pairs_are_encoded_and_scored_as_lm_eval_does(kind, arm, shelf, tmp_path):
+def test_pairs_are_encoded_and_scored_as_lm_eval_does(kind, arm, shelf):
     from proxytune import load_recipe
-    from proxytune.evaluation.arms import Bench
+    from proxytune.evaluation.arms import Arms
 
-    with Bench(load_recipe(shelf / "recipe"), [arm]).arm(arm) as ready:
-        ours, theirs, lines = scored(ready, PAIRS[kind], tmp_path / "log.jsonl")
+    ours, theirs, lines = scored(Arms(load_recipe(shelf / "recipe"), [arm]).make(arm), PAIRS[kind])
     same(ours, theirs)
     assert any("cut" in line for line in lines) == (kind == "longer than the context")  # what was cut is told
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_pairs_with_a_tokenizer_that_begins_no_text(bos, shelf, tmp_path):
+def test_pairs_with_a_tokenizer_that_begins_no_text(bos, shelf):
     """Without a beginning a context of white space is empty: lm_eval asserts there, here it is the first token."""
     from proxytune.evaluation.arms import Arm
 
     model = AutoModelForCausalLM.from_pretrained(shelf / "base")
     arm = Arm("base", model, tiny.tokenizer(bos=bos), {})
     if bos:
-        same(*scored(arm, PAIRS["white space alone"], tmp_path / "log.jsonl")[:2])
+        same(*scored(arm, PAIRS["white space alone"])[:2])
     else:
         pairs = [pair for kind, pairs in PAIRS.items() if kind != "white space alone" for pair in pairs]
-        same(*scored(arm, pairs, tmp_path / "log.jsonl")[:2])
+        same(*scored(arm, pairs)[:2])
         assert arm.encode_pairs(bare_plan(), "\n", ["a"])[0].context.ids == [tiny.BOS]
 
 
 def test_every_likelihood_task_gives_lm_evals_figures(shelf, tmp_path):
     """All that are in the package: a task that is added is held against lm_eval too."""
+    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     from proxytune import load_recipe
     from proxytune.evaluation import EVAL_TASKS
-    from proxytune.evaluation.arms import ArmLM, Bench, Log
+    from proxytune.evaluation.answering import shots_of
+    from proxytune.evaluation.arms import Arms
     from proxytune.evaluation.options import EvaluationOptions
     from proxytune.evaluation.run import load_plans
 
@@ -162,17 +170,18 @@ def test_every_likelihood_task_gives_lm_evals_figures(shelf, tmp_path):
     ]
     plans = [plan for plan in plans if plan.likelihood]
     assert {plan.name for plan in plans} == {"truthfulqa_mc1", "mbpp_likelihood"}
-    bench = Bench(load_recipe(shelf / "recipe"), ["proxy_tuned", "base_few_shot"])
+    arms = Arms(load_recipe(shelf / "recipe"), ["proxy_tuned", "base_few_shot"])
     for plan in plans:
         for name in ("proxy_tuned", "base_few_shot"):
-            with bench.arm(name) as arm, Log(tmp_path / plan.name / f"{name}.jsonl") as log:
-                if requests := list(plan.requests.get(arm.shots, ())):
-                    ours = ArmLM(arm, plan, log, batch_size=3).loglikelihood(requests)
-                    theirs = HFLM(pretrained=arm.model, tokenizer=arm.tokenizer, device="cpu", max_length=tiny.CONTEXT)
-                    same(ours, theirs.loglikelihood(requests, disable_tqdm=True))
+            arm, jobs = arms.make(name), plan.jobs.get(shots_of(name), ())
+            asked = [(job.context, text) for job in jobs for text in job.continuations]
+            assert asked or name == "base_few_shot"
+            if requests := [Instance("loglikelihood", {}, pair, at) for at, pair in enumerate(asked)]:
+                theirs = HFLM(pretrained=arm.model, tokenizer=arm.tokenizer, device="cpu", max_length=tiny.CONTEXT)
+                same(of_arm(arm, plan, jobs)[0], theirs.loglikelihood(requests, disable_tqdm=True))
 
 
-def test_a_continuation_that_cannot_be_scored_names_its_example(shelf, tmp_path):
+def test_a_continuation_that_cannot_be_scored_names_its_example(shelf):
     from proxytune.errors import ProxyTuneError
     from proxytune.evaluation.arms import Arm
 
@@ -183,7 +192,7 @@ def test_a_continuation_that_cannot_be_scored_names_its_example(shelf, tmp_path)
         ([("the dog", " sleeps"), ("fox", LONG)], "t, example 1, base: a continuation has .* can read only 256"),
     ):
         with pytest.raises(ProxyTuneError, match=said):
-            scored(arm, pairs, tmp_path / "log.jsonl")
+            scored(arm, pairs)
 
 
 def test_examples_that_were_cut_are_counted_in_the_results():

@@ -108,19 +108,25 @@ def encode(
     return with_room(model, ids, model.prompter.from_messages(messages))
 
 
-def with_room(model: ProxyTunedForCausalLM, ids: list[int], own: dict[str, list[int]]) -> Encoded:
+def contexts_of(model: Any) -> dict[str, int | None]:
+    """How many tokens each member of a composite can read; "" stands for a plain model itself. None is no limit."""
+    if (seats := getattr(model, "seats", None)) is not None:
+        return {name: model.context_of(name) for name in seats}
+    return {"": getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)}
+
+
+def with_room(model: Any, ids: list[int], own: dict[str, list[int]]) -> Encoded:
     """Count what the members' contexts leave for new tokens; the last new token is never read back."""
     if not ids:
         raise PromptError("the prompt is empty: its text gives no token")
     room: int | None = None
-    for name in model.seats:
-        limit, length = model.context_of(name), len(own.get(name, ids))
+    for name, limit in contexts_of(model).items():
+        length = len(own.get(name, ids))
         if limit is None:
             continue
         if length > limit:
-            raise PromptError(
-                f"the prompt has {length} tokens, but member {name!r} can read only {limit}; shorten the prompt"
-            )
+            who = f"member {name!r}" if name else "the model"
+            raise PromptError(f"the prompt has {length} tokens, but {who} can read only {limit}; shorten the prompt")
         room = min(limit - length + 1, room) if room is not None else limit - length + 1
     return Encoded(ids, own, room)
 

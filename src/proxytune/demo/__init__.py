@@ -1,8 +1,7 @@
 """The embedded demo: proxy-tuning on a real language model, small enough to ship.
 
-problems.py  the task: short math word problems with train, dev and test templates, and a strict scorer
 assets.py    what is shipped (int8 layers, a LoRA adapter), and how it becomes models in a cache
-run.py       the six arms, side by side and counted
+run.py       the evaluation of its task (evaluation/problems.py), shown live
 """
 
 from __future__ import annotations

@@ -1,20 +1,12 @@
-"""The demo: the same held-out problems for every arm, side by side and counted.
+"""The demo: an evaluation of held-out problems, shown live.
 
-Six arms, all decoded greedily by ``generate``:
-
-    base            M, as it is
-    anti_expert     M-, the small model
-    expert          M+, the small model that knows the format
-    proxy_tuned     M + alpha * (M+ - M-), the recipe
-    base_few_shot   control: M after four solved problems
-    mean_logits     control: M and M+ averaged, no anti-expert
+The arms, their greedy answers, the counts, intervals and tests are those of ``proxytune eval demo --tasks demo_math``.
+What is the demo's own: the first problems are shown side by side, the table grows, and it ends within about a minute.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,173 +21,93 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging as transformers_logging
 
 from proxytune.demo.assets import materialize
 from proxytune.errors import ProxyTuneError
+from proxytune.evaluation.answering import Job, TaskPlan, answer_jobs, shots_of
+from proxytune.evaluation.arms import Arm, Arms
 from proxytune.evaluation.problems import FEW_SHOT, Problem, Split, is_correct, is_exact, make_problems
-from proxytune.evaluation.statistics import mcnemar, wilson
-from proxytune.lanes.kernels import pack
-from proxytune.model import ProxyTunedForCausalLM
+from proxytune.evaluation.results import ARMS, DEFAULT_ARMS, task_results
+from proxytune.evaluation.statistics import mcnemar
+from proxytune.recipe.options import LoadingOptions
+from proxytune.recipe.store import load_recipe
 
-__all__ = ["ARMS", "Arms", "DemoResult", "run_demo"]
+__all__ = ["DemoResult", "plan_of", "run_demo"]
 
-ARMS: Mapping[str, str] = {
-    "base": "base (SmolLM2-135M-Instruct)",
-    "anti_expert": "anti-expert",
-    "expert": "expert alone",
-    "proxy_tuned": "proxy-tuned base",
-    "base_few_shot": "control: base, 4 examples shown",
-    "mean_logits": "control: mean of base and expert",
-}
+TITLES = {**ARMS, "base": "base (SmolLM2-135M-Instruct)", "base_few_shot": "control: base, 4 examples shown"}
 SECONDS = 60.0
-MAX_NEW_TOKENS = 28
+
+
+def plan_of(problems: Sequence[Problem]) -> TaskPlan:
+    """The task demo_math (see its YAML) of these problems; lm_eval is not needed for it."""
+    shown = "".join(f"{problem.prompt}{problem.completion}\n\n" for problem in FEW_SHOT)
+    options = {"until": ["Question:"], "max_gen_toks": 28, "do_sample": False}
+    rows = [problem.row(index) for index, problem in enumerate(problems)]
+    jobs = {
+        shots: [Job(row["id"], 0, before + problem.prompt, row, options) for row, problem in zip(rows, problems)]
+        for shots, before in (("raw", ""), ("few_shot", shown))
+    }
+    return TaskPlan("demo_math", jobs, metadata={"fields": ["question", "answer"], "output": "model_output"})
 
 
 @dataclass
 class DemoResult:
-    """Every arm's answer to every problem, in the order of the problems.
-
-    ``verdicts`` are those of :func:`is_correct`, ``exact`` those of :func:`is_exact`: the right answer and
-    nothing else. The first is the demo's measure.
-    """
+    """Every arm's predictions, each list in the order of the problems."""
 
     seed: int
-    verdicts: dict[str, list[bool]] = field(default_factory=lambda: {arm: [] for arm in ARMS})
-    exact: dict[str, list[bool]] = field(default_factory=lambda: {arm: [] for arm in ARMS})
-    texts: dict[str, list[str]] = field(default_factory=lambda: {arm: [] for arm in ARMS})
+    problems: Sequence[Problem] = ()
+    lines: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {arm: [] for arm in DEFAULT_ARMS})
     seconds: float = 0.0
 
-    @property
-    def total(self) -> int:
-        """The number of problems that every arm has answered."""
-        return min(len(verdicts) for verdicts in self.verdicts.values())
+    def scores(self) -> dict[str, Any]:
+        """What results.json of an evaluation says of the task."""
+        return task_results("demo_math", self.lines)
 
     def to_json(self) -> dict[str, Any]:
-        arms = {arm: {"correct": sum(done), "total": len(done)} for arm, done in self.verdicts.items()}
-        exact = {arm: sum(done) for arm, done in self.exact.items()}
+        arms = self.scores()["arms"]
         return {
-            "arms": arms,
+            "arms": {arm: {"correct": of["count"], "total": of["of"]} for arm, of in arms.items()},
             "seconds": round(self.seconds, 1),
             "seed": self.seed,
-            "nothing_else": exact,
+            "nothing_else": {arm: sum(self.nothing_else(arm)) for arm in arms},
             "proxy_tuned_against": [
                 {"arm": name, "only_proxy_tuned": won, "only_other": lost, "p": p}
                 for name, won, lost, p in self.comparisons()
             ],
         }
 
+    def nothing_else(self, arm: str) -> list[bool]:
+        """The stricter question, see :func:`is_exact`, for each answer."""
+        return [is_exact(line["model_output"], problem) for line, problem in zip(self.lines[arm], self.problems)]
+
     def comparisons(self) -> list[tuple[str, int, int, float]]:
         """Against each arm: problems that only the proxy-tuned base solved, that only the other did, and p."""
-        rows = [(arm, self.verdicts, arm) for arm in ("base", "expert", "base_few_shot", "mean_logits")]
-        rows.append(("mean_logits, nothing else", self.exact, "mean_logits"))
-        return [
-            (name, *mcnemar(verdicts["proxy_tuned"][: self.total], verdicts[arm][: self.total]))
-            for name, verdicts, arm in rows
-        ]
+        against = self.scores()["proxy_tuned_against"]
+        keys = ("only_proxy_tuned", "only_other", "p")
+        rows: list[Any] = [(arm, *map(of.get, keys)) for arm, of in against.items() if arm != "anti_expert"]
+        pairs = list(zip(self.nothing_else("proxy_tuned"), self.nothing_else("mean_logits")))
+        return [*rows, ("mean_logits, nothing else", *mcnemar(*([pair[at] for pair in pairs] for at in (0, 1))))]
 
 
-class Arms:
-    """The six arms, made of the four models of a materialised demo."""
-
-    def __init__(self, place: Path) -> None:
-        self.steered = ProxyTunedForCausalLM.from_pretrained(place / "recipe", pack=True)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(place / "recipe", padding_side="left")
-        anti_expert: Any = AutoModelForCausalLM.from_pretrained(place / "anti_expert", dtype=torch.float32)
-        expert: Any = AutoModelForCausalLM.from_pretrained(place / "expert", dtype=torch.float32)
-        for model in (anti_expert, expert):
-            pack(model)
-        # Greedy choices do not feel a scale, so base + expert chooses what their mean would.
-        mean = ProxyTunedForCausalLM.from_members(self.steered.base, expert, tokenizer=self.tokenizer)
-        self.few_shot: tuple[torch.Tensor, DynamicCache] | None = None
-        self.models: dict[str, Any] = {
-            "base": self.steered.base,
-            "anti_expert": anti_expert.eval(),
-            "expert": expert.eval(),
-            "proxy_tuned": self.steered,
-            "base_few_shot": self.steered.base,
-            "mean_logits": mean,
-        }
-
-    def answer(self, arm: str, problems: Sequence[Problem]) -> list[str]:
-        """The arm's greedy answers."""
-        inputs = self.tokenizer([problem.prompt for problem in problems], return_tensors="pt", padding=True)
-        ids, mask, cache = inputs.input_ids, inputs.attention_mask, {}
-        if arm == "base_few_shot":
-            shown, past = self._shown()
-            ids = torch.cat([shown.expand(len(ids), -1), ids], dim=1)
-            mask = torch.cat([torch.ones_like(shown).expand(len(ids), -1), mask], dim=1)
-            past.batch_repeat_interleave(len(ids))
-            cache = {"past_key_values": past}
-        n_prompt = ids.shape[1]
-        generated = self.models[arm].generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=MAX_NEW_TOKENS,
-            stopping_criteria=StoppingCriteriaList([_Answered(self.tokenizer, n_prompt)]),
-            **cache,
-        )
-        texts: list[str] = self.tokenizer.batch_decode(generated[:, n_prompt:], skip_special_tokens=True)
-        return texts
-
-    @torch.inference_mode()
-    def _shown(self) -> tuple[torch.Tensor, DynamicCache]:
-        """The few-shot examples' ids, (1, n_shown), and a fresh cache that has read them; read only once."""
-        if self.few_shot is None:
-            shown = "".join(f"{problem.prompt}{problem.completion}\n\n" for problem in FEW_SHOT)
-            ids = self.tokenizer(shown, return_tensors="pt").input_ids
-            output = self.models["base_few_shot"](input_ids=ids, use_cache=True, logits_to_keep=1)
-            self.few_shot = ids, output.past_key_values
-        ids, past = self.few_shot
-        return ids, copy.deepcopy(past)
-
-    @torch.inference_mode()
-    def steered_tokens(self, problem: Problem, text: str) -> list[tuple[str, bool]]:
-        """The tokens of the proxy-tuned answer, each with whether the base alone would have chosen another."""
-        prompt = self.tokenizer(problem.prompt).input_ids
-        answer = self.tokenizer(text).input_ids
-        output = self.steered(input_ids=torch.tensor([prompt + answer]), output_member_logits=True, use_cache=False)
-        choices = output.member_logits["base"][0, len(prompt) - 1 : -1].argmax(dim=-1).tolist()
-        return [(self.tokenizer.decode([t]), t != choice) for t, choice in zip(answer, choices, strict=True)]
-
-
-class _Answered(StoppingCriteria):
-    """A row is done once it has written something behind the line of its ``####``: nothing later changes a verdict."""
-
-    def __init__(self, tokenizer: Any, n_prompt: int) -> None:
-        self.tokenizer = tokenizer
-        self.n_prompt = n_prompt
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
-        texts = self.tokenizer.batch_decode(input_ids[:, self.n_prompt :])
-        return torch.tensor(
-            [re.search(r"^####.*\n+.", text, re.MULTILINE) is not None for text in texts], device=input_ids.device
-        )
+@torch.inference_mode()
+def steered_tokens(arm: Arm, problem: Problem, text: str) -> list[tuple[str, bool]]:
+    """The tokens of the proxy-tuned answer, each with whether the base alone would have chosen another."""
+    prompt, answer = (arm.tokenizer(each).input_ids for each in (problem.prompt, text))
+    output = arm.model(input_ids=torch.tensor([prompt + answer]), output_member_logits=True, use_cache=False)
+    choices = output.member_logits["base"][0, len(prompt) - 1 : -1].argmax(dim=-1).tolist()
+    return [(arm.tokenizer.decode([t]), t != choice) for t, choice in zip(answer, choices, strict=True)]
 
 
 def measure(
-    arms: Arms,
-    problems: Sequence[Problem],
-    result: DemoResult,
-    *,
-    batch_size: int = 8,
-    go_on: Callable[[], bool] = lambda: True,
-    report: Callable[[], None] = lambda: None,
-) -> DemoResult:
-    """Let every arm answer the problems, batch by batch, into ``result``; ``go_on`` is asked before each batch."""
-    for start in range(0, len(problems), batch_size):
-        if not go_on():
-            break
-        batch = problems[start : start + batch_size]
-        for arm in ARMS:
-            texts = arms.answer(arm, batch)
-            result.texts[arm] += texts
-            result.verdicts[arm] += [is_correct(text, problem) for text, problem in zip(texts, batch, strict=True)]
-            result.exact[arm] += [is_exact(text, problem) for text, problem in zip(texts, batch, strict=True)]
-            report()
-    return result
+    arms: Mapping[str, Arm], plan: TaskPlan, batch: slice, result: DemoResult, report: Callable[[], None]
+) -> None:
+    """Let every arm answer some of the problems, into ``result``."""
+    for name, arm in arms.items():
+        jobs = plan.jobs[shots_of(name)][batch]
+        (lines,) = (new for (new,) in answer_jobs(arm, plan, jobs, batch_size=len(jobs)))
+        result.lines[name] += sorted(lines, key=lambda line: int(line["id"]))
+        report()
 
 
 def run_demo(
@@ -226,7 +138,8 @@ def run_demo(
         raise ProxyTuneError(f"the demo needs at least one problem, not {problems}")
     started = time.monotonic()
     console = console or Console()
-    result = DemoResult(seed)
+    chosen = make_problems(split, problems or 400, seed)
+    result = DemoResult(seed, chosen)
     _save(result, json_path)  # an unwritable place is found before the work, not after it
 
     with _quiet_transformers():
@@ -234,21 +147,15 @@ def run_demo(
             place = materialize(cache_dir) if assets is None else materialize(cache_dir, assets)
         console.print(f"Models: {place}", style="dim", soft_wrap=True)
         with console.status("Loading"):
-            arms = Arms(place)
+            maker = Arms(load_recipe(place / "recipe"), DEFAULT_ARMS, LoadingOptions(pack=True))
+            arms = {name: maker.make(name) for name in DEFAULT_ARMS}
 
-        batch_size = 8 if problems is None else min(problems, 50)
-        chosen = make_problems(split, problems or 400, seed)
-        batch_seconds = [time.monotonic()]
+        size, plan = 8 if problems is None else min(problems, 50), plan_of(chosen)
+        begun = [time.monotonic()]  # each batch, the last one's end
         with console.status("Solving the first problems"):
-            measure(arms, chosen[:batch_size], result, batch_size=batch_size)
-        for problem, texts in zip(chosen[:examples], _rows(result), strict=False):
-            console.print(_side_by_side(arms, problem, texts))
-
-        def go_on() -> bool:
-            """With no number given: only while another batch, as long as the longest so far, fits the minute."""
-            batch_seconds.append(time.monotonic())
-            longest = max(b - a for a, b in pairwise(batch_seconds))
-            return problems is not None or batch_seconds[-1] - started + longest < SECONDS
+            measure(arms, plan, slice(size), result, lambda: None)
+        for at in range(min(examples, size)):
+            console.print(_side_by_side(arms["proxy_tuned"], result, at))
 
         with Live(_table(result), console=console, refresh_per_second=4) as live:
 
@@ -258,7 +165,13 @@ def run_demo(
                 _save(result, json_path)
 
             report()
-            measure(arms, chosen[batch_size:], result, batch_size=batch_size, go_on=go_on, report=report)
+            for start in range(size, len(chosen), size):
+                begun.append(time.monotonic())
+                longest = max(b - a for a, b in pairwise(begun))
+                # With no number given: only while another batch, as long as the longest so far, fits the minute.
+                if problems is None and begun[-1] - started + longest >= SECONDS:
+                    break
+                measure(arms, plan, slice(start, start + size), result, report)
     result.seconds = time.monotonic() - started
     _save(result, json_path)
     console.print()
@@ -269,22 +182,19 @@ def run_demo(
 # ---- what is shown -----------------------------------------------------------------------------------
 
 
-def _rows(result: DemoResult) -> Iterator[dict[str, str]]:
-    for index in range(result.total):
-        yield {arm: texts[index] for arm, texts in result.texts.items()}
-
-
-def _side_by_side(arms: Arms, problem: Problem, texts: Mapping[str, str]) -> Panel:
+def _side_by_side(steered: Arm, result: DemoResult, at: int) -> Panel:
+    problem = result.problems[at]
+    texts = {arm: lines[at]["model_output"] for arm, lines in result.lines.items()}
     table = Table(box=None, padding=(0, 2, 0, 0), expand=True)
     for heading in ("base", "expert alone", "proxy-tuned"):
         table.add_column(heading, ratio=1, overflow="fold")
-    steered = Text()
-    for token, changed in arms.steered_tokens(problem, texts["proxy_tuned"].rstrip()):
-        steered.append(token, style="bold reverse" if changed else "")
+    marked = Text()
+    for token, changed in steered_tokens(steered, problem, texts["proxy_tuned"].rstrip()):
+        marked.append(token, style="bold reverse" if changed else "")
     cells = []
     for arm in ("base", "expert", "proxy_tuned"):
         mark = Text("  right", "green") if is_correct(texts[arm], problem) else Text("  wrong", "red")
-        text = steered if arm == "proxy_tuned" else Text(texts[arm])
+        text = marked if arm == "proxy_tuned" else Text(texts[arm])
         text.rstrip()
         while text.plain.startswith((" ", "\n")):
             text = text[1:]
@@ -301,13 +211,12 @@ def _table(result: DemoResult) -> Table:
     table.add_column("share", justify="right")
     table.add_column("95 % interval", justify="right")
     table.add_column("and nothing else", justify="right")
-    for arm, name in ARMS.items():
-        correct, total = sum(result.verdicts[arm]), len(result.verdicts[arm])
-        low, high = wilson(correct, total)
-        share = f"{100 * correct / total:.1f} %" if total else ""
-        interval = f"{100 * low:.1f} – {100 * high:.1f}" if total else ""
-        exact = f"{sum(result.exact[arm])}/{total}"
-        table.add_row(name, f"{correct}/{total}", share, interval, exact, style="bold" if arm == "proxy_tuned" else "")
+    for arm, of in result.scores()["arms"].items():
+        total = of["of"]
+        share = f"{100 * of['value']:.1f} %" if total else ""
+        interval = f"{100 * of['low']:.1f} – {100 * of['high']:.1f}" if total else ""
+        cells = (f"{of['count']}/{total}", share, interval, f"{sum(result.nothing_else(arm))}/{total}")
+        table.add_row(TITLES[arm], *cells, style="bold" if arm == "proxy_tuned" else "")
     table.caption = f"{result.seconds:.0f} s"
     return table
 
@@ -318,7 +227,7 @@ def _comparisons(result: DemoResult) -> Table:
         table.add_column(heading, justify="right" if heading else "left")
     for name, won, lost, p in result.comparisons():
         arm, _, rest = name.partition(",")
-        table.add_row(ARMS[arm] + (f",{rest}" if rest else ""), str(won), str(lost), f"{p:.2g}")
+        table.add_row(TITLES[arm] + (f",{rest}" if rest else ""), str(won), str(lost), f"{p:.2g}")
     return table
 
 

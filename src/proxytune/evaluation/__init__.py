@@ -6,6 +6,7 @@ sandbox.py   runs generated code under limits
 judges.py    models that judge answers
 tasks/       the tasks as lm-evaluation-harness's YAML, and the loading of their data
 arms.py      who answers: the base, the experts alone, the mixture, the controls
+answering.py how: texts written, continuations scored, predictions kept; the demo goes through it too
 run.py       an evaluation and an alpha sweep: plan, manifest, predictions
 results.py   their scores, compared, as tables
 plots.py     their figures

@@ -49,6 +49,11 @@ class Problem:
     def completion(self) -> str:
         return f" {self.equation} = {self.answer}\n#### {self.answer}"
 
+    def row(self, index: int) -> dict[str, str]:
+        """What the task demo_math says of it."""
+        solution = self.completion.removeprefix(" ")
+        return {"id": str(index), "question": self.question, "answer": str(self.answer), "solution": solution}
+
 
 def is_correct(text: str, problem: Problem) -> bool:
     """Strict exact match: the first line that starts with ``####`` is ``#### n`` with the right n."""

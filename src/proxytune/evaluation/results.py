@@ -14,6 +14,7 @@ from proxytune.evaluation.statistics import Interval, compare, gap_closed, inter
 
 __all__ = [
     "ARMS",
+    "DEFAULT_ARMS",
     "JUDGED",
     "NeedsJudge",
     "results_table",
@@ -34,6 +35,7 @@ ARMS: Mapping[str, str] = {
     "base_few_shot": "control: base, examples shown",
     "mean_logits": "control: mean of base and expert",
 }
+DEFAULT_ARMS = tuple(arm for arm in ARMS if arm != "tuned")
 JUDGED = ("truthfulqa_open", "toxigen", "alpacafarm")
 Lines = Sequence[Mapping[str, Any]]
 

@@ -26,37 +26,26 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from proxytune.answers.generation import Encoded, batches
 from proxytune.errors import AlphaError, ProxyTuneError
 from proxytune.evaluation import TASK_DIR
-from proxytune.evaluation.arms import (
-    Arm,
-    ArmLM,
-    Bench,
-    Job,
-    Log,
-    TaskPlan,
-    choices_line,
-    encode_choices,
-    encode_jobs,
-    expand_arms,
-    generate_batch,
-    jobs_of,
-    line_of,
-    score_jobs,
-    shots_of,
-    tuned_prompt,
-)
+from proxytune.evaluation.answering import Job, Log, Mix, TaskPlan, answer_jobs, shots_of
+from proxytune.evaluation.arms import Arm, Arms, expand_arms, tuned_prompt
 from proxytune.evaluation.options import EvaluationOptions
-from proxytune.evaluation.results import ARMS, NeedsJudge, results_table, sweep_point, sweep_table, task_results
+from proxytune.evaluation.results import (
+    ARMS,
+    DEFAULT_ARMS,
+    NeedsJudge,
+    results_table,
+    sweep_point,
+    sweep_table,
+    task_results,
+)
 from proxytune.recipe.alpha import resolve_alpha
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.options import LoadingOptions
-from proxytune.recipe.prompts import left_pad
 
 __all__ = [
     "alpha_range",
@@ -65,7 +54,6 @@ __all__ = [
     "sweep",
 ]
 
-DEFAULT_ARMS = ("base", "anti_expert", "expert", "proxy_tuned", "base_few_shot", "mean_logits")
 AS_IT_IS = LoadingOptions()
 Scoring = Callable[[str], Mapping[str, Any]]
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
@@ -95,19 +83,18 @@ def evaluate(
     plans = load_plans(options)
     names = arms_of(config, options, plans, note)
     write_manifest(out, manifest_of(config, options, loading, plans, {"arms": names}))
-    left = [name for name in names if _unfinished(name, plans, out)]
-    bench = Bench(config, left, alphas=_alphas(config, options), tuned=options.tuned, **vars(loading))
+    asked = {name: [plan for plan in plans if shots_of(name) in plan.jobs] for name in names}
+    files = {name: {plan.name: [out / plan.name / f"{name}.jsonl"] for plan in asked[name]} for name in names}
+    left = [name for name in names if any(_left(plan, name, files[name][plan.name]) for plan in asked[name])]
+    arms = Arms(config, left, loading, alphas=_alphas(config, options), tuned=options.tuned)
     for name in left:
-        answer_tasks(bench, name, plans, options, out, progress)
-    bench.close()
+        answer_tasks(arms, name, asked[name], files[name], options, progress)
+    arms.close()
     tasks = {}
     for plan in plans:
-        files = {name: out / plan.name / f"{name}.jsonl" for name in names if shots_of(name) in plan.requests}
-        lines = {name: read_lines(plan, shots_of(name), path) for name, path in files.items()}
+        lines = {name: read_lines(plan, name, of[plan.name][0]) for name, of in files.items() if plan.name in of}
         tasks[plan.name] = task_results(plan.name, lines, samples=plan.repeats, options=scoring(plan.name), note=note)
-    results = {"tasks": tasks, "seconds": round(time.monotonic() - started, 1)}
-    _write(out / "results.json", json.dumps(results, indent=2) + "\n")
-    _write(out / "results.md", results_table(results))
+    results = _write_results(out, tasks, started, results_table)
     if drawn := {name: task for name, task in tasks.items() if task["arms"]}:
         from proxytune.evaluation.plots import plot_arms
 
@@ -115,44 +102,44 @@ def evaluate(
     return results
 
 
-def _unfinished(name: str, plans: Sequence[TaskPlan], out: Path) -> bool:
-    """Whether an arm has some prediction still to make."""
-    for plan in plans:
-        if (requests := plan.requests.get(shots_of(name))) is not None:
-            made = Log(out / plan.name / f"{name}.jsonl").read().made
-            if any(job.key not in made for job in jobs_of(requests)):
-                return True
-    return False
-
-
 def answer_tasks(
-    bench: Bench, name: str, plans: Sequence[TaskPlan], options: EvaluationOptions, out: Path, progress: Progress
+    arms: Arms,
+    name: str,
+    plans: Sequence[TaskPlan],
+    files: Mapping[str, Sequence[Path]],
+    options: EvaluationOptions,
+    progress: Progress,
+    mixes: Sequence[Mix] | None = None,
 ) -> None:
-    """One arm's predictions for all tasks, those alone that are not there yet; the arm is loaded only for them."""
-    with contextlib.ExitStack() as stack:
-        arm: Arm | None = None
-        for plan in plans:
-            if (shots := shots_of(name)) not in plan.requests:
-                continue
-            log = stack.enter_context(Log(out / plan.name / f"{name}.jsonl"))
-            requests = list(plan.requests[shots])
-            jobs = jobs_of(requests)
-            done = sum(job.key in log.made for job in jobs)
-            if done == len(jobs):
-                continue
-            said = f"{plan.name}, {name}"
-            progress(f"{said}: loading", done, len(jobs))
-            if arm is None:
-                arm = stack.enter_context(bench.arm(name))
+    """One arm's predictions for all tasks, those alone that are not there yet; the arm is loaded only for them.
 
-            def advance(n: int, said: str = said, total: int = len(jobs)) -> None:
-                nonlocal done
-                done += n
+    Args:
+        files: of each task, one for each of the ``mixes`` (by default the arm's own).
+    """
+    arm: Arm | None = None
+    for plan in plans:
+        with contextlib.ExitStack() as stack:
+            logs = [stack.enter_context(Log(file)) for file in files[plan.name]]
+            jobs, made = plan.jobs[shots_of(name)], [log.made for log in logs]
+            total = len(jobs) * len(logs)
+            done = sum(job.key in of for job in jobs for of in made)
+            if done == total:
+                continue
+            said = f"{plan.name}, {name if mixes is None else f'{len(mixes)} alphas'}"
+            progress(f"{said}: loading" if arm is None else said, done, total)
+            arm = arm or arms.make(name)
+            size, seed = options.batch_size, options.seed
+            for batch in answer_jobs(arm, plan, jobs, made, mixes, batch_size=size, seed=seed):
+                for log, lines in zip(logs, batch):
+                    log.append(lines)
+                    done += len(lines)
                 progress(said, done, total)
 
-            harness = ArmLM(arm, plan, log, batch_size=options.batch_size, seed=options.seed, advance=advance)
-            progress(said, done, len(jobs))
-            (harness.loglikelihood if plan.likelihood else harness.generate_until)(requests)
+
+def _left(plan: TaskPlan, arm: str, files: Sequence[Path]) -> bool:
+    """Whether some prediction is still to be made."""
+    keys = {job.key for job in plan.jobs[shots_of(arm)]}
+    return any(keys - set(Log(file).read().made) for file in files)
 
 
 # -- a sweep --------------------------------------------------------------------------------------------------
@@ -185,18 +172,13 @@ def sweep(
         tuple(value if expert in (None, name) else own for name, own in zip(names, config.alphas)) for value in values
     ]
     write_manifest(out, manifest_of(config, options, loading, plans, {"sweep": expert or "all experts"}))
-    bench = Bench(config, ["proxy_tuned"], **vars(loading))
-    with bench.arm("proxy_tuned") if _left(plans, values, out) else contextlib.nullcontext() as arm:
-        if arm is not None:
-            for plan in plans:
-                with contextlib.ExitStack() as stack:
-                    logs = [stack.enter_context(Log(_alpha_file(out, plan, value))) for value in values]
-                    _sweep_task(arm, plan, alphas, logs, options, progress)
-    bench.close()
-    tasks = {plan.name: _sweep_results(plan, values, out, scoring, note) for plan in plans}
-    results = {"tasks": tasks, "seconds": round(time.monotonic() - started, 1)}
-    _write(out / "results.json", json.dumps(results, indent=2) + "\n")
-    _write(out / "results.md", sweep_table(results))
+    files = {plan.name: [out / plan.name / f"alpha={value:g}.jsonl" for value in values] for plan in plans}
+    if any(_left(plan, "proxy_tuned", files[plan.name]) for plan in plans):
+        arms = Arms(config, ["proxy_tuned"], replace(loading, speculate=False))
+        answer_tasks(arms, "proxy_tuned", plans, files, options, progress, alphas)
+        arms.close()
+    tasks = {plan.name: _sweep_results(plan, values, files[plan.name], scoring, note) for plan in plans}
+    results = _write_results(out, tasks, started, sweep_table)
     for name, task in tasks.items():
         if task["points"]:
             from proxytune.evaluation.plots import plot_sweep
@@ -205,110 +187,29 @@ def sweep(
     return results
 
 
-def _alpha_file(out: Path, plan: TaskPlan, value: float) -> Path:
-    return out / plan.name / f"alpha={value:g}.jsonl"
-
-
-def _left(plans: Sequence[TaskPlan], values: Sequence[float], out: Path) -> bool:
-    """Whether some prediction is still to be made."""
-    for plan in plans:
-        keys = {job.key for job in jobs_of(plan.requests["raw"])}
-        for value in values:
-            if keys - set(Log(_alpha_file(out, plan, value)).read().made):
-                return True
-    return False
-
-
-def _sweep_task(
-    arm: Arm,
-    plan: TaskPlan,
-    alphas: Sequence[tuple[float, ...]],
-    logs: Sequence[Log],
-    options: EvaluationOptions,
-    progress: Progress,
-) -> None:
-    """All alphas of one task, a batch of prompts at a time; what the logs hold is not made again."""
-    jobs = jobs_of(plan.requests["raw"])
-    total = len(jobs) * len(logs)
-    done = sum(job.key in log.made for job in jobs for log in logs)
-    if done == total:
-        return
-    said = f"{plan.name}, {len(alphas)} alphas"
-    progress(said, done, total)
-    # Continuations are mixed anew without more rows; generating, each alpha is a row of its own.
-    n_prompts = options.batch_size if plan.likelihood else max(1, options.batch_size // len(alphas))
-    output = str(plan.metadata.get("output", "output"))
-    encoded: list[tuple[Job, Any]] = (encode_choices if plan.likelihood else encode_jobs)(arm, plan, jobs)
-    for batch in batches(encoded, n_prompts):
-        left = [[at for at, log in enumerate(logs) if job.key not in log.made] for job, _ in batch]
-        pairs = [(row, at) for row, wanted in enumerate(left) for at in wanted]
-        if not pairs:
-            continue
-        started = time.monotonic()
-        if plan.likelihood:
-            scores = score_jobs(arm, batch, alphas)
-            made = [choices_line(plan, batch[row][0], 0.0, batch[row][1], scores[at][row]) for row, at in pairs]
-        else:
-            rows = [row for row, _ in pairs]
-            texts = generate_batch(
-                replace(arm, speculate=False),
-                plan,
-                [batch[row] for row in rows],
-                [alphas[at] for _, at in pairs],
-                seed=options.seed,
-                past_key_values=_prefilled(arm, [encoded for _, encoded in batch], rows),
-            )
-            made = [line_of(plan, batch[row][0], 0.0, {output: text}) for row, text in zip(rows, texts)]
-        seconds = round((time.monotonic() - started) / len(pairs), 4)
-        for at, log in enumerate(logs):
-            if lines := [{**line, "seconds": seconds} for line, (_, of) in zip(made, pairs) if of == at]:
-                log.append(lines)
-        done += len(pairs)
-        progress(said, done, total)
-
-
-@torch.inference_mode()
-def _prefilled(arm: Arm, prompts: Sequence[Encoded], rows: Sequence[int]) -> Any:
-    """A cache that has read all columns of the prompts but the last, its rows repeated as ``rows`` says.
-
-    None where members have prompts of their own, which are read whole in a first forward, and where a prompt has a
-    single token. The rows must be as wide as the batch that is generated from, so no prompt may be missing in them.
-    """
-    if prompts[0].own or any(len(prompt.ids) == 1 for prompt in prompts):
-        return None
-    if max(len(prompts[row].ids) for row in rows) < max(len(prompt.ids) for prompt in prompts):
-        used = sorted(set(rows))
-        return _prefilled(arm, [prompts[row] for row in used], [used.index(row) for row in rows])
-    ids, mask = left_pad([prompt.ids for prompt in prompts])
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    device = arm.model.device
-    output = arm.model(
-        input_ids=ids[:, :-1].to(device),
-        attention_mask=mask[:, :-1].to(device),
-        position_ids=positions[:, :-1].to(device),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache = output.past_key_values
-    cache.reorder_cache(torch.tensor(list(rows), device=device))
-    return cache
-
-
 def _sweep_results(
-    plan: TaskPlan, values: Sequence[float], out: Path, scoring: Scoring, note: Callable[[str], None]
+    plan: TaskPlan, values: Sequence[float], files: Sequence[Path], scoring: Scoring, note: Callable[[str], None]
 ) -> dict[str, Any]:
     points: list[dict[str, Any]] = []
     headline = None
     try:
         judging = scoring(plan.name)
-        for value in values:
-            lines = read_lines(plan, "raw", _alpha_file(out, plan, value))
+        for value, file in zip(values, files):
+            lines = read_lines(plan, "proxy_tuned", file)
             headline, point = sweep_point(plan.name, value, lines, **judging)
             points.append(point)
     except NeedsJudge as error:
         note(str(error))
-    examples = len({job.id for job in jobs_of(plan.requests["raw"])})
-    return {"headline": headline, "examples": examples, "samples": plan.repeats, "points": points}
+    return {"headline": headline, "examples": plan.examples, "samples": plan.repeats, "points": points}
+
+
+def _write_results(
+    out: Path, tasks: dict[str, Any], started: float, table: Callable[[Mapping[str, Any]], str]
+) -> dict[str, Any]:
+    results = {"tasks": tasks, "seconds": round(time.monotonic() - started, 1)}
+    _write(out / "results.json", json.dumps(results, indent=2) + "\n")
+    _write(out / "results.md", table(results))
+    return results
 
 
 def alpha_range(text: str) -> tuple[str | None, list[float]]:
@@ -360,8 +261,27 @@ def load_plans(options: EvaluationOptions) -> list[TaskPlan]:
             shots = (task.config.metadata or {}).get("few_shot", 0)
             if shots and len(task.fewshot_docs() or ()) >= shots:
                 requests["few_shot"] = _requests(task, documents, chosen, shots, repeats)
-            plans.append(TaskPlan(name, task, requests, repeats))
+            likelihood = str(task.OUTPUT_TYPE) in ("multiple_choice", "loglikelihood")
+            jobs = {shots: jobs_of(of) for shots, of in requests.items()}
+            metadata_of = task.config.metadata or {}
+            plans.append(TaskPlan(name, jobs, repeats, metadata_of, likelihood, task, _data_hash(requests["raw"])))
     return plans
+
+
+def jobs_of(requests: Sequence[Instance]) -> list[Job]:
+    """lm_eval's requests as jobs: equal requests are samples, continuations of one context are one job."""
+    jobs: list[Job] = []
+    seen: dict[str, int] = {}
+    for request in requests:
+        name, (context, asked) = str(request.doc["id"]), request.arguments
+        scored = request.request_type == "loglikelihood"
+        if scored and jobs and jobs[-1].id == name and jobs[-1].context == context:
+            jobs[-1] = replace(jobs[-1], continuations=(*jobs[-1].continuations, asked))
+            continue
+        sample = seen[name] = seen.get(name, -1) + 1
+        said: dict[str, Any] = {"continuations": (asked,)} if scored else {"options": asked}
+        jobs.append(Job(name, sample, context, request.doc, **said))
+    return jobs
 
 
 def _requests(task: Any, documents: Any, chosen: Sequence[int], shots: int, repeats: int) -> list[Instance]:
@@ -393,8 +313,8 @@ def arms_of(
     config: ProxyTuneConfig, options: EvaluationOptions, plans: Sequence[TaskPlan], note: Callable[[str], None]
 ) -> list[str]:
     """The arms of a run, in order."""
-    shown = [plan.name for plan in plans if "few_shot" in plan.requests]
-    lacking = [plan.name for plan in plans if "few_shot" not in plan.requests]
+    shown = [plan.name for plan in plans if "few_shot" in plan.jobs]
+    lacking = [plan.name for plan in plans if "few_shot" not in plan.jobs]
     if options.arms is None:
         members = [name for name, _ in config.members()]
         wanted = [arm for arm in DEFAULT_ARMS if arm != "base_few_shot" or shown]
@@ -451,10 +371,10 @@ def manifest_of(
         "tasks": {
             plan.name: {
                 "limit": options.limit,
-                "examples": len({job.id for job in jobs_of(plan.requests["raw"])}),
+                "examples": plan.examples,
                 "samples": plan.repeats,
                 "version": plan.metadata.get("version"),
-                "data_sha256": _data_hash(plan),
+                "data_sha256": plan.data_sha256,
             }
             for plan in plans
         },
@@ -467,10 +387,10 @@ def manifest_of(
     }
 
 
-def _data_hash(plan: TaskPlan) -> str:
+def _data_hash(requests: Sequence[Instance]) -> str:
     """Of the examples that are asked, in order."""
     digest = hashlib.sha256()
-    for instance in plan.requests["raw"]:
+    for instance in requests:
         digest.update(json.dumps([instance.doc, instance.arguments], sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
@@ -531,7 +451,7 @@ def _write(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def read_lines(plan: TaskPlan, shots: str, path: Path) -> list[dict[str, Any]]:
-    """The predictions of a run, in the order of its examples."""
+def read_lines(plan: TaskPlan, arm: str, path: Path) -> list[dict[str, Any]]:
+    """An arm's predictions, in the order of its examples."""
     made = Log(path).read().made
-    return [made[job.key] for job in jobs_of(plan.requests[shots])]
+    return [made[job.key] for job in plan.jobs[shots_of(arm)]]

@@ -107,13 +107,18 @@ def render(prompt: Prompt, tokenizer: Any, said: str | Sequence[Message], who: s
 
 def render_chat(tokenizer: Any, messages: Sequence[Message], who: str, response_prefix: str = "") -> list[int]:
     """The ids of a conversation that the assistant is to answer, by the tokenizer's chat template."""
+    text = chat_text(tokenizer, messages, who) + response_prefix
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Message], who: str) -> str:
+    """The same as text."""
     if not tokenizer.chat_template:
         raise PromptError(f"the tokenizer of {who} has no chat template; use a `template` prompt, or no chat")
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is a program: it raises what it likes (no system role, turns out of order)
         raise PromptError(f"the chat template of {who} refuses this conversation: {first_line(error)}") from error
-    return list(tokenizer(text + response_prefix, add_special_tokens=False)["input_ids"])
 
 
 def transcript(messages: Sequence[Message]) -> str:

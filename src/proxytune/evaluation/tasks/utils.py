@@ -376,12 +376,12 @@ def humaneval(data: str | None = None, **_: Any) -> Splits:
 
 
 def mbpp(data: str | None = None, **_: Any) -> Splits:
-    """MBPP's test problems (11 to 510), and the first ten to be shown as examples."""
+    """MBPP's test problems (11 to 510), the first ten to be shown as examples, and of a file those to learn from."""
     test, shown = [], []
     for line in _mbpp_lines(data):
         row = _mbpp(line)
         number = int(row["task_id"])
-        if number <= 10:
+        if number <= 10 or number > 600:
             shown.append(row)
         elif number <= 510:
             test.append(row)
@@ -467,18 +467,9 @@ def demo_math(data: str | None = None, split: str = "test", problems: int = 1000
 
     found = make_problems(split, problems, seed)  # type: ignore[arg-type]
     return splits(
-        [_problem(problem, index) for index, problem in enumerate(found)],
-        [_problem(problem, index) for index, problem in enumerate(FEW_SHOT)],
+        [problem.row(index) for index, problem in enumerate(found)],
+        [problem.row(index) for index, problem in enumerate(FEW_SHOT)],
     )
-
-
-def _problem(problem: Any, index: int) -> Row:
-    return {
-        "id": str(index),
-        "question": problem.question,
-        "answer": str(problem.answer),
-        "solution": problem.completion.removeprefix(" "),
-    }
 
 
 def ecqa_json(data: str | None = None, **_: Any) -> Splits:

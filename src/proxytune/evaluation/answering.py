@@ -1,0 +1,480 @@
+"""How a task is answered by an arm: what is asked, texts written and continuations scored, predictions on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.generation.logits_process import LogitsProcessor, NoBadWordsLogitsProcessor
+from transformers.generation.stopping_criteria import StoppingCriteria
+
+from proxytune.answers.generation import Answer, Encoded, Sampling, answer, batches
+from proxytune.answers.journal import Journal
+from proxytune.decoding.mixing import mix
+from proxytune.errors import ProxyTuneError
+from proxytune.evaluation.arms import Arm, Pair
+from proxytune.evaluation.code import clean_code
+from proxytune.lanes.reading import ROTATIONS, has_read, one_by_one, reading_of, rotations
+from proxytune.recipe.config import Prompt
+from proxytune.recipe.families import new_cache
+from proxytune.recipe.prompts import chat_text, left_pad
+
+__all__ = ["Job", "Log", "TaskPlan", "answer_jobs", "choice_scores", "shots_of"]
+
+GENERATION_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p")
+Key = tuple[str, int]  # an example's id, and which of its samples
+Mix = Sequence[float] | None  # one alpha an expert; None for a plain model
+
+
+# -- what is asked --------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Job:
+    """One answer to be given: a sample of an example, or the scores of all continuations of an example."""
+
+    id: str
+    sample: int
+    context: str
+    doc: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)  # of generation
+    continuations: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> Key:
+        return self.id, self.sample
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """One task of a run.
+
+    Attributes:
+        jobs: for each kind of context, ``raw`` or ``few_shot``, what is asked, in the order of the examples.
+        repeats: samples an example.
+        metadata: the ``metadata`` of the task's YAML.
+        likelihood: whether continuations are scored and nothing is written.
+        task: lm_eval's, where it is one. data_sha256: of the examples.
+    """
+
+    name: str
+    jobs: Mapping[str, Sequence[Job]]
+    repeats: int = 1
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    likelihood: bool = False
+    task: Any = None
+    data_sha256: str = ""
+
+    @property
+    def examples(self) -> int:
+        """How many examples are asked."""
+        return len({job.id for job in self.jobs["raw"]})
+
+    def chat_prompt(self, prompt: Prompt, tokenizer: Any) -> Prompt:
+        """The prompt of a member with what the task gives to chat members; what the recipe has set stays."""
+        given: Mapping[str, Any] = self.metadata.get("chat") or {}
+        if prompt.kind != "chat" or not given:
+            return prompt
+        given = dict(given)
+        if (prefix := given.get("response_prefix")) and tokenizer is not None and tokenizer.chat_template:
+            # A space before it, unless the template ends in white space of its own, as in the authors' code.
+            shown = chat_text(tokenizer, [{"role": "user", "content": "x"}], "a member")
+            given["response_prefix"] = prefix if shown[-1:].isspace() else f" {prefix}"
+        return replace(prompt, **{name: value for name, value in given.items() if not getattr(prompt, name)})
+
+
+def shots_of(arm: str) -> str:
+    """Which of a plan's contexts an arm is shown."""
+    return "few_shot" if arm == "base_few_shot" else "raw"
+
+
+# -- how it is answered ---------------------------------------------------------------------------------------
+def answer_jobs(
+    arm: Arm,
+    plan: TaskPlan,
+    jobs: Sequence[Job],
+    made: Sequence[Container[Key]] = ((),),
+    mixes: Sequence[Mix] | None = None,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> Iterator[list[list[dict[str, Any]]]]:
+    """Answer jobs batch by batch, the longest first: a batch that does not fit fails at once.
+
+    The batches are those of the whole job, so that a resumed run has the rest of the same ones.
+
+    Args:
+        mixes: the alphas to answer with, by default the arm's own alone. A prompt is read once for all of them.
+        made: for each mix the answers that are there already; they are not made again.
+        batch_size: rows at once.
+
+    Yields:
+        for each batch and each mix the new prediction lines.
+    """
+    mixes = [arm.alphas] if mixes is None else mixes
+    if all(job.key in done for job in jobs for done in made):
+        return
+    # Continuations are mixed anew without more rows; writing, each mix is a row of its own.
+    n_prompts = batch_size if plan.likelihood else max(1, batch_size // len(mixes))
+    encode: Any = encode_choices if plan.likelihood else encode_jobs
+    for whole in batches(encode(arm, plan, jobs), n_prompts):
+        batch = [pair for pair in whole if any(pair[0].key not in done for done in made)]
+        wanted = [(row, at) for row, (job, _) in enumerate(batch) for at, of in enumerate(made) if job.key not in of]
+        if not wanted:
+            continue
+        started = time.monotonic()
+        if plan.likelihood:
+            scores = score_jobs(arm, batch, mixes)
+            found = [_scored(batch[row][0], batch[row][1], scores[at][row]) for row, at in wanted]
+        else:
+            texts = generate_batch(arm, plan, batch, [(row, mixes[at]) for row, at in wanted], seed=seed)
+            output = str(plan.metadata.get("output", "output"))
+            found = [{output: text} for text in texts]
+        seconds = round((time.monotonic() - started) / len(wanted), 4)
+        lines: list[list[dict[str, Any]]] = [[] for _ in mixes]
+        for (row, at), of in zip(wanted, found):
+            lines[at].append(_line(plan, batch[row][0], {**of, "seconds": seconds}))
+        yield lines
+
+
+def encode_jobs(arm: Arm, plan: TaskPlan, jobs: Sequence[Job]) -> list[tuple[Job, Encoded]]:
+    """Jobs with the ids of their contexts, the longest first."""
+    seen: dict[str, Encoded] = {}
+    for job in jobs:
+        if job.context not in seen:
+            with _naming(arm, plan, job):
+                seen[job.context] = arm.encode(plan, job.context)
+    return sorted(((job, seen[job.context]) for job in jobs), key=lambda pair: -len(pair[1].ids))
+
+
+def encode_choices(arm: Arm, plan: TaskPlan, jobs: Sequence[Job]) -> list[tuple[Job, list[Pair]]]:
+    """Jobs with their context and each of their continuations, the longest first."""
+    found = []
+    for job in jobs:
+        with _naming(arm, plan, job):
+            found.append((job, arm.encode_pairs(plan, job.context, job.continuations)))
+    return sorted(found, key=lambda each: -max(len(pair.context.ids) for pair in each[1]))
+
+
+@contextlib.contextmanager
+def _naming(arm: Arm, plan: TaskPlan, job: Job) -> Iterator[None]:
+    """An error within names the task, the example and the arm."""
+    try:
+        yield
+    except ProxyTuneError as error:
+        raise ProxyTuneError(f"{plan.name}, example {job.id}, {arm.name}: {error}") from error
+
+
+def generate_batch(
+    arm: Arm, plan: TaskPlan, batch: Sequence[tuple[Job, Encoded]], wanted: Sequence[tuple[int, Mix]], *, seed: int
+) -> list[str]:
+    """The texts of a batch of jobs, which have the same options, each cut before its first stop string.
+
+    Args:
+        wanted: the rows of the batch that are answered, several times where several alphas are.
+    """
+    options = dict(batch[0][0].options)
+    if unknown := [name for name in options if name not in GENERATION_OPTIONS]:
+        raise ProxyTuneError(f"{plan.name} has the generation option {unknown[0]!r}, which is not known here")
+    until = options.get("until") or []
+    until = [until] if isinstance(until, str) else list(until)
+    chosen = {name: options.get(name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    sampling = Sampling(seed=seed)
+    if options.get("do_sample", False):
+        sampling = Sampling(**({"temperature": 1.0} if set(chosen.values()) == {None} else chosen), seed=seed)
+    n_prompt = max(len(encoded.ids) for _, encoded in batch)
+    processors: list[LogitsProcessor] = []
+    if arm.scale != 1 and not sampling.greedy:
+        processors.append(_Scaled(arm.scale))
+    if banned := _banned_ids(arm.tokenizer, plan.metadata.get("banned") or ()):
+        processors.append(NoBadWordsLogitsProcessor(banned))
+    rows = [row for row, _ in wanted]
+    texts = answer(
+        arm.model,
+        arm.tokenizer,
+        [batch[row][1] for row in rows],
+        None if arm.alphas is None else [alphas or () for _, alphas in wanted],
+        max_new_tokens=int(options.get("max_gen_toks", 256)),
+        sampling=sampling,
+        rows=[f"{plan.name}/{batch[row][0].id}/{batch[row][0].sample}" for row in rows],
+        processors=processors,
+        criteria=[StopTexts(arm.tokenizer, until, n_prompt)] if until else [],
+        speculate=arm.speculate,
+        past_key_values=_prefilled(arm, [encoded for _, encoded in batch], rows),
+    )
+    found = [_before(one, until) for one in texts]
+    return [clean_code(text) for text in found] if plan.metadata.get("clean") else found
+
+
+@torch.inference_mode()
+def _prefilled(arm: Arm, prompts: Sequence[Encoded], rows: Sequence[int]) -> Any:
+    """A cache that has read what would otherwise be read several times; None where that is nothing.
+
+    A prompt that is answered with several alphas is read once, all but its last column. A plain model reads once what
+    all of its prompts begin with, such as solved examples.
+    """
+    if arm.alphas is None:
+        return _beginning(arm.model, [prompt.ids for prompt in prompts])
+    if len(rows) == len(prompts) or prompts[0].own or any(len(prompt.ids) == 1 for prompt in prompts):
+        return None  # a member with a prompt of its own reads it whole in a first forward
+    ids, mask = left_pad([prompt.ids for prompt in prompts])
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    device = arm.model.device
+    cache = arm.model(
+        input_ids=ids[:, :-1].to(device),
+        attention_mask=mask[:, :-1].to(device),
+        position_ids=positions[:, :-1].to(device),
+        use_cache=True,
+        logits_to_keep=1,
+    ).past_key_values
+    cache.reorder_cache(torch.tensor(list(rows), device=device))
+    return cache
+
+
+def _beginning(model: Any, prompts: Sequence[list[int]]) -> DynamicCache | None:
+    """The cache of the columns in which left-padded prompts that begin alike hold nothing but what they share."""
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    common = next((at for at, ids in enumerate(zip(*prompts)) if len(set(ids)) > 1), shortest)
+    common = min(common, shortest - 1)  # the last token is read for what it foretells
+    cache = new_cache(model)
+    if (
+        len(prompts) == 1
+        or common - (longest - shortest) < 32
+        or not all(type(layer) is DynamicLayer for layer in cache.layers)  # a window or a state cannot be moved
+        or not reading_of(model).in_pieces
+        or rotations(model) - ROTATIONS
+    ):
+        return None
+    keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    shared = torch.tensor([prompts[0][:common]], device=model.device)
+    model(input_ids=shared, past_key_values=cache, use_cache=True, **keep)
+    for layer in cache.layers:
+        for name in ("keys", "values"):  # (1, n_heads, common, n_head_dims)
+            read = getattr(layer, name)
+            moved = [F.pad(read, (0, 0, pad, 0))[:, :, :common] for pad in (longest - len(ids) for ids in prompts)]
+            setattr(layer, name, torch.cat(moved))
+    return cache
+
+
+def _before(one: Answer, until: Sequence[str]) -> str:
+    """The text before the first stop string in it."""
+    ends = [at for stop in until if (at := one.text.find(stop)) >= 0]
+    return one.text[: min(ends, default=len(one.text))]
+
+
+def _banned_ids(tokenizer: Any, banned: Sequence[str]) -> list[list[int]]:
+    """The ids of banned strings, as they stand at the beginning of a text and behind a space."""
+    rows = [
+        tokenizer(f"{space}{text}", add_special_tokens=False)["input_ids"] for text in banned for space in ("", " ")
+    ]
+    return [list(row) for row in dict.fromkeys(tuple(row) for row in rows) if row]
+
+
+class _Scaled(LogitsProcessor):
+    """Logits times a number."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Shape (n_batch, n_vocab), in and out."""
+        return scores * self.scale
+
+
+class StopTexts(StoppingCriteria):
+    """A row is done when what it has written holds one of the texts; what the prompt holds does not count."""
+
+    row_by_row = True  # rows of unequal lengths may be given one by one
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], n_prompt: int) -> None:
+        self.tokenizer, self.texts, self.n_prompt = tokenizer, texts, n_prompt
+        # A token has at least one byte, and what is looked for ends in the newest one.
+        self.window = max(len(text.encode()) for text in texts) + 4
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Shape (n_batch,), True where the row is finished."""
+        newest = input_ids[:, max(self.n_prompt, input_ids.shape[1] - self.window) :]
+        found = [any(text in row for text in self.texts) for row in self.tokenizer.batch_decode(newest)]
+        return torch.tensor(found, device=input_ids.device)
+
+
+# -- likelihoods ----------------------------------------------------------------------------------------------
+Score = tuple[float, bool]
+
+
+def score_jobs(arm: Arm, batch: Sequence[tuple[Job, Sequence[Pair]]], mixes: Sequence[Mix]) -> list[list[list[Score]]]:
+    """For each mix, for each job, each continuation's score."""
+    results = []
+    for found in choice_scores(arm, [pair for _, pairs in batch for pair in pairs], mixes):
+        scores = iter(found)
+        results.append([[next(scores) for _ in pairs] for _, pairs in batch])
+    return results
+
+
+@torch.inference_mode()
+def choice_scores(arm: Arm, pairs: Sequence[Pair], mixes: Sequence[Mix]) -> list[list[Score]]:
+    """Score continuations behind their contexts: each context is read once, its continuations as rows behind it.
+
+    Every member makes two forwards, whatever the number of mixes: what they differ in is how its logits are mixed.
+
+    Returns:
+        [mix][pair] -> (log-probability in nats, whether each token was the likeliest).
+    """
+    prompts: list[Encoded] = []
+    for pair in pairs:
+        if pair.context not in prompts:
+            prompts.append(pair.context)
+    of_prompt = torch.tensor([prompts.index(pair.context) for pair in pairs])  # (n_rows,)
+    flat = [pair.continuation for pair in pairs]
+    ids, mask = left_pad([prompt.ids for prompt in prompts])  # (n_prompts, width)
+    own = {name: left_pad([prompt.own[name] for prompt in prompts]) for name in prompts[0].own}
+    reader = _Reader(arm, mask, own)
+    first = reader.read(ids, last_only=True)  # the first token is foretold by the prompt's last position
+    # The last token of a continuation is foretold, never read. Padding stands on the right, where it changes nothing.
+    longest = max(map(len, flat))
+    rest = torch.tensor([row[:-1] + [0] * (longest - len(row)) for row in flat], dtype=torch.long)
+    rest_mask = torch.tensor([[1] * (len(row) - 1) + [0] * (longest - len(row)) for row in flat], dtype=torch.long)
+    behind = None
+    if longest > 1:
+        reader.select(of_prompt, rest_mask)
+        behind = reader.read(rest.reshape(len(flat), longest - 1))
+    results = []
+    for mixed_by in mixes:
+        logits = reader.mix(first, mixed_by)[of_prompt.to(reader.device)]  # (n_rows, 1, n_vocab)
+        if behind is not None:
+            logits = torch.cat([logits, reader.mix(behind, mixed_by)], dim=1)
+        results.append(_scores(logits * arm.scale, flat))
+    return results
+
+
+def _scores(logits: Tensor, rows: Sequence[Sequence[int]]) -> list[Score]:
+    """Sums of log-probabilities of each row's tokens, logits of shape (n_rows, longest, n_vocab)."""
+    found = []
+    for row, row_logits in zip(rows, logits):
+        log_p = row_logits[: len(row)].float().log_softmax(dim=-1)
+        tokens = torch.tensor(list(row), device=log_p.device)
+        chosen = log_p.gather(1, tokens[:, None]).double().sum()
+        found.append((float(chosen), bool((log_p.argmax(dim=-1) == tokens).all())))
+    return found
+
+
+class _Reader:
+    """Reads columns behind a left-padded batch of prompts, with every member of an arm."""
+
+    def __init__(self, arm: Arm, mask: Tensor, own: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        self.arm, self.model, self.mask, self.own = arm, arm.model, mask, own
+        self.device = self.model.device
+        self.cache: Any = None
+        self.n_read = 0
+
+    def read(self, ids: Tensor, *, last_only: bool = False) -> dict[str, Tensor]:
+        """Member name -> logits (n_rows, n_positions, n_vocab); "" for a plain model."""
+        n_columns = ids.shape[1]
+        positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, self.n_read : self.n_read + n_columns]
+        inputs: dict[str, Any] = {
+            "input_ids": ids.to(self.device),
+            "attention_mask": self.mask.to(self.device),
+            "position_ids": positions.to(self.device),
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
+        if self.arm.alphas is None:
+            keep = {"logits_to_keep": 1} if last_only and self.model._supports_logits_to_keep() else {}
+
+            def read(input_ids: Tensor, **inputs: Any) -> Tensor:
+                output = self.model(input_ids=input_ids, **inputs, **keep)
+                self.cache = output.past_key_values
+                return output.logits[:, -1:] if last_only else output.logits
+
+            ids = inputs.pop("input_ids")
+            in_pieces = not has_read(self.cache) or reading_of(self.model).in_pieces
+            logits = {"": read(ids, **inputs) if in_pieces else one_by_one(read, ids, inputs)}
+        else:
+            if self.own and self.n_read == 0:
+                inputs["member_input_ids"] = {name: pair[0] for name, pair in self.own.items()}
+                inputs["member_attention_mask"] = {name: pair[1] for name, pair in self.own.items()}
+                inputs["prompt_length"] = n_columns
+            output = self.model(**inputs, logits_to_keep=int(last_only), output_member_logits=True)
+            logits = output.member_logits
+            self.cache = output.past_key_values
+        self.n_read += n_columns
+        return logits
+
+    def select(self, rows: Tensor, more_mask: Tensor) -> None:
+        """Carry on with these rows (repeated where several continue one prompt), and mask the columns to come."""
+        self.cache.reorder_cache(rows.to(self.device))  # every kind of layer can do that
+        self.mask = torch.cat([self.mask[rows], more_mask], dim=1)
+
+    def mix(self, logits: Mapping[str, Tensor], alphas: Mix) -> Tensor:
+        """The arm's logits, (n_rows, n_positions, n_vocab)."""
+        if alphas is None:
+            return logits[""]
+        model = self.model
+        pairs = [(logits.get(f"{e.name}.expert"), logits.get(f"{e.name}.anti_expert")) for e in model.experts]
+        return mix(
+            logits["base"],
+            pairs,
+            torch.tensor([list(alphas)], dtype=torch.float32),
+            plausibility=model.config.plausibility,
+            vocab_size=model.shared_vocab,
+        )
+
+
+# -- predictions on disk --------------------------------------------------------------------------------------
+class Log(Journal):
+    """One arm's prediction file: what is in it, by (id, sample), and where more is appended.
+
+    Raises:
+        ProxyTuneError: on opening, naming what is no prediction of one example, or where another process writes it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self.made: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def __enter__(self) -> Log:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return super().__enter__()
+
+    def check(self) -> None:
+        """Hold what was read against what this command writes."""
+        self.made = {}
+        for number, line in enumerate(self.lines, start=1):
+            if "id" not in line or "seconds" not in line:
+                raise ProxyTuneError(
+                    f"line {number} of {self.path} is not a prediction of this command; choose another --out"
+                )
+            if (key := (str(line["id"]), line.get("sample", 0))) in self.made:
+                raise ProxyTuneError(f"{self.path} has two predictions for example {key[0]}, sample {key[1]}")
+            self.made[key] = line
+
+    def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write some predictions, and return when they are on disk."""
+        super().append(lines)
+        self.made |= {(line["id"], line["sample"]): dict(line) for line in lines}
+
+
+# -- prediction lines -----------------------------------------------------------------------------------------
+def _line(plan: TaskPlan, job: Job, made: Mapping[str, Any]) -> dict[str, Any]:
+    """One prediction: what it answers, the task's public fields, what was made, and how long it took."""
+    fields = {name: copy.copy(job.doc[name]) for name in plan.metadata.get("fields", ())}
+    return {"id": job.id, "sample": job.sample, "prompt": job.context, **fields, **made}
+
+
+def _scored(job: Job, pairs: Sequence[Pair], scores: Sequence[Score]) -> dict[str, Any]:
+    """What is made of an example's continuations; ``cut``: the tokens that each context lost, where one lost any."""
+    cut = [pair.cut for pair in pairs]
+    return {
+        "continuations": list(job.continuations),
+        "loglikelihoods": [value for value, _ in scores],
+        "greedy": [greedy for _, greedy in scores],
+        **({"cut": cut} if any(cut) else {}),
+    }
