@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxytune.cli.flags import only
-from proxytune.cli.options import JsonFile, Recipe, progress_bar, say, share_bar, show_table
+from proxytune.cli.options import JsonFile, Recipe, progress_bar, say, share_bar, show_table, write_json
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.options import CodeOptions, EvaluationOptions, JudgeOptions
 from proxytune.recipe.options import LoadingOptions
@@ -73,18 +72,11 @@ def evaluate(
 
     run = _harness()
     config, place = load_recipe(recipe), out or _out("eval", recipe)
-    with _judged(f"all until here is kept in {place}"), share_bar() as bar:
-        results = run.evaluate(
-            config,
-            options,
-            place,
-            loading=loading,
-            scoring=_scoring(options, code, judges, place),
-            progress=_counted(bar),
-            note=say,
-        )
+    scoring = _scoring(options, code, judges, place)
+    with _told(place) as told:
+        results = run.evaluate(config, options, place, loading=loading, scoring=scoring, **told)
     typer.echo(results_table(results), nl=False)
-    _write(json_file, results)
+    write_json(json_file, results)
 
 
 def sweep(
@@ -114,20 +106,11 @@ def sweep(
     run = _harness()
     expert, values = run.alpha_range(alpha)
     config, place = load_recipe(recipe), out or _out("sweep", recipe)
-    with _judged(f"all until here is kept in {place}"), share_bar() as bar:
-        results = run.sweep(
-            config,
-            options,
-            values,
-            place,
-            expert=expert,
-            loading=replace(loading, speculate=False),
-            scoring=_scoring(options, code, judges, place),
-            progress=_counted(bar),
-            note=say,
-        )
+    scoring, loading = _scoring(options, code, judges, place), replace(loading, speculate=False)
+    with _told(place) as told:
+        results = run.sweep(config, options, values, place, expert=expert, loading=loading, scoring=scoring, **told)
     typer.echo(sweep_table(results), nl=False)
-    _write(json_file, results)
+    write_json(json_file, results)
 
 
 def _harness() -> Any:
@@ -157,11 +140,6 @@ def _scoring(
     return scorer
 
 
-def _write(path: Path | None, values: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-
-
 @contextlib.contextmanager
 def _judged(kept: str) -> Iterator[None]:
     """A judge that does not answer ends the command with status 3; ``kept`` says what is kept of it, and where."""
@@ -181,8 +159,15 @@ def _out(command: str, recipe: str) -> Path:
     return Path(f"{command}-{Path(recipe.rstrip('/')).name or 'recipe'}")
 
 
-def _counted(bar: Any) -> Any:
-    return lambda said, done, total: bar(f"{said} {done}/{total}", done / max(total, 1))
+@contextlib.contextmanager
+def _told(place: Path) -> Iterator[dict[str, Any]]:
+    """How a run tells what it does and what the user should know."""
+    with _judged(f"all until here is kept in {place}"), share_bar() as bar:
+
+        def counted(said: str, done: int, total: int) -> None:
+            bar(f"{said} {done}/{total}", done / max(total, 1))
+
+        yield {"progress": counted, "note": say}
 
 
 def score(
@@ -245,7 +230,7 @@ def score(
         result = scored(task, lines, rerun=rerun, progress=advance, **options)
     show_scores(result)
     outcomes = {"outcomes": result.outcomes} if result.outcomes else {}
-    _write(json_file, {"task": task, "metrics": result.metrics, **outcomes})
+    write_json(json_file, {"task": task, "metrics": result.metrics, **outcomes})
 
 
 def show_scores(result: Scores) -> None:

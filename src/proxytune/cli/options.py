@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,7 @@ __all__ = [
     "share_bar",
     "show_table",
     "size",
+    "write_json",
     "write_out",
 ]
 
@@ -94,6 +96,12 @@ def write_out(text: str) -> None:
     """Write to stdout at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def write_json(path: Path | None, values: dict[str, Any]) -> None:
+    """Write what ``--json FILE`` asks for, if it was given."""
+    if path is not None:
+        path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
 
 
 def read_lines(path: str) -> list[bytes]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from proxytune.cli.flags import only
-from proxytune.cli.options import FAILED, JsonFile, Recipe, number_text, say, share_bar, show_table, size
+from proxytune.cli.options import FAILED, JsonFile, Recipe, number_text, say, share_bar, show_table, size, write_json
 from proxytune.recipe.options import LoadingOptions
 from proxytune.speed.options import BenchOptions, PlanOptions
 
@@ -44,8 +43,7 @@ def bench(
     with share_bar() as progress:
         result = bench_recipe(config, options, loading, progress=progress)
     show_bench(result)
-    if json_file is not None:
-        json_file.write_text(json.dumps(result.to_json(), indent=2) + "\n", "utf-8")
+    write_json(json_file, result.to_json())
     for bad in result.mismatches():
         say(
             f"error: {bad.arm} ({bad.options}, {bad.case}) wrote another token at {bad.differs_at} than "
@@ -157,9 +155,7 @@ def plan(
                 for one in compared
             ],
         )
-    if json_file is not None:
-        values = {**found.to_json(), "compared": [vars(one) for one in compared]}
-        json_file.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    write_json(json_file, {**found.to_json(), "compared": [vars(one) for one in compared]})
 
 
 def show_plan(plan: Plan) -> None:
