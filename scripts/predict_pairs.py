@@ -14,6 +14,7 @@ from typing import Any
 from transformers import LlamaConfig, Qwen2Config
 
 from proxytune.recipe.config import Expert, Member, ProxyTuneConfig
+from proxytune.speed.options import PlanOptions
 from proxytune.speed.plan import plan_recipe
 
 ACCEPTANCES = (0.6, 0.8)
@@ -61,7 +62,7 @@ def main() -> None:
         for base, small in PAIRS:
             expert = Expert(name="expert", expert=member(small, "expert"), anti_expert=member(small, "anti"))
             recipe = ProxyTuneConfig(base=member(base, "base"), experts=[expert])
-            for found in plan_recipe(recipe, acceptances=ACCEPTANCES).predictions:
+            for found in plan_recipe(recipe, PlanOptions(ACCEPTANCES, (1,), device="cuda")).predictions:
                 print(
                     f"| {base} / {small} | {found.acceptance:g} | {1 / found.naive:.2f} | {found.ratio_to_base:.2f} "
                     f"| {found.ratio_to_naive:.2f} | {found.n_drafts} |"

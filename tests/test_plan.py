@@ -12,7 +12,7 @@ from proxytune.decoding.cost import Cost, Costs
 from proxytune.recipe.check import count_recipe
 from proxytune.speed import bench
 from proxytune.speed import plan as planning
-from proxytune.speed.options import ARMS, MemberOptions
+from proxytune.speed.options import ARMS, MemberOptions, PlanOptions
 from proxytune.speed.plan import RecipeCosts, cost_of_forwards, plan_recipe, predict
 from support import tiny
 from support.commands import fails, run
@@ -64,7 +64,7 @@ def test_what_a_cycle_adds_counts_against_drafting():
 
 # -- from shapes ----------------------------------------------------------------------------------------------
 def test_what_is_read_is_what_the_loaded_lanes_read(lora_recipe):
-    plan = plan_recipe(load_recipe(lora_recipe), device="cpu")
+    plan = plan_recipe(load_recipe(lora_recipe), PlanOptions(device="cpu"))
     model = ProxyTunedForCausalLM.from_pretrained(lora_recipe)
     assert [lane.members for lane in plan.lanes] == [("base",), ("expert.expert", "expert.anti_expert")]
     assert [lane.n_seats for lane in plan.lanes] == [len(lane.seats) for lane in model.lanes]
@@ -77,7 +77,7 @@ def test_what_is_read_is_what_the_loaded_lanes_read(lora_recipe):
 
 def test_packing_is_counted(lora_recipe):
     """A copy of a tied head, and the quick head of the lane that drafts."""
-    plan = plan_recipe(load_recipe(lora_recipe), MemberOptions(pack=True), device="cpu")
+    plan = plan_recipe(load_recipe(lora_recipe), PlanOptions(members=MemberOptions(pack=True), device="cpu"))
     model = ProxyTunedForCausalLM.from_pretrained(lora_recipe, pack=True)
     drafting = model.lanes[model.drafting.lane]
     quick = sum(tensor.nbytes for tensor in drafting.quick_head.buffers())
@@ -108,7 +108,7 @@ def test_configs_alone_are_enough(tmp_path):
         LlamaConfig(**shape, num_hidden_layers=layers, dtype="bfloat16").save_pretrained(tmp_path / name)
     little = str(tmp_path / "little")
     config = ProxyTuneConfig(base=str(tmp_path / "big"), experts=[{"expert": little, "anti_expert": little}])
-    plan = plan_recipe(config, acceptances=[0.5, 0.8], batches=[1, 4])
+    plan = plan_recipe(config, PlanOptions((0.5, 0.8), (1, 4)))
     assert [(one.batch, one.acceptance) for one in plan.predictions] == [(1, 0.5), (1, 0.8), (4, 0.5), (4, 0.8)]
     per_layer = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64
     assert plan.lanes[0].read_bytes == 2 * (20 * per_layer + 64 + 64 * 100)

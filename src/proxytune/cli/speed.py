@@ -135,11 +135,11 @@ def plan(
     forwards are timed; without, a step costs the bytes of weights that it moves.
     """
     from proxytune.recipe.store import load_recipe
-    from proxytune.speed.plan import make_plan
+    from proxytune.speed.plan import plan_recipe
 
-    found, compared = make_plan(load_recipe(recipe), options, loading)
+    found = plan_recipe(load_recipe(recipe), options, loading)
     show_plan(found)
-    if compared:
+    if found.compared:
         typer.echo("**held against the bench: a step after the prompt**\n")
         show_table(
             "arm|prompt/output|batch|predicted|measured|error",
@@ -152,10 +152,10 @@ def plan(
                     f"{1000 * one.measured:.1f} ms",
                     f"{100 * one.error:+.0f} %",
                 )
-                for one in compared
+                for one in found.compared
             ],
         )
-    write_json(json_file, {**found.to_json(), "compared": [vars(one) for one in compared]})
+    write_json(json_file, found.to_json())
 
 
 def show_plan(plan: Plan) -> None:

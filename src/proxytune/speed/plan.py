@@ -34,9 +34,9 @@ from proxytune.recipe.layout import group_by_weights, seats_of
 from proxytune.recipe.members import Loading
 from proxytune.recipe.options import LoadingOptions
 from proxytune.speed.bench import Sample, Subject, load_subject, now, run_arm
-from proxytune.speed.options import MemberOptions, PlanOptions
+from proxytune.speed.options import PlanOptions
 
-__all__ = ["Plan", "make_plan", "plan_recipe"]
+__all__ = ["Plan", "plan_recipe"]
 
 PROBE_SECONDS = 10.0
 COLUMNS = (1, 2, 4, 8)  # tokens of a row in the forwards that are timed
@@ -139,6 +139,7 @@ class Plan:
     kv_bytes_per_token: dict[str, int | None]
     predictions: list[Prediction]
     notes: list[str] = field(default_factory=list)
+    compared: list[Compared] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -160,76 +161,61 @@ def predict(costs: Mapping[int, RecipeCosts], acceptances: Sequence[float], *, t
     return predictions
 
 
-def make_plan(config: ProxyTuneConfig, options: PlanOptions, loading: LoadingOptions) -> tuple[Plan, list[Compared]]:
-    """Predict, from shapes or with a probe; and, if asked, the predictions held against a bench.
+def plan_recipe(config: ProxyTuneConfig, options: PlanOptions, loading: LoadingOptions | None = None) -> Plan:
+    """Predict from the members' configs alone, or, if asked, from the recipe's forwards, timed.
 
-    Raises:
-        ProxyTuneError: for options that contradict each other, and where the bench has nothing to compare.
-    """
-    if not options.probe:
-        if loading.device_map is not None:
-            raise ProxyTuneError("--against and --device-map need --probe: without it nothing is loaded")
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        trusting = loading.trust_remote_code
-        plan = plan_recipe(
-            config, options.members, device, options.batches, options.acceptances, trust_remote_code=trusting
-        )
-        return plan, []
-    bench = None if options.against is None else read_bench(options.against)
-    subject = load_subject(config, options.members, loading)
-    costs = probe(subject, options.batches)
-    own = Loading(options.members.dtype, pack=options.members.pack, trust_remote_code=loading.trust_remote_code)
-    plan, *_ = _count(config, own)
-    basis = f"the recipe's own forwards, timed on this machine for {PROBE_SECONDS:.0f} seconds ({subject.options})"
-    plan = replace(plan, basis=basis, predictions=predict(costs, options.acceptances, timed=True))
-    compared = [] if bench is None else compare_with_bench(costs, subject.options, subject.shares, bench)
-    if bench is not None and not compared:
-        raise ProxyTuneError(f"{options.against} has no row with the options {subject.options} and these batch sizes")
-    return plan, compared
-
-
-# -- from shapes ----------------------------------------------------------------------------------------------
-def plan_recipe(
-    config: ProxyTuneConfig,
-    options: MemberOptions | None = None,
-    device: str = "cuda",
-    batches: Sequence[int] = (1,),
-    acceptances: Sequence[float] = (0.7,),
-    *,
-    trust_remote_code: bool = False,
-) -> Plan:
-    """Predict from the members' configs alone; neither weights nor tokenizers need to exist.
+    Without ``probe`` neither weights nor tokenizers need to exist.
 
     Args:
-        options: the members' dtype where the recipe leaves it open, and whether weights will be packed.
-        device: ``cpu`` or ``cuda``: what one more row costs, as a share of reading the weights.
-        batches, acceptances: every pair of them is predicted.
+        loading: its ``device_map`` (for a probe) and ``trust_remote_code``.
 
     Raises:
         MemberError, RecipeError: for a member whose config cannot be read.
+        ProxyTuneError: for options that contradict each other, and where the bench has nothing to compare.
     """
-    options = options or MemberOptions()
-    loading = Loading(dtype=options.dtype, pack=options.pack, trust_remote_code=trust_remote_code)
-    plan, members, base, drafting = _count(config, loading)
+    loading = loading or LoadingOptions()
+    if loading.device_map is not None and not options.probe:
+        raise ProxyTuneError("--against and --device-map need --probe: without it nothing is loaded")
+    bench = None if options.against is None else read_bench(options.against)
+    own = Loading(options.members.dtype, pack=options.members.pack, trust_remote_code=loading.trust_remote_code)
+    plan, members, base, drafting = _count(config, own)
+    if not options.probe:
+        return _estimated(plan, options, members, base, drafting)
+    subject = load_subject(config, options.members, loading)
+    costs = probe(subject, options.batches)
+    basis = f"the recipe's own forwards, timed on this machine for {PROBE_SECONDS:.0f} seconds ({subject.options})"
+    compared = [] if bench is None else compare_with_bench(costs, subject.options, subject.shares, bench)
+    if bench is not None and not compared:
+        raise ProxyTuneError(f"{options.against} has no row with the options {subject.options} and these batch sizes")
+    predictions = predict(costs, options.acceptances, timed=True)
+    return replace(plan, basis=basis, predictions=predictions, compared=compared)
+
+
+# -- from shapes ----------------------------------------------------------------------------------------------
+def _estimated(
+    plan: Plan, options: PlanOptions, members: Sequence[MemberReport], base: int, drafting: Drafting | None
+) -> Plan:
+    """The plan with its predictions, by the bytes that a step moves."""
+    device, pack = options.device or ("cuda" if torch.cuda.is_available() else "cpu"), options.members.pack
 
     def cost(n_bytes: float, dtype: str) -> Cost:
-        return cost_of_weights(n_bytes, 0, device, packed=options.pack or dtype != "float32")
+        return cost_of_weights(n_bytes, 0, device, packed=pack or dtype != "float32")
 
     saved = [lane.quick_head_bytes * (1 / QUICK_HEAD - 1) for lane in plan.lanes]
     lane_costs = [cost(lane.read_bytes - less, lane.dtype) for lane, less in zip(plan.lanes, saved)]
     heads = [cost(lane.quick_head_bytes / QUICK_HEAD, lane.dtype) for lane in plan.lanes if lane.quick_head_bytes]
     steered = costs_by_role(base, drafting, lane_costs, [lane.n_seats for lane in plan.lanes], *heads)
     naive = [cost(one.read_bytes, one.dtype) for one in members]
-    costs = {n: RecipeCosts(naive[0].of(n), sum(each.of(n) for each in naive), steered) for n in batches}
+    costs = {n: RecipeCosts(naive[0].of(n), sum(each.of(n) for each in naive), steered) for n in options.batches}
     basis = (
         f"the bytes of weights that a step moves, and {100 * ROW_SHARE[device]:g} % of them for each row ({device}); "
         "launching kernels is not counted, so members of less than a few GB are slower than this (--probe measures)"
     )
-    if device == "cpu" and not options.pack and any(lane.dtype == "float32" for lane in plan.lanes):
+    if device == "cpu" and not pack and any(lane.dtype == "float32" for lane in plan.lanes):
         basis += (
             f"; float32 weights that are not packed take {UNPACKED_CPU:g} times as long for several rows as for one"
         )
-    return replace(plan, basis=basis, predictions=predict(costs, acceptances, timed=False))
+    return replace(plan, basis=basis, predictions=predict(costs, options.acceptances, timed=False))
 
 
 def _count(config: ProxyTuneConfig, loading: Loading) -> tuple[Plan, list[MemberReport], int, Drafting | None]:
