@@ -17,7 +17,7 @@ from proxytune import ProxyTunedForCausalLM, RecipeError, load_recipe
 from proxytune.answers.chat import Conversation
 from proxytune.answers.generation import Sampling, answer
 from proxytune.cli.answers import interruptible
-from proxytune.cli.options import count, size
+from proxytune.cli.shared import count, size
 from proxytune.recipe.compose import parse_expert
 from proxytune.recipe.config import Prompt
 from proxytune.recipe.presets import PRESETS

@@ -17,8 +17,8 @@ from typer.core import TyperGroup
 from proxytune.cli.answers import chat, demo, generate, serve
 from proxytune.cli.evaluation import evaluate, score, sweep
 from proxytune.cli.flags import flat
-from proxytune.cli.options import drop_stdout, fail, say
 from proxytune.cli.recipes import check, new
+from proxytune.cli.shared import drop_stdout, fail, say
 from proxytune.cli.speed import bench, plan
 from proxytune.cli.training import train
 from proxytune.errors import ProxyTuneError

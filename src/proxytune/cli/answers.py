@@ -14,7 +14,7 @@ import typer
 
 from proxytune.answers.options import AnswerOptions, ChatOptions, ChatSampling, JobOptions, Sampling
 from proxytune.cli.flags import only
-from proxytune.cli.options import FAILED, Recipe, load_model, progress_bar, read_lines, say, write_out
+from proxytune.cli.shared import FAILED, Recipe, load_model, progress_bar, read_lines, say, write_out
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.options import LoadingOptions
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxytune.cli.flags import only
-from proxytune.cli.options import JsonFile, Recipe, progress_bar, say, share_bar, show_table, write_json
+from proxytune.cli.shared import JsonFile, Recipe, progress_bar, say, share_bar, show_table, write_json
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.options import CodeOptions, EvaluationOptions, JudgeOptions
 from proxytune.recipe.options import LoadingOptions

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from proxytune.cli.flags import only
-from proxytune.cli.options import FAILED, Recipe, count, load_model, say, size
+from proxytune.cli.shared import FAILED, Recipe, count, load_model, say, size
 from proxytune.recipe.options import ComposeOptions, LoadingOptions
 
 if TYPE_CHECKING:

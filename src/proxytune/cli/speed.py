@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.cli.flags import only
-from proxytune.cli.options import FAILED, JsonFile, Recipe, number_text, say, share_bar, show_table, size, write_json
+from proxytune.cli.shared import FAILED, JsonFile, Recipe, number_text, say, share_bar, show_table, size, write_json
 from proxytune.recipe.options import LoadingOptions
 from proxytune.speed.options import BenchOptions, PlanOptions
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from proxytune.cli.options import counting_bar
+from proxytune.cli.shared import counting_bar
 from proxytune.training.options import TrainingOptions
 
 if TYPE_CHECKING:
