@@ -9,8 +9,9 @@ from proxytune.errors import ProxyTuneError
 from proxytune.options import option
 from proxytune.recipe.presets import PRESETS
 
-__all__ = ["DTYPES", "ComposeOptions", "LoadingOptions", "MemberChoice", "device_map"]
+__all__ = ["DTYPES", "TRUST", "ComposeOptions", "LoadingOptions", "MemberChoice", "device_map"]
 
+TRUST = "Run code that the members bring along."
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 
 
@@ -43,7 +44,7 @@ class LoadingOptions:
         panel="Loading",
         parse=device_map,
     )
-    trust_remote_code: bool = option(False, "Run code that the members bring along.", panel="Loading")
+    trust_remote_code: bool = option(False, TRUST, panel="Loading")
     speculate: str | bool | int = option(
         "auto",
         "Let an expert draft N tokens ahead, which the base then verifies at once: where it pays, never, or always. "

@@ -14,6 +14,12 @@ __all__ = ["ARMS", "MAIN", "BenchOptions", "Case", "MemberOptions", "PlanOptions
 
 ARMS = ("base", "base_lookup", "plain_loop", "composite", "shared", "speculative")
 MAIN = ("64/128", 1)  # the case that always has its repeats
+BATCHES: dict[str, Any] = {
+    "help": "Batch sizes.",
+    "flag": "--batch",
+    "metavar": "N,...",
+    "parse": numbers("--batch", "1,16"),
+}
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,7 @@ def _speculate(text: str) -> Any:
 class BenchOptions:
     """What is measured: every batch size with every pair of lengths is a case, and all arms run it."""
 
-    batches: tuple[int, ...] = option(
-        (1, 4, 16), "Batch sizes.", flag="--batch", metavar="N,...", parse=numbers("--batch", "1,16")
-    )
+    batches: tuple[int, ...] = option((1, 4, 16), **BATCHES)
     lengths: tuple[str, ...] = option(
         ("64/128", "8/512", "512/8"), "Tokens of the prompt and new tokens.", metavar="PROMPT/OUTPUT,...", parse=words
     )
@@ -173,9 +177,7 @@ class PlanOptions:
         metavar="A,...",
         parse=numbers("--acceptance", "0.6,0.8", float),
     )
-    batches: tuple[int, ...] = option(
-        (1, 4, 16), "Batch sizes.", flag="--batch", metavar="N,...", parse=numbers("--batch", "1,16")
-    )
+    batches: tuple[int, ...] = option((1, 4, 16), **BATCHES)
     members: MemberOptions = option(
         MemberOptions(),
         "What is on in the members, as for bench: a dtype, pack.",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from proxytune.errors import ProxyTuneError
 from proxytune.options import option
+from proxytune.recipe.options import TRUST
 
 __all__ = ["TrainingOptions"]
 
@@ -91,7 +92,7 @@ class TrainingOptions:
         None, "Steps between checkpoints; a tenth of the run.", metavar="N", panel="The run"
     )
     resume: bool = option(False, "Go on where a killed run with the same options was.", panel="The run")
-    trust_remote_code: bool = option(False, "Run code that the members bring along.", panel="The run")
+    trust_remote_code: bool = option(False, TRUST, panel="The run")
 
     def __post_init__(self) -> None:
         if self.recipe is None and (self.base is None or self.anti_expert is None):
