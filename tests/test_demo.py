@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from itertools import product
 from pathlib import Path
@@ -152,6 +153,13 @@ def test_the_demo_is_the_evaluation_of_its_task():
     shown = plan_of(make_problems("test", 200, seed=0))
     assert shown.jobs == evaluated.jobs
     assert all(evaluated.metadata[name] == value for name, value in shown.metadata.items())
+
+
+def test_the_demo_needs_nothing_of_the_evaluations_extra():
+    program = (
+        "import sys; sys.modules |= dict.fromkeys(('lm_eval', 'datasets', 'matplotlib')); import proxytune.demo.run"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_bad_input_is_one_sentence_before_any_work(tmp_path):

@@ -15,7 +15,7 @@ from filelock import lock_descriptor
 
 from proxytune.errors import ProxyTuneError
 
-__all__ = ["Journal", "json_line"]
+__all__ = ["Journal", "json_line", "write_whole"]
 
 Kind = TypeVar("Kind", bound="Journal")
 
@@ -113,6 +113,13 @@ class Journal:
 
     def _foreign(self, number: int) -> str:
         return f"line {number} of {self.path} is not a result of this command; choose another output"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a whole file or none of it."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def json_line(value: Mapping[str, Any]) -> str:

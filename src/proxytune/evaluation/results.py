@@ -91,8 +91,7 @@ def _score_demo(lines: Sequence[Mapping[str, Any]]) -> Scores:
     problems = [Problem(str(line["question"]), "", int(line["answer"]), 0) for line in lines]
     right = [is_correct(str(line["model_output"]), of) for line, of in zip(lines, problems)]
     alone = [is_exact(str(line["model_output"]), of) for line, of in zip(lines, problems)]
-    metrics: dict[str, float | int] = {"exact_match": _mean(right), "nothing_else": _mean(alone)}
-    return Scores("demo_math", metrics, "exact_match", [str(line["id"]) for line in lines], [float(v) for v in right])
+    return _scores("demo_math", lines, "exact_match", right, nothing_else=_mean(alone))
 
 
 def _score_json(lines: Sequence[Mapping[str, Any]]) -> Scores:
@@ -106,20 +105,15 @@ def _score_json(lines: Sequence[Mapping[str, Any]]) -> Scores:
         return found["answer"] if isinstance(found, dict) and list(found) == ["answer"] else None
 
     answers = [chosen(line) for line in lines]
-    right = [float(answer == line["answer"]) for answer, line in zip(answers, lines)]
-    valid = [float(answer in line["options"]) for answer, line in zip(answers, lines)]
-    metrics: dict[str, float | int] = {"exact_match": _mean(right), "valid": _mean(valid)}
-    return Scores("ecqa_json", metrics, "exact_match", [str(line["id"]) for line in lines], right)
+    right = [answer == line["answer"] for answer, line in zip(answers, lines)]
+    valid = [answer in line["options"] for answer, line in zip(answers, lines)]
+    return _scores("ecqa_json", lines, "exact_match", right, valid=_mean(valid))
 
 
 def _score_choices(lines: Sequence[Mapping[str, Any]]) -> Scores:
     """Whether the right continuation is the likeliest."""
-    right = [float(_likeliest(line["loglikelihoods"]) == int(line["gold"])) for line in lines]
-    return Scores("truthfulqa_mc1", {"acc": _mean(right)}, "acc", [str(line["id"]) for line in lines], right)
-
-
-def _likeliest(values: Sequence[float]) -> int:
-    return max(range(len(values)), key=lambda at: values[at])
+    right = [line["loglikelihoods"].index(max(line["loglikelihoods"])) == int(line["gold"]) for line in lines]
+    return _scores("truthfulqa_mc1", lines, "acc", right)
 
 
 def _score_likelihood(lines: Sequence[Mapping[str, Any]]) -> Scores:
@@ -127,8 +121,12 @@ def _score_likelihood(lines: Sequence[Mapping[str, Any]]) -> Scores:
     totals = [(float(line["loglikelihoods"][0]), len(str(line["continuations"][0]).encode())) for line in lines]
     each = [math.exp(nats / n_bytes) for nats, n_bytes in totals]
     bits = -sum(nats for nats, _ in totals) / math.log(2) / max(1, sum(n_bytes for _, n_bytes in totals))
-    metrics: dict[str, float | int] = {"byte_probability": _mean(each), "bits_per_byte": bits}
-    return Scores("mbpp_likelihood", metrics, "byte_probability", [str(line["id"]) for line in lines], each)
+    return _scores("mbpp_likelihood", lines, "byte_probability", each, bits_per_byte=bits)
+
+
+def _scores(task: str, lines: Lines, headline: str, examples: Sequence[float], **others: float) -> Scores:
+    metrics: dict[str, float | int] = {headline: _mean(examples), **others}
+    return Scores(task, metrics, headline, [str(line["id"]) for line in lines], [float(value) for value in examples])
 
 
 NO_SHARES = ("bits_per_byte",)  # every other metric that is no count lies between 0 and 1
@@ -257,23 +255,14 @@ def results_table(results: Mapping[str, Any]) -> str:
         if not task["arms"]:
             parts.append("not scored: needs a judge\n\n")
             continue
-        headline = task["headline"]
-        others = _others(headline, [of["metrics"] for of in task["arms"].values()])
-        heads = ["arm", "right", headline, "95 % interval", *others, "p to proxy-tuned", "examples/s"]
+        heads, measured = _columns(task["headline"], list(task["arms"].values()))
         rows = []
-        for arm, of in task["arms"].items():
+        for arm, cells in zip(task["arms"], measured):
             against = task["proxy_tuned_against"].get(arm)
-            row = [
-                ARMS.get(arm, arm),
-                "" if of["count"] is None else f"{of['count']}/{of['of']}",
-                _percent(of["value"]),
-                f"{100 * of['low']:.1f} – {100 * of['high']:.1f}",
-                *(metric_text(metric, of["metrics"].get(metric)) for metric in others),
-                "" if against is None else f"{against['p']:.2g}",
-                f"{task['examples_per_second'][arm]:.2f}",
-            ]
+            p = "" if against is None else f"{against['p']:.2g}"
+            row = [ARMS.get(arm, arm), *cells, p, f"{task['examples_per_second'][arm]:.2f}"]
             rows.append([f"**{cell}**" if arm == "proxy_tuned" and cell else cell for cell in row])
-        parts.append(_markdown(heads, rows))
+        parts.append(_markdown(["arm", *heads, "p to proxy-tuned", "examples/s"], rows))
         parts.append(_notes(task))
     return "".join(parts).rstrip() + "\n"
 
@@ -310,29 +299,31 @@ def sweep_table(results: Mapping[str, Any]) -> str:
         if not task["points"]:
             parts.append("not scored: needs a judge\n\n")
             continue
-        headline = task["headline"]
-        others = _others(headline, [point["metrics"] for point in task["points"]])
-        rows = [
-            [
-                f"{point['alpha']:g}",
-                "" if point["count"] is None else f"{point['count']}/{point['of']}",
-                _percent(point["value"]),
-                f"{100 * point['low']:.1f} – {100 * point['high']:.1f}",
-                *(metric_text(metric, point["metrics"].get(metric)) for metric in others),
-            ]
-            for point in task["points"]
-        ]
-        parts.append(_markdown(["alpha", "right", headline, "95 % interval", *others], rows))
+        heads, measured = _columns(task["headline"], task["points"])
+        rows = [[f"{point['alpha']:g}", *cells] for point, cells in zip(task["points"], measured)]
+        parts.append(_markdown(["alpha", *heads], rows))
         parts += [f"{note}\n\n" for note in _cut_notes(task["points"])]
     return "".join(parts).rstrip() + "\n"
 
 
-def _others(headline: str, each: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The other columns: not counts that the table has already, nor a metric's parts, such as one a group."""
-    names = dict.fromkeys(name for metrics in each for name in metrics)
-    return [
-        name for name in names if name not in (headline, "samples", "total") and not name.startswith(f"{headline}_")
+def _columns(headline: str, measured: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """What was measured: the heads of its columns, and the cells of each arm or alpha.
+
+    Left out are counts that the table has already, and a metric's parts, such as one a group.
+    """
+    names = dict.fromkeys(name for of in measured for name in of["metrics"])
+    left_out = (headline, "samples", "total")
+    others = [name for name in names if name not in left_out and not name.startswith(f"{headline}_")]
+    cells = [
+        [
+            "" if of["count"] is None else f"{of['count']}/{of['of']}",
+            _percent(of["value"]),
+            f"{100 * of['low']:.1f} – {100 * of['high']:.1f}",
+            *(metric_text(metric, of["metrics"].get(metric)) for metric in others),
+        ]
+        for of in measured
     ]
+    return ["right", headline, "95 % interval", *others], cells
 
 
 def _percent(share: float) -> str:

@@ -29,6 +29,7 @@ import datasets
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from proxytune.answers.journal import write_whole
 from proxytune.errors import AlphaError, ProxyTuneError
 from proxytune.evaluation import TASK_DIR
 from proxytune.evaluation.answering import Job, Log, Mix, TaskPlan, answer_jobs, shots_of
@@ -207,8 +208,8 @@ def _write_results(
     out: Path, tasks: dict[str, Any], started: float, table: Callable[[Mapping[str, Any]], str]
 ) -> dict[str, Any]:
     results = {"tasks": tasks, "seconds": round(time.monotonic() - started, 1)}
-    _write(out / "results.json", json.dumps(results, indent=2) + "\n")
-    _write(out / "results.md", table(results))
+    write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_whole(out / "results.md", table(results))
     return results
 
 
@@ -426,7 +427,7 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
         manifest = {**manifest, "tasks": {**tasks, **manifest["tasks"]}}
         if "arms" in manifest:
             manifest["arms"] = list(dict.fromkeys([*before.get("arms", []), *manifest["arms"]]))
-    _write(path, json.dumps(manifest, indent=2) + "\n")
+    write_whole(path, json.dumps(manifest, indent=2) + "\n")
 
 
 def _refuse_others(out: Path, said: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -442,13 +443,6 @@ def _refuse_others(out: Path, said: str, before: Mapping[str, Any], now: Mapping
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a whole file or none of it."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def read_lines(plan: TaskPlan, arm: str, path: Path) -> list[dict[str, Any]]:

