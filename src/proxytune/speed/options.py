@@ -198,7 +198,8 @@ class PlanOptions:
         if self.members.compile:
             raise ProxyTuneError("a plan knows nothing of compiled members; leave compile out of --options")
         if not all(0 <= value <= 1 for value in self.acceptances):
-            raise ProxyTuneError(f"an acceptance lies between 0 and 1, not at {','.join(map(str, self.acceptances))}")
+            given = ",".join(f"{value:g}" for value in self.acceptances)
+            raise ProxyTuneError(f"an acceptance lies between 0 and 1, not at {given}")
         if self.against is not None and not self.probe:
             raise ProxyTuneError("--against and --device-map need --probe: without it nothing is loaded")
         if self.probe and self.device is not None:
