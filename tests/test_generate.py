@@ -150,6 +150,20 @@ def test_eos_ends_each_row_on_its_own(steered):
     assert None in ends
 
 
+def test_a_criterion_of_the_callers_sees_every_row_of_the_batch(steered):
+    """Rows that have ended too: it may keep something for each row."""
+    seen = []
+
+    def ends_nothing(ids, scores, **_):
+        seen.append(len(ids))
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    rows = greedy(steered.model, eos_token_id=254, stopping_criteria=StoppingCriteriaList([ends_nothing]))
+    assert rows == greedy(steered.model, eos_token_id=254)
+    assert set(seen) == {len(ROWS)}
+    assert any(row[-1] == tiny.PAD for row in rows)
+
+
 def test_the_bases_eos_is_the_default(trio):
     """Where nothing is said, the base's generation config ends the text."""
     base = tiny.llama("base", 1)

@@ -150,6 +150,11 @@ class Steered(Protocol):
     def alpha_rows(self, alpha: Any, n_batch: int) -> Tensor: ...
 
 
+def _whole_batch(each: Any) -> bool:
+    """Whether a processor or criterion may need all rows of a batch, as far as is known."""
+    return type(each) not in ROW_BY_ROW and not getattr(type(each), "row_by_row", False)
+
+
 def obstacle_of(
     model: Steered,
     cache: ProxyTunedCache,
@@ -166,17 +171,14 @@ def obstacle_of(
     if model.unlike_in_pieces is not None:
         return model.unlike_in_pieces
 
-    def unknown(each: Any) -> bool:
-        return type(each) not in ROW_BY_ROW and not getattr(type(each), "row_by_row", False)
-
-    for each in filter(unknown, processors):
+    for each in filter(_whole_batch, processors):
         return (
             f"{type(each).__name__} is not known to depend on a row's text and scores alone, and drafts call it "
             "more than once a token (a class that does says so with `row_by_row = True`)"
         )
     if cache.n_batch == 1:
         return None
-    for each in filter(unknown, criteria):
+    for each in filter(_whole_batch, criteria):
         return f"{type(each).__name__} must see the rows of a batch side by side"
     if streamer is not None:
         return "a streamer takes the rows of a batch side by side"
@@ -275,8 +277,10 @@ def sample(
 
     # On the device of the logits: a copy to it at each step would wait for all that the device has still to do.
     alpha = model.alpha_rows(model_kwargs.get("alpha"), n_batch).to(model.device)
-    # Static caches keep finished rows, so that no shape changes under a compiled model.
-    steps = decode(prompt, cache.states, mixture, alpha, text, sampler, drafter, leave=cache.capacity is None)
+    # Static caches keep finished rows, so that no shape changes under a compiled model; so do calls in which something
+    # may look at the whole batch.
+    leave = cache.capacity is None and not any(map(_whole_batch, (*processors, *criteria)))
+    steps = decode(prompt, cache.states, mixture, alpha, text, sampler, drafter, leave=leave)
     kept: list[Step] = []
     with _drafting(cache, None if speculate is False else limit - n_prompt - 1):
         for step in steps:
