@@ -1,20 +1,21 @@
-"""Greedy decoding and sampling of a composite: what ``generate`` prepared, handed to the loop, and what it returns.
+"""``generate`` of a composite: its hooks, and greedy decoding and sampling handed to the loop.
 
 Here it is decided whether drafts are possible at all; :mod:`proxytune.decoding` does the rest.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, generation
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList, generation
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -23,14 +24,19 @@ from proxytune.decoding.cost import Costs
 from proxytune.decoding.drafting import Drafter, Drafting
 from proxytune.decoding.lane import Scores
 from proxytune.decoding.loop import Step, decode
-from proxytune.decoding.noise import Noise
-from proxytune.decoding.pace import Pace, Speculate
+from proxytune.decoding.noise import Noise, RowSampler, row_seeds
+from proxytune.decoding.pace import Pace, Speculate, parse_speculate
 from proxytune.decoding.sampling import Sampler
 from proxytune.decoding.text import Text
-from proxytune.errors import ProxyTuneError
+from proxytune.errors import PromptError, ProxyTuneError
+from proxytune.own_prompts import as_tensors
+from proxytune.recipe.alpha import take_alpha
+from proxytune.recipe.generation_config import refuse_fields
+from proxytune.recipe.prompts import Prompter
 
-__all__ = ["SpeculationStats", "last_call", "sample"]
+__all__ = ["SpeculationStats", "SteeredGenerationMixin", "last_call"]
 
+SPARE_COLUMNS = 64  # of a static cache: rejected drafts, and padding before a row of a batch has been moved
 HOPED_FOR = 0.75  # the acceptance, the demo's, at which drafting must pay for "auto" to try it
 
 
@@ -129,55 +135,36 @@ ROW_BY_ROW = CONTEXT_FREE + tuple(
 )
 
 
-class Steered(Protocol):
-    """What is asked of the composite here: who can draft and what that costs, and how lanes are mixed."""
-
-    config: Any
-    lanes: Any
-    drafting: Drafting | None
-    costs: Costs
-    unlike_in_pieces: str | None
-    shared_vocab: int
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def _prefill(self) -> Any: ...
-
-    def mix_lanes(self, lane_logits: Sequence[Tensor], alpha: Tensor) -> Tensor: ...
-
-    def alpha_rows(self, alpha: Any, n_batch: int) -> Tensor: ...
-
-
 def _whole_batch(each: Any) -> bool:
     """Whether a processor or criterion may need all rows of a batch, as far as is known."""
     return type(each) not in ROW_BY_ROW and not getattr(type(each), "row_by_row", False)
 
 
 def obstacle_of(
-    model: Steered,
-    cache: ProxyTunedCache,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-    streamer: BaseStreamer | None,
+    model: SteeredGenerationMixin, cache: ProxyTunedCache, processors: LogitsProcessorList, together: str | None
 ) -> str | None:
-    """Why nothing can be drafted in this call, or None."""
+    """Why nothing can be drafted in this call, or None; ``together``: why rows must stay side by side."""
     if model.drafting is None:
         return "no member with weights of its own can draft for the base"
     if not all(state.forgets for state in cache.states):
         return "a member's cache cannot forget rejected tokens"
     if model.unlike_in_pieces is not None:
         return model.unlike_in_pieces
-
     for each in filter(_whole_batch, processors):
         return (
             f"{type(each).__name__} is not known to depend on a row's text and scores alone, and drafts call it "
             "more than once a token (a class that does says so with `row_by_row = True`)"
         )
-    if cache.n_batch == 1:
-        return None
+    return together if cache.n_batch > 1 else None
+
+
+def together_because(
+    cache: ProxyTunedCache,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    streamer: BaseStreamer | None,
+) -> str | None:
+    """Why the rows of a batch must stay side by side, those that have ended too; None where they need not."""
     for each in filter(_whole_batch, criteria):
         return f"{type(each).__name__} must see the rows of a batch side by side"
     if streamer is not None:
@@ -208,101 +195,326 @@ def _drafting(cache: ProxyTunedCache, room: int | None) -> Iterator[None]:
             state.end_drafts()
 
 
-def sample(
-    model: Steered,
-    input_ids: Tensor,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-    streamer: BaseStreamer | None,
-    model_kwargs: dict[str, Any],
-    speculate: Speculate,
-    noise: Noise | None = None,
-) -> Any:
-    """Greedy decoding or sampling, with drafts where they pay; what ``generate`` returns.
+class SteeredGenerationMixin(GenerationMixin):
+    """The hooks of ``generate``: what is asked of it, its cache, and our loop in the place of transformers' own."""
 
-    Args:
-        model: the composite.
-        input_ids: the prompt, (n_batch, n_columns), left-padded.
-        model_kwargs: what ``generate`` has prepared: the cache, mask, positions, alpha, own prompts.
-        noise: where samples are to depend on each row's seed alone, see decoding.noise; otherwise they are drawn from
-            torch's generator, and drafts are accepted by rejection sampling.
-        The others are those of transformers' ``_sample``.
+    if TYPE_CHECKING:  # what the composite is made of
+        config: Any
+        lanes: Any
+        tokenizer: Any
+        prompter: Prompter
+        seats: dict[str, tuple[int, int]]
+        expert_names: list[str]
+        own_prompts: list[bool]
+        drafting: Drafting | None
+        costs: Costs
+        speculate: Speculate
+        unlike_in_pieces: str | None
+        shared_vocab: int
+        cache_implementation: str
+        generation_config: Any
+        device: Any
 
-    Raises:
-        ProxyTuneError: if a number of drafts was asked for that this call cannot have.
-    """
-    stats = _LAST_CALLS.of[model] = SpeculationStats()
-    outputs = model._prefill(input_ids, config, model_kwargs)
-    cache: ProxyTunedCache = outputs.past_key_values
-    prompt = outputs.logits[:, -1:]
-    del outputs  # the prompt's logits are large
-    n_batch, n_prompt = input_ids.shape
-    limit = cast(int, criteria.max_length)  # without one transformers' own loop runs
+        def alpha_rows(self, alpha: Any, n_batch: int) -> Tensor: ...
 
-    obstacle = obstacle_of(model, cache, processors, criteria, config, streamer)
-    if obstacle is not None and speculate not in ("auto", False):
-        raise ProxyTuneError(f"speculate={speculate} is not possible here, because {obstacle}; leave it out")
-    if obstacle is not None or (speculate == "auto" and model.costs.best_drafts(HOPED_FOR, n_batch) == 0):
-        speculate = False  # and the rows stay side by side
-    pad = config._pad_token_tensor
-    text = Text(
-        input_ids,
-        criteria,
-        pad=0 if pad is None else int(pad),
-        has_eos=_has_eos(criteria),
-        aligned=n_batch == 1 or speculate is False,
-    )
-    sampler = Sampler(
-        text,
-        processors,
-        sample=bool(config.do_sample),
-        noise=noise,
-        context_free=all(type(each) in CONTEXT_FREE for each in processors),
-        remember=bool(config.return_dict_in_generate and (config.output_scores or config.output_logits)),
-    )
-    drafter = Drafter(
-        model.drafting if obstacle is None else None,
-        model.lanes,
-        cache.states,
-        text,
-        sampler,
-        Pace(speculate, model.costs, n_batch),
-        n_vocab=model.config.vocab_size,
-        n_shared=model.shared_vocab,
-    )
+        def mix_lanes(self, lane_logits: Sequence[Tensor], alpha: Tensor) -> Tensor: ...
 
-    def mixture(scores: Sequence[Scores], alpha: Tensor) -> Tensor:
-        return model.mix_lanes([each.values for each in scores], alpha)
+        def new_cache(self, capacity: int | None = None) -> ProxyTunedCache: ...
 
-    # On the device of the logits: a copy to it at each step would wait for all that the device has still to do.
-    alpha = model.alpha_rows(model_kwargs.get("alpha"), n_batch).to(model.device)
-    # Static caches keep finished rows, so that no shape changes under a compiled model; so do calls in which something
-    # may look at the whole batch.
-    leave = cache.capacity is None and not any(map(_whole_batch, (*processors, *criteria)))
-    steps = decode(prompt, cache.states, mixture, alpha, text, sampler, drafter, leave=leave)
-    kept: list[Step] = []
-    with _drafting(cache, None if speculate is False else limit - n_prompt - 1):
-        for step in steps:
-            stats.count(step)
-            if streamer is not None:
-                for column in zip(*step.tokens):
-                    streamer.put(torch.tensor(column))
-            if sampler.remember:
-                kept.append(step)
-    if streamer is not None:
-        streamer.end()
-    cache.n_columns += text.length[0] - n_prompt - 1  # the newest token is read by the next call
-    sequences = text.sequences()
-    if not config.return_dict_in_generate:
-        return sequences
+        def context_of(self, name: str) -> int | None: ...
 
-    def seen(name: str, wanted: bool) -> Any:
-        return tuple(part for step in kept for part in getattr(step, name).unbind(dim=1)) if wanted else None
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        alpha: Any = None,
+        member_input_ids: Mapping[str, Any] | None = None,
+        member_attention_mask: Mapping[str, Tensor] | None = None,
+        speculate: Any = None,
+        seed: int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' ``generate``, with every option of its own, steered.
 
-    return GenerateDecoderOnlyOutput(
-        sequences=cast(Any, sequences),
-        scores=seen("scores", config.output_scores),
-        logits=seen("logits", config.output_logits),
-        past_key_values=cache,
-    )
+        Args:
+            alpha: see :func:`recipe.alpha.alpha_rows`: a number, one a row, one an expert, or by name. An
+                argument called ``"alpha.NAME"`` sets one expert's, as in the requests that servers take.
+            member_input_ids: member name -> its own prompt: a list of lists of ids, or a left-padded tensor of
+                shape (n_batch, its width). By default made from the text of ``input_ids``, by the recipe.
+            member_attention_mask: member name -> the mask of such a tensor.
+            speculate: ``"auto"``: let a member draft, in greedy decoding and sampling, where that is predicted to pay;
+                False: never; a number: always draft so many tokens. By default what was given at load. Greedy
+                output is the same; samples have the same distribution, but torch's seed gives other ones.
+            seed: sample each row from noise of its own: a number, or one for each sequence drawn. A row's tokens then
+                depend on its seed and its text alone: not on the batch, and not on drafts; see
+                :mod:`proxytune.decoding.noise`. By default torch's generator decides, as elsewhere in transformers.
+
+        Raises:
+            PromptError: a prompt that is empty, longer than the shortest member's context, or that cannot be made.
+        """
+        fields = refuse_fields(kwargs, generation_config, self.generation_config)
+        if "stop_strings" in fields and kwargs.get("tokenizer") is None:
+            if self.tokenizer is None:
+                raise ProxyTuneError("stop strings need a tokenizer; pass `tokenizer` to generate()")
+            kwargs["tokenizer"] = self.tokenizer
+        alpha = take_alpha(kwargs, self.expert_names, alpha)
+        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if input_ids is not None:
+            _check_shape(input_ids)
+            if alpha is not None:
+                alpha = self.alpha_rows(alpha, input_ids.shape[0])
+            if any(self.own_prompts) and member_input_ids is None:
+                member_input_ids = self.prompter.from_ids(input_ids, kwargs.get("attention_mask"))
+            if member_input_ids is not None:
+                member_input_ids, member_attention_mask = as_tensors(member_input_ids, member_attention_mask)
+            self._check_prompts(input_ids, kwargs.get("attention_mask"), member_input_ids)
+        return super().generate(  # type: ignore[misc]
+            inputs,
+            generation_config,
+            alpha=alpha,
+            member_input_ids=member_input_ids,
+            member_attention_mask=member_attention_mask,
+            speculate=self.speculate if speculate is None else parse_speculate(speculate),
+            seed=seed,
+            **kwargs,
+        )
+
+    def _sample(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy decoding and sampling: our loop, or transformers' own where ours has no place."""
+        seed = model_kwargs.pop("seed", None)
+        seeds = None if seed is None else row_seeds(seed, input_ids.shape[0])
+        if seeds is not None and not generation_config.do_sample:
+            raise ProxyTuneError("seed is for sampling; add do_sample=True, or leave it out")
+        plain = synced_gpus or generation_config.is_assistant or model_kwargs.get("past_key_values") is None
+        if plain or stopping_criteria.max_length is None:
+            if seeds is not None:
+                generation_config = copy.copy(generation_config)
+                generation_config.do_sample = False
+                logits_processor = LogitsProcessorList([*logits_processor, RowSampler(seeds)])
+            return super()._sample(  # type: ignore[misc]
+                cast(Any, input_ids),
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus,
+                streamer,
+                **model_kwargs,
+            )
+        speculate = model_kwargs.pop("speculate")
+        noise = None if seeds is None else Noise(seeds)
+        return self._decode(
+            input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs, speculate, noise
+        )
+
+    def _decode(
+        self,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        streamer: BaseStreamer | None,
+        model_kwargs: dict[str, Any],
+        speculate: Speculate,
+        noise: Noise | None,
+    ) -> Any:
+        """Greedy decoding or sampling, with drafts where they pay; what ``generate`` returns.
+
+        Args:
+            input_ids: the prompt, (n_batch, n_columns), left-padded.
+            model_kwargs: what ``generate`` has prepared: the cache, mask, positions, alpha, own prompts.
+            noise: where samples are to depend on each row's seed alone, see decoding.noise; otherwise they are drawn
+                from torch's generator, and drafts are accepted by rejection sampling.
+            The others are those of transformers' ``_sample``.
+
+        Raises:
+            ProxyTuneError: if a number of drafts was asked for that this call cannot have.
+        """
+        stats = _LAST_CALLS.of[self] = SpeculationStats()
+        outputs = cast(Any, self)._prefill(input_ids, config, model_kwargs)
+        cache: ProxyTunedCache = outputs.past_key_values
+        prompt = outputs.logits[:, -1:]
+        del outputs  # the prompt's logits are large
+        n_batch, n_prompt = input_ids.shape
+        limit = cast(int, criteria.max_length)  # without one transformers' own loop runs
+
+        together = together_because(cache, criteria, config, streamer)
+        obstacle = obstacle_of(self, cache, processors, together)
+        if obstacle is not None and speculate not in ("auto", False):
+            raise ProxyTuneError(f"speculate={speculate} is not possible here, because {obstacle}; leave it out")
+        if obstacle is not None or (speculate == "auto" and self.costs.best_drafts(HOPED_FOR, n_batch) == 0):
+            speculate = False  # and the rows stay side by side
+        pad = config._pad_token_tensor
+        text = Text(
+            input_ids,
+            criteria,
+            pad=0 if pad is None else int(pad),
+            has_eos=_has_eos(criteria),
+            aligned=n_batch == 1 or speculate is False,
+        )
+        sampler = Sampler(
+            text,
+            processors,
+            sample=bool(config.do_sample),
+            noise=noise,
+            context_free=all(type(each) in CONTEXT_FREE for each in processors),
+            remember=bool(config.return_dict_in_generate and (config.output_scores or config.output_logits)),
+        )
+        drafter = Drafter(
+            self.drafting if obstacle is None else None,
+            self.lanes,
+            cache.states,
+            text,
+            sampler,
+            Pace(speculate, self.costs, n_batch),
+            n_vocab=self.config.vocab_size,
+            n_shared=self.shared_vocab,
+        )
+
+        def mixture(scores: Sequence[Scores], alpha: Tensor) -> Tensor:
+            return self.mix_lanes([each.values for each in scores], alpha)
+
+        # On the device of the logits: a copy to it at each step would wait for all that the device has still to do.
+        alpha = self.alpha_rows(model_kwargs.get("alpha"), n_batch).to(self.device)
+        # Rows that have ended leave, where nothing may look at the whole batch: in static caches no shape may change, and
+        # torch's generator draws for all rows at once.
+        free = together is None and not any(map(_whole_batch, processors)) and not sampler.rejecting
+        leave = cache.capacity is None and (free or not text.aligned)
+        steps = decode(prompt, cache.states, mixture, alpha, text, sampler, drafter, leave=leave)
+        kept: list[Step] = []
+        with _drafting(cache, None if speculate is False else limit - n_prompt - 1):
+            for step in steps:
+                stats.count(step)
+                if streamer is not None:
+                    for column in zip(*step.tokens):
+                        streamer.put(torch.tensor(column))
+                if sampler.remember:
+                    kept.append(step)
+        if streamer is not None:
+            streamer.end()
+        cache.n_columns += text.length[0] - n_prompt - 1  # the newest token is read by the next call
+        sequences = text.sequences()
+        if not config.return_dict_in_generate:
+            return sequences
+
+        def seen(name: str, wanted: bool) -> Any:
+            return tuple(part for step in kept for part in getattr(step, name).unbind(dim=1)) if wanted else None
+
+        return GenerateDecoderOnlyOutput(
+            sequences=cast(Any, sequences),
+            scores=seen("scores", config.output_scores),
+            logits=seen("logits", config.output_logits),
+            past_key_values=cache,
+        )
+
+    def _check_prompts(
+        self, input_ids: Tensor, attention_mask: Tensor | None, own: Mapping[str, Tensor] | None
+    ) -> None:
+        """Each member can read its prompt: no id beyond its vocabulary, no more tokens than its context."""
+        shown = {name: (own or {}).get(name, input_ids) for name in self.seats}
+        for name, ids in shown.items():
+            self._check_ids(name, ids, attention_mask if ids is input_ids else None)
+            length = ids.shape[1]
+            if ids is input_ids and attention_mask is not None:
+                length = int(attention_mask.sum(dim=1).max())
+            limit = self.context_of(name)
+            if limit is not None and length > limit:
+                raise PromptError(
+                    f"the prompt has {length} tokens, but member {name!r} can read only {limit}; shorten the prompt"
+                )
+
+    def _check_ids(self, name: str, ids: Tensor, mask: Tensor | None) -> None:
+        """Member ``name`` has every id that is not masked."""
+        width = self.lanes[self.seats[name][0]].n_vocab
+        read = ids if mask is None else ids.masked_fill(mask[:, -ids.shape[1] :] == 0, 0)
+        if (highest := int(read.max())) >= width or int(read.min()) < 0:
+            raise PromptError(f"the prompt has token id {highest}, but member {name!r} has only {width} tokens")
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        for key in (
+            "member_input_ids",
+            "member_attention_mask",
+        ):  # transformers expands tensors, not mappings
+            if model_kwargs.get(key) is not None and expand_size > 1:
+                model_kwargs[key] = {
+                    name: ids.repeat_interleave(expand_size, dim=0) for name, ids in model_kwargs[key].items()
+                }
+        if any(self.own_prompts) and input_ids is not None:
+            model_kwargs["prompt_length"] = input_ids.shape[1]
+        return super()._expand_inputs_for_generation(  # type: ignore[misc]
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
+        )
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and not isinstance(cache, ProxyTunedCache):
+            raise ProxyTuneError("`past_key_values` must come from this model; make one with model.new_cache()")
+        if cache is not None:
+            cache._is_user_defined = True  # transformers asks it of a cache that outlives generate()
+        elif generation_config.use_cache is not False:
+            capacity = None
+            if (generation_config.cache_implementation or self.cache_implementation) == "static":
+                widest = [ids.shape[1] for ids in (model_kwargs.get("member_input_ids") or {}).values()]
+                capacity = max_cache_length + max(widest, default=0) + SPARE_COLUMNS
+            cache = model_kwargs["past_key_values"] = self.new_cache(capacity)
+        if cache is not None and generation_config.is_assistant:
+            cache.activate_past_recording()
+
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
+        # An assistant is another model: what steers this one means nothing to it.
+        ours = (
+            "alpha",
+            "member_input_ids",
+            "member_attention_mask",
+            "prompt_length",
+            "output_member_logits",
+            "speculate",
+            "seed",
+        )
+        plain = {key: value for key, value in model_kwargs.items() if key not in ours}
+        return super()._get_candidate_generator(*args, model_kwargs=plain, **kwargs)  # type: ignore[misc]
+
+    @property
+    def init_continuous_batching(self) -> Any:
+        # Paged attention has one cache, not one a member. Servers ask with hasattr(), and then serve without it.
+        raise AttributeError("a recipe cannot be served with transformers' continuous batching")
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: transformers' continuous batching keeps one paged cache, not one a member."""
+        raise ProxyTuneError("generate_batch() does not fit several members' caches; use generate()")
+
+
+def _check_shape(input_ids: Any) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise PromptError(f"input_ids must be a tensor of shape (n_batch, n_columns), not {type(input_ids).__name__}")
+    if input_ids.dim() != 2:
+        shape = tuple(input_ids.shape)
+        raise PromptError(f"input_ids have shape {shape}, not (n_batch, n_columns); one row is input_ids[None]")
+    if input_ids.shape[1] == 0:
+        raise PromptError("the prompt is empty; give at least one token")

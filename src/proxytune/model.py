@@ -1,8 +1,8 @@
 """The transformers composite: a proxy-tuned model is just a model.
 
-Top to bottom: the cache of all members, the model, and its one hot path, :meth:`ProxyTunedForCausalLM.forward`:
-each lane (a set of weights) runs its members' rows, and the members' logits are mixed. Everything else that
-``generate`` does, greedy, sampling, beams, assistants, streamers, stop strings, is transformers' own.
+Its one hot path is :meth:`ProxyTunedForCausalLM.forward`: each lane (a set of weights) reads its members' rows, and the
+members' logits are mixed. Beams, assistants, lm_eval and training call it; greedy decoding and sampling read the lanes
+in a loop of their own, see :mod:`proxytune.generate`.
 
 The outer world sees one sequence: ``input_ids``, as the base reads it. A member with a prompt of its own reads
 ``own prompt + continuation``, where the continuation is what follows column ``prompt_length`` of ``input_ids``.
@@ -21,9 +21,6 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -34,17 +31,16 @@ from proxytune.decoding.cost import APART_BYTES
 from proxytune.decoding.drafting import choose_drafting, costs_by_role
 from proxytune.decoding.lane import stacked
 from proxytune.decoding.mixing import mix
-from proxytune.decoding.noise import Noise, RowSampler, row_seeds
 from proxytune.decoding.pace import parse_speculate
 from proxytune.errors import PromptError, ProxyTuneError, RecipeError
-from proxytune.generate import SpeculationStats, last_call, sample
+from proxytune.generate import SpeculationStats, SteeredGenerationMixin, last_call
 from proxytune.lanes.kernels import compile_model
 from proxytune.lanes.reading import refuse_unequal_lengths, unlike_in_pieces
 from proxytune.lanes.transformers import TransformersLane
-from proxytune.own_prompts import as_tensors, comparable, lane_prompts, own_columns, reads_its_own
+from proxytune.own_prompts import comparable, lane_prompts, own_columns, reads_its_own
 from proxytune.recipe.alpha import alpha_rows, take_alpha
 from proxytune.recipe.config import Expert, Member, ProxyTuneConfig
-from proxytune.recipe.generation_config import adapted, base_generation_config, refuse_fields
+from proxytune.recipe.generation_config import adapted, base_generation_config
 from proxytune.recipe.prompts import Prompter
 from proxytune.recipe.store import HUB_ARGUMENTS, load_recipe, read_from
 from proxytune.saving import push_model, save_model
@@ -52,7 +48,6 @@ from proxytune.saving import push_model, save_model
 __all__ = ["ProxyTunedForCausalLM", "ProxyTunedOutput"]
 
 logger = logging.getLogger(__name__)
-SPARE_COLUMNS = 64  # of a static cache: rejected drafts, and padding before a row of a batch has been moved
 PUSHED_ALONG = {"commit_message", "private", "revision", "create_pr"}  # by save_pretrained(push_to_hub=True)
 # What transformers hands to a forward besides its own arguments: to the loss, and from generate().
 PASSED_ALONG = ("num_items_in_batch", "ignore_index", "shift_labels", "tokenizer", "assistant_tokenizer")
@@ -69,7 +64,7 @@ class ProxyTunedOutput(CausalLMOutputWithPast):
     member_logits: dict[str, Tensor] | None = None
 
 
-class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
+class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
     """A base model steered by experts, as a Hugging Face model (2401.08565, eq. 1).
 
     Make one with :meth:`from_pretrained` (a recipe) or :meth:`from_members` (models, paths or hub ids).
@@ -411,200 +406,6 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         if unknown := [name for name, value in kwargs.items() if value is not None and name not in PASSED_ALONG]:
             raise TypeError(f"forward() does not take {', '.join(sorted(unknown))}")
 
-    # -- generate -------------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def generate(  # type: ignore[override]
-        self,
-        inputs: Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        *,
-        alpha: Any = None,
-        member_input_ids: Mapping[str, Any] | None = None,
-        member_attention_mask: Mapping[str, Tensor] | None = None,
-        speculate: Any = None,
-        seed: int | Sequence[int] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' ``generate``, with every option of its own, steered.
-
-        Args:
-            alpha: see :func:`recipe.alpha.alpha_rows`: a number, one a row, one an expert, or by name. An
-                argument called ``"alpha.NAME"`` sets one expert's, as in the requests that servers take.
-            member_input_ids: member name -> its own prompt: a list of lists of ids, or a left-padded tensor of
-                shape (n_batch, its width). By default made from the text of ``input_ids``, by the recipe.
-            member_attention_mask: member name -> the mask of such a tensor.
-            speculate: ``"auto"``: let a member draft, in greedy decoding and sampling, where that is predicted to pay;
-                False: never; a number: always draft so many tokens. By default what was given at load. Greedy
-                output is the same; samples have the same distribution, but torch's seed gives other ones.
-            seed: sample each row from noise of its own: a number, or one for each sequence drawn. A row's tokens then
-                depend on its seed and its text alone: not on the batch, and not on drafts; see
-                :mod:`proxytune.decoding.noise`. By default torch's generator decides, as elsewhere in transformers.
-
-        Raises:
-            PromptError: a prompt that is empty, longer than the shortest member's context, or that cannot be made.
-        """
-        fields = refuse_fields(kwargs, generation_config, self.generation_config)
-        if "stop_strings" in fields and kwargs.get("tokenizer") is None:
-            if self.tokenizer is None:
-                raise ProxyTuneError("stop strings need a tokenizer; pass `tokenizer` to generate()")
-            kwargs["tokenizer"] = self.tokenizer
-        alpha = take_alpha(kwargs, self.expert_names, alpha)
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if input_ids is not None:
-            _check_shape(input_ids)
-            if alpha is not None:
-                alpha = self.alpha_rows(alpha, input_ids.shape[0])
-            if any(self.own_prompts) and member_input_ids is None:
-                member_input_ids = self.prompter.from_ids(input_ids, kwargs.get("attention_mask"))
-            if member_input_ids is not None:
-                member_input_ids, member_attention_mask = as_tensors(member_input_ids, member_attention_mask)
-            self._check_prompts(input_ids, kwargs.get("attention_mask"), member_input_ids)
-        return super().generate(  # type: ignore[misc]
-            inputs,
-            generation_config,
-            alpha=alpha,
-            member_input_ids=member_input_ids,
-            member_attention_mask=member_attention_mask,
-            speculate=self.speculate if speculate is None else parse_speculate(speculate),
-            seed=seed,
-            **kwargs,
-        )
-
-    def _sample(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Greedy decoding and sampling: our loop, or transformers' own where ours has no place."""
-        seed = model_kwargs.pop("seed", None)
-        seeds = None if seed is None else row_seeds(seed, input_ids.shape[0])
-        if seeds is not None and not generation_config.do_sample:
-            raise ProxyTuneError("seed is for sampling; add do_sample=True, or leave it out")
-        plain = synced_gpus or generation_config.is_assistant or model_kwargs.get("past_key_values") is None
-        if plain or stopping_criteria.max_length is None:
-            if seeds is not None:
-                generation_config = copy.copy(generation_config)
-                generation_config.do_sample = False
-                logits_processor = LogitsProcessorList([*logits_processor, RowSampler(seeds)])
-            return super()._sample(  # type: ignore[misc]
-                cast(Any, input_ids),
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                synced_gpus,
-                streamer,
-                **model_kwargs,
-            )
-        speculate = model_kwargs.pop("speculate")
-        return sample(
-            self,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            streamer,
-            model_kwargs,
-            speculate,
-            None if seeds is None else Noise(seeds),
-        )
-
-    def _check_prompts(
-        self, input_ids: Tensor, attention_mask: Tensor | None, own: Mapping[str, Tensor] | None
-    ) -> None:
-        """Each member can read its prompt: no id beyond its vocabulary, no more tokens than its context."""
-        shown = {name: (own or {}).get(name, input_ids) for name in self.seats}
-        for name, ids in shown.items():
-            self._check_ids(name, ids, attention_mask if ids is input_ids else None)
-            length = ids.shape[1]
-            if ids is input_ids and attention_mask is not None:
-                length = int(attention_mask.sum(dim=1).max())
-            limit = self.context_of(name)
-            if limit is not None and length > limit:
-                raise PromptError(
-                    f"the prompt has {length} tokens, but member {name!r} can read only {limit}; shorten the prompt"
-                )
-
-    def _check_ids(self, name: str, ids: Tensor, mask: Tensor | None) -> None:
-        """Member ``name`` has every id that is not masked."""
-        width = self._lane(self.seats[name][0]).config.vocab_size
-        read = ids if mask is None else ids.masked_fill(mask[:, -ids.shape[1] :] == 0, 0)
-        if (highest := int(read.max())) >= width or int(read.min()) < 0:
-            raise PromptError(f"the prompt has token id {highest}, but member {name!r} has only {width} tokens")
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        for key in (
-            "member_input_ids",
-            "member_attention_mask",
-        ):  # transformers expands tensors, not mappings
-            if model_kwargs.get(key) is not None and expand_size > 1:
-                model_kwargs[key] = {
-                    name: ids.repeat_interleave(expand_size, dim=0) for name, ids in model_kwargs[key].items()
-                }
-        if any(self.own_prompts) and input_ids is not None:
-            model_kwargs["prompt_length"] = input_ids.shape[1]
-        return super()._expand_inputs_for_generation(  # type: ignore[misc]
-            expand_size=expand_size,
-            is_encoder_decoder=is_encoder_decoder,
-            input_ids=input_ids,
-            **model_kwargs,
-        )
-
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and not isinstance(cache, ProxyTunedCache):
-            raise ProxyTuneError("`past_key_values` must come from this model; make one with model.new_cache()")
-        if cache is not None:
-            cache._is_user_defined = True  # transformers asks it of a cache that outlives generate()
-        elif generation_config.use_cache is not False:
-            capacity = None
-            if (generation_config.cache_implementation or self.cache_implementation) == "static":
-                widest = [ids.shape[1] for ids in (model_kwargs.get("member_input_ids") or {}).values()]
-                capacity = max_cache_length + max(widest, default=0) + SPARE_COLUMNS
-            cache = model_kwargs["past_key_values"] = self.new_cache(capacity)
-        if cache is not None and generation_config.is_assistant:
-            cache.activate_past_recording()
-
-    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
-        # An assistant is another model: what steers this one means nothing to it.
-        ours = (
-            "alpha",
-            "member_input_ids",
-            "member_attention_mask",
-            "prompt_length",
-            "output_member_logits",
-            "speculate",
-            "seed",
-        )
-        plain = {key: value for key, value in model_kwargs.items() if key not in ours}
-        return super()._get_candidate_generator(*args, model_kwargs=plain, **kwargs)  # type: ignore[misc]
-
-    @property
-    def init_continuous_batching(self) -> Any:
-        # Paged attention has one cache, not one a member. Servers ask with hasattr(), and then serve without it.
-        raise AttributeError("a recipe cannot be served with transformers' continuous batching")
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: transformers' continuous batching keeps one paged cache, not one a member."""
-        raise ProxyTuneError("generate_batch() does not fit several members' caches; use generate()")
-
     def new_cache(self, capacity: int | None = None) -> ProxyTunedCache:
         """An empty cache for all members; one that grows, or a static one for ``capacity`` columns."""
         return ProxyTunedCache(self._all_lanes, capacity)
@@ -792,16 +593,6 @@ def _refuse_positions(position_ids: Tensor, attention_mask: Tensor | None, n_cac
         raise ProxyTuneError(
             "position_ids count a row's tokens, as the mask does, where a cache is kept; others need use_cache=False"
         )
-
-
-def _check_shape(input_ids: Any) -> None:
-    if not isinstance(input_ids, Tensor):
-        raise PromptError(f"input_ids must be a tensor of shape (n_batch, n_columns), not {type(input_ids).__name__}")
-    if input_ids.dim() != 2:
-        shape = tuple(input_ids.shape)
-        raise PromptError(f"input_ids have shape {shape}, not (n_batch, n_columns); one row is input_ids[None]")
-    if input_ids.shape[1] == 0:
-        raise PromptError("the prompt is empty; give at least one token")
 
 
 AutoModelForCausalLM.register(ProxyTuneConfig, ProxyTunedForCausalLM, exist_ok=True)
