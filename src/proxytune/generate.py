@@ -386,8 +386,8 @@ class SteeredGenerationMixin(GenerationMixin):
 
         # On the device of the logits: a copy to it at each step would wait for all that the device has still to do.
         alpha = self.alpha_rows(model_kwargs.get("alpha"), n_batch).to(self.device)
-        # Rows that have ended leave, where nothing may look at the whole batch: in static caches no shape may change, and
-        # torch's generator draws for all rows at once.
+        # Rows that have ended leave, where nothing may look at the whole batch: in static caches no shape may change,
+        # and torch's generator draws for all rows at once.
         free = together is None and not any(map(_whole_batch, processors)) and not sampler.rejecting
         leave = cache.capacity is None and (free or not text.aligned)
         steps = decode(prompt, cache.states, mixture, alpha, text, sampler, drafter, leave=leave)
