@@ -56,12 +56,13 @@ bench-vllm: install-vllm  ## what steering costs in vLLM, on the demo: about fif
 test: install  ## the core tests, under five minutes
 	$(PYTEST) -m "not slow"
 
+# Warnings are errors in the core tests. Here servers, TRL, vLLM and Jupyter run whole, and what they warn of is theirs.
 test-slow: install  ## the others: real models, servers, kills, and the notebook
-	$(PYTEST) -m slow
-	$(BIN)/python -m pytest --nbmake docs/notebooks
+	$(PYTEST) -W default -m slow
+	$(BIN)/python -m pytest -W default --nbmake docs/notebooks
 
 test-vllm: install-vllm  ## the tests with the real vLLM engine, about ten minutes; a skip fails
-	PROXYTUNE_NO_SKIPS=1 $(VLLM_BIN)/python -m pytest tests/vllm
+	PROXYTUNE_NO_SKIPS=1 $(VLLM_BIN)/python -m pytest -W default tests/vllm
 
 lint: install  ## ruff: style and format; import-linter: who imports whom; hadolint: the Dockerfile
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ def traps(directory: Path, marker: Path, *, file: str = "config.json") -> None:
     """Let a file of a model directory ask for a module that writes ``marker``."""
     (directory / "trap.py").write_text(
         f"from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
-        f"open({str(marker)!r}, 'w').write('ran')\n"
+        f"import pathlib; pathlib.Path({str(marker)!r}).write_text('ran')\n"
         "class C(LlamaConfig):\n    model_type = 'trap'\nclass M(LlamaForCausalLM):\n    config_class = C\n"
         "class T(PreTrainedTokenizerFast):\n    pass\n"
     )
