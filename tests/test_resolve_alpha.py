@@ -73,6 +73,8 @@ def test_every_form_of_alpha(alpha, expected):
         ([1.0, "x"], "alpha of expert 'b' must be a finite number, not 'x'"),
         ({"a": None}, "alpha of expert 'a' must be a finite number, not None"),
         ("x", "alpha must be a finite number, not 'x'"),
+        ({"b": [1.0]}, "alpha of expert 'b' must be a finite number, not [1.0]"),
+        ([[1.0], [2.0]], "alpha of expert 'a' must be a finite number, not [1.0]"),
     ],
     ids=repr,
 )

@@ -21,7 +21,9 @@ def finite_alpha(alpha: Any, what: str = "alpha") -> float:
     return float(alpha)
 
 
-def alpha_rows(alpha: Any, names: Sequence[str], default: Sequence[float], n_rows: int) -> list[tuple[float, ...]]:
+def alpha_rows(
+    alpha: Any, names: Sequence[str], default: Sequence[float], n_rows: int | None
+) -> list[tuple[float, ...]]:
     """One alpha an expert for each row, from every form in which it may be given.
 
     Args:
@@ -29,25 +31,27 @@ def alpha_rows(alpha: Any, names: Sequence[str], default: Sequence[float], n_row
             row; a list of such lists, one a row; a mapping from an expert's name to a number or to one value a row;
             tensors and arrays of these shapes; None for ``default``.
         names: the experts' names, in order. default: the recipe's alphas, which experts left out of a mapping keep.
+        n_rows: of the batch; None for one text alone, where values for each row make no sense.
 
     Raises:
         AlphaError: for a value that is not finite, an unknown name, or a shape that fits neither rows nor experts.
     """
+    n = n_rows or 1
     if alpha is None:
-        return [tuple(default)] * n_rows
+        return [tuple(default)] * n
     if isinstance(alpha, Mapping):
         _refuse_unknown(alpha, names)
         given = [(name, _plain(alpha.get(name, value))) for name, value in zip(names, default)]
         return list(zip(*(_column(value, name, n_rows) for name, value in given)))
     alpha = _plain(alpha)
     if not isinstance(alpha, (list, tuple)):
-        return [(finite_alpha(alpha),) * len(names)] * n_rows
-    if not any(isinstance(row, (list, tuple)) for row in alpha):
+        return [(finite_alpha(alpha),) * len(names)] * n
+    if n_rows is None or not any(isinstance(row, (list, tuple)) for row in alpha):
         if len(alpha) == len(names):
-            return [_row(alpha, names)] * n_rows
+            return [_row(alpha, names)] * n
         if len(names) == 1 and len(alpha) == n_rows:
             return list(zip(_column(alpha, names[0], n_rows)))
-        rows = f" or {n_rows} rows" if n_rows > 1 else ""
+        rows = f" or {n_rows} rows" if n > 1 else ""
         raise AlphaError(f"{len(alpha)} alphas for {len(names)} experts ({', '.join(names)}){rows}")
     widths = {len(row) if isinstance(row, (list, tuple)) else 0 for row in alpha}
     if len(alpha) not in (1, n_rows) or widths not in ({1}, {len(names)}):
@@ -60,8 +64,8 @@ def alpha_rows(alpha: Any, names: Sequence[str], default: Sequence[float], n_row
 
 
 def resolve_alpha(alpha: Any, names: Sequence[str], default: Sequence[float]) -> tuple[float, ...]:
-    """The same for one row."""
-    return alpha_rows(alpha, names, default, 1)[0]
+    """The same for one text."""
+    return alpha_rows(alpha, names, default, None)[0]
 
 
 def alpha_of_text(given: Sequence[str] | None) -> float | Mapping[str, float] | None:
@@ -120,12 +124,12 @@ def _row(values: Sequence[Any], names: Sequence[str]) -> tuple[float, ...]:
     return tuple(finite_alpha(value, f"alpha of expert {name!r}") for name, value in zip(names, values))
 
 
-def _column(value: Any, name: str, n_rows: int) -> list[float]:
+def _column(value: Any, name: str, n_rows: int | None) -> list[float]:
     """One expert's alpha for each row."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    if len(values) not in (1, n_rows):
+    values = value if n_rows is not None and isinstance(value, (list, tuple)) else [value]
+    if len(values) not in (1, n_rows or 1):
         raise AlphaError(f"alpha of {name!r} must be a number or {n_rows} values, one a row")
-    return [finite_alpha(each, f"alpha of expert {name!r}") for each in values] * (n_rows // len(values))
+    return [finite_alpha(each, f"alpha of expert {name!r}") for each in values] * ((n_rows or 1) // len(values))
 
 
 def _refuse_unknown(given: Mapping[Any, Any], names: Sequence[str]) -> None:
