@@ -194,6 +194,23 @@ def test_cropped_is_never_read(runtime):
 
 
 @torch.no_grad()
+def test_what_lies_beyond_the_room_can_be_read(runtime):
+    """Drafts at the end of a text go beyond it, and are thrown away; where positions are a table they end there."""
+    lane, capacity = runtime
+    room = 2
+    limit = lane.context if capacity is None else None  # the static caches here are shorter
+    ids = ids_of(2, 10 if limit is None else limit - room)
+    state = lane.open(2, capacity)
+    state.read(ids)
+    state.keep()
+    state.begin_drafts(room)
+    drafts = ids_of(2, room + 3, seed=1)
+    values = state.read(drafts).values[:, room - 1]
+    for row, text in enumerate(torch.cat([ids, drafts[:, :room]], dim=1).tolist()):
+        assert_near(lane, values[row::2], fresh(lane, text))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("rows", [[2, 0], [0, 0, 1, 1, 2, 2], [1]])
 def test_rows_are_reordered_repeated_and_left_out(runtime, rows):
     lane, capacity = runtime
