@@ -12,6 +12,7 @@ from transformers import (
     LlamaForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
@@ -110,6 +111,24 @@ def test_scores_and_logits_are_the_mixture(steered):
     expected = steered.oracle.logits(row, out.sequences[0, len(row) :].tolist())[:-1]
     for found in (out.logits, out.scores):
         torch.testing.assert_close(torch.cat(found), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("asked", ["output_scores", "output_logits"])
+def test_criteria_see_scores_where_scores_are_asked_for(steered, asked):
+    """As in transformers' own loop."""
+    seen = []
+
+    class Watch(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            seen.append(None if scores is None else len(scores))
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    options = {asked: True, "return_dict_in_generate": True, "stopping_criteria": StoppingCriteriaList([Watch()])}
+    out = steered.model.generate(torch.tensor([ROWS[0]]), **QUIET, max_new_tokens=4, **options)
+    assert seen == ([1, 2, 3, 4] if asked == "output_scores" else [None] * 4)
+    assert (out.scores is None) == (asked == "output_logits")
+    assert (out.logits is None) == (asked == "output_scores")
+    assert len(out.scores or out.logits) == 4
 
 
 def test_a_cache_is_continued_across_calls(steered):

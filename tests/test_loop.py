@@ -62,7 +62,7 @@ def run(rows, alphas, speculate, lanes=None):
         [MaxLengthCriteria(prompt.shape[1] + N_NEW), EosTokenCriteria(eos_token_id=END)],
     )
     text = Text(prompt, criteria, pad=0, has_eos=True, aligned=len(rows) == 1 or not speculate)
-    sampler = Sampler(text, [], sample=False, noise=None, context_free=True, remember=False)
+    sampler = Sampler(text, [], sample=False, noise=None, context_free=True, remember=False, show_scores=False)
     costs = Costs(Cost(100, 1), Cost(5, 0.1), 2)
     drafting = choose_drafting([100, 5], seats, ["e"])
     drafter = Drafter(

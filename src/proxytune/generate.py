@@ -362,13 +362,19 @@ class SteeredGenerationMixin(GenerationMixin):
             has_eos=_has_eos(criteria),
             aligned=n_batch == 1 or speculate is False,
         )
+        wanted = {
+            name
+            for name, asked in (("scores", config.output_scores), ("logits", config.output_logits))
+            if asked and config.return_dict_in_generate
+        }
         sampler = Sampler(
             text,
             processors,
             sample=bool(config.do_sample),
             noise=noise,
             context_free=all(type(each) in CONTEXT_FREE for each in processors),
-            remember=bool(config.return_dict_in_generate and (config.output_scores or config.output_logits)),
+            remember=bool(wanted),
+            show_scores="scores" in wanted,
         )
         drafter = Drafter(
             self.drafting if obstacle is None else None,
@@ -391,31 +397,23 @@ class SteeredGenerationMixin(GenerationMixin):
         free = together is None and not any(map(_whole_batch, processors)) and not sampler.rejecting
         leave = cache.capacity is None and (free or not text.aligned)
         steps = decode(prompt, cache.states, mixture, alpha, text, sampler, drafter, leave=leave)
-        kept: list[Step] = []
+        kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
         with _drafting(cache, None if speculate is False else limit - n_prompt - 1):
             for step in steps:
                 stats.count(step)
                 if streamer is not None:
                     for column in zip(*step.tokens):
                         streamer.put(torch.tensor(column))
-                if sampler.remember:
-                    kept.append(step)
+                for name in kept:
+                    kept[name] += getattr(step, name).unbind(dim=1)
         if streamer is not None:
             streamer.end()
         cache.n_columns += text.length[0] - n_prompt - 1  # the newest token is read by the next call
         sequences = text.sequences()
         if not config.return_dict_in_generate:
             return sequences
-
-        def seen(name: str, wanted: bool) -> Any:
-            return tuple(part for step in kept for part in getattr(step, name).unbind(dim=1)) if wanted else None
-
-        return GenerateDecoderOnlyOutput(
-            sequences=cast(Any, sequences),
-            scores=seen("scores", config.output_scores),
-            logits=seen("logits", config.output_logits),
-            past_key_values=cache,
-        )
+        seen = {name: cast(Any, tuple(parts)) for name, parts in kept.items()}
+        return GenerateDecoderOnlyOutput(sequences=cast(Any, sequences), past_key_values=cache, **seen)
 
     def _check_prompts(
         self, input_ids: Tensor, attention_mask: Tensor | None, own: Mapping[str, Tensor] | None

@@ -111,7 +111,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             for block, seat in enumerate(lane_module.seats)
             for name in seat.names
         }
-        widths = [lane.config.vocab_size for lane in lanes]
+        widths = [lane.n_vocab for lane in lanes]
         self.shared_vocab, self.widest_vocab = min(widths), max(widths)
         self.own_prompts = [reads_its_own(lane) for lane in lanes]
         for lane_module, width in zip(lanes, widths):

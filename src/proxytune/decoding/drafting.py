@@ -148,17 +148,16 @@ class Drafter:
                     break
             newest = self.sampler.draw(scores, offset=n_drafts)[:, None]
             draft.tokens = torch.cat([draft.tokens, newest], dim=1)
-            distributions.append(q)
+            if self.sampler.rejecting:
+                distributions.append(q)
             self._write(draft.tokens)
             if n_drafts + 1 == room or not self.pace.another(n_drafts + 1, chances):
                 break
         read = torch.cat(outputs, dim=1)
-        draft.scores, draft.n_read = (
-            Scores(read if quick is None else cast(QuickLane, self.runtime).head(read)),
-            len(outputs),
-        )
+        draft.scores = Scores(read if quick is None else cast(QuickLane, self.runtime).head(read))
+        draft.n_read = len(outputs)
         if draft.tokens.shape[1] == 0:
-            draft.confidences = []
+            draft.confidences = []  # of a draft that was never made there is nothing to learn
             return draft
         draft.source = "lane"
         if self.sampler.rejecting:

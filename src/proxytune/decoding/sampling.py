@@ -32,16 +32,19 @@ class Sampler:
         noise: Noise | None,
         context_free: bool,
         remember: bool,
+        show_scores: bool,
     ) -> None:
         """
         Args:
             processors: transformers' logits processors. context_free: whether they look at one row's scores alone.
             sample: draw, instead of taking the best. noise: what draws are made from; None: torch's generator.
-            remember: keep what was weighed, for callers who want to see logits and scores.
+            remember: keep a step's logits and scores, for callers who want to see them.
+            show_scores: show stopping criteria the scores of all new tokens; only where they are remembered.
         """
         self.text, self.context_free, self.plain = text, context_free, not processors
         self.processors = cast(Callable[[Tensor, Tensor], Tensor], processors)  # theirs takes narrower types
-        self.noise, self.rejecting, self.remember = noise, sample and noise is None, remember
+        self.noise, self.rejecting = noise, sample and noise is None
+        self.remember, self.show_scores = remember, show_scores
         self.weighed: list[tuple[Tensor, Tensor]] = []  # this step's logits and scores
         self.before: list[Tensor] = []  # the scores of the tokens before this step
 
@@ -99,8 +102,8 @@ class Sampler:
         return self.weighed[-1][1]
 
     def scores_so_far(self, n_tokens: int) -> tuple[Tensor, ...] | None:
-        """Where scores are remembered, those of each new token, (n_batch, n_vocab), with ``n_tokens`` of this step."""
-        if not self.remember:
+        """What criteria are shown: the scores of each new token, (n_batch, n_vocab), with ``n_tokens`` of this step."""
+        if not self.show_scores:
             return None
         newest = torch.cat([scores for _, scores in self.weighed], dim=1)[:, :n_tokens]
         return (*self.before, *newest.unbind(dim=1))
@@ -110,7 +113,8 @@ class Sampler:
         if not self.remember:
             return None
         logits, scores = (torch.cat(parts, dim=1)[:, :n_tokens] for parts in zip(*self.weighed))
-        self.before += scores.unbind(dim=1)
+        if self.show_scores:
+            self.before += scores.unbind(dim=1)
         self.weighed = []
         return logits, scores
 

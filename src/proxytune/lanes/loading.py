@@ -31,7 +31,6 @@ __all__ = ["forget_gguf", "load_lanes", "load_member", "load_model"]
 logger = logging.getLogger(__name__)
 
 
-# -- loading --------------------------------------------------------------------------------------------------
 def load_lanes(config: ProxyTuneConfig, loading: Loading, given: Mapping[str, Any]) -> list[TransformersLane]:
     """Load every member of the recipe, each set of weights once.
 

@@ -24,9 +24,7 @@ from proxytune.lanes.buffers import BufferLayer, buffer_cache, can_roll_back
 from proxytune.lanes.kernels import PackedLinear, QuickHead, pack
 from proxytune.lanes.reading import has_read, one_by_one, reading_of
 from proxytune.lanes.rows import apply_by_rows, refuse_unlike, same_weights
-from proxytune.recipe.adapters import (
-    checksums,
-)
+from proxytune.recipe.adapters import checksums
 from proxytune.recipe.config import Member
 from proxytune.recipe.families import idle_embeddings
 from proxytune.recipe.layout import Seat
@@ -239,7 +237,6 @@ class TransformersState:
         self.position = torch.zeros(self.n_seats * n_batch, 1, dtype=torch.long, device=lane.device)
         self.ahead: Tensor | int = 0  # tokens among the columns read since the last `keep`, of each row
         self.last: Tensor | None = None  # the position beyond which nothing is kept, (n_rows, 1)
-
         self.rolls_back = False
 
     @property

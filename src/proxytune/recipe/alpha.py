@@ -51,8 +51,7 @@ def alpha_rows(
             return [_row(alpha, names)] * n
         if len(names) == 1 and len(alpha) == n_rows:
             return list(zip(_column(alpha, names[0], n_rows)))
-        rows = f" or {n_rows} rows" if n > 1 else ""
-        raise AlphaError(f"{len(alpha)} alphas for {len(names)} experts ({', '.join(names)}){rows}")
+        raise _wrong_length(alpha, names, n)
     widths = {len(row) if isinstance(row, (list, tuple)) else 0 for row in alpha}
     if len(alpha) not in (1, n_rows) or widths not in ({1}, {len(names)}):
         raise AlphaError(
@@ -108,7 +107,8 @@ def take_alpha(arguments: dict[str, Any], names: Sequence[str], alpha: Any = Non
     if alpha is None or isinstance(alpha, Mapping):
         return {**(alpha or {}), **named}
     if isinstance(alpha, (list, tuple)):
-        _refuse_length(alpha, names)
+        if len(alpha) != len(names):
+            raise _wrong_length(alpha, names)
         return {**dict(zip(names, alpha)), **named}
     if isinstance(alpha, (int, float)):
         return {**dict.fromkeys(names, alpha), **named}
@@ -138,6 +138,6 @@ def _refuse_unknown(given: Mapping[Any, Any], names: Sequence[str]) -> None:
             raise AlphaError(f"no expert is called {name!r}; the recipe has {', '.join(names)}")
 
 
-def _refuse_length(given: Sequence[Any], names: Sequence[str]) -> None:
-    if len(given) != len(names):
-        raise AlphaError(f"{len(given)} alphas for {len(names)} experts ({', '.join(names)})")
+def _wrong_length(given: Sequence[Any], names: Sequence[str], n_rows: int = 1) -> AlphaError:
+    rows = f" or {n_rows} rows" if n_rows > 1 else ""
+    return AlphaError(f"{len(given)} alphas for {len(names)} experts ({', '.join(names)}){rows}")

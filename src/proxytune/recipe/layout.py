@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from proxytune.recipe.adapters import (
-    judge,
-)
+from proxytune.recipe.adapters import judge
 from proxytune.recipe.config import Member, Prompt, ProxyTuneConfig
 from proxytune.recipe.members import Loading, adapter_source, load_adapter_config
 

@@ -15,9 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils.hub import cached_file
 
 from proxytune.errors import MemberError, first_line
-from proxytune.recipe.adapters import (
-    read_config,
-)
+from proxytune.recipe.adapters import read_config
 from proxytune.recipe.checkpoints import whole_gguf
 from proxytune.recipe.config import Member, ProxyTuneConfig
 from proxytune.recipe.source import Source

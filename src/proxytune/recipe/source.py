@@ -12,7 +12,6 @@ from proxytune.errors import RecipeError
 __all__ = ["Source", "rebase", "resolve"]
 
 
-# -- where a member lies --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Source:
     """Where ``from_pretrained`` finds something: a path or hub id, with revision and subfolder for the hub."""
