@@ -206,16 +206,15 @@ def test_prompts_from_a_file(measured, tmp_path):
 # -- budget and interruption ----------------------------------------------------------------------------------
 def test_the_budget_cuts_rounds_and_options_and_says_so():
     result = bench.BenchResult({}, BenchOptions(repeats=5))
-    slow, fast = SimpleNamespace(options="float32"), SimpleNamespace(options="float32+pack")
-    runs = [(slow, "base"), (fast, "base")]
-    costs = {"float32": 10.0, "float32+pack": 4.0}
     case = Case(4, 8, 512)
-    assert bench._cut(result, case, runs, costs, None) == (runs, 5)
-    assert bench._cut(result, case, runs, costs, 70.0) == (runs, 5)
+    slow = bench.Run(case, "base", SimpleNamespace(options="float32"), 10.0)
+    fast = bench.Run(case, "base", SimpleNamespace(options="float32+pack"), 4.0)
+    assert bench._cut(result, case, [slow, fast], None) == ([slow, fast], 5)
+    assert bench._cut(result, case, [slow, fast], 70.0) == ([slow, fast], 5)
     assert result.notes == []
-    assert bench._cut(result, case, runs, costs, 69.0) == ([(fast, "base")], 5)
-    assert bench._cut(result, case, runs, costs, 11.0) == ([(fast, "base")], 2)
-    assert bench._cut(result, case, runs, costs, 3.9)[1] == 0
+    assert bench._cut(result, case, [slow, fast], 69.0) == ([fast], 5)
+    assert bench._cut(result, case, [slow, fast], 11.0) == ([fast], 2)
+    assert bench._cut(result, case, [slow, fast], 3.9)[1] == 0
     costs_said = "the budget is short (a round takes float32 10 s, float32+pack 4 s)"
     assert result.notes == [
         f"8/512 at batch 4 has 5 of 5 rounds, of float32+pack alone: {costs_said}",

@@ -84,7 +84,7 @@ def test_packing_is_counted(lora_recipe):
     n_vocab, width = drafting.quick_head.out_features, drafting.quick_head.in_features
     assert plan.lanes[model.drafting.lane].quick_head_bytes == n_vocab * width
     assert n_vocab * width < quick <= (n_vocab + 31) * (width + 31) + 2 * (n_vocab + 31), "with scales and padding"
-    packed = sum(bench._bytes(bench._tensors(module)) for lane in model.lanes for module in lane.model.modules())
+    packed = bench.tensor_bytes(module for lane in model.lanes for module in lane.model.modules())
     assert plan.weight_bytes["shared"] - n_vocab * width == pytest.approx(packed, rel=0.02)
     assert model.costs.draft.fixed < ProxyTunedForCausalLM.from_pretrained(lora_recipe).costs.draft.fixed
     assert len(model.costs.others) == 1, "its own head reads the drafts once a cycle"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -63,46 +64,46 @@ def show_bench(result: BenchResult) -> None:
         f"{machine['gpu'] or machine['cpu']}; {machine['cores']} cores, {machine['threads']} threads{memory}; "
         f"torch {machine['torch']}, transformers {machine['transformers']}, Python {machine['python']}\n"
     )
-    for case in dict.fromkeys((row.batch, row.prompt, row.output) for row in result.rows):
-        typer.echo(f"**prompt/output {case[1]}/{case[2]}, batch {case[0]}**\n")
+    for case in dict.fromkeys(map(_case, result.rows)):
+        rows = [row for row in result.rows if _case(row) == case]
+        typer.echo(f"**{case}**\n")
         show_table(
             "arm|options|tokens/s|min – max|to base|to plain loop|acceptance|first token|memory|rounds",
             [
                 (
-                    row.arm,
-                    row.options,
-                    f"{row.tokens_per_second:.1f}",
-                    f"{row.tokens_per_second_low:.1f} – {row.tokens_per_second_high:.1f}",
-                    number_text(row.ratio_to_base),
-                    number_text(row.ratio_to_plain_loop),
-                    number_text(row.acceptance),
-                    f"{1000 * row.time_to_first_token_s:.0f} ms",
-                    size(row.peak_memory_bytes),
-                    str(row.repeats),
+                    row["arm"],
+                    row["options"],
+                    f"{row['tokens_per_second']:.1f}",
+                    f"{row['tokens_per_second_low']:.1f} – {row['tokens_per_second_high']:.1f}",
+                    number_text(row["ratio_to_base"]),
+                    number_text(row["ratio_to_plain_loop"]),
+                    number_text(row["acceptance"]),
+                    f"{1000 * row['time_to_first_token_s']:.0f} ms",
+                    size(row["peak_memory_bytes"]),
+                    str(row["repeats"]),
                 )
-                for row in result.rows
-                if (row.batch, row.prompt, row.output) == case
+                for row in rows
             ],
         )
-        for row in result.rows:
-            if row.speculation and (row.batch, row.prompt, row.output) == case:
+        for row in rows:
+            if row["speculation"]:
                 said = (
                     "Drafts ({options}): {drafted} by an expert, {accepted} accepted; "
                     "{looked_up} copied from the text, {lookups_accepted} accepted; {cycles} cycles.\n"
                 )
-                typer.echo(said.format(options=row.options, **row.speculation))
+                typer.echo(said.format(options=row["options"], **row["speculation"]))
     if result.overheads:
         typer.echo("**a step of `generate` beyond the forwards in it**\n")
         show_table(
             "arm|options|batch|step|its forwards|overhead",
             [
                 (
-                    one.arm,
-                    one.options,
-                    str(one.batch),
-                    f"{1000 * one.step_seconds:.2f} ms",
-                    f"{1000 * one.forwards_seconds:.2f} ms",
-                    f"{100 * one.overhead:+.1f} %",
+                    one["arm"],
+                    one["options"],
+                    str(one["batch"]),
+                    f"{1000 * one['step_seconds']:.2f} ms",
+                    f"{1000 * one['forwards_seconds']:.2f} ms",
+                    f"{100 * one['overhead']:+.1f} %",
                 )
                 for one in result.overheads
             ],
@@ -118,6 +119,10 @@ def show_bench(result: BenchResult) -> None:
     typer.echo(f"Memory: {machine['memory']}. Tokens/s include the prompt. {result.seconds:.0f} s.")
     for note in result.notes:
         typer.echo(f"Note: {note}.")
+
+
+def _case(row: dict[str, Any]) -> str:
+    return "prompt/output {prompt}/{output}, batch {batch}".format(**row)
 
 
 def plan(
@@ -145,17 +150,17 @@ def plan(
             "arm|prompt/output|batch|predicted|measured|error",
             [
                 (
-                    one.arm,
-                    f"{one.prompt}/{one.output}",
-                    str(one.batch),
-                    f"{1000 * one.predicted:.1f} ms",
-                    f"{1000 * one.measured:.1f} ms",
-                    f"{100 * one.error:+.0f} %",
+                    one["arm"],
+                    f"{one['prompt']}/{one['output']}",
+                    str(one["batch"]),
+                    f"{1000 * one['predicted']:.1f} ms",
+                    f"{1000 * one['measured']:.1f} ms",
+                    f"{100 * one['error']:+.0f} %",
                 )
                 for one in found.compared
             ],
         )
-    write_json(json_file, found.to_json())
+    write_json(json_file, asdict(found))
 
 
 def show_plan(plan: Plan) -> None:

@@ -10,10 +10,9 @@ The arms, all greedy (or all sampling), all with the same prompts and the same n
     shared        the recipe with members of one set of weights in one forward, without speculation
     speculative   the recipe as it is loaded by default, ``speculate="auto"`` unless a number of drafts is asked for
 
-A *case* is a batch size, a prompt length and an output length. Its arms take turns, round by round, in an order that
-is drawn anew, after each has run once to warm up; every round has prompts of its own, the same for all arms. What is
-told is the median of the rounds. Options of the members (dtype, packed weights, compiled) are on for every arm or for
-none.
+A *case* is a batch size, a prompt length and an output length. Its arms warm up and then take turns, round by round, in
+an order that is drawn anew; every round has prompts of its own, the same for all arms. Options of the members (dtype,
+packed weights, compiled) are on for every arm or for none.
 """
 
 from __future__ import annotations
@@ -24,26 +23,23 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessorList,
-    MinNewTokensLengthLogitsProcessor,
-)
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, MinNewTokensLengthLogitsProcessor
 
 from proxytune.answers.plain_loop import plain_loop
 from proxytune.errors import ProxyTuneError
+from proxytune.evaluation.problems import make_problems
 from proxytune.generate import SpeculationStats
-from proxytune.lanes.transformers import TransformersLane
 from proxytune.model import ProxyTunedForCausalLM
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.layout import group_by_weights
@@ -53,8 +49,6 @@ from proxytune.speed.options import MAIN, BenchOptions, Case, MemberOptions
 
 __all__ = [
     "BenchResult",
-    "Overhead",
-    "Row",
     "Subject",
     "bench_recipe",
     "describe_machine",
@@ -78,57 +72,6 @@ NEAR_TIE = 1e-3  # float32 logits closer than this may be ordered either way by 
 
 # -- what comes out -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Row:
-    """One arm in one case: medians of its rounds.
-
-    Attributes:
-        options: the members' dtype and what else is on in them, such as ``float32+pack``.
-        tokens_per_second: new tokens of all rows a second of the whole call, the prompt's forward included;
-            ``tokens_per_second_low`` and ``_high`` are the slowest and the fastest round.
-        ratio_to_base, ratio_to_plain_loop: in tokens a second, within the same options; more is better.
-        acceptance: drafts accepted of those held against the mixture, over all rounds; None where there were none.
-        speculation: of the arm ``speculative``: its :class:`SpeculationStats`, over all rounds.
-        peak_memory_bytes: see ``memory`` of the machine.
-        time_to_first_token_s: until the first new token can be chosen.
-    """
-
-    arm: str
-    options: str
-    batch: int
-    prompt: int
-    output: int
-    tokens_per_second: float
-    tokens_per_second_low: float
-    tokens_per_second_high: float
-    ratio_to_base: float | None
-    ratio_to_plain_loop: float | None
-    acceptance: float | None
-    speculation: dict[str, int] | None
-    peak_memory_bytes: int
-    time_to_first_token_s: float
-    repeats: int
-
-
-@dataclass(frozen=True)
-class Overhead:
-    """What a decoding step of ``generate`` costs beyond the forwards in it.
-
-    ``overhead`` is the median over rounds of (a step of ``generate``) / (the lanes' bare forwards on the same tokens
-    and caches, without masks, mixing or choosing) - 1; the seconds are medians too.
-    """
-
-    arm: str
-    options: str
-    batch: int
-    prompt: int
-    output: int
-    step_seconds: float
-    forwards_seconds: float
-    overhead: float
-    repeats: int
-
-
-@dataclass(frozen=True)
 class Agreement:
     """One steered row of tokens held against the reference's (the plain loop's, where it is measured).
 
@@ -147,12 +90,24 @@ class Agreement:
 
 @dataclass
 class BenchResult:
-    """All that was measured, also where it was interrupted."""
+    """All that was measured, also where it was interrupted.
+
+    Attributes:
+        rows: one arm in one case each, medians of its rounds. ``options`` is the members' dtype and what else is on in
+            them, such as ``float32+pack``. Tokens a second are those of all rows, over the whole call, the prompt's
+            forward included; ``low`` and ``high`` are the slowest and the fastest round. Ratios are in tokens a second,
+            within the same options: more is better. ``acceptance`` is the share of drafts that were accepted of those
+            held against the mixture, ``speculation`` all :class:`SpeculationStats`, both over all rounds.
+            ``peak_memory_bytes`` is as the machine's ``memory`` says.
+        overheads: what a decoding step of ``generate`` costs beyond the forwards in it: the median over rounds of
+            (a step of ``generate``) / (the lanes' bare forwards on the same tokens and caches, without masks, mixing or
+            choosing) - 1, and the median seconds of both.
+    """
 
     machine: dict[str, Any]
     settings: BenchOptions
-    rows: list[Row] = field(default_factory=list)
-    overheads: list[Overhead] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    overheads: list[dict[str, Any]] = field(default_factory=list)
     agreements: list[Agreement] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -176,8 +131,8 @@ class BenchResult:
         return {
             "machine": self.machine,
             "settings": self.settings.to_json(),
-            "rows": [asdict(row) for row in self.rows],
-            "overhead": [asdict(row) for row in self.overheads],
+            "rows": self.rows,
+            "overhead": self.overheads,
             "outputs": self.outputs(),
             "notes": self.notes,
             "seconds": round(self.seconds, 1),
@@ -191,12 +146,8 @@ Texts = Iterator[tuple[str, str]]  # endless: a text, as it stands before anothe
 
 def problem_texts(seed: int) -> Texts:
     """The demo's held-out problems: solved, and as the demo asks them."""
-    from proxytune.evaluation.problems import make_problems
-
-    problems = make_problems("test", 2000, seed)
-    while True:
-        for problem in problems:
-            yield f"{problem.prompt}{problem.completion}\n\n", problem.prompt
+    problems = itertools.cycle(make_problems("test", 2000, seed))
+    return ((f"{problem.prompt}{problem.completion}\n\n", problem.prompt) for problem in problems)
 
 
 def texts_of_file(path: Path) -> Texts:
@@ -224,8 +175,7 @@ def prompts(texts: Texts, tokenizer: Any, case: Case) -> Tensor:
     n_text = case.prompt - len(lead)
     rows = []
     for _ in range(case.batch):
-        before: str = ""
-        ids: list[int] = []
+        before, ids = "", list[int]()
         while len(ids) < n_text:
             text, ending = next(texts)
             ids = tokenizer(before + ending, add_special_tokens=False).input_ids
@@ -275,110 +225,105 @@ class Subject:
 
 
 def load_subject(config: ProxyTuneConfig, options: MemberOptions, loading: LoadingOptions) -> Subject:
-    """Load a recipe as often as the arms need it, the base once.
-
-    Args:
-        config: the recipe.
-        options: of all members.
-        loading: its ``device_map`` and ``trust_remote_code``.
-    """
-    wanted = {
-        "dtype": options.dtype or "auto",
-        "pack": options.pack,
-        "compile": options.compile,
-        "device_map": loading.device_map,
-        "member_trust_remote_code": loading.trust_remote_code,
-    }
+    """Load a recipe as often as the arms need it, the base once; of ``loading`` counts where, and whose code is run."""
+    loading = replace(loading, dtype=options.dtype or "auto", pack=options.pack)
+    wanted = {**loading.of_model(), "compile": options.compile}
     separate = ProxyTunedForCausalLM.from_pretrained(str(config.name_or_path), config=config, share=False, **wanted)
     default = separate
     groups, _ = group_by_weights(config, list(config.members()), Loading())
     if len(groups) < len(separate.lanes):
         alone = any([name for name, _ in group] == ["base"] for group in groups)
         default = ProxyTunedForCausalLM._load(
-            config, {"base": separate.base} if alone else {}, separate.tokenizer, {}, dict(wanted)
+            config, {"base": separate.base} if alone else {}, separate.tokenizer, {}, wanted
         )
-    dtypes = dict.fromkeys(str(lane.model.dtype).removeprefix("torch.") for lane in _lanes(separate))
-    named = "/".join(dtypes) + ("+pack" if options.pack else "") + ("+compile" if options.compile else "")
-    return Subject(named, separate, default)
+    dtypes = dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in _dtypes(separate))
+    return Subject(str(replace(options, dtype="/".join(dtypes))), separate, default)
 
 
-def _lanes(model: ProxyTunedForCausalLM) -> Sequence[TransformersLane]:
-    return cast(Sequence[TransformersLane], model.lanes)
+def _dtypes(model: Any) -> list[torch.dtype]:
+    return [lane.model.dtype for lane in model.lanes]
 
 
 # -- one run of one arm ---------------------------------------------------------------------------------------
-@dataclass(frozen=True)
+@dataclass
 class Sample:
-    """One run: seconds of the whole call and until the first token, new tokens (n_batch, n_new), what it held."""
+    """One run.
+
+    Attributes:
+        seconds: of the whole call. first: until the first token can be chosen.
+        tokens: the new ones, (n_batch, n_new).
+        memory: bytes that it held at most.
+        stats: of the speculative arm.
+        forwards: seconds a step of the bare forwards on its tokens, where they were timed.
+    """
 
     seconds: float
     first: float
     tokens: Tensor
     memory: int
-    stats: SpeculationStats | None = None  # in the speculative arm
+    stats: SpeculationStats | None = None
+    forwards: float | None = None
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step after the first token."""
+        return (self.seconds - self.first) / max(self.tokens.shape[1] - 1, 1)
 
 
-class _FirstForwards:
-    """Within it, notes when each of ``modules`` has run once: what is left to do for the first token is to choose it.
+@contextmanager
+def _first_forwards(modules: Iterable[nn.Module], device: torch.device) -> Iterator[list[float]]:
+    """Notes the time when each of ``modules`` has run once: what is left to do for the first token is to choose it.
 
     A stopping criterion or a streamer would see the token itself, and keep ``generate`` from drafting for a batch.
     """
+    waiting, at = set(modules), list[float]()
 
-    def __init__(self, modules: Sequence[torch.nn.Module], device: torch.device) -> None:
-        self.waiting = dict.fromkeys(modules)
-        self.device = device
-        self.at: float | None = None
+    def ran(module: nn.Module, *given: Any) -> None:
+        waiting.discard(module)
+        if not waiting and not at:
+            at.append(now(device))
 
-    def __enter__(self) -> _FirstForwards:
-        self.hooks = [module.register_forward_hook(self._ran) for module in self.waiting]
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def _ran(self, module: torch.nn.Module, *given: Any) -> None:
-        self.waiting.pop(module, None)
-        if not self.waiting and self.at is None:
-            self.at = now(self.device)
+    with ExitStack() as stack:
+        for module in tuple(waiting):
+            stack.callback(module.register_forward_hook(ran).remove)
+        yield at
 
 
 def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int, asked: Mapping[str, Any] | None = None) -> Sample:
     """Continue ``ids``, shape = (n_batch, n_prompt), by ``n_new`` tokens; ``asked`` of ``generate`` besides what the
     arm asks."""
-    asked = asked or {}
     model: Any = subject.model(arm)
+    plain, composite, asked = arm == "plain_loop", isinstance(model, ProxyTunedForCausalLM), asked or {}
     ids = ids.to(model.device)
-    own: dict[str, Any] = _own_prompts(model, ids) if isinstance(model, ProxyTunedForCausalLM) else {}
-    run = [model.member(name) for name in model.seats] if arm == "plain_loop" else [model]
-    held = _held(subject, arm, ids.device)
-    with _FirstForwards(run, ids.device) as first:
+    parts = [lane.model for lane in model.lanes] if plain else [model]  # no quick head for drafts in the plain loop
+    memory, others = tensor_bytes(module for part in parts for module in part.modules()), 0
+    if ids.is_cuda:
+        torch.cuda.reset_peak_memory_stats(ids.device)
+        others = torch.cuda.memory_allocated(ids.device)
+    with _first_forwards([model.member(name) for name in model.seats] if plain else [model], ids.device) as first:
         begin = now(ids.device)
-        if arm == "plain_loop":
+        if plain:
             sequences, caches = _plain(model, ids, n_new, asked.get("temperature"))
         else:
-            # A batch that is to return its cache could not be drafted for, so ours is caught where it is made.
-            returned = not isinstance(model, ProxyTunedForCausalLM)
             with _caches_of(model) as caches:
                 output = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     min_new_tokens=n_new,
                     max_new_tokens=n_new,
-                    return_dict_in_generate=returned,
-                    **own,
+                    # A batch that is to return its cache could not be drafted for, so ours is caught where it is made.
+                    return_dict_in_generate=not composite,
+                    **(_own_prompts(model, ids) if composite else {}),
                     **{"do_sample": False, **subject.asked(arm), **asked},
                 )
-            sequences, caches = (output.sequences, [output.past_key_values]) if returned else (output, caches)
+            sequences, caches = (output, caches) if composite else (output.sequences, [output.past_key_values])
         end = now(ids.device)
-    assert first.at is not None
-    return Sample(
-        seconds=end - begin,
-        first=first.at - begin,
-        tokens=sequences[:, ids.shape[1] :].cpu(),
-        memory=held(caches),
-        stats=model.speculation_stats if arm == "speculative" else None,
-    )
+    if ids.is_cuda:
+        memory += torch.cuda.max_memory_allocated(ids.device) - others
+    else:
+        memory += tensor_bytes(layer for cache in caches for layer in cache.layers)
+    stats = model.speculation_stats if arm == "speculative" else None
+    return Sample(end - begin, first[0] - begin, sequences[:, ids.shape[1] :].cpu(), memory, stats)
 
 
 def _plain(model: ProxyTunedForCausalLM, ids: Tensor, n_new: int, temperature: float | None) -> Any:
@@ -388,7 +333,6 @@ def _plain(model: ProxyTunedForCausalLM, ids: Tensor, n_new: int, temperature: f
     eos = model.generation_config.eos_token_id
     processors = LogitsProcessorList()
     if eos is not None:
-        eos = eos if isinstance(eos, list) else [eos]
         processors.append(MinNewTokensLengthLogitsProcessor(ids.shape[1], n_new, eos, device=str(ids.device)))
     return plain_loop(
         model.base,
@@ -423,40 +367,23 @@ def _caches_of(model: Any) -> Iterator[list[Any]]:
 
 def _own_prompts(model: ProxyTunedForCausalLM, ids: Tensor) -> dict[str, Any]:
     """Members with prompts of their own read the same tokens as the base, so that lengths are what they are said."""
-    if not any(model.own_prompts):
-        return {}
     names = [name for name, member in model.config.members() if member.prompt.kind != "raw"]
-    return {"member_input_ids": dict.fromkeys(names, ids)}
+    return {"member_input_ids": dict.fromkeys(names, ids)} if names else {}
 
 
-def _held(subject: Subject, arm: str, device: torch.device) -> Callable[[Sequence[Any]], int]:
-    """A function that says, after the run and given its caches, the bytes that the arm held at most."""
-    model = subject.model(arm)
-    parts = [lane.model for lane in _lanes(model)] if arm == "plain_loop" else [model]  # no quick head for drafts there
-    weights = _bytes(tensor for part in parts for module in part.modules() for tensor in _tensors(module))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        others = torch.cuda.memory_allocated(device)
-        return lambda caches: weights + torch.cuda.max_memory_allocated(device) - others
-    return lambda caches: (
-        weights + _bytes(tensor for cache in caches for layer in cache.layers for tensor in vars(layer).values())
-    )
-
-
-def _tensors(module: torch.nn.Module) -> Iterator[Any]:
-    yield from module.parameters(recurse=False)
-    yield from module.buffers(recurse=False)
-    yield from vars(module).values()  # packed weights are neither
-
-
-def _bytes(tensors: Iterator[Any]) -> int:
+def tensor_bytes(holders: Iterable[Any]) -> int:
+    """Of the tensors that modules, or layers of caches, hold themselves; each storage counts once."""
     storages = {}
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        elif isinstance(tensor, Tensor):  # oneDNN's own layout, which shows no storage
-            storages[id(tensor)] = tensor.numel() * tensor.element_size()
+    for holder in holders:
+        tensors = [*vars(holder).values()]  # packed weights are neither parameters nor buffers
+        if isinstance(holder, nn.Module):
+            tensors += [*holder.parameters(recurse=False), *holder.buffers(recurse=False)]
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+            elif isinstance(tensor, Tensor):  # oneDNN's own layout, which shows no storage
+                storages[id(tensor)] = tensor.numel() * tensor.element_size()
     return sum(storages.values())
 
 
@@ -467,37 +394,30 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-# -- the forwards alone ---------------------------------------------------------------------------------------
 @torch.no_grad()
-def bare_forwards(lanes: Sequence[Any], n_seats: Sequence[int], ids: Tensor, tokens: Tensor) -> float:
-    """Seconds a step of the lanes' forwards alone, on the tokens that a run gave, each with a cache of its own.
+def bare_forwards(subject: Subject, arm: str, ids: Tensor, tokens: Tensor) -> float:
+    """Seconds a step of the arm's forwards alone, on the tokens that a run gave, each lane with a cache of its own.
 
     Args:
-        n_seats: how often each lane has every row.
         ids: the prompt, (n_batch, n_prompt). tokens: the new tokens, (n_batch, n_new), all but the last are read.
     """
-    caches = [DynamicCache(config=lane.config) for lane in lanes]
+    alone = arm == "base"
+    model: Any = subject.separate if alone else subject.model(arm)
+    lanes = [model.lanes[model.seats["base"][0]]] if alone else model.lanes
+    read = [(lane, 1 if alone else len(lane.seats), DynamicCache(config=lane.config)) for lane in lanes]
 
     def step(columns: Tensor) -> None:
-        for lane, seats, cache in zip(lanes, n_seats, caches):
-            rows = columns.repeat(seats, 1) if seats > 1 else columns
-            lane(input_ids=rows.to(lane.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for lane, seats, cache in read:
+            rows = columns.repeat(seats, 1).to(lane.device)
+            lane(input_ids=rows, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
+    ids = ids.to(model.device)
     step(ids)
     columns = tokens[:, :-1].to(ids.device).split(1, dim=1)
     begin = now(ids.device)
     for column in columns:
         step(column)
     return (now(ids.device) - begin) / len(columns)
-
-
-def overhead_of(subject: Subject, arm: str, ids: Tensor, sample: Sample) -> tuple[float, float]:
-    """Seconds of a decoding step of the run, and of the bare forwards in it."""
-    model: Any = subject.separate if arm == "base" else subject.model(arm)
-    lanes = [model.lanes[model.seats["base"][0]]] if arm == "base" else list(model.lanes)
-    seats = [1 if arm == "base" else len(lane.seats) for lane in lanes]
-    step = (sample.seconds - sample.first) / (sample.tokens.shape[1] - 1)
-    return step, bare_forwards(lanes, seats, ids.to(lanes[0].device), sample.tokens)
 
 
 # -- are the outputs the same? --------------------------------------------------------------------------------
@@ -512,7 +432,7 @@ def compare_tokens(subject: Subject, case: Case, ids: Tensor, found: Mapping[str
                 at = int(differing[0])
                 prefix = torch.cat([ids[row], theirs[:at]])[None]
                 gap, top = _gap(subject.separate, prefix, int(ours[at]), int(theirs[at]))
-                coarsest = max(torch.finfo(lane.model.dtype).eps for lane in _lanes(subject.separate))
+                coarsest = max(torch.finfo(dtype).eps for dtype in _dtypes(subject.separate))
                 tie = max(NEAR_TIE, 4 * coarsest * top if coarsest > 1e-6 else 0.0)
                 one = replace(one, differs_at=at, gap=gap, near_tie=gap <= tie)
             agreements.append(one)
@@ -532,6 +452,26 @@ def _gap(model: ProxyTunedForCausalLM, prefix: Tensor, ours: int, theirs: int) -
 
 
 # -- the whole ------------------------------------------------------------------------------------------------
+@dataclass
+class Run:
+    """One arm of a subject in one case: the seconds that a round should take, and the rounds."""
+
+    case: Case
+    arm: str
+    subject: Subject
+    round_seconds: float
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        return {"arm": self.arm, "options": self.subject.options, **asdict(self.case)}
+
+    @property
+    def speeds(self) -> list[float]:
+        """Tokens a second of each round."""
+        return [self.case.batch * self.case.output / sample.seconds for sample in self.samples]
+
+
 def bench_recipe(
     config: ProxyTuneConfig, options: BenchOptions, loading: LoadingOptions, *, progress: Callable[[str, float], None]
 ) -> BenchResult:
@@ -562,43 +502,48 @@ def run_bench(
         progress: told what is being done, and the share of the whole that is done.
 
     Raises:
-        PromptError, ProxyTuneError: before anything is measured, where a case does not fit the members' contexts.
+        ProxyTuneError: before anything is measured, where a case does not fit the members' contexts.
     """
-    tokenizer = tokenizer or subjects[0].separate.tokenizer
+    model = subjects[0].separate
+    tokenizer = tokenizer or model.tokenizer
     if tokenizer is None:
         raise ProxyTuneError("neither the recipe nor its base has a tokenizer, so prompts cannot be made")
-    cases = settings.cases()
+    cases, limit = settings.cases(), model.context_of(model.shortest)
     for case in cases:
-        _refuse_too_long(subjects[0].separate, case)
-    result = BenchResult(describe_machine(subjects[0].separate.device), settings)
-    arms = [arm for arm in settings.arms if arm != "shared" or any(subject.shares for subject in subjects)]
-    if len(arms) < len(settings.arms):
+        if limit is not None and (needed := case.prompt + case.output) > limit:
+            raise ProxyTuneError(
+                f"{case.lengths} needs {needed} tokens, but member {model.shortest!r} can read only {limit}"
+            )
+    result = BenchResult(describe_machine(model.device), settings)
+    if "shared" in settings.arms and not any(subject.shares for subject in subjects):
         result.notes.append("no members share weights, so there is no arm `shared`: it would be `composite`")
-    if "base_lookup" in arms and max(settings.batches) > 1:
+    if "base_lookup" in settings.arms and max(settings.batches) > 1:
         result.notes.append("`base_lookup` is measured at batch 1: transformers drafts by prompt lookup for no more")
-    if "base_lookup" in arms and any(subject.compiled for subject in subjects):
+    if "base_lookup" in settings.arms and any(subject.compiled for subject in subjects):
         result.notes.append("`base_lookup` is not measured compiled: transformers drafts over no static cache")
     rng = random.Random(settings.seed)
     begin = time.perf_counter()
-    prefilled: dict[int, float] = {}  # prompt tokens of a batch -> seconds of a warm-up of all arms
+    largest, warmed = 1, 0.0  # the most prompt tokens of a batch so far, and the seconds of its warm-up
     try:
         for index, case in enumerate(cases):
-            spent = time.perf_counter() - begin
-            share = _share(settings, spent, len(cases) - index)
-            guess = _guess(prefilled, case)
-            always = (case.lengths, case.batch) == MAIN
-            if not always and share is not None and guess > share:
-                result.notes.append(f"{case} is left out: the budget of {settings.budget:.0f} s is used up")
-                continue
-            prefilled[case.batch * case.prompt] = _measure_case(
-                result, subjects, case, arms, texts, tokenizer, rng,
-                share=None if always else share,
+            seconds = None
+            if settings.budget is not None and (case.lengths, case.batch) != MAIN:
+                # The cheap cases come first and leave what they do not need to the dear ones.
+                seconds = max(settings.budget - (time.perf_counter() - begin), 0.0) / (len(cases) - index)
+                if warmed * max(case.batch * case.prompt / largest, 1.0) > seconds:
+                    result.notes.append(f"{case} is left out: the budget of {settings.budget:.0f} s is used up")
+                    continue
+            took = _measure_case(
+                result, subjects, case, partial(prompts, texts, tokenizer, case), rng,
+                seconds=seconds,
                 with_overhead=index == 0 and case.output > 1,
                 compare=compare and settings.temperature is None,
                 progress=lambda said, part, index=index, case=case: progress(  # type: ignore[misc]
                     f"{case}: {said}", (index + part) / len(cases)
                 ),
             )  # fmt: skip
+            if case.batch * case.prompt >= largest:
+                largest, warmed = case.batch * case.prompt, took
     except KeyboardInterrupt:
         result.interrupted = True
         result.notes.append("interrupted: what was measured until then is shown")
@@ -610,150 +555,105 @@ def _measure_case(
     result: BenchResult,
     subjects: Sequence[Subject],
     case: Case,
-    arms: Sequence[str],
-    texts: Texts,
-    tokenizer: Any,
+    draw: Callable[[], Tensor],
     rng: random.Random,
     *,
-    share: float | None,
+    seconds: float | None,
     with_overhead: bool,
     compare: bool,
     progress: Callable[[str, float], None],
 ) -> float:
-    """Measure one case into ``result``, as many rounds as ``share`` seconds allow; the seconds of its warm-up."""
-    samples: dict[tuple[str, str], list[Sample]] = {}
-    steps: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    begin = time.perf_counter()
-    ids = prompts(texts, tokenizer, case)
-    round_seconds: dict[str, float] = {}  # options -> of a round of their arms
+    """Measure one case into ``result``, as many rounds as ``seconds`` allow; the seconds of its warm-up."""
+    settings, begin, ids = result.settings, time.perf_counter(), draw()
     runs = []
-    for subject in subjects:
-        for arm in arms:
-            if arm == "base_lookup" and (case.batch > 1 or subject.compiled):
-                continue
-            if arm == "shared" and not subject.shares:
-                continue
-            progress(f"warm-up, {arm}", 0.0)
-            n_warm = min(case.output, WARM_UP)
-            if subject.compiled:  # in as many tokens as it takes to see all shapes: some compile for minutes
-                run_arm(subject, arm, ids, case.output, result.settings.asked(arm))
-            warm = run_arm(subject, arm, ids, n_warm, result.settings.asked(arm))
-            a_step = (warm.seconds - warm.first) / max(n_warm - 1, 1)
-            whole = warm.first + a_step * (case.output - 1)
-            round_seconds[subject.options] = round_seconds.get(subject.options, 0.0) + whole
-            samples[subject.options, arm] = []
-            runs.append((subject, arm))
+    for subject, arm in itertools.product(subjects, settings.arms):
+        if arm == "shared" and not subject.shares:
+            continue
+        if arm == "base_lookup" and (case.batch > 1 or subject.compiled):
+            continue
+        progress(f"warm-up, {arm}", 0.0)
+        if subject.compiled:  # in as many tokens as it takes to see all shapes: some compile for minutes
+            run_arm(subject, arm, ids, case.output, settings.asked(arm))
+        warm = run_arm(subject, arm, ids, min(case.output, WARM_UP), settings.asked(arm))
+        runs.append(Run(case, arm, subject, warm.first + warm.step * (case.output - 1)))
     warmed = time.perf_counter() - begin
-    runs, repeats = _cut(result, case, runs, round_seconds, None if share is None else share - warmed)
+    runs, repeats = _cut(result, case, runs, None if seconds is None else seconds - warmed)
     try:
         for number in range(repeats):
-            ids = prompts(texts, tokenizer, case)
-            found: dict[str, dict[str, Tensor]] = {subject.options: {} for subject in subjects}
-            for turn, (subject, arm) in enumerate(rng.sample(runs, len(runs))):
-                progress(f"round {number + 1} of {repeats}, {arm}", (number + turn / len(runs)) / repeats)
-                torch.manual_seed(1000 * result.settings.seed + number)
-                sample = run_arm(subject, arm, ids, case.output, result.settings.asked(arm))
-                samples[subject.options, arm].append(sample)
-                found[subject.options][arm] = sample.tokens
-                if with_overhead and not subject.compiled and arm in ("base", "composite", "shared"):
-                    steps.setdefault((subject.options, arm), []).append(overhead_of(subject, arm, ids, sample))
+            ids = draw()
+            for turn, run in enumerate(rng.sample(runs, len(runs))):
+                progress(f"round {number + 1} of {repeats}, {run.arm}", (number + turn / len(runs)) / repeats)
+                torch.manual_seed(1000 * settings.seed + number)
+                sample = run_arm(run.subject, run.arm, ids, case.output, settings.asked(run.arm))
+                run.samples.append(sample)
+                if with_overhead and not run.subject.compiled and run.arm in ("base", "composite", "shared"):
+                    sample.forwards = bare_forwards(run.subject, run.arm, ids, sample.tokens)
             for subject in subjects if compare else ():
-                result.agreements += compare_tokens(subject, case, ids, found[subject.options])
+                found = {run.arm: run.samples[-1].tokens for run in runs if run.subject is subject}
+                result.agreements += compare_tokens(subject, case, ids, found)
     finally:  # what an interruption leaves is told too
-        result.rows += _rows(case, samples)
-        result.overheads += [
-            Overhead(
-                arm,
-                options,
-                *(case.batch, case.prompt, case.output),
-                statistics.median(step for step, _ in pairs),
-                statistics.median(forwards for _, forwards in pairs),
-                statistics.median(step / forwards for step, forwards in pairs) - 1,
-                len(pairs),
-            )
-            for (options, arm) in samples
-            if (pairs := steps.get((options, arm)))
-        ]
+        runs = [run for run in runs if run.samples]
+        result.rows += _rows(runs)
+        result.overheads += _overheads(runs)
     return warmed
 
 
-def _cut(
-    result: BenchResult,
-    case: Case,
-    runs: list[tuple[Subject, str]],
-    round_seconds: Mapping[str, float],
-    seconds: float | None,
-) -> tuple[list[tuple[Subject, str]], int]:
+def _cut(result: BenchResult, case: Case, runs: list[Run], seconds: float | None) -> tuple[list[Run], int]:
     """What of a case fits ``seconds``: all rounds, or those of the last set of options alone, or fewer of these."""
+    costs: dict[str, float] = defaultdict(float)  # options -> seconds of a round of their arms
+    for run in runs:
+        costs[run.subject.options] += run.round_seconds
     repeats = result.settings.repeats
-    if seconds is None or repeats * sum(round_seconds.values()) <= seconds:
+    if seconds is None or repeats * sum(costs.values()) <= seconds:
         return runs, repeats
-    *dropped, last = round_seconds
-    fitting = min(int(max(seconds, 0) / round_seconds[last]), repeats)
+    *dropped, last = costs
+    fitting = min(int(max(seconds, 0) / costs[last]), repeats)
     said = "is left out" if fitting == 0 else f"has {fitting} of {repeats} rounds"
     if dropped and fitting:
         said += f", of {last} alone"
-    costs = ", ".join(f"{name} {cost:.0f} s" for name, cost in round_seconds.items())
-    result.notes.append(f"{case} {said}: the budget is short (a round takes {costs})")
-    return [(subject, arm) for subject, arm in runs if subject.options == last], fitting
+    each = ", ".join(f"{name} {cost:.0f} s" for name, cost in costs.items())
+    result.notes.append(f"{case} {said}: the budget is short (a round takes {each})")
+    return [run for run in runs if run.subject.options == last], fitting
 
 
-def _rows(case: Case, samples: Mapping[tuple[str, str], Sequence[Sample]]) -> list[Row]:
-    speeds = {
-        key: [case.batch * case.output / sample.seconds for sample in taken] for key, taken in samples.items() if taken
-    }
-    medians = {key: statistics.median(speed) for key, speed in speeds.items()}
-
-    def ratio(options: str, arm: str, other: str) -> float | None:
-        return medians[options, arm] / medians[options, other] if (options, other) in medians else None
-
+def _rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    medians = {(run.arm, run.subject.options): statistics.median(run.speeds) for run in runs}
     rows = []
-    for (options, arm), speed in speeds.items():
-        taken = samples[options, arm]
-        stats = [asdict(sample.stats) for sample in taken if sample.stats is not None]
+    for run in runs:
+        median, base, plain = (medians.get((arm, run.subject.options)) for arm in (run.arm, "base", "plain_loop"))
+        assert median is not None
+        stats = [asdict(sample.stats) for sample in run.samples if sample.stats is not None]
         total = SpeculationStats(**{name: sum(one[name] for one in stats) for name in stats[0]}) if stats else None
         rows.append(
-            Row(
-                arm=arm,
-                options=options,
-                batch=case.batch,
-                prompt=case.prompt,
-                output=case.output,
-                tokens_per_second=medians[options, arm],
-                tokens_per_second_low=min(speed),
-                tokens_per_second_high=max(speed),
-                ratio_to_base=ratio(options, arm, "base"),
-                ratio_to_plain_loop=ratio(options, arm, "plain_loop"),
-                acceptance=None if total is None else total.acceptance,
-                speculation=None if total is None else asdict(total),
-                peak_memory_bytes=max(sample.memory for sample in taken),
-                time_to_first_token_s=statistics.median(sample.first for sample in taken),
-                repeats=len(taken),
-            )
+            {
+                **run.named,
+                "tokens_per_second": median,
+                "tokens_per_second_low": min(run.speeds),
+                "tokens_per_second_high": max(run.speeds),
+                "ratio_to_base": None if base is None else median / base,
+                "ratio_to_plain_loop": None if plain is None else median / plain,
+                "acceptance": None if total is None else total.acceptance,
+                "speculation": None if total is None else asdict(total),
+                "peak_memory_bytes": max(sample.memory for sample in run.samples),
+                "time_to_first_token_s": statistics.median(sample.first for sample in run.samples),
+                "repeats": len(run.samples),
+            }
         )
     return rows
 
 
-def _share(settings: BenchOptions, spent: float, n_left: int) -> float | None:
-    """Seconds that the next of ``n_left`` cases may take: the cheap come first and leave theirs to the dear."""
-    return None if settings.budget is None else max(settings.budget - spent, 0.0) / n_left
-
-
-def _guess(prefilled: Mapping[int, float], case: Case) -> float:
-    """What the warm-up alone will take, from the largest case so far; grows with the prompts' tokens."""
-    if not prefilled:
-        return 0.0
-    largest = max(prefilled)
-    return prefilled[largest] * max(case.batch * case.prompt / largest, 1.0)
-
-
-def _refuse_too_long(model: ProxyTunedForCausalLM, case: Case) -> None:
-    limit = model.context_of(model.shortest)
-    if limit is not None and case.prompt + case.output > limit:
-        needed = case.prompt + case.output
-        raise ProxyTuneError(
-            f"{case.lengths} needs {needed} tokens, but member {model.shortest!r} can read only {limit}"
-        )
+def _overheads(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    found = []
+    for run in runs:
+        steps = [(sample.step, sample.forwards) for sample in run.samples if sample.forwards is not None]
+        if steps:
+            figures = {
+                "step_seconds": statistics.median(step for step, _ in steps),
+                "forwards_seconds": statistics.median(forwards for _, forwards in steps),
+                "overhead": statistics.median(step / forwards for step, forwards in steps) - 1,
+            }
+            found.append({**run.named, **figures, "repeats": len(steps)})
+    return found
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

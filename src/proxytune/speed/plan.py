@@ -16,7 +16,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,23 +105,25 @@ class RecipeCosts:
     steered: Costs
     cycle_overhead: float = 0.0
 
+    @property
+    def drafting(self) -> Costs:
+        return replace(self.steered, overhead=self.cycle_overhead)
+
     def speculative(self, acceptance: float, n_batch: int) -> tuple[float, int]:
         """The cost of a token with the best number of drafts, and that number."""
-        drafting = replace(self.steered, overhead=self.cycle_overhead)
         plain = self.steered.cycle(0, acceptance, n_batch)
-        n_drafts = drafting.best_drafts(acceptance, n_batch)
-        cost = drafting.per_token(n_drafts, acceptance, n_batch)
+        n_drafts = self.drafting.best_drafts(acceptance, n_batch)
+        cost = self.drafting.per_token(n_drafts, acceptance, n_batch)
         return (cost, n_drafts) if n_drafts and cost < plain else (plain, 0)
 
     def of_cycles(self, stats: Mapping[str, int], n_batch: int) -> float:
         """The cost of the cycles that were counted (``SpeculationStats``), each kind at its mean number of drafts."""
-        drafting = replace(self.steered, overhead=self.cycle_overhead)
         copying, others = stats["lookup_cycles"], stats["cycles"] - stats["lookup_cycles"]
         n_copied = stats["looked_up"] / max(1, copying) / n_batch
         n_drafts = stats["drafted"] / max(1, others) / n_batch
         acceptance = stats["accepted"] / max(1, stats["drafted"])
-        other = (drafting if n_drafts else self.steered).cycle(n_drafts, acceptance, n_batch)
-        return copying * drafting.lookup_cycle(n_copied, n_batch) + others * other
+        other = (self.drafting if n_drafts else self.steered).cycle(n_drafts, acceptance, n_batch)
+        return copying * self.drafting.lookup_cycle(n_copied, n_batch) + others * other
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,8 @@ class Plan:
     Attributes:
         basis: what the predictions rest on, in words.
         weight_bytes, kv_bytes_per_token: ``base`` alone, ``naive`` (every member apart), ``shared``.
+        compared: rows of a bench, with the ``predicted`` and the ``measured`` seconds of a step after the prompt, and
+            ``error``, predicted / measured - 1.
     """
 
     basis: str
@@ -139,11 +143,7 @@ class Plan:
     kv_bytes_per_token: dict[str, int | None]
     predictions: list[Prediction]
     notes: list[str] = field(default_factory=list)
-    compared: list[Compared] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
+    compared: list[dict[str, Any]] = field(default_factory=list)
 
 
 def predict(costs: Mapping[int, RecipeCosts], acceptances: Sequence[float], *, timed: bool) -> list[Prediction]:
@@ -179,43 +179,52 @@ def plan_recipe(config: ProxyTuneConfig, options: PlanOptions, loading: LoadingO
     bench = None if options.against is None else read_bench(options.against)
     own = Loading(options.members.dtype, pack=options.members.pack, trust_remote_code=loading.trust_remote_code)
     plan, members, base, drafting = _count(config, own)
-    if not options.probe:
-        return _estimated(plan, options, members, base, drafting)
-    subject = load_subject(config, options.members, loading)
-    costs = probe(subject, options.batches)
-    basis = f"the recipe's own forwards, timed on this machine for {PROBE_SECONDS:.0f} seconds ({subject.options})"
-    compared = [] if bench is None else compare_with_bench(costs, subject.options, subject.shares, bench)
-    if bench is not None and not compared:
-        raise ProxyTuneError(f"{options.against} has no row with the options {subject.options} and these batch sizes")
-    predictions = predict(costs, options.acceptances, timed=True)
+    compared = []
+    if options.probe:
+        subject = load_subject(config, options.members, loading)
+        costs = probe(subject, options.batches)
+        basis = f"the recipe's own forwards, timed on this machine for {PROBE_SECONDS:.0f} seconds ({subject.options})"
+        if bench is not None:
+            compared = compare_with_bench(costs, subject, bench)
+            if not compared:
+                raise ProxyTuneError(
+                    f"{options.against} has no row with the options {subject.options} and these batch sizes"
+                )
+    else:
+        costs, basis = _estimated(plan.lanes, options, members, base, drafting)
+    predictions = predict(costs, options.acceptances, timed=options.probe)
     return replace(plan, basis=basis, predictions=predictions, compared=compared)
 
 
 # -- from shapes ----------------------------------------------------------------------------------------------
 def _estimated(
-    plan: Plan, options: PlanOptions, members: Sequence[MemberReport], base: int, drafting: Drafting | None
-) -> Plan:
-    """The plan with its predictions, by the bytes that a step moves."""
+    lanes: Sequence[LaneShape],
+    options: PlanOptions,
+    members: Sequence[MemberReport],
+    base: int,
+    drafting: Drafting | None,
+) -> tuple[dict[int, RecipeCosts], str]:
+    """The costs by the bytes that a step moves, and what they rest on."""
     device, pack = options.device or ("cuda" if torch.cuda.is_available() else "cpu"), options.members.pack
 
     def cost(n_bytes: float, dtype: str) -> Cost:
         return cost_of_weights(n_bytes, 0, device, packed=pack or dtype != "float32")
 
-    saved = [lane.quick_head_bytes * (1 / QUICK_HEAD - 1) for lane in plan.lanes]
-    lane_costs = [cost(lane.read_bytes - less, lane.dtype) for lane, less in zip(plan.lanes, saved)]
-    heads = [cost(lane.quick_head_bytes / QUICK_HEAD, lane.dtype) for lane in plan.lanes if lane.quick_head_bytes]
-    steered = costs_by_role(base, drafting, lane_costs, [lane.n_seats for lane in plan.lanes], *heads)
+    saved = [lane.quick_head_bytes * (1 / QUICK_HEAD - 1) for lane in lanes]
+    lane_costs = [cost(lane.read_bytes - less, lane.dtype) for lane, less in zip(lanes, saved)]
+    heads = [cost(lane.quick_head_bytes / QUICK_HEAD, lane.dtype) for lane in lanes if lane.quick_head_bytes]
+    steered = costs_by_role(base, drafting, lane_costs, [lane.n_seats for lane in lanes], *heads)
     naive = [cost(one.read_bytes, one.dtype) for one in members]
     costs = {n: RecipeCosts(naive[0].of(n), sum(each.of(n) for each in naive), steered) for n in options.batches}
     basis = (
         f"the bytes of weights that a step moves, and {100 * ROW_SHARE[device]:g} % of them for each row ({device}); "
         "launching kernels is not counted, so members of less than a few GB are slower than this (--probe measures)"
     )
-    if device == "cpu" and not pack and any(lane.dtype == "float32" for lane in plan.lanes):
+    if device == "cpu" and not pack and any(lane.dtype == "float32" for lane in lanes):
         basis += (
             f"; float32 weights that are not packed take {UNPACKED_CPU:g} times as long for several rows as for one"
         )
-    return replace(plan, basis=basis, predictions=predict(costs, options.acceptances, timed=False))
+    return costs, basis
 
 
 def _count(config: ProxyTuneConfig, loading: Loading) -> tuple[Plan, list[MemberReport], int, Drafting | None]:
@@ -260,22 +269,22 @@ def _cache_bytes(members: Sequence[MemberReport]) -> int | None:
 
 
 # -- from a probe ---------------------------------------------------------------------------------------------
+@dataclass
 class _Forward:
-    """What is timed of a lane: ``call(ids, cache)``, in seconds by (n_batch, n_columns)."""
+    """A forward that is timed: seconds by (n_batch, n_columns)."""
 
-    def __init__(self, lane: Any, call: Callable[[Tensor, DynamicCache], Any] | None = None) -> None:
-        self.lane = lane
-        self.call = call or (lambda ids, cache: lane(ids, past_key_values=cache, use_cache=True, logits_to_keep=0))
-        self.caches: dict[int, DynamicCache] = {}
-        self.seconds: dict[tuple[int, int], list[float]] = defaultdict(list)
+    lane: Any
+    call: Callable[[Any, Tensor, DynamicCache], Any]
+    caches: dict[int, DynamicCache] = field(default_factory=dict)
+    seconds: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def run(self, n_batch: int, n_columns: int, keep: bool) -> None:
         if n_batch not in self.caches:
             self.caches[n_batch] = DynamicCache(config=self.lane.config)
-            self.call(self._ids(n_batch, CACHED), self.caches[n_batch])
+            self.call(self.lane, self._ids(n_batch, CACHED), self.caches[n_batch])
         cache, ids = copy.deepcopy(self.caches[n_batch]), self._ids(n_batch, n_columns)
         begin = now(ids.device)
-        self.call(ids, cache)
+        self.call(self.lane, ids, cache)
         if keep:
             self.seconds[n_batch, n_columns].append(now(ids.device) - begin)
 
@@ -284,8 +293,23 @@ class _Forward:
         return torch.randint(0, self.lane.config.vocab_size, shape, device=self.lane.device)
 
     def cost(self, n_batch: int) -> Cost:
-        seats = len(self.lane.seats)
-        return cost_of_forwards({n_batch * n * seats: statistics.median(self.seconds[n_batch, n]) for n in COLUMNS})
+        rows = n_batch * len(self.lane.seats)
+        return cost_of_forwards({rows * n: statistics.median(self.seconds[n_batch, n]) for n in COLUMNS})
+
+
+def _read(lane: Any, ids: Tensor, cache: DynamicCache) -> None:
+    lane(ids, past_key_values=cache, use_cache=True, logits_to_keep=0)
+
+
+def _draft(lane: Any, ids: Tensor, cache: DynamicCache) -> None:
+    """A step of drafting, which ends in the lane's quick head."""
+    hidden = lane.hidden(ids, past_key_values=cache, use_cache=True)
+    lane.quick_head(hidden[: len(ids) // len(lane.seats)])
+
+
+def _head(lane: Any, ids: Tensor, cache: DynamicCache) -> None:
+    """The lane's own head alone."""
+    lane.head(torch.zeros(*ids.shape, lane.quick_head.in_features))
 
 
 def cost_of_forwards(seconds: Mapping[int, float]) -> Cost:
@@ -309,17 +333,15 @@ def probe(subject: Subject, batches: Sequence[int]) -> dict[int, RecipeCosts]:
     """
     separate, default = subject.separate, subject.default
     lanes: list[Any] = list(default.lanes)
-    forwards = {id(lane): _Forward(lane) for lane in (*lanes, *separate.lanes)}
-    timed = list(forwards.values())
+    forwards = {lane: _Forward(lane, _read) for lane in (*lanes, *separate.lanes)}
     quick = next((at for at, lane in enumerate(lanes) if lane.quick_head is not None), None)
-    if quick is not None:
-        timed += _quick_parts(lanes[quick])
+    parts = [] if quick is None else [_Forward(lanes[quick], call) for call in (_draft, _head)]
     calls: dict[tuple[str, int], list[Sample]] = defaultdict(list)
     begin, rounds = time.perf_counter(), 0
     while rounds < 3 or time.perf_counter() - begin < PROBE_SECONDS:
         for n_batch in batches:
             for n_columns in COLUMNS:
-                for forward in timed:
+                for forward in (*forwards.values(), *parts):
                     forward.run(n_batch, n_columns, keep=rounds > 0)  # the first round warms up
             for arm in ("base", "shared", "speculative"):
                 ids = torch.randint(0, default.shared_vocab, (n_batch, CACHED))
@@ -330,15 +352,12 @@ def probe(subject: Subject, batches: Sequence[int]) -> dict[int, RecipeCosts]:
 
     costs = {}
     for n_batch in batches:
-        lane_costs, heads = [forwards[id(lane)].cost(n_batch) for lane in lanes], []
+        lane_costs, heads = [forwards[lane].cost(n_batch) for lane in lanes], []
         if quick is not None and n_batch <= QUICK_ROWS:
-            lane_costs[quick], *heads = (part.cost(n_batch) for part in timed[-2:])
+            lane_costs[quick], *heads = (part.cost(n_batch) for part in parts)
         seats = [len(lane.seats) for lane in lanes]
         steered = costs_by_role(default.seats["base"][0], default.drafting, lane_costs, seats, *heads)
-        base, plain = (
-            statistics.median(each.seconds - each.first for each in calls[arm, n_batch]) / (PROBE_TOKENS - 1)
-            for arm in ("base", "shared")
-        )
+        base, plain = (statistics.median(each.step for each in calls[arm, n_batch]) for arm in ("base", "shared"))
         overhead = cycle_overhead = plain - steered.cycle(0, 0.0, n_batch)
         drafted = calls["speculative", n_batch]
         stats = [each.stats for each in drafted if each.stats is not None]
@@ -346,68 +365,36 @@ def probe(subject: Subject, batches: Sequence[int]) -> dict[int, RecipeCosts]:
             acceptance = sum(each.accepted for each in stats) / max(1, sum(each.judged for each in stats))
             cycle = sum(each.seconds - each.first for each in drafted) / n_cycles
             cycle_overhead = cycle - steered.cycle(PROBE_DRAFTS, acceptance, n_batch)
-        members = [forwards[id(separate.lanes[lane])].cost(n_batch) for lane, _ in separate.seats.values()]
+        members = [forwards[separate.lanes[lane]].cost(n_batch) for lane, _ in separate.seats.values()]
         naive = sum(cost.of(n_batch) for cost in members) + overhead
         costs[n_batch] = RecipeCosts(base, naive, replace(steered, overhead=overhead), cycle_overhead)
     return costs
 
 
-def _quick_parts(lane: Any) -> list[_Forward]:
-    """A step of drafting, which ends in the lane's quick head; and its own head alone."""
-
-    def draft(ids: Tensor, cache: DynamicCache) -> None:
-        hidden = lane.hidden(ids, past_key_values=cache, use_cache=True)
-        lane.quick_head(hidden[: len(ids) // len(lane.seats)])
-
-    def head(ids: Tensor, cache: DynamicCache) -> None:
-        lane.head(torch.zeros(*ids.shape, lane.quick_head.in_features))
-
-    return [_Forward(lane, draft), _Forward(lane, head)]
-
-
 # -- held against a bench -------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Compared:
-    """A row of ``proxytune bench`` and what was predicted for it: seconds of a step after the prompt; ``error`` is
-    predicted / measured - 1."""
-
-    arm: str
-    options: str
-    batch: int
-    prompt: int
-    output: int
-    predicted: float
-    measured: float
-    error: float
-
-
 def compare_with_bench(
-    costs: Mapping[int, RecipeCosts], options: str, shares: bool, bench: Mapping[str, Any]
-) -> list[Compared]:
+    costs: Mapping[int, RecipeCosts], subject: Subject, bench: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """Hold a probe's costs against the rows of a bench that have the same options and batch sizes.
 
     The speculative row is predicted from the drafts that it had, by kind: how many the text will offer to copy, no
     plan can know.
-
-    Args:
-        options, shares: of the :class:`~proxytune.speed.bench.Subject` that was probed.
-        bench: what ``proxytune bench --json`` wrote.
     """
     compared = []
     for row in bench["rows"]:
         batch, steps = row["batch"], row["output"] - 1
-        if batch not in costs or row["options"] != options or row["output"] < MEASURED_OUTPUT:
+        if batch not in costs or row["options"] != subject.options or row["output"] < MEASURED_OUTPUT:
             continue
         own = costs[batch]
         predicted = {"base": own.base_alone, "plain_loop": own.naive, "shared": own.steered.cycle(0, 0.0, batch)}
-        predicted["composite"] = own.naive if shares else predicted["shared"]
+        predicted["composite"] = own.naive if subject.shares else predicted["shared"]
         if row["speculation"]:
             predicted["speculative"] = own.of_cycles(row["speculation"], batch) / (row["repeats"] * steps)
         if row["arm"] in predicted:
             seconds = predicted[row["arm"]]
             measured = (batch * row["output"] / row["tokens_per_second"] - row["time_to_first_token_s"]) / steps
             names = {name: row[name] for name in ("arm", "options", "batch", "prompt", "output")}
-            compared.append(Compared(**names, predicted=seconds, measured=measured, error=seconds / measured - 1))
+            compared.append({**names, "predicted": seconds, "measured": measured, "error": seconds / measured - 1})
     return compared
 
 
