@@ -19,6 +19,7 @@ import ctypes
 import json
 import os
 import platform
+import resource
 import select
 import shutil
 import signal
@@ -28,11 +29,6 @@ import sys
 import tempfile
 import time
 from typing import Any
-
-try:
-    import resource
-except ImportError:  # Windows, where nothing can be run
-    resource = None  # type: ignore[assignment]
 
 __all__ = ["main"]
 
@@ -75,27 +71,9 @@ _FILES: _Numbers = {
     "open": (2, None), "openat": (257, 56), "unlink": (87, None), "unlinkat": (263, 35), "rename": (82, None),
     "renameat": (264, 38), "renameat2": (316, 276), "ftruncate": (77, 46), "fallocate": (285, 47),
 }  # fmt: skip
-# What programs try: EPERM, which Python tells as PermissionError. All that is in no list is ENOSYS, so that libraries
-# fall back from calls that are newer than these lists.
-_REFUSED: _Numbers = {
-    "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "socket": (41, 198),
-    "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201), "accept": (43, 202),
-    "accept4": (288, 242), "sendto": (44, 206), "sendmsg": (46, 211), "ptrace": (101, 117),
-    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "tkill": (200, 130),
-    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_open": (434, 434),
-    "pidfd_send_signal": (424, 424), "pidfd_getfd": (438, 438), "setrlimit": (160, 164), "chmod": (90, None),
-    "fchmod": (91, 52), "fchmodat": (268, 53), "chown": (92, None), "fchown": (93, 55), "lchown": (94, None),
-    "fchownat": (260, 54), "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None), "link": (86, None),
-    "linkat": (265, 37), "symlink": (88, None), "symlinkat": (266, 36), "mknod": (133, None), "mknodat": (259, 33),
-    "truncate": (76, 45), "creat": (85, None), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
-    "utime": (132, None), "utimes": (235, None), "utimensat": (280, 88), "futimesat": (261, None),
-    "mount": (165, 40), "umount2": (166, 39), "chroot": (161, 51), "setuid": (105, 146), "setgid": (106, 144),
-    "setreuid": (113, 145), "setregid": (114, 143), "setresuid": (117, 147), "setresgid": (119, 149),
-    "setgroups": (116, 159), "memfd_create": (319, 279), "shmget": (29, 194), "msgget": (68, 186),
-    "semget": (64, 190), "setpriority": (141, 140), "sched_setaffinity": (203, 122), "unshare": (272, 97),
-    "setns": (308, 268), "reboot": (169, 142), "bpf": (321, 280), "io_uring_setup": (425, 425),
-    "userfaultfd": (323, 282), "perf_event_open": (298, 241), "keyctl": (250, 219),
-}  # fmt: skip
+# All that is in no list is EPERM, which Python tells as PermissionError; and from this number on, where calls are newer
+# than these lists, ENOSYS, so that libraries fall back from them (from clone3 to clone).
+_NEWER = 424
 # These pass or not by their arguments: see _seccomp.
 _CLONE, _KILL, _TGKILL, _PRLIMIT = (56, 220), (62, 129), (234, 131), (302, 261)
 _FCNTL, _IOCTL, _PRCTL = (72, 25), (16, 29), (157, 167)
@@ -104,8 +82,8 @@ _IOCTL_REQUESTS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # sizes, blo
 _PRCTL_OPTIONS = (15, 16)  # a thread's name
 
 _ALLOW, _EPERM, _ENOSYS, _KILL_PROCESS = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
-_LOAD, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
-_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_APPEND", 0)
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _CLONE_THREAD = 0x10000
 
 _Instructions = list[tuple[int, int, int, int]]
@@ -132,26 +110,20 @@ def _seccomp(here: int, pid: int, *, threads: bool, landlock: bool) -> bytes:
 
     program: _Instructions = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, _ARCH[here]), (_RETURN, 0, 0, _KILL_PROCESS)]
     program += [(_LOAD, 0, 0, 0)]
-    for numbers in _ALLOWED.values():
+    for numbers in [*_ALLOWED.values(), *(_FILES.values() if landlock else ())]:
         program += when(numbers, [(_RETURN, 0, 0, _ALLOW)])
-    for name, numbers in _FILES.items():
-        if landlock:
-            program += when(numbers, [(_RETURN, 0, 0, _ALLOW)])
-        elif name in ("open", "openat"):
-            program += when(numbers, unless_bits(1 if name == "open" else 2, _WRITING))
-        else:
-            program += when(numbers, [(_RETURN, 0, 0, _EPERM)])
-    for numbers in _REFUSED.values():
-        program += when(numbers, [(_RETURN, 0, 0, _EPERM)])
-    thread = [argument(0), (_ANY_BIT, 0, 1, _CLONE_THREAD), (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _EPERM)]
-    program += when(_CLONE, thread if threads else [(_RETURN, 0, 0, _EPERM)])
+    if not landlock:
+        program += when(_FILES["open"], unless_bits(1, _WRITING)) + when(_FILES["openat"], unless_bits(2, _WRITING))
+    if threads:
+        thread = [argument(0), (_ANY_BIT, 0, 1, _CLONE_THREAD), (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _EPERM)]
+        program += when(_CLONE, thread)
     program += when(_KILL, one_of(0, (pid,))) + when(_TGKILL, one_of(0, (pid,)))  # itself alone: abort() does
     program += when(_FCNTL, one_of(1, _FCNTL_COMMANDS)) + when(_IOCTL, one_of(1, _IOCTL_REQUESTS))
     program += when(_PRCTL, one_of(0, _PRCTL_OPTIONS))
     # Limits may be asked for (the new limit is a null pointer), not set.
     no_new = [argument(2), (_EQUAL, 0, 3, 0), argument(2, high=True), (_EQUAL, 0, 1, 0), (_RETURN, 0, 0, _ALLOW)]
     program += when(_PRLIMIT, [*no_new, (_RETURN, 0, 0, _EPERM)])
-    program += [(_RETURN, 0, 0, _ENOSYS)]
+    program += [(_AT_LEAST, 0, 1, _NEWER), (_RETURN, 0, 0, _ENOSYS), (_RETURN, 0, 0, _EPERM)]
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
@@ -166,7 +138,7 @@ _SYSTEM = (
     "/dev/urandom", "/dev/random", "/proc/cpuinfo", "/proc/meminfo", "/proc/self", "/sys/devices/system",
 )  # fmt: skip
 
-_libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _check(result: int, what: str) -> int:
@@ -177,21 +149,19 @@ def _check(result: int, what: str) -> int:
 
 
 def _prctl(option: int, *values: Any) -> None:
-    assert _libc is not None
     padded = [ctypes.c_ulong(v) if isinstance(v, int) else v for v in values] + [ctypes.c_ulong(0)] * (4 - len(values))
     _check(_libc.prctl(option, *padded), f"prctl {option}")
 
 
 def landlock_version() -> int:
     """What the kernel offers; 0 where it has none."""
-    if _libc is None or platform.system() != "Linux":
+    if platform.system() != "Linux":
         return 0
     return max(0, _libc.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
 
 
 def _landlock(scratch: str | None) -> None:
     """Reads below what Python needs, writes in the scratch folder."""
-    assert _libc is not None
     handled = struct.pack("=Q", _ALL_ACCESS)
     ruleset = _check(_libc.syscall(_LANDLOCK_CREATE, handled, ctypes.c_size_t(8), ctypes.c_uint32(0)), "Landlock")
     reads = {*_SYSTEM, sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path}
@@ -212,9 +182,9 @@ def _landlock(scratch: str | None) -> None:
     os.close(ruleset)
 
 
-def _lock(limits: dict[str, Any], scratch: str, *, guarded: bool, threads: bool, files: bool, landlock: bool) -> None:
+def _lock(job: dict[str, Any], scratch: str) -> None:
     """Give up everything that a program must not have; there is no way back."""
-    space = 0
+    limits, guarded, space = job["limits"], job["guarded"], 0
     with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as statm:
         space = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     cpu = max(1, round(limits["cpu_seconds"]))
@@ -233,9 +203,9 @@ def _lock(limits: dict[str, Any], scratch: str, *, guarded: bool, threads: bool,
     if not guarded:
         return
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    if landlock:
-        _landlock(scratch if files else None)
-    code = _seccomp(_HERE[platform.machine()], os.getpid(), threads=threads, landlock=landlock)
+    if job["landlock"]:
+        _landlock(scratch if job["scratch"] else None)
+    code = _seccomp(_HERE[platform.machine()], os.getpid(), threads=job["threads"], landlock=job["landlock"])
     buffer = ctypes.create_string_buffer(code, len(code))
     _prctl(_PR_SET_SECCOMP, 2, ctypes.c_char_p(struct.pack("HP", len(code) // 8, ctypes.addressof(buffer))))
 
@@ -288,14 +258,7 @@ def _child(job: dict[str, Any], scratch: str, nonce: str, verdict: int, output: 
         sys.dont_write_bytecode = True
         os.environ.update(HOME=scratch, TMPDIR=scratch, MPLCONFIGDIR=scratch)
         tempfile.tempdir = scratch
-        _lock(
-            job["limits"],
-            scratch,
-            guarded=job["guarded"],
-            threads=job["threads"],
-            files=job["scratch"],
-            landlock=job["landlock"],
-        )
+        _lock(job, scratch)
     except BaseException as error:
         write(3, dumps({"nonce": nonce, "outcome": "not locked", "detail": _said(error)}).encode())
         end(1)
@@ -314,10 +277,9 @@ def _files_in(scratch: str) -> tuple[int, int]:
 
 
 def _threads_of(pid: int) -> int:
-    try:
+    with contextlib.suppress(OSError):
         return len(os.listdir(f"/proc/{pid}/task"))
-    except OSError:
-        return 1
+    return 1
 
 
 def _watch(pid: int, job: dict[str, Any], scratch: str, verdict: int, output: int) -> tuple[str, bytes, int]:

@@ -12,13 +12,11 @@ import queue
 import select
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from proxytune.errors import ProxyTuneError
@@ -136,11 +134,11 @@ class Sandbox:
                     raise
                 self._guarded = False
         except BaseException:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         for jail in self._all:  # also those that run a program: they kill it
@@ -200,7 +198,7 @@ class _Jail:
         keep = ("PATH", "LANG", "LC_ALL", "PYTHONPATH", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "TMPDIR")
         threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")}
         fixed = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": ""}
-        self.process = subprocess.Popen(
+        self.process: Any = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("jail.py")), json.dumps(list(preload))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -209,14 +207,12 @@ class _Jail:
             env={name: os.environ[name] for name in keep if name in os.environ} | threads | fixed,
             start_new_session=True,
         )
-        self._rest = b""
         hello = self._answer(300.0) or {}
         self.able: bool = hello.get("linux", False)
         self.landlock: int = hello.get("landlock", 0)
 
     def ask(self, job: dict[str, Any], seconds: float) -> dict[str, Any] | None:
         """The answer to a job; None if there is none in time."""
-        assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps(job).encode() + b"\n")
             self.process.stdin.flush()
@@ -225,21 +221,12 @@ class _Jail:
         return self._answer(seconds)
 
     def _answer(self, seconds: float) -> dict[str, Any] | None:
-        assert self.process.stdout is not None
-        descriptor, deadline = self.process.stdout.fileno(), time.monotonic() + seconds
-        while b"\n" not in self._rest:
-            ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-            data = os.read(descriptor, 65536) if ready else b""
-            if not data:
-                return None
-            self._rest += data
-        line, self._rest = self._rest.split(b"\n", 1)
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+        line = self.process.stdout.readline() if ready else b""
+        return json.loads(line) if line.endswith(b"\n") else None
 
     def end(self) -> None:
         """End it: it kills what it runs when its input ends."""
-        assert self.process.stdin is not None
         with suppress(OSError):
             self.process.stdin.close()
         try:
@@ -250,6 +237,5 @@ class _Jail:
 
     def close(self) -> None:
         """End it, and let go of its answers: nobody may be waiting for one."""
-        assert self.process.stdout is not None
         self.end()
         self.process.stdout.close()
