@@ -53,9 +53,10 @@ def test_splits_share_no_template_and_no_question(one, other):
 def test_generated_problems_of_two_splits_share_no_masked_question(one, other):
     from proxytune.evaluation.problems import _NAMES, _THINGS
 
+    names, things = ({split: set(words.split()) for split, words in each.items()} for each in (_NAMES, _THINGS))
     masked = []
     for split in (one, other):
-        words = {**dict.fromkeys(_NAMES[split], "NAME"), **dict.fromkeys(_THINGS[split], "THING")}
+        words = {**dict.fromkeys(names[split], "NAME"), **dict.fromkeys(things[split], "THING")}
         pattern = re.compile(r"\b(" + "|".join(words) + r")\b")
         masked.append(
             {
@@ -63,8 +64,8 @@ def test_generated_problems_of_two_splits_share_no_masked_question(one, other):
                 for problem in make_problems(split, 300, seed=7)
             }
         )
-        assert not set(_NAMES[one]) & set(_NAMES[other])
-        assert not set(_THINGS[one]) & set(_THINGS[other])
+        assert not names[one] & names[other]
+        assert not things[one] & things[other]
     assert not masked[0] & masked[1]
 
 

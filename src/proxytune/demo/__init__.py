@@ -1,18 +1,11 @@
-"""The embedded demo: proxy-tuning on a real language model, small enough to ship.
-
-assets.py    what is shipped (int8 layers, a LoRA adapter), and how it becomes models in a cache
-run.py       the evaluation of its task (evaluation/problems.py), shown live
-"""
+"""The embedded demo: proxy-tuning on a real language model, small enough to ship."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from proxytune.demo.assets import cache_root, materialize
-
-if TYPE_CHECKING:
-    from proxytune.demo.run import DemoResult
 
 __all__ = ["cache_root", "demo_recipe", "materialize", "run_demo"]
 
@@ -22,8 +15,10 @@ def demo_recipe(cache_dir: Path | None = None) -> Path:
     return materialize(cache_dir) / "recipe"
 
 
-def run_demo(problems: int | None = None, seed: int = 0, json_path: Path | None = None, **options: Any) -> DemoResult:
-    """Show the demo; see :func:`proxytune.demo.run.run_demo`, which is imported only now."""
-    from proxytune.demo.run import run_demo as run
+def __getattr__(name: str) -> Any:
+    """``run_demo``, imported when it is asked for: it needs torch's and rich's weight."""
+    if name == "run_demo":
+        from proxytune.demo.run import run_demo
 
-    return run(problems, seed, json_path, **options)
+        return run_demo
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

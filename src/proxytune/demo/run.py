@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -21,15 +20,15 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from transformers.utils import logging as transformers_logging
 
-from proxytune.demo.assets import materialize
+from proxytune.demo.assets import ASSETS, materialize
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.answering import Job, TaskPlan, answer_jobs, shots_of
 from proxytune.evaluation.arms import Arm, Arms
 from proxytune.evaluation.problems import FEW_SHOT, Problem, Split, is_correct, is_exact, make_problems
 from proxytune.evaluation.results import ARMS, DEFAULT_ARMS, task_results
 from proxytune.evaluation.statistics import mcnemar
+from proxytune.recipe.checkpoints import quiet_transformers
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.store import load_recipe
 
@@ -117,7 +116,7 @@ def run_demo(
     *,
     console: Console | None = None,
     cache_dir: Path | None = None,
-    assets: Path | None = None,
+    assets: Path = ASSETS,
     split: Split = "test",
     examples: int = 3,
 ) -> DemoResult:
@@ -127,7 +126,7 @@ def run_demo(
         problems: how many; by default as many as fit about a minute, loading included.
         seed: of the problems.
         json_path: where the counts go, after every batch.
-        cache_dir, assets: see :func:`proxytune.demo.materialize`; by default the shipped models.
+        cache_dir, assets: see :func:`proxytune.demo.materialize`.
         split: which templates the problems are made of.
         examples: how many problems are shown side by side.
 
@@ -142,9 +141,9 @@ def run_demo(
     result = DemoResult(seed, chosen)
     _save(result, json_path)  # an unwritable place is found before the work, not after it
 
-    with _quiet_transformers():
+    with quiet_transformers():
         with console.status("Preparing the demo's models (only the first time takes long)"):
-            place = materialize(cache_dir) if assets is None else materialize(cache_dir, assets)
+            place = materialize(cache_dir, assets)
         console.print(f"Models: {place}", style="dim", soft_wrap=True)
         with console.status("Loading"):
             maker = Arms(load_recipe(place / "recipe"), DEFAULT_ARMS, LoadingOptions(pack=True))
@@ -196,9 +195,7 @@ def _side_by_side(steered: Arm, result: DemoResult, at: int) -> Panel:
         mark = Text("  right", "green") if is_correct(texts[arm], problem) else Text("  wrong", "red")
         text = marked if arm == "proxy_tuned" else Text(texts[arm])
         text.rstrip()
-        while text.plain.startswith((" ", "\n")):
-            text = text[1:]
-        cells.append(Group(text, mark))
+        cells.append(Group(text[len(text.plain) - len(text.plain.lstrip(" \n")) :], mark))
     table.add_row(*cells)
     note = Text("reversed: tokens that the base alone would not have chosen", style="dim")
     return Panel(Group(Text(problem.question, style="italic"), Text(), table, note), title="held-out problem")
@@ -206,16 +203,13 @@ def _side_by_side(steered: Arm, result: DemoResult, at: int) -> Panel:
 
 def _table(result: DemoResult) -> Table:
     table = Table(title="Held-out problems, strict exact match", title_justify="left")
-    table.add_column("arm")
-    table.add_column("correct", justify="right")
-    table.add_column("share", justify="right")
-    table.add_column("95 % interval", justify="right")
-    table.add_column("and nothing else", justify="right")
+    for heading in ("arm", "correct", "share", "95 % interval", "and nothing else"):
+        table.add_column(heading, justify="left" if heading == "arm" else "right")
     for arm, of in result.scores()["arms"].items():
         total = of["of"]
-        share = f"{100 * of['value']:.1f} %" if total else ""
-        interval = f"{100 * of['low']:.1f} – {100 * of['high']:.1f}" if total else ""
-        cells = (f"{of['count']}/{total}", share, interval, f"{sum(result.nothing_else(arm))}/{total}")
+        value, low, high = (100 * of[key] for key in ("value", "low", "high"))
+        shares = (f"{value:.1f} %", f"{low:.1f} – {high:.1f}") if total else ("", "")
+        cells = (f"{of['count']}/{total}", *shares, f"{sum(result.nothing_else(arm))}/{total}")
         table.add_row(TITLES[arm], *cells, style="bold" if arm == "proxy_tuned" else "")
     table.caption = f"{result.seconds:.0f} s"
     return table
@@ -235,24 +229,8 @@ def _comparisons(result: DemoResult) -> Table:
 
 
 def _save(result: DemoResult, path: Path | None) -> None:
-    if path is None:
-        return
     try:
-        Path(path).write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+        if path is not None:
+            path.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise ProxyTuneError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No loading bars and no warnings of transformers' own between the demo's lines."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

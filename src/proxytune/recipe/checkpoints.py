@@ -109,10 +109,7 @@ def _misshapen(name: str, found: Sequence[int], wanted: Sequence[int]) -> str:
 
 def fit_of_header(model: Any, header: Mapping[str, Tensor]) -> Fit:
     """How the tensors in a header fit an empty model, by transformers' own renaming and converting of checkpoints."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()  # what is wrong is told by the caller, in a sentence
-    transformers_logging.disable_progress_bar()
-    try:
+    with quiet_transformers():  # what is wrong is told by the caller, in a sentence
         loaded, info = type(model).from_pretrained(
             None,
             config=model.config,
@@ -121,11 +118,21 @@ def fit_of_header(model: Any, header: Mapping[str, Tensor]) -> Fit:
             ignore_mismatched_sizes=True,
             device_map={"": "meta"},
         )
+    return fit_of(loaded, info, header)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No loading bars and no warnings of transformers' own."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-    return fit_of(loaded, info, header)
 
 
 def _is_inside(model: Any, name: str, others: Sequence[str]) -> bool | None:
