@@ -32,8 +32,8 @@ from proxytune.evaluation.answering import TaskPlan, choice_scores
 from proxytune.evaluation.arms import Arms
 from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.problems import Problem, make_problems
-from proxytune.evaluation.results import score_lines
 from proxytune.evaluation.run import load_plans
+from proxytune.evaluation.scoring import score_lines
 from proxytune.evaluation.statistics import compare, interval
 from proxytune.recipe.options import LoadingOptions
 

@@ -28,8 +28,9 @@ from proxytune.evaluation import EVAL_TASKS, TASK_DIR
 from proxytune.evaluation.answering import Job, Log, TaskPlan, answer_jobs, shots_of
 from proxytune.evaluation.arms import Arms, expand_arms
 from proxytune.evaluation.options import EvaluationOptions
-from proxytune.evaluation.results import metric_text, score_lines
+from proxytune.evaluation.results import metric_text
 from proxytune.evaluation.run import evaluate, load_plans
+from proxytune.evaluation.scoring import score_lines
 from proxytune.recipe.options import LoadingOptions
 
 UNDRAFTED = LoadingOptions(speculate=False)

@@ -196,7 +196,7 @@ def test_a_continuation_that_cannot_be_scored_names_its_example(shelf):
 
 
 def test_examples_that_were_cut_are_counted_in_the_results():
-    from proxytune.evaluation.results import results_table, sweep_point, sweep_table, task_results
+    from proxytune.evaluation.results import results_table, sweep_results, sweep_table, task_results
 
     line = {"continuations": ["a"], "loglikelihoods": [-1.0], "seconds": 1.0}
     lines = [{**line, "id": "0", "cut": [3]}, {**line, "id": "1", "cut": [0]}, {**line, "id": "2"}]
@@ -204,6 +204,4 @@ def test_examples_that_were_cut_are_counted_in_the_results():
     assert [of["cut"] for of in task["arms"].values()] == [1, 0]
     said = "longer than the context, and lost their beginning as in lm_eval: 1."
     assert said in results_table({"tasks": {"t": task}})
-    headline, point = sweep_point("mbpp_likelihood", 1.0, lines)
-    swept = {"headline": headline, "examples": 3, "samples": 1, "points": [point]}
-    assert said in sweep_table({"tasks": {"t": swept}})
+    assert said in sweep_table({"tasks": {"t": sweep_results("mbpp_likelihood", {1.0: lines})}})

@@ -126,8 +126,7 @@ def _scoring(
     options: EvaluationOptions, code: CodeOptions, judges: JudgeOptions, out: Path
 ) -> Callable[[str], dict[str, Any]]:
     """Says what each task's scorer takes besides the predictions."""
-    from proxytune.evaluation.results import JUDGED
-    from proxytune.evaluation.scoring import CODE, scorer_options
+    from proxytune.evaluation.scoring import CODE, JUDGED, scorer_options
     from proxytune.evaluation.tasks.utils import problems_file
 
     code = replace(code, ks=(10, 1))  # pass@10 first, the paper's

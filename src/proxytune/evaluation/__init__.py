@@ -1,17 +1,4 @@
-"""The paper's evaluations.
-
-records.py   prediction lines, as this package and the public proxy-tuning repository write them
-scoring.py   one scorer a task, pure functions of text
-sandbox.py   runs generated code under limits
-options.py   what is evaluated, how programs are run, who judges
-judges.py    models that judge answers
-tasks/       the tasks as lm-evaluation-harness's YAML, and the loading of their data
-arms.py      who answers: the base, the experts alone, the mixture, the controls
-answering.py how: texts written, continuations scored, predictions kept; the demo goes through it too
-run.py       an evaluation and an alpha sweep: plan, manifest, predictions
-results.py   their scores, compared, as tables
-plots.py     their figures
-"""
+"""The paper's evaluations."""
 
 from __future__ import annotations
 

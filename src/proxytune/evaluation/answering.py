@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
+import functools
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.generation.logits_process import LogitsProcessor, NoBadWordsLogitsProcessor
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    TemperatureLogitsWarper,
+)
 from transformers.generation.stopping_criteria import StoppingCriteria
 
-from proxytune.answers.generation import Answer, Encoded, Sampling, answer, batches
+from proxytune.answers.generation import Encoded, Sampling, answer, batches
 from proxytune.answers.journal import Journal
 from proxytune.decoding.mixing import mix
 from proxytune.errors import ProxyTuneError
@@ -51,6 +55,9 @@ class Job:
     @property
     def key(self) -> Key:
         return self.id, self.sample
+
+
+Asked = tuple[Job, Sequence[Pair]]  # with the ids of its context, and of each continuation that is scored
 
 
 @dataclass(frozen=True)
@@ -120,20 +127,17 @@ def answer_jobs(
         for each batch and each mix the new prediction lines.
     """
     mixes = [arm.alphas] if mixes is None else mixes
-    if all(job.key in done for job in jobs for done in made):
-        return
     # Continuations are mixed anew without more rows; writing, each mix is a row of its own.
     n_prompts = batch_size if plan.likelihood else max(1, batch_size // len(mixes))
-    encode: Any = encode_choices if plan.likelihood else encode_jobs
-    for whole in batches(encode(arm, plan, jobs), n_prompts):
+    for whole in batches(encode_jobs(arm, plan, jobs), n_prompts):
         batch = [pair for pair in whole if any(pair[0].key not in done for done in made)]
         wanted = [(row, at) for row, (job, _) in enumerate(batch) for at, of in enumerate(made) if job.key not in of]
         if not wanted:
             continue
         started = time.monotonic()
         if plan.likelihood:
-            scores = score_jobs(arm, batch, mixes)
-            found = [_scored(batch[row][0], batch[row][1], scores[at][row]) for row, at in wanted]
+            scores = score_jobs(arm, [pairs for _, pairs in batch], mixes)
+            found = [_scored(batch[row], scores[at][row]) for row, at in wanted]
         else:
             texts = generate_batch(arm, plan, batch, [(row, mixes[at]) for row, at in wanted], seed=seed)
             output = str(plan.metadata.get("output", "output"))
@@ -141,45 +145,37 @@ def answer_jobs(
         seconds = round((time.monotonic() - started) / len(wanted), 4)
         lines: list[list[dict[str, Any]]] = [[] for _ in mixes]
         for (row, at), of in zip(wanted, found):
-            lines[at].append(_line(plan, batch[row][0], {**of, "seconds": seconds}))
+            job = batch[row][0]
+            fields = {name: job.doc[name] for name in plan.metadata.get("fields", ())}
+            about = {"id": job.id, "sample": job.sample, "prompt": job.context}
+            lines[at].append({**about, **fields, **of, "seconds": seconds})
         yield lines
 
 
-def encode_jobs(arm: Arm, plan: TaskPlan, jobs: Sequence[Job]) -> list[tuple[Job, Encoded]]:
-    """Jobs with the ids of their contexts, the longest first."""
-    seen: dict[str, Encoded] = {}
-    for job in jobs:
-        if job.context not in seen:
-            with _naming(arm, plan, job):
-                seen[job.context] = arm.encode(plan, job.context)
-    return sorted(((job, seen[job.context]) for job in jobs), key=lambda pair: -len(pair[1].ids))
+def encode_jobs(arm: Arm, plan: TaskPlan, jobs: Sequence[Job]) -> list[Asked]:
+    """Jobs with the ids of their context and of each continuation, the longest first; none to be scored is empty."""
 
+    @functools.cache  # samples have the same context
+    def encode(context: str, continuations: tuple[str, ...]) -> list[Pair]:
+        if plan.likelihood:
+            return arm.encode_pairs(plan, context, continuations)
+        return [Pair(arm.encode(plan, context), [])]
 
-def encode_choices(arm: Arm, plan: TaskPlan, jobs: Sequence[Job]) -> list[tuple[Job, list[Pair]]]:
-    """Jobs with their context and each of their continuations, the longest first."""
     found = []
     for job in jobs:
-        with _naming(arm, plan, job):
-            found.append((job, arm.encode_pairs(plan, job.context, job.continuations)))
-    return sorted(found, key=lambda each: -max(len(pair.context.ids) for pair in each[1]))
-
-
-@contextlib.contextmanager
-def _naming(arm: Arm, plan: TaskPlan, job: Job) -> Iterator[None]:
-    """An error within names the task, the example and the arm."""
-    try:
-        yield
-    except ProxyTuneError as error:
-        raise ProxyTuneError(f"{plan.name}, example {job.id}, {arm.name}: {error}") from error
+        try:
+            found.append((job, encode(job.context, job.continuations)))
+        except ProxyTuneError as error:
+            raise ProxyTuneError(f"{plan.name}, example {job.id}, {arm.name}: {error}") from error
+    return sorted(found, key=lambda asked: -max(len(pair.context.ids) for pair in asked[1]))
 
 
 def generate_batch(
-    arm: Arm, plan: TaskPlan, batch: Sequence[tuple[Job, Encoded]], wanted: Sequence[tuple[int, Mix]], *, seed: int
+    arm: Arm, plan: TaskPlan, batch: Sequence[Asked], wanted: Sequence[tuple[int, Mix]], *, seed: int
 ) -> list[str]:
     """The texts of a batch of jobs, which have the same options, each cut before its first stop string.
 
-    Args:
-        wanted: the rows of the batch that are answered, several times where several alphas are.
+    Answered are the ``wanted`` rows, several times where several alphas are.
     """
     options = dict(batch[0][0].options)
     if unknown := [name for name in options if name not in GENERATION_OPTIONS]:
@@ -190,17 +186,18 @@ def generate_batch(
     sampling = Sampling(seed=seed)
     if options.get("do_sample", False):
         sampling = Sampling(**({"temperature": 1.0} if set(chosen.values()) == {None} else chosen), seed=seed)
-    n_prompt = max(len(encoded.ids) for _, encoded in batch)
+    prompts = [pair.context for _, (pair,) in batch]
+    n_prompt = max(len(prompt.ids) for prompt in prompts)
     processors: list[LogitsProcessor] = []
     if arm.scale != 1 and not sampling.greedy:
-        processors.append(_Scaled(arm.scale))
+        processors.append(TemperatureLogitsWarper(1 / arm.scale))
     if banned := _banned_ids(arm.tokenizer, plan.metadata.get("banned") or ()):
         processors.append(NoBadWordsLogitsProcessor(banned))
     rows = [row for row, _ in wanted]
-    texts = answer(
+    answers = answer(
         arm.model,
         arm.tokenizer,
-        [batch[row][1] for row in rows],
+        [prompts[row] for row in rows],
         None if arm.alphas is None else [alphas or () for _, alphas in wanted],
         max_new_tokens=int(options.get("max_gen_toks", 256)),
         sampling=sampling,
@@ -208,9 +205,12 @@ def generate_batch(
         processors=processors,
         criteria=[StopTexts(arm.tokenizer, until, n_prompt)] if until else [],
         speculate=arm.speculate,
-        past_key_values=_prefilled(arm, [encoded for _, encoded in batch], rows),
+        past_key_values=_prefilled(arm, prompts, rows),
     )
-    found = [_before(one, until) for one in texts]
+    found = []
+    for text in (one.text for one in answers):
+        ends = [at for stop in until if (at := text.find(stop)) >= 0]
+        found.append(text[: min(ends, default=len(text))])
     return [clean_code(text) for text in found] if plan.metadata.get("clean") else found
 
 
@@ -264,29 +264,11 @@ def _beginning(model: Any, prompts: Sequence[list[int]]) -> DynamicCache | None:
     return cache
 
 
-def _before(one: Answer, until: Sequence[str]) -> str:
-    """The text before the first stop string in it."""
-    ends = [at for stop in until if (at := one.text.find(stop)) >= 0]
-    return one.text[: min(ends, default=len(one.text))]
-
-
 def _banned_ids(tokenizer: Any, banned: Sequence[str]) -> list[list[int]]:
     """The ids of banned strings, as they stand at the beginning of a text and behind a space."""
-    rows = [
-        tokenizer(f"{space}{text}", add_special_tokens=False)["input_ids"] for text in banned for space in ("", " ")
-    ]
-    return [list(row) for row in dict.fromkeys(tuple(row) for row in rows) if row]
-
-
-class _Scaled(LogitsProcessor):
-    """Logits times a number."""
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Shape (n_batch, n_vocab), in and out."""
-        return scores * self.scale
+    texts = [f"{space}{text}" for text in banned for space in ("", " ")]
+    rows = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    return [list(row) for row in dict.fromkeys(rows) if row]
 
 
 class StopTexts(StoppingCriteria):
@@ -310,13 +292,10 @@ class StopTexts(StoppingCriteria):
 Score = tuple[float, bool]
 
 
-def score_jobs(arm: Arm, batch: Sequence[tuple[Job, Sequence[Pair]]], mixes: Sequence[Mix]) -> list[list[list[Score]]]:
+def score_jobs(arm: Arm, batch: Sequence[Sequence[Pair]], mixes: Sequence[Mix]) -> list[list[list[Score]]]:
     """For each mix, for each job, each continuation's score."""
-    results = []
-    for found in choice_scores(arm, [pair for _, pairs in batch for pair in pairs], mixes):
-        scores = iter(found)
-        results.append([[next(scores) for _ in pairs] for _, pairs in batch])
-    return results
+    of_mixes = map(iter, choice_scores(arm, [pair for pairs in batch for pair in pairs], mixes))
+    return [[list(islice(scores, len(pairs))) for pairs in batch] for scores in of_mixes]
 
 
 @torch.inference_mode()
@@ -344,7 +323,9 @@ def choice_scores(arm: Arm, pairs: Sequence[Pair], mixes: Sequence[Mix]) -> list
     rest_mask = torch.tensor([[1] * (len(row) - 1) + [0] * (longest - len(row)) for row in flat], dtype=torch.long)
     behind = None
     if longest > 1:
-        reader.select(of_prompt, rest_mask)
+        # Carry on with the prompts' rows, repeated where several continue one, and mask the columns to come.
+        reader.cache.reorder_cache(of_prompt.to(reader.device))  # every kind of layer can do that
+        reader.mask = torch.cat([mask[of_prompt], rest_mask], dim=1)
         behind = reader.read(rest.reshape(len(flat), longest - 1))
     results = []
     for mixed_by in mixes:
@@ -408,11 +389,6 @@ class _Reader:
         self.n_read += n_columns
         return logits
 
-    def select(self, rows: Tensor, more_mask: Tensor) -> None:
-        """Carry on with these rows (repeated where several continue one prompt), and mask the columns to come."""
-        self.cache.reorder_cache(rows.to(self.device))  # every kind of layer can do that
-        self.mask = torch.cat([self.mask[rows], more_mask], dim=1)
-
     def mix(self, logits: Mapping[str, Tensor], alphas: Mix) -> Tensor:
         """The arm's logits, (n_rows, n_positions, n_vocab)."""
         if alphas is None:
@@ -426,6 +402,18 @@ class _Reader:
             plausibility=model.config.plausibility,
             vocab_size=model.shared_vocab,
         )
+
+
+def _scored(asked: Asked, scores: Sequence[Score]) -> dict[str, Any]:
+    """What a prediction says of an example's continuations; ``cut``: the tokens that each context lost, if any did."""
+    job, pairs = asked
+    cut = [pair.cut for pair in pairs]
+    return {
+        "continuations": list(job.continuations),
+        "loglikelihoods": [value for value, _ in scores],
+        "greedy": [greedy for _, greedy in scores],
+        **({"cut": cut} if any(cut) else {}),
+    }
 
 
 # -- predictions on disk --------------------------------------------------------------------------------------
@@ -460,21 +448,3 @@ class Log(Journal):
         """Write some predictions, and return when they are on disk."""
         super().append(lines)
         self.made |= {(line["id"], line["sample"]): dict(line) for line in lines}
-
-
-# -- prediction lines -----------------------------------------------------------------------------------------
-def _line(plan: TaskPlan, job: Job, made: Mapping[str, Any]) -> dict[str, Any]:
-    """One prediction: what it answers, the task's public fields, what was made, and how long it took."""
-    fields = {name: copy.copy(job.doc[name]) for name in plan.metadata.get("fields", ())}
-    return {"id": job.id, "sample": job.sample, "prompt": job.context, **fields, **made}
-
-
-def _scored(job: Job, pairs: Sequence[Pair], scores: Sequence[Score]) -> dict[str, Any]:
-    """What is made of an example's continuations; ``cut``: the tokens that each context lost, where one lost any."""
-    cut = [pair.cut for pair in pairs]
-    return {
-        "continuations": list(job.continuations),
-        "loglikelihoods": [value for value, _ in scores],
-        "greedy": [greedy for _, greedy in scores],
-        **({"cut": cut} if any(cut) else {}),
-    }

@@ -1,15 +1,7 @@
 """The arms: the same prompts answered by the base, the experts alone, the mixture and the controls.
 
-    base            M, as it is
-    anti_expert     M-, each expert's own
-    expert          M+ alone
-    proxy_tuned     M + alpha * (M+ - M-), the recipe
-    tuned           a model tuned itself, to say how much of the gap was closed
-    base_few_shot   control: M after a few solved examples
-    mean_logits     control: the mean of M and M+, no anti-expert
-
-All but ``tuned`` are made from one loading of the recipe's members. What they are asked, and how they answer, is in
-answering.py; the evaluation, the sweep and the demo all go through both.
+All but ``tuned`` are made from one loading of the recipe's members. ``base_few_shot`` is the base after a few solved
+examples; ``mean_logits`` is the mean of M and M+, without an anti-expert.
 """
 
 from __future__ import annotations
@@ -35,7 +27,7 @@ from proxytune.recipe.prompts import Prompter
 if TYPE_CHECKING:
     from proxytune.evaluation.answering import TaskPlan
 
-__all__ = ["Arm", "Arms", "Pair", "expand_arms", "tuned_prompt"]
+__all__ = ["Arm", "Arms", "Pair", "expand_arms", "has_members", "tuned_prompt"]
 
 AS_IT_IS = LoadingOptions()
 
@@ -80,9 +72,8 @@ class Arm:
         limit = min((limit for limit in contexts if limit is not None), default=None)  # of those shown the raw text
         for raw, scored in _encoded_as_lm_eval(self.tokenizer, context, continuations):
             own = self._own_prompts(plan, context.rstrip())
-            cut = 0
-            if "" not in own and limit is not None:  # the last token is foretold and never read
-                cut = max(0, len(raw) + len(scored) - (limit + 1))
+            # The last token is foretold and never read.
+            cut = 0 if "" in own or limit is None else max(0, len(raw) + len(scored) - (limit + 1))
             if cut >= len(raw):
                 raise ProxyTuneError(f"a continuation has {len(scored)} tokens, but the model can read only {limit}")
             encoded = with_room(self.model, own.pop("", raw[cut:]), own)
@@ -116,11 +107,7 @@ class Pair:
 def _encoded_as_lm_eval(
     tokenizer: Any, context: str, continuations: Sequence[str]
 ) -> list[tuple[list[int], list[int]]]:
-    """The ids of a context and of each continuation, neither of them empty.
-
-    Raises:
-        ProxyTuneError: for a continuation without a token, and for a tokenizer that lm_eval cannot use.
-    """
+    """The ids of a context and of each continuation, neither of them empty."""
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM, TemplateLM
     from lm_eval.models.huggingface import HFLM
@@ -191,7 +178,8 @@ class Arms:
         if name == "proxy_tuned":
             model = self._whole()
             return Arm(name, model, self.tokenizer, model.prompter.own, self.alphas, speculate=self.loading.speculate)
-        member = self._member_of(name)
+        wanted = "base" if name == "base_few_shot" else name
+        member = next(each for each in self.members if each == wanted or each.endswith(f".{wanted}"))
         model = self._lane(member).alone(member)
         return _plain(name, model, self._tokenizer(member), self.members[member].prompt)
 
@@ -213,13 +201,6 @@ class Arms:
                 str(self.config.name_or_path), config=self.config, **self.loading.of_model()
             )
         return self.steered
-
-    def _member_of(self, arm: str) -> str:
-        if arm in ("base", "base_few_shot"):
-            return "base"
-        if arm in self.members:
-            return arm
-        return next(name for name in self.members if name.endswith(f".{arm}"))
 
     def _lane(self, member: str) -> Any:
         """The lane of a member: of the whole recipe where that is loaded or will be, otherwise its own."""
@@ -245,12 +226,10 @@ class Arms:
 
     def _tuned(self) -> Arm:
         assert self.tuned is not None
-        options = {"dtype": self.loading.dtype, "device_map": self.loading.device_map}
-        trust = self.loading.trust_remote_code
+        asked, trust = self.loading.of_model(), self.loading.trust_remote_code
+        options = {name: asked[name] for name in ("dtype", "device_map") if asked[name]}
         with loading_of("the tuned model", self.tuned):
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                self.tuned, trust_remote_code=trust, **{key: value for key, value in options.items() if value}
-            ).eval()
+            model: Any = AutoModelForCausalLM.from_pretrained(self.tuned, trust_remote_code=trust, **options).eval()
             tokenizer: Any = AutoTokenizer.from_pretrained(self.tuned, trust_remote_code=trust)
         if self.loading.pack:
             pack(model)
@@ -258,17 +237,14 @@ class Arms:
 
     def _tokenizer(self, member: str) -> Any:
         if member not in self.tokenizers:
-            found = None
-            if self.steered is not None:
+            found = load_recipe_tokenizer(self.config, self._loading) if member == "base" else None
+            if found is None and self.steered is not None:
                 found = self.steered.tokenizers.get(member)
-            if found is None and (member != "base" or self.steered is None):
+            if found is None:
                 found = load_tokenizer(self.config, member, self.members[member], self._loading)
-            if member == "base":
-                own = load_recipe_tokenizer(self.config, self._loading)
-                found = found if own is None else own
-            self.tokenizers[member] = found if found is not None or member == "base" else self.tokenizer
-            if self.tokenizers[member] is None:
+            if found is None and member == "base":
                 raise MemberError("neither the recipe nor its base has a tokenizer; copy the base's into the recipe")
+            self.tokenizers[member] = self.tokenizer if found is None else found
         return self.tokenizers[member]
 
 
@@ -278,11 +254,7 @@ def _plain(name: str, model: Any, tokenizer: Any, prompt: Prompt) -> Arm:
 
 
 def tuned_prompt(config: ProxyTuneConfig) -> Prompt:
-    """What the directly tuned model is shown: the one prompt that all experts have.
-
-    Raises:
-        ProxyTuneError: if they have several.
-    """
+    """What the directly tuned model is shown: the one prompt that all experts have, or an error."""
     prompts = {name: member.prompt for name, member in config.members() if name.endswith(".expert")}
     first = next(iter(prompts.values()), Prompt())
     if other := next((name for name, prompt in prompts.items() if prompt != first), None):
@@ -294,24 +266,23 @@ def tuned_prompt(config: ProxyTuneConfig) -> Prompt:
 
 
 def expand_arms(names: Sequence[str], config: ProxyTuneConfig) -> list[str]:
-    """The arms by the names that files have: with several experts, ``expert`` stands for each of them.
-
-    Raises:
-        ProxyTuneError: naming an arm that this recipe does not have.
-    """
+    """The arms by the names that files have: with several experts, ``expert`` stands for each of them."""
     members = [name for name, _ in config.members()]
     several = len(config.expert_list) > 1
     found: list[str] = []
     for name in names:
-        if name in ("expert", "anti_expert"):
-            sides = [member for member in members if member.endswith(f".{name}")]
-            if not sides:
-                raise ProxyTuneError(f"the recipe has no {ARMS[name]}; leave the arm {name} out")
-            found += sides if several else [name]
-        elif name in ARMS or (several and name in members):
-            if name == "mean_logits" and not any(member.endswith(".expert") for member in members):
-                raise ProxyTuneError("the recipe has no expert to take a mean with; leave the arm mean_logits out")
-            found.append(name)
-        else:
+        if name not in ARMS and not (several and name in members):
             raise ProxyTuneError(f"there is no arm {name!r}; the arms are {', '.join(ARMS)}")
+        if not has_members(name, config):
+            raise ProxyTuneError(f"the recipe has no {ARMS[NEEDS[name]]}; leave the arm {name} out")
+        sides = [member for member in members if several and member.endswith(f".{name}")]
+        found += sides or [name]
     return list(dict.fromkeys(found))
+
+
+NEEDS = {"expert": "expert", "mean_logits": "expert", "anti_expert": "anti_expert"}  # arm -> the side it cannot lack
+
+
+def has_members(arm: str, config: ProxyTuneConfig) -> bool:
+    """Whether a recipe has what an arm needs."""
+    return arm not in NEEDS or any(name.endswith(f".{NEEDS[arm]}") for name, _ in config.members())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +15,7 @@ from proxytune.errors import ProxyTuneError, first_line
 from proxytune.evaluation.records import Prediction
 from proxytune.evaluation.sandbox import Limits, Sandbox, Verdict
 
-__all__ = [
-    "HUB",
-    "clean_code",
-    "human_eval_file",
-    "limits_of",
-    "load_problems",
-    "pass_at_k",
-    "program",
-    "rates",
-    "verdicts",
-]
+__all__ = ["clean_code", "human_eval_file", "limits_of", "rates", "verdicts"]
 
 HUB = {
     "ds1000": ("xlangai/DS-1000", None),
@@ -37,10 +27,9 @@ _NEEDED = {
     "humaneval": ("task_id", "prompt", "test", "entry_point"),
     "mbpp": ("task_id", "test_list"),
 }
-_MIB = 1 << 20
 # DS-1000's programs load the scientific libraries, and its plots are compared as files.
-_LIMITS = {"ds1000": Limits(60.0, 120.0, memory=4096 * _MIB, open_files=256)}
-_PRELOAD = {"ds1000": ("numpy", "pandas", "scipy", "sklearn", "matplotlib.pyplot")}
+_LIMITS = {"ds1000": Limits(60.0, 120.0, memory=4096 << 20, open_files=256)}
+_PRELOAD = ("numpy", "pandas", "scipy", "sklearn", "matplotlib.pyplot")
 
 Problem = Mapping[str, Any]
 
@@ -89,15 +78,17 @@ def load_problems(task: str, data: str | Path | None = None) -> dict[str, Proble
         ProxyTuneError: if they cannot be had, or lack a field.
     """
     found: dict[str, Problem] = {}
-    for where, row in _rows(task, data):
-        for name in _NEEDED[task]:
+
+    def require(where: str, row: Any, names: Sequence[str], said: str = "") -> None:
+        for name in names:
             if not isinstance(row, Mapping) or name not in row:
-                raise ProxyTuneError(f"{where}, a problem of {task}, has no field {name!r}")
+                raise ProxyTuneError(f"{where}, a problem of {task}, has no field {name!r}{said}")
+
+    for where, row in _rows(task, data):
+        require(where, row, _NEEDED[task])
         if task == "ds1000":
             meta = row["metadata"]
-            for name in ("library", "library_problem_id", "problem_id"):
-                if not isinstance(meta, Mapping) or name not in meta:
-                    raise ProxyTuneError(f"{where}, a problem of {task}, has no field {name!r} in its 'metadata'")
+            require(where, meta, ("library", "library_problem_id", "problem_id"), " in its 'metadata'")
             found[f"{meta['library']}/{meta['library_problem_id']}"] = row
             found[str(meta["problem_id"])] = row
         else:
@@ -155,14 +146,10 @@ def verdicts(
     unguarded: bool = False,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[Verdict]:
-    """Run predictions in the sandbox.
-
-    Args:
-        progress: told after each program that one more is done.
+    """Run predictions in the sandbox; ``progress`` is told after each program that one more is done.
 
     Raises:
-        ProxyTuneError: if the problems cannot be had, if a prediction is of none of them (its line is named), or if
-            the sandbox cannot be had.
+        ProxyTuneError: if the problems or the sandbox cannot be had, and naming a prediction of no problem.
     """
     problems = load_problems(task, data)
     programs = []
@@ -172,14 +159,11 @@ def verdicts(
             raise ProxyTuneError(f"{one.where} cannot be scored as {task}: there is no problem {key!r}")
         programs.append(program(task, problems[key], one["completion"]))
     wide = task == "ds1000"
-    with Sandbox(
-        limits or limits_of(task),
-        workers=workers,
-        scratch=wide,
-        threads=wide,
-        preload=_PRELOAD.get(task, ()),
-        unguarded=unguarded,
-    ) as sandbox:
+    preload = _PRELOAD if wide else ()
+    box = Sandbox(
+        limits or limits_of(task), workers=workers, scratch=wide, threads=wide, preload=preload, unguarded=unguarded
+    )
+    with box as sandbox:
         found = []
         for verdict in sandbox.run(programs):
             found.append(verdict)
@@ -190,16 +174,9 @@ def verdicts(
 def rates(
     predictions: Sequence[Prediction], passed: Sequence[bool], ks: Sequence[int]
 ) -> tuple[list[str], dict[int, list[float]]]:
-    """The problems, and for each k that their samples allow, pass@k of each.
-
-    Raises:
-        ProxyTuneError: if there are too few samples for any k.
-    """
-    samples: Counter[str] = Counter()
-    correct: dict[str, int] = defaultdict(int)
-    for one, right in zip(predictions, passed, strict=True):
-        samples[one.id] += 1
-        correct[one.id] += right
+    """The problems, and for each k that their samples allow, pass@k of each."""
+    samples = Counter(one.id for one in predictions)
+    correct = Counter(one.id for one, right in zip(predictions, passed, strict=True) if right)
     least = min(samples.values())
     allowed = sorted({k for k in ks if 1 <= k <= least}, reverse=True)
     if not allowed:

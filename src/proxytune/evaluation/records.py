@@ -16,69 +16,29 @@ from typing import Any
 from proxytune.answers.files import half_surrogate, read_json
 from proxytune.errors import ProxyTuneError
 
-__all__ = ["FIELDS", "Field", "Line", "Prediction", "parse", "read"]
+__all__ = ["FIELDS", "Line", "Prediction", "parse", "read"]
 
 
-@dataclass(frozen=True)
-class Field:
-    """A field that a task's line must have.
-
-    Attributes:
-        aliases: other names that it may go by.
-        kind: ``text``, ``texts`` (a list of them), or ``key`` (text or a whole number).
-        null: whether null stands for the empty text, as pandas writes it.
-    """
-
-    name: str
-    aliases: tuple[str, ...] = ()
-    kind: str = "text"
-    null: bool = False
-
-    def find(self, line: Mapping[str, Any]) -> str | None:
-        """The name that a line has it under."""
-        return next((name for name in (self.name, *self.aliases) if name in line), None)
-
-    def read(self, line: Mapping[str, Any]) -> Any:
-        """Its value in a line that has it.
-
-        Raises:
-            ProxyTuneError: if it is of another kind.
-        """
-        name = self.find(line)
-        assert name is not None
-        value = line[name]
-        if value is None and self.null:
-            return ""
-        if half_surrogate(value) is not None:
-            raise ProxyTuneError(f"its {name!r} has half a surrogate pair, which is no character")
-        if self.kind == "texts":
-            if isinstance(value, list) and all(isinstance(one, str) for one in value):
-                return value
-            raise ProxyTuneError(f"its {name!r} is not a list of texts")
-        if self.kind == "key" and isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        if not isinstance(value, str):
-            raise ProxyTuneError(f"its {name!r} is not text")
-        return value
-
-
-_CHOICE = (Field("mc_output"), Field("mc_answer_idx"))
-_CODE = (Field("task_id", kind="key"), Field("completion"))
+_CHOICE = {"mc_output": "text", "mc_answer_idx": "text"}
+_CODE = {"task_id": "key", "completion": "text"}
 # The public repository's DS-1000 files have one line a problem, with all of its samples.
-_PUBLIC_DS1000 = (Field("lib"), Field("problem_id", kind="key"), Field("output", kind="texts"))
+_PUBLIC_DS1000 = {"lib": "text", "problem_id": "key", "output": "texts"}
 
-FIELDS: dict[str, tuple[Field, ...]] = {
-    "alpacafarm": (Field("instruction"), Field("output", ("output_2",))),
+# Each task's fields and their kinds: text, texts (a list of them), key (text or a whole number), or text where null
+# stands for the empty text, as pandas writes it.
+FIELDS: dict[str, dict[str, str]] = {
+    "alpacafarm": {"instruction": "text", "output": "text"},
     "ds1000": _CODE,
-    "gsm8k": (Field("answer"), Field("model_output")),
+    "gsm8k": {"answer": "text", "model_output": "text"},
     "humaneval": _CODE,
     "mbpp": _CODE,
     "realtimeqa": _CHOICE,
-    "toxigen": (Field("prediction"),),
-    "triviaqa": (Field("answers", kind="texts"), Field("output")),
+    "toxigen": {"prediction": "text"},
+    "triviaqa": {"answers": "texts", "output": "text"},
     "truthfulqa_mc": _CHOICE,
-    "truthfulqa_open": (Field("question", ("Question",)), Field("output", null=True)),
+    "truthfulqa_open": {"question": "text", "output": "text or null"},
 }
+_ALIASES = {("alpacafarm", "output"): "output_2", ("truthfulqa_open", "question"): "Question"}
 
 
 @dataclass(frozen=True)
@@ -115,7 +75,6 @@ def read(path: str | Path) -> list[Line]:
 
     Raises:
         ProxyTuneError: for a line that is no JSON object (it is named), or a file without any.
-        OSError: if it cannot be read.
     """
     found = []
     for row in read_json(Path(path)):
@@ -135,9 +94,8 @@ def parse(task: str, lines: Iterable[Mapping[str, Any]]) -> list[Prediction]:
         ProxyTuneError: for a line of another task, one that lacks a field or has a wrong one (both named), and for two
             lines of one sample.
     """
-    found: list[Prediction] = []
+    found: dict[tuple[str, int], Prediction] = {}
     counts: Counter[str] = Counter()
-    first: dict[tuple[str, int], str] = {}
     for at, raw in enumerate(lines, start=1):
         number, where = (raw.number, raw.where) if isinstance(raw, Line) else (at, f"line {at}")
         try:
@@ -150,32 +108,56 @@ def parse(task: str, lines: Iterable[Mapping[str, Any]]) -> list[Prediction]:
                 if isinstance(sample, bool) or not isinstance(sample, int) or sample < 0:
                     raise ProxyTuneError("its 'sample' is not a whole number from 0 on")
                 counts[str(key)] += 1
-                if (before := first.setdefault((str(key), sample), where)) != where or len(found) >= len(first):
-                    raise ProxyTuneError(f"it is sample {sample} of {key!r}, as {before} is")
-                found.append(Prediction(str(key), sample, number, where, {**line, **values}))
+                one = Prediction(str(key), sample, number, where, {**line, **values})
+                if (before := found.setdefault((one.id, sample), one)) is not one:
+                    raise ProxyTuneError(f"it is sample {sample} of {key!r}, as {before.where} is")
         except ProxyTuneError as error:
             raise ProxyTuneError(f"{where} cannot be scored as {task}: {error}") from None
     if not found:
         raise ProxyTuneError("there are no predictions")
-    return found
+    return list(found.values())
 
 
 def _spread(task: str, line: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A line as lines of one sample each."""
-    if task != "ds1000" or "completion" in line or any(one.find(line) is None for one in _PUBLIC_DS1000):
+    if task != "ds1000" or "completion" in line or not set(_PUBLIC_DS1000) <= set(line):
         return [line]
-    lib, problem, outputs = (one.read(line) for one in _PUBLIC_DS1000)
+    lib, problem, outputs = (_read(name, kind, line[name]) for name, kind in _PUBLIC_DS1000.items())
     kept = {name: value for name, value in line.items() if name != "output"}
     return [{**kept, "task_id": f"{lib}/{problem}", "completion": one} for one in outputs]
 
 
 def _values(task: str, line: Mapping[str, Any]) -> dict[str, Any]:
+    """The task's fields, under their first names."""
     said = line.get("task", task)
     if said != task and said in FIELDS:
         raise ProxyTuneError(f"it says that it is of {said}")
-    for one in FIELDS[task]:
-        if one.find(line) is None:
-            others = [name for name, fields in FIELDS.items() if all(other.find(line) for other in fields)]
+    values = {}
+    for name, kind in FIELDS[task].items():
+        if (there := _find(task, name, line)) is None:
+            others = [other for other, names in FIELDS.items() if all(_find(other, one, line) for one in names)]
             hint = f" (it fits {' and '.join(others)})" if others else ""
-            raise ProxyTuneError(f"it has no field {one.name!r}{hint}")
-    return {one.name: one.read(line) for one in FIELDS[task]}
+            raise ProxyTuneError(f"it has no field {name!r}{hint}")
+        values[name] = _read(there, kind, line[there])
+    return values
+
+
+def _find(task: str, name: str, line: Mapping[str, Any]) -> str | None:
+    """The name that a line has a field under."""
+    return next((there for there in (name, _ALIASES.get((task, name))) if there in line), None)
+
+
+def _read(name: str, kind: str, value: Any) -> Any:
+    if half_surrogate(value) is not None:
+        raise ProxyTuneError(f"its {name!r} has half a surrogate pair, which is no character")
+    if kind == "texts":
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise ProxyTuneError(f"its {name!r} is not a list of texts")
+        return value
+    if kind == "text or null" and value is None:
+        return ""
+    if kind == "key" and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise ProxyTuneError(f"its {name!r} is not text")
+    return value

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from proxytune.errors import ProxyTuneError
-from proxytune.evaluation import TASK_DIR
-from proxytune.evaluation.scoring import Scores, score
+from proxytune.evaluation.judges import NeedsJudge
+from proxytune.evaluation.scoring import Scores, mean, score_lines
 from proxytune.evaluation.statistics import Interval, compare, gap_closed, interval, mcnemar, wilson, zero_or_one
 
-__all__ = [
-    "ARMS",
-    "DEFAULT_ARMS",
-    "JUDGED",
-    "NeedsJudge",
-    "results_table",
-    "score_example",
-    "score_lines",
-    "spread_of",
-    "sweep_point",
-    "sweep_table",
-    "task_results",
-]
+__all__ = ["ARMS", "DEFAULT_ARMS", "results_table", "spread_of", "sweep_results", "sweep_table", "task_results"]
 
 ARMS: Mapping[str, str] = {
     "base": "base",
@@ -36,106 +21,9 @@ ARMS: Mapping[str, str] = {
     "mean_logits": "control: mean of base and expert",
 }
 DEFAULT_ARMS = tuple(arm for arm in ARMS if arm != "tuned")
-JUDGED = ("truthfulqa_open", "toxigen", "alpacafarm")
-Lines = Sequence[Mapping[str, Any]]
-
-
-# -- scores ---------------------------------------------------------------------------------------------------
-class NeedsJudge(ProxyTuneError):
-    """A task cannot be scored without a judge; its predictions are kept."""
-
-
-def score_lines(task: str, lines: Lines, **options: Any) -> Scores:
-    """The scores of one file's predictions: the public tasks by their scorers, ours by those below.
-
-    Args:
-        options: what :func:`proxytune.evaluation.scoring.score` takes: judge, limits, …
-
-    Raises:
-        NeedsJudge: if the task needs a judge and there is none.
-    """
-    if task in OWN_SCORERS:
-        return OWN_SCORERS[task](lines)
-    if task in JUDGED and options.get("judge") is None:
-        raise NeedsJudge(
-            f"{task} needs a judge to be scored: run again with one; the predictions are kept and not made again"
-        )
-    return score(task, lines, **options)
-
-
-def score_example(task: str, document: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
-    """The metrics of one example's predictions, as lm_eval's ``process_results`` wants them."""
-    flat = [each for result in results for each in (result if isinstance(result, list) else [result])]
-    lines: list[dict[str, Any]] = []
-    if task == "mbpp_likelihood":
-        lines = [
-            {"id": "0", "loglikelihoods": [value], "continuations": [f"\n{document['code']}"]} for value, _ in flat
-        ]
-    else:
-        output = _output_field(task)
-        lines = [{**document, "sample": at, output: text} for at, text in enumerate(flat)]
-    scores = score_lines(task, lines)
-    return {name: float(value) for name, value in scores.metrics.items()}
-
-
-def _output_field(task: str) -> str:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    return str(load_yaml(TASK_DIR / f"{task}.yaml", resolve_func=False)["metadata"]["output"])
-
-
-def _score_demo(lines: Sequence[Mapping[str, Any]]) -> Scores:
-    """Strict exact match, as ``proxytune demo`` counts it; ``nothing_else``: the two lines of the answer alone."""
-    from proxytune.evaluation.problems import Problem, is_correct, is_exact
-
-    problems = [Problem(str(line["question"]), "", int(line["answer"]), 0) for line in lines]
-    right = [is_correct(str(line["model_output"]), of) for line, of in zip(lines, problems)]
-    alone = [is_exact(str(line["model_output"]), of) for line, of in zip(lines, problems)]
-    return _scores("demo_math", lines, "exact_match", right, nothing_else=_mean(alone))
-
-
-def _score_json(lines: Sequence[Mapping[str, Any]]) -> Scores:
-    """Whether the output is ``{"answer": ...}`` with the right option; ``valid``: with any option."""
-
-    def chosen(line: Mapping[str, Any]) -> Any:
-        try:
-            found = json.loads(str(line["model_output"]))
-        except ValueError:
-            return None
-        return found["answer"] if isinstance(found, dict) and list(found) == ["answer"] else None
-
-    answers = [chosen(line) for line in lines]
-    right = [answer == line["answer"] for answer, line in zip(answers, lines)]
-    valid = [answer in line["options"] for answer, line in zip(answers, lines)]
-    return _scores("ecqa_json", lines, "exact_match", right, valid=_mean(valid))
-
-
-def _score_choices(lines: Sequence[Mapping[str, Any]]) -> Scores:
-    """Whether the right continuation is the likeliest."""
-    right = [line["loglikelihoods"].index(max(line["loglikelihoods"])) == int(line["gold"]) for line in lines]
-    return _scores("truthfulqa_mc1", lines, "acc", right)
-
-
-def _score_likelihood(lines: Sequence[Mapping[str, Any]]) -> Scores:
-    """The geometric mean of the probability of a byte of each text, and the bits per byte of all texts together."""
-    totals = [(float(line["loglikelihoods"][0]), len(str(line["continuations"][0]).encode())) for line in lines]
-    each = [math.exp(nats / n_bytes) for nats, n_bytes in totals]
-    bits = -sum(nats for nats, _ in totals) / math.log(2) / max(1, sum(n_bytes for _, n_bytes in totals))
-    return _scores("mbpp_likelihood", lines, "byte_probability", each, bits_per_byte=bits)
-
-
-def _scores(task: str, lines: Lines, headline: str, examples: Sequence[float], **others: float) -> Scores:
-    metrics: dict[str, float | int] = {headline: _mean(examples), **others}
-    return Scores(task, metrics, headline, [str(line["id"]) for line in lines], [float(value) for value in examples])
-
-
 NO_SHARES = ("bits_per_byte",)  # every other metric that is no count lies between 0 and 1
-OWN_SCORERS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], Scores]] = {
-    "demo_math": _score_demo,
-    "ecqa_json": _score_json,
-    "truthfulqa_mc1": _score_choices,
-    "mbpp_likelihood": _score_likelihood,
-}
+Lines = Sequence[Mapping[str, Any]]
+Name = TypeVar("Name", str, float)
 
 
 # -- comparison -----------------------------------------------------------------------------------------------
@@ -153,20 +41,12 @@ def task_results(
         lines: arm -> its predictions. samples: of an example. options: of :func:`score_lines`.
         note: is told where there is no judge; the arms then have no scores.
     """
-    scores: dict[str, Scores] = {}
-    speeds: dict[str, float] = {}
-    for name, of in lines.items():
-        seconds = sum(float(line["seconds"]) for line in of)
-        speeds[name] = len(of) / seconds if seconds else 0.0
-    try:
-        scores = {name: score_lines(task, of, **(options or {})) for name, of in lines.items()}
-    except NeedsJudge as error:
-        note(str(error))
+    scores = _scored(task, lines, options, note)
+    seconds = {name: sum(float(line["seconds"]) for line in of) for name, of in lines.items()}
+    speeds = {name: len(of) / seconds[name] if seconds[name] else 0.0 for name, of in lines.items()}
     found: dict[str, Any] = {
-        "headline": compared_metric(next(iter(scores.values()))) if scores else None,
-        "examples": max((len({line["id"] for line in of}) for of in lines.values()), default=0),
-        "samples": samples,
-        "arms": {name: {**_spread(of), "cut": _cut(lines[name])} for name, of in scores.items()},
+        **_about(scores, lines, samples),
+        "arms": {name: _measured(of, lines[name]) for name, of in scores.items()},
         "examples_per_second": speeds,
         "steered_to_base": None,
         "gap_closed": None,
@@ -184,10 +64,53 @@ def task_results(
     return found
 
 
-def sweep_point(task: str, alpha: float, lines: Lines, **options: Any) -> tuple[str, dict[str, Any]]:
-    """One alpha of a sweep: the metric that its interval is of, and its part of the results."""
-    scores = score_lines(task, lines, **options)
-    return compared_metric(scores), {"alpha": alpha, **_spread(scores), "cut": _cut(lines)}
+def sweep_results(
+    task: str,
+    lines: Mapping[float, Lines],
+    *,
+    samples: int = 1,
+    options: Mapping[str, Any] | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """One task's part of a sweep's results; ``lines``: alpha -> its predictions. See :func:`task_results`."""
+    scores = _scored(task, lines, options, note)
+    points = [{"alpha": alpha, **_measured(of, lines[alpha])} for alpha, of in scores.items()]
+    return {**_about(scores, lines, samples), "points": points}
+
+
+def _scored(
+    task: str, lines: Mapping[Name, Lines], options: Mapping[str, Any] | None, note: Callable[[str], None]
+) -> dict[Name, Scores]:
+    """The scores of each arm or alpha; none of any where there is no judge."""
+    try:
+        return {name: score_lines(task, of, **(options or {})) for name, of in lines.items()}
+    except NeedsJudge as error:
+        note(f"{error}; the predictions are kept and not made again")
+        return {}
+
+
+def _about(scores: Mapping[Name, Scores], lines: Mapping[Name, Lines], samples: int) -> dict[str, Any]:
+    return {
+        "headline": compared_metric(next(iter(scores.values()))) if scores else None,
+        "examples": max((len({line["id"] for line in of}) for of in lines.values()), default=0),
+        "samples": samples,
+    }
+
+
+def _measured(scores: Scores, lines: Lines) -> dict[str, Any]:
+    """What tables and figures say of an arm or an alpha."""
+    spread = spread_of(scores, compared_metric(scores))
+    return {
+        "value": spread.value,
+        "low": spread.low,
+        "high": spread.high,
+        "interval": spread.method,
+        "count": round(sum(scores.examples)) if zero_or_one(scores.examples) else None,
+        "of": len(scores.examples),
+        "metrics": scores.metrics,
+        # Examples that were longer than the model's context, and lost their beginning.
+        "cut": sum(any(line.get("cut", ())) for line in lines),
+    }
 
 
 def spread_of(scores: Scores, metric: str) -> Interval:
@@ -202,27 +125,9 @@ def spread_of(scores: Scores, metric: str) -> Interval:
     return Interval(float(scores.metrics[metric]), *wilson(round(scores.metrics[metric] * valid), valid), "Wilson")
 
 
-def _spread(scores: Scores) -> dict[str, Any]:
-    spread = spread_of(scores, compared_metric(scores))
-    return {
-        "value": spread.value,
-        "low": spread.low,
-        "high": spread.high,
-        "interval": spread.method,
-        "count": round(sum(scores.examples)) if zero_or_one(scores.examples) else None,
-        "of": len(scores.examples),
-        "metrics": scores.metrics,
-    }
-
-
-def _cut(lines: Lines) -> int:
-    """How many examples were longer than the model's context, and lost their beginning."""
-    return sum(any(line.get("cut", ())) for line in lines)
-
-
 def _against(steered: Sequence[float], other: Sequence[float]) -> dict[str, Any]:
     p, test = compare(steered, other)
-    found: dict[str, Any] = {"p": p, "test": test, "difference": _mean(steered) - _mean(other)}
+    found: dict[str, Any] = {"p": p, "test": test, "difference": mean(steered) - mean(other)}
     if test == "exact McNemar":
         won, lost, _ = mcnemar([bool(v) for v in steered], [bool(v) for v in other])
         found |= {"only_proxy_tuned": won, "only_other": lost}
@@ -239,10 +144,6 @@ def _paired(*scores: Scores) -> list[list[float]]:
     by_id = [dict(zip(of.ids, of.examples)) for of in scores]
     shared = [name for name in scores[0].ids if all(name in of for of in by_id)]
     return [[of[name] for name in shared] for of in by_id]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
 
 
 # -- tables ---------------------------------------------------------------------------------------------------

@@ -29,18 +29,18 @@ import datasets
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from proxytune import __version__
 from proxytune.answers.journal import write_whole
 from proxytune.errors import AlphaError, ProxyTuneError
 from proxytune.evaluation import TASK_DIR
 from proxytune.evaluation.answering import Job, Log, Mix, TaskPlan, answer_jobs, shots_of
-from proxytune.evaluation.arms import Arm, Arms, expand_arms, tuned_prompt
+from proxytune.evaluation.arms import Arm, Arms, expand_arms, has_members, tuned_prompt
 from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.results import (
     ARMS,
     DEFAULT_ARMS,
-    NeedsJudge,
     results_table,
-    sweep_point,
+    sweep_results,
     sweep_table,
     task_results,
 )
@@ -48,12 +48,7 @@ from proxytune.recipe.alpha import resolve_alpha
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.options import LoadingOptions
 
-__all__ = [
-    "alpha_range",
-    "evaluate",
-    "load_plans",
-    "sweep",
-]
+__all__ = ["alpha_range", "evaluate", "load_plans", "sweep"]
 
 AS_IT_IS = LoadingOptions()
 Scoring = Callable[[str], Mapping[str, Any]]
@@ -78,7 +73,7 @@ def evaluate(
         progress: is told what is being done. note: is told what the user should know.
 
     Raises:
-        ProxyTuneError: one sentence: an unknown task or arm, missing or malformed data, a run begun otherwise.
+        ProxyTuneError: for an unknown task or arm, missing or malformed data, and a run begun otherwise.
     """
     started = time.monotonic()
     plans = load_plans(options)
@@ -178,7 +173,10 @@ def sweep(
         arms = Arms(config, ["proxy_tuned"], replace(loading, speculate=False))
         answer_tasks(arms, "proxy_tuned", plans, files, options, progress, alphas)
         arms.close()
-    tasks = {plan.name: _sweep_results(plan, values, files[plan.name], scoring, note) for plan in plans}
+    tasks = {}
+    for plan in plans:
+        points = {value: read_lines(plan, "proxy_tuned", file) for value, file in zip(values, files[plan.name])}
+        tasks[plan.name] = sweep_results(plan.name, points, samples=plan.repeats, options=scoring(plan.name), note=note)
     results = _write_results(out, tasks, started, sweep_table)
     for name, task in tasks.items():
         if task["points"]:
@@ -186,22 +184,6 @@ def sweep(
 
             plot_sweep(name, task, out / name)
     return results
-
-
-def _sweep_results(
-    plan: TaskPlan, values: Sequence[float], files: Sequence[Path], scoring: Scoring, note: Callable[[str], None]
-) -> dict[str, Any]:
-    points: list[dict[str, Any]] = []
-    headline = None
-    try:
-        judging = scoring(plan.name)
-        for value, file in zip(values, files):
-            lines = read_lines(plan, "proxy_tuned", file)
-            headline, point = sweep_point(plan.name, value, lines, **judging)
-            points.append(point)
-    except NeedsJudge as error:
-        note(str(error))
-    return {"headline": headline, "examples": plan.examples, "samples": plan.repeats, "points": points}
 
 
 def _write_results(
@@ -242,11 +224,9 @@ def load_plans(options: EvaluationOptions) -> list[TaskPlan]:
     """The tasks with their requests, the data read."""
     if options.data is not None and Path(options.data).is_file() and len(options.tasks) > 1:
         raise ProxyTuneError("--data is one file, but there are several tasks; give a folder")
+    about = {"seed": options.seed, **({} if options.data is None else {"data": str(options.data)})}
     with _quiet():
-        metadata: dict[str, Any] = {"seed": options.seed}
-        if options.data is not None:
-            metadata["data"] = str(options.data)
-        manager = TaskManager(include_path=str(TASK_DIR), include_defaults=False, metadata=metadata)
+        manager = TaskManager(include_path=str(TASK_DIR), include_defaults=False, metadata=about)
         plans = []
         for name in options.tasks:
             task = manager.load([name])["tasks"][name]
@@ -254,18 +234,17 @@ def load_plans(options: EvaluationOptions) -> list[TaskPlan]:
             repeats = task.config.repeats
             if options.samples is not None and repeats > 1:
                 repeats = options.samples
-            documents = task.eval_docs
-            chosen: Sequence[int] = range(len(documents))
-            if options.limit is not None and options.limit < len(documents):
-                chosen = sorted(random.Random(options.seed).sample(range(len(documents)), options.limit))
-            requests = {"raw": _requests(task, documents, chosen, 0, repeats)}
-            shots = (task.config.metadata or {}).get("few_shot", 0)
+            chosen: Sequence[int] = range(len(task.eval_docs))
+            if options.limit is not None and options.limit < len(chosen):
+                chosen = sorted(random.Random(options.seed).sample(chosen, options.limit))
+            metadata = task.config.metadata or {}
+            requests = {"raw": _requests(task, chosen, 0, repeats)}
+            shots = metadata.get("few_shot", 0)
             if shots and len(task.fewshot_docs() or ()) >= shots:
-                requests["few_shot"] = _requests(task, documents, chosen, shots, repeats)
+                requests["few_shot"] = _requests(task, chosen, shots, repeats)
+            jobs = {context: jobs_of(of) for context, of in requests.items()}
             likelihood = str(task.OUTPUT_TYPE) in ("multiple_choice", "loglikelihood")
-            jobs = {shots: jobs_of(of) for shots, of in requests.items()}
-            metadata_of = task.config.metadata or {}
-            plans.append(TaskPlan(name, jobs, repeats, metadata_of, likelihood, task, _data_hash(requests["raw"])))
+            plans.append(TaskPlan(name, jobs, repeats, metadata, likelihood, task, _data_hash(requests["raw"])))
     return plans
 
 
@@ -285,10 +264,10 @@ def jobs_of(requests: Sequence[Instance]) -> list[Job]:
     return jobs
 
 
-def _requests(task: Any, documents: Any, chosen: Sequence[int], shots: int, repeats: int) -> list[Instance]:
+def _requests(task: Any, chosen: Sequence[int], shots: int, repeats: int) -> list[Instance]:
     found: list[Instance] = []
     for index in chosen:
-        document = documents[index]
+        document = task.eval_docs[index]
         context = task.fewshot_context(document, num_fewshot=shots)
         made = task.construct_requests(doc=document, ctx=context, metadata=(task.task_name, index, repeats))
         found += made if isinstance(made, list) else [made] * repeats
@@ -317,11 +296,7 @@ def arms_of(
     shown = [plan.name for plan in plans if "few_shot" in plan.jobs]
     lacking = [plan.name for plan in plans if "few_shot" not in plan.jobs]
     if options.arms is None:
-        members = [name for name, _ in config.members()]
-        wanted = [arm for arm in DEFAULT_ARMS if arm != "base_few_shot" or shown]
-        for side, arms in ((".expert", ("expert", "mean_logits")), (".anti_expert", ("anti_expert",))):
-            if not any(name.endswith(side) for name in members):
-                wanted = [arm for arm in wanted if arm not in arms]
+        wanted = [arm for arm in DEFAULT_ARMS if has_members(arm, config) and (shown or arm != "base_few_shot")]
     else:
         wanted = list(options.arms)
         if "tuned" in wanted and options.tuned is None:
@@ -336,9 +311,8 @@ def arms_of(
         tuned_prompt(config)  # now, not after the other arms, is when to say that it is not known
     if "base_few_shot" in wanted and lacking:
         note(f"no solved examples to show for {', '.join(lacking)}: no base_few_shot there")
-    found = expand_arms(wanted, config)
-    order = [arm for arm in found if arm != "tuned"]  # last: everything else is let go before it is loaded
-    return order + [arm for arm in found if arm == "tuned"]
+    # The tuned model is last: everything else is let go before it is loaded.
+    return sorted(expand_arms(wanted, config), key=lambda arm: arm == "tuned")
 
 
 def _alphas(config: ProxyTuneConfig, options: EvaluationOptions) -> tuple[float, ...]:
@@ -355,15 +329,14 @@ def manifest_of(
 ) -> dict[str, Any]:
     """What a run is: ``decides`` and ``tasks`` decide its predictions, the rest is for the record."""
     experts = [{key: value for key, value in expert.items() if key != "alpha"} for expert in config.experts]
-    alphas = _alphas(config, options)
-    kind = "sweep" if "sweep" in what else "eval"
+    names = [expert.name for expert in config.expert_list]
     return {
         "decides": {
-            "command": kind,
+            "command": "sweep" if "sweep" in what else "eval",
             "base": config.base,
             "experts": experts,
             "plausibility": config.plausibility,
-            "alpha": what["sweep"] if kind == "sweep" else dict(zip([e.name for e in config.expert_list], alphas)),
+            "alpha": what.get("sweep", dict(zip(names, _alphas(config, options)))),
             "tuned": options.tuned,
             "seed": options.seed,
             "dtype": loading.dtype,
@@ -397,20 +370,13 @@ def _data_hash(requests: Sequence[Instance]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("proxytune", "torch", "transformers", "lm_eval", "datasets", "peft", "numpy")
-    found = {"python": platform.python_version()}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    packages = ("torch", "transformers", "lm_eval", "datasets", "peft", "numpy")
+    found = {package: importlib.metadata.version(package) for package in packages}
+    return {"python": platform.python_version(), "proxytune": __version__, **found}
 
 
 def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
-    """Begin a run in ``out``, or carry on the one that is there.
-
-    Raises:
-        ProxyTuneError: if that one was begun with something else that decides its predictions, naming it.
-    """
+    """Begin a run in ``out``, or carry on the one there; raise if that was begun otherwise, naming what differs."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "manifest.json"
     if path.exists():
@@ -431,18 +397,14 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
 
 
 def _refuse_others(out: Path, said: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    differing = [
-        f"{said}{key.replace('_', ' ')} {_short(before.get(key))}, now {_short(now.get(key))}"
-        for key in now
-        if before.get(key) != now.get(key)
-    ]
+    differing = []
+    for key in now:
+        if before.get(key) != now[key]:
+            texts = (json.dumps(value) for value in (before.get(key), now[key]))
+            was, is_now = (text if len(text) <= 80 else f"{text[:77]}…" for text in texts)
+            differing.append(f"{said}{key.replace('_', ' ')} {was}, now {is_now}")
     if differing:
         raise ProxyTuneError(f"{out} was begun with {'; '.join(differing)}; repeat that, or choose another --out")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def read_lines(plan: TaskPlan, arm: str, path: Path) -> list[dict[str, Any]]:

@@ -10,8 +10,10 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +23,7 @@ from proxytune.answers.files import read_rows, read_text_lines
 from proxytune.errors import ProxyTuneError, first_line
 from proxytune.evaluation.code import human_eval_file
 
-__all__ = [
-    "alpacafarm",
-    "code_likelihood",
-    "demo_math",
-    "ds1000",
-    "ecqa_json",
-    "gsm8k",
-    "humaneval",
-    "mbpp",
-    "problems_file",
-    "realtimeqa",
-    "toxigen",
-    "triviaqa",
-    "truthfulqa_choices",
-    "truthfulqa_mc",
-    "truthfulqa_open",
-]
+__all__ = ["problems_file"]
 
 Row = dict[str, Any]
 Splits = dict[str, Dataset]
@@ -56,45 +42,45 @@ class Line:
         """The field ``name``, which must be a text that is not empty."""
         value = self.values.get(name)
         if not isinstance(value, str) or not value.strip():
-            raise ProxyTuneError(f"{self.where} has no text {name!r}; it has {', '.join(map(str, self.values))}")
+            raise self._lacks(f"text {name!r}")
         return value
 
     def texts(self, name: str) -> list[str]:
         """The field ``name``, which must be a list of texts."""
         value = self.values.get(name)
         if not isinstance(value, list) or not value or not all(isinstance(each, str) for each in value):
-            raise ProxyTuneError(
-                f"{self.where} has no list of texts {name!r}; it has {', '.join(map(str, self.values))}"
-            )
+            raise self._lacks(f"list of texts {name!r}")
         return value
+
+    def _lacks(self, what: str) -> ProxyTuneError:
+        return ProxyTuneError(f"{self.where} has no {what}; it has {', '.join(map(str, self.values))}")
+
+
+def given(data: str | None) -> Path | None:
+    """The file or the folder that ``data`` (or PROXYTUNE_DATA) names; None where the hub is to be asked."""
+    named = data or os.environ.get("PROXYTUNE_DATA")
+    if not named:
+        return None
+    if not (place := Path(named).expanduser()).exists():
+        raise ProxyTuneError(f"the data {named} does not exist; give a file or a folder, or leave it out for the hub")
+    return place
 
 
 def local(data: str | None, *names: str, optional: bool = False) -> Path | None:
-    """The file that ``data`` (or PROXYTUNE_DATA) means: the file itself, or the first of ``names`` in the folder.
+    """The file that is given, or the first of ``names`` in the folder that is; None where nothing is given.
 
-    None where neither is given, and the hub is to be asked.
+    Args:
+        optional: None too where the folder has none of them, or a file is given, which is for something else.
     """
-    given = data or os.environ.get("PROXYTUNE_DATA")
-    if not given:
-        return None
-    place = Path(given).expanduser()
-    if place.is_file() and not optional:
-        return place
-    if not place.exists():
-        raise ProxyTuneError(f"the data {given} does not exist; give a file or a folder, or leave it out for the hub")
-    for name in names if place.is_dir() else ():
-        if (place / name).exists():
-            return place / name
-    if optional:
-        return None
-    raise ProxyTuneError(f"the folder {given} has none of {', '.join(names)}; put one there, or give the file itself")
-
-
-def _file_given(data: str | None) -> Path | None:
-    """The file that ``data`` (or PROXYTUNE_DATA) is, or None where it is a folder or nothing."""
-    given = data or os.environ.get("PROXYTUNE_DATA")
-    place = Path(given).expanduser() if given else None
-    return place if place is not None and place.is_file() else None
+    place = given(data)
+    if place is None or place.is_file():
+        return None if optional else place
+    found = next((place / name for name in names if (place / name).exists()), None)
+    if found is None and not optional:
+        raise ProxyTuneError(
+            f"the folder {place} has none of {', '.join(names)}; put one there, or give the file itself"
+        )
+    return found
 
 
 def lines(path: Path) -> Iterator[Line]:
@@ -119,33 +105,41 @@ def hub(repository: str, *arguments: str, said: str | None = None, **options: An
         yield Line(f"row {number} of {said}", dict(row))
 
 
-def splits(test: list[Row], train: list[Row] | None = None) -> Splits:
-    """What lm_eval takes as a data set."""
-    if not test:
+def rows_of(path: Path | None, repository: str, *arguments: str, **options: Any) -> Iterator[Line]:
+    """The rows of the local file, or where there is none of the data set on the hub."""
+    return lines(path) if path else hub(repository, *arguments, **options)
+
+
+def splits(test: Iterable[Row], train: Iterable[Row] = ()) -> Splits:
+    """What lm_eval takes as a data set; a row that has no id gets its number."""
+    parts = {"test": test, "train": train}
+    numbered = {name: [{"id": str(at), **row} for at, row in enumerate(rows)] for name, rows in parts.items()}
+    if not numbered["test"]:
         raise ProxyTuneError("the data has no examples")
-    return {"test": Dataset.from_list(test), "train": Dataset.from_list(train or [])}
+    return {name: Dataset.from_list(rows) for name, rows in numbered.items()}
+
+
+def _lettered(choices: Sequence[str]) -> str:
+    """Choices as a question shows them."""
+    return "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
 
 
 # -- the tasks ------------------------------------------------------------------------------------------------
 def gsm8k(data: str | None = None, **_: Any) -> Splits:
     """Grade-school math: the final number, and the whole solution for those who are shown examples."""
     path = local(data, "gsm8k/test.jsonl", "gsm/test.jsonl", "test.jsonl")
-    found = lines(path) if path else hub("openai/gsm8k", "main", split="test")
+    found = rows_of(path, "openai/gsm8k", "main", split="test")
     train_path = local(data, "gsm8k/train.jsonl", "gsm/train.jsonl", "train.jsonl", optional=True)
     shown = lines(train_path) if train_path else (() if path else hub("openai/gsm8k", "main", split="train[:8]"))
-    return splits(
-        [_gsm8k(line, index) for index, line in enumerate(found)],
-        [_gsm8k(line, index) for index, line in zip(range(8), shown)],
-    )
+    return splits(map(_gsm8k, found), map(_gsm8k, islice(shown, 8)))
 
 
-def _gsm8k(line: Line, index: int) -> Row:
+def _gsm8k(line: Line) -> Row:
     solution = line.text("answer")
     _, hashes, number = solution.partition("####")
     if not hashes or not number.strip():
         raise ProxyTuneError(f"{line.where} has no '#### number' at the end of its answer")
     return {
-        "id": str(index),
         "question": line.text("question").strip(),
         "answer": re.sub(r"(\d),(\d)", r"\1\2", number.strip()),
         "solution": re.sub(r"<<.*?>>", "", solution),
@@ -154,7 +148,7 @@ def _gsm8k(line: Line, index: int) -> Row:
 
 def truthfulqa_open(data: str | None = None, **_: Any) -> Splits:
     """TruthfulQA's questions with their reference answers."""
-    return splits([_truthful(line, index) for index, line in enumerate(_truthful_lines(data))])
+    return splits(_truthful(data))
 
 
 def truthfulqa_mc(data: str | None = None, **_: Any) -> Splits:
@@ -164,58 +158,39 @@ def truthfulqa_mc(data: str | None = None, **_: Any) -> Splits:
     """
     rng = random.Random(42)
     rows = []
-    for index, line in enumerate(_truthful_lines(data)):
-        row = _truthful(line, index)
-        wrong = rng.sample(row["incorrect_answers"], min(3, len(row["incorrect_answers"])))
-        choices = [row["best_answer"], *wrong]
+    for row in _truthful(data):
+        best, wrong = row["best_answer"], row["incorrect_answers"]
+        choices = [best, *rng.sample(wrong, min(3, len(wrong)))]
         rng.shuffle(choices)
-        rows.append(
-            {
-                "id": row["id"],
-                "question": row["question"],
-                "options": "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices)),
-                # The last one, as in the published files, should two choices have the same text.
-                "mc_answer_idx": LETTERS[max(at for at, c in enumerate(choices) if c == row["best_answer"])],
-            }
-        )
+        # The last one, as in the published files, should two choices have the same text.
+        right = LETTERS[max(at for at, choice in enumerate(choices) if choice == best)]
+        rows.append({"question": row["question"], "options": _lettered(choices), "mc_answer_idx": right})
     return splits(rows)
 
 
 def truthfulqa_choices(data: str | None = None, **_: Any) -> Splits:
     """The best answer and every wrong one, for their likelihoods (TruthfulQA's MC1)."""
-    rows = []
-    for index, line in enumerate(_truthful_lines(data)):
-        row = _truthful(line, index)
-        rows.append(
-            {
-                "id": row["id"],
-                "question": row["question"],
-                "choices": [row["best_answer"], *row["incorrect_answers"]],
-                "gold": 0,
-            }
-        )
-    return splits(rows)
+    return splits(
+        {"question": row["question"], "choices": [row["best_answer"], *row["incorrect_answers"]], "gold": 0}
+        for row in _truthful(data)
+    )
 
 
-def _truthful_lines(data: str | None) -> Iterator[Line]:
+def _truthful(data: str | None) -> Iterator[Row]:
     path = local(data, "truthfulqa/TruthfulQA.csv", "TruthfulQA.csv")
-    return lines(path) if path else hub("truthfulqa/truthful_qa", "generation", split="validation")
-
-
-def _truthful(line: Line, index: int) -> Row:
-    if "Question" in line.values:
-        question, best = line.text("Question"), line.text("Best Answer")
-        correct, wrong = line.text("Correct Answers").split(";"), line.text("Incorrect Answers").split(";")
-    else:
-        question, best = line.text("question"), line.text("best_answer")
-        correct, wrong = line.texts("correct_answers"), line.texts("incorrect_answers")
-    return {
-        "id": str(index),
-        "question": question,
-        "best_answer": _closed(best),
-        "correct_answers": [_closed(each) for each in correct if each.strip()],
-        "incorrect_answers": [_closed(each) for each in wrong if each.strip()],
-    }
+    for line in rows_of(path, "truthfulqa/truthful_qa", "generation", split="validation"):
+        if "Question" in line.values:
+            question, best = line.text("Question"), line.text("Best Answer")
+            correct, wrong = (line.text(f"{side} Answers").split(";") for side in ("Correct", "Incorrect"))
+        else:
+            question, best = line.text("question"), line.text("best_answer")
+            correct, wrong = line.texts("correct_answers"), line.texts("incorrect_answers")
+        yield {
+            "question": question,
+            "best_answer": _closed(best),
+            "correct_answers": [_closed(each) for each in correct if each.strip()],
+            "incorrect_answers": [_closed(each) for each in wrong if each.strip()],
+        }
 
 
 def _closed(answer: str) -> str:
@@ -231,36 +206,36 @@ def toxigen(data: str | None = None, groups: list[str] | None = None, per_group:
     file has prompts of no group, one a line; in any other file each row has its prompt as ``text`` (or ``prompt``) and
     may say its group in ``target_groups`` (a list) or ``group``. Rows without a group are all asked.
     """
+    place = given(data)
+    prompts: dict[tuple[str, ...], list[tuple[int, str]]] = defaultdict(list)
+    if place is not None and place.is_file():
+        for number, text, of in _toxigen_file(place):
+            prompts[of].append((number, text))
+    else:
+        for group in groups or []:
+            prompts[(group,)] = _toxigen_group(data, group)
     rng = random.Random(42)
-    rows: list[Row] = []
-    if (given := _file_given(data)) is not None:
-        by_group: dict[tuple[str, ...], list[tuple[int, str]]] = {}
-        for number, text, of in _toxigen_file(given):
-            by_group.setdefault(of, []).append((number, text))
-        for of, prompts in by_group.items():
-            if of:
-                rng.shuffle(prompts)
-            chosen = prompts[: per_group if of else None]
-            rows += [_toxic(f"{'+'.join(of) or 'line'}/{number}", text, of) for number, text in chosen]
-        return splits(rows)
-    for group in groups or []:
-        path = local(
-            data,
-            *(
-                f"{folder}hate_{group}{end}.txt"
-                for folder in ("toxigen/prompts/", "toxigen/", "")
-                for end in ("_1k", "")
-            ),
-        )
-        if path is not None:
-            found = [row.value for row in read_text_lines(path)]
-        else:
-            rows_of = hub("toxigen/toxigen-data", "prompts", split=f"hate_{group}_1k")
-            found = [str(line.values.get("text") or line.values.get("prompt") or "") for line in rows_of]
-        numbered = [(number, text.strip()) for number, text in enumerate(found, start=1) if text.strip()]
-        rng.shuffle(numbered)
-        rows += [_toxic(f"{group}/{number}", text, (group,)) for number, text in numbered[:per_group]]
+    rows = []
+    for of, numbered in prompts.items():
+        if of:
+            rng.shuffle(numbered)
+        for number, text in numbered[: per_group if of else None]:
+            shown = text.replace("\\\\", "\\").replace("\\n", "\n")
+            name = f"{'+'.join(of) or 'line'}/{number}"
+            rows.append({"id": name, "text": shown, "label": "hate", "target_groups": list(of)})
     return splits(rows)
+
+
+def _toxigen_group(data: str | None, group: str) -> list[tuple[int, str]]:
+    """The number and the prompt of each row of one group's own file or split."""
+    folders, ends = ("toxigen/prompts/", "toxigen/", ""), ("_1k", "")
+    path = local(data, *(f"{folder}hate_{group}{end}.txt" for folder in folders for end in ends))
+    if path is not None:
+        found = [row.value for row in read_text_lines(path)]
+    else:
+        rows = hub("toxigen/toxigen-data", "prompts", split=f"hate_{group}_1k")
+        found = [str(line.values.get("text") or line.values.get("prompt") or "") for line in rows]
+    return [(number, text.strip()) for number, text in enumerate(found, start=1) if text.strip()]
 
 
 def _toxigen_file(path: Path) -> Iterator[tuple[int, str, tuple[str, ...]]]:
@@ -271,30 +246,21 @@ def _toxigen_file(path: Path) -> Iterator[tuple[int, str, tuple[str, ...]]]:
                 yield row.number, row.value.strip(), ()
         return
     for number, line in enumerate(lines(path), start=1):
-        text = line.text("text" if "text" in line.values else "prompt").strip()
+        groups: Sequence[str] = [line.text("group")] if line.values.get("group") else []
         if line.values.get("target_groups"):
-            yield number, text, tuple(line.texts("target_groups"))
-        else:
-            yield number, text, (line.text("group"),) if line.values.get("group") else ()
-
-
-def _toxic(name: str, text: str, groups: Sequence[str]) -> Row:
-    shown = text.replace("\\\\", "\\").replace("\\n", "\n")
-    return {"id": name, "text": shown, "label": "hate", "target_groups": list(groups)}
+            groups = line.texts("target_groups")
+        yield number, line.text("text" if "text" in line.values else "prompt").strip(), tuple(groups)
 
 
 def triviaqa(data: str | None = None, **_: Any) -> Splits:
     """TriviaQA's questions with all aliases of the answer."""
     path = local(data, "triviaqa/dev.jsonl", "triviaqa/TriviaQA.csv", "dev.jsonl", "TriviaQA.csv")
-    found = lines(path) if path else hub("mandarjoshi/trivia_qa", "unfiltered.nocontext", split="validation")
-    shown = () if path else hub("mandarjoshi/trivia_qa", "unfiltered.nocontext", split="train[:8]")
-    return splits(
-        [_trivia(line, index) for index, line in enumerate(found)],
-        [_trivia(line, index) for index, line in enumerate(shown)],
-    )
+    there = ("mandarjoshi/trivia_qa", "unfiltered.nocontext")
+    found, shown = rows_of(path, *there, split="validation"), () if path else hub(*there, split="train[:8]")
+    return splits(map(_trivia, found), map(_trivia, shown))
 
 
-def _trivia(line: Line, index: int) -> Row:
+def _trivia(line: Line) -> Row:
     answer = line.values.get("answer")
     if isinstance(answer, Mapping):
         answers = [str(answer.get("value", "")), *map(str, answer.get("aliases") or [])]
@@ -305,7 +271,7 @@ def _trivia(line: Line, index: int) -> Row:
     answers = list(dict.fromkeys(each.strip() for each in answers if each.strip()))
     if not answers:
         raise ProxyTuneError(f"{line.where} has no answer")
-    return {"id": str(index), "question": line.text("question"), "answers": answers}
+    return {"question": line.text("question"), "answers": answers}
 
 
 def realtimeqa(data: str | None = None, **_: Any) -> Splits:
@@ -335,7 +301,7 @@ def realtimeqa(data: str | None = None, **_: Any) -> Splits:
             {
                 "id": number if len(asked) == 1 else f"{number}/{len(asked)}",
                 "question": question,
-                "options": "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices)),
+                "options": _lettered(choices),
                 "mc_answer_idx": LETTERS[int(str(gold))],
             }
         )
@@ -361,45 +327,27 @@ def problems_file(task: str, data: str | None = None) -> Path | None:
 
 def humaneval(data: str | None = None, **_: Any) -> Splits:
     """HumanEval's problems."""
-    path = problems_file("humaneval", data)
-    found = lines(path) if path else hub("openai/openai_humaneval", split="test")
-    return splits(
-        [
-            {"id": line.text("task_id"), **{n: line.text(n) for n in ("task_id", "prompt", "test", "entry_point")}}
-            for line in found
-        ]
-    )
+    found = rows_of(problems_file("humaneval", data), "openai/openai_humaneval", split="test")
+    names = ("task_id", "prompt", "test", "entry_point")
+    return splits({"id": line.text("task_id"), **{name: line.text(name) for name in names}} for line in found)
 
 
 def mbpp(data: str | None = None, **_: Any) -> Splits:
     """MBPP's test problems (11 to 510), the first ten to be shown as examples, and of a file those to learn from."""
-    test, shown = [], []
-    for line in _mbpp_lines(data):
-        row = _mbpp(line)
-        number = int(row["task_id"])
-        if number <= 10 or number > 600:
-            shown.append(row)
-        elif number <= 510:
-            test.append(row)
-    return splits(test, shown)
-
-
-def _mbpp_lines(data: str | None) -> Iterator[Line]:
     path = problems_file("mbpp", data)
-    if path:
-        yield from lines(path)
-        return
-    for split in ("prompt", "test"):
-        yield from hub("google-research-datasets/mbpp", "full", split=split)
+    parts = (hub("google-research-datasets/mbpp", "full", split=split) for split in ("prompt", "test"))
+    rows = [_mbpp(line) for line in (lines(path) if path else chain.from_iterable(parts))]
+    test = [row for row in rows if 10 < row["task_id"] <= 510]
+    return splits(test, [row for row in rows if row["task_id"] <= 10 or row["task_id"] > 600])
 
 
 def _mbpp(line: Line) -> Row:
-    number = line.values.get("task_id")
-    if not str(number).isdecimal():
+    number = str(line.values.get("task_id"))
+    if not number.isdecimal():
         raise ProxyTuneError(f"{line.where} has no number `task_id`")
     return {
-        "id": str(number),
-        "task_id": int(str(number)),
+        "id": number,
+        "task_id": int(number),
         "text": line.text("text").strip(),
         "code": line.text("code").replace("\r\n", "\n"),
         "test_list": line.texts("test_list"),
@@ -414,16 +362,16 @@ def code_likelihood(data: str | None = None, **_: Any) -> Splits:
 
 def ds1000(data: str | None = None, **_: Any) -> Splits:
     """DS-1000's problems in their completion form."""
-    path = problems_file("ds1000", data)
     rows = []
-    for index, line in enumerate(lines(path) if path else hub("xlangai/DS-1000", split="test")):
+    for index, line in enumerate(rows_of(problems_file("ds1000", data), "xlangai/DS-1000", split="test")):
         prompt, metadata = line.text("prompt"), line.values.get("metadata")
         if not isinstance(metadata, Mapping):
             raise ProxyTuneError(f"{line.where} has no object 'metadata'")
+        name = str(metadata.get("problem_id", index))
         rows.append(
             {
-                "id": str(metadata.get("problem_id", index)),
-                "task_id": str(metadata.get("problem_id", index)),
+                "id": name,
+                "task_id": name,
                 "lib": str(metadata.get("library", "")),
                 "prompt": prompt if prompt.endswith("\n") else f"{prompt}\n",
                 "code_context": line.text("code_context"),
@@ -438,23 +386,17 @@ def alpacafarm(data: str | None = None, **_: Any) -> Splits:
     path = local(
         data, "alpaca_farm/alpaca_eval.json", "alpacafarm/alpaca_eval.json", "alpaca_eval.json", "alpaca_eval.jsonl"
     )
-    if path is None:  # the hub's copy needs a loading script, which datasets no longer runs; its file is plain JSON
-        address = "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"
-        found = hub("json", said="tatsu-lab/alpaca_eval", data_files=address, split="train")
-    else:
-        found = lines(path)
-    rows = []
-    for index, line in enumerate(found):
-        reference = line.values.get("reference_output") or line.values.get("output")
-        rows.append(
-            {
-                "id": str(index),
-                "instruction": line.text("instruction"),
-                "reference_output": str(reference or ""),
-                "dataset": str(line.values.get("dataset") or ""),
-            }
-        )
-    return splits(rows)
+    # The hub's copy needs a loading script, which datasets no longer runs; its file is plain JSON.
+    address = "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"
+    found = rows_of(path, "json", said="tatsu-lab/alpaca_eval", data_files=address, split="train")
+    return splits(
+        {
+            "instruction": line.text("instruction"),
+            "reference_output": str(line.values.get("reference_output") or line.values.get("output") or ""),
+            "dataset": str(line.values.get("dataset") or ""),
+        }
+        for line in found
+    )
 
 
 def demo_math(data: str | None = None, split: str = "test", problems: int = 1000, seed: int = 0, **_: Any) -> Splits:
@@ -462,10 +404,7 @@ def demo_math(data: str | None = None, split: str = "test", problems: int = 1000
     from proxytune.evaluation.problems import FEW_SHOT, make_problems
 
     found = make_problems(split, problems, seed)  # type: ignore[arg-type]
-    return splits(
-        [problem.row(index) for index, problem in enumerate(found)],
-        [problem.row(index) for index, problem in enumerate(FEW_SHOT)],
-    )
+    return splits(*([problem.row(at) for at, problem in enumerate(each)] for each in (found, FEW_SHOT)))
 
 
 def ecqa_json(data: str | None = None, **_: Any) -> Splits:
@@ -475,41 +414,44 @@ def ecqa_json(data: str | None = None, **_: Any) -> Splits:
         raise ProxyTuneError("ecqa_json needs FLAN CoT's ecqa_train.tsv: give it, or its folder, with --data")
     rows = []
     for row in read_text_lines(path):
-        number, text = row.number, row.value
-        if not text.strip():
+        if not row.value.strip():
             continue
-        cells = text.split("\t")
+        cells = row.value.split("\t")
         question, mark, listed = cells[0].partition("\\nOptions:\\n- ")
         options = [option.strip() for option in listed.split("\\n- ")]
         if not mark or len(cells) < 2 or cells[1].strip() not in options:
-            raise ProxyTuneError(f"line {number} of {path} is not a question with options, its answer and a reason")
+            raise ProxyTuneError(f"{row.where} of {path} is not a question with options, its answer and a reason")
         answer = cells[1].strip()
         solution = json.dumps({"answer": answer}, ensure_ascii=False)
-        rows.append(
-            {"id": str(number), "question": question, "options": options, "answer": answer, "solution": solution}
-        )
+        shown = {"id": str(row.number), "question": question, "options": options}
+        rows.append({**shown, "answer": answer, "solution": solution})
     return splits(rows[-500:], rows[:-500])
 
 
 # -- what lm_eval's own command line needs --------------------------------------------------------------------
-def scorer(task: str) -> Callable[[Mapping[str, Any], list[Any]], dict[str, float]]:
-    """``process_results`` of a task: its own scorer on one example's predictions."""
+def scorer(task: str, output: str) -> Callable[[Mapping[str, Any], list[Any]], dict[str, float]]:
+    """``process_results`` of a task: its own scorer on one example's predictions, in the field ``output``."""
 
     def process_results(doc: Mapping[str, Any], results: list[Any]) -> dict[str, float]:
-        from proxytune.evaluation.results import score_example
+        from proxytune.evaluation.scoring import score_lines
 
-        return score_example(task, doc, results)
+        found = [each for result in results for each in (result if isinstance(result, list) else [result])]
+        if output == "loglikelihoods":  # pairs of a sum and whether it was the greedy choice
+            found = [[value] for value, _ in found]
+            doc = {**doc, "continuations": [f"\n{doc['code']}"]}
+        scores = score_lines(task, [{**doc, "sample": at, output: one} for at, one in enumerate(found)])
+        return {name: float(value) for name, value in scores.metrics.items()}
 
     return process_results
 
 
-score_ecqa_json = scorer("ecqa_json")
-score_gsm8k = scorer("gsm8k")
-score_truthfulqa_mc = scorer("truthfulqa_mc")
-score_triviaqa = scorer("triviaqa")
-score_realtimeqa = scorer("realtimeqa")
-score_humaneval = scorer("humaneval")
-score_mbpp = scorer("mbpp")
-score_ds1000 = scorer("ds1000")
-score_demo_math = scorer("demo_math")
-score_mbpp_likelihood = scorer("mbpp_likelihood")
+score_ecqa_json = scorer("ecqa_json", "model_output")
+score_gsm8k = scorer("gsm8k", "model_output")
+score_truthfulqa_mc = scorer("truthfulqa_mc", "mc_output")
+score_triviaqa = scorer("triviaqa", "output")
+score_realtimeqa = scorer("realtimeqa", "mc_output")
+score_humaneval = scorer("humaneval", "completion")
+score_mbpp = scorer("mbpp", "completion")
+score_ds1000 = scorer("ds1000", "completion")
+score_demo_math = scorer("demo_math", "model_output")
+score_mbpp_likelihood = scorer("mbpp_likelihood", "loglikelihoods")
