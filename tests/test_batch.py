@@ -17,8 +17,9 @@ import torch
 
 from proxytune import AlphaError, ProxyTunedForCausalLM, ProxyTuneError, load_recipe
 from proxytune.answers.batch import Output, fingerprint, read_items, result
-from proxytune.answers.generation import Answer, Printer, RowSampler, Sampling, answer, encode, new_text
+from proxytune.answers.generation import Answer, Printer, Sampling, answer, encode, new_text
 from proxytune.answers.journal import json_line
+from proxytune.decoding.noise import RowSampler
 from proxytune.recipe.alpha import resolve_alpha
 from support import tiny
 

@@ -111,7 +111,8 @@ def test_what_prompts_begin_with_is_read_once(shelf, models, tokenizer, tmp_path
     arm = Arms(load_recipe(shelf / "recipe"), ["base_few_shot"]).make("base_few_shot")
     n_shown = len(tokenizer(shown)["input_ids"])
     read = []
-    forward = type(arm.model).forward
+    kind = type(arm.model.base)
+    forward = kind.forward
 
     @functools.wraps(forward)
     def watched(self, input_ids, *args, **kwargs):
@@ -119,7 +120,7 @@ def test_what_prompts_begin_with_is_read_once(shelf, models, tokenizer, tmp_path
         return forward(self, input_ids, *args, **kwargs)
 
     lines = answered(arm, TaskPlan("t", {"few_shot": jobs}), tmp_path / "warm.jsonl")  # how to read it has been tried
-    monkeypatch.setattr(type(arm.model), "forward", watched)
+    monkeypatch.setattr(kind, "forward", watched)
     assert answered(arm, TaskPlan("t", {"few_shot": jobs}), tmp_path / "a.jsonl").keys() == lines.keys()
     (rows, common), (all_rows, rest) = read[:2]
     assert (rows, all_rows) == (1, 3)

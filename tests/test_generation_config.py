@@ -120,13 +120,13 @@ def test_python_answers_with_it(place, values, tokenizer):
 
 @pytest.mark.parametrize("values", PUBLISHED.values(), ids=PUBLISHED)
 def test_the_commands_answer_with_it(place, values, tokenizer):
-    """One row, a batch, sampled and greedy, and an arm that is a plain transformers model."""
+    """One row, a batch, sampled and greedy, and an arm that is one model alone."""
     publish(place, values)
     arms = Arms(load_recipe(place / "recipe"), ["base", "proxy_tuned"])
     prompts = [[1, 40, 41, 42], [1, 50]]
     for arm in ("base", "proxy_tuned"):
         one = arms.make(arm)
-        alphas = None if one.alphas is None else [one.alphas] * 2
+        alphas = [one.alphas] * 2 if one.alphas else None
         for sampling in (Sampling(), Sampling(temperature=1.0)):
             asked = {"max_new_tokens": 4, "sampling": sampling}
             whole = answer(one.model, tokenizer, [Encoded(ids) for ids in prompts], alphas, **asked)

@@ -105,8 +105,13 @@ def scored(arm, pairs):
         for at, (context, text) in enumerate(pairs)
     ]
     ours, lines = of_arm(arm, bare_plan(), jobs_of(requests))
-    model = HFLM(pretrained=arm.model, tokenizer=arm.tokenizer, device="cpu", batch_size=1, max_length=tiny.CONTEXT)
+    model = HFLM(pretrained=own(arm), tokenizer=arm.tokenizer, device="cpu", batch_size=1, max_length=tiny.CONTEXT)
     return ours, model.loglikelihood(requests, disable_tqdm=True), lines
+
+
+def own(arm):
+    """The model of an arm as lm_eval takes it: the transformers model itself, where it is one alone."""
+    return arm.model if arm.alphas else arm.model.base
 
 
 def of_arm(arm, plan, jobs):
@@ -140,10 +145,9 @@ def test_pairs_are_encoded_and_scored_as_lm_eval_does(kind, arm, shelf):
 @pytest.mark.parametrize("bos", [True, False])
 def test_pairs_with_a_tokenizer_that_begins_no_text(bos, shelf):
     """Without a beginning a context of white space is empty: lm_eval asserts there, here it is the first token."""
-    from proxytune.evaluation.arms import Arm
+    from proxytune.evaluation.arms import alone
 
-    model = AutoModelForCausalLM.from_pretrained(shelf / "base")
-    arm = Arm("base", model, tiny.tokenizer(bos=bos), {})
+    arm = alone("base", AutoModelForCausalLM.from_pretrained(shelf / "base"), tiny.tokenizer(bos=bos))
     if bos:
         same(*scored(arm, PAIRS["white space alone"])[:2])
     else:
@@ -177,15 +181,15 @@ def test_every_likelihood_task_gives_lm_evals_figures(shelf, tmp_path):
             asked = [(job.context, text) for job in jobs for text in job.continuations]
             assert asked or name == "base_few_shot"
             if requests := [Instance("loglikelihood", {}, pair, at) for at, pair in enumerate(asked)]:
-                theirs = HFLM(pretrained=arm.model, tokenizer=arm.tokenizer, device="cpu", max_length=tiny.CONTEXT)
+                theirs = HFLM(pretrained=own(arm), tokenizer=arm.tokenizer, device="cpu", max_length=tiny.CONTEXT)
                 same(of_arm(arm, plan, jobs)[0], theirs.loglikelihood(requests, disable_tqdm=True))
 
 
 def test_a_continuation_that_cannot_be_scored_names_its_example(shelf):
     from proxytune.errors import ProxyTuneError
-    from proxytune.evaluation.arms import Arm
+    from proxytune.evaluation.arms import alone
 
-    arm = Arm("base", AutoModelForCausalLM.from_pretrained(shelf / "base"), tiny.tokenizer(), {})
+    arm = alone("base", AutoModelForCausalLM.from_pretrained(shelf / "base"), tiny.tokenizer())
     for pairs, said in (
         ([("how man", "y")], "t, example 0, base: a continuation has no token of its own"),  # both are one token
         ([("the dog", "")], "t, example 0, base: a continuation is empty"),

@@ -26,7 +26,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from transformers.generation.streamers import BaseStreamer
 
 from proxytune.answers.options import Sampling
-from proxytune.decoding.noise import RowSampler, row_seed
+from proxytune.decoding.noise import row_seed
 from proxytune.errors import PromptError
 from proxytune.recipe.generation_config import ends_of, fields_of, plain_generation_config
 from proxytune.recipe.prompts import left_pad, render_chat
@@ -108,32 +108,26 @@ def encode(
     return with_room(model, ids, model.prompter.from_messages(messages))
 
 
-def contexts_of(model: Any) -> dict[str, int | None]:
-    """How many tokens each member of a composite can read; "" stands for a plain model itself. None is no limit."""
-    if (seats := getattr(model, "seats", None)) is not None:
-        return {name: model.context_of(name) for name in seats}
-    return {"": getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)}
-
-
-def with_room(model: Any, ids: list[int], own: dict[str, list[int]]) -> Encoded:
+def with_room(model: ProxyTunedForCausalLM, ids: list[int], own: dict[str, list[int]]) -> Encoded:
     """Count what the members' contexts leave for new tokens; the last new token is never read back."""
     if not ids:
         raise PromptError("the prompt is empty: its text gives no token")
     room: int | None = None
-    for name, limit in contexts_of(model).items():
-        length = len(own.get(name, ids))
+    for name in model.seats:
+        limit, length = model.context_of(name), len(own.get(name, ids))
         if limit is None:
             continue
         if length > limit:
-            who = f"member {name!r}" if name else "the model"
-            raise PromptError(f"the prompt has {length} tokens, but {who} can read only {limit}; shorten the prompt")
+            raise PromptError(
+                f"the prompt has {length} tokens, but member {name!r} can read only {limit}; shorten the prompt"
+            )
         room = min(limit - length + 1, room) if room is not None else limit - length + 1
     return Encoded(ids, own, room)
 
 
 # -- generation -----------------------------------------------------------------------------------------------
 def answer(
-    model: Any,
+    model: ProxyTunedForCausalLM,
     tokenizer: Any,
     prompts: Sequence[Encoded],
     alphas: Sequence[Sequence[float]] | None,
@@ -144,6 +138,7 @@ def answer(
     streamer: BaseStreamer | None = None,
     stopped: Callable[[], bool] | None = None,
     past_key_values: Any = None,
+    n_shared: int = 0,
     stop_strings: Sequence[str] = (),
     processors: Sequence[LogitsProcessor] = (),
     criteria: Sequence[StoppingCriteria] = (),
@@ -152,43 +147,34 @@ def answer(
     """Answer a batch of prompts.
 
     Args:
-        model: a recipe's composite, or any transformers model, which has no alphas and shows all members one prompt.
-        alphas: one tuple a prompt, one value an expert; None for a model that is no composite.
+        alphas: one tuple a prompt, one value an expert; None for the model's own.
         rows: what each row's random numbers are drawn from, together with the seed; its place by default.
         streamer: is given the tokens of a single prompt as they come.
         stopped: asked after every token; True ends all rows.
-        past_key_values: a cache of the first columns of a single prompt.
+        past_key_values: a cache of the first columns.
+        n_shared: how many tokens all prompts begin with; they are the first columns, and padding stands behind them.
         stop_strings: end an answer, besides those of the generation config; they are part of it.
         processors, criteria: more of transformers' own, before the choice of a token and after it.
         speculate: see ``generate``; by default what the model was loaded with.
     """
     rows = range(len(prompts)) if rows is None else rows
-    ids, mask = left_pad([prompt.ids for prompt in prompts])  # (n_batch, n_columns)
+    ids, mask = left_pad([prompt.ids[n_shared:] for prompt in prompts])  # (n_batch, n_columns), behind what is shared
+    shared = torch.tensor(prompts[0].ids[:n_shared], dtype=torch.long).expand(len(prompts), -1)
+    ids, mask = torch.cat([shared, ids], dim=1), torch.cat([torch.ones_like(shared), mask], dim=1)
     limits = [max_new_tokens if p.room is None else min(max_new_tokens, p.room) for p in prompts]
     config = plain_generation_config(model, max(limits))
     stops = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
     stops += stop_strings
     config.stop_strings = stops or None
-    seeds = [row_seed(sampling.seed, row) for row in rows]
     processors = LogitsProcessorList([*processors, *([] if sampling.greedy else _warpers(sampling))])
     limit_rows = RowLimit(ids.shape[1], limits, stopped)
     criteria = StoppingCriteriaList(criteria)
     if stopped is not None or len(set(limits)) > 1:  # what looks at a whole batch keeps it from being drafted for
         criteria.append(limit_rows)
-    steering: dict[str, Any] = {}
-    if alphas is not None:
-        own = {name: [prompt.own[name] for prompt in prompts] for name in prompts[0].own}
-        steering = {
-            "alpha": torch.tensor([list(row) for row in alphas], dtype=torch.float32),
-            "member_input_ids": own or None,
-            "speculate": speculate,
-        }
+    own = {name: [prompt.own[name] for prompt in prompts] for name in prompts[0].own}
     if not sampling.greedy:
-        if alphas is None:
-            processors.append(RowSampler(seeds))
-        else:
-            config.do_sample, steering["seed"] = True, seeds
-            config.temperature, config.top_k, config.top_p = 1.0, 0, 1.0  # off: generate() fills in what is None
+        config.do_sample = True
+        config.temperature, config.top_k, config.top_p = 1.0, 0, 1.0  # off: generate() fills in what is None
     with torch.inference_mode():
         sequences = model.generate(
             ids.to(model.device),
@@ -197,7 +183,10 @@ def answer(
             stopping_criteria=criteria,
             streamer=streamer,
             past_key_values=past_key_values,
-            **steering,
+            alpha=None if alphas is None else torch.tensor([list(row) for row in alphas], dtype=torch.float32),
+            member_input_ids=own or None,
+            speculate=speculate,
+            seed=None if sampling.greedy else [row_seed(sampling.seed, row) for row in rows],
             **fields_of(config),
             **({"tokenizer": tokenizer} if stops else {}),
         )

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.logits_process import (
     LogitsProcessor,
@@ -28,7 +26,7 @@ from proxytune.decoding.mixing import mix
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.arms import Arm, Pair
 from proxytune.evaluation.code import clean_code
-from proxytune.lanes.reading import ROTATIONS, has_read, one_by_one, reading_of, rotations
+from proxytune.lanes.reading import ROTATIONS, reading_of, rotations
 from proxytune.recipe.config import Prompt
 from proxytune.recipe.families import new_cache
 from proxytune.recipe.prompts import chat_text, left_pad
@@ -37,7 +35,7 @@ __all__ = ["Job", "Log", "TaskPlan", "answer_jobs", "choice_scores", "shots_of"]
 
 GENERATION_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p")
 Key = tuple[str, int]  # an example's id, and which of its samples
-Mix = Sequence[float] | None  # one alpha an expert; None for a plain model
+Mix = Sequence[float]  # one alpha an expert
 
 
 # -- what is asked --------------------------------------------------------------------------------------------
@@ -194,18 +192,20 @@ def generate_batch(
     if banned := _banned_ids(arm.tokenizer, plan.metadata.get("banned") or ()):
         processors.append(NoBadWordsLogitsProcessor(banned))
     rows = [row for row, _ in wanted]
+    cache, n_shared = _prefilled(arm, prompts, rows)
     answers = answer(
         arm.model,
         arm.tokenizer,
         [prompts[row] for row in rows],
-        None if arm.alphas is None else [alphas or () for _, alphas in wanted],
+        [alphas for _, alphas in wanted] if arm.alphas else None,
         max_new_tokens=int(options.get("max_gen_toks", 256)),
         sampling=sampling,
         rows=[f"{plan.name}/{batch[row][0].id}/{batch[row][0].sample}" for row in rows],
         processors=processors,
         criteria=[StopTexts(arm.tokenizer, until, n_prompt)] if until else [],
         speculate=arm.speculate,
-        past_key_values=_prefilled(arm, prompts, rows),
+        past_key_values=cache,
+        n_shared=n_shared,
     )
     found = []
     for text in (one.text for one in answers):
@@ -215,53 +215,47 @@ def generate_batch(
 
 
 @torch.inference_mode()
-def _prefilled(arm: Arm, prompts: Sequence[Encoded], rows: Sequence[int]) -> Any:
-    """A cache that has read what would otherwise be read several times; None where that is nothing.
+def _prefilled(arm: Arm, prompts: Sequence[Encoded], rows: Sequence[int]) -> tuple[Any, int]:
+    """A cache that has read what would otherwise be read several times, and how many tokens all prompts begin with.
 
-    A prompt that is answered with several alphas is read once, all but its last column. A plain model reads once what
-    all of its prompts begin with, such as solved examples.
+    A prompt that is answered with several alphas is read once, all but its last column. A model alone reads once what
+    all of its prompts begin with, such as solved examples. Otherwise there is no cache.
     """
-    if arm.alphas is None:
-        return _beginning(arm.model, [prompt.ids for prompt in prompts])
-    if len(rows) == len(prompts) or prompts[0].own or any(len(prompt.ids) == 1 for prompt in prompts):
-        return None  # a member with a prompt of its own reads it whole in a first forward
-    ids, mask = left_pad([prompt.ids for prompt in prompts])
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    device = arm.model.device
-    cache = arm.model(
-        input_ids=ids[:, :-1].to(device),
-        attention_mask=mask[:, :-1].to(device),
-        position_ids=positions[:, :-1].to(device),
-        use_cache=True,
-        logits_to_keep=1,
-    ).past_key_values
-    cache.reorder_cache(torch.tensor(list(rows), device=device))
-    return cache
+    n_shared = 0
+    if len(rows) > len(prompts) and not prompts[0].own and all(len(prompt.ids) > 1 for prompt in prompts):
+        ids, mask = (columns[:, :-1] for columns in left_pad([prompt.ids for prompt in prompts]))
+    elif n_shared := _beginning(arm, [prompt.ids for prompt in prompts]):
+        ids, mask = left_pad([prompts[0].ids[:n_shared]])
+        rows = [0] * len(rows)
+    else:  # a member with a prompt of its own reads it whole in a first forward
+        return None, 0
+    cache = _read(arm, ids, mask, logits_to_keep=1).past_key_values
+    cache.reorder_cache(torch.tensor(list(rows), device=arm.model.device))  # every kind of layer can do that
+    return cache, n_shared
 
 
-def _beginning(model: Any, prompts: Sequence[list[int]]) -> DynamicCache | None:
-    """The cache of the columns in which left-padded prompts that begin alike hold nothing but what they share."""
-    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+def _beginning(arm: Arm, prompts: Sequence[list[int]]) -> int:
+    """With how many tokens all prompts begin, where a model alone can read them once for all of them; else 0."""
+    model, shortest = arm.model.base, min(map(len, prompts))
     common = next((at for at, ids in enumerate(zip(*prompts)) if len(set(ids)) > 1), shortest)
     common = min(common, shortest - 1)  # the last token is read for what it foretells
-    cache = new_cache(model)
     if (
-        len(prompts) == 1
-        or common - (longest - shortest) < 32
-        or not all(type(layer) is DynamicLayer for layer in cache.layers)  # a window or a state cannot be moved
+        arm.alphas
+        or len(prompts) == 1
+        or common < 32
+        # Padding stands behind what is shared, where a window would count it and a state would read it.
+        or not all(type(layer) is DynamicLayer for layer in new_cache(model).layers)
         or not reading_of(model).in_pieces
         or rotations(model) - ROTATIONS
     ):
-        return None
-    keep = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-    shared = torch.tensor([prompts[0][:common]], device=model.device)
-    model(input_ids=shared, past_key_values=cache, use_cache=True, **keep)
-    for layer in cache.layers:
-        for name in ("keys", "values"):  # (1, n_heads, common, n_head_dims)
-            read = getattr(layer, name)
-            moved = [F.pad(read, (0, 0, pad, 0))[:, :, :common] for pad in (longest - len(ids) for ids in prompts)]
-            setattr(layer, name, torch.cat(moved))
-    return cache
+        return 0
+    return common
+
+
+def _read(arm: Arm, ids: Tensor, mask: Tensor, **more: Any) -> Any:
+    """The output of every member for columns, ``mask`` being that of all columns so far."""
+    device = arm.model.device
+    return arm.model(ids.to(device), mask.to(device), use_cache=True, output_member_logits=True, **more)
 
 
 def _banned_ids(tokenizer: Any, banned: Sequence[str]) -> list[list[int]]:
@@ -314,24 +308,27 @@ def choice_scores(arm: Arm, pairs: Sequence[Pair], mixes: Sequence[Mix]) -> list
     of_prompt = torch.tensor([prompts.index(pair.context) for pair in pairs])  # (n_rows,)
     flat = [pair.continuation for pair in pairs]
     ids, mask = left_pad([prompt.ids for prompt in prompts])  # (n_prompts, width)
-    own = {name: left_pad([prompt.own[name] for prompt in prompts]) for name in prompts[0].own}
-    reader = _Reader(arm, mask, own)
-    first = reader.read(ids, last_only=True)  # the first token is foretold by the prompt's last position
+    own: dict[str, Any] = {}
+    if padded := {name: left_pad([prompt.own[name] for prompt in prompts]) for name in prompts[0].own}:
+        own = {"member_input_ids": {}, "member_attention_mask": {}, "prompt_length": ids.shape[1]}
+        for name, columns in padded.items():
+            own["member_input_ids"][name], own["member_attention_mask"][name] = columns
+    first = _read(arm, ids, mask, logits_to_keep=1, **own)  # its last position foretells the first token
     # The last token of a continuation is foretold, never read. Padding stands on the right, where it changes nothing.
     longest = max(map(len, flat))
     rest = torch.tensor([row[:-1] + [0] * (longest - len(row)) for row in flat], dtype=torch.long)
     rest_mask = torch.tensor([[1] * (len(row) - 1) + [0] * (longest - len(row)) for row in flat], dtype=torch.long)
     behind = None
     if longest > 1:
-        # Carry on with the prompts' rows, repeated where several continue one, and mask the columns to come.
-        reader.cache.reorder_cache(of_prompt.to(reader.device))  # every kind of layer can do that
-        reader.mask = torch.cat([mask[of_prompt], rest_mask], dim=1)
-        behind = reader.read(rest.reshape(len(flat), longest - 1))
+        cache = first.past_key_values
+        cache.reorder_cache(of_prompt.to(arm.model.device))  # a prompt's row, repeated where several continue it
+        behind = _read(arm, rest, torch.cat([mask[of_prompt], rest_mask], dim=1), past_key_values=cache)
     results = []
     for mixed_by in mixes:
-        logits = reader.mix(first, mixed_by)[of_prompt.to(reader.device)]  # (n_rows, 1, n_vocab)
+        logits = _mixed(arm, first.member_logits, mixed_by)
+        logits = logits[of_prompt.to(logits.device)]  # (n_rows, 1, n_vocab)
         if behind is not None:
-            logits = torch.cat([logits, reader.mix(behind, mixed_by)], dim=1)
+            logits = torch.cat([logits, _mixed(arm, behind.member_logits, mixed_by)], dim=1)
         results.append(_scores(logits * arm.scale, flat))
     return results
 
@@ -347,61 +344,12 @@ def _scores(logits: Tensor, rows: Sequence[Sequence[int]]) -> list[Score]:
     return found
 
 
-class _Reader:
-    """Reads columns behind a left-padded batch of prompts, with every member of an arm."""
-
-    def __init__(self, arm: Arm, mask: Tensor, own: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        self.arm, self.model, self.mask, self.own = arm, arm.model, mask, own
-        self.device = self.model.device
-        self.cache: Any = None
-        self.n_read = 0
-
-    def read(self, ids: Tensor, *, last_only: bool = False) -> dict[str, Tensor]:
-        """Member name -> logits (n_rows, n_positions, n_vocab); "" for a plain model."""
-        n_columns = ids.shape[1]
-        positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, self.n_read : self.n_read + n_columns]
-        inputs: dict[str, Any] = {
-            "input_ids": ids.to(self.device),
-            "attention_mask": self.mask.to(self.device),
-            "position_ids": positions.to(self.device),
-            "past_key_values": self.cache,
-            "use_cache": True,
-        }
-        if self.arm.alphas is None:
-            keep = {"logits_to_keep": 1} if last_only and self.model._supports_logits_to_keep() else {}
-
-            def read(input_ids: Tensor, **inputs: Any) -> Tensor:
-                output = self.model(input_ids=input_ids, **inputs, **keep)
-                self.cache = output.past_key_values
-                return output.logits[:, -1:] if last_only else output.logits
-
-            ids = inputs.pop("input_ids")
-            in_pieces = not has_read(self.cache) or reading_of(self.model).in_pieces
-            logits = {"": read(ids, **inputs) if in_pieces else one_by_one(read, ids, inputs)}
-        else:
-            if self.own and self.n_read == 0:
-                inputs["member_input_ids"] = {name: pair[0] for name, pair in self.own.items()}
-                inputs["member_attention_mask"] = {name: pair[1] for name, pair in self.own.items()}
-                inputs["prompt_length"] = n_columns
-            output = self.model(**inputs, logits_to_keep=int(last_only), output_member_logits=True)
-            logits = output.member_logits
-            self.cache = output.past_key_values
-        self.n_read += n_columns
-        return logits
-
-    def mix(self, logits: Mapping[str, Tensor], alphas: Mix) -> Tensor:
-        """The arm's logits, (n_rows, n_positions, n_vocab)."""
-        if alphas is None:
-            return logits[""]
-        model = self.model
-        pairs = [(logits.get(f"{e.name}.expert"), logits.get(f"{e.name}.anti_expert")) for e in model.experts]
-        return mix(
-            logits["base"],
-            pairs,
-            torch.tensor([list(alphas)], dtype=torch.float32),
-            plausibility=model.config.plausibility,
-            vocab_size=model.shared_vocab,
-        )
+def _mixed(arm: Arm, logits: Mapping[str, Tensor], alphas: Mix) -> Tensor:
+    """The arm's logits, (n_rows, n_positions, n_vocab), from those of its members."""
+    model = arm.model
+    pairs = [(logits.get(f"{e.name}.expert"), logits.get(f"{e.name}.anti_expert")) for e in model.experts]
+    alpha = torch.tensor([list(alphas)], dtype=torch.float32)
+    return mix(logits["base"], pairs, alpha, plausibility=model.config.plausibility, vocab_size=model.shared_vocab)
 
 
 def _scored(asked: Asked, scores: Sequence[Score]) -> dict[str, Any]:

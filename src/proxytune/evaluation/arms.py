@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from proxytune.answers.generation import Encoded, contexts_of, with_room
+from proxytune.answers.generation import Encoded, with_room
+from proxytune.assembling import config_of_members
 from proxytune.errors import MemberError, ProxyTuneError
 from proxytune.evaluation.results import ARMS
 from proxytune.lanes.kernels import pack
@@ -27,9 +28,10 @@ from proxytune.recipe.prompts import Prompter
 if TYPE_CHECKING:
     from proxytune.evaluation.answering import TaskPlan
 
-__all__ = ["Arm", "Arms", "Pair", "expand_arms", "has_members", "tuned_prompt"]
+__all__ = ["Arm", "Arms", "Pair", "alone", "expand_arms", "has_members", "tuned_prompt"]
 
 AS_IT_IS = LoadingOptions()
+RAW = Prompt()
 
 
 @dataclass(frozen=True)
@@ -37,17 +39,17 @@ class Arm:
     """A model, what its members are shown, and how its logits are read.
 
     Attributes:
-        model: a recipe's composite, or a plain transformers model where ``alphas`` is None.
-        prompts: member name -> its prompt and tokenizer, of those that are not raw; "" is a plain model's own.
+        model: a composite: the recipe's, or one without experts, see :func:`alone`.
+        prompts: member name -> its prompt and tokenizer, of those that are not raw; "" is that of a model alone.
         alphas: one value an expert.
         scale: what the logits are multiplied by (a mean of n models is a sum, scaled).
     """
 
     name: str
-    model: Any
+    model: ProxyTunedForCausalLM
     tokenizer: Any
     prompts: Mapping[str, tuple[Prompt, Any]]
-    alphas: tuple[float, ...] | None = None
+    alphas: tuple[float, ...] = ()
     scale: float = 1.0
     speculate: Any = None
 
@@ -68,7 +70,7 @@ class Arm:
             ProxyTuneError: for a continuation without a token, and for texts that no member's context can hold.
         """
         pairs = []
-        contexts = [limit for name, limit in contexts_of(self.model).items() if name not in self.prompts]
+        contexts = [self.model.context_of(name) for name in self.model.seats if name not in self.prompts]
         limit = min((limit for limit in contexts if limit is not None), default=None)  # of those shown the raw text
         for raw, scored in _encoded_as_lm_eval(self.tokenizer, context, continuations):
             own = self._own_prompts(plan, context.rstrip())
@@ -181,7 +183,7 @@ class Arms:
         wanted = "base" if name == "base_few_shot" else name
         member = next(each for each in self.members if each == wanted or each.endswith(f".{wanted}"))
         model = self._lane(member).alone(member)
-        return _plain(name, model, self._tokenizer(member), self.members[member].prompt)
+        return alone(name, model, self._tokenizer(member), self.members[member].prompt)
 
     def close(self) -> None:
         """Let go of every model."""
@@ -233,7 +235,7 @@ class Arms:
             tokenizer: Any = AutoTokenizer.from_pretrained(self.tuned, trust_remote_code=trust)
         if self.loading.pack:
             pack(model)
-        return _plain("tuned", model, tokenizer, tuned_prompt(self.config))
+        return alone("tuned", model, tokenizer, tuned_prompt(self.config))
 
     def _tokenizer(self, member: str) -> Any:
         if member not in self.tokenizers:
@@ -248,9 +250,12 @@ class Arms:
         return self.tokenizers[member]
 
 
-def _plain(name: str, model: Any, tokenizer: Any, prompt: Prompt) -> Arm:
-    """An arm that is one model."""
-    return Arm(name, model, tokenizer, {} if prompt.kind == "raw" else {"": (prompt, tokenizer)})
+def alone(name: str, model: Any, tokenizer: Any, prompt: Prompt = RAW) -> Arm:
+    """An arm that is one model: a composite without experts."""
+    config, given = config_of_members(model, [{"expert": model}], {})
+    config.experts = []
+    composite = ProxyTunedForCausalLM._load(config, {"base": given["base"]}, tokenizer, {}, {"speculate": False})
+    return Arm(name, composite, tokenizer, {} if prompt.kind == "raw" else {"": (prompt, tokenizer)}, speculate=False)
 
 
 def tuned_prompt(config: ProxyTuneConfig) -> Prompt:
