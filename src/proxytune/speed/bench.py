@@ -59,12 +59,10 @@ __all__ = [
 ]
 
 STEERED = ("plain_loop", "composite", "shared", "speculative")
-ASKED: Mapping[str, Mapping[str, Any]] = {  # what `generate` is asked in each arm that it runs
-    "base": {},
+ASKED: Mapping[str, Mapping[str, Any]] = {  # of `generate`, in the arms that are not what it does by default
     "base_lookup": {"prompt_lookup_num_tokens": 10},  # transformers' own example
     "composite": {"speculate": False},
     "shared": {"speculate": False},
-    "speculative": {},
 }
 WARM_UP = 8  # new tokens of a warm-up
 NEAR_TIE = 1e-3  # float32 logits closer than this may be ordered either way by another kernel
@@ -151,11 +149,7 @@ def problem_texts(seed: int) -> Texts:
 
 
 def texts_of_file(path: Path) -> Texts:
-    """The paragraphs of a text file, again and again.
-
-    Raises:
-        ProxyTuneError: for a file without text, or in another encoding than UTF-8.
-    """
+    """The paragraphs of a text file, again and again."""
     try:
         paragraphs = [part.strip() for part in path.read_text("utf-8").split("\n\n") if part.strip()]
     except UnicodeDecodeError as error:
@@ -215,7 +209,7 @@ class Subject:
 
     def asked(self, arm: str) -> Mapping[str, Any]:
         """What ``generate`` is asked in an arm. Compiled, the base alone gets a static cache too."""
-        return {**ASKED[arm], **({"cache_implementation": "static"} if arm == "base" and self.compiled else {})}
+        return {**ASKED.get(arm, {}), **({"cache_implementation": "static"} if arm == "base" and self.compiled else {})}
 
     def model(self, arm: str) -> Any:
         """The model that an arm runs."""
@@ -293,8 +287,9 @@ def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int, asked: Mapping[
     """Continue ``ids``, shape = (n_batch, n_prompt), by ``n_new`` tokens; ``asked`` of ``generate`` besides what the
     arm asks."""
     model: Any = subject.model(arm)
-    plain, composite, asked = arm == "plain_loop", isinstance(model, ProxyTunedForCausalLM), asked or {}
-    ids = ids.to(model.device)
+    plain, ids = arm == "plain_loop", ids.to(model.device)
+    wanted = {"do_sample": False, **subject.asked(arm), **(asked or {}), "min_new_tokens": n_new}
+    wanted |= {"max_new_tokens": n_new, "attention_mask": torch.ones_like(ids)}
     parts = [lane.model for lane in model.lanes] if plain else [model]  # no quick head for drafts in the plain loop
     memory, others = tensor_bytes(module for part in parts for module in part.modules()), 0
     if ids.is_cuda:
@@ -303,20 +298,14 @@ def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int, asked: Mapping[
     with _first_forwards([model.member(name) for name in model.seats] if plain else [model], ids.device) as first:
         begin = now(ids.device)
         if plain:
-            sequences, caches = _plain(model, ids, n_new, asked.get("temperature"))
-        else:
+            sequences, caches = _plain(model, ids, n_new, wanted.get("temperature"))
+        elif isinstance(model, ProxyTunedForCausalLM):
+            # A batch that is to return its cache could not be drafted for, so ours is caught where it is made.
             with _caches_of(model) as caches:
-                output = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    min_new_tokens=n_new,
-                    max_new_tokens=n_new,
-                    # A batch that is to return its cache could not be drafted for, so ours is caught where it is made.
-                    return_dict_in_generate=not composite,
-                    **(_own_prompts(model, ids) if composite else {}),
-                    **{"do_sample": False, **subject.asked(arm), **asked},
-                )
-            sequences, caches = (output, caches) if composite else (output.sequences, [output.past_key_values])
+                sequences = model.generate(ids, **_own_prompts(model, ids), **wanted)
+        else:
+            output = model.generate(ids, return_dict_in_generate=True, **wanted)
+            sequences, caches = output.sequences, [output.past_key_values]
         end = now(ids.device)
     if ids.is_cuda:
         memory += torch.cuda.max_memory_allocated(ids.device) - others
@@ -346,12 +335,9 @@ def _plain(model: ProxyTunedForCausalLM, ids: Tensor, n_new: int, temperature: f
 
 
 @contextmanager
-def _caches_of(model: Any) -> Iterator[list[Any]]:
-    """The caches that a composite makes within it; none of any other model."""
+def _caches_of(model: ProxyTunedForCausalLM) -> Iterator[list[Any]]:
+    """The caches that a composite makes within it."""
     made: list[Any] = []
-    if not isinstance(model, ProxyTunedForCausalLM):
-        yield made
-        return
     make = model.new_cache
 
     def noted(capacity: int | None = None) -> Any:
@@ -396,11 +382,8 @@ def now(device: torch.device) -> float:
 
 @torch.no_grad()
 def bare_forwards(subject: Subject, arm: str, ids: Tensor, tokens: Tensor) -> float:
-    """Seconds a step of the arm's forwards alone, on the tokens that a run gave, each lane with a cache of its own.
-
-    Args:
-        ids: the prompt, (n_batch, n_prompt). tokens: the new tokens, (n_batch, n_new), all but the last are read.
-    """
+    """Seconds a step of the arm's forwards alone, each lane with a cache of its own, on the prompt ``ids``,
+    (n_batch, n_prompt), and all but the last of the new ``tokens``, (n_batch, n_new), that a run gave."""
     alone = arm == "base"
     model: Any = subject.separate if alone else subject.model(arm)
     lanes = [model.lanes[model.seats["base"][0]]] if alone else model.lanes
@@ -500,9 +483,6 @@ def run_bench(
         texts: where prompts come from. tokenizer: makes tokens of them; the base's by default.
         compare: whether the steered arms must write the same tokens (never asked of samples).
         progress: told what is being done, and the share of the whole that is done.
-
-    Raises:
-        ProxyTuneError: before anything is measured, where a case does not fit the members' contexts.
     """
     model = subjects[0].separate
     tokenizer = tokenizer or model.tokenizer

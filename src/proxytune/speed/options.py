@@ -51,11 +51,7 @@ class MemberOptions:
 
     @classmethod
     def parse(cls, text: str) -> MemberOptions:
-        """Read ``float32+pack+compile``; ``auto`` is the recipe's own dtype.
-
-        Raises:
-            ProxyTuneError: for a word that is no option, or two dtypes.
-        """
+        """Read ``float32+pack+compile``; ``auto`` is the recipe's own dtype."""
         given = text.strip().split("+")
         for word in given:
             if word not in (*DTYPES, "pack", "compile"):

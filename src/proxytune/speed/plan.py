@@ -168,10 +168,6 @@ def plan_recipe(config: ProxyTuneConfig, options: PlanOptions, loading: LoadingO
 
     Args:
         loading: its ``device_map`` (for a probe) and ``trust_remote_code``.
-
-    Raises:
-        MemberError, RecipeError: for a member whose config cannot be read.
-        ProxyTuneError: for options that contradict each other, and where the bench has nothing to compare.
     """
     loading = loading or LoadingOptions()
     if loading.device_map is not None and not options.probe:
@@ -326,11 +322,8 @@ def cost_of_forwards(seconds: Mapping[int, float]) -> Cost:
 
 @torch.no_grad()
 def probe(subject: Subject, batches: Sequence[int]) -> dict[int, RecipeCosts]:
-    """Time the lanes of a recipe in memory, and what ``generate`` adds to them, for about :data:`PROBE_SECONDS`.
-
-    Returns:
-        batch size -> costs in seconds.
-    """
+    """Time the lanes of a recipe in memory, and what ``generate`` adds to them, for about :data:`PROBE_SECONDS`: the
+    costs in seconds by batch size."""
     separate, default = subject.separate, subject.default
     lanes: list[Any] = list(default.lanes)
     forwards = {lane: _Forward(lane, _read) for lane in (*lanes, *separate.lanes)}
@@ -399,15 +392,11 @@ def compare_with_bench(
 
 
 def read_bench(path: Path) -> dict[str, Any]:
-    """What ``proxytune bench --json`` wrote.
-
-    Raises:
-        ProxyTuneError: for a file that it did not write.
-    """
+    """What ``proxytune bench --json`` wrote."""
     try:
         found = json.loads(path.read_text("utf-8"))
-        if isinstance(found, dict) and isinstance(found.get("rows"), list):
-            return found
     except ValueError:
-        pass
-    raise ProxyTuneError(f"{path} was not written by `proxytune bench --json`")
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
+        raise ProxyTuneError(f"{path} was not written by `proxytune bench --json`")
+    return found
