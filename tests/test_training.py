@@ -22,10 +22,9 @@ from typer.testing import CliRunner
 from proxytune import Expert, Member, ProxyTuneConfig, ProxyTunedForCausalLM, ProxyTuneError, load_recipe, write_recipe
 from proxytune.cli import app
 from proxytune.recipe.check import check_recipe
-from proxytune.recipe.members import Loading
 from proxytune.training import TrainingOptions
 from proxytune.training.data import Rows
-from proxytune.training.run import _checked, _trainer, resolved
+from proxytune.training.run import Run, checked, make_trainer, resolved
 from support import tiny
 
 pytestmark = pytest.mark.usefixtures("no_progress")
@@ -525,8 +524,8 @@ def made_trainer(shelf, folder, data, anti=None, **options):
         str(anti or shelf / "anti"),
         **{"rank": 4, "batch_size": 4, "micro_batch": 4, "precision": "float32", **options},
     )
-    config, wanted, shared = _checked(resolved(wanted), Loading())
-    return _trainer(config, wanted, shared, Rows.read(str(data)), folder, Loading(), lambda progress: None)
+    config, wanted, shared = checked(resolved(wanted))
+    return make_trainer(Run(wanted, folder, config, shared, Rows.read(str(data)), lambda progress: None))
 
 
 def three_forwards(base, expert, anti, batch, alpha):

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -27,9 +27,9 @@ __all__ = [
     "JsonFile",
     "Recipe",
     "count",
-    "counting_bar",
     "drop_stdout",
     "fail",
+    "live_bar",
     "load_model",
     "number_text",
     "progress_bar",
@@ -45,12 +45,8 @@ __all__ = [
 FAILED = 2
 
 
-Recipe = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="Recipe directory, hub id, or `demo`.", show_default=False)
-]
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write everything there too.", show_default=False)
-]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe directory, hub id, or `demo`.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there too.")]
 
 
 # -- reading and showing ------------------------------------------------------------------------------------
@@ -127,8 +123,9 @@ def load_model(config: ProxyTuneConfig, loading: LoadingOptions) -> tuple[ProxyT
     return model, tokenizer
 
 
-def counting_bar(console: Console) -> Progress:
-    """A bar with its task's description, how many of how many are done, and the time."""
+@contextlib.contextmanager
+def live_bar(*, counted: bool) -> Iterator[Progress | None]:
+    """A bar on stderr, if that is a terminal: how many of how many are done (``counted``), or the share that is."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -138,43 +135,40 @@ def counting_bar(console: Console) -> Progress:
         TimeRemainingColumn,
     )
 
-    text = TextColumn("{task.description}")
-    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    # Never let rich redirect stdout: it carries the results.
-    return Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=True)
-
-
-@contextlib.contextmanager
-def progress_bar(total: int, shown: bool) -> Iterator[Any]:
-    """A progress bar on stderr; yields a function that advances it by a number of prompts."""
-    console = Console(stderr=True)
-    if not (shown and total > 1 and console.is_terminal):
-        yield lambda n: None
-        return
-    with counting_bar(console) as bar:
-        task = bar.add_task("prompts", total=total)
-        yield lambda n: bar.advance(task, n)
-
-
-@contextlib.contextmanager
-def share_bar() -> Iterator[Any]:
-    """A progress bar on stderr; yields a function that is told what is being done and the share that is done."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=True)
+    console, text = Console(stderr=True), TextColumn("{task.description}")
     if not console.is_terminal:
-        yield lambda said, share: None
+        yield None
         return
-    with bar:
-        task = bar.add_task("", total=1.0)
-        yield lambda said, share: bar.update(task, completed=share, description=said)
+    columns = (
+        (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        if counted
+        else (BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn(), text)
+    )
+    # Never let rich redirect stdout: it carries the results.
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=True) as bar:
+        yield bar
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr; yields a function that advances it by a number of prompts."""
+    with live_bar(counted=True) if shown and total > 1 else contextlib.nullcontext() as bar:
+        if bar is None:
+            yield lambda n: None
+        else:
+            task = bar.add_task("prompts", total=total)
+            yield lambda n: bar.advance(task, n)
+
+
+@contextlib.contextmanager
+def share_bar() -> Iterator[Callable[[str, float], None]]:
+    """A progress bar on stderr; yields a function that is told what is being done and the share that is done."""
+    with live_bar(counted=False) as bar:
+        if bar is None:
+            yield lambda said, share: None
+        else:
+            task = bar.add_task("", total=1.0)
+            yield lambda said, share: bar.update(task, completed=share, description=said)
 
 
 def show_table(headings: str, rows: Sequence[Sequence[str]]) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from proxytune.cli.shared import counting_bar
+from proxytune.cli.shared import live_bar, say
 from proxytune.training.options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -20,9 +19,7 @@ __all__ = ["train"]
 
 
 def train(
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Directory to be made: the recipe, M+ in it.", show_default=False)
-    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to be made: the recipe, M+ in it.")],
     options: TrainingOptions,
 ) -> None:
     """Make an expert of a small model and data, and the recipe that steers a large one with it.
@@ -35,42 +32,39 @@ def train(
     with _shown() as report:
         trained = run(options, out, report=report)
     for note in trained.notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}")
     loss = trained.manifest["loss"]
     if loss is not None:
-        typer.echo(f"loss {loss['first']:.4g} -> {loss['last']:.4g} in {trained.manifest['steps']} steps", err=True)
-    typer.echo(f"wrote {out}; try it: proxytune generate {out} PROMPT", err=True)
+        say(f"loss {loss['first']:.4g} -> {loss['last']:.4g} in {trained.manifest['steps']} steps")
+    say(f"wrote {out}; try it: proxytune generate {out} PROMPT")
 
 
 @contextlib.contextmanager
 def _shown() -> Iterator[Callable[[Progress], None]]:
     """A bar on a terminal's stderr; elsewhere a line for each twentieth of the steps."""
-    with _quiet_libraries():
-        console = Console(stderr=True)
-        if not console.is_terminal:
+    with _quiet_libraries(), live_bar(counted=True) as bar:
+        if bar is None:
             yield _line
             return
-        with counting_bar(console) as bar:
-            task = bar.add_task("", total=None)
-            doing = ""
+        task, doing = bar.add_task("", total=None), ""
 
-            def report(now: Any) -> None:
-                nonlocal doing
-                if now.doing != doing:
-                    doing = now.doing
-                    bar.reset(task, total=now.steps)
-                loss = "" if now.loss is None else f", loss {now.loss:.3f}"
-                bar.update(task, completed=now.step, total=now.steps, description=now.doing + loss)
+        def report(now: Progress) -> None:
+            nonlocal doing
+            if now.doing != doing:
+                doing = now.doing
+                bar.reset(task, total=now.steps)
+            loss = "" if now.loss is None else f", loss {now.loss:.3f}"
+            bar.update(task, completed=now.step, total=now.steps, description=now.doing + loss)
 
-            yield report
+        yield report
 
 
 def _line(now: Progress) -> None:
     if now.loss is None:
         if now.step in (0, now.steps):
-            typer.echo(now.doing, err=True)
+            say(now.doing)
     elif now.step in (1, now.steps) or now.step % max(1, now.steps // 20) == 0:
-        typer.echo(f"{now.doing} {now.step}/{now.steps}  loss {now.loss:.4f}  lr {now.lr:.2e}", err=True)
+        say(f"{now.doing} {now.step}/{now.steps}  loss {now.loss:.4f}  lr {now.lr:.2e}")
 
 
 @contextlib.contextmanager

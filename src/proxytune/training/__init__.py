@@ -1,11 +1,4 @@
-"""``proxytune train``: M+ made from M- with TRL's ``SFTTrainer``, alone or inside the mixture, and a recipe of it.
-
-options.py     the options
-run.py         one run: the checks, the trainer, the recipe
-data.py        rows from files and data sets
-positions.py   TRL's trainer, projecting only what is learned
-consistent.py  the mixture's loss, and the frozen members' hidden states
-"""
+"""``proxytune train``: M+ made from M- with TRL's ``SFTTrainer``, alone or inside the mixture, and a recipe of it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,9 +62,7 @@ class HiddenStates:
 
     def __init__(self, file: Path, counts: Sequence[int], width: int, dtype: torch.dtype) -> None:
         self.file = file
-        self.offsets = [0]
-        for count in counts:
-            self.offsets.append(self.offsets[-1] + count)
+        self.offsets = [0, *accumulate(counts)]
         size = self.offsets[-1] * width
         needed, free = size * dtype.itemsize, shutil.disk_usage(file.parent).free
         if not file.exists() and needed > free:
@@ -121,10 +119,6 @@ class Frozen:
             return self.hidden(input_ids, attention_mask, learned)
         return self.kept.rows(rows).to(next(self.head.parameters()).device)
 
-    def forget_body(self) -> None:
-        """Free all of the model but its head; for one that nothing else uses, once its states are kept."""
-        self.model = None
-
 
 class ConsistentTrainer(PositionsTrainer):
     """TRL's trainer with the mixture's loss. :meth:`mix_with` must be called before training."""
@@ -149,19 +143,15 @@ class ConsistentTrainer(PositionsTrainer):
                     "from its body, which --consistent cannot do for it"
                 )
 
-    @contextmanager
-    def _frozen_mode(self, model: Any) -> Iterator[None]:
-        """No dropout; where the frozen member is the trained model itself, training goes on afterwards."""
-        training = model.training
-        model.eval()
-        try:
-            yield
-        finally:
-            model.train(training)
-
     def _without_adapter(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        with cast(Any, self.model).disable_adapter(), self._frozen_mode(self.expert):
-            return last_hidden(self.expert, input_ids, attention_mask)
+        """The trained model's hidden states as M-, without dropout; training goes on afterwards."""
+        training = self.expert.training
+        self.expert.eval()
+        try:
+            with cast(Any, self.model).disable_adapter():
+                return last_hidden(self.expert, input_ids, attention_mask)
+        finally:
+            self.expert.train(training)
 
     def keep_hidden(self, directory: Path, report: Callable[[str, int, int], None]) -> None:
         """Compute the frozen members' hidden states of all rows, once, or find them where an earlier run left them.
@@ -196,7 +186,7 @@ class ConsistentTrainer(PositionsTrainer):
                 report(frozen.name, done, len(batches))
             frozen.kept = kept
             if frozen.model is not self.expert:
-                frozen.forget_body()
+                frozen.model = None  # its body is needed no more
 
     @property
     def kept_dtype(self) -> torch.dtype | None:

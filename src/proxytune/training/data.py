@@ -61,31 +61,30 @@ class Rows:
         path = Path(source).expanduser()
         if path.is_file():
             raw = ((f"{row.where} of {path}", row.value) for row in read_rows(path))
-            sha256 = _file_sha256(path)
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
             if path.name.lower().removesuffix(".gz").endswith(SUFFIXES) or (
                 source.startswith((".", "/", "~")) and not path.is_dir()
             ):
                 raise ProxyTuneError(f"there is no data at {source!r}")
             found = _dataset_rows(source, split)
-            digest = hashlib.sha256()
-            for row in found:
-                digest.update((json.dumps(row, sort_keys=True, default=str) + "\n").encode())
-            raw, sha256 = ((f"row {n} of {source}", row) for n, row in enumerate(found, start=1)), digest.hexdigest()
+            text = "".join(json.dumps(row, sort_keys=True, default=str) + "\n" for row in found)
+            raw = ((f"row {n} of {source}", row) for n, row in enumerate(found, start=1))
+            sha256 = hashlib.sha256(text.encode()).hexdigest()
 
         rows: list[dict[str, Any]] = []
         places: list[str] = []
-        forms: list[str] = []
+        first = None
         for place, row in raw:
             try:
                 form, made = _row(row, prompt, completion)
-                if forms and form != forms[0]:
-                    raise ProxyTuneError(f"it has {form}, but the first row has {forms[0]}")
+                first = first or form
+                if form != first:
+                    raise ProxyTuneError(f"it has {form}, but the first row has {first}")
             except ProxyTuneError as error:
                 raise ProxyTuneError(f"{place}: {error}") from error
             rows.append(made)
             places.append(place)
-            forms.append(form)
         if not rows:
             raise ProxyTuneError(f"{source} has no rows to train on")
         return cls(source, *_kind(rows), places, sha256)
@@ -191,11 +190,3 @@ def _dataset_rows(source: str, split: str) -> list[Any]:
         return list(load_dataset(name, config or None, split=split))
     except Exception as error:  # unknown, unreachable, without that split: each raises something of its own
         raise ProxyTuneError(f"the data set {source!r} cannot be loaded: {first_line(error)}") from error
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()

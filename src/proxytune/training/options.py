@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from proxytune.errors import ProxyTuneError
 from proxytune.options import option
@@ -11,6 +12,10 @@ from proxytune.recipe.options import TRUST
 
 __all__ = ["TrainingOptions"]
 
+# The headings that the options stand under.
+_data, _members, _trained, _how, _run = (
+    partial(option, panel=panel) for panel in ("Data", "Members", "What is trained", "How", "The run")
+)
 PRECISIONS = ("auto", "bf16", "fp16", "float32")
 
 
@@ -18,81 +23,49 @@ PRECISIONS = ("auto", "bf16", "fp16", "float32")
 class TrainingOptions:
     """What is trained, on what, and how."""
 
-    data: str = option(
+    data: str = _data(
         help="JSONL, JSON, CSV, TSV or Parquet, or a data set (NAME or NAME:CONFIG), with the columns prompt and "
         "completion, or messages.",
         metavar="FILE|NAME",
-        panel="Data",
     )
-    base: str | None = option(None, "M, which is to be steered.", metavar="MODEL", panel="Members")
-    anti_expert: str | None = option(None, "M-, which M+ is made of.", metavar="MODEL", panel="Members")
-    recipe: str | None = option(
-        None,
-        "Take base and anti-expert from a recipe, or from `demo`, in place of naming them.",
-        metavar="RECIPE",
-        panel="Members",
+    base: str | None = _members(None, "M, which is to be steered.", metavar="MODEL")
+    anti_expert: str | None = _members(None, "M-, which M+ is made of.", metavar="MODEL")
+    recipe: str | None = _members(
+        None, "Take base and anti-expert from a recipe, or from `demo`, in place of naming them.", metavar="RECIPE"
     )
-    name: str | None = option(None, "The expert's name; the recipe's, or `expert`.", metavar="NAME", panel="Members")
-    alpha: float | None = option(
-        None, "Its strength; the recipe's, or 1.", flag="--alpha -a", metavar="NUMBER", panel="Members"
+    name: str | None = _members(None, "The expert's name; the recipe's, or `expert`.", metavar="NAME")
+    alpha: float | None = _members(None, "Its strength; the recipe's, or 1.", flag="--alpha -a", metavar="NUMBER")
+    split: str = _data("train", "Of a data set.", metavar="SPLIT")
+    prompt: str | None = _data(None, "Make prompts of other columns: 'Question: {question}'.", metavar="TEXT")
+    completion: str | None = _data(None, "Make completions: ' {answer}'.", metavar="TEXT")
+    max_length: int | None = _data(
+        None, "Most tokens of a row; 2048, or what the members can read. Longer rows are cut, and counted.", metavar="N"
     )
-    split: str = option("train", "Of a data set.", metavar="SPLIT", panel="Data")
-    prompt: str | None = option(
-        None, "Make prompts of other columns: 'Question: {question}'.", metavar="TEXT", panel="Data"
+    full: bool = _trained(False, "All of M-'s weights, not a LoRA adapter.")
+    rank: int = _trained(16, "The adapter's rank.", metavar="N")
+    lora_alpha: int | None = _trained(None, "Its alpha; twice the rank.", metavar="N")
+    targets: str = _trained("all-linear", "The modules that get one: all-linear, or q_proj,v_proj …", metavar="NAME,…")
+    consistent: bool = _trained(
+        False, "Train inside the mixture: the loss is taken of base + alpha * (expert - anti-expert)."
     )
-    completion: str | None = option(None, "Make completions: ' {answer}'.", metavar="TEXT", panel="Data")
-    max_length: int | None = option(
-        None,
-        "Most tokens of a row; 2048, or what the members can read. Longer rows are cut, and counted.",
-        metavar="N",
-        panel="Data",
-    )
-    full: bool = option(False, "All of M-'s weights, not a LoRA adapter.", panel="What is trained")
-    rank: int = option(16, "The adapter's rank.", metavar="N", panel="What is trained")
-    lora_alpha: int | None = option(None, "Its alpha; twice the rank.", metavar="N", panel="What is trained")
-    targets: str = option(
-        "all-linear",
-        "The modules that get one: all-linear, or q_proj,v_proj …",
-        metavar="NAME,…",
-        panel="What is trained",
-    )
-    consistent: bool = option(
-        False,
-        "Train inside the mixture: the loss is taken of base + alpha * (expert - anti-expert).",  # 2407.01155
-        panel="What is trained",
-    )
-    hidden_cache: str = option(
+    hidden_cache: str = _trained(
         "auto",
         "With --consistent, where the frozen members' hidden states are kept: in OUT while it trains, if it is longer "
         "than an epoch; nowhere; or in DIR, for later runs too.",
         metavar="auto|off|DIR",
-        panel="What is trained",
     )
-    epochs: float = option(2.0, "Passes over the data.", metavar="N", panel="How")
-    max_steps: int | None = option(None, "This many steps in place of epochs.", metavar="N", panel="How")
-    lr: float | None = option(
-        None, "Peak learning rate; 2e-4 for an adapter, 2e-5 with --full.", metavar="RATE", panel="How"
-    )
-    warmup: float = option(0.03, "Of the steps; then it falls to 0.", metavar="SHARE", panel="How")
-    batch_size: int = option(128, "Rows a step.", metavar="N", panel="How")
-    micro_batch: int | None = option(
-        None, "Rows in memory at once; it divides the batch. At most 8.", metavar="N", panel="How"
-    )
-    precision: str = option(
-        "auto",
-        "Mixed precision; bf16 where the hardware has it.",
-        metavar="auto|bf16|fp16|float32",
-        panel="How",
-    )
-    gradient_checkpointing: bool = option(
-        True, "Faster, for more memory.", flag="--no-gradient-checkpointing", panel="How"
-    )
-    seed: int = option(0, "Of the adapter and the order of rows.", metavar="N", panel="How")
-    save_every: int | None = option(
-        None, "Steps between checkpoints; a tenth of the run.", metavar="N", panel="The run"
-    )
-    resume: bool = option(False, "Go on where a killed run with the same options was.", panel="The run")
-    trust_remote_code: bool = option(False, TRUST, panel="The run")
+    epochs: float = _how(2.0, "Passes over the data.", metavar="N")
+    max_steps: int | None = _how(None, "This many steps in place of epochs.", metavar="N")
+    lr: float | None = _how(None, "Peak learning rate; 2e-4 for an adapter, 2e-5 with --full.", metavar="RATE")
+    warmup: float = _how(0.03, "Of the steps; then it falls to 0.", metavar="SHARE")
+    batch_size: int = _how(128, "Rows a step.", metavar="N")
+    micro_batch: int | None = _how(None, "Rows in memory at once; it divides the batch. At most 8.", metavar="N")
+    precision: str = _how("auto", "Mixed precision; bf16 where the hardware has it.", metavar="auto|bf16|fp16|float32")
+    gradient_checkpointing: bool = _how(True, "Faster, for more memory.", flag="--no-gradient-checkpointing")
+    seed: int = _how(0, "Of the adapter and the order of rows.", metavar="N")
+    save_every: int | None = _run(None, "Steps between checkpoints; a tenth of the run.", metavar="N")
+    resume: bool = _run(False, "Go on where a killed run with the same options was.")
+    trust_remote_code: bool = _run(False, TRUST)
 
     def __post_init__(self) -> None:
         if self.recipe is None and (self.base is None or self.anti_expert is None):

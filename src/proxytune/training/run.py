@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -31,7 +31,7 @@ from proxytune.lanes.loading import load_model
 from proxytune.recipe.check import check_recipe
 from proxytune.recipe.compose import compose
 from proxytune.recipe.config import Expert, Member, Prompt, ProxyTuneConfig
-from proxytune.recipe.generation_config import valid_generation_config
+from proxytune.recipe.generation_config import ends_of, valid_generation_config
 from proxytune.recipe.members import Loading, load_config, load_tokenizer
 from proxytune.recipe.store import load_recipe
 from proxytune.training.data import Rows
@@ -69,26 +69,40 @@ class Trained:
     notes: list[str]
 
 
-def members_of(recipe: str) -> tuple[Member, Member, str, float]:
-    """Base, anti-expert, expert's name and alpha of a recipe with one expert; local members by absolute paths."""
-    config = load_recipe(recipe)
-    if len(config.expert_list) != 1 or config.expert_list[0].anti_expert is None:
-        raise RecipeError(f"the recipe {recipe!r} must have one expert with an anti-expert to train a new one from")
-    (expert,) = config.expert_list
+@dataclass(frozen=True)
+class Run:
+    """A run that may begin.
 
-    def placed(member: Member) -> Member:
-        if member.model is None:
-            raise MemberError(f"the recipe {recipe!r} has a member that was in memory; save it first")
-        source = config.locate(member.model, member.revision)
-        if source.subfolder:
-            raise MemberError(f"member {member.model!r} lies inside the hub recipe {recipe!r}; download that first")
-        return replace(member, model=source.path, prompt=Prompt())
+    Attributes:
+        options: with every default filled in. folder: OUT/training. report: is told what is done.
+        config: the recipe before training, M+ being M-. shared: how many ids all its members have.
+    """
 
-    if config.base_member.adapter is not None:
-        raise MemberError("the base has an adapter; merge it into its model first")
-    if config.base_member.prompt.kind != "raw" or expert.anti_expert.prompt.kind != "raw":  # type: ignore[union-attr]
-        raise RecipeError(f"base or anti-expert of {recipe!r} has a prompt of its own; train from members without")
-    return placed(config.base_member), placed(expert.anti_expert), expert.name, expert.alpha  # type: ignore[arg-type]
+    options: TrainingOptions
+    folder: Path
+    config: ProxyTuneConfig
+    shared: int
+    data: Rows
+    report: Callable[[Progress], None]
+
+    @property
+    def loading(self) -> Loading:
+        return _loading(self.options)
+
+    @property
+    def anti_expert(self) -> Member:
+        return cast(Member, self.config.expert_list[0].anti_expert)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The last whole one. What a kill left half-written lacks its state, written last, and is removed."""
+        for path in sorted((self.folder / "checkpoints").glob("checkpoint-*"), key=_step, reverse=True):
+            try:
+                json.loads((path / "trainer_state.json").read_text("utf-8"))
+                return path
+            except (OSError, ValueError):
+                shutil.rmtree(path, ignore_errors=True)
+        return None
 
 
 def train(
@@ -109,12 +123,10 @@ def train(
             training wherever it can be known before.
     """
     _need_packages()
+    started, folder = time.time(), out / "training"
     options = resolved(options)
-    folder = out / "training"
     _may_write(out, folder, options.resume)
-    started = time.time()
-    loading = Loading(trust_remote_code=options.trust_remote_code)
-    config, options, shared = _checked(options, loading)
+    config, options, shared = checked(options)
     report(Progress("reading the data", 0, 1))
     data = Rows.read(options.data, split=options.split, prompt=options.prompt, completion=options.completion)
     arguments = _arguments(options, config)
@@ -124,14 +136,16 @@ def train(
         _clean(folder)
         return Trained(out, manifest, ["the run was finished already; nothing was done"])
 
-    trainer, notes, facts = _trainer(config, options, shared, data, folder, loading, report)
-    checkpoint = _last_checkpoint(folder / "checkpoints")
+    run = Run(options, folder, config, shared, data, report)
+    trainer, notes, facts = make_trainer(run)
+    checkpoint = run.checkpoint
+    resumed_from = None if checkpoint is None else _step(checkpoint)
     if checkpoint is not None:
-        notes.append(f"resumed from step {_step(checkpoint)}")
+        notes.append(f"resumed from step {resumed_from}")
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         report(Progress("writing the recipe", trainer.state.global_step, trainer.state.global_step))
-        _save_expert(trainer, options, config, loading, out)
+        _save_expert(trainer, run, out)
     except Exception as error:
         if isinstance(error, OSError) or any(said in str(error) for said in FULL_DISK):
             raise ProxyTuneError(
@@ -139,12 +153,10 @@ def train(
             ) from error
         raise
 
-    notes += compose(
-        _recipe_of(config, options, data, out), out, force=True, trust_remote_code=options.trust_remote_code
-    )
-    checked = check_recipe(load_recipe(out), loading)
-    if checked.problems:
-        raise RecipeError(f"the recipe that was trained does not work: {'; '.join(checked.problems)}")
+    notes += compose(_recipe_of(run, out), out, force=True, trust_remote_code=options.trust_remote_code)
+    found = check_recipe(load_recipe(out), run.loading)
+    if found.problems:
+        raise RecipeError(f"the recipe that was trained does not work: {'; '.join(found.problems)}")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     manifest = {
         "versions": {name: version(name) for name in ("proxytune", "torch", "transformers", *PACKAGES)}
@@ -157,7 +169,7 @@ def train(
         "loss": {"first": losses[0], "last": losses[-1]} if losses else None,
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "device": str(trainer.accelerator.device),
-        "resumed_from_step": None if checkpoint is None else _step(checkpoint),
+        "resumed_from_step": resumed_from,
         "seconds": round(time.time() - started, 1),  # of this process, if it was resumed
     }
     _write_json(folder / "manifest.json", manifest)  # last: with it the run is finished
@@ -207,7 +219,32 @@ def _may_write(out: Path, folder: Path, resume: bool) -> None:
         raise ProxyTuneError(f"{str(out)!r} holds no training run to resume; give another directory")
 
 
-def _checked(options: TrainingOptions, loading: Loading) -> tuple[ProxyTuneConfig, TrainingOptions, int]:
+def _loading(options: TrainingOptions) -> Loading:
+    return Loading(trust_remote_code=options.trust_remote_code)
+
+
+def members_of(recipe: str) -> tuple[Member, Member, str, float]:
+    """Base, anti-expert, expert's name and alpha of a recipe with one expert; local members by absolute paths."""
+    config = load_recipe(recipe)
+    if len(config.expert_list) != 1 or (anti := config.expert_list[0].anti_expert) is None:
+        raise RecipeError(f"the recipe {recipe!r} must have one expert with an anti-expert to train a new one from")
+
+    def placed(member: Member) -> Member:
+        if member.model is None:
+            raise MemberError(f"the recipe {recipe!r} has a member that was in memory; save it first")
+        source = config.locate(member.model, member.revision)
+        if source.subfolder:
+            raise MemberError(f"member {member.model!r} lies inside the hub recipe {recipe!r}; download that first")
+        return replace(member, model=source.path, prompt=Prompt())
+
+    if config.base_member.adapter is not None:
+        raise MemberError("the base has an adapter; merge it into its model first")
+    if config.base_member.prompt.kind != "raw" or anti.prompt.kind != "raw":
+        raise RecipeError(f"base or anti-expert of {recipe!r} has a prompt of its own; train from members without")
+    return placed(config.base_member), placed(anti), config.expert_list[0].name, config.expert_list[0].alpha
+
+
+def checked(options: TrainingOptions) -> tuple[ProxyTuneConfig, TrainingOptions, int]:
     """The recipe before training, M+ being M-; the options, with the length that all members can read; and how many
     ids all of them have.
 
@@ -225,10 +262,10 @@ def _checked(options: TrainingOptions, loading: Loading) -> tuple[ProxyTuneConfi
         raise MemberError("the anti-expert has an adapter; merge it into its model first, and name that")
     alpha = alpha if options.alpha is None else options.alpha
     config = ProxyTuneConfig(base=base, experts=[Expert(options.name or name, anti, anti, alpha)])
-    found = check_recipe(config, loading)
+    found = check_recipe(config, _loading(options))
     if found.problems:
         raise RecipeError(found.problems[0])
-    own = load_config(config, "the anti-expert", anti, loading)
+    own = load_config(config, "the anti-expert", anti, _loading(options))
     if options.full and (anti.quantization_config or getattr(own, "quantization_config", None)):
         raise MemberError("the anti-expert is quantized, so only an adapter can be trained on it; leave out --full")
     context = found.context or LONGEST
@@ -238,12 +275,6 @@ def _checked(options: TrainingOptions, loading: Loading) -> tuple[ProxyTuneConfi
         )
     assert found.shared_vocab is not None
     return config, replace(options, max_length=options.max_length or min(LONGEST, context)), found.shared_vocab
-
-
-def _anti(config: ProxyTuneConfig) -> Member:
-    anti = config.expert_list[0].anti_expert
-    assert anti is not None
-    return anti
 
 
 def _arguments(options: TrainingOptions, config: ProxyTuneConfig) -> dict[str, Any]:
@@ -258,34 +289,18 @@ def _begin(folder: Path, arguments: dict[str, Any], resume: bool) -> None:
     """Write down what is run, or compare with what was."""
     file = folder / "arguments.json"
     if resume and file.exists():
-        _same_arguments(json.loads(file.read_text("utf-8")), arguments)
+        before, now = json.loads(file.read_text("utf-8")), json.loads(json.dumps(arguments))
+        if differing := [name for name in now if name not in FREE and before.get(name) != now[name]]:
+            raise ProxyTuneError(
+                f"the run was begun with another {' and another '.join(differing)}; repeat it, or begin anew in "
+                "another directory"
+            )
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(file, arguments)
     except OSError as error:
         raise ProxyTuneError(f"{folder} cannot be written: {error.strerror or error}") from error
-
-
-def _same_arguments(before: dict[str, Any], now: dict[str, Any]) -> None:
-    now = json.loads(json.dumps(now))
-    if differing := [name for name in now if name not in FREE and before.get(name) != now[name]]:
-        raise ProxyTuneError(
-            f"the run was begun with another {' and another '.join(differing)}; repeat it, or begin anew in another "
-            "directory"
-        )
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint. One that a kill left half-written lacks its state, written last, and is removed."""
-    for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text("utf-8"))
-        except (OSError, ValueError):
-            shutil.rmtree(path, ignore_errors=True)
-            continue
-        return path
-    return None
 
 
 def _clean(folder: Path) -> None:
@@ -303,15 +318,7 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 # -- the trainer ----------------------------------------------------------------------------------------------
-def _trainer(
-    config: ProxyTuneConfig,
-    options: TrainingOptions,
-    shared: int,
-    data: Rows,
-    folder: Path,
-    loading: Loading,
-    report: Callable[[Progress], None],
-) -> tuple[Any, list[str], dict[str, Any]]:
+def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
     """TRL's trainer with its data and, for consistent training, the frozen members; notes; facts of the data."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -319,10 +326,11 @@ def _trainer(
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from trl import SFTConfig, SFTTrainer
 
+    options, config, data, report = run.options, run.config, run.data, run.report
     # Members that read what the caller gives read what the base's tokenizer made. An expert that is shown a chat
     # format is shown its own; but inside the mixture all read one text.
     reader = "base" if options.consistent or data.kind == "text" else f"{config.expert_list[0].name}.anti_expert"
-    tokenizer = load_tokenizer(config, reader, dict(config.members())[reader], loading)
+    tokenizer = load_tokenizer(config, reader, dict(config.members())[reader], run.loading)
     if tokenizer is None:
         raise MemberError(f"the {reader} has no tokenizer; put one into its directory")
     if tokenizer.eos_token is None:
@@ -330,15 +338,14 @@ def _trainer(
     _refuse_unrendered(data, tokenizer, reader)
 
     report(Progress("loading the models", 0, 1))
-    anti = _anti(config)
-    dtype = "float32" if options.full else anti.dtype  # small steps would be lost in 16 bits
-    model: Any = load_model(config, "the anti-expert", replace(anti, dtype=dtype), loading)
+    dtype = "float32" if options.full else run.anti_expert.dtype  # small steps would be lost in 16 bits
+    model: Any = load_model(config, "the anti-expert", replace(run.anti_expert, dtype=dtype), run.loading)
     model.generation_config = valid_generation_config(model.generation_config)
     assert options.micro_batch is not None
     assert options.lr is not None
     assert options.lora_alpha is not None
     arguments = SFTConfig(
-        output_dir=str(folder / "checkpoints"),
+        output_dir=str(run.folder / "checkpoints"),
         num_train_epochs=options.epochs,
         max_steps=options.max_steps or -1,
         learning_rate=options.lr,
@@ -391,41 +398,33 @@ def _trainer(
         raise
     except (ValueError, RuntimeError, TypeError) as error:  # what TRL and PEFT refuse: targets, templates, quantization
         raise ProxyTuneError(f"TRL cannot train this: {first_line(error)}") from error
-    notes, facts = _fit(trainer, options, data, shared)
+    notes, facts = _fit(trainer, run)
     if options.consistent:
-        trainer.data_collator = _WithRows(trainer.data_collator)
-        _mix(trainer, config, options, folder, loading, frozen_copy, shared, facts["rows"], report)
+        trainer.data_collator = _with_rows(trainer.data_collator)
+        _mix(trainer, run, frozen_copy)
 
     from torch.utils.tensorboard import SummaryWriter
 
-    checkpoint = _last_checkpoint(folder / "checkpoints")
+    checkpoint = run.checkpoint
     purge = None if checkpoint is None else _step(checkpoint) + 1  # what a killed run logged behind it
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder / "logs"), purge_step=purge)))
+    trainer.add_callback(TensorBoardCallback(SummaryWriter(str(run.folder / "logs"), purge_step=purge)))
     trainer.add_callback(_reporting(report))
     return trainer, notes, facts
 
 
-def _mix(
-    trainer: Any,
-    config: ProxyTuneConfig,
-    options: TrainingOptions,
-    folder: Path,
-    loading: Loading,
-    frozen_copy: Any,
-    shared: int,
-    n_rows: int,
-    report: Callable[[Progress], None],
-) -> None:
-    base = load_model(config, "base", config.base_member, loading)
-    trainer.mix_with(base, frozen_copy, config.alphas[0], shared)
-    steps_an_epoch = math.ceil(n_rows / options.batch_size)
+def _mix(trainer: Any, run: Run, frozen_copy: Any) -> None:
+    """Load the base, and keep what the frozen members say of the data where that pays."""
+    options = run.options
+    base = load_model(run.config, "base", run.config.base_member, run.loading)
+    trainer.mix_with(base, frozen_copy, run.config.alphas[0], run.shared)
+    steps_an_epoch = math.ceil(len(run.data.rows) / options.batch_size)
     epochs = options.epochs if options.max_steps is None else options.max_steps / steps_an_epoch
     if options.hidden_cache == "off" or (options.hidden_cache == "auto" and epochs <= 1):
         return
-    place = folder / "hidden" if options.hidden_cache == "auto" else Path(options.hidden_cache).expanduser()
-    trainer.keep_hidden(place, lambda name, done, of: report(Progress(f"hidden states of the {name}", done, of)))
+    place = run.folder / "hidden" if options.hidden_cache == "auto" else Path(options.hidden_cache).expanduser()
+    trainer.keep_hidden(place, lambda name, done, of: run.report(Progress(f"hidden states of the {name}", done, of)))
 
 
 def _refuse_unrendered(data: Rows, tokenizer: Any, reader: str) -> None:
@@ -444,22 +443,22 @@ def _refuse_unrendered(data: Rows, tokenizer: Any, reader: str) -> None:
             raise PromptError(f"{place}: the chat template refuses it: {first_line(error)}") from error
 
 
-def _fit(trainer: Any, options: TrainingOptions, data: Rows, shared: int) -> tuple[list[str], dict[str, Any]]:
+def _fit(trainer: Any, run: Run) -> tuple[list[str], dict[str, Any]]:
     """Cut TRL's tokenized rows at ``max_length``; say how many, and refuse to lose a whole completion.
 
     (TRL would cut them silently, and drop those of which nothing is left to learn.)
     """
-    dataset = trainer.train_dataset
-    longest, notes = options.max_length or LONGEST, []
+    dataset, data, notes = trainer.train_dataset, run.data, []
+    longest = cast(int, run.options.max_length)
     n_long, n_learned, lost, ended = 0, 0, [], False
-    ends = {trainer.processing_class.eos_token_id, *_as_list(trainer.model.generation_config.eos_token_id)}
+    ends = {trainer.processing_class.eos_token_id, *ends_of(trainer.model.generation_config)}
     for place, ids, labels in zip(data.places, dataset["input_ids"], dataset["labels"]):
         n_long += len(ids) > longest
         learned = [label for label in labels[1:longest] if label != -100]
         n_learned += len(learned)
         if not learned:
             lost.append(place)
-        elif max(learned) >= shared:
+        elif max(learned) >= run.shared:
             raise ProxyTuneError(f"{place}: its completion has token {max(learned)}, which not all members have")
         ended = ended or any(label in ends for label in learned[-2:])  # a template may put a newline behind it
     if lost:
@@ -478,19 +477,9 @@ def _fit(trainer: Any, options: TrainingOptions, data: Rows, shared: int) -> tup
     return notes, {"rows": len(dataset), "cut": n_long, "learned_tokens": n_learned}
 
 
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-class _WithRows:
+def _with_rows(collate: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """TRL's collator, and which rows of the data the batch holds."""
-
-    def __init__(self, collate: Any) -> None:
-        self.collate = collate
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = self.collate(examples)
-        return {**batch, "row": torch.tensor([example["row"] for example in examples])}
+    return lambda examples: {**collate(examples), "row": torch.tensor([example["row"] for example in examples])}
 
 
 def _reporting(report: Callable[[Progress], None]) -> Any:
@@ -510,17 +499,16 @@ def _reporting(report: Callable[[Progress], None]) -> Any:
 
 
 # -- after the training ---------------------------------------------------------------------------------------
-def _save_expert(trainer: Any, options: TrainingOptions, config: ProxyTuneConfig, loading: Loading, out: Path) -> None:
-    part, place = out / "expert.part", out / "expert"
+def _save_expert(trainer: Any, run: Run, out: Path) -> None:
+    part, place, anti = out / "expert.part", out / "expert", run.anti_expert
     shutil.rmtree(part, ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if options.full:
-        anti = _anti(config)
-        said = anti.dtype or getattr(load_config(config, "the anti-expert", anti, loading), "dtype", None)
+    if run.options.full:
+        said = anti.dtype or getattr(load_config(run.config, "the anti-expert", anti, run.loading), "dtype", None)
         if said not in (None, "auto"):
             model.to(said if isinstance(said, torch.dtype) else getattr(torch, str(said)))  # as M- is kept
         model.save_pretrained(part)
-        if (tokenizer := load_tokenizer(config, "the anti-expert", anti, loading)) is not None:
+        if (tokenizer := load_tokenizer(run.config, "the anti-expert", anti, run.loading)) is not None:
             tokenizer.save_pretrained(part)
     else:
         model.save_pretrained(part, save_embedding_layers=False)
@@ -529,13 +517,11 @@ def _save_expert(trainer: Any, options: TrainingOptions, config: ProxyTuneConfig
     part.rename(place)
 
 
-def _recipe_of(config: ProxyTuneConfig, options: TrainingOptions, data: Rows, out: Path) -> ProxyTuneConfig:
+def _recipe_of(run: Run, out: Path) -> ProxyTuneConfig:
     """The recipe, paths as from the current directory. An expert that was taught a chat format is shown it."""
-    anti, place = _anti(config), os.path.relpath(out / "expert")  # relative: OUT can be moved
-    prompt = Prompt("chat") if data.kind != "text" and not options.consistent else Prompt()
-    if options.full:
-        expert = replace(anti, model=place, revision=None, prompt=prompt)
-    else:
-        expert = replace(anti, adapter=place, prompt=prompt)
-    (before,) = config.expert_list
-    return ProxyTuneConfig(base=config.base, experts=[replace(before, expert=expert)])
+    place = os.path.relpath(out / "expert")  # relative: OUT can be moved
+    own = {"model": place, "revision": None} if run.options.full else {"adapter": place}
+    prompt = Prompt("chat") if run.data.kind != "text" and not run.options.consistent else Prompt()
+    (before,) = run.config.expert_list
+    expert: Any = replace(run.anti_expert, prompt=prompt, **own)
+    return ProxyTuneConfig(base=run.config.base, experts=[replace(before, expert=expert)])
