@@ -63,8 +63,8 @@ def test_lines_are_numbered_and_other_fields_kept():
 def test_broken_lines_are_named_and_the_rest_goes_on(line, reason):
     items, broken = read('{"prompt": "a"}', line, '{"prompt": "c"}')
     assert [item.line for item in items] == [1, 3]
-    assert [one.line for one in broken] == [2]
-    assert re.search(reason, broken[0].reason)
+    assert [one.number for one in broken] == [2]
+    assert re.search(reason, broken[0].broken)
 
 
 @pytest.mark.parametrize(("said", "alphas"), tiny.SPELLINGS, ids=repr)
@@ -79,7 +79,7 @@ def test_alpha_in_every_form(said, alphas):
 def test_a_misspelt_alpha_breaks_its_line(said, message):
     items, (broken,) = read(json.dumps({"prompt": "p", **said}), names=("a", "b"), default=(1.0, 0.4))
     assert not items
-    assert re.search(message, broken.reason)
+    assert re.search(message, broken.broken)
 
 
 def test_an_infinite_alpha_is_refused():
@@ -94,15 +94,13 @@ def test_a_json_list_is_read_however_it_is_laid_out():
         assert [(item.line, item.prompt) for item in items] == [(1, "a"), (2, "b")]
         assert bad.where == ("entry 3 (line 1)" if indent is None else "entry 3 (line 9)")
     items, (bad,) = read('{"prompt": "a"}\n', '[{"prompt": "b"}]\n', '{"prompt": "c"}\n')
-    assert ([item.line for item in items], bad.line) == ([1, 3], 2)  # no list where lines have begun
+    assert ([item.line for item in items], bad.number) == ([1, 3], 2)  # no list where lines have begun
 
 
 # -- writing --------------------------------------------------------------------------------------------------
 def job(n=3):
     items, _ = read(*(f'{{"prompt": "p{i}"}}' for i in range(n)))
-    return items, [
-        result(item, Answer("t", [i], "stop"), ["expert"], numbered=True, run="r") for i, item in enumerate(items)
-    ]
+    return items, [result(item, Answer("t", [i], "stop"), ["expert"], "r") for i, item in enumerate(items)]
 
 
 def test_results_are_appended_and_resumed(tmp_path):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from proxytune.errors import ProxyTuneError
 from proxytune.recipe.alpha import resolve_alpha, take_alpha
 from proxytune.recipe.config import ProxyTuneConfig
 
-__all__ = ["Broken", "Item", "Output", "fingerprint", "read_items", "result"]
+__all__ = ["Item", "Output", "fingerprint", "read_items", "result"]
 
 RESULT_FIELDS = ("line", "text", "tokens", "finish", "run")
 
@@ -35,7 +35,7 @@ class Item:
         line: its place in the input, from 1: its line, or its number in a JSON list.
         alphas: one value an expert, in the recipe's order.
         extra: fields of its line that are passed through to the result.
-        where: its place for people: ``line 3``.
+        where: its place for people: ``line 3``; "" where it was not read.
     """
 
     line: int
@@ -45,18 +45,7 @@ class Item:
     where: str = ""
 
 
-@dataclass(frozen=True)
-class Broken:
-    """A line that cannot be answered, and why; ``where``: its place for people."""
-
-    line: int
-    reason: str
-    where: str
-
-
-def read_items(
-    lines: Iterable[bytes], names: Sequence[str], default: Sequence[float]
-) -> tuple[list[Item], list[Broken]]:
+def read_items(lines: Iterable[bytes], names: Sequence[str], default: Sequence[float]) -> tuple[list[Item], list[Row]]:
     """Read ``{"prompt": ..., "alpha": ..., ...}`` lines, or one JSON list of such objects.
 
     Blank lines are skipped, broken ones are returned.
@@ -68,16 +57,16 @@ def read_items(
     items, broken = [], []
     for row in json_rows(lines, finite=True):
         try:
-            if row.broken is not None:
-                raise ProxyTuneError(row.broken)
             items.append(_item(row, names, default))
         except ProxyTuneError as error:
-            broken.append(Broken(row.number, str(error), row.where))
+            broken.append(replace(row, value=None, broken=str(error)))
     return items, broken
 
 
 def _item(row: Row, names: Sequence[str], default: Sequence[float]) -> Item:
     value = row.value
+    if row.broken is not None:
+        raise ProxyTuneError(row.broken)
     if not isinstance(value, dict):
         raise ProxyTuneError('it is not an object with a "prompt"')
     if not isinstance(value.get("prompt"), str):
@@ -99,23 +88,21 @@ def fingerprint(config: ProxyTuneConfig, settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def result(
-    item: Item, answer: Answer, names: Sequence[str], *, numbered: bool = False, run: str | None = None
-) -> dict[str, Any]:
-    """The object that is written for one prompt.
+def result(item: Item, answer: Answer, names: Sequence[str], run: str | None = None) -> dict[str, Any]:
+    """The object that is written for one prompt; its line is said where it was read from a file, and in a job.
 
     Args:
-        names: the recipe's experts. numbered: say the line of the input. run: say the job's :func:`fingerprint`.
+        names: the recipe's experts. run: the job's :func:`fingerprint`, where it is said.
     """
     return {
-        **({"line": item.line} if numbered else {}),
+        **({"line": item.line} if item.where or run else {}),
         "prompt": item.prompt,
         **item.extra,
         "text": answer.text,
         "tokens": answer.tokens,
         "alpha": shown_alpha(item.alphas, names),
         "finish": answer.finish,
-        **({"run": run} if run is not None else {}),
+        **({"run": run} if run else {}),
     }
 
 
@@ -125,10 +112,6 @@ class Output(Journal):
     Args:
         path: the file, made where it is missing.
         items: the job. run: its :func:`fingerprint`. names: the recipe's experts.
-
-    Raises:
-        ProxyTuneError: if the file holds results of another job, or another process is writing it.
-        OSError: if it cannot be opened, read or written.
     """
 
     def __init__(self, path: Path, items: Sequence[Item], run: str, names: Sequence[str]) -> None:

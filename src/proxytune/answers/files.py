@@ -10,7 +10,6 @@ import csv
 import gzip
 import io
 import json
-import re
 import threading
 import zlib
 from collections import Counter
@@ -46,11 +45,7 @@ class Row:
 
 # -- whole files ----------------------------------------------------------------------------------------------
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file, which its name says how to read; none of them is broken.
-
-    Raises:
-        ProxyTuneError: for another kind of file, and at the first row that cannot be read or has half a surrogate pair.
-    """
+    """The rows of a file, which its name says how to read; the first that is broken, or no text, is an error."""
     name = path.name.lower().removesuffix(".gz")
     if name.endswith(".parquet"):
         rows = _parquet_rows(path)
@@ -69,11 +64,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def read_json(path: Path) -> Iterator[Row]:
-    """The values of a file of JSON lines, or of one JSON list, whatever its name.
-
-    Raises:
-        ProxyTuneError: at the first that cannot be read.
-    """
+    """The values of a file of JSON lines, or of one JSON list, whatever its name; the first broken one is an error."""
     for row in json_rows(_lines(path)):
         if row.broken is not None:
             raise ProxyTuneError(f"{row.where} of {path}: {row.broken}")
@@ -81,11 +72,7 @@ def read_json(path: Path) -> Iterator[Row]:
 
 
 def read_text_lines(path: Path) -> Iterator[Row]:
-    """The lines of a text file without their ends, blank ones too.
-
-    Raises:
-        ProxyTuneError: for a line that is not UTF-8.
-    """
+    """The lines of a text file without their ends, blank ones too; one that is not UTF-8 is an error."""
     for number, raw in enumerate(_lines(path), start=1):
         try:
             yield Row(number, f"line {number}", _text(raw, number).rstrip("\r\n"))
@@ -118,7 +105,7 @@ def _text(raw: bytes, number: int) -> str:
 
 
 # -- JSON -----------------------------------------------------------------------------------------------------
-_SPACE = re.compile(r"[ \t\r\n]*")
+_SPREAD_OUT = "it begins an object of several lines; write one object a line, or one list of objects"
 
 
 def json_rows(lines: Iterable[bytes], *, finite: bool = False) -> Iterator[Row]:
@@ -145,9 +132,6 @@ def json_rows(lines: Iterable[bytes], *, finite: bool = False) -> Iterator[Row]:
         except (ValueError, RecursionError, ProxyTuneError) as error:
             begun = True
             yield Row(number, f"line {number}", broken=_why(error))
-
-
-_SPREAD_OUT = "it begins an object of several lines; write one object a line, or one list of objects"
 
 
 def _list_rows(raw: bytes, line: int, decoder: json.JSONDecoder) -> Iterator[Row]:
@@ -183,8 +167,9 @@ def _list_rows(raw: bytes, line: int, decoder: json.JSONDecoder) -> Iterator[Row
 
 def _skip(text: str, at: int) -> int:
     """The next place from ``at`` on that is not white space."""
-    found = _SPACE.match(text, at)
-    return at if found is None else found.end()
+    while text[at : at + 1] in (" ", "\t", "\r", "\n"):
+        at += 1
+    return at
 
 
 def _refused(name: str) -> None:
@@ -209,11 +194,17 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         broken = raw[: error.start].count(b"\n") + 1
         raise ProxyTuneError(f"line {broken} of {path}: it is not UTF-8") from error
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows, line = [], 1  # the first line of each row, and its cells; blank lines are left out
     with _LARGE_FIELDS:
-        limit = csv.field_size_limit()
-        csv.field_size_limit(max(limit, len(text)))
+        limit = csv.field_size_limit(max(csv.field_size_limit(), len(text)))
         try:
-            rows = list(_cells(path, text, delimiter))
+            for cells in reader:
+                if cells:
+                    rows.append((line, cells))
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise ProxyTuneError(f"line {line} of {path}: it is not CSV ({error})") from error
         finally:
             csv.field_size_limit(limit)
     names = rows[0][1] if rows else []
@@ -225,30 +216,13 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
         yield Row(line, f"line {line}", dict(zip(names, cells)))
 
 
-def _cells(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Each row's first line and its cells; blank lines are left out."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            raise ProxyTuneError(f"line {line} of {path}: it is not CSV ({error})") from error
-        if cells is None:
-            return
-        if cells:
-            yield line, cells
-
-
 def _parquet_rows(path: Path) -> Iterator[Row]:
     from pyarrow import ArrowException, parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches():
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(number, f"row {number}", value)
+            values = (value for batch in file.iter_batches() for value in batch.to_pylist())
+            for number, value in enumerate(values, start=1):
+                yield Row(number, f"row {number}", value)
     except ArrowException as error:
         raise ProxyTuneError(f"{path} is not a Parquet file that can be read: {first_line(error)}") from error

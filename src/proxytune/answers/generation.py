@@ -14,14 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.generation.logits_process import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -112,7 +105,7 @@ def with_room(model: ProxyTunedForCausalLM, ids: list[int], own: dict[str, list[
     """Count what the members' contexts leave for new tokens; the last new token is never read back."""
     if not ids:
         raise PromptError("the prompt is empty: its text gives no token")
-    room: int | None = None
+    rooms = []
     for name in model.seats:
         limit, length = model.context_of(name), len(own.get(name, ids))
         if limit is None:
@@ -121,8 +114,8 @@ def with_room(model: ProxyTunedForCausalLM, ids: list[int], own: dict[str, list[
             raise PromptError(
                 f"the prompt has {length} tokens, but member {name!r} can read only {limit}; shorten the prompt"
             )
-        room = min(limit - length + 1, room) if room is not None else limit - length + 1
-    return Encoded(ids, own, room)
+        rooms.append(limit - length + 1)
+    return Encoded(ids, own, min(rooms, default=None))
 
 
 # -- generation -----------------------------------------------------------------------------------------------
@@ -166,20 +159,20 @@ def answer(
     stops = [config.stop_strings] if isinstance(config.stop_strings, str) else list(config.stop_strings or ())
     stops += stop_strings
     config.stop_strings = stops or None
-    processors = LogitsProcessorList([*processors, *([] if sampling.greedy else _warpers(sampling))])
     limit_rows = RowLimit(ids.shape[1], limits, stopped)
     criteria = StoppingCriteriaList(criteria)
     if stopped is not None or len(set(limits)) > 1:  # what looks at a whole batch keeps it from being drafted for
         criteria.append(limit_rows)
     own = {name: [prompt.own[name] for prompt in prompts] for name in prompts[0].own}
-    if not sampling.greedy:
+    if not sampling.greedy:  # what is off is said so: generate() fills in what is None
         config.do_sample = True
-        config.temperature, config.top_k, config.top_p = 1.0, 0, 1.0  # off: generate() fills in what is None
+        config.temperature, config.min_p = sampling.temperature or 1.0, sampling.min_p or 0.0
+        config.top_k, config.top_p = sampling.top_k or 0, sampling.top_p or 1.0
     with torch.inference_mode():
         sequences = model.generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
-            logits_processor=processors,
+            logits_processor=LogitsProcessorList(processors),
             stopping_criteria=criteria,
             streamer=streamer,
             past_key_values=past_key_values,
@@ -220,20 +213,6 @@ def _cut(
     elif end is None and interrupted:
         finish = "interrupt"
     return Answer(new_text(tokenizer, prompt, tokens), tokens, finish)
-
-
-def _warpers(sampling: Sampling) -> LogitsProcessorList:
-    """transformers' own processors, in its own order."""
-    found = LogitsProcessorList()
-    if sampling.temperature not in (None, 1.0):
-        found.append(TemperatureLogitsWarper(float(sampling.temperature or 1.0)))
-    if sampling.top_k is not None:
-        found.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p is not None and sampling.top_p < 1:
-        found.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p is not None:
-        found.append(MinPLogitsWarper(sampling.min_p))
-    return found
 
 
 class RowLimit(StoppingCriteria):
@@ -291,8 +270,7 @@ class Printer(BaseStreamer):
     def _show(self, *, whole: bool) -> None:
         text = new_text(self.tokenizer, self.prompt or [], self.tokens)
         if whole or not text.endswith("\ufffd"):  # half a character: its other bytes are still to come
-            if len(text) > self.shown:
-                self.write(text[self.shown :])
+            self.write(text[self.shown :])
             self.shown = max(self.shown, len(text))
 
 

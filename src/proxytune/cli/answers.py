@@ -7,19 +7,17 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from proxytune.answers.options import AnswerOptions, ChatOptions, ChatSampling, JobOptions, Sampling
 from proxytune.cli.flags import only
-from proxytune.cli.shared import FAILED, Recipe, load_model, progress_bar, read_lines, say, write_out
+from proxytune.cli.shared import FAILED, JsonFile, Recipe, load_model, progress_bar, read_lines, say, write_out
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.options import LoadingOptions
 
 if TYPE_CHECKING:
-    from proxytune.answers.batch import Item
     from proxytune.answers.chat import Conversation
 
 __all__ = ["chat", "demo", "generate", "interruptible", "serve"]
@@ -27,9 +25,7 @@ __all__ = ["chat", "demo", "generate", "interruptible", "serve"]
 
 def generate(
     recipe: Recipe,
-    prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT...", help="What is to be continued.", show_default=False)
-    ] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What is to be continued.")] = None,
     *,
     options: AnswerOptions,
     sampling: Sampling,
@@ -58,16 +54,16 @@ def generate(
     config = load_recipe(recipe)
     names = [expert.name for expert in config.expert_list]
     alphas = resolve_alpha(options.alpha, names, config.alphas)
-    broken = 0
+    n_broken = 0
     if job.input is None:
         items = [Item(line, prompt, alphas) for line, prompt in enumerate(prompts or [], start=1)]
         if any(not item.prompt.strip() for item in items):
             raise ProxyTuneError("the prompt is empty")
     else:
-        items, unread = read_items(read_lines(job.input), names, alphas)
-        for bad in unread:
-            say(f"{job.input}, {bad.where}: {bad.reason}")
-        broken = len(unread)
+        items, broken = read_items(read_lines(job.input), names, alphas)
+        for row in broken:
+            say(f"{job.input}, {row.where}: {row.broken}")
+        n_broken = len(broken)
     asked = {name: value for name, value in vars(options).items() if name != "alpha"}
     run = fingerprint(config, {"sampling": vars(sampling), **asked, "dtype": loading.dtype})
 
@@ -81,7 +77,7 @@ def generate(
             if len(remaining) < len(items):
                 say(f"{len(items) - len(remaining)} of {len(items)} prompts are done already in {job.output}")
         if not remaining:
-            if broken:
+            if n_broken:
                 raise typer.Exit(FAILED)
             return
         model, tokenizer = load_model(config, loading)
@@ -93,7 +89,7 @@ def generate(
                 if job.input is None:
                     raise
                 say(f"{job.input}, {item.where}: {error}")
-                broken += 1
+                n_broken += 1
         streamed = sink is None and not job.json and len(items) == 1 and sys.stdout.isatty()
         advance = stack.enter_context(progress_bar(len(encoded), sink is not None or not sys.stdout.isatty()))
         for batch in batches(encoded, job.batch_size):
@@ -107,28 +103,24 @@ def generate(
                 rows=[item.line for item, _ in batch],
                 streamer=Printer(tokenizer, write_out) if streamed else None,
             )
-            pairs = [(item, one) for (item, _), one in zip(batch, made)]
+            for_run = None if sink is None else run
+            results = [result(item, one, names, for_run) for (item, _), one in zip(batch, made)]
             if sink is not None:
-                sink.append([result(item, one, names, numbered=True, run=run) for item, one in pairs])
+                sink.append(results)
+            elif job.json or job.input is not None:
+                write_out("".join(map(json_line, results)))
+            elif len(items) > 1:
+                write_out("".join("> {prompt}\n{text}\n\n".format(**one) for one in results))
             else:
-                for item, one in pairs:
-                    if job.json or job.input is not None:
-                        write_out(json_line(result(item, one, names, numbered=job.input is not None)))
-                    else:
-                        _show_answer(item, "" if streamed else one.text, alone=len(items) == 1)
+                write_out("\n" if streamed else f"{made[0].text}\n")
             advance(len(batch))
         if streamed and made[0].finish == "length" and len(made[0].tokens) < options.max_new_tokens:
             say("the shortest member's context is full")
     if sink is not None:
         say(f"wrote {len(encoded)} answers to {job.output}")
-    if broken:
-        say(f"{broken} lines could not be answered")
+    if n_broken:
+        say(f"{n_broken} lines could not be answered")
         raise typer.Exit(FAILED)
-
-
-def _show_answer(item: Item, text: str, *, alone: bool) -> None:
-    """An answer for people: of several prompts, each is told before its answer."""
-    write_out(f"{text}\n" if alone else f"> {item.prompt}\n{text}\n\n")
 
 
 CHAT_HELP = """\
@@ -236,7 +228,7 @@ def serve(
     ] = "",
     draft: Annotated[
         str | None,
-        typer.Option("--draft", metavar="EXPERT", help="Let this expert draft for the mixture.", show_default=False),
+        typer.Option("--draft", metavar="EXPERT", help="Let this expert draft for the mixture."),
     ] = None,
     draft_tokens: Annotated[
         int, typer.Option("--draft-tokens", metavar="N", min=1, help="Tokens it drafts at a time.")
@@ -265,16 +257,10 @@ def serve(
 
 def demo(
     problems: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="How many problems; by default what fits about a minute.", show_default=False
-        ),
+        int | None, typer.Option(metavar="N", min=1, help="How many problems; by default what fits about a minute.")
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Which problems.")] = 0,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the counts there too, as JSON.", show_default=False),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Show proxy-tuning at work on a small real model: base, expert and both controls against proxy-tuned."""
     from proxytune.demo import run_demo

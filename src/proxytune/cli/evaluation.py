@@ -29,7 +29,6 @@ Out = Annotated[
         "-o",
         metavar="DIR",
         help="Predictions and results; a run that is there is carried on. By default eval-RECIPE or sweep-RECIPE.",
-        show_default=False,
     ),
 ]
 
@@ -176,12 +175,9 @@ def score(
             metavar="TASK",
             help="gsm8k, truthfulqa_mc, truthfulqa_open, toxigen, triviaqa, humaneval, ds1000, mbpp, alpacafarm or "
             "realtimeqa.",
-            show_default=False,
         ),
     ],
-    predictions: Annotated[
-        Path, typer.Argument(metavar="PREDICTIONS", help="JSON lines, or a JSON list.", show_default=False)
-    ],
+    predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="JSON lines, or a JSON list.")],
     *,
     json_file: JsonFile = None,
     rerun: Annotated[
@@ -193,7 +189,6 @@ def score(
             metavar="FILE|ID",
             help="The problems of a code task, or the reference answers of alpacafarm: JSON lines, or a hub data set; "
             "the hub's own by default.",
-            show_default=False,
         ),
     ] = None,
     code: CodeOptions,
@@ -204,7 +199,6 @@ def score(
             metavar="FILE",
             help="Where a judge's verdicts are kept, and taken from; by default beside the predictions.",
             rich_help_panel="Judges",
-            show_default=False,
         ),
     ] = None,
 ) -> None:

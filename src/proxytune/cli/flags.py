@@ -66,7 +66,8 @@ def _made(kind: Any, name: str, given: dict[str, Any]) -> Any:
         if _nested(field, types):
             values[field.name] = _made(types[field.name], own, given)
         elif (value := given.pop(own, None)) not in (None, []):
-            values[field.name] = _read(field, value)
+            parse = field.metadata.get("parse", lambda value: value)
+            values[field.name] = not value if _off(field) else parse(value)
     return kind(**values)
 
 
@@ -77,13 +78,6 @@ def _nested(field: Field[Any], types: Mapping[str, Any]) -> bool:
 def _off(field: Field[Any]) -> bool:
     """Whether the flag switches off what is on."""
     return field.default is True
-
-
-def _read(field: Field[Any], given: Any) -> Any:
-    """What was given as the field's value."""
-    if _off(field):
-        return not given
-    return field.metadata["parse"](given) if "parse" in field.metadata else given
 
 
 def _parameter(name: str, field: Field[Any], kind: Any, outer: Field[Any] | None) -> inspect.Parameter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +22,7 @@ __all__ = ["check", "new"]
 
 
 def new(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to be made.", show_default=False)],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to be made.")],
     *,
     options: ComposeOptions,
     force: Annotated[bool, typer.Option("--force", help="Write into a directory that is not empty.")] = False,
@@ -79,7 +80,7 @@ def check(
                 word = {True: "[green]ok[/green]", False: "[red]failed[/red]", None: "[yellow]left out[/yellow]"}
                 console.print(f"{word[trial.passed]} {trial.name}: {escape(trial.detail)}", highlight=False)
     if as_json:
-        told = report.to_json() | ({"trials": [trial.to_json() for trial in trials]} if run else {})
+        told = report.to_json() | ({"trials": [asdict(trial) for trial in trials]} if run else {})
         typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
     if report.problems or any(trial.passed is False for trial in trials):
         raise typer.Exit(FAILED)
