@@ -142,8 +142,8 @@ class Plan:
     weight_bytes: dict[str, int]
     kv_bytes_per_token: dict[str, int | None]
     predictions: list[Prediction]
-    notes: list[str] = field(default_factory=list)
-    compared: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str]
+    compared: list[dict[str, Any]]
 
 
 def predict(costs: Mapping[int, RecipeCosts], acceptances: Sequence[float], *, timed: bool) -> list[Prediction]:
@@ -174,22 +174,26 @@ def plan_recipe(config: ProxyTuneConfig, options: PlanOptions, loading: LoadingO
         raise ProxyTuneError("--against and --device-map need --probe: without it nothing is loaded")
     bench = None if options.against is None else read_bench(options.against)
     own = Loading(options.members.dtype, pack=options.members.pack, trust_remote_code=loading.trust_remote_code)
-    plan, members, base, drafting = _count(config, own)
+    members, notes = count_recipe(config, own)
+    apart, _ = count_recipe(config, replace(own, share=False))
+    lanes, base, drafting = _lane_shapes(config, own, members)
     compared = []
     if options.probe:
         subject = load_subject(config, options.members, loading)
         costs = probe(subject, options.batches)
         basis = f"the recipe's own forwards, timed on this machine for {PROBE_SECONDS:.0f} seconds ({subject.options})"
-        if bench is not None:
-            compared = compare_with_bench(costs, subject, bench)
-            if not compared:
-                raise ProxyTuneError(
-                    f"{options.against} has no row with the options {subject.options} and these batch sizes"
-                )
+        if bench is not None and not (compared := compare_with_bench(costs, subject, bench)):
+            raise ProxyTuneError(
+                f"{options.against} has no row with the options {subject.options} and these batch sizes"
+            )
     else:
-        costs, basis = _estimated(plan.lanes, options, members, base, drafting)
+        costs, basis = _estimated(lanes, options, members, base, drafting)
+    held = {"base": members[:1], "naive": apart, "shared": members}
+    weights = {kind: sum(one.weight_bytes for one in those) for kind, those in held.items()}
+    weights["shared"] += sum(lane.quick_head_bytes for lane in lanes)
+    caches = {kind: _cache_bytes(those) for kind, those in held.items()}
     predictions = predict(costs, options.acceptances, timed=options.probe)
-    return replace(plan, basis=basis, predictions=predictions, compared=compared)
+    return Plan(basis, lanes, weights, caches, predictions, notes, compared)
 
 
 # -- from shapes ----------------------------------------------------------------------------------------------
@@ -223,10 +227,10 @@ def _estimated(
     return costs, basis
 
 
-def _count(config: ProxyTuneConfig, loading: Loading) -> tuple[Plan, list[MemberReport], int, Drafting | None]:
-    """A plan without predictions, the members, the lane that would hold the base, and who would draft."""
-    members, notes = count_recipe(config, loading)
-    apart, _ = count_recipe(config, replace(loading, share=False))
+def _lane_shapes(
+    config: ProxyTuneConfig, loading: Loading, members: Sequence[MemberReport]
+) -> tuple[list[LaneShape], int, Drafting | None]:
+    """The lanes as they would be loaded, which of them would hold the base, and who would draft."""
     reports = {one.name: one for one in members}
     lanes: list[LaneShape] = []
     blocks: dict[str, tuple[int, int]] = {}
@@ -250,13 +254,7 @@ def _count(config: ProxyTuneConfig, loading: Loading) -> tuple[Plan, list[Member
         lane = lanes[drafting.lane]
         quick = int(QUICK_HEAD * reports[lane.members[0]].head_bytes)
         lanes[drafting.lane] = replace(lane, weight_bytes=lane.weight_bytes + quick, quick_head_bytes=quick)
-    weights = {
-        "base": members[0].weight_bytes,
-        "naive": sum(one.weight_bytes for one in apart),
-        "shared": sum(lane.weight_bytes for lane in lanes),
-    }
-    cache = {"base": _cache_bytes(members[:1]), "naive": _cache_bytes(apart), "shared": _cache_bytes(members)}
-    return Plan("", lanes, weights, cache, [], notes), members, blocks["base"][0], drafting
+    return lanes, blocks["base"][0], drafting
 
 
 def _cache_bytes(members: Sequence[MemberReport]) -> int | None:
