@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ from proxytune.recipe.options import LoadingOptions
 
 if TYPE_CHECKING:
     from proxytune.evaluation.scoring import Scores
+    from proxytune.recipe.config import ProxyTuneConfig
 
 __all__ = ["evaluate", "score", "sweep"]
 
@@ -67,13 +68,10 @@ def evaluate(
     with intervals, paired tests, the gap closed and examples a second; the tables are printed.
     """
     from proxytune.evaluation.results import results_table
-    from proxytune.recipe.store import load_recipe
 
     run = _harness()
-    config, place = load_recipe(recipe), out or _out("eval", recipe)
-    scoring = _scoring(options, code, judges, place)
-    with _told(place) as told:
-        results = run.evaluate(config, options, place, loading=loading, scoring=scoring, **told)
+    with _run("eval", recipe, out, options, code, judges) as (config, place, how):
+        results = run.evaluate(config, options, place, loading=loading, **how)
     typer.echo(results_table(results), nl=False)
     write_json(json_file, results)
 
@@ -100,14 +98,12 @@ def sweep(
     it was; alphas can be added.
     """
     from proxytune.evaluation.results import sweep_table
-    from proxytune.recipe.store import load_recipe
 
     run = _harness()
     expert, values = run.alpha_range(alpha)
-    config, place = load_recipe(recipe), out or _out("sweep", recipe)
-    scoring, loading = _scoring(options, code, judges, place), replace(loading, speculate=False)
-    with _told(place) as told:
-        results = run.sweep(config, options, values, place, expert=expert, loading=loading, scoring=scoring, **told)
+    loading = replace(loading, speculate=False)
+    with _run("sweep", recipe, out, options, code, judges) as (config, place, how):
+        results = run.sweep(config, options, values, place, expert=expert, loading=loading, **how)
     typer.echo(sweep_table(results), nl=False)
     write_json(json_file, results)
 
@@ -121,21 +117,30 @@ def _harness() -> Any:
     return run
 
 
-def _scoring(
-    options: EvaluationOptions, code: CodeOptions, judges: JudgeOptions, out: Path
-) -> Callable[[str], dict[str, Any]]:
-    """Says what each task's scorer takes besides the predictions."""
+@contextlib.contextmanager
+def _run(
+    command: str, recipe: str, out: Path | None, options: EvaluationOptions, code: CodeOptions, judges: JudgeOptions
+) -> Iterator[tuple[ProxyTuneConfig, Path, dict[str, Any]]]:
+    """A run's recipe, where it goes, and how it scores each task and tells what it does."""
     from proxytune.evaluation.scoring import CODE, JUDGED, scorer_options
     from proxytune.evaluation.tasks.utils import problems_file
+    from proxytune.recipe.store import load_recipe
 
+    config = load_recipe(recipe)
+    place = out or Path(f"{command}-{Path(recipe.rstrip('/')).name or 'recipe'}")
     code = replace(code, ks=(10, 1))  # pass@10 first, the paper's
 
-    def scorer(task: str) -> dict[str, Any]:
+    def scoring(task: str) -> dict[str, Any]:
         data = problems_file(task, options.data) if task in CODE else None
         judging = judges if task in JUDGED else JudgeOptions()
-        return scorer_options(task, code, judging, data=data, kept=out / task / "verdicts.jsonl")
+        return scorer_options(task, code, judging, data=data, kept=place / task / "verdicts.jsonl")
 
-    return scorer
+    with _judged(f"all until here is kept in {place}"), share_bar() as bar:
+
+        def counted(said: str, done: int, total: int) -> None:
+            bar(f"{said} {done}/{total}", done / max(total, 1))
+
+        yield config, place, {"scoring": scoring, "progress": counted, "note": say}
 
 
 @contextlib.contextmanager
@@ -150,22 +155,6 @@ def _judged(kept: str) -> Iterator[None]:
             raise
         say(f"error: {error}; {kept}, and the same command goes on from there")
         raise typer.Exit(3) from None
-
-
-def _out(command: str, recipe: str) -> Path:
-    """Where a run goes by default."""
-    return Path(f"{command}-{Path(recipe.rstrip('/')).name or 'recipe'}")
-
-
-@contextlib.contextmanager
-def _told(place: Path) -> Iterator[dict[str, Any]]:
-    """How a run tells what it does and what the user should know."""
-    with _judged(f"all until here is kept in {place}"), share_bar() as bar:
-
-        def counted(said: str, done: int, total: int) -> None:
-            bar(f"{said} {done}/{total}", done / max(total, 1))
-
-        yield {"progress": counted, "note": say}
 
 
 def score(
