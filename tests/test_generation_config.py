@@ -200,6 +200,17 @@ def test_penalties_are_honoured_as_transformers_honours_them(place, tokenizer):
     assert made != plain
 
 
+def test_what_is_not_given_of_sampling_is_off_whatever_is_published(place, tokenizer):
+    asked = {"max_new_tokens": 12, "sampling": Sampling(temperature=2.0)}
+    made = []
+    for fields in ({}, {"do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.1, "min_p": 0.9}):
+        publish(place, fields)
+        made.append(answer(load(place), tokenizer, [Encoded([1, 40, 41])], [(1.0,)], **asked))
+    assert made[0] == made[1]
+    greedy = answer(load(place), tokenizer, [Encoded([1, 40, 41])], [(1.0,)], max_new_tokens=12, sampling=Sampling())
+    assert made[0] != greedy
+
+
 # -- the command line -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["gemma", "stop strings", "contrastive search"])
 @pytest.mark.slow

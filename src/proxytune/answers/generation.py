@@ -166,7 +166,7 @@ def answer(
     own = {name: [prompt.own[name] for prompt in prompts] for name in prompts[0].own}
     if not sampling.greedy:  # what is off is said so: generate() fills in what is None
         config.do_sample = True
-        config.temperature, config.min_p = sampling.temperature or 1.0, sampling.min_p or 0.0
+        config.temperature, config.min_p = sampling.temperature or 1.0, sampling.min_p
         config.top_k, config.top_p = sampling.top_k or 0, sampling.top_p or 1.0
     with torch.inference_mode():
         sequences = model.generate(
