@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from proxytune.answers.files import Row, half_surrogate, json_rows
-from proxytune.answers.generation import Answer, shown_alpha
+from proxytune.answers.generation import Answer
 from proxytune.answers.journal import Journal
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.alpha import resolve_alpha, take_alpha
@@ -86,6 +86,11 @@ def fingerprint(config: ProxyTuneConfig, settings: dict[str, Any]) -> str:
     experts = [{key: value for key, value in expert.items() if key != "alpha"} for expert in config.experts]
     said = [config.base, experts, config.plausibility, settings]
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def shown_alpha(alphas: Sequence[float], names: Sequence[str]) -> float | dict[str, float]:
+    """The JSON form: a number where there is one expert, otherwise an object by name."""
+    return alphas[0] if len(names) == 1 else dict(zip(names, alphas))
 
 
 def result(item: Item, answer: Answer, names: Sequence[str], run: str | None = None) -> dict[str, Any]:

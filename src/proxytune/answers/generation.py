@@ -27,16 +27,7 @@ from proxytune.recipe.prompts import left_pad, render_chat
 if TYPE_CHECKING:
     from proxytune.model import ProxyTunedForCausalLM
 
-__all__ = [
-    "Answer",
-    "Encoded",
-    "Printer",
-    "Sampling",
-    "answer",
-    "encode",
-    "shown_alpha",
-]
-
+__all__ = ["Answer", "Encoded", "Printer", "Sampling", "answer", "encode"]
 
 Finish = Literal["stop", "length", "interrupt"]
 
@@ -70,12 +61,6 @@ class Answer:
     text: str
     tokens: list[int]
     finish: Finish
-
-
-# -- alpha ----------------------------------------------------------------------------------------------------
-def shown_alpha(alphas: Sequence[float], names: Sequence[str]) -> float | dict[str, float]:
-    """The JSON form: a number where there is one expert, otherwise an object by name."""
-    return alphas[0] if len(names) == 1 else dict(zip(names, alphas))
 
 
 # -- prompts --------------------------------------------------------------------------------------------------
