@@ -93,13 +93,12 @@ def with_room(model: ProxyTunedForCausalLM, ids: list[int], own: dict[str, list[
     rooms = []
     for name in model.seats:
         limit, length = model.context_of(name), len(own.get(name, ids))
-        if limit is None:
-            continue
-        if length > limit:
+        if limit is not None and length > limit:
             raise PromptError(
                 f"the prompt has {length} tokens, but member {name!r} can read only {limit}; shorten the prompt"
             )
-        rooms.append(limit - length + 1)
+        if limit is not None:
+            rooms.append(limit - length + 1)
     return Encoded(ids, own, min(rooms, default=None))
 
 
@@ -120,7 +119,6 @@ def answer(
     stop_strings: Sequence[str] = (),
     processors: Sequence[LogitsProcessor] = (),
     criteria: Sequence[StoppingCriteria] = (),
-    speculate: Any = None,
 ) -> list[Answer]:
     """Answer a batch of prompts.
 
@@ -133,7 +131,6 @@ def answer(
         n_shared: how many tokens all prompts begin with; they are the first columns, and padding stands behind them.
         stop_strings: end an answer, besides those of the generation config; they are part of it.
         processors, criteria: more of transformers' own, before the choice of a token and after it.
-        speculate: see ``generate``; by default what the model was loaded with.
     """
     rows = range(len(prompts)) if rows is None else rows
     ids, mask = left_pad([prompt.ids[n_shared:] for prompt in prompts])  # (n_batch, n_columns), behind what is shared
@@ -163,7 +160,6 @@ def answer(
             past_key_values=past_key_values,
             alpha=None if alphas is None else torch.tensor([list(row) for row in alphas], dtype=torch.float32),
             member_input_ids=own or None,
-            speculate=speculate,
             seed=None if sampling.greedy else [row_seed(sampling.seed, row) for row in rows],
             **fields_of(config),
             **({"tokenizer": tokenizer} if stops else {}),

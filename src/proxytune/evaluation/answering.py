@@ -203,7 +203,6 @@ def generate_batch(
         rows=[f"{plan.name}/{batch[row][0].id}/{batch[row][0].sample}" for row in rows],
         processors=processors,
         criteria=[StopTexts(arm.tokenizer, until, n_prompt)] if until else [],
-        speculate=arm.speculate,
         past_key_values=cache,
         n_shared=n_shared,
     )
@@ -309,10 +308,10 @@ def choice_scores(arm: Arm, pairs: Sequence[Pair], mixes: Sequence[Mix]) -> list
     flat = [pair.continuation for pair in pairs]
     ids, mask = left_pad([prompt.ids for prompt in prompts])  # (n_prompts, width)
     own: dict[str, Any] = {}
-    if padded := {name: left_pad([prompt.own[name] for prompt in prompts]) for name in prompts[0].own}:
-        own = {"member_input_ids": {}, "member_attention_mask": {}, "prompt_length": ids.shape[1]}
-        for name, columns in padded.items():
-            own["member_input_ids"][name], own["member_attention_mask"][name] = columns
+    if prompts[0].own:
+        padded = {name: left_pad([prompt.own[name] for prompt in prompts]) for name in prompts[0].own}
+        own_ids, own_masks = ({name: pair[at] for name, pair in padded.items()} for at in (0, 1))
+        own = {"member_input_ids": own_ids, "member_attention_mask": own_masks, "prompt_length": ids.shape[1]}
     first = _read(arm, ids, mask, logits_to_keep=1, **own)  # its last position foretells the first token
     # The last token of a continuation is foretold, never read. Padding stands on the right, where it changes nothing.
     longest = max(map(len, flat))

@@ -7,7 +7,7 @@ examples; ``mean_logits`` is the mean of M and M+, without an anti-expert.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,30 +28,28 @@ from proxytune.recipe.prompts import Prompter
 if TYPE_CHECKING:
     from proxytune.evaluation.answering import TaskPlan
 
-__all__ = ["Arm", "Arms", "Pair", "alone", "expand_arms", "has_members", "tuned_prompt"]
+__all__ = ["AS_IT_IS", "Arm", "Arms", "Pair", "alone", "expand_arms", "has_members", "tuned_prompt"]
 
-AS_IT_IS = LoadingOptions()
-RAW = Prompt()
+AS_IT_IS, RAW = LoadingOptions(), Prompt()
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A model, what its members are shown, and how its logits are read.
+    """A model, what it is shown, and how its logits are read.
 
     Attributes:
         model: a composite: the recipe's, or one without experts, see :func:`alone`.
-        prompts: member name -> its prompt and tokenizer, of those that are not raw; "" is that of a model alone.
         alphas: one value an expert.
         scale: what the logits are multiplied by (a mean of n models is a sum, scaled).
+        prompt: of a model alone; a recipe's members have theirs.
     """
 
     name: str
     model: ProxyTunedForCausalLM
     tokenizer: Any
-    prompts: Mapping[str, tuple[Prompt, Any]]
     alphas: tuple[float, ...] = ()
     scale: float = 1.0
-    speculate: Any = None
+    prompt: Prompt = RAW
 
     def encode(self, plan: TaskPlan, context: str) -> Encoded:
         """The ids that each member reads for a context that an answer is written behind."""
@@ -70,7 +68,7 @@ class Arm:
             ProxyTuneError: for a continuation without a token, and for texts that no member's context can hold.
         """
         pairs = []
-        contexts = [self.model.context_of(name) for name in self.model.seats if name not in self.prompts]
+        contexts = [self.model.context_of(name) for name in self.model.seats if name not in self.model.prompter.own]
         limit = min((limit for limit in contexts if limit is not None), default=None)  # of those shown the raw text
         for raw, scored in _encoded_as_lm_eval(self.tokenizer, context, continuations):
             own = self._own_prompts(plan, context.rstrip())
@@ -87,8 +85,9 @@ class Arm:
         return pairs
 
     def _own_prompts(self, plan: TaskPlan, text: str) -> dict[str, list[int]]:
-        """Member name -> the ids of its own prompt, of members that have one."""
-        prompts = {name: (plan.chat_prompt(prompt, of), of) for name, (prompt, of) in self.prompts.items()}
+        """Member name -> the ids of its own prompt, of members that have one; "" is a model alone."""
+        own = self.model.prompter.own | ({} if self.prompt.kind == "raw" else {"": (self.prompt, self.tokenizer)})
+        prompts = {name: (plan.chat_prompt(prompt, of), of) for name, (prompt, of) in own.items()}
         return Prompter(self.tokenizer, prompts).from_messages([{"role": "user", "content": text}])
 
 
@@ -178,8 +177,7 @@ class Arms:
         if name == "mean_logits":
             return self._mean()
         if name == "proxy_tuned":
-            model = self._whole()
-            return Arm(name, model, self.tokenizer, model.prompter.own, self.alphas, speculate=self.loading.speculate)
+            return Arm(name, self._whole(), self.tokenizer, self.alphas)
         wanted = "base" if name == "base_few_shot" else name
         member = next(each for each in self.members if each == wanted or each.endswith(f".{wanted}"))
         model = self._lane(member).alone(member)
@@ -223,8 +221,7 @@ class Arms:
         tokenizers = {name: self._tokenizer(name) for name in names}
         options = {**self.loading.of_model(), "speculate": False}
         model = ProxyTunedForCausalLM._load(config, given, self.tokenizer, tokenizers, options)
-        alphas, scale = (1.0,) * len(experts), 1 / (1 + len(experts))
-        return Arm("mean_logits", model, self.tokenizer, model.prompter.own, alphas, scale, speculate=False)
+        return Arm("mean_logits", model, self.tokenizer, (1.0,) * len(experts), 1 / (1 + len(experts)))
 
     def _tuned(self) -> Arm:
         assert self.tuned is not None
@@ -255,7 +252,7 @@ def alone(name: str, model: Any, tokenizer: Any, prompt: Prompt = RAW) -> Arm:
     config, given = config_of_members(model, [{"expert": model}], {})
     config.experts = []
     composite = ProxyTunedForCausalLM._load(config, {"base": given["base"]}, tokenizer, {}, {"speculate": False})
-    return Arm(name, composite, tokenizer, {} if prompt.kind == "raw" else {"": (prompt, tokenizer)}, speculate=False)
+    return Arm(name, composite, tokenizer, prompt=prompt)
 
 
 def tuned_prompt(config: ProxyTuneConfig) -> Prompt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def _said(metric: str) -> str:
 
 
 def _save(figure: Figure, path: Path) -> list[Path]:
-    written: Sequence[Path] = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
+    written = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
     figure.savefig(written[0], dpi=150)
     figure.savefig(written[1], metadata={"Date": None})
-    return list(written)
+    return written

@@ -34,7 +34,7 @@ from proxytune.answers.journal import write_whole
 from proxytune.errors import AlphaError, ProxyTuneError
 from proxytune.evaluation import TASK_DIR
 from proxytune.evaluation.answering import Job, Log, Mix, TaskPlan, answer_jobs, shots_of
-from proxytune.evaluation.arms import Arm, Arms, expand_arms, has_members, tuned_prompt
+from proxytune.evaluation.arms import AS_IT_IS, Arm, Arms, expand_arms, has_members, tuned_prompt
 from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.results import (
     ARMS,
@@ -50,7 +50,6 @@ from proxytune.recipe.options import LoadingOptions
 
 __all__ = ["alpha_range", "evaluate", "load_plans", "sweep"]
 
-AS_IT_IS = LoadingOptions()
 Scoring = Callable[[str], Mapping[str, Any]]
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
 

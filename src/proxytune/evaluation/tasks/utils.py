@@ -311,9 +311,7 @@ def realtimeqa(data: str | None = None, **_: Any) -> Splits:
 PROBLEMS: dict[str, tuple[str, ...]] = {
     "ds1000": ("ds1000/test.jsonl", "ds1000/ds1000.jsonl", "ds1000/ds1000.jsonl.gz", "ds1000.jsonl", "test.jsonl"),
     "humaneval": tuple(
-        f"{folder}{name}"
-        for folder in ("humaneval/", "codex_humaneval/", "")
-        for name in ("HumanEval.jsonl", "HumanEval.jsonl.gz")
+        f"{folder}HumanEval.jsonl{end}" for folder in ("humaneval/", "codex_humaneval/", "") for end in ("", ".gz")
     ),
     "mbpp": ("mbpp/mbpp.jsonl", "mbpp.jsonl"),
 }
@@ -353,11 +351,6 @@ def _mbpp(line: Line) -> Row:
         "test_list": line.texts("test_list"),
         "test_setup_code": str(line.values.get("test_setup_code") or ""),
     }
-
-
-def code_likelihood(data: str | None = None, **_: Any) -> Splits:
-    """MBPP's test problems with their reference solutions, whose likelihood is measured; nothing is run."""
-    return mbpp(data)
 
 
 def ds1000(data: str | None = None, **_: Any) -> Splits:
