@@ -312,7 +312,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             ids, mask = input_ids, new_mask
             if prompt is not None and n_cached < prompt_length:
                 ids, mask = own_columns(prompt, input_ids, attention_mask, prompt_length)
-            values = state.read(ids, mask, positions=positions).values
+            values = state.read(ids, mask, positions=positions)
             state.keep()
             logits.append(values if isinstance(logits_to_keep, int) else values[:, logits_to_keep])
         cache.n_columns = n_cached + n_columns

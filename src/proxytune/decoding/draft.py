@@ -7,8 +7,6 @@ from typing import Literal
 
 from torch import Tensor
 
-from proxytune.decoding.lane import Scores
-
 __all__ = ["Draft", "Lookup"]
 
 
@@ -31,7 +29,7 @@ class Draft:
     tokens: Tensor
     source: Literal["lane", "lookup"] | None = None
     q: Tensor | None = None
-    scores: Scores | None = None
+    scores: Tensor | None = None
     n_read: int = 0
     confidences: list[list[float]] = field(default_factory=list)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from proxytune.decoding.cost import MAX_DRAFTS, QUICK_ROWS, Cost, Costs
 from proxytune.decoding.draft import Draft
-from proxytune.decoding.lane import Lane, LaneState, QuickLane, QuickState, Scores
+from proxytune.decoding.lane import Lane, LaneState, QuickLane, QuickState
 from proxytune.decoding.mixing import mix
 from proxytune.decoding.pace import Pace
 from proxytune.decoding.sampling import Sampler
@@ -134,7 +134,7 @@ class Drafter:
         outputs, distributions, chances = [], [], [1.0] * len(growing)
         while True:
             outputs.append(
-                self.state.read(newest).values if quick is None else cast(QuickState, self.state).read_hidden(newest)
+                self.state.read(newest) if quick is None else cast(QuickState, self.state).read_hidden(newest)
             )
             n_drafts = draft.tokens.shape[1]
             scores = self.sampler.process(self._guess(outputs[-1], quick, alpha), offset=n_drafts)
@@ -154,7 +154,7 @@ class Drafter:
             if n_drafts + 1 == room or not self.pace.another(n_drafts + 1, chances):
                 break
         read = torch.cat(outputs, dim=1)
-        draft.scores = Scores(read if quick is None else cast(QuickLane, self.runtime).head(read))
+        draft.scores = read if quick is None else cast(QuickLane, self.runtime).head(read)
         draft.n_read = len(outputs)
         if draft.tokens.shape[1] == 0:
             draft.confidences = []  # of a draft that was never made there is nothing to learn

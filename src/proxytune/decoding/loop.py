@@ -18,13 +18,13 @@ from torch import Tensor
 
 from proxytune.decoding.draft import Draft
 from proxytune.decoding.drafting import Drafter
-from proxytune.decoding.lane import LaneState, Scores, part
+from proxytune.decoding.lane import LaneState
 from proxytune.decoding.sampling import Sampler
 from proxytune.decoding.text import Text
 
 __all__ = ["Step", "decode"]
 
-Mix = Callable[[Sequence[Scores], Tensor], Tensor]
+Mix = Callable[[Sequence[Tensor], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def decode(
     Args:
         prompt: the mixture's logits behind the prompt, (n_batch, 1, n_vocab).
         states: of each lane, where it stands.
-        mix: from all lanes' scores and alpha to the mixture, (n_batch, n_positions, n_vocab), float32.
+        mix: from all lanes' logits and alpha to the mixture, (n_batch, n_positions, n_vocab), float32.
         alpha: shape = (n_batch, n_experts).
         leave: whether rows that have ended leave the states.
     """
@@ -93,14 +93,15 @@ def decode(
             n_accepted = [0] * len(growing)
             step = _write(text, sampler, chosen)
         else:
-            accepted, tokens = sampler.accept(draft.tokens, draft.q, mix(part(scores, 0, n_drafts), alpha))
+            mixed = mix([each[:, :n_drafts] for each in scores], alpha)
+            accepted, tokens = sampler.accept(draft.tokens, draft.q, mixed)
             complete = accepted == n_drafts
             if bool(complete.any()):
                 # The position behind the last draft is of use only here: the drafting lane has not read it yet.
                 if drafted_by is not None:
                     scores[drafted_by] = states[drafted_by].read(draft.tokens[:, -1:])
                     draft.n_read += 1
-                behind = sampler.choose(mix(part(scores, -1, None), alpha), offset=n_drafts)
+                behind = sampler.choose(mix([each[:, -1:] for each in scores], alpha), offset=n_drafts)
                 tokens = torch.where(complete, behind, tokens)
             counts = accepted.tolist()
             n_accepted = [counts[row] for row in growing]
