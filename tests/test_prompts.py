@@ -128,8 +128,8 @@ def test_a_prompt_needs_a_tokenizer():
 
 
 def test_left_pad():
-    ids, mask = left_pad([[1, 2, 3], [4]], pad=9)
-    assert ids.tolist() == [[1, 2, 3], [9, 9, 4]]
+    ids, mask = left_pad([[1, 2, 3], [4]])
+    assert ids.tolist() == [[1, 2, 3], [0, 0, 4]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 

@@ -16,7 +16,7 @@ from proxytune.lanes.loading import load_lanes
 from proxytune.lanes.transformers import TransformersLane
 from proxytune.recipe.config import Expert, Member, Prompt, ProxyTuneConfig
 from proxytune.recipe.members import Loading, load_config, load_tokenizer, refuse_unfit
-from proxytune.recipe.store import HUB_ARGUMENTS
+from proxytune.recipe.store import HUB_ARGUMENTS, PLACE
 from proxytune.recipe.vocabulary import compare
 
 __all__ = ["config_of_members", "load_parts", "loading_of_call"]
@@ -29,9 +29,7 @@ def config_of_members(
 ) -> tuple[ProxyTuneConfig, dict[str, Any]]:
     """The recipe of members that are in memory, on disk or on the hub; and, by name, those in memory.
 
-    Args:
-        base: a model, a :class:`Member`, a path or a hub id. experts: see ``from_members``.
-        own: fields of the recipe itself.
+    ``base`` and ``experts`` are those of ``from_members``; ``own`` are fields of the recipe itself.
     """
     given: dict[str, Any] = {}
     listed = []
@@ -48,12 +46,10 @@ def config_of_members(
 def load_parts(
     config: ProxyTuneConfig, loading: Loading, given: Mapping[str, Any], tokenizers: dict[str, Any]
 ) -> list[TransformersLane]:
-    """Load all members, once their vocabularies are known to be the same.
+    """Load all members but those ``given`` in memory, once their vocabularies are known to be the same.
 
-    Args:
-        config: the recipe; it is told the base's config where it does not say it.
-        given: member name -> a model in memory.
-        tokenizers: member name -> its tokenizer, where the caller gave one; those of other members are put into it.
+    ``config`` is told the base's config where it does not say it, and ``tokenizers``, by member name, those that the
+    caller did not give.
 
     Raises:
         MemberError, VocabularyError: naming what does not fit.
@@ -74,13 +70,8 @@ def load_parts(
             tokenizers[name] = seen[place]
     vocabulary = compare({"base": tokenizers["base"], **tokenizers}, widths, config.renamed_tokens)
     vocabulary.raise_for_mismatch()
-    for name, extra in vocabulary.extra.items():
-        logger.warning(
-            "%s has %d ids that another member lacks (from %d on); they are never chosen",
-            name,
-            extra,
-            vocabulary.shared,
-        )
+    for note in vocabulary.notes:
+        logger.warning(note)
     lanes = load_lanes(config, loading, given)
     if config.text_config is None:
         base = next(lane for lane in lanes if any("base" in seat.names for seat in lane.seats))
@@ -111,35 +102,19 @@ def _placeholder(value: Any, name: str, given: dict[str, Any], prompt: Any) -> M
 
 def loading_of_call(config: ProxyTuneConfig, kwargs: dict[str, Any]) -> Loading:
     """Sort what ``from_pretrained`` was given; an option that nothing reads is an error, not ignored."""
-    kwargs = dict(kwargs)
-    for name in (
-        "_from_auto",
-        "_from_pipeline",
-        "_commit_hash",
-        "trust_remote_code",
-        "adapter_kwargs",
-        "code_revision",
-    ):
-        kwargs.pop(name, None)
-    for name in ("revision", "subfolder"):  # they place the recipe, not its members
-        kwargs.pop(name, None)
-    attention = kwargs.pop("attn_implementation", None)
+    not_ours = ("_from_auto", "_from_pipeline", "_commit_hash", "trust_remote_code", "adapter_kwargs", "code_revision")
+    kwargs = {key: value for key, value in kwargs.items() if value is not None and key not in (*not_ours, *PLACE)}
     loading = Loading(
         dtype=kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None),
         device_map=kwargs.pop("device_map", None),
         quantization_config=kwargs.pop("quantization_config", None),
-        attn_implementation=attention or config._attn_implementation,  # AutoConfig puts it there
+        attn_implementation=kwargs.pop("attn_implementation", config._attn_implementation),  # AutoConfig puts it there
         tqdm_class=kwargs.pop("tqdm_class", None),
         trust_remote_code=bool(kwargs.pop("member_trust_remote_code", False)),
         share=bool(kwargs.pop("share", True)),
         pack=bool(kwargs.pop("pack", False)),
-        hub={
-            key: kwargs.pop(key)
-            for key in HUB_ARGUMENTS
-            if kwargs.get(key) is not None and key not in ("revision", "subfolder")
-        },
+        hub={key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs},
     )
-    kwargs = {key: value for key, value in kwargs.items() if value is not None and key not in HUB_ARGUMENTS}
     if kwargs:
         raise RecipeError(f"from_pretrained does not take {', '.join(sorted(kwargs))}")
     return loading

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -24,7 +25,6 @@ from proxytune.recipe.checkpoints import Fit, fit_of, fit_of_gguf, read_header
 from proxytune.recipe.config import Member, ProxyTuneConfig
 from proxytune.recipe.layout import group_by_weights, seats_of
 from proxytune.recipe.members import Loading, adapter_directory, adapter_source, loading_of, opened, refuse_unfit
-from proxytune.recipe.source import Source
 
 __all__ = ["forget_gguf", "load_lanes", "load_member", "load_model"]
 
@@ -34,10 +34,7 @@ logger = logging.getLogger(__name__)
 def load_lanes(config: ProxyTuneConfig, loading: Loading, given: Mapping[str, Any]) -> list[TransformersLane]:
     """Load every member of the recipe, each set of weights once.
 
-    Args:
-        config: the recipe.
-        loading: what the caller asks of every member.
-        given: member name -> a model in memory (a PeftModel too); its weights are used, its modules stay as they are.
+    ``given``: member name -> a model in memory (a PeftModel too); its weights are used, its modules stay as they are.
 
     Raises:
         MemberError: naming the member that cannot be loaded, and why.
@@ -93,10 +90,8 @@ def _loaded_lanes(config: ProxyTuneConfig, group: list[tuple[str, Member]], load
         return [_loaded_lane(config, group, loading)]
     except CannotShare as error:
         _warn_apart(error.owner, error.reason)
-    parts: dict[Source | None, list[tuple[str, Member]]] = {}
-    for name, member in group:
-        parts.setdefault(adapter_source(config, member), []).append((name, member))
-    return [_loaded_lane(config, part, loading) for part in parts.values()]
+    parts, _ = group_by_weights(config, group, replace(loading, share=False))
+    return [_loaded_lane(config, part, loading) for part in parts]
 
 
 def _warn_apart(name: str, reason: str) -> None:
@@ -117,7 +112,7 @@ def _loaded_lane(config: ProxyTuneConfig, group: list[tuple[str, Member]], loadi
     for source, adapter in names.items():
         owner, at = next((n, m) for n, m in group if places[n] == source)
         with loading_of(owner, at.adapter):
-            adapted = load_adapter(adapted or model, owner, adapter, adapter_directory(config, owner, at, loading))
+            adapted = load_adapter(adapted or model, owner, adapter, adapter_directory(owner, source, loading))
         if shared and (touched := changed_weights(adapted, before)):
             raise CannotShare(owner, f"it changes the model's own weights ({touched})")
     if adapted is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_utils import load_state_dict
 
 from proxytune.errors import MemberError
 
@@ -177,10 +177,7 @@ def refuse(owner: str, reason: str) -> None:
 
 # -- loading --------------------------------------------------------------------------------------------------
 def load_adapter(model: Any, owner: str, name: str, directory: str) -> Any:
-    """Load the adapter in ``directory`` under ``name`` onto a model, or onto a ``PeftModel`` beside its other adapters.
-
-    Returns:
-        The ``PeftModel``.
+    """Load the adapter in ``directory`` under ``name`` onto a model, or beside a ``PeftModel``'s; the ``PeftModel``.
 
     Raises:
         MemberError: for an adapter that is refused, and one whose tensors are not exactly those that its config asks
@@ -228,14 +225,9 @@ def try_adapter(owner: str, directory: str, model: Any) -> tuple[int, bool]:
 
 def _empty_tensors(owner: str, directory: Path) -> dict[str, Tensor]:
     """The tensors of an adapter's file without their values, on the meta device."""
-    from safetensors import safe_open
-
-    if (file := directory / "adapter_model.safetensors").exists():
-        with safe_open(file, "pt") as opened:
-            shapes = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
-        return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    if (file := directory / "adapter_model.bin").exists():
-        return torch.load(file, map_location="meta", weights_only=True)  # type: ignore[no-any-return]
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (directory / name).exists():
+            return load_state_dict(directory / name, map_location="meta")
     raise MemberError(f"the adapter of {owner} ({directory}) has no weights in its directory")
 
 
@@ -252,14 +244,13 @@ def fit_tensors(owner: str, directory: str, adapted: Any, name: str, tensors: Ma
 
     config = adapted.peft_config[name]
     who = f"the adapter of {owner} ({directory})"
-    for indices in _token_indices(config):
+    trained = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
+    for indices in trained.values() if isinstance(trained, dict) else [trained]:
         n_rows = adapted.get_input_embeddings().weight.shape[0]
         if indices and max(indices) >= n_rows:
             raise MemberError(f"{who} trains token {max(indices)}, but the model has {n_rows} tokens")
-    mapping = getattr(adapted.get_base_model(), "_checkpoint_conversion_mapping", None) or {}
-    renamed = {_renamed(key, mapping): tensor for key, tensor in tensors.items()}
     with _telling(who):
-        result: Any = set_peft_model_state_dict(adapted, renamed, adapter_name=name)
+        result: Any = set_peft_model_state_dict(adapted, dict(tensors), adapter_name=name)
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
     missing = [key for key in result.missing_keys if prefix in key and f".{name}" in key and not _is_reference(key)]
     for keys, what in (
@@ -287,22 +278,10 @@ def _telling(who: str) -> Iterator[None]:
         raise MemberError(f"{who} does not fit its model: {said.rstrip('.')}") from error
 
 
-def _renamed(key: str, mapping: Mapping[str, str]) -> str:
-    """A tensor's name after a family's change of names, as PEFT does it."""
-    bare = key.removeprefix("base_model.model.")
-    found = (re.subn(pattern, new, bare) for pattern, new in mapping.items())
-    return next((key[: len(key) - len(bare)] + name for name, n in found if n), key)
-
-
 def _is_reference(key: str) -> bool:
     """Whether a layer's tensor is another name of one that the whole adapter shares, which is all that files have."""
     layer = not key.startswith(("base_model.unilora_theta_d.", "base_model.tinylora_v."))
     return layer and (".tinylora_v." in key or ".unilora_theta_d." in key or "vblora_vector_bank" in key)
-
-
-def _token_indices(config: Any) -> list[list[int]]:
-    found = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
-    return list(found.values()) if isinstance(found, dict) else [list(found)]
 
 
 def checksums(weights: Mapping[str, Tensor]) -> dict[str, int]:

@@ -89,13 +89,8 @@ def alpha_of_text(given: Sequence[str] | None) -> float | Mapping[str, float] | 
 def take_alpha(arguments: dict[str, Any], names: Sequence[str], alpha: Any = None) -> Any:
     """The alpha of a call that may say ``"alpha.NAME"`` too: some callers can send scalars and flat lists alone.
 
-    Args:
-        arguments: the call's others; ``"alpha.NAME"`` are taken out of it.
-        names: the experts' names, in the recipe's order.
-        alpha: what the call says for all experts, or None. An expert's own goes before it.
-
-    Returns:
-        ``alpha`` as it is where no name is said, otherwise a mapping by name.
+    ``"alpha.NAME"`` are taken out of the call's other ``arguments``, and go before ``alpha``, which is for all experts.
+    Where there is one the result is a mapping by name, otherwise ``alpha`` as it is.
 
     Raises:
         AlphaError: for an unknown name, a list of the wrong length, or a tensor beside names.

@@ -8,15 +8,16 @@ is listed as not checked; :mod:`proxytune.answers.selftest` loads the recipe and
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import load_state_dict
 
 from proxytune.errors import MemberError, ProxyTuneError, first_line
 from proxytune.recipe.adapters import try_adapter
@@ -37,6 +38,7 @@ from proxytune.recipe.members import (
     refuse_unfit,
 )
 from proxytune.recipe.prompts import render
+from proxytune.recipe.source import Source
 from proxytune.recipe.vocabulary import compare
 
 __all__ = ["MemberReport", "Report", "check_recipe", "count_recipe"]
@@ -116,337 +118,284 @@ class _Found:
     member: Member
     config: PreTrainedConfig
     tokenizer: Any = None
-    text: PreTrainedConfig = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.text = self.config.get_text_config(decoder=True)
+    @property
+    def text(self) -> PreTrainedConfig:
+        """The config of what reads and writes text."""
+        return self.config.get_text_config(decoder=True)
+
+    @property
+    def quantization(self) -> Any:
+        return getattr(self.config, "quantization_config", None)
 
 
 def check_recipe(config: ProxyTuneConfig, loading: Loading | None = None) -> Report:
     """Check a recipe without loading a weight."""
-    loading = loading or Loading()
-    problems: list[str] = []
-    notes: list[str] = []
-    unchecked: list[str] = []
-    found: dict[str, _Found] = {}
+    check = _Check(config, loading)
     for name, member in config.members():
-        try:
-            found[name] = _Found(member, _member_config(config, name, member, loading))
-            found[name].tokenizer = load_tokenizer(config, name, member, loading)
-        except ProxyTuneError as error:
-            problems.append(str(error))
-    complete = len(found) == sum(1 for _ in config.members())
-    shared = _check_vocabulary(config, found, problems, notes, unchecked) if complete else None
-    _check_prompts(found, problems)
-    _check_generation(config, found, loading, problems, notes)
-    _check_parts(config, found, notes)
-    _check_outputs(found, notes)
-    members = _count(config, found, loading, problems, notes, unchecked)
-    contexts = [report.context for report in members if report.context is not None]
+        with check.telling():
+            own = check.config_of(name, member)
+            check.refuse_without_weights(name, member)
+            check.found[name] = _Found(member, own)
+            check.found[name].tokenizer = load_tokenizer(config, name, member, check.loading)
+    shared = check.vocabulary() if len(check.found) == len(list(config.members())) else None
+    check.prompts()
+    check.generation()
+    check.parts()
+    check.outputs()
+    members = check.count(files=True)
     grown = [report.kv_bytes_per_token for report in members]
     return Report(
-        works=False if problems else None if unchecked else True,
-        problems=problems,
-        notes=notes,
-        unchecked=unchecked,
+        works=False if check.problems else None if check.unchecked else True,
+        problems=check.problems,
+        notes=check.notes,
+        unchecked=check.unchecked,
         members=members,
         alpha=dict(zip((expert.name for expert in config.expert_list), config.alphas)),
         plausibility=config.plausibility,
         weight_bytes=sum(report.weight_bytes for report in members),
         kv_bytes_per_token=None if None in grown else sum(size or 0 for size in grown),
-        context=min(contexts, default=None),
+        context=min((report.context for report in members if report.context is not None), default=None),
         shared_vocab=shared,
     )
 
 
 def count_recipe(config: ProxyTuneConfig, loading: Loading | None = None) -> tuple[list[MemberReport], list[str]]:
-    """Count a recipe's members from their configs alone, without tokenizers and whether or not there are weights.
-
-    Returns:
-        The members, and what is worth knowing of the figures.
+    """Count a recipe's members from their configs alone, weights or no weights; and what is worth knowing of that.
 
     Raises:
         MemberError: for the first member that cannot be counted.
     """
-    loading = loading or Loading()
-    problems: list[str] = []
-    notes: list[str] = []
-    found = {}
+    check = _Check(config, loading)
     for name, member in config.members():
-        own = load_config(config, name, member, loading)
-        refuse_unfit(name, member, own)
-        found[name] = _Found(member, own)
-    members = _count(config, found, loading, problems, notes, None)
-    if problems:
-        raise MemberError(problems[0])
-    return members, notes
+        check.found[name] = _Found(member, check.config_of(name, member))
+    members = check.count(files=False)
+    if check.problems:
+        raise MemberError(check.problems[0])
+    return members, check.notes + check.unchecked
 
 
-def _member_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> PreTrainedConfig:
-    found = load_config(config, name, member, loading)
-    refuse_unfit(name, member, found)
-    source, _ = member_source(config, name, member)
-    if source.is_local and not any(
-        any((Path(source.path) / source.subfolder).glob(pattern)) for pattern in WEIGHT_FILES
-    ):
-        raise MemberError(f"{name} ({member.model}) has no weights in its directory")
-    return found
+class _Check:
+    """A check under way: what is known of the members, and what is to be told (see :class:`Report`)."""
 
+    def __init__(self, config: ProxyTuneConfig, loading: Loading | None) -> None:
+        self.config, self.loading = config, loading or Loading()
+        self.found: dict[str, _Found] = {}
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.unchecked: list[str] = []
 
-# -- will it work? --------------------------------------------------------------------------------------------
-def _check_vocabulary(
-    config: ProxyTuneConfig,
-    found: Mapping[str, _Found],
-    problems: list[str],
-    notes: list[str],
-    unchecked: list[str],
-) -> int:
-    report = compare(
-        {name: one.tokenizer for name, one in found.items()},
-        {name: one.text.vocab_size for name, one in found.items()},
-        config.renamed_tokens,
-    )
-    try:
-        report.raise_for_mismatch()
-    except ProxyTuneError as error:
-        problems.append(str(error))
-    for name, extra in report.extra.items():
-        notes.append(f"{name} has {extra} ids that another member lacks (from {report.shared} on); never chosen")
-    for index, name, ours, theirs in report.renamed:
-        notes.append(f"id {index} is {ours!r} in the base and {theirs!r} in {name}; the recipe accepts that")
-    for name in report.unchecked:
-        unchecked.append(f"whether the tokens of {name} are the base's, since it has no tokenizer")
-    return report.shared
-
-
-def _check_parts(config: ProxyTuneConfig, found: Mapping[str, _Found], notes: list[str]) -> None:
-    for name, one in found.items():
-        _, file = member_source(config, name, one.member)
-        if file is not None and (n_parts := parts_of_gguf(file)) > 1:
-            notes.append(
-                f"{name} is split into {n_parts} shards, which are put together in a temporary file at each loading; "
-                f"`llama-gguf-split --merge {file} WHOLE.gguf` does it once"
-            )
-
-
-def _check_prompts(found: Mapping[str, _Found], problems: list[str]) -> None:
-    base = found["base"].tokenizer if "base" in found else None
-    for name, one in found.items():
-        if one.member.prompt.kind == "raw":
-            continue
+    @contextmanager
+    def telling(self, beginning: str = "") -> Iterator[None]:
+        """What is raised on purpose becomes a problem."""
         try:
-            render(one.member.prompt, one.tokenizer or base, "Hello", f"member {name!r}")
+            yield
         except ProxyTuneError as error:
-            problems.append(f"the prompt of {name} cannot be made: {error}")
+            self.problems.append(f"{beginning}{error}")
 
+    def config_of(self, name: str, member: Member) -> PreTrainedConfig:
+        config = load_config(self.config, name, member, self.loading)
+        refuse_unfit(name, member, config)
+        return config
 
-def _check_generation(
-    config: ProxyTuneConfig, found: Mapping[str, _Found], loading: Loading, problems: list[str], notes: list[str]
-) -> None:
-    """What the recipe generates with by default: its own generation config, or the base's."""
-    if "base" not in found:
-        return
-    try:
-        generation = base_generation_config(config, loading)
-        if generation is not None:
-            notes += adapted(generation, found["base"].text.vocab_size, "the generation config")[1]
-    except ProxyTuneError as error:
-        problems.append(str(error))
+    # -- will it work? ------------------------------------------------------------------------------------------
+    def refuse_without_weights(self, name: str, member: Member) -> None:
+        source, _ = member_source(self.config, name, member)
+        folder = Path(source.path) / source.subfolder
+        if source.is_local and not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
+            raise MemberError(f"{name} ({member.model}) has no weights in its directory")
 
-
-def _check_outputs(found: Mapping[str, _Found], notes: list[str]) -> None:
-    caps = {name: getattr(one.text, "final_logit_softcapping", None) for name, one in found.items()}
-    if len(set(caps.values())) > 1:
-        capped = ", ".join(name for name, cap in caps.items() if cap)
-        notes.append(f"only some members cap their logits ({capped}), so their differences are of unlike scale")
-
-
-def _check_weights(
-    config: ProxyTuneConfig,
-    name: str,
-    one: _Found,
-    model: PreTrainedModel,
-    loading: Loading,
-    notes: list[str],
-    unchecked: list[str],
-) -> None:
-    """Hold a member's cache and files against the empty ``model`` that its config describes.
-
-    Raises:
-        MemberError: for what is wrong with them.
-    """
-    of = f"{name} ({one.member.model})"
-    if (obstacle := obstacle_of(model)) is not None:
-        raise MemberError(f"{of} cannot be used in a recipe: {obstacle}; name another model")
-    if keeps_states(one.text):
-        unchecked.append(f"whether {of} decodes with its states what it reads without them: loading tries it")
-    fit: Fit | None = None
-    why = "its files are on the hub, and their headers cannot be read there"
-    with opened(config, name, one.member, loading, with_data=False) as (path, place):
-        if "gguf_file" in place:
-            fit = fit_of_gguf(model, path, place) if _is_at_hand(path) else None
-            why = "transformers takes its tensors apart while it loads them" if _is_at_hand(path) else why
-        elif getattr(one.config, "quantization_config", None):
-            why = "its files are quantized"
-        elif (header := read_header(path, place)) is not None:
-            fit = fit_of_header(model, header)
-    if fit is None:
-        unchecked.append(f"the tensors of {of}, because {why}")
-    elif fit.problem is not None:
-        raise MemberError(f"{of} {fit.problem}")
-    elif fit.note is not None:
-        notes.append(f"{of} {fit.note}")
-
-
-def _is_at_hand(path: str) -> bool:
-    return Path(path).is_dir()
-
-
-# -- what does it need? ---------------------------------------------------------------------------------------
-def _count(
-    config: ProxyTuneConfig,
-    found: Mapping[str, _Found],
-    loading: Loading,
-    problems: list[str],
-    notes: list[str],
-    unchecked: list[str] | None,
-) -> list[MemberReport]:
-    """Count the members, and, where ``unchecked`` is a list, hold their files and caches against their configs."""
-    reports: list[MemberReport] = []
-    own_weights = _weights(config, found, loading, notes)
-    weights_of: dict[Any, str] = {}  # a set of weights -> the first member that has it
-    seats: set[Any] = set()
-    for name, one in found.items():
-        member, key = one.member, own_weights[name]
-        try:
-            model = _empty(one.config, loading)
-        except Exception as error:  # an architecture that transformers lacks, remote code
-            problems.append(f"{name} ({member.model}) cannot be built: {first_line(error)}")
-            continue
-        if unchecked is not None and key not in weights_of:
-            try:
-                _check_weights(config, name, one, model, loading, notes, unchecked)
-            except ProxyTuneError as error:
-                problems.append(str(error))
-        dtype = _dtype(config, name, one, loading)
-        n_weights, n_bytes = _weigh(model, one, loading, dtype, name, notes)
-        n_head, tied = _head(model)
-        idle = idle_embeddings(model)
-        copied = n_head * dtype.itemsize if loading.pack and tied else 0  # a packed head is none of the embeddings
-        n_adapter, kept, place = 0, False, None
-        if member.adapter is not None:
-            try:
-                place = adapter_source(config, member)
-                n_adapter = _adapter_parameters(
-                    config, name, member, one, loading, notes if unchecked is None else unchecked
-                )
-            except ProxyTuneError as error:
-                problems.append(str(error))
-            kept = any(other != name and own_weights[other] == key for other in found)  # alone, it is merged
-        adapter_bytes = n_adapter * 4 if kept else 0  # PEFT keeps an adapter in float32
-        shares = weights_of.get(key)
-        seat = (key, place, member.prompt)
-        reports.append(
-            MemberReport(
-                name=name,
-                model=member.model,
-                adapter=member.adapter,
-                prompt=member.prompt.kind,
-                architecture=type(model).__name__,
-                dtype=str(dtype).removeprefix("torch."),
-                parameters=n_weights + n_adapter,
-                weight_bytes=(0 if shares else n_bytes + copied) + adapter_bytes,
-                read_bytes=n_bytes - (0 if idle is None else idle.numel()) * dtype.itemsize,
-                head_bytes=n_head * dtype.itemsize,
-                adapter_bytes=adapter_bytes,
-                layers=int(getattr(one.text, "num_hidden_layers", 0)),
-                kv_bytes_per_token=0 if seat in seats else _kv_bytes(model, dtype),
-                context=getattr(one.text, "max_position_embeddings", None),
-                sliding_window=_window(one.text),
-                vocab_size=one.text.vocab_size,
-                shares_with=shares,
-            )
+    def vocabulary(self) -> int:
+        """The ids that are mixed: those below it."""
+        report = compare(
+            {name: one.tokenizer for name, one in self.found.items()},
+            {name: one.text.vocab_size for name, one in self.found.items()},
+            self.config.renamed_tokens,
         )
-        weights_of.setdefault(key, name)
-        seats.add(seat)
-    return reports
+        with self.telling():
+            report.raise_for_mismatch()
+        self.notes += report.notes
+        for index, name, ours, theirs in report.renamed:
+            self.notes.append(f"id {index} is {ours!r} in the base and {theirs!r} in {name}; the recipe accepts that")
+        for name in report.unchecked:
+            self.unchecked.append(f"whether the tokens of {name} are the base's, since it has no tokenizer")
+        return report.shared
 
+    def prompts(self) -> None:
+        base = self.found["base"].tokenizer if "base" in self.found else None
+        for name, one in self.found.items():
+            if one.member.prompt.kind != "raw":
+                with self.telling(f"the prompt of {name} cannot be made: "):
+                    render(one.member.prompt, one.tokenizer or base, "Hello", f"member {name!r}")
 
-def _weights(
-    config: ProxyTuneConfig, found: Mapping[str, _Found], loading: Loading, notes: list[str]
-) -> dict[str, Any]:
-    """Member name -> a key that members with one set of weights in memory have in common.
+    def generation(self) -> None:
+        """What the recipe generates with by default: its own generation config, or the base's."""
+        if "base" not in self.found:
+            return
+        with self.telling():
+            generation = base_generation_config(self.config, self.loading)
+            if generation is not None:
+                width = self.found["base"].text.vocab_size
+                self.notes += adapted(generation, width, "the generation config")[1]
 
-    The rule is :func:`proxytune.recipe.layout.group_by_weights`'s.
-    """
-    members = [(name, one.member) for name, one in found.items()]
-    try:
-        groups, reasons = group_by_weights(config, members, loading)
-    except ProxyTuneError:  # an adapter that cannot be read is reported where its parameters are counted
-        return {name: name for name, _ in members}
-    notes += [f"{name} has weights of its own, because {why}" for name, why in reasons.items()]
-    return {name: index for index, group in enumerate(groups) for name, _ in group}
+    def parts(self) -> None:
+        for name, one in self.found.items():
+            _, file = member_source(self.config, name, one.member)
+            if file is not None and (n_parts := parts_of_gguf(file)) > 1:
+                self.notes.append(
+                    f"{name} is split into {n_parts} shards, which are put together in a temporary file at each "
+                    f"loading; `llama-gguf-split --merge {file} WHOLE.gguf` does it once"
+                )
 
+    def outputs(self) -> None:
+        caps = {name: getattr(one.text, "final_logit_softcapping", None) for name, one in self.found.items()}
+        if len(set(caps.values())) > 1:
+            capped = ", ".join(name for name, cap in caps.items() if cap)
+            self.notes.append(
+                f"only some members cap their logits ({capped}), so their differences are of unlike scale"
+            )
 
-def _empty(config: PreTrainedConfig, loading: Loading) -> PreTrainedModel:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=loading.trust_remote_code)
-    return model  # type: ignore[no-any-return]
+    def weights(self, name: str, model: PreTrainedModel) -> None:
+        """Hold a member's cache and files against the empty ``model`` that its config describes.
 
+        Raises:
+            MemberError: for what is wrong with them.
+        """
+        one = self.found[name]
+        of = f"{name} ({one.member.model})"
+        if (obstacle := obstacle_of(model)) is not None:
+            raise MemberError(f"{of} cannot be used in a recipe: {obstacle}; name another model")
+        if keeps_states(one.text):
+            self.unchecked.append(f"whether {of} decodes with its states what it reads without them: loading tries it")
+        fit: Fit | None = None
+        why = "its files are on the hub, and their headers cannot be read there"
+        with opened(self.config, name, one.member, self.loading, with_data=False) as (path, place):
+            if "gguf_file" in place:
+                if Path(path).is_dir():
+                    fit = fit_of_gguf(model, path, place)
+                    why = "transformers takes its tensors apart while it loads them"
+            elif one.quantization:
+                why = "its files are quantized"
+            elif (header := read_header(path, place)) is not None:
+                fit = fit_of_header(model, header)
+        if fit is None:
+            self.unchecked.append(f"the tensors of {of}, because {why}")
+        elif fit.problem is not None:
+            raise MemberError(f"{of} {fit.problem}")
+        elif fit.note is not None:
+            self.notes.append(f"{of} {fit.note}")
 
-def _dtype(config: ProxyTuneConfig, name: str, one: _Found, loading: Loading) -> torch.dtype:
-    """The dtype that loading gives: what is asked for, or what the config or the checkpoint says."""
-    asked = one.member.dtype or loading.dtype
-    if asked not in (None, "auto"):
-        return asked if isinstance(asked, torch.dtype) else getattr(torch, str(asked))  # type: ignore[no-any-return]
-    said = getattr(one.config, "dtype", None) or getattr(one.text, "dtype", None)
-    if said is not None:
-        return said if isinstance(said, torch.dtype) else getattr(torch, str(said))  # type: ignore[no-any-return]
-    source, gguf = member_source(config, name, one.member)
-    if source.is_local and gguf is None:
-        for path in sorted((Path(source.path) / source.subfolder).glob("*.safetensors")):
-            return _file_dtype(path)
-    return torch.float32
+    # -- what does it need? -------------------------------------------------------------------------------------
+    def count(self, *, files: bool) -> list[MemberReport]:
+        """Count the members, and, with ``files``, hold their files and caches against their configs."""
+        reports: list[MemberReport] = []
+        own_weights = self._sets_of_weights()
+        weights_of: dict[Any, str] = {}  # a set of weights -> the first member that has it
+        seats: set[Any] = set()
+        for name, one in self.found.items():
+            member, key = one.member, own_weights[name]
+            try:
+                model = self._empty(one)
+            except Exception as error:  # an architecture that transformers lacks, remote code
+                self.problems.append(f"{name} ({member.model}) cannot be built: {first_line(error)}")
+                continue
+            if files and key not in weights_of:
+                with self.telling():
+                    self.weights(name, model)
+            dtype = self._dtype(name)
+            n_weights, n_bytes = self._weigh(name, model, dtype)
+            idle = idle_embeddings(model)
+            head = getattr(model.get_output_embeddings(), "weight", None)
+            head_bytes = 0 if head is None else head.numel() * dtype.itemsize
+            copied = head_bytes if self.loading.pack and idle is None else 0  # a packed head is none of the embeddings
+            n_adapter, place = 0, None
+            with self.telling():
+                if (place := adapter_source(self.config, member)) is not None:
+                    n_adapter = self._try_adapter(name, place)
+            kept = any(other != name and own_weights[other] == key for other in self.found)  # alone, it is merged
+            adapter_bytes = n_adapter * 4 if kept else 0  # PEFT keeps an adapter in float32
+            shares = weights_of.get(key)
+            seat = (key, place, member.prompt)
+            reports.append(
+                MemberReport(
+                    name=name,
+                    model=member.model,
+                    adapter=member.adapter,
+                    prompt=member.prompt.kind,
+                    architecture=type(model).__name__,
+                    dtype=str(dtype).removeprefix("torch."),
+                    parameters=n_weights + n_adapter,
+                    weight_bytes=(0 if shares else n_bytes + copied) + adapter_bytes,
+                    read_bytes=n_bytes - (0 if idle is None else idle.numel()) * dtype.itemsize,
+                    head_bytes=head_bytes,
+                    adapter_bytes=adapter_bytes,
+                    layers=int(getattr(one.text, "num_hidden_layers", 0)),
+                    kv_bytes_per_token=0 if seat in seats else _kv_bytes(model, dtype),
+                    context=getattr(one.text, "max_position_embeddings", None),
+                    sliding_window=_window(one.text),
+                    vocab_size=one.text.vocab_size,
+                    shares_with=shares,
+                )
+            )
+            weights_of.setdefault(key, name)
+            seats.add(seat)
+        return reports
 
+    def _sets_of_weights(self) -> dict[str, Any]:
+        """Member name -> a key that members with one set of weights in memory have in common."""
+        members = [(name, one.member) for name, one in self.found.items()]
+        try:
+            groups, reasons = group_by_weights(self.config, members, self.loading)
+        except ProxyTuneError:  # an adapter that cannot be read is reported where its parameters are counted
+            return {name: name for name, _ in members}
+        self.notes += [f"{name} has weights of its own, because {why}" for name, why in reasons.items()]
+        return {name: index for index, group in enumerate(groups) for name, _ in group}
 
-def _file_dtype(path: Path) -> torch.dtype:
-    """The dtype of a safetensors file's first floating tensor, from its header alone."""
-    known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    kinds = (value.get("dtype") for name, value in header.items() if name != "__metadata__")
-    return next((known[kind] for kind in kinds if kind in known), torch.float32)
+    def _empty(self, one: _Found) -> PreTrainedModel:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(one.config, trust_remote_code=self.loading.trust_remote_code)
 
+    def _dtype(self, name: str) -> torch.dtype:
+        """The dtype that loading gives: what is asked for, or what the config or the checkpoint says."""
+        one = self.found[name]
+        said = one.member.dtype or self.loading.dtype
+        if said in (None, "auto"):
+            said = getattr(one.config, "dtype", None) or getattr(one.text, "dtype", None)
+        if said is not None:
+            return said if isinstance(said, torch.dtype) else getattr(torch, str(said))
+        source, gguf = member_source(self.config, name, one.member)
+        files = (Path(source.path) / source.subfolder).glob("*.safetensors") if gguf is None else ()
+        for file in sorted(files):
+            tensors = load_state_dict(file, map_location="meta").values()
+            return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+        return torch.float32
 
-def _weigh(
-    model: PreTrainedModel, one: _Found, loading: Loading, dtype: torch.dtype, name: str, notes: list[str]
-) -> tuple[int, int]:
-    """A model's parameters and the bytes they take, quantized where the recipe or the checkpoint says so."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    quantization = (
-        one.member.quantization_config
-        or loading.quantization_config
-        or getattr(one.config, "quantization_config", None)
-    )
-    n_bytes = total * dtype.itemsize
-    if quantization:
+    def _weigh(self, name: str, model: PreTrainedModel, dtype: torch.dtype) -> tuple[int, int]:
+        """A model's parameters and the bytes they take, quantized where the recipe or the checkpoint says so."""
+        one = self.found[name]
+        total = sum(parameter.numel() for parameter in model.parameters())
+        quantization = one.member.quantization_config or self.loading.quantization_config or one.quantization
+        if not quantization:
+            return total, total * dtype.itemsize
         said = quantization if isinstance(quantization, dict) else quantization.to_dict()
         method, bits = str(said.get("quant_method", "")), _bits(said)
         if bits is None:
-            notes.append(f"{name} is quantized ({method or 'unknown method'}); its bytes are an upper bound")
-        else:  # the linear layers are quantized; the embeddings and the head are not
-            head = model.get_output_embeddings()
-            inner = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
-            n_bytes = (total - inner) * dtype.itemsize + inner * bits // 8
-            notes.append(f"{name} is quantized to {bits} bits ({method}); scales are not counted")
-    return total, n_bytes
+            self.notes.append(f"{name} is quantized ({method or 'unknown method'}); its bytes are an upper bound")
+            return total, total * dtype.itemsize
+        # The linear layers are quantized; the embeddings and the head are not.
+        head = model.get_output_embeddings()
+        inner = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+        self.notes.append(f"{name} is quantized to {bits} bits ({method}); scales are not counted")
+        return total, (total - inner) * dtype.itemsize + inner * bits // 8
 
-
-def _head(model: PreTrainedModel) -> tuple[int, bool]:
-    """The parameters of a model's output head, and whether they are its input embeddings too."""
-    weight = getattr(model.get_output_embeddings(), "weight", None)
-    tied = weight is not None and weight is getattr(model.get_input_embeddings(), "weight", None)
-    return (0 if weight is None else int(weight.numel())), tied
+    def _try_adapter(self, name: str, place: Source) -> int:
+        """Try the adapter on an empty model: that shows whether it fits, and counts it."""
+        one = self.found[name]
+        with loading_of(name, one.member.adapter):
+            count, tried = try_adapter(name, adapter_directory(name, place, self.loading), self._empty(one))
+        if not tried:
+            self.unchecked.append(f"whether the adapter of {name} fits its model: loading tries it")
+        return count
 
 
 def _bits(quantization: Mapping[str, Any]) -> int | None:
@@ -489,15 +438,3 @@ def _window(config: PreTrainedConfig) -> int | None:
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
     return window if window and slides else None
-
-
-def _adapter_parameters(
-    config: ProxyTuneConfig, name: str, member: Member, one: _Found, loading: Loading, unchecked: list[str]
-) -> int:
-    """Try the adapter on an empty model: that shows whether it fits, and counts it."""
-    with loading_of(name, member.adapter):
-        directory = adapter_directory(config, name, member, loading)
-        count, tried = try_adapter(name, directory, _empty(one.config, loading))
-    if not tried:
-        unchecked.append(f"whether the adapter of {name} fits its model: loading tries it")
-    return count

@@ -24,15 +24,7 @@ from transformers.modeling_utils import load_state_dict, str_to_torch_dtype
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-__all__ = [
-    "Fit",
-    "fit_of",
-    "fit_of_gguf",
-    "fit_of_header",
-    "parts_of_gguf",
-    "read_header",
-    "whole_gguf",
-]
+__all__ = ["Fit", "find_file", "fit_of", "fit_of_gguf", "fit_of_header", "parts_of_gguf", "read_header", "whole_gguf"]
 
 Header = dict[str, Tensor]  # tensor name -> its shape and dtype, on the meta device
 SHOWN = 3  # tensors that a message names
@@ -73,33 +65,26 @@ class Fit:
 
 
 def _listed(tensors: Sequence[str]) -> str:
+    if len(tensors) == 1:
+        return f"the tensor {tensors[0]}"
     more = f" and {len(tensors) - SHOWN} more" if len(tensors) > SHOWN else ""
-    return f"{len(tensors)} tensor{'s' if len(tensors) > 1 else ''}: {', '.join(tensors[:SHOWN])}{more}".replace(
-        "1 tensor: ", "the tensor "
-    )
+    return f"{len(tensors)} tensors: {', '.join(tensors[:SHOWN])}{more}"
 
 
 def fit_of(model: Any, loading_info: Mapping[str, Any], header: Mapping[str, Tensor] | None = None) -> Fit:
     """How a checkpoint fits, by what transformers says of loading it (``output_loading_info=True``).
 
-    Args:
-        header: the checkpoint's own tensors, where they are known: a mask or a table that older versions saved is no
-            weight.
+    ``header``: its tensors, where they are known: a mask or a table that older versions saved is no weight.
     """
-    misplaced: list[str] = []
-    apart: list[str] = []
     unexpected = sorted(loading_info["unexpected_keys"])
-    for name in unexpected:
-        if (inside := _is_inside(model, name, unexpected)) is None or _is_constant(name, header or {}):
-            continue
-        (misplaced if inside else apart).append(name)
+    inside = {name: _is_inside(model, name, unexpected) for name in unexpected if not _is_constant(name, header or {})}
     return Fit(
         missing=tuple(sorted(loading_info["missing_keys"])),
         misshapen=tuple(
             _misshapen(name, found, wanted) for name, found, wanted in sorted(loading_info["mismatched_keys"])
         ),
-        misplaced=tuple(misplaced),
-        apart=tuple(apart),
+        misplaced=tuple(name for name, is_inside in inside.items() if is_inside),
+        apart=tuple(name for name, is_inside in inside.items() if is_inside is False),
     )
 
 
@@ -177,40 +162,39 @@ Place = Mapping[str, Any]  # what a `from_pretrained` is told of a place besides
 
 
 def read_header(path: str, place: Place) -> Header | None:
-    """The names, shapes and dtypes of a checkpoint's tensors; no weight is read, and none is downloaded.
+    """The names, shapes and dtypes of the tensors in a directory or hub repository; no weight is read or downloaded.
 
-    Args:
-        path: a directory or a hub id.
-
-    Returns:
-        None where the files are on the hub alone and their headers cannot be read there.
+    None where the files are on the hub alone and their headers cannot be read there.
 
     Raises:
         OSError, ValueError: where a file is missing that an index names, or is no checkpoint.
     """
     place = {**place, "local_files_only": True, "force_download": False}
     for name in INDEXED:
-        if (file := _find(path, name, place)) is not None:
+        if (file := find_file(path, name, place)) is not None:
             return load_state_dict(file, map_location="meta")
-        if (index := _find(path, f"{name}.index.json", place)) is None:
+        if (index := find_file(path, f"{name}.index.json", place)) is None:
             continue
         header: Header = {}
         for shard in sorted(set(json.loads(Path(index).read_text())["weight_map"].values())):
-            if (file := _find(path, shard, place)) is None:
+            if (file := find_file(path, shard, place)) is None:
                 raise FileNotFoundError(f"its index names {shard}, which is missing")
             header |= load_state_dict(file, map_location="meta")
         return header
     return _header_on_the_hub(path, place)
 
 
-def _find(path: str, name: str, place: Place) -> str | None:
-    """The local path of a file in a directory, or on the hub, from where it is downloaded if ``place`` allows."""
+def find_file(path: str, name: str, place: Place) -> str | None:
+    """The path of a file in a directory or, once downloaded, a hub repository; None where there is none, or offline.
+
+    Raises:
+        OSError: if the hub does not give it.
+    """
     if Path(path).is_dir():
         file = Path(path) / place.get("subfolder", "") / name
         return str(file) if file.is_file() else None
-    kinds = ("gated_repo", "missing_entries", "connection_errors")
-    quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}
-    return cached_file(path, name, **{key: value for key, value in place.items() if key != "gguf_file"}, **quiet)
+    place = {key: value for key, value in place.items() if key != "gguf_file"}
+    return cached_file(path, name, **place, _raise_exceptions_for_missing_entries=False)
 
 
 def _header_on_the_hub(repo_id: str, place: Place) -> Header | None:
@@ -241,12 +225,8 @@ def parts_of_gguf(file: str) -> int:
 def whole_gguf(path: str, place: Place, *, with_data: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
     """A GGUF file in one piece, for loaders that read one file: a split one is put together in a temporary directory.
 
-    Args:
-        path, place: a directory or a hub id, and where in it; ``gguf_file`` is any part of a split file.
-        with_data: False makes a file that ends with its header and has holes for weights, for who reads no weights.
-
-    Yields:
-        The path and the place of the whole file.
+    Yields its path and place; the ``place`` that is given names any part of a split file. Without ``with_data`` it has
+    holes for weights.
 
     Raises:
         FileNotFoundError: where a part is missing. ValueError: where the parts are not one model's.
@@ -259,7 +239,7 @@ def whole_gguf(path: str, place: Place, *, with_data: bool = True) -> Iterator[t
     parts = []
     for number in range(1, n_parts + 1):
         name = f"{stem}-{number:05}-of-{n_parts:05}.gguf"
-        if (part := _find(path, name, place)) is None:
+        if (part := find_file(path, name, place)) is None:
             raise FileNotFoundError(f"it is split into {n_parts} files, and {name} is missing")
         parts.append(part)
     with tempfile.TemporaryDirectory(prefix="proxytune-gguf-") as directory:
@@ -310,7 +290,7 @@ def fit_of_gguf(model: Any, path: str, place: Place) -> Fit | None:
     from transformers.integrations.gguf.reader import GgufHeader
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
 
-    header = GgufHeader.from_file(str(_find(path, place["gguf_file"], place)))
+    header = GgufHeader.from_file(str(find_file(path, place["gguf_file"], place)))
     kind = reading.TENSOR_PROCESSORS.get(header.architecture, reading.TensorProcessor)
     by_table = ("TensorProcessor", "LlamaTensorProcessor", "NemotronTensorProcessor", "Gemma2TensorProcessor")
     if is_gguf_arch_supported(header.architecture) or kind.__name__ not in by_table:

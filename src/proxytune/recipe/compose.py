@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from proxytune.recipe.generation_config import adapted, ends_of, read_generation
 from proxytune.recipe.members import Loading, load_config, load_tokenizer, member_source
 from proxytune.recipe.options import ComposeOptions, MemberChoice
 from proxytune.recipe.presets import PRESETS
-from proxytune.recipe.store import write_recipe
+from proxytune.recipe.store import moved_member, write_recipe
 
 __all__ = ["EXPERT_SYNTAX", "compose", "configure", "parse_expert"]
 
@@ -105,7 +103,7 @@ def configure(options: ComposeOptions) -> ProxyTuneConfig:
     preset, name, alpha = options.preset, options.name, options.alpha
     if preset is not None and preset not in PRESETS:
         raise RecipeError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
-    start = PRESETS[preset][1]() if preset is not None else None
+    start = ProxyTuneConfig(**PRESETS[preset]) if preset is not None else None
     first = start.expert_list[0] if start is not None else None
     made_base = _over(options.base, start.base_member if start is not None else None, "the base")
     if made_base is None:
@@ -201,7 +199,7 @@ def compose(
         renamed_tokens=config.renamed_tokens,
         text_config=text_config,
     )
-    written = written.with_members(_seen_from(directory))
+    written = written.with_members(lambda _, one: moved_member(one, ".", directory))
     write_recipe(written, directory, tokenizer=tokenizer, generation_config=generation)
     return notes
 
@@ -231,14 +229,3 @@ def _generation_config(
     if ends:
         generation.eos_token_id = ends[0] if len(ends) == 1 else ends
     return generation
-
-
-def _seen_from(directory: Path) -> Callable[[str, Member], Member]:
-    """Says paths that were relative to the current directory relative to ``directory``."""
-
-    def moved(path: str | None) -> str | None:
-        if path is None or os.path.isabs(os.path.expanduser(path)) or not os.path.exists(path):
-            return path
-        return os.path.relpath(path, directory)
-
-    return lambda _, one: replace(one, model=moved(one.model), adapter=moved(one.adapter))

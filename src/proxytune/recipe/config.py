@@ -19,7 +19,7 @@ import copy
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
@@ -38,6 +38,12 @@ WRITTEN_BY_TRANSFORMERS = {
     *("attn_implementation", "auto_map", "experts_implementation", "max_position_embeddings", "model_type"),
     *("name_or_path", "output_attentions", "tie_word_embeddings"),
 }
+
+
+def _refuse_types(part: Prompt | Member, what: str, kinds: Any, names: Sequence[str]) -> None:
+    for name in names:
+        if not isinstance(getattr(part, name), kinds):
+            raise RecipeError(f"`{name}` of {what} cannot be {getattr(part, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,8 @@ class Prompt:
         return cls(**_known_fields(cls, value, "a prompt"))
 
     def to_json(self) -> str | dict[str, Any]:
-        value = _non_defaults(self)
-        return self.kind if set(value) <= {"kind"} else value
+        value = _to_json(self)
+        return self.kind if set(value) == {"kind"} else value
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class Member:
     dtype: str | None = None
     device_map: str | dict[str, Any] | int | None = None
     quantization_config: dict[str, Any] | None = None
-    prompt: Prompt = field(default_factory=Prompt)
+    prompt: Prompt = Prompt()
 
     def __post_init__(self) -> None:
         if self.model is not None and not (isinstance(self.model, str) and self.model.strip()):
@@ -134,10 +140,7 @@ class Member:
         return cls(**{**known, "prompt": Prompt.parse(known.get("prompt"))})
 
     def to_json(self) -> dict[str, Any]:
-        value = _non_defaults(self)
-        if "prompt" in value:
-            value["prompt"] = self.prompt.to_json()
-        return value
+        return _to_json(self)
 
 
 @dataclass(frozen=True)
@@ -174,11 +177,7 @@ class Expert:
         return cls(**known)
 
     def to_json(self) -> dict[str, Any]:
-        value: dict[str, Any] = {"name": self.name}
-        for side, member in (("expert", self.expert), ("anti_expert", self.anti_expert)):
-            if member is not None:
-                value[side] = member.to_json()
-        return {**value, "alpha": self.alpha}
+        return _to_json(self)
 
 
 OWN_FIELDS = ("base", "experts", "plausibility", "renamed_tokens")
@@ -359,20 +358,14 @@ def _unknown(what: str, key: Any, known: Sequence[str]) -> str:
     return f"{said}; {f'did you mean {near[0]!r}? ' if near else ''}known are {', '.join(known)}"
 
 
-def _refuse_types(part: Prompt | Member, what: str, kinds: Any, names: Sequence[str]) -> None:
-    for name in names:
-        if not isinstance(getattr(part, name), kinds):
-            raise RecipeError(f"`{name}` of {what} cannot be {getattr(part, name)!r}")
-
-
-def _non_defaults(part: Prompt | Member) -> dict[str, Any]:
-    always = "kind" if isinstance(part, Prompt) else "model"
-    empty = Prompt() if isinstance(part, Prompt) else Member(model=None)
-    return {
-        f.name: getattr(part, f.name)
-        for f in fields(part)
-        if f.name == always or getattr(part, f.name) != getattr(empty, f.name)
-    }
+def _to_json(part: Prompt | Member | Expert) -> dict[str, Any]:
+    """The fields that are not at their defaults, and those that are always said."""
+    said = {}
+    for f in fields(part):
+        value = getattr(part, f.name)
+        if f.name in ("kind", "alpha") or value != f.default:
+            said[f.name] = value.to_json() if isinstance(value, (Prompt, Member)) else value
+    return said
 
 
 def _config_at_hand(base: Member, recipe: str) -> PreTrainedConfig | None:
@@ -381,13 +374,8 @@ def _config_at_hand(base: Member, recipe: str) -> PreTrainedConfig | None:
         return None
     try:
         source = resolve(base.model, recipe, base.revision)
-        place = {"revision": source.revision, "subfolder": source.subfolder or None}
-        found = AutoConfig.from_pretrained(
-            source.path,
-            trust_remote_code=False,
-            local_files_only=True,
-            **{key: value for key, value in place.items() if value is not None},
-        )
+        place = {"revision": source.revision, "subfolder": source.subfolder}
+        found = AutoConfig.from_pretrained(source.path, trust_remote_code=False, local_files_only=True, **place)
     except (OSError, ValueError):  # RecipeError too: what is wrong with the base is said when it is loaded
         return None
     found.name_or_path = ""  # where it lay on this machine is not the recipe's to tell

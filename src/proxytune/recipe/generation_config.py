@@ -21,7 +21,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 
 from proxytune.errors import MemberError, ProxyTuneError, first_line
 from proxytune.recipe.config import Member, ProxyTuneConfig
-from proxytune.recipe.members import Loading, find_file, member_source
+from proxytune.recipe.members import Loading, find_in, member_source
 
 __all__ = [
     "adapted",
@@ -52,30 +52,14 @@ BEAMS = {"num_beams", "num_return_sequences", "early_stopping", "length_penalty"
 LENGTHS = {"max_length", "max_new_tokens", "min_length", "min_new_tokens"}
 # Without effect on a decoder that nobody compiles or assists.
 IDLE = {"decoder_start_token_id", "disable_compile", "is_assistant", "num_assistant_tokens"} | {
-    *("num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind"),
+    *("num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind")
 }
 OUTPUTS = {"output_logits", "output_scores", "return_dict_in_generate"}
 # What a file may ask of a recipe's generate().
-OF_A_FILE = (
-    TOKENS
-    | SCORES
-    | SAMPLING
-    | BEAMS
-    | LENGTHS
-    | IDLE
-    | OUTPUTS
-    | {
-        *(
-            "cache_implementation",
-            "forced_bos_token_id",
-            "forced_eos_token_id",
-            "max_time",
-            "stop_strings",
-            "use_cache",
-        ),
-        *("watermarking_config",),
-    }
-)
+OF_A_FILE = TOKENS.union(SCORES, SAMPLING, BEAMS, LENGTHS, IDLE, OUTPUTS) | {
+    *("cache_implementation", "forced_bos_token_id", "forced_eos_token_id", "max_time", "stop_strings", "use_cache"),
+    "watermarking_config",
+}
 # What besides these a call may ask: it knows its batch and its prompts.
 OF_A_CALL = OF_A_FILE | {
     *("guidance_scale", "max_matching_ngram_size", "prefill_chunk_size", "prompt_lookup_num_tokens"),
@@ -97,7 +81,7 @@ def read_generation_config(
         MemberError: if there is one that cannot be read. OSError: if the hub cannot be reached.
     """
     source, _ = member_source(config, name, member)
-    if (path := find_file(source, FILE, loading)) is None:
+    if (path := find_in(source, FILE, loading)) is None:
         name_there, cache_dir = str(PurePosixPath(source.subfolder) / FILE), loading.hub.get("cache_dir")
         if source.is_local or (
             try_to_load_from_cache(source.path, name_there, cache_dir, source.revision) is _CACHED_NO_EXIST
@@ -118,11 +102,7 @@ def read_generation_config(
 
 
 def base_generation_config(config: ProxyTuneConfig, loading: Loading, *, base: bool = True) -> GenerationConfig | None:
-    """What a recipe generates with by default: its own file, or else the base's; None where neither has one.
-
-    Args:
-        base: whether the base lies somewhere, or is a model in memory.
-    """
+    """What a recipe generates with by default: its own file, or else its ``base``'s where that has a place."""
     places = [("the recipe", Member("."))] if config.name_or_path else []
     for name, member in [*places, *([("base", config.base_member)] if base else [])]:
         try:
@@ -145,8 +125,7 @@ def ends_of(generation: GenerationConfig | None) -> list[int]:
 def adapted(generation: GenerationConfig, width: int, where: str) -> tuple[GenerationConfig, list[str]]:
     """A copy without what a recipe's ``generate`` cannot do, and notes on what was left out.
 
-    Args:
-        width: the base's vocabulary. where: what errors and notes call the config.
+    ``width`` is the base's vocabulary; errors and notes call the config ``where``.
 
     Raises:
         MemberError: for a value with which transformers cannot generate.
@@ -167,23 +146,20 @@ def adapted(generation: GenerationConfig, width: int, where: str) -> tuple[Gener
 def refuse_fields(asked: Mapping[str, Any], *configs: GenerationConfig | None) -> dict[str, Any]:
     """Raise :class:`ProxyTuneError` if a call asks for what several members cannot do together.
 
-    Args:
-        asked: the call's own arguments. configs: where what it leaves open is looked up, in order.
-
-    Returns:
-        ``cache_implementation`` and ``stop_strings``, where they are asked for.
+    What the call itself leaves open is looked up in ``configs``, in order. The result are its ``cache_implementation``
+    and ``stop_strings``, where they are asked for.
     """
     fields = {}
     for name in (each for each in FIELDS if each not in OF_A_CALL or each in ("cache_implementation", "stop_strings")):
         values = (getattr(each, name, None) for each in configs if each is not None)
         value = asked[name] if name in asked else next((value for value in values if value is not None), None)
-        if _asks(name, value):
-            fields[name] = value
-    for name, value in fields.items():
+        if not _asks(name, value):
+            continue
         if name == "cache_implementation" and value not in CACHES:
             raise ProxyTuneError(f"{name}={value!r} is not available for several members; use 'dynamic' or 'static'")
         if name not in OF_A_CALL:
             raise ProxyTuneError(f"{name}={value!r} is not available for several members; leave it out")
+        fields[name] = value
     return fields
 
 

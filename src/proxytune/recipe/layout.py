@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from proxytune.recipe.adapters import judge
+from proxytune.recipe.adapters import judge, read_config
 from proxytune.recipe.config import Member, Prompt, ProxyTuneConfig
-from proxytune.recipe.members import Loading, adapter_source, load_adapter_config
+from proxytune.recipe.members import Loading, adapter_directory, adapter_source, loading_of
 
 __all__ = ["Seat", "group_by_weights", "seats_of"]
 
@@ -44,17 +44,19 @@ def group_by_weights(
 
     groups: list[list[tuple[str, Member]]] = []
     reasons: dict[str, str] = {}
-    terms = {n: judge(load_adapter_config(config, n, m, loading)) for n, m in members if m.adapter is not None}
+    adapters = {name: adapter_source(config, member) for name, member in members}
+    apart: dict[str, str | None] = {}
+    for name, member in members:
+        if (place := adapters[name]) is not None:
+            with loading_of(name, member.adapter):
+                directory = adapter_directory(name, place, loading, "adapter_config.json")
+                apart[name] = judge(read_config(name, directory)).apart
     for group in same_model.values():
-        adapters = {name: adapter_source(config, member) for name, member in group}
-        hindered = {}
-        several = len(set(adapters.values())) > 1
-        if several and loading.share:
-            hindered = {n: reason for n, _ in group if n in terms and (reason := terms[n].apart)}
-        if not several or (loading.share and not hindered):
+        places = sorted({adapters[name] for name, _ in group}, key=str)
+        hindered = {n: why for n, _ in group if loading.share and len(places) > 1 and (why := apart.get(n))}
+        if len(places) == 1 or (loading.share and not hindered):
             groups.append(group)
         else:
-            places = sorted(set(adapters.values()), key=str)
             groups += [[(n, m) for n, m in group if adapters[n] == place] for place in places]
         reasons |= hindered
     return groups, reasons

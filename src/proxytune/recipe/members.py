@@ -12,11 +12,9 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
-from transformers.utils.hub import cached_file
 
 from proxytune.errors import MemberError, first_line
-from proxytune.recipe.adapters import read_config
-from proxytune.recipe.checkpoints import whole_gguf
+from proxytune.recipe.checkpoints import find_file, whole_gguf
 from proxytune.recipe.config import Member, ProxyTuneConfig
 from proxytune.recipe.source import Source
 
@@ -24,9 +22,7 @@ __all__ = [
     "Loading",
     "adapter_directory",
     "adapter_source",
-    "directory_of",
-    "find_file",
-    "load_adapter_config",
+    "find_in",
     "load_config",
     "load_recipe_tokenizer",
     "load_tokenizer",
@@ -65,14 +61,12 @@ def refuse_unfit(name: str, member: Member, own: PreTrainedConfig) -> None:
 def load_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> PreTrainedConfig:
     """Load one member's config alone."""
     source, gguf_file = member_source(config, name, member)
-    with loading_of(name, member.model):
-        where = None if gguf_file is not None else _adapted_model(source, loading)
-    if where is not None:
-        raise MemberError(
-            f"{name} ({member.model}) is an adapter, not a model; give it as `adapter` (--expert-adapter) beside the "
-            f"`model` it adapts, {where}"
-        )
     with opened(config, name, member, loading, with_data=False) as (path, place):
+        if gguf_file is None and (adapted := _adapted_model(source, loading)) is not None:
+            raise MemberError(
+                f"{name} ({member.model}) is an adapter, not a model; give it as `adapter` (--expert-adapter) beside "
+                f"the `model` it adapts, {adapted}"
+            )
         return AutoConfig.from_pretrained(  # type: ignore[no-any-return]
             path, trust_remote_code=loading.trust_remote_code, **place
         )
@@ -80,9 +74,7 @@ def load_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loa
 
 def _adapted_model(source: Source, loading: Loading) -> str | None:
     """The model that the adapter in a place names, or None where there is no adapter alone."""
-    if find_file(source, "config.json", loading) is not None:
-        return None
-    if (file := find_file(source, "adapter_config.json", loading)) is None:
+    if find_in(source, "config.json", loading) or not (file := find_in(source, "adapter_config.json", loading)):
         return None
     found = re.search(r'"base_model_name_or_path":\s*"([^"]+)"', Path(file).read_text("utf-8"))
     return repr(found[1]) if found else "which it does not name"
@@ -92,7 +84,7 @@ def load_tokenizer(config: ProxyTuneConfig, name: str, member: Member, loading: 
     """One member's tokenizer, or None where its directory has none."""
     source, gguf_file = member_source(config, name, member)
     with opened(config, name, member, loading, with_data=False) as (path, place):
-        if gguf_file is None and not any(find_file(source, file, loading) for file in TOKENIZER_FILES):
+        if gguf_file is None and not any(find_in(source, file, loading) for file in TOKENIZER_FILES):
             return None
         return AutoTokenizer.from_pretrained(path, trust_remote_code=loading.trust_remote_code, **place)
 
@@ -127,19 +119,9 @@ def opened(
             yield whole
 
 
-def find_file(source: Source, name: str, loading: Loading) -> str | None:
-    """The path of a file in a place, downloaded if it is on the hub; None where there is none, or offline.
-
-    Raises:
-        OSError: if the hub does not give it.
-    """
-    if source.is_local:
-        path = Path(source.path) / source.subfolder / name
-        return str(path) if path.is_file() else None
-    found = cached_file(
-        source.path, name, **_hub_arguments(source, loading), _raise_exceptions_for_missing_entries=False
-    )
-    return None if found is None else str(found)
+def find_in(source: Source, name: str, loading: Loading) -> str | None:
+    """The path of a file in a place, see :func:`proxytune.recipe.checkpoints.find_file`."""
+    return find_file(source.path, name, _hub_arguments(source, loading))
 
 
 def member_source(config: ProxyTuneConfig, name: str, member: Member) -> tuple[Source, str | None]:
@@ -160,16 +142,7 @@ def adapter_source(config: ProxyTuneConfig, member: Member) -> Source | None:
     return config.locate(member.adapter, member.adapter_revision)
 
 
-def adapter_directory(
-    config: ProxyTuneConfig, name: str, member: Member, loading: Loading, files: str = "adapter_*"
-) -> str:
-    """The directory of a member's adapter, downloaded if it is on the hub."""
-    if (source := adapter_source(config, member)) is None:
-        raise MemberError(f"{name} has no adapter")
-    return directory_of(name, source, loading, files)
-
-
-def directory_of(name: str, source: Source, loading: Loading, files: str = "adapter_*") -> str:
+def adapter_directory(name: str, source: Source, loading: Loading, files: str = "adapter_*") -> str:
     """Where an adapter lies on this machine; downloaded from the hub, since PEFT, offline, finds no subfolder there."""
     if find_spec("peft") is None:
         raise MemberError(f"{name} has an adapter, which needs PEFT: pip install 'proxytune[lora]'")
@@ -183,12 +156,6 @@ def directory_of(name: str, source: Source, loading: Loading, files: str = "adap
         **{key: value for key, value in loading.hub.items() if key in known},
     )
     return str(Path(snapshot) / source.subfolder)
-
-
-def load_adapter_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> Any:
-    """The PEFT config of a member's adapter, which is one that can be used."""
-    with loading_of(name, member.adapter):
-        return read_config(name, adapter_directory(config, name, member, loading, "adapter_config.json"))
 
 
 def _hub_arguments(source: Source, loading: Loading, gguf_file: str | None = None) -> dict[str, Any]:

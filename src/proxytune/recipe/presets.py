@@ -6,54 +6,29 @@ what it says of any recipe.
 
 from __future__ import annotations
 
-import proxytune as pt  # names that are imported when they are used: the command line shows the presets at once
+from typing import Any
 
 __all__ = ["PRESETS"]
 
 
-def _llama2(size: str, name: str, expert: pt.Member) -> pt.ProxyTuneConfig:
-    anti_expert = pt.Member("meta-llama/Llama-2-7b-hf")
-    return pt.ProxyTuneConfig(
-        base=pt.Member(f"meta-llama/Llama-2-{size}-hf"), experts=[pt.Expert(name, expert, anti_expert)]
-    )
+def _trio(name: str, base: str, expert: str, anti_expert: str, prompt: str = "raw") -> dict[str, Any]:
+    """A recipe's fields; ``prompt`` is the expert's, base and anti-expert read the raw one."""
+    sides = {"expert": {"model": expert, "prompt": prompt}, "anti_expert": anti_expert}
+    return {"base": base, "experts": [{"name": name, **sides}]}
 
 
-def _chat(size: str) -> pt.ProxyTuneConfig:
-    # The paper's chat expert reads [INST] ... [/INST]; base and anti-expert read the raw prompt.
-    return _llama2(size, "chat", pt.Member("meta-llama/Llama-2-7b-chat-hf", prompt=pt.Prompt("chat")))
+LLAMA2 = "meta-llama/Llama-2-{}-hf".format
+# The paper's chat expert reads [INST] ... [/INST].
+CHAT = {"expert": LLAMA2("7b-chat"), "anti_expert": LLAMA2("7b"), "prompt": "chat"}
+CODE = {"expert": "codellama/CodeLlama-7b-Python-hf", "anti_expert": LLAMA2("7b")}
+LLAMA3 = "meta-llama/Llama-3.1-"
+QWEN = "Qwen/Qwen2.5-"  # its prompt is raw, so all three read the same tokens
 
-
-def _code(size: str) -> pt.ProxyTuneConfig:
-    return _llama2(size, "code", pt.Member("codellama/CodeLlama-7b-Python-hf"))
-
-
-def _qwen() -> pt.ProxyTuneConfig:
-    # The prompt is raw, so all three read the same tokens.
-    return pt.ProxyTuneConfig(
-        base=pt.Member("Qwen/Qwen2.5-32B"),
-        experts=[pt.Expert("chat", pt.Member("Qwen/Qwen2.5-1.5B-Instruct"), pt.Member("Qwen/Qwen2.5-1.5B"))],
-    )
-
-
-def _llama3() -> pt.ProxyTuneConfig:
-    return pt.ProxyTuneConfig(
-        base=pt.Member("meta-llama/Llama-3.1-70B"),
-        experts=[
-            pt.Expert(
-                "chat",
-                pt.Member("meta-llama/Llama-3.1-8B-Instruct", prompt=pt.Prompt("chat")),
-                pt.Member("meta-llama/Llama-3.1-8B"),
-            )
-        ],
-    )
-
-
-#: name -> (what it is, a function that makes its config)
 PRESETS = {
-    "llama2-13b-chat": ("the paper's chat trio: Llama-2 13B steered by 7B-chat", lambda: _chat("13b")),
-    "llama2-70b-chat": ("the same with the 70B as base", lambda: _chat("70b")),
-    "llama2-13b-code": ("the paper's code trio: Llama-2 13B steered by CodeLlama-7B-Python", lambda: _code("13b")),
-    "llama2-70b-code": ("the same with the 70B as base", lambda: _code("70b")),
-    "qwen2.5-32b-chat": ("Qwen2.5 32B steered by 1.5B-Instruct", _qwen),
-    "llama3.1-70b-chat": ("Llama-3.1 70B steered by 8B-Instruct", _llama3),
+    "llama2-13b-chat": _trio("chat", LLAMA2("13b"), **CHAT),
+    "llama2-70b-chat": _trio("chat", LLAMA2("70b"), **CHAT),
+    "llama2-13b-code": _trio("code", LLAMA2("13b"), **CODE),
+    "llama2-70b-code": _trio("code", LLAMA2("70b"), **CODE),
+    "qwen2.5-32b-chat": _trio("chat", f"{QWEN}32B", f"{QWEN}1.5B-Instruct", f"{QWEN}1.5B"),
+    "llama3.1-70b-chat": _trio("chat", f"{LLAMA3}70B", f"{LLAMA3}8B-Instruct", f"{LLAMA3}8B", "chat"),
 }

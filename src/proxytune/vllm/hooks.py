@@ -1,6 +1,6 @@
 """Where vLLM is touched at all: the alphas of a batch, the check of a request, the gather of logits.
 
-Written against vLLM 0.32 (see ``OLDEST`` and ``NEWEST``); the tests hold the interfaces named here. Two methods are
+Written against vLLM 0.32 (see ``SUPPORTED``); the tests hold the interfaces named here. Two methods are
 wrapped: ``GPUModelRunner._model_forward`` of the V1 runner, which is told nothing of requests otherwise (the V2 runner
 asks the model for a class that it tells of each request), and ``BaseRenderer.validate_token_ids``, the one place where
 a prompt's ids are checked.
@@ -9,8 +9,7 @@ a prompt's ids are checked.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from proxytune.errors import AlphaError
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.vllm.alpha import requested
 
-__all__ = ["AlphaCheck", "Recipe", "Shards", "alpha_state_class", "serve", "shards_of", "wrap_v1_runner"]
+__all__ = ["AlphaCheck", "Recipe", "alpha_state_class", "serve", "shards_of", "wrap_v1_runner"]
 
 logger = init_logger(__name__)
 
@@ -53,37 +52,16 @@ class Recipe:
 
 
 # -- the frontend: what is bad is answered with 400 -----------------------------------------------------------
-class Frontend:
-    """What requests are held against where they come in.
-
-    Args:
-        widths: member -> how many ids it has.
-    """
-
-    def __init__(self, config: ProxyTuneConfig, widths: Mapping[str, int]) -> None:
-        self.recipe = Recipe(config)
-        self.narrowest, self.width = min(widths.items(), key=lambda item: item[1])
-
-    def check_alphas(self, sampling_params: Any) -> None:
-        """Raise :class:`AlphaError` (a ``ValueError``, which vLLM answers with 400) for bad alphas."""
-        requested(sampling_params.extra_args, self.recipe.names, self.recipe.alphas)
-
-    def check_ids(self, token_ids: Sequence[int], parameter: str | None) -> None:
-        """Raise ``VLLMValidationError`` if some member lacks an id of a prompt."""
-        if token_ids and (highest := max(token_ids)) >= self.width:
-            raise VLLMValidationError(
-                f"the prompt has token id {highest}, but member {self.narrowest!r} has only {self.width} tokens",
-                parameter=parameter,
-            )
-
-
-_frontend: Frontend | None = None
+_frontend: tuple[Recipe, str, int] | None = None  # the recipe, the member with the fewest ids, and how many
 
 
 def serve(config: ProxyTuneConfig, widths: Mapping[str, int]) -> None:
-    """Remember the recipe that this process takes requests for (one engine a process, as vLLM has it)."""
+    """Remember the recipe that this process takes requests for (one engine a process, as vLLM has it).
+
+    ``widths``: member -> how many ids it has.
+    """
     global _frontend  # noqa: PLW0603 - vLLM gives a check nothing but the request
-    _frontend = Frontend(config, widths)
+    _frontend = (Recipe(config), *min(widths.items(), key=lambda item: item[1]))
     _wrap_id_check()
 
 
@@ -96,8 +74,11 @@ def _wrap_id_check() -> None:
     @functools.wraps(original)
     def validate_token_ids(self: Any, token_ids: Sequence[int], *, parameter: str | None = None) -> None:
         original(self, token_ids, parameter=parameter)
-        if _frontend is not None:
-            _frontend.check_ids(token_ids, parameter)
+        if _frontend is not None and token_ids:
+            _, member, width = _frontend
+            if (highest := max(token_ids)) >= width:
+                reason = f"the prompt has token id {highest}, but member {member!r} has only {width} tokens"
+                raise VLLMValidationError(reason, parameter=parameter)
 
     validate_token_ids.asks_members = True  # type: ignore[attr-defined]
     BaseRenderer.validate_token_ids = validate_token_ids
@@ -115,9 +96,9 @@ class AlphaCheck(V1LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """See :meth:`Frontend.check_alphas`."""
+        """Raise :class:`AlphaError` (a ``ValueError``, which vLLM answers with 400) for bad alphas."""
         if _frontend is not None:
-            _frontend.check_alphas(sampling_params)
+            requested(sampling_params.extra_args, _frontend[0].names, _frontend[0].alphas)
 
     def is_argmax_invariant(self) -> bool:
         return True
@@ -186,27 +167,8 @@ def alpha_state_class() -> Any:
 
 
 # -- tensor parallelism ---------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Shards:
-    """How a model's head is split over the ranks.
-
-    Attributes:
-        processor: the model's ``LogitsProcessor``, which gathers its logits.
-        width: how many ids a rank has.
-        gather: this processor's own way to gather; None may come back on ranks that nothing is gathered to.
-    """
-
-    processor: Any
-    width: int
-    gather: Callable[[Tensor], Tensor | None]
-
-    def keep(self) -> None:
-        """From now on have ``compute_logits`` return this rank's ids alone."""
-        self.processor._gather_logits = lambda logits: logits
-
-
-def shards_of(model: Any) -> Shards | None:
-    """How a model's head is split, or None where it is not the usual one."""
+def shards_of(model: Any) -> tuple[Any, int] | None:
+    """The ``LogitsProcessor`` that gathers a model's logits, and how many ids a rank has; None for an unusual head."""
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -217,4 +179,4 @@ def shards_of(model: Any) -> Shards | None:
     processor, width = processors[0], head.num_embeddings_per_partition
     if head.num_embeddings != head.org_vocab_size or width > processor.org_vocab_size:
         return None  # it would be cut as if it were whole
-    return Shards(processor, width, processor._gather_logits)
+    return processor, width

@@ -230,8 +230,6 @@ def _check_vocabularies(recipe: ProxyTuneConfig) -> dict[str, int]:
         {name: load_tokenizer(recipe, name, members[name], Loading()) for name in widths}, widths, recipe.renamed_tokens
     )
     report.raise_for_mismatch()
-    for name, extra in report.extra.items():
-        logger.warning(
-            "%s has %d ids that another member lacks (from %d on); they are never chosen", name, extra, report.shared
-        )
+    for note in report.notes:
+        logger.warning(note)
     return widths

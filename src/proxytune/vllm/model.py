@@ -75,12 +75,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
 
     # -- the batch ------------------------------------------------------------------------------------------
     def set_alphas(self, rows: Sequence[Sequence[float]], n_tokens: np.ndarray[Any, Any]) -> None:
-        """Say the alphas of the batch that is computed next.
-
-        Args:
-            rows: one row of alphas a request, in the order of the batch.
-            n_tokens: how many tokens of each request are in the batch, shape = (n_requests,).
-        """
+        """Say the alphas of the batch that is computed next: a row for each request, which has so many tokens in it."""
         alphas = cast(Tensor, self.alphas)
         if all(row is self.recipe.alphas for row in rows):
             if not self.default_alphas:
@@ -104,11 +99,9 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | IntermediateTensors:
-        """All members over one batch.
+        """All members over one batch: shape = (n_tokens, sum of hidden sizes + PIECES * n_experts).
 
-        Returns:
-            shape = (n_tokens, sum of hidden sizes + PIECES * n_experts); on all but the last pipeline stage, what the
-            members pass to the next, side by side.
+        On all but the last pipeline stage, what the members pass to the next, side by side.
         """
         outputs: dict[str, Any] = {}
         received = None if intermediate_tensors is None else self._taken_apart(intermediate_tensors)
@@ -124,13 +117,9 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         return torch.cat([*outputs.values(), cast(Tensor, self.alphas)[:n_tokens]], dim=-1)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """The mixture's logits, float32, shape = (n_rows, ids that all members share).
+        """The mixture's logits, float32, shape = (n_rows, ids that all members share), of rows from :meth:`forward`.
 
-        Args:
-            hidden_states: rows of what :meth:`forward` returned.
-
-        Returns:
-            None on ranks that vLLM gathers nothing to.
+        None on ranks that vLLM gathers nothing to.
         """
         *states, columns = hidden_states.split([*self.widths, self.n_columns], dim=-1)
         logits = {name: self.part(name).compute_logits(state.contiguous()) for name, state in zip(self.parts, states)}
@@ -164,12 +153,12 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         """
         if get_tensor_model_parallel_world_size() == 1 or self.config.plausibility is not None:
             return None
-        heads = [hooks.shards_of(self.part(name)) for name in self.parts]
-        if any(head is None for head in heads) or len({head.width for head in heads if head}) != 1:
+        heads = [head for name in self.parts if (head := hooks.shards_of(self.part(name))) is not None]
+        if len(heads) < len(self.parts) or len({width for _, width in heads}) > 1:
             return None
-        gather = heads[0].gather  # type: ignore[union-attr]
-        for head in heads:
-            head.keep()  # type: ignore[union-attr]
+        gather = heads[0][0]._gather_logits  # gives None on ranks that nothing is gathered to
+        for processor, _ in heads:  # from now on compute_logits returns this rank's ids alone
+            processor._gather_logits = lambda logits: logits
         return gather
 
     # -- weights and pipeline stages ------------------------------------------------------------------------

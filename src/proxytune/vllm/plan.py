@@ -40,16 +40,13 @@ def parts_of(config: ProxyTuneConfig) -> list[Part]:
     found: dict[tuple[Source, Source | None], list[tuple[str, Member]]] = {}
     for name, member in config.members():
         source, _ = member_source(config, name, member)
-        adapter = None if member.adapter is None else adapter_source(config, member)
-        found.setdefault((source, adapter), []).append((name, member))
-    names = ["base"]
-    for index in range(1, len(config.expert_list) + 1):
-        names += [f"{side}{'' if index == 1 else index}" for side in ("expert", "anti_expert")]
-    order = {"base": "base"}
-    for index, expert in enumerate(config.expert_list):
-        order[f"{expert.name}.expert"], order[f"{expert.name}.anti_expert"] = names[1 + 2 * index : 3 + 2 * index]
+        found.setdefault((source, adapter_source(config, member)), []).append((name, member))
+    names = {"base": "base"}
+    for number, expert in enumerate(config.expert_list, start=1):
+        for side in ("expert", "anti_expert"):
+            names[f"{expert.name}.{side}"] = f"{side}{'' if number == 1 else number}"
     return [
-        Part(order[users[0][0]], users[0][0], tuple(name for name, _ in users), users[0][1], source, adapter)
+        Part(names[users[0][0]], users[0][0], tuple(name for name, _ in users), users[0][1], source, adapter)
         for (source, adapter), users in found.items()
     ]
 

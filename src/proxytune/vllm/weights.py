@@ -15,7 +15,7 @@ from torch import Tensor
 
 from proxytune.errors import MemberError
 from proxytune.recipe.adapters import APART, judge, read_config, refuse
-from proxytune.recipe.members import Loading, directory_of, loading_of
+from proxytune.recipe.members import Loading, adapter_directory, loading_of
 from proxytune.recipe.source import Source
 
 __all__ = ["Adapter", "read_adapter", "with_adapter"]
@@ -93,7 +93,7 @@ class Adapter:
 def read_adapter(owner: str, source: Source) -> Adapter:
     """Read a PEFT directory or hub repository."""
     with loading_of(owner, source.path):
-        directory = directory_of(owner, source, Loading())
+        directory = adapter_directory(owner, source, Loading())
         from peft.utils import load_peft_weights
 
         return Adapter(owner, read_config(owner, directory), load_peft_weights(directory, device="cpu"))
