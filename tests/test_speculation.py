@@ -26,8 +26,9 @@ from proxytune.decoding import drafting, sampling
 from proxytune.decoding import text as texts
 from proxytune.decoding.acceptance import accept_greedy, accept_sampled
 from proxytune.decoding.cost import QUICK_ROWS, Cost, Costs, cost_of_weights, expected_tokens
-from proxytune.decoding.draft import Draft, Lookup
+from proxytune.decoding.drafting import Draft
 from proxytune.decoding.pace import Pace
+from proxytune.decoding.text import Lookup
 from proxytune.lanes import transformers
 from proxytune.lanes.reading import rotations
 from proxytune.lanes.transformers import TransformersState
@@ -908,7 +909,7 @@ def test_expected_tokens():
 
 def test_costs_by_hand():
     costs = Costs(Cost(70), Cost(7), 1, ((Cost(7), 1),))
-    assert costs.base_alone() == 70
+    assert costs.base.of(1) == 70
     assert costs.per_token(0, 0.8) == 84, "naive: all three"
     # 4 drafts, the last one read only where all were accepted: (4 + 0.8^4) * 7 + 77, over (1 - 0.8^5) / 0.2 tokens
     assert costs.per_token(4, 0.8) == pytest.approx(((4 + 0.4096) * 7 + 77) / 3.3616)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,22 +13,7 @@ from transformers.cache_utils import Cache
 from proxytune.decoding.lane import Lane, LaneState
 from proxytune.errors import PromptError
 
-__all__ = ["LanePrompt", "ProxyTunedCache"]
-
-
-@dataclass
-class LanePrompt:
-    """The prompts that a lane's seats read instead of ``input_ids``, stacked like the lane's rows.
-
-    ids, mask: shape = (n_seats * n_batch, width), left-padded.
-    """
-
-    ids: Tensor
-    mask: Tensor
-
-    def select(self, at: Tensor) -> LanePrompt:
-        """Some of the rows."""
-        return LanePrompt(*(part[at.to(part.device)] for part in (self.ids, self.mask)))
+__all__ = ["ProxyTunedCache"]
 
 
 class ProxyTunedCache(Cache):
@@ -38,7 +22,7 @@ class ProxyTunedCache(Cache):
     Attributes:
         states: of each lane, from the first call on.
         n_columns: columns of the outer ``input_ids`` that all members have read.
-        prompts: of each lane that reads prompts of its own, and ``prompt_length``, the outer columns in their place.
+        prompt_length: columns in whose place some members have read prompts of their own.
     """
 
     is_compileable = False  # members are compiled, each for itself; their views say so
@@ -57,7 +41,6 @@ class ProxyTunedCache(Cache):
     def reset(self) -> None:
         self.states: list[LaneState] = []
         self.layers: list[Any] = []
-        self.prompts: list[LanePrompt | None] = [None] * len(self.lanes)
         self.n_batch = self.n_columns = self.prompt_length = 0
 
     def begin(self, n_batch: int) -> None:
@@ -81,29 +64,23 @@ class ProxyTunedCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:  # the older meaning: the length to keep
             tokens_to_remove = min(tokens_to_remove - self.n_columns, 0)
-        if self.n_columns + tokens_to_remove < self.prompt_length and any(self.prompts):
+        if self.n_columns + tokens_to_remove < self.prompt_length:
             raise PromptError("a cache cannot be cropped into the prompt while members have prompts of their own")
         for state in self.states:
             state.crop(-tokens_to_remove)
         self.n_columns += tokens_to_remove
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select(beam_idx)
-
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+        self.reorder_cache(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select(torch.arange(self.n_batch).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(self.n_batch).repeat_interleave(repeats))
 
-    def _select(self, rows: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Carry on with these rows, in any number and order."""
-        for index, (lane, state) in enumerate(zip(self.lanes, self.states)):
-            state.select(rows)
-            if (prompt := self.prompts[index]) is not None:
-                at = torch.cat([rows + seat * self.n_batch for seat in range(len(lane.seats))])
-                self.prompts[index] = prompt.select(at)
-        self.n_batch = len(rows)
+        for state in self.states:
+            state.select(beam_idx)
+        self.n_batch = len(beam_idx)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProxyTunedCache:
         memo |= {id(lane): lane for lane in self.lanes}  # a copy of what was read, not of the models

@@ -13,14 +13,7 @@ wrong and what to do, and never needs a traceback to be understood.
 
 from __future__ import annotations
 
-__all__ = [
-    "AlphaError",
-    "MemberError",
-    "PromptError",
-    "ProxyTuneError",
-    "RecipeError",
-    "VocabularyError",
-]
+__all__ = ["AlphaError", "MemberError", "PromptError", "ProxyTuneError", "RecipeError", "VocabularyError"]
 
 
 class ProxyTuneError(ValueError):

@@ -28,9 +28,11 @@ from proxytune.decoding.pace import Pace, Speculate, parse_speculate
 from proxytune.decoding.sampling import Sampler
 from proxytune.decoding.text import Text
 from proxytune.errors import PromptError, ProxyTuneError
+from proxytune.lanes.transformers import TransformersLane
 from proxytune.own_prompts import as_tensors
 from proxytune.recipe.alpha import take_alpha
-from proxytune.recipe.generation_config import refuse_fields
+from proxytune.recipe.config import ProxyTuneConfig
+from proxytune.recipe.generation_config import OURS, refuse_fields
 from proxytune.recipe.prompts import Prompter
 
 __all__ = ["SpeculationStats", "SteeredGenerationMixin", "last_call"]
@@ -95,42 +97,23 @@ class SpeculationStats:
 
 
 # ---- what drafts may be held against ---------------------------------------------------------------------------
+def _classes(names: str) -> tuple[type, ...]:
+    return tuple(getattr(generation, name) for name in names.split())
+
+
 # Processors that look at one row's scores alone: all positions of all rows go through them in one call.
-CONTEXT_FREE = tuple(
-    getattr(generation, name)
-    for name in (
-        "EpsilonLogitsWarper",
-        "EtaLogitsWarper",
-        "InfNanRemoveLogitsProcessor",
-        "LogitNormalization",
-        "MinPLogitsWarper",
-        "SuppressTokensLogitsProcessor",
-        "TemperatureLogitsWarper",
-        "TopKLogitsWarper",
-        "TopPLogitsWarper",
-        "TypicalLogitsWarper",
-    )
+CONTEXT_FREE = _classes(
+    """EpsilonLogitsWarper EtaLogitsWarper InfNanRemoveLogitsProcessor LogitNormalization MinPLogitsWarper
+    SuppressTokensLogitsProcessor TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper TypicalLogitsWarper"""
 )
 # Those, and processors and criteria that are functions of one row's text and scores: drafts may ask them about texts
 # that are thrown away, and rows of unequal lengths can be given to them one by one. Anything else (a class of the
 # user's, one with a state, one that counts rows) sees each token once and the whole batch, undrafted.
-ROW_BY_ROW = CONTEXT_FREE + tuple(
-    getattr(generation, name)
-    for name in (
-        "ExponentialDecayLengthPenalty",
-        "ForcedEOSTokenLogitsProcessor",
-        "MinLengthLogitsProcessor",
-        "MinNewTokensLengthLogitsProcessor",
-        "NoBadWordsLogitsProcessor",
-        "NoRepeatNGramLogitsProcessor",
-        "RepetitionPenaltyLogitsProcessor",
-        "SequenceBiasLogitsProcessor",
-        "SuppressTokensAtBeginLogitsProcessor",
-        "EosTokenCriteria",
-        "MaxLengthCriteria",
-        "MaxTimeCriteria",
-        "StopStringCriteria",
-    )
+ROW_BY_ROW = CONTEXT_FREE + _classes(
+    """ExponentialDecayLengthPenalty ForcedEOSTokenLogitsProcessor MinLengthLogitsProcessor
+    MinNewTokensLengthLogitsProcessor NoBadWordsLogitsProcessor NoRepeatNGramLogitsProcessor
+    RepetitionPenaltyLogitsProcessor SequenceBiasLogitsProcessor SuppressTokensAtBeginLogitsProcessor
+    EosTokenCriteria MaxLengthCriteria MaxTimeCriteria StopStringCriteria"""
 )
 
 
@@ -158,10 +141,7 @@ def obstacle_of(
 
 
 def together_because(
-    cache: ProxyTunedCache,
-    criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-    streamer: BaseStreamer | None,
+    cache: ProxyTunedCache, criteria: StoppingCriteriaList, config: GenerationConfig, streamer: BaseStreamer | None
 ) -> str | None:
     """Why the rows of a batch must stay side by side, those that have ended too; None where they need not."""
     for each in filter(_whole_batch, criteria):
@@ -198,8 +178,8 @@ class SteeredGenerationMixin(GenerationMixin):
     """The hooks of ``generate``: what is asked of it, its cache, and our loop in the place of transformers' own."""
 
     if TYPE_CHECKING:  # what the composite is made of
-        config: Any
-        lanes: Any
+        config: ProxyTuneConfig
+        lanes: Sequence[TransformersLane]
         tokenizer: Any
         prompter: Prompter
         seats: dict[str, tuple[int, int]]
@@ -212,7 +192,6 @@ class SteeredGenerationMixin(GenerationMixin):
         shared_vocab: int
         cache_implementation: str
         generation_config: Any
-        device: Any
 
         def alpha_rows(self, alpha: Any, n_batch: int) -> Tensor: ...
 
@@ -329,12 +308,8 @@ class SteeredGenerationMixin(GenerationMixin):
     ) -> Any:
         """Greedy decoding or sampling, with drafts where they pay; what ``generate`` returns.
 
-        Args:
-            input_ids: the prompt, (n_batch, n_columns), left-padded.
-            model_kwargs: what ``generate`` has prepared: the cache, mask, positions, alpha, own prompts.
-            noise: where samples are to depend on each row's seed alone, see decoding.noise; otherwise they are drawn
-                from torch's generator, and drafts are accepted by rejection sampling.
-            The others are those of transformers' ``_sample``.
+        ``model_kwargs`` are what ``generate`` has prepared: the cache, mask, positions, alpha, own prompts. Without
+        ``noise`` torch's generator draws, and drafts are accepted by rejection sampling.
 
         Raises:
             ProxyTuneError: if a number of drafts was asked for that this call cannot have.
@@ -361,11 +336,8 @@ class SteeredGenerationMixin(GenerationMixin):
             has_eos=_has_eos(criteria),
             aligned=n_batch == 1 or speculate is False,
         )
-        wanted = {
-            name
-            for name, asked in (("scores", config.output_scores), ("logits", config.output_logits))
-            if asked and config.return_dict_in_generate
-        }
+        returned = ("scores", "logits") if config.return_dict_in_generate else ()
+        wanted = [name for name in returned if getattr(config, f"output_{name}")]
         sampler = Sampler(
             text,
             processors,
@@ -382,12 +354,12 @@ class SteeredGenerationMixin(GenerationMixin):
             text,
             sampler,
             Pace(speculate, self.costs, n_batch),
-            n_vocab=self.config.vocab_size,
+            n_vocab=prompt.shape[-1],
             n_shared=self.shared_vocab,
         )
 
         # On the device of the logits: a copy to it at each step would wait for all that the device has still to do.
-        alpha = self.alpha_rows(model_kwargs.get("alpha"), n_batch).to(self.device)
+        alpha = self.alpha_rows(model_kwargs.get("alpha"), n_batch).to(prompt.device)
         # Rows that have ended leave, where nothing may look at the whole batch: in static caches no shape may change,
         # and torch's generator draws for all rows at once.
         free = together is None and not any(map(_whole_batch, processors)) and not sampler.rejecting
@@ -415,12 +387,10 @@ class SteeredGenerationMixin(GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None, own: Mapping[str, Tensor] | None
     ) -> None:
         """Each member can read its prompt: no id beyond its vocabulary, no more tokens than its context."""
-        shown = {name: (own or {}).get(name, input_ids) for name in self.seats}
-        for name, ids in shown.items():
-            self._check_ids(name, ids, attention_mask if ids is input_ids else None)
-            length = ids.shape[1]
-            if ids is input_ids and attention_mask is not None:
-                length = int(attention_mask.sum(dim=1).max())
+        for name in self.seats:
+            ids, mask = (own[name], None) if own and name in own else (input_ids, attention_mask)
+            self._check_ids(name, ids, mask)
+            length = ids.shape[1] if mask is None else int(mask.sum(dim=1).max())
             limit = self.context_of(name)
             if limit is not None and length > limit:
                 raise PromptError(
@@ -441,10 +411,7 @@ class SteeredGenerationMixin(GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        for key in (
-            "member_input_ids",
-            "member_attention_mask",
-        ):  # transformers expands tensors, not mappings
+        for key in ("member_input_ids", "member_attention_mask"):  # transformers expands tensors, not mappings
             if model_kwargs.get(key) is not None and expand_size > 1:
                 model_kwargs[key] = {
                     name: ids.repeat_interleave(expand_size, dim=0) for name, ids in model_kwargs[key].items()
@@ -452,10 +419,7 @@ class SteeredGenerationMixin(GenerationMixin):
         if any(self.own_prompts) and input_ids is not None:
             model_kwargs["prompt_length"] = input_ids.shape[1]
         return super()._expand_inputs_for_generation(  # type: ignore[misc]
-            expand_size=expand_size,
-            is_encoder_decoder=is_encoder_decoder,
-            input_ids=input_ids,
-            **model_kwargs,
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
 
     def _prepare_cache_for_generation(  # type: ignore[override]
@@ -482,15 +446,7 @@ class SteeredGenerationMixin(GenerationMixin):
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
         # An assistant is another model: what steers this one means nothing to it.
-        ours = (
-            "alpha",
-            "member_input_ids",
-            "member_attention_mask",
-            "prompt_length",
-            "output_member_logits",
-            "speculate",
-            "seed",
-        )
+        ours = (*OURS, "prompt_length", "output_member_logits", "seed")
         plain = {key: value for key, value in model_kwargs.items() if key not in ours}
         return super()._get_candidate_generator(*args, model_kwargs=plain, **kwargs)  # type: ignore[misc]
 

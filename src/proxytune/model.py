@@ -19,14 +19,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from proxytune.assembling import config_of_members, load_parts, loading_of_call
-from proxytune.cache import LanePrompt, ProxyTunedCache
+from proxytune.cache import ProxyTunedCache
 from proxytune.decoding.cost import APART_BYTES
 from proxytune.decoding.drafting import choose_drafting, costs_by_role
 from proxytune.decoding.lane import stacked
@@ -37,7 +34,7 @@ from proxytune.generate import SpeculationStats, SteeredGenerationMixin, last_ca
 from proxytune.lanes.kernels import compile_model
 from proxytune.lanes.reading import refuse_unequal_lengths, unlike_in_pieces
 from proxytune.lanes.transformers import TransformersLane
-from proxytune.own_prompts import comparable, lane_prompts, own_columns, reads_its_own
+from proxytune.own_prompts import comparable, first_columns, reads_its_own
 from proxytune.recipe.alpha import alpha_rows, take_alpha
 from proxytune.recipe.config import Expert, Member, ProxyTuneConfig
 from proxytune.recipe.generation_config import adapted, base_generation_config
@@ -49,6 +46,14 @@ __all__ = ["ProxyTunedForCausalLM", "ProxyTunedOutput"]
 
 logger = logging.getLogger(__name__)
 PUSHED_ALONG = {"commit_message", "private", "revision", "create_pr"}  # by save_pretrained(push_to_hub=True)
+# What transformers' save_pretrained takes besides, and the values that ask for nothing.
+SAVED_AS_EVER = {
+    "variant": None,
+    "distributed_checkpoint": False,
+    "save_peft_format": True,
+    "save_original_format": True,
+    "safe_serialization": True,
+}
 # What transformers hands to a forward besides its own arguments: to the loss, and from generate().
 PASSED_ALONG = ("num_items_in_batch", "ignore_index", "shift_labels", "tokenizer", "assistant_tokenizer")
 
@@ -91,7 +96,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             raise RecipeError("a recipe has no weights of its own; use from_pretrained or from_members")
         config = copy.deepcopy(config)  # the caller's is left as it is
         super().__init__(config)
-        self.lanes = nn.ModuleList(lanes)
+        self.lanes = cast(Any, nn.ModuleList(lanes))
         self.tokenizers = dict(tokenizers or {})  # member name -> its tokenizer, where one is known
         self.tokenizer = self.tokenizers.get("base")
         self.prompter = Prompter(
@@ -114,8 +119,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         widths = [lane.n_vocab for lane in lanes]
         self.shared_vocab, self.widest_vocab = min(widths), max(widths)
         self.own_prompts = [reads_its_own(lane) for lane in lanes]
-        for lane_module, width in zip(lanes, widths):
-            lane_module.narrow = width < self.widest_vocab
+        for lane_module in lanes:
+            lane_module.narrow = lane_module.n_vocab < self.widest_vocab
+            refuse_unequal_lengths(lane_module)
         self.drafting = choose_drafting([lane.read_bytes for lane in lanes], self.seats, self.expert_names)
         if self.drafting is not None:
             lanes[self.drafting.lane].prepare_drafts()
@@ -129,8 +135,6 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         self.costs = replace(costs, apart=APART_BYTES.get(self.device.type, APART_BYTES["cuda"]))
         self.speculate = parse_speculate(speculate)
         self.unlike_in_pieces = unlike_in_pieces(lanes)
-        for lane_module in lanes:
-            refuse_unequal_lengths(lane_module)
         self.cache_implementation = "dynamic"  # where a call of generate() does not name one
         self._is_stateful = any(getattr(lane.model, "_is_stateful", False) for lane in lanes)
         contexts = {name: self.context_of(name) for name in self.seats}
@@ -143,26 +147,19 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
 
         Members of one set of weights share it; of those with adapters on it each has modules of its own over it.
         """
-        return cast(PreTrainedModel, self._lane(self.seats[name][0]).alone(name))
+        return self.lanes[self.seats[name][0]].alone(name)
 
     def context_of(self, name: str) -> int | None:
         """How many tokens member ``name`` can read, or None where its config sets no limit."""
-        return self._lane(self.seats[name][0]).context
+        return self.lanes[self.seats[name][0]].context
 
     @property
     def base(self) -> PreTrainedModel:
         return self.member("base")
 
     @property
-    def _all_lanes(self) -> Sequence[TransformersLane]:
-        return cast(Sequence[TransformersLane], self.lanes)
-
-    def _lane(self, index: int) -> TransformersLane:
-        return self._all_lanes[index]
-
-    @property
     def _base_lane(self) -> TransformersLane:
-        return self._lane(self.seats["base"][0])
+        return self.lanes[self.seats["base"][0]]
 
     @property
     def device(self) -> torch.device:
@@ -170,10 +167,10 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
 
     @property
     def dtype(self) -> torch.dtype:
-        return cast(torch.dtype, self._base_lane.model.dtype)
+        return self._base_lane.model.dtype
 
     def get_input_embeddings(self) -> nn.Module:
-        return cast(nn.Module, self._base_lane.model.get_input_embeddings())
+        return self._base_lane.model.get_input_embeddings()
 
     def get_output_embeddings(self) -> None:
         return None  # the mixture's head is spread over the members
@@ -185,7 +182,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
 
     def compile_members(self, how: bool | str = True) -> None:
         """Compile what members decode with, see lanes.kernels.compile_model; static caches go with it."""
-        for lane in self._all_lanes:
+        for lane in self.lanes:
             compile_model(lane.model, how)
             lane.compiled = True
         self.cache_implementation = "static"
@@ -252,7 +249,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         if n_cached == 0 and self.shared_vocab < self.widest_vocab:
             for name in self.seats:
                 self._check_ids(name, input_ids, attention_mask)
-        prompts, prompt_length = self._prompts(
+        columns, prompt_length = self._columns(
             cache, input_ids, attention_mask, member_input_ids, member_attention_mask, prompt_length
         )
         if any(self.own_prompts):
@@ -264,17 +261,21 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             n_shared = n_columns - max(prompt_length - n_cached, 0) + (n_cached < prompt_length)
             logits_to_keep = comparable(logits_to_keep, n_shared)
 
+        logits: list[Tensor] = []  # of each lane, (n_seats * n_batch, n_positions, n_vocab)
         if cache is None:
-            logits = [
-                lane(
-                    **self._inputs(lane, input_ids, attention_mask, position_ids, prompt, prompt_length),
-                    logits_to_keep=logits_to_keep,
-                    use_cache=False,
-                )
-                for lane, prompt in zip(self._all_lanes, prompts)
-            ]
+            for lane, (ids, mask) in zip(self.lanes, columns):
+                inputs = self._inputs(lane, ids, mask, position_ids, n_batch)
+                logits.append(lane(**inputs, logits_to_keep=logits_to_keep, use_cache=False))
         else:
-            logits = self._read(cache, input_ids, attention_mask, position_ids, prompts, prompt_length, logits_to_keep)
+            if position_ids is not None:
+                _refuse_positions(position_ids, attention_mask, n_cached, n_columns)
+            cache.begin(n_batch)
+            n_last = logits_to_keep if isinstance(logits_to_keep, int) else 0
+            for state, (ids, mask) in zip(cache.states, columns):
+                values = state.read(ids, mask, positions=n_last)
+                state.keep()
+                logits.append(values if isinstance(logits_to_keep, int) else values[:, logits_to_keep])
+            cache.n_columns = n_cached + n_columns
         mixed = self.mix_lanes(logits, rows)
         loss = None
         if labels is not None:
@@ -289,55 +290,18 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def _read(
-        self,
-        cache: ProxyTunedCache,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        prompts: Sequence[LanePrompt | None],
-        prompt_length: int,
-        logits_to_keep: int | Tensor,
-    ) -> list[Tensor]:
-        """Let every lane read the new columns, and keep them: its logits, (n_seats * n_batch, n_positions, n_vocab)."""
-        n_batch, n_columns = input_ids.shape
-        n_cached = cache.n_columns
-        new_mask = None if attention_mask is None else attention_mask[:, -n_columns:]
-        if position_ids is not None:
-            _refuse_positions(position_ids, attention_mask, n_cached, n_columns)
-        cache.begin(n_batch)
-        positions = logits_to_keep if isinstance(logits_to_keep, int) else 0
-        logits = []
-        for state, prompt in zip(cache.states, prompts):
-            ids, mask = input_ids, new_mask
-            if prompt is not None and n_cached < prompt_length:
-                ids, mask = own_columns(prompt, input_ids, attention_mask, prompt_length)
-            values = state.read(ids, mask, positions=positions)
-            state.keep()
-            logits.append(values if isinstance(logits_to_keep, int) else values[:, logits_to_keep])
-        cache.n_columns = n_cached + n_columns
-        return logits
-
     def _inputs(
-        self,
-        lane: TransformersLane,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        prompt: LanePrompt | None,
-        prompt_length: int,
+        self, lane: TransformersLane, ids: Tensor, mask: Tensor | None, positions: Tensor | None, n_batch: int
     ) -> dict[str, Tensor | None]:
         """What a lane reads in a call without a cache."""
-        n_rows = len(lane.seats) * input_ids.shape[0]
-        ids, mask, positions = input_ids, attention_mask, position_ids
-        if prompt is not None:
-            ids, mask = own_columns(prompt, input_ids, attention_mask, prompt_length)
+        if mask is not None and reads_its_own(lane):
             positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
         elif positions is not None:
-            positions = positions.expand(input_ids.shape[0], -1)
+            positions = positions.expand(n_batch, -1)
         if lane.narrow:
             ids = ids.clamp(max=lane.n_vocab - 1)
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        n_rows = len(lane.seats) * n_batch
         return {
             name: None if value is None else stacked(value, n_rows).to(lane.device) for name, value in inputs.items()
         }
@@ -345,7 +309,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
     def member_logits(self, name: str, lane_logits: Sequence[Tensor]) -> Tensor:
         """The rows of one member in its lane's logits: (n_batch, n_positions, n_vocab of the member)."""
         lane, block = self.seats[name]
-        n_batch = lane_logits[lane].shape[0] // len(self._lane(lane).seats)
+        n_batch = lane_logits[lane].shape[0] // len(self.lanes[lane].seats)
         return lane_logits[lane][block * n_batch : (block + 1) * n_batch]
 
     def mix_lanes(self, lane_logits: Sequence[Tensor], alpha: Tensor) -> Tensor:
@@ -367,7 +331,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         default = [expert.alpha for expert in self.experts]  # the config would be parsed again at every token
         return torch.tensor(alpha_rows(alpha, self.expert_names, default, n_batch), dtype=torch.float32)
 
-    def _prompts(
+    def _columns(
         self,
         cache: ProxyTunedCache | None,
         input_ids: Tensor,
@@ -375,26 +339,26 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         member_input_ids: Mapping[str, Tensor] | None,
         member_attention_mask: Mapping[str, Tensor] | None,
         prompt_length: int | None,
-    ) -> tuple[list[LanePrompt | None], int]:
-        """Each lane's own prompts, or None where it reads ``input_ids``; and where the continuation begins."""
+    ) -> tuple[list[tuple[Tensor, Tensor | None]], int]:
+        """The new ids and their mask, as each lane reads them; and where the continuation of own prompts begins."""
         if not any(self.own_prompts):
             if member_input_ids:
                 raise PromptError("`member_input_ids` were given, but every member of the recipe reads the raw prompt")
-            return [None] * len(self.lanes), 0
-        if cache is not None and cache.n_columns:
-            if prompt_length is None or cache.prompt_length == prompt_length:
-                return cache.prompts, cache.prompt_length
+        elif cache is None or cache.n_columns == 0:
+            columns = first_columns(
+                self.lanes, input_ids, attention_mask, member_input_ids, member_attention_mask, prompt_length
+            )
+            length = cast(int, prompt_length)
+            if cache is not None:
+                cache.prompt_length = length
+            return columns, length
+        elif prompt_length not in (None, cache.prompt_length):
             raise PromptError(
                 "members have prompts of their own, so a cache cannot be continued with a longer prompt; start without "
                 "`past_key_values`"
             )
-        prompts = lane_prompts(
-            self._all_lanes, input_ids, attention_mask, member_input_ids, member_attention_mask, prompt_length
-        )
-        length = cast(int, prompt_length)
-        if cache is not None:
-            cache.prompts, cache.prompt_length = prompts, length
-        return prompts, length
+        mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        return [(input_ids, mask)] * len(self.lanes), 0 if cache is None else cache.prompt_length
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         """No option is accepted and ignored."""
@@ -408,7 +372,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
 
     def new_cache(self, capacity: int | None = None) -> ProxyTunedCache:
         """An empty cache for all members; one that grows, or a static one for ``capacity`` columns."""
-        return ProxyTunedCache(self._all_lanes, capacity)
+        return ProxyTunedCache(self.lanes, capacity)
 
     # -- making one -----------------------------------------------------------------------------------------
     @classmethod
@@ -507,7 +471,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         model.generation_config, notes = adapted(generation, model._base_lane.n_vocab, "the generation config")
         for note in notes:
             logger.warning(note)
-        if compiled is not False and compiled is not None:
+        if compiled not in (False, None):
             model.compile_members(compiled)
         return model.eval()
 
@@ -522,16 +486,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         state_dict: Mapping[str, Tensor] | None = None,
         push_to_hub: bool = False,
         max_shard_size: int | str = "50GB",
-        variant: str | None = None,
-        token: str | bool | None = None,
-        save_peft_format: bool = True,
-        save_original_format: bool = True,
-        distributed_checkpoint: bool = False,
         *,
         bundle: bool = False,
-        safe_serialization: bool = True,
         repo_id: str | None = None,
-        **push: Any,
+        token: str | bool | None = None,
+        **others: Any,
     ) -> None:
         """Write the recipe; see :func:`proxytune.saving.save_model`.
 
@@ -544,19 +503,13 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         Raises:
             ProxyTuneError: for transformers' other arguments where they ask for what a recipe cannot be.
         """
-        refused = {
-            "variant": variant is not None,
-            "save_peft_format=False": not save_peft_format,
-            "save_original_format=False": not save_original_format,
-            "distributed_checkpoint": distributed_checkpoint,
-            "safe_serialization=False": not safe_serialization,
-        }
-        if asked := [name for name, is_asked in refused.items() if is_asked]:
-            raise ProxyTuneError(f"a recipe is not saved with {asked[0]}; leave it out")
-        if push.keys() - PUSHED_ALONG:
-            raise TypeError(f"save_pretrained() does not take {', '.join(sorted(push.keys() - PUSHED_ALONG))}")
-        if not push_to_hub and (push or repo_id is not None):
-            raise ProxyTuneError(f"{next(iter(push), 'repo_id')} is for push_to_hub=True; add that, or leave it out")
+        for name in others.keys() & SAVED_AS_EVER.keys():
+            if (value := others.pop(name)) != SAVED_AS_EVER[name]:
+                raise ProxyTuneError(f"a recipe is not saved with {name}={value!r}; leave it out")
+        if others.keys() - PUSHED_ALONG:
+            raise TypeError(f"save_pretrained() does not take {', '.join(sorted(others.keys() - PUSHED_ALONG))}")
+        if not push_to_hub and (others or repo_id is not None):
+            raise ProxyTuneError(f"{next(iter(others), 'repo_id')} is for push_to_hub=True; add that, or leave it out")
         if state_dict is not None and not _same_weights(state_dict, self.state_dict()):
             raise ProxyTuneError(
                 "state_dict= holds other weights than the model; load them (load_state_dict) to save them"
@@ -566,7 +519,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         directory = Path(save_directory)
         save_model(self, directory, bundle=bundle, max_shard_size=max_shard_size)
         if push_to_hub:
-            self.push_to_hub(repo_id or directory.name, bundle=bundle, token=token, **push)
+            self.push_to_hub(repo_id or directory.name, bundle=bundle, token=token, **others)
 
     def push_to_hub(  # type: ignore[override]
         self, repo_id: str, *, bundle: bool = False, commit_message: str = "Upload recipe", **kwargs: Any
@@ -584,10 +537,8 @@ def _same_weights(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> boo
 
 def _refuse_positions(position_ids: Tensor, attention_mask: Tensor | None, n_cached: int, n_columns: int) -> None:
     """Behind a cache a token's position is the number of tokens before it: what ``generate`` says too."""
-    if attention_mask is None:
-        mask = torch.ones(1, n_cached + n_columns, dtype=torch.long, device=position_ids.device)
-    else:
-        mask = attention_mask.to(position_ids.device).long()
+    mask = torch.ones(1, n_cached + n_columns) if attention_mask is None else attention_mask
+    mask = mask.to(position_ids.device).long()
     expected = (mask.cumsum(dim=1) - 1)[:, -n_columns:]
     if bool(((position_ids - expected) * mask[:, -n_columns:]).any()):
         raise ProxyTuneError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from huggingface_hub import HfApi
 
@@ -30,9 +30,8 @@ def save_model(model: Any, directory: Path, *, bundle: bool = False, max_shard_s
         RecipeError: before anything is written, for a member that transformers cannot write.
     """
     places: dict[str, tuple[str, str | None]] = {}  # member name -> (model, adapter)
-    saved = [
-        lane for lane in cast(Sequence[TransformersLane], model.lanes) if lane.source is None or lane.changed or bundle
-    ]
+    lanes: Sequence[TransformersLane] = model.lanes
+    saved = [lane for lane in lanes if lane.source is None or lane.changed or bundle]
     for lane in saved:
         quantizer = getattr(lane.model, "hf_quantizer", None)
         if quantizer is not None and not quantizer.is_serializable():
@@ -42,8 +41,7 @@ def save_model(model: Any, directory: Path, *, bundle: bool = False, max_shard_s
             )
     try:
         for lane in saved:
-            names = [name for seat in lane.seats for name in seat.names]
-            places |= _save_lane(lane, model, directory / "members", max_shard_size, names)
+            places |= _save_lane(lane, model, directory / "members", max_shard_size)
     except OSError as error:
         raise RecipeError(f"the members cannot be written to {str(directory)!r}: {error.strerror or error}") from error
 
@@ -52,11 +50,7 @@ def save_model(model: Any, directory: Path, *, bundle: bool = False, max_shard_s
             return moved_member(member, model.config.name_or_path, directory)
         weights, adapter = places[name]
         return Member(
-            model=weights,
-            adapter=adapter,
-            dtype=member.dtype,
-            device_map=member.device_map,
-            prompt=member.prompt,
+            model=weights, adapter=adapter, dtype=member.dtype, device_map=member.device_map, prompt=member.prompt
         )
 
     config = model.config.with_members(placed)
@@ -65,15 +59,11 @@ def save_model(model: Any, directory: Path, *, bundle: bool = False, max_shard_s
 
 
 def _save_lane(
-    lane: TransformersLane, model: Any, members: Path, max_shard_size: int | str, names: list[str]
+    lane: TransformersLane, model: Any, members: Path, max_shard_size: int | str
 ) -> dict[str, tuple[str, str | None]]:
     """Save one lane's weights and adapters; member name -> (model, adapter), relative to the recipe."""
-    own = next(iter(names))
-    for name in names:  # named after a member that uses the weights as they are, where there is one
-        seat = next(seat for seat in lane.seats if name in seat.names)
-        if seat.adapter is None:
-            own = name
-            break
+    # Named after a member that uses the weights as they are, where there is one.
+    own = min(lane.seats, key=lambda seat: seat.adapter is not None).names[0]
     target = members / own
     lane.model.generation_config = valid_generation_config(lane.model.generation_config)
     weights = None if lane.adapted is None else plain_weights(lane.adapted)
@@ -102,10 +92,7 @@ def push_model(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload a recipe to the hub with a model card that names its members and their licences.
-
-    Returns:
-        The address of the commit.
+    """Upload a recipe to the hub with a card that names its members and their licences; the commit's address.
 
     Raises:
         RecipeError: if a member lies on this machine only, and is not bundled.
@@ -125,10 +112,6 @@ def push_model(
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
+            repo_id=repo_id, folder_path=folder, commit_message=commit_message, revision=revision, create_pr=create_pr
         )
     return str(commit)

@@ -79,10 +79,6 @@ class Costs:
     base_seats: int = 1
     apart: float = 0.0
 
-    def base_alone(self, n_batch: int = 1) -> float:
-        """One token of every row, by the base alone."""
-        return self.base.of(n_batch)
-
     def draft_step(self, n_batch: int = 1) -> float:
         """The drafting lane reads one token of every row."""
         return 0.0 if self.draft is None else self.draft.of(n_batch * self.draft_seats)

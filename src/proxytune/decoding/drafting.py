@@ -7,21 +7,44 @@ M+ must be run at every token anyway, and it resembles the mixture. So it runs a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from proxytune.decoding.cost import MAX_DRAFTS, QUICK_ROWS, Cost, Costs
-from proxytune.decoding.draft import Draft
 from proxytune.decoding.lane import Lane, LaneState, QuickLane, QuickState
 from proxytune.decoding.mixing import mix
 from proxytune.decoding.pace import Pace
 from proxytune.decoding.sampling import Sampler
 from proxytune.decoding.text import Text
 
-__all__ = ["Drafter", "Drafting", "choose_drafting", "costs_by_role"]
+__all__ = ["Draft", "Drafter", "Drafting", "choose_drafting", "costs_by_role"]
+
+
+@dataclass
+class Draft:
+    """The drafts of one step.
+
+    Attributes:
+        tokens: shape = (n_batch, γ).
+        source: where they come from; None where there are none.
+        q: what they were drawn from, (n_batch, γ, n_vocab), for rejection sampling; None where they were looked up,
+            and elsewhere.
+        scores: the drafting lane's, of the ``n_read`` positions it has read, which are γ, or 1 where it read the newest
+            token and nothing was drafted; None where it has read nothing.
+        confidences: of each row that grows, the largest probability in q at each draft. Not the probability of the
+            draft itself: what decides how far to draft must not look at a draw that it may discard, or it biases what
+            is drawn.
+    """
+
+    tokens: Tensor
+    source: Literal["lane", "lookup"] | None = None
+    q: Tensor | None = None
+    scores: Tensor | None = None
+    n_read: int = 0
+    confidences: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

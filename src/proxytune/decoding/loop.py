@@ -16,8 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from proxytune.decoding.draft import Draft
-from proxytune.decoding.drafting import Drafter
+from proxytune.decoding.drafting import Draft, Drafter
 from proxytune.decoding.lane import LaneState
 from proxytune.decoding.sampling import Sampler
 from proxytune.decoding.text import Text
@@ -71,9 +70,9 @@ def decode(
         alpha: shape = (n_batch, n_experts).
         leave: whether rows that have ended leave the states.
     """
-    first = sampler.choose(prompt)
+    first = sampler.choose(prompt)[:, None]
     del prompt  # it is large
-    yield replace(_write(text, sampler, first[:, None]), of_prompt=True)
+    yield replace(_write(text, sampler, first, [0] * text.n_batch, Draft(first[:, :0])), of_prompt=True)
 
     while not text.finished:
         text.make_room()
@@ -90,8 +89,7 @@ def decode(
         ]
         if n_drafts == 0:
             chosen = sampler.choose(mix(scores, alpha))[:, None]
-            n_accepted = [0] * len(growing)
-            step = _write(text, sampler, chosen)
+            counts = [0] * text.n_batch
         else:
             mixed = mix([each[:, :n_drafts] for each in scores], alpha)
             accepted, tokens = sampler.accept(draft.tokens, draft.q, mixed)
@@ -104,8 +102,9 @@ def decode(
                 behind = sampler.choose(mix([each[:, -1:] for each in scores], alpha), offset=n_drafts)
                 tokens = torch.where(complete, behind, tokens)
             counts = accepted.tolist()
-            n_accepted = [counts[row] for row in growing]
-            step = _write(text, sampler, torch.cat([draft.tokens, tokens[:, None]], dim=1), counts, draft, n_accepted)
+            chosen = torch.cat([draft.tokens, tokens[:, None]], dim=1).scatter(1, accepted[:, None], tokens[:, None])
+        n_accepted = [counts[row] for row in growing]
+        step = _write(text, sampler, chosen, counts, draft, n_accepted)
         drafter.pace.learn(draft, n_accepted)
         kept = [len(row) for row in step.tokens]
         for state in states:
@@ -121,25 +120,10 @@ def decode(
 
 
 def _write(
-    text: Text,
-    sampler: Sampler,
-    proposed: Tensor,
-    counts: Sequence[int] | None = None,
-    draft: Draft | None = None,
-    n_accepted: Sequence[int] = (),
+    text: Text, sampler: Sampler, chosen: Tensor, counts: Sequence[int], draft: Draft, n_accepted: Sequence[int] = ()
 ) -> Step:
-    """Append what was chosen, as far as rows go on.
-
-    Args:
-        proposed: (n_batch, 1) with no drafts; else drafts and the last token, (n_batch, γ + 1), of which each row takes
-            its first ``counts`` and the last.
-    """
+    """Append what was chosen, (n_batch, γ + 1): of each row ``counts`` drafts and a token, as far as rows go on."""
     rows = list(text.rows)
-    if counts is None and text.aligned:
-        tokens, n_written = text.append_column(proposed[:, 0], sampler.scores_so_far)
-    else:
-        lists = [[*row[:n], row[-1]] for row, n in zip(proposed.tolist(), counts or [0] * text.n_batch)]
-        tokens, n_written = text.append(lists, sampler.scores_so_far)
+    tokens, n_written = text.append(chosen, [n + 1 for n in counts], sampler.scores_so_far)
     logits, scores = sampler.settle(len(tokens[0])) or (None, None)
-    n_drafts, source = (0, None) if draft is None else (draft.tokens.shape[1], draft.source)
-    return Step(tokens, rows, n_written, n_drafts, source, n_accepted, logits, scores)
+    return Step(tokens, rows, n_written, draft.tokens.shape[1], draft.source, n_accepted, logits, scores)

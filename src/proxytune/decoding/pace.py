@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from proxytune.decoding.cost import MAX_DRAFTS, Costs
-from proxytune.decoding.draft import Draft
 from proxytune.errors import ProxyTuneError
+
+if TYPE_CHECKING:
+    from proxytune.decoding.drafting import Draft
 
 __all__ = ["Pace", "Speculate", "parse_speculate"]
 

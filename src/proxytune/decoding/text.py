@@ -7,6 +7,7 @@ one token a step, and finished ones by padding, as in transformers' own loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -14,12 +15,34 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from proxytune.decoding.cost import MAX_DRAFTS
-from proxytune.decoding.draft import Lookup
 
-__all__ = ["Text"]
+__all__ = ["Lookup", "Text"]
 
 ScoresSoFar = Callable[[int], tuple[Tensor, ...] | None]
 GROWTH = 512  # columns by which the buffer grows: seldom enough to cost nothing
+
+
+@dataclass
+class Lookup:
+    """Drafts copied from the text so far: what followed the last tokens when they stood there before (2304.04487)."""
+
+    tokens: list[int]
+    sizes: tuple[int, ...] = (3, 2)
+    ends: dict[tuple[int, ...], int] = field(default_factory=dict)  # n-gram -> where it last ended
+    indexed: int = 0
+
+    def find(self, most: int) -> list[int]:
+        """``most`` tokens that may come next, or none. A copy that reaches the end of the text goes on with itself."""
+        tokens = self.tokens
+        for end in range(self.indexed + 1, len(tokens)):  # the n-gram that ends the text is no place to copy from
+            for size in self.sizes:
+                if end >= size:
+                    self.ends[tuple(tokens[end - size : end])] = end
+        self.indexed = max(self.indexed, len(tokens) - 1)
+        for size in self.sizes:
+            if (end := self.ends.get(tuple(tokens[-size:]), 0)) and len(tokens) > size:
+                return [tokens[end + at % (len(tokens) - end)] for at in range(most)]
+        return []
 
 
 class Text:
@@ -90,56 +113,35 @@ class Text:
             groups.setdefault(self.length[row], []).append(row)
         return [(group, length) for length, group in groups.items()]
 
-    def append(self, proposed: Sequence[Sequence[int]], scores_so_far: ScoresSoFar) -> tuple[list[list[int]], int]:
-        """Append tokens to each row until one of them ends it.
+    def append(self, tokens: Tensor, counts: Sequence[int], scores_so_far: ScoresSoFar) -> tuple[list[list[int]], int]:
+        """Append tokens to each row until one of them ends it. The device is waited for once a token and length.
 
         Args:
-            proposed: tokens of each row.
-            scores_so_far: what stopping criteria are shown besides the text, given how many tokens of ``proposed``
-                there are.
+            tokens: shape = (n_batch, k), of which each row takes its first ``counts``.
+            scores_so_far: what stopping criteria are shown besides the text, given how many of the k tokens there are.
 
         Returns:
             What each row took, and how many tokens were written to rows that had not ended.
         """
-        taken: list[list[int]] = [[] for _ in range(self.n_batch)]
+        taken: list[list[int]] = [[] for _ in counts]
         n_written = 0
-        for j in range(max(map(len, proposed))):
+        for j in range(max(counts)):
+            for rows, length in self.by_length([row for row in self.growing if j < counts[row]]):
+                column = tokens[rows, j]
+                if self.aligned and self.has_eos and any(self.done):
+                    column = column.masked_fill(torch.tensor(self.done, device=column.device), self.pad)
+                self.ids[rows, length] = column
+                stops = self.criteria(self.ids[rows, : length + 1], scores_so_far(j + 1))
+                told = torch.stack([column, stops.to(column)]).tolist()
+                for row, token, stop in zip(range(self.n_batch) if isinstance(rows, slice) else rows, *told):
+                    taken[row].append(token)
+                    self.lookups[row].tokens.append(token)
+                    self.length[row] += 1
+                    n_written += not self.done[row]
+                    self.done[row] = self.done[row] or bool(stop)
             if self.finished:
                 break
-            growing = [row for row in self.growing if j < len(proposed[row])]
-            for row in growing:
-                token = self.pad if self.done[row] and self.has_eos else proposed[row][j]
-                self.ids[row, self.length[row]] = token
-                taken[row].append(token)
-                n_written += not self.done[row]
-            self._grew(taken, growing)
-            for rows, length in self.by_length(growing):
-                stops = self.criteria(self.ids[rows, :length], scores_so_far(j + 1))
-                for row, stop in zip(range(self.n_batch) if isinstance(rows, slice) else rows, stops.tolist()):
-                    self.done[row] = self.done[row] or stop
         return taken, n_written
-
-    def append_column(self, tokens: Tensor, scores_so_far: ScoresSoFar) -> tuple[list[list[int]], int]:
-        """One token, (n_batch,), for each of rows that stay side by side; see :meth:`append`.
-
-        The device is waited for once.
-        """
-        if self.has_eos and any(self.done):
-            tokens = tokens.masked_fill(torch.tensor(self.done, device=tokens.device), self.pad)
-        at = self.length[0]
-        self.ids[:, at] = tokens
-        stops = self.criteria(self.ids[:, : at + 1], scores_so_far(1))
-        column, ended = torch.stack([tokens, stops.to(tokens)]).tolist()
-        taken = [[token] for token in column]
-        self._grew(taken, range(self.n_batch))
-        n_written = self.done.count(False)
-        self.done = [done or bool(stop) for done, stop in zip(self.done, ended)]
-        return taken, n_written
-
-    def _grew(self, taken: Sequence[Sequence[int]], rows: Iterable[int]) -> None:
-        for row in rows:
-            self.lookups[row].tokens.append(taken[row][-1])
-            self.length[row] += 1
 
     def let_go(self) -> Tensor | None:
         """Take out the rows that have ended; the indices of those that are left, or None where nothing changes."""

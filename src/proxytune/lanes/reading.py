@@ -12,15 +12,7 @@ from torch import Tensor
 from proxytune.errors import MemberError, first_line
 from proxytune.recipe.families import new_cache, obstacle_of, read_columns, unused_cache
 
-__all__ = [
-    "Reading",
-    "has_read",
-    "one_by_one",
-    "reading_of",
-    "refuse_unequal_lengths",
-    "rotations",
-    "unlike_in_pieces",
-]
+__all__ = ["Reading", "has_read", "one_by_one", "reading_of", "refuse_unequal_lengths", "rotations", "unlike_in_pieces"]
 
 N_TRIED, N_PREFIX = 14, 11  # tokens that a trial reads, and how many of them at first
 # How far two ways of computing the same logits may lie apart (root mean square), as a share of the logits' spread.
@@ -77,18 +69,14 @@ def _try(model: Any) -> Reading:
         return bool((apart / expected.float().std(dim=-1)).mean() <= tolerance)
 
     try:
-        whole = _logits(read_columns(model, ids, mask=ones))
+        whole = read_columns(model, ids, mask=ones).logits
         cache = new_cache(model)
         answered = read_columns(model, ids[:, :N_PREFIX], mask=ones[:, :N_PREFIX], cache=cache)
         if (unused := unused_cache(model, cache, answered, N_PREFIX)) is not None:
             return Reading(unused)
-        stepped = [
-            _logits(
-                read_columns(model, ids[:, at : at + 1], at, cache=cache)
-            )  # nothing is padding, so lanes give no mask
-            for at in range(N_PREFIX, N_PREFIX + 2)
-        ]
-        same = agree(_logits(answered), whole[:, :N_PREFIX])
+        # Nothing is padding, so lanes give no mask.
+        stepped = [read_columns(model, ids[:, at : at + 1], at, cache=cache).logits for at in (N_PREFIX, N_PREFIX + 1)]
+        same = agree(answered.logits, whole[:, :N_PREFIX])
         if not same or not agree(torch.cat(stepped, dim=1), whole[:, N_PREFIX : N_PREFIX + 2]):
             return Reading(f"{kind} decodes other logits with a cache than it reads without one")
     except Exception as error:  # a cache of another kind, positions that only its own generate() knows
@@ -103,18 +91,13 @@ def _try(model: Any) -> Reading:
     def piece() -> Tensor:
         cache = new_cache(model)
         read_columns(model, ids[:, :N_PREFIX], mask=ones[:, :N_PREFIX], cache=cache)
-        return _logits(read_columns(model, ids[:, N_PREFIX:], mask=ones, cache=cache))
+        return read_columns(model, ids[:, N_PREFIX:], mask=ones, cache=cache).logits
 
     def behind_padding() -> Tensor:
         pad = torch.zeros_like(ids[:, :2])
-        return _logits(read_columns(model, torch.cat([pad, ids], dim=1), mask=torch.cat([pad, ones], dim=1)))[:, 2:]
+        return read_columns(model, torch.cat([pad, ids], dim=1), mask=torch.cat([pad, ones], dim=1)).logits[:, 2:]
 
     return Reading(in_pieces=tried(piece, whole[:, N_PREFIX:]), padded=tried(behind_padding, whole))
-
-
-def _logits(output: Any) -> Tensor:
-    logits: Tensor = output.logits
-    return logits
 
 
 def has_read(cache: Any) -> bool:
@@ -125,10 +108,7 @@ def has_read(cache: Any) -> bool:
 def one_by_one(read: Callable[..., Tensor], ids: Tensor, inputs: dict[str, Any]) -> Tensor:
     """The logits of columns that are read behind others one at a time, as models must be that are not ``in_pieces``.
 
-    Args:
-        read: gives the logits of ids, (n_rows, k), and ``inputs``.
-        ids: shape = (n_rows, n_columns). inputs: with ``attention_mask`` (n_rows, n_read + n_columns) and
-            ``position_ids`` (n_rows, n_columns), or None in their places.
+    ``read`` gives the logits of ids, (n_rows, k), and ``inputs``, in which a mask is (n_rows, n_read + n_columns).
     """
     parts = []
     n_columns, mask, positions = ids.shape[1], inputs.get("attention_mask"), inputs.get("position_ids")

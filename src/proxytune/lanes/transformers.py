@@ -83,11 +83,10 @@ class TransformersLane(nn.Module):
     def changed(self) -> bool:
         """Whether the weights are trained, or are no longer those that were loaded."""
         marks = _marks(self.model)
-        return (
-            any(p.requires_grad for p in self.model.parameters())
-            or marks.keys() != self._as_loaded.keys()
-            or any(_differ(mark, self._as_loaded[name]) for name, mark in marks.items())
-        )
+        if any(p.requires_grad for p in self.model.parameters()) or marks.keys() != self._as_loaded.keys():
+            return True
+        before = self._as_loaded  # in another dtype they are the same weights, rounded
+        return any(mark[0] == before[name][0] and mark != before[name] for name, mark in marks.items())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._alone.clear()  # it may give a module other parameters and buffers
@@ -99,11 +98,11 @@ class TransformersLane(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return cast(torch.device, self.model.device)
+        return self.model.device
 
     @property
     def config(self) -> PreTrainedConfig:
-        return cast(PreTrainedConfig, self.model.config.get_text_config(decoder=True))
+        return self.model.config.get_text_config(decoder=True)
 
     @property
     def cost(self) -> Cost:
@@ -154,7 +153,7 @@ class TransformersLane(nn.Module):
     def hidden(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """The last hidden states of the stacked rows, (n_seats * n_batch, n_columns, n_hidden), for :meth:`head`."""
         self._make_masks(input_ids, inputs)
-        return cast(Tensor, self.model.base_model(input_ids=input_ids, **inputs).last_hidden_state)
+        return self.model.base_model(input_ids=input_ids, **inputs).last_hidden_state
 
     def _make_masks(self, input_ids: Tensor, inputs: dict[str, Any]) -> None:
         """Over a static cache the attention's masks are made here, as ``generate`` does: they depend on its contents,
@@ -175,7 +174,7 @@ class TransformersLane(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """The logits of hidden states, as :meth:`forward` gives them; for lanes with a quick head."""
-        return cast(Tensor, self.model.get_output_embeddings()(hidden))
+        return self.model.get_output_embeddings()(hidden)
 
     def alone(self, name: str) -> Any:
         """The model of member ``name`` by itself, for calls of its own: the very weights, its adapter on all rows."""
@@ -206,7 +205,7 @@ class TransformersLane(nn.Module):
         self._make_masks(input_ids, inputs)
         if self.model._supports_logits_to_keep():
             inputs["logits_to_keep"] = logits_to_keep
-            return cast(Tensor, self.model(input_ids=input_ids, **inputs).logits)
+            return self.model(input_ids=input_ids, **inputs).logits
         return _kept(self.model(input_ids=input_ids, **inputs).logits, logits_to_keep)
 
 
@@ -398,19 +397,12 @@ def _marks(model: nn.Module) -> dict[str, tuple[Any, ...]]:
 
     Optimizers that are fused leave the count alone, and change every value.
     """
-    return {
-        name: (p.dtype, 0 if p.is_inference() else p._version, *checksums({"": _sample(p)}).values())
-        for name, p in model.named_parameters()
-    }
-
-
-def _sample(weight: Tensor, n: int = 65536) -> Tensor:
-    flat = weight.detach().flatten()
-    return flat[:: max(1, len(flat) // n)]
-
-
-def _differ(mark: tuple[Any, ...], loaded: tuple[Any, ...]) -> bool:
-    return mark[0] == loaded[0] and mark != loaded  # another dtype is the same weights, rounded
+    marks = {}
+    for name, p in model.named_parameters():
+        flat = p.detach().flatten()
+        sample = checksums({"": flat[:: max(1, len(flat) // 65536)]})
+        marks[name] = (p.dtype, 0 if p.is_inference() else p._version, *sample.values())
+    return marks
 
 
 @torch.no_grad()
