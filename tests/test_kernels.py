@@ -86,7 +86,7 @@ def test_from_pretrained_packs(shelf):
 def test_a_quick_head_is_nearly_right(n_vocab, width, rows):
     linear = nn.Linear(width, n_vocab, bias=rows == 5)
     linear.weight[0] = 0  # no scale to divide by
-    head = QuickHead.of(PackedLinear(linear))
+    head = QuickHead(PackedLinear(linear))
     x = torch.randn(rows, 2, width)
     guess, exact = head(x), linear(x)
     assert guess.dtype == torch.float32
@@ -96,14 +96,14 @@ def test_a_quick_head_is_nearly_right(n_vocab, width, rows):
 
 
 def test_only_the_drafting_lane_has_a_quick_head_and_only_in_float32():
-    def lanes(dtype, **config):
+    def lanes(dtype, pack=True):
         small = [tiny.qwen2("small", seed).to(dtype) for seed in (2, 3)]
-        base = tiny.gemma3("base", 1, **config).to(dtype)
-        return tiny.compose(Oracle(base, [("e", *small, 1.0)]), pack=True)
+        base = tiny.gemma3("base", 1).to(dtype)
+        return tiny.compose(Oracle(base, [("e", *small, 1.0)]), pack=pack)
 
     model = lanes(torch.float32)
     assert [lane.quick_head is not None for lane in model.lanes] == [index == model.drafting.lane for index in range(3)]
-    assert QuickHead.of(nn.Linear(8, 8)) is None
+    assert all(lane.quick_head is None for lane in lanes(torch.float32, pack=False).lanes)
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         assert all(lane.quick_head is None for lane in lanes(torch.bfloat16).lanes)
 

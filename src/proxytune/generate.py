@@ -41,19 +41,17 @@ SPARE_COLUMNS = 64  # of a static cache: rejected drafts, and padding before a r
 HOPED_FOR = 0.75  # the acceptance, the demo's, at which drafting must pay for "auto" to try it
 
 
-class _LastCalls(threading.local):
-    """The statistics of each model's last call, in each thread."""
-
-    def __init__(self) -> None:
-        self.of: weakref.WeakKeyDictionary[Any, SpeculationStats] = weakref.WeakKeyDictionary()
+_THREAD = threading.local()
 
 
-_LAST_CALLS = _LastCalls()
+def _last_calls() -> weakref.WeakKeyDictionary[Any, SpeculationStats]:
+    """The statistics of each model's last call in this thread."""
+    return vars(_THREAD).setdefault("of", weakref.WeakKeyDictionary())
 
 
 def last_call(model: Any) -> SpeculationStats:
     """What the model's last greedy or sampling call in this thread drafted; of all zeros before the first."""
-    return _LAST_CALLS.of.get(model) or SpeculationStats()
+    return _last_calls().get(model) or SpeculationStats()
 
 
 @dataclass
@@ -314,7 +312,7 @@ class SteeredGenerationMixin(GenerationMixin):
         Raises:
             ProxyTuneError: if a number of drafts was asked for that this call cannot have.
         """
-        stats = _LAST_CALLS.of[self] = SpeculationStats()
+        stats = _last_calls()[self] = SpeculationStats()
         outputs = cast(Any, self)._prefill(input_ids, config, model_kwargs)
         cache: ProxyTunedCache = outputs.past_key_values
         prompt = outputs.logits[:, -1:]

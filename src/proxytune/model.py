@@ -77,8 +77,6 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
 
     config: ProxyTuneConfig
     config_class = ProxyTuneConfig
-    main_input_name = "input_ids"
-    base_model_prefix = ""
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

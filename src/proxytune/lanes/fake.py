@@ -55,12 +55,11 @@ class FakeLane:
         self.n_computed = 0  # texts that were scored, so that tests can see what was not
 
     def open(self, n_batch: int, capacity: int | None = None) -> FakeState:
-        """See :class:`proxytune.decoding.lane.Lane`; a list has room for any number of columns."""
-        return FakeState(self, n_batch)
+        return FakeState(self, n_batch)  # a list has room for any number of columns
 
 
 class FakeState:
-    """The texts that a :class:`FakeLane` has read, a list of ids for each row."""
+    """The texts that a :class:`FakeLane` has read, a list of ids for each row; see :mod:`proxytune.decoding.lane`."""
 
     forgets = True
 
@@ -70,7 +69,6 @@ class FakeState:
         self.pending: list[list[list[int]]] = []  # columns read since the last `keep`: for each, what each row read
 
     def read(self, ids: Tensor, mask: Tensor | None = None, *, positions: int = 0) -> Tensor:
-        """See :class:`proxytune.decoding.lane.LaneState`."""
         ids = stacked(ids, len(self.texts))
         shown = torch.ones_like(ids) if mask is None else stacked(mask, len(self.texts))
         rows, k = ids.shape
@@ -93,7 +91,6 @@ class FakeState:
         """Nothing, too."""
 
     def keep(self, counts: Sequence[int] | None = None) -> None:
-        """See :class:`proxytune.decoding.lane.LaneState`."""
         counts = [len(self.pending)] * self.n_batch if counts is None else counts
         for row, text in enumerate(self.texts):
             text.extend(token for column in self.pending[: counts[row % self.n_batch]] for token in column[row])
@@ -101,13 +98,11 @@ class FakeState:
         self.n_columns += max(counts, default=0)
 
     def crop(self, n_columns: int) -> None:
-        """See :class:`proxytune.decoding.lane.LaneState`."""
         for text in self.texts:
             del text[max(len(text) - n_columns, 0) :]
         self.n_columns -= n_columns
 
     def select(self, rows: Tensor) -> None:
-        """See :class:`proxytune.decoding.lane.LaneState`."""
         n_seats = len(self.lane.seats)
         chosen = [seat * self.n_batch + row for seat in range(n_seats) for row in rows.tolist()]
         self.texts = [list(self.texts[row]) for row in chosen]

@@ -79,7 +79,8 @@ class QuickHead(nn.Module):
     """A float32 head with its weights rounded to int8, a scale for each token: a guess at the logits.
 
     A head is most of what a small member reads in a step. Drafts may be chosen with this one, since whatever they were
-    drawn from, the mixture decides about them; no logits that are mixed come from it.
+    drawn from, the mixture decides about them; no logits that are mixed come from it. Of a bfloat16 head it would save
+    next to nothing.
     """
 
     def __init__(self, head: PackedLinear) -> None:
@@ -100,13 +101,6 @@ class QuickHead(nn.Module):
         y = torch.ops.aten._weight_int8pack_mm(rows, self.rounded, self.scale)[:, : self.out_features].float()
         y = y if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def of(head: Any) -> QuickHead | None:
-        """The quick one of a packed float32 head; None for any other: in bfloat16 it would save next to nothing."""
-        if not isinstance(head, PackedLinear) or head.packed.dtype != torch.float32:
-            return None
-        return QuickHead(head) if hasattr(torch.ops.aten, "_weight_int8pack_mm") else None
 
 
 def pack(model: nn.Module) -> None:

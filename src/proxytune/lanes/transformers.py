@@ -41,6 +41,8 @@ class TransformersLane(nn.Module):
     Otherwise a lane is read through :meth:`open`, see :mod:`proxytune.decoding.lane`.
     """
 
+    adapted: Any
+
     def __init__(
         self, model: PreTrainedModel, seats: Sequence[Seat], source: Member | None = None, adapted: Any = None
     ) -> None:
@@ -54,7 +56,7 @@ class TransformersLane(nn.Module):
         self.model: Any = model.eval()
         self.seats = tuple(seats)
         self.source = source
-        self._adapted = (adapted,)  # in a tuple: its modules are the model's
+        vars(self)["adapted"] = adapted  # no submodule: its modules are the model's
         self._alone: dict[str | None, Any] = {}  # adapter -> the model under it alone
         self.packed = any(isinstance(module, PackedLinear) for module in model.modules())
         self.read_bytes = _bytes_read(model)
@@ -73,11 +75,6 @@ class TransformersLane(nn.Module):
                 owner = next(seat.names[0] for seat in seats if seat.adapter is not None)
                 raise CannotShare(owner, reason)
         self._as_loaded = _marks(model)
-
-    @property
-    def adapted(self) -> Any:
-        """The ``PeftModel`` around the model, or None."""
-        return self._adapted[0]
 
     @property
     def changed(self) -> bool:
@@ -128,7 +125,6 @@ class TransformersLane(nn.Module):
         return getattr(self.config, "max_position_embeddings", None)
 
     def open(self, n_batch: int, capacity: int | None = None) -> TransformersState:
-        """See :class:`proxytune.decoding.lane.Lane`."""
         return TransformersState(self, n_batch, capacity)
 
     def pack(self) -> None:
@@ -139,10 +135,11 @@ class TransformersLane(nn.Module):
         self._as_loaded = _marks(self.model)
 
     def prepare_drafts(self) -> None:
-        """Make a quick head for drafting, where the weights are packed and the logits are the head's very output."""
+        """Make a quick head for drafting, of a packed float32 head whose very output the logits are."""
         head = self.model.get_output_embeddings()
-        if isinstance(head, PackedLinear) and _ends_with_its_head(self.model, len(self.seats)):
-            self.quick_head = QuickHead.of(head)
+        quick = isinstance(head, PackedLinear) and head.packed.dtype == torch.float32
+        if quick and _ends_with_its_head(self.model, len(self.seats)):
+            self.quick_head = QuickHead(head)
 
     @property
     def head_bytes(self) -> int:
@@ -210,7 +207,7 @@ class TransformersLane(nn.Module):
 
 
 class TransformersState:
-    """The state of a :class:`TransformersLane`; see :class:`proxytune.decoding.lane`.
+    """The state of a :class:`TransformersLane`; see :mod:`proxytune.decoding.lane`.
 
     Attributes:
         view: the lane's cache, of transformers' own layers.
@@ -242,20 +239,17 @@ class TransformersState:
         return can_roll_back(self.view)
 
     def begin_drafts(self, room: int | None = None) -> None:
-        """See :class:`proxytune.decoding.lane.LaneState`."""
         self.rolls_back = True
         self.last = None if room is None else self.position + max(room - 1, 0)
         self.view.activate_past_recording()
 
     def end_drafts(self) -> None:
-        """See :class:`proxytune.decoding.lane.LaneState`."""
         self.rolls_back, self.last = False, None
         for layer in self.view.layers:
             if type(layer) is DynamicSlidingWindowLayer:
                 layer.record_past = False
 
     def read(self, ids: Tensor, mask: Tensor | None = None, *, positions: int = 0) -> Tensor:
-        """See :class:`proxytune.decoding.lane.LaneState`."""
         rows, inputs = self._inputs(ids, mask)
         # Prompts come in every length, and are read once: nothing is compiled for them.
         eager = self.lane.compiled and self.n_columns + self.pending == ids.shape[1]
@@ -301,7 +295,6 @@ class TransformersState:
         }
 
     def keep(self, counts: Sequence[int] | None = None) -> None:
-        """See :class:`proxytune.decoding.lane.LaneState`."""
         if counts is None:
             self.n_columns, self.position = self.n_columns + self.pending, self.position + self.ahead
             self.pending = self.ahead = 0
@@ -321,13 +314,11 @@ class TransformersState:
             self.position = self.position + longest
 
     def crop(self, n_columns: int) -> None:
-        """See :class:`proxytune.decoding.lane.LaneState`."""
         self.view.crop(-n_columns)
         self.n_columns -= n_columns
         self.position = self.position - n_columns
 
     def select(self, rows: Tensor) -> None:
-        """See :class:`proxytune.decoding.lane.LaneState`."""
         rows = rows.to(self.lane.device)
         at = torch.cat([rows + seat * self.n_batch for seat in range(self.n_seats)])
         self.view.reorder_cache(cast(Any, at))  # every kind of layer can do that, for any number of rows

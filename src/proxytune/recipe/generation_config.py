@@ -11,7 +11,6 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,7 +32,7 @@ __all__ = [
     "valid_generation_config",
 ]
 
-logger = logging.getLogger(__name__)
+logger: Any = logging.getLogger(__name__)  # transformers adds warning_once
 
 FILE = "generation_config.json"
 # Every field that generate() reads, but for the ones that say where the file comes from.
@@ -171,7 +170,7 @@ def plain_generation_config(model: Any, max_new_tokens: int) -> GenerationConfig
     own = model.generation_config
     if left_out := [n for n in FIELDS if n not in OF_A_COMMAND | OWN_CHOICE and _asks(n, getattr(own, n, None))]:
         said = ", ".join(f"{name}={getattr(own, name)!r}" for name in left_out)
-        _note(f"the generation config asks for {said}, which the commands do not do; it is left out")
+        logger.warning_once(f"the generation config asks for {said}, which the commands do not do; it is left out")
     config = GenerationConfig(**DEFAULTS)
     for name in OF_A_COMMAND:
         if (value := getattr(own, name, None)) is not None:
@@ -209,11 +208,6 @@ def valid_generation_config(generation: GenerationConfig) -> GenerationConfig:
 def _asks(name: str, value: Any) -> bool:
     """Whether a field's value asks for something."""
     return bool(value) and value != DEFAULTS.get(name)
-
-
-@cache
-def _note(text: str) -> None:
-    logger.warning(text)
 
 
 class _Blank(GenerationMixin):

@@ -7,6 +7,7 @@ works under every kind of parallelism, and needs no adapter slots. The price is 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -38,16 +39,14 @@ class Adapter:
         self._refuse()
         for name, tensor in tensors.items():
             plain = name.removeprefix(PREFIX).replace(".base_layer.", ".")
-            for kind in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
-                module, found, _ = plain.partition(f".{kind}")
-                if found:
-                    self.pairs.setdefault(module, {})[kind[-1]] = tensor
-                    if "embedding" in kind:
-                        self.embeddings.add(module)
-                    break
+            if half := re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\..*)?", plain):
+                module, is_embedding, side, _ = half.groups()
+                self.pairs.setdefault(module, {})[side] = tensor
+                if is_embedding:
+                    self.embeddings.add(module)
+            elif "lora_" in plain:
+                raise MemberError(f"the adapter of {owner} has {name!r}, which cannot be merged into plain weights")
             else:
-                if "lora_" in plain:
-                    raise MemberError(f"the adapter of {owner} has {name!r}, which cannot be merged into plain weights")
                 self.whole[plain.replace(".modules_to_save.", ".")] = tensor
 
     def _refuse(self) -> None:
