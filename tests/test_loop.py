@@ -52,7 +52,7 @@ def run(rows, alphas, speculate, lanes=None):
     states = [lane.open(len(rows)) for lane in lanes]
 
     def mixture(scores, weights):
-        base, (expert, anti) = scores[0], scores[1].chunk(2)
+        base, (expert, anti) = scores[0].values, scores[1].values.chunk(2)
         return mix(base, [(expert, anti)], weights)
 
     first = mixture([state.read(prompt, positions=1) for state in states], alpha)

@@ -22,6 +22,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from proxytune.cache import ProxyTunedCache
 from proxytune.decoding.cost import Costs
 from proxytune.decoding.drafting import Drafter, Drafting
+from proxytune.decoding.lane import Scores
 from proxytune.decoding.loop import Step, decode
 from proxytune.decoding.noise import Noise, RowSampler, row_seeds
 from proxytune.decoding.pace import Pace, Speculate, parse_speculate
@@ -356,13 +357,16 @@ class SteeredGenerationMixin(GenerationMixin):
             n_shared=self.shared_vocab,
         )
 
+        def mixture(scores: Sequence[Scores], alpha: Tensor) -> Tensor:
+            return self.mix_lanes([each.values for each in scores], alpha)
+
         # On the device of the logits: a copy to it at each step would wait for all that the device has still to do.
         alpha = self.alpha_rows(model_kwargs.get("alpha"), n_batch).to(prompt.device)
         # Rows that have ended leave, where nothing may look at the whole batch: in static caches no shape may change,
         # and torch's generator draws for all rows at once.
         free = together is None and not any(map(_whole_batch, processors)) and not sampler.rejecting
         leave = cache.capacity is None and (free or not text.aligned)
-        steps = decode(prompt, cache.states, self.mix_lanes, alpha, text, sampler, drafter, leave=leave)
+        steps = decode(prompt, cache.states, mixture, alpha, text, sampler, drafter, leave=leave)
         kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
         with _drafting(cache, None if speculate is False else limit - n_prompt - 1):
             for step in steps:

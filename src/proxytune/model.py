@@ -270,7 +270,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             cache.begin(n_batch)
             n_last = logits_to_keep if isinstance(logits_to_keep, int) else 0
             for state, (ids, mask) in zip(cache.states, columns):
-                values = state.read(ids, mask, positions=n_last)
+                values = state.read(ids, mask, positions=n_last).values
                 state.keep()
                 logits.append(values if isinstance(logits_to_keep, int) else values[:, logits_to_keep])
             cache.n_columns = n_cached + n_columns

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from proxytune.decoding.cost import MAX_DRAFTS, QUICK_ROWS, Cost, Costs
-from proxytune.decoding.lane import Lane, LaneState, QuickLane, QuickState
+from proxytune.decoding.lane import Lane, LaneState, QuickLane, QuickState, Scores
 from proxytune.decoding.mixing import mix
 from proxytune.decoding.pace import Pace
 from proxytune.decoding.sampling import Sampler
@@ -42,7 +42,7 @@ class Draft:
     tokens: Tensor
     source: Literal["lane", "lookup"] | None = None
     q: Tensor | None = None
-    scores: Tensor | None = None
+    scores: Scores | None = None
     n_read: int = 0
     confidences: list[list[float]] = field(default_factory=list)
 
@@ -157,7 +157,7 @@ class Drafter:
         outputs, distributions, chances = [], [], [1.0] * len(growing)
         while True:
             outputs.append(
-                self.state.read(newest) if quick is None else cast(QuickState, self.state).read_hidden(newest)
+                self.state.read(newest).values if quick is None else cast(QuickState, self.state).read_hidden(newest)
             )
             n_drafts = draft.tokens.shape[1]
             scores = self.sampler.process(self._guess(outputs[-1], quick, alpha), offset=n_drafts)
@@ -177,7 +177,7 @@ class Drafter:
             if n_drafts + 1 == room or not self.pace.another(n_drafts + 1, chances):
                 break
         read = torch.cat(outputs, dim=1)
-        draft.scores = read if quick is None else cast(QuickLane, self.runtime).head(read)
+        draft.scores = Scores(read if quick is None else cast(QuickLane, self.runtime).head(read))
         draft.n_read = len(outputs)
         if draft.tokens.shape[1] == 0:
             draft.confidences = []  # of a draft that was never made there is nothing to learn

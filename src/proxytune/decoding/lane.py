@@ -8,6 +8,7 @@ runtime keeps the laws in ``tests/test_laws.py``; :mod:`proxytune.lanes.fake` is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,7 +17,23 @@ from torch import Tensor
 from proxytune.decoding.cost import Cost
 from proxytune.recipe.layout import Seat
 
-__all__ = ["Lane", "LaneState", "QuickLane", "QuickState", "stacked"]
+__all__ = ["Lane", "LaneState", "QuickLane", "QuickState", "Scores", "part", "stacked"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a lane says of the token that follows each position.
+
+    Attributes:
+        values: logits of the whole vocabulary, shape = (n_rows, n_positions, n_vocab); or, where ``ids`` are given,
+            log-probabilities of these alone, (n_rows, n_positions, n_known).
+        ids: which tokens ``values`` are of, (n_rows, n_positions, n_known); None: of all, in order.
+        bound: no token that is not in ``ids`` has a larger log-probability, (n_rows, n_positions); None where all are.
+    """
+
+    values: Tensor
+    ids: Tensor | None = None
+    bound: Tensor | None = None
 
 
 class LaneState(Protocol):
@@ -46,13 +63,16 @@ class LaneState(Protocol):
         """What is read from now on is kept."""
         ...
 
-    def read(self, ids: Tensor, mask: Tensor | None = None, *, positions: int = 0) -> Tensor:
-        """Read the next columns of every row; the logits behind them, (n_rows, n_positions, n_vocab).
+    def read(
+        self, ids: Tensor, mask: Tensor | None = None, *, positions: int = 0, want: Tensor | None = None
+    ) -> Scores:
+        """Read the next columns of every row.
 
         Args:
             ids: shape = (n_batch, k) where all seats read the same, else (n_rows, k).
             mask: of the shape of ``ids``, 0 at padding; None where there is none. Padding stands at the left of a row.
-            positions: of how many of the last columns logits are wanted; 0: of all k.
+            positions: of how many of the last columns scores are wanted; 0: of all k.
+            want: ids that must be among the scored ones, (n_wanted,); for lanes that do not score all.
         """
         ...
 
@@ -78,6 +98,8 @@ class Lane(Protocol):
     Attributes:
         seats: the blocks of rows; each has ``names``, the members that it serves.
         n_vocab: how many ids it scores. context: how many columns it can read; None where nothing limits them.
+        complete: whether it scores the whole vocabulary.
+        tolerance: how far the logits of two ways to read one text may lie apart, as a share of their largest.
         cost: of a pass. head_cost: of its own head, where it has a quick one.
         quick_head: what guesses logits from hidden states at less cost, for drafts alone; None where there is none. A
             lane that has one is a :class:`QuickLane`, and its states are :class:`QuickState`.
@@ -91,6 +113,12 @@ class Lane(Protocol):
 
     @property
     def context(self) -> int | None: ...
+
+    @property
+    def complete(self) -> bool: ...
+
+    @property
+    def tolerance(self) -> float: ...
 
     @property
     def quick_head(self) -> Callable[[Tensor], Tensor] | None: ...
@@ -131,3 +159,16 @@ class QuickState(LaneState, Protocol):
 def stacked(tensor: Tensor, n_rows: int) -> Tensor:
     """Rows for every seat: (n_batch, k), which all seats share, becomes (n_rows, k); what has n_rows stays."""
     return tensor if tensor.shape[0] == n_rows else tensor.repeat(n_rows // tensor.shape[0], 1)
+
+
+def part(scores: Sequence[Scores], start: int, stop: int | None) -> list[Scores]:
+    """Some positions of all lanes' scores."""
+    at = slice(start, stop)
+    return [
+        Scores(
+            each.values[:, at],
+            None if each.ids is None else each.ids[:, at],
+            None if each.bound is None else each.bound[:, at],
+        )
+        for each in scores
+    ]

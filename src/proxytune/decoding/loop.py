@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from proxytune.decoding.drafting import Draft, Drafter
-from proxytune.decoding.lane import LaneState
+from proxytune.decoding.lane import LaneState, Scores, part
 from proxytune.decoding.sampling import Sampler
 from proxytune.decoding.text import Text
 
 __all__ = ["Step", "decode"]
 
-Mix = Callable[[Sequence[Tensor], Tensor], Tensor]
+Mix = Callable[[Sequence[Scores], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def decode(
     Args:
         prompt: the mixture's logits behind the prompt, (n_batch, 1, n_vocab).
         states: of each lane, where it stands.
-        mix: from all lanes' logits and alpha to the mixture, (n_batch, n_positions, n_vocab), float32.
+        mix: from all lanes' scores and alpha to the mixture, (n_batch, n_positions, n_vocab), float32.
         alpha: shape = (n_batch, n_experts).
         leave: whether rows that have ended leave the states.
     """
@@ -91,15 +91,14 @@ def decode(
             chosen = sampler.choose(mix(scores, alpha))[:, None]
             counts = [0] * text.n_batch
         else:
-            mixed = mix([each[:, :n_drafts] for each in scores], alpha)
-            accepted, tokens = sampler.accept(draft.tokens, draft.q, mixed)
+            accepted, tokens = sampler.accept(draft.tokens, draft.q, mix(part(scores, 0, n_drafts), alpha))
             complete = accepted == n_drafts
             if bool(complete.any()):
                 # The position behind the last draft is of use only here: the drafting lane has not read it yet.
                 if drafted_by is not None:
                     scores[drafted_by] = states[drafted_by].read(draft.tokens[:, -1:])
                     draft.n_read += 1
-                behind = sampler.choose(mix([each[:, -1:] for each in scores], alpha), offset=n_drafts)
+                behind = sampler.choose(mix(part(scores, -1, None), alpha), offset=n_drafts)
                 tokens = torch.where(complete, behind, tokens)
             counts = accepted.tolist()
             chosen = torch.cat([draft.tokens, tokens[:, None]], dim=1).scatter(1, accepted[:, None], tokens[:, None])

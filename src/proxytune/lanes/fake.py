@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from proxytune.decoding.cost import Cost
-from proxytune.decoding.lane import stacked
+from proxytune.decoding.lane import Scores, stacked
 from proxytune.recipe.config import Prompt
 from proxytune.recipe.layout import Seat
 
@@ -42,7 +42,9 @@ class FakeLane:
         n_vocab: the length of what the functions give.
     """
 
+    complete = True
     context: int | None = None
+    tolerance = 0.0
     device = torch.device("cpu")
     quick_head: Callable[[Tensor], Tensor] | None = None
     cost = Cost(1.0)
@@ -68,7 +70,10 @@ class FakeState:
         self.texts: list[list[int]] = [[] for _ in range(n_batch * len(lane.seats))]
         self.pending: list[list[list[int]]] = []  # columns read since the last `keep`: for each, what each row read
 
-    def read(self, ids: Tensor, mask: Tensor | None = None, *, positions: int = 0) -> Tensor:
+    def read(
+        self, ids: Tensor, mask: Tensor | None = None, *, positions: int = 0, want: Tensor | None = None
+    ) -> Scores:
+        """See :class:`proxytune.decoding.lane.LaneState`; all is scored, whatever is wanted."""
         ids = stacked(ids, len(self.texts))
         shown = torch.ones_like(ids) if mask is None else stacked(mask, len(self.texts))
         rows, k = ids.shape
@@ -77,7 +82,7 @@ class FakeState:
             self.pending.append([[int(ids[row, column])] if shown[row, column] else [] for row in range(rows)])
             if positions == 0 or column >= k - positions:
                 scores.append(torch.stack([self._score(row) for row in range(rows)]))
-        return torch.stack(scores, dim=1)
+        return Scores(torch.stack(scores, dim=1))
 
     def _score(self, row: int) -> Tensor:
         self.lane.n_computed += 1

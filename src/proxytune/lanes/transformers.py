@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLa
 from transformers.masking_utils import create_masks_for_generate
 
 from proxytune.decoding.cost import QUICK_HEAD, Cost, cost_of_weights
-from proxytune.decoding.lane import stacked
+from proxytune.decoding.lane import Scores, stacked
 from proxytune.errors import MemberError, PromptError
 from proxytune.lanes.buffers import BufferLayer, buffer_cache, can_roll_back
 from proxytune.lanes.kernels import PackedLinear, QuickHead, pack
@@ -41,6 +41,7 @@ class TransformersLane(nn.Module):
     Otherwise a lane is read through :meth:`open`, see :mod:`proxytune.decoding.lane`.
     """
 
+    complete = True
     adapted: Any
 
     def __init__(
@@ -123,6 +124,11 @@ class TransformersLane(nn.Module):
     def context(self) -> int | None:
         """How many tokens it can read, or None where its config sets no limit."""
         return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def tolerance(self) -> float:
+        """How far two ways to read one text may lie apart, as a share of the largest logit."""
+        return {torch.float32: 1e-4, torch.float64: 1e-4}.get(self.model.dtype, 0.1)
 
     def open(self, n_batch: int, capacity: int | None = None) -> TransformersState:
         return TransformersState(self, n_batch, capacity)
@@ -249,12 +255,15 @@ class TransformersState:
             if type(layer) is DynamicSlidingWindowLayer:
                 layer.record_past = False
 
-    def read(self, ids: Tensor, mask: Tensor | None = None, *, positions: int = 0) -> Tensor:
+    def read(
+        self, ids: Tensor, mask: Tensor | None = None, *, positions: int = 0, want: Tensor | None = None
+    ) -> Scores:
+        """See :class:`proxytune.decoding.lane.LaneState`; all is scored, whatever is wanted."""
         rows, inputs = self._inputs(ids, mask)
         # Prompts come in every length, and are read once: nothing is compiled for them.
         eager = self.lane.compiled and self.n_columns + self.pending == ids.shape[1]
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
-            return self.lane(rows, **inputs, logits_to_keep=positions)
+            return Scores(self.lane(rows, **inputs, logits_to_keep=positions))
 
     def read_hidden(self, ids: Tensor) -> Tensor:
         """As :meth:`read`, but the hidden states that the lane's head makes logits of, (n_rows, k, n_hidden)."""
