@@ -14,14 +14,10 @@ import pytest
 import torch
 
 from proxytune import ProxyTunedForCausalLM, RecipeError, load_recipe
-from proxytune.answers.chat import Conversation
-from proxytune.answers.generation import Sampling, answer
-from proxytune.cli.answers import interruptible
 from proxytune.cli.shared import count, size
 from proxytune.recipe.compose import parse_expert
 from proxytune.recipe.config import Prompt
 from proxytune.recipe.presets import PRESETS
-from proxytune.recipe.prompts import render
 from support import tiny
 from support.commands import fails, run
 
@@ -297,147 +293,6 @@ def test_generate_says_what_is_wrong(shelf, args, message):
 def test_input_and_output_differ(recipe, tmp_path):
     (tmp_path / "x").write_text('{"prompt": "a"}\n')
     assert "the same file" in fails("generate", recipe, "-i", tmp_path / "x", "-o", tmp_path / "x")
-
-
-# -- chat -----------------------------------------------------------------------------------------------------
-def conversation(model, tokenizer, **options):
-    return Conversation(model, tokenizer, (1.0,), sampling=Sampling(), **{"max_new_tokens": 10, **options})
-
-
-def talk(one, *texts):
-    return [one.say(text, lambda piece: None) for text in texts]
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
-def test_the_cache_of_a_conversation_changes_nothing(family, tokenizer):
-    """Greedy answers are those of reading every transcript anew, also beyond a sliding window."""
-    model = ProxyTunedForCausalLM.from_members(
-        tiny.model(family, "base", 1),
-        tiny.model(family, "small", 2),
-        tiny.model(family, "small", 3),
-        tokenizer=tokenizer,
-    )
-    one = conversation(model, tokenizer, system="the rules")
-    reused = []
-    for text in ("the fox", "and the dog", "why?", "Steering a model"):
-        made = talk(one, text)[0]
-        reused.append(one.reused)
-        fresh = answer(
-            model, tokenizer, [one.encode(one.messages[:-1])], [(1.0,)], max_new_tokens=10, sampling=Sampling()
-        )[0]
-        assert made == fresh
-    if family == "llama":
-        assert all(reused[1:])  # the cache was used, or the test says nothing
-
-
-def test_a_new_alpha_needs_no_new_cache(model, tokenizer):
-    one, other = conversation(model, tokenizer), conversation(model, tokenizer)
-    talk(one, "the fox")
-    talk(other, "the fox")
-    one.alphas = (0.0,)
-    steered, unsteered = talk(other, "again")[0], talk(one, "again")[0]
-    assert one.reused > 0
-    fresh = answer(model, tokenizer, [one.encode(one.messages[:-1])], [(0.0,)], max_new_tokens=10, sampling=Sampling())
-    assert unsteered == fresh[0] != steered
-
-
-def test_a_stopped_answer_leaves_the_cache_whole(model, tokenizer):
-    one = conversation(model, tokenizer)
-    asked = []
-    made = one.say("the fox", lambda piece: None, lambda: asked.append(1) or len(asked) == 3)
-    assert made.finish == "interrupt"
-    assert len(made.tokens) == 3
-    after = talk(one, "go on")[0]
-    fresh = answer(model, tokenizer, [one.encode(one.messages[:-1])], [(1.0,)], max_new_tokens=10, sampling=Sampling())
-    assert after == fresh[0]
-
-
-def test_a_torn_forward_forgets_the_cache_alone(model, tokenizer):
-    one = conversation(model, tokenizer)
-    talk(one, "the fox")
-    said = list(one.messages)
-
-    def tear(piece):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        one.say("more", tear)
-    assert one.messages == said
-    assert one.read == []
-    talk(one, "more")
-
-
-def test_members_with_prompts_of_their_own_read_the_conversation(tokenizer, shelf, tmp_path):
-    expert = {"model": str(shelf / "expert"), "prompt": {"kind": "chat", "system": "own"}}
-    values = {
-        "base": {"model": str(shelf / "base")},
-        "experts": [{"expert": expert, "anti_expert": str(shelf / "anti")}],
-    }
-    made = tiny.write_recipe(tmp_path / "r", values, tokenizer_=tiny.tokenizer(chat_template=None))
-    model = ProxyTunedForCausalLM.from_pretrained(made)
-    one = conversation(model, tiny.tokenizer(chat_template=None))
-    talk(one, "the fox", "and the dog")
-    encoded = one.encode([*one.messages, {"role": "user", "content": "why"}])
-    shown = tokenizer.decode(encoded.own["expert.expert"])
-    assert shown.startswith("<s>[system] own\n[user] the fox\n[assistant] ")
-    assert shown.endswith("[user] why\n[assistant]")
-    assert tokenizer.decode(encoded.ids).startswith("<s>User: the fox\nAssistant: ")
-    assert one.reused == 0
-    run("chat", made, "-n", "3", input="the fox\nand\n/quit\n")
-
-
-def test_a_plain_transcript_ends_at_the_users_name(model):
-    """Without a chat template a model may go on as the user; that is cut off."""
-    plain = tiny.tokenizer(chat_template=None)
-    one = conversation(model, plain, max_new_tokens=60)
-    wanted = plain("yes\nUser: no", add_special_tokens=False)["input_ids"]
-
-    def dictated(prompts, *args, **kwargs):
-        ids = torch.tensor([[*prompts.tolist()[0], *wanted]])
-        assert kwargs["stop_strings"] == ["\nUser:"]
-        one.cache.n_columns = ids.shape[1] - 1
-        return ids
-
-    generate, model.generate = model.generate, dictated
-    try:
-        assert one.say("well?", lambda piece: None).text == "yes"
-    finally:
-        model.generate = generate
-    assert one.messages[-1] == {"role": "assistant", "content": "yes"}
-
-
-def test_a_template_is_filled_with_the_transcript(tokenizer):
-    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    prompt = Prompt("template", template="Q: {prompt}\nA:")
-    assert tokenizer.decode(render(prompt, tokenizer, said[:1])) == "<s>Q: a\nA:"
-    assert tokenizer.decode(render(prompt, tokenizer, said)) == "<s>Q: User: a\nAssistant: b\nUser: c\nA:"
-
-
-def test_chat_takes_commands(recipe):
-    said = "the fox\n/alpha\n/alpha 0.5\n/alpha nan\n/nothing\n/help\n/reset\n\nthe fox\n/quit\nnever read\n"
-    result = run("chat", recipe, "-n", "4", input=said)
-    assert len(result.stdout.splitlines()) >= 2
-    for told in ("alpha: expert 1\n", "alpha: expert 0.5\n", "error: alpha must be a finite", "no command /nothing"):
-        assert told in result.stderr
-    assert "Ctrl-C stops an answer" in result.stderr
-    assert "forgotten" in result.stderr
-
-
-def test_chat_goes_on_after_a_message_that_is_too_long(recipe):
-    result = run("chat", recipe, "-n", "3", input="the fox " * 300 + "\nthe fox\n")
-    assert "can read only 256" in result.stderr
-    assert result.stdout
-
-
-def test_ctrl_c_stops_an_answer_and_a_second_one_everything():
-    before = signal.getsignal(signal.SIGINT)
-    with interruptible() as stopped:
-        assert not stopped()
-        signal.raise_signal(signal.SIGINT)
-        assert stopped()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 # -- the whole ------------------------------------------------------------------------------------------------

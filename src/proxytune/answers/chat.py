@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from proxytune.answers.generation import Answer, Encoded, Printer, Sampling, answer, with_room
+from proxytune.errors import ProxyTuneError
 from proxytune.recipe.prompts import NAMES, Message, render_chat, transcript
 
 if TYPE_CHECKING:
@@ -52,9 +53,63 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was said."""
+        """Forget what was said, but for the system prompt."""
         self.messages = [{"role": "system", "content": self.system}] if self.system is not None else []
         self._forget()
+
+    def set_system(self, system: str | None) -> None:
+        """Put another system prompt before what was said; None for none."""
+        said = [message for message in self.messages if message["role"] != "system"]
+        self.system = system
+        self.messages = [{"role": "system", "content": system}, *said] if system is not None else said
+
+    def load(self, messages: Sequence[Message]) -> None:
+        """Go on from another conversation.
+
+        Raises:
+            ProxyTuneError: if its turns are not the user's and the model's in alternation.
+        """
+        first = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+        turns = list(messages[first is not None :])
+        roles = [message["role"] for message in turns]
+        if roles != ["user", "assistant"] * (len(roles) // 2):
+            raise ProxyTuneError("a conversation is questions (user) and answers (assistant) in turn, both to the end")
+        self.messages = turns
+        self.set_system(first)
+
+    def take_back(self) -> str:
+        """Forget the last question and its answer; the question.
+
+        Raises:
+            ProxyTuneError: if nothing has been said.
+        """
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            raise ProxyTuneError("nothing has been said yet")
+        question = self.messages[-2]["content"]
+        self.messages = self.messages[:-2]
+        return question
+
+    def compare(self, alphas: Sequence[Sequence[float]], stopped: Callable[[], bool] | None = None) -> list[Answer]:
+        """The last question answered at each of the ``alphas``, in one batch; the conversation stays as it is.
+
+        Raises:
+            ProxyTuneError: if nothing has been said.
+        """
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            raise ProxyTuneError("nothing has been said yet, so there is nothing to compare")
+        encoded = self.encode(self.messages[:-1])
+        made = answer(
+            self.model,
+            self.tokenizer,
+            [encoded] * len(alphas),
+            alphas,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+            rows=[self.n_turns] * len(alphas),  # the same random numbers: what differs, alpha has done
+            stopped=stopped,
+            stop_strings=self._stops(),
+        )
+        return [replace(each, text=self._own(each.text)) for each in made]
 
     def say(self, text: str, write: Callable[[str], Any], stopped: Callable[[], bool] | None = None) -> Answer:
         """Answer ``text``; the answer's pieces are handed to ``write``, and ``stopped`` may end it.
@@ -66,7 +121,6 @@ class Conversation:
         encoded = self.encode(messages)
         self._cut_back(encoded.ids)
         self.n_turns += 1
-        templated = bool(self.tokenizer.chat_template)
         try:
             made = answer(
                 self.model,
@@ -79,13 +133,13 @@ class Conversation:
                 streamer=Printer(self.tokenizer, write),
                 stopped=stopped,
                 past_key_values=self.cache,
-                stop_strings=() if templated else [f"\n{NAMES['user']}:"],
+                stop_strings=self._stops(),
             )[0]
         except BaseException:  # in the middle of a forward some members have read a token that others have not
             self._forget()
             raise
         self.read = (encoded.ids + made.tokens)[: self.cache.n_columns]
-        said = made.text if templated else made.text.split(f"\n{NAMES['user']}:")[0]
+        said = self._own(made.text)
         self.messages = [*messages, {"role": "assistant", "content": said.strip()}]
         return replace(made, text=said)
 
@@ -96,6 +150,16 @@ class Conversation:
         else:
             ids = list(self.tokenizer(f"{transcript(messages)}\n{NAMES['assistant']}:")["input_ids"])
         return with_room(self.model, ids, self.model.prompter.from_messages(messages))
+
+    def _stops(self) -> list[str]:
+        """What ends an answer in a plain transcript: the user's next turn."""
+        return [] if self.tokenizer.chat_template else [f"\n{NAMES['user']}:"]
+
+    def _own(self, text: str) -> str:
+        """The answer without the stop string that ended it."""
+        for stop in self._stops():
+            text = text.split(stop, maxsplit=1)[0]
+        return text
 
     def _forget(self) -> None:
         self.cache = self.model.new_cache()

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from proxytune.cli.answers import chat, demo, generate, serve
+from proxytune.cli.answers import demo, generate, serve
+from proxytune.cli.chat import chat
 from proxytune.cli.evaluation import evaluate, score, sweep
 from proxytune.cli.flags import flat
 from proxytune.cli.recipes import check, new

@@ -1,26 +1,20 @@
-"""``proxytune generate``, ``chat``, ``serve`` and ``demo``: prompts answered."""
+"""``proxytune generate``, ``serve`` and ``demo``: prompts answered."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from proxytune.answers.options import AnswerOptions, ChatOptions, ChatSampling, JobOptions, Sampling
-from proxytune.cli.flags import only
+from proxytune.answers.options import AnswerOptions, JobOptions, Sampling
 from proxytune.cli.shared import FAILED, JsonFile, Recipe, load_model, progress_bar, read_lines, say, write_out
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.options import LoadingOptions
 
-if TYPE_CHECKING:
-    from proxytune.answers.chat import Conversation
-
-__all__ = ["chat", "demo", "generate", "interruptible", "serve"]
+__all__ = ["demo", "generate", "serve"]
 
 
 def generate(
@@ -121,103 +115,6 @@ def generate(
     if n_broken:
         say(f"{n_broken} lines could not be answered")
         raise typer.Exit(FAILED)
-
-
-CHAT_HELP = """\
-/alpha NUMBER        steer that strongly from now on (with several experts also NAME=NUMBER)
-/alpha               say how strongly it steers
-/reset               forget the conversation
-/help                this list
-/quit                leave (so does Ctrl-D)
-Ctrl-C stops an answer."""
-
-
-def chat(
-    recipe: Recipe,
-    *,
-    options: Annotated[ChatOptions, only("alpha", "max_new_tokens", "system")],
-    sampling: ChatSampling,
-    loading: LoadingOptions,
-) -> None:
-    """Talk with a steered model.
-
-    Greedy unless a sampling option is given. The members' caches are kept from turn to turn, except where members
-    have prompts of their own. While talking, /alpha 0.5 changes the strength, /reset forgets, /help lists more.
-    """
-    from proxytune.answers.chat import Conversation
-    from proxytune.recipe.alpha import resolve_alpha
-    from proxytune.recipe.store import load_recipe
-
-    config = load_recipe(recipe)
-    names = [expert.name for expert in config.expert_list]
-    alphas = resolve_alpha(options.alpha, names, config.alphas)
-    model, tokenizer = load_model(config, loading)
-    conversation = Conversation(
-        model, tokenizer, alphas, sampling=sampling, max_new_tokens=options.max_new_tokens, system=options.system
-    )
-    if not tokenizer.chat_template:
-        say("the recipe has no chat template, so its base is shown a plain transcript")
-    say("/help lists the commands, /quit leaves")
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (editing and history at the prompt)
-    while True:
-        try:
-            line = input("\n> " if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            if sys.stdin.isatty():
-                say("")
-            return
-        if line in ("/quit", "/exit", "/q"):
-            return
-        if line:
-            try:
-                take_turn(conversation, line, names)
-            except ProxyTuneError as error:
-                say(f"error: {error}")
-
-
-def take_turn(conversation: Conversation, line: str, names: Sequence[str]) -> None:
-    """Do what one line of a conversation asks for."""
-    from proxytune.recipe.alpha import alpha_of_text, resolve_alpha
-
-    command, *rest = line.split()
-    if command == "/alpha":
-        if rest:
-            conversation.alphas = resolve_alpha(alpha_of_text(rest), names, conversation.alphas)
-        say("alpha: " + ", ".join(f"{name} {value:g}" for name, value in zip(names, conversation.alphas)))
-    elif command == "/reset":
-        conversation.reset()
-        say("forgotten")
-    elif command == "/help":
-        say(CHAT_HELP)
-    elif command.startswith("/"):
-        say(f"there is no command {command}; /help lists those there are")
-    else:
-        with interruptible() as stopped:
-            made = conversation.say(line, write_out, stopped)
-        write_out("\n")
-        if made.finish == "interrupt":
-            say("(stopped)")
-        elif made.finish == "length":
-            say("(cut off: --max-new-tokens, or the context, is used up)")
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[Any]:
-    """Within it Ctrl-C makes ``stopped()`` true, so that a forward is never torn; a second one interrupts at once."""
-    asked = False
-
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def serve(

@@ -1,0 +1,406 @@
+"""``proxytune chat``: a conversation at the terminal, and what its lines that begin with ``/`` do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from proxytune.answers.options import ChatOptions, ChatSampling, Sampling
+from proxytune.cli.flags import only
+from proxytune.cli.shared import Recipe, load_model, say, write_out
+from proxytune.errors import PromptError, ProxyTuneError
+from proxytune.recipe.options import LoadingOptions
+
+if TYPE_CHECKING:
+    from proxytune.answers.chat import Conversation
+
+__all__ = ["Talk", "WordWrap", "chat", "interruptible"]
+
+
+def chat(
+    recipe: Recipe,
+    *,
+    options: Annotated[ChatOptions, only("alpha", "max_new_tokens", "system")],
+    sampling: ChatSampling,
+    loading: LoadingOptions,
+) -> None:
+    """Talk with a steered model.
+
+    Greedy unless a sampling option is given. The members' caches are kept from turn to turn, except where members
+    have prompts of their own.
+
+    Lines that begin with / are commands: /alpha 0.5 changes the strength, /compare 0 1 shows the answers of several
+    alphas side by side; /retry, /undo, /reset, /system, /set, /save and /load are explained by /help. At a terminal
+    Alt-Enter begins a new line, and pasted text keeps its lines.
+    """
+    from proxytune.answers.chat import Conversation
+    from proxytune.recipe.alpha import resolve_alpha
+    from proxytune.recipe.store import load_recipe
+
+    config = load_recipe(recipe)
+    names = [expert.name for expert in config.expert_list]
+    alphas = resolve_alpha(options.alpha, names, config.alphas)
+    model, tokenizer = load_model(config, loading)
+    conversation = Conversation(
+        model, tokenizer, alphas, sampling=sampling, max_new_tokens=options.max_new_tokens, system=options.system
+    )
+    if not tokenizer.chat_template:
+        say("the recipe has no chat template, so its base is shown a plain transcript")
+    say("/help lists the commands, /quit leaves")
+    talk, read = Talk(conversation, names), _reader()
+    while True:
+        try:
+            line = read().strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                return
+            say("(Ctrl-D or /quit leaves)")
+            continue
+        if line in ("/quit", "/exit", "/q"):
+            return
+        if line:
+            try:
+                talk.take(line)
+            except PromptError as error:
+                say(f"error: {error}; /undo takes back the last turn, /reset all of them")
+            except ProxyTuneError as error:
+                say(f"error: {error}")
+
+
+# -- the terminal ---------------------------------------------------------------------------------------------
+def _reader() -> Callable[[], str]:
+    """Reads what is said next. At a terminal lines can be edited, pasted whole, and recalled."""
+    if not sys.stdin.isatty():
+        return input
+    from platformdirs import user_state_path
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    from prompt_toolkit.output import create_output
+
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    history: History = InMemoryHistory()
+    with contextlib.suppress(OSError):  # a home that cannot be written keeps no history
+        place = user_state_path("proxytune", ensure_exists=True) / "chat_history"
+        place.touch(mode=0o600)
+        history = FileHistory(str(place))
+    session: PromptSession[str] = PromptSession(
+        history=history,
+        key_bindings=keys,
+        completer=WordCompleter(sorted(COMMANDS), sentence=True),
+        complete_while_typing=False,
+        output=create_output(stdout=sys.stderr),  # stdout is for the answers alone
+        prompt_continuation="  ",
+    )
+    return lambda: session.prompt("\n> ")
+
+
+class WordWrap:
+    """Writes pieces of text, with a line break in place of the space before a word that no longer fits.
+
+    Args:
+        write: takes the text. width: of a line, in cells.
+    """
+
+    HELD = 30  # cells of a word that are held back at most: some scripts put no spaces between words
+
+    def __init__(self, write: Callable[[str], Any], width: int) -> None:
+        self.write, self.width = write, width
+        self.column, self.word, self.space = 0, "", ""
+
+    def __call__(self, text: str) -> None:
+        """Take the next piece."""
+        for part in re.findall(r"\s|[^\s]+", text):
+            if not part.isspace():
+                self.word += part
+                if self._cells(self.word) > self.HELD:
+                    self.end()
+                continue
+            self.end()
+            if part == "\n":
+                self.write("\n")
+                self.column = 0
+            else:
+                self.space += part
+
+    def end(self) -> None:
+        """Write what was held back."""
+        if not self.word:
+            return
+        cells = self._cells(self.word)
+        if self.column and self.space and self.column + len(self.space) + cells > self.width:
+            self.write("\n")
+            self.column, self.space = 0, ""
+        self.write(self.space + self.word)
+        self.column += len(self.space) + cells
+        self.word = self.space = ""
+
+    @staticmethod
+    def _cells(text: str) -> int:
+        from rich.cells import cell_len
+
+        return cell_len(text)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C makes ``stopped()`` true, so that a forward is never torn; a second one interrupts at once."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# -- what lines do --------------------------------------------------------------------------------------------
+SETTINGS: dict[str, Callable[[str], Any]] = {
+    "temperature": float,
+    "top-p": float,
+    "top-k": int,
+    "min-p": float,
+    "seed": int,
+    "max-new-tokens": int,
+}
+
+
+class Talk:
+    """A conversation, and the commands that change it. Answers go to stdout, everything else to stderr.
+
+    Args:
+        names: the recipe's experts.
+    """
+
+    def __init__(self, conversation: Conversation, names: Sequence[str]) -> None:
+        self.conversation, self.names = conversation, names
+
+    def take(self, line: str) -> None:
+        """Do what one line asks for.
+
+        Raises:
+            ProxyTuneError: in one sentence, where it cannot be done; the conversation is as it was then.
+        """
+        if not line.startswith("/"):
+            self.answer(line)
+            return
+        word, _, rest = line.partition(" ")
+        if word not in COMMANDS:
+            raise ProxyTuneError(f"there is no command {word}; /help lists those there are")
+        COMMANDS[word][1](self, rest.strip())
+
+    def answer(self, text: str) -> None:
+        """Say ``text`` and show what comes back."""
+        terminal = sys.stdout.isatty()
+        with interruptible() as stopped:
+            if terminal:
+                from rich.console import Console
+
+                wrapped = WordWrap(write_out, Console().width)
+                made = self.conversation.say(text, wrapped, stopped)
+                wrapped.end()
+            else:
+                made = self.conversation.say(text, write_out, stopped)
+        write_out("\n")
+        if made.finish == "interrupt":
+            say("(stopped)")
+        elif made.finish == "length" and len(made.tokens) < self.conversation.max_new_tokens:
+            say("(the shortest member's context is full; /undo takes back the last turn, /reset all of them)")
+        elif made.finish == "length":
+            say(f"(cut off after {len(made.tokens)} tokens; /set max-new-tokens N allows more)")
+        elif not made.text.strip():
+            say("(an empty answer: the model ended it at once; ask in other words, or try another /alpha)")
+
+    def alpha(self, rest: str) -> None:
+        """Steer that strongly from now on (with several experts also NAME=NUMBER); alone: say how strongly."""
+        if rest:
+            self.conversation.alphas = self._alphas(rest.split())
+        say(f"alpha: {self._said(self.conversation.alphas)}")
+
+    def compare(self, rest: str) -> None:
+        """Answer the last question at several alphas, side by side; the conversation stays as it is."""
+        from rich.console import Console
+        from rich.table import Table
+
+        if not rest:
+            raise ProxyTuneError("name the alphas, as in /compare 0 1")
+        alphas = [self._alphas([word]) for word in rest.split()]
+        with interruptible() as stopped:
+            answers = self.conversation.compare(alphas, stopped)
+        table = Table(*(f"alpha {self._said(each)}" for each in alphas), expand=True, show_lines=False)
+        for column in table.columns:
+            column.ratio, column.overflow = 1, "fold"
+        from rich.text import Text
+
+        table.add_row(*(Text(each.text.strip() or "(empty)") for each in answers))
+        Console(highlight=False).print(table)
+
+    def _alphas(self, words: Sequence[str]) -> tuple[float, ...]:
+        from proxytune.recipe.alpha import alpha_of_text, resolve_alpha
+
+        return resolve_alpha(alpha_of_text(words), self.names, self.conversation.alphas)
+
+    def _said(self, alphas: Sequence[float]) -> str:
+        if len(self.names) == 1:
+            return f"{alphas[0]:g}"
+        return ", ".join(f"{name} {value:g}" for name, value in zip(self.names, alphas))
+
+    def set(self, rest: str) -> None:
+        """Change temperature, top-p, top-k, min-p, seed or max-new-tokens; VALUE may be off. Alone: show them."""
+        talk = self.conversation
+        if rest:
+            name, _, text = rest.partition(" ")
+            if name not in SETTINGS:
+                raise ProxyTuneError(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}")
+            value = _value(name, text.strip())
+            if name == "max-new-tokens":
+                talk.max_new_tokens = value
+            else:
+                talk.sampling = replace(talk.sampling, **{name.replace("-", "_"): value})
+        shown = {f.name.replace("_", "-"): getattr(talk.sampling, f.name) for f in fields(Sampling)}
+        shown["max-new-tokens"] = talk.max_new_tokens
+        said = ", ".join(f"{name} {'off' if value is None else format(value, 'g')}" for name, value in shown.items())
+        say(said + (" (greedy)" if talk.sampling.greedy else ""))
+
+    def system(self, rest: str) -> None:
+        """Set the system prompt; alone: show it. /system off takes it away."""
+        if rest:
+            self.conversation.set_system(None if rest == "off" else rest)
+        say(f"system: {self.conversation.system or 'none'}")
+
+    def retry(self, rest: str) -> None:
+        """Ask the last question again: another sample, or the answer at the alpha of now."""
+        before = self.conversation.messages
+        question = self.conversation.take_back()
+        try:
+            self.answer(question)
+        except BaseException:
+            self.conversation.messages = before
+            raise
+
+    def undo(self, rest: str) -> None:
+        """Take back the last question and its answer."""
+        say(f"taken back: {self.conversation.take_back()}")
+
+    def reset(self, rest: str) -> None:
+        """Forget the conversation."""
+        self.conversation.reset()
+        say("forgotten")
+
+    def save(self, rest: str) -> None:
+        """Write the conversation to a file, as JSON."""
+        from proxytune.answers.journal import write_whole
+
+        path = _file(rest, "save")
+        if path.exists() and "messages" not in _saved(path):
+            raise ProxyTuneError(f"{path} is there already, and is no conversation; name another file")
+        talk = self.conversation
+        told = {
+            "messages": talk.messages,
+            "alpha": dict(zip(self.names, talk.alphas)),
+            "sampling": vars(talk.sampling),
+            "max_new_tokens": talk.max_new_tokens,
+        }
+        with _as_sentence(path):
+            write_whole(path, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+        say(f"saved to {path}")
+
+    def load(self, rest: str) -> None:
+        """Go on with a conversation that was saved."""
+        from proxytune.recipe.alpha import resolve_alpha
+
+        path = _file(rest, "load")
+        with _as_sentence(path):
+            path.open().close()
+        saved, talk = _saved(path), self.conversation
+        try:
+            messages = [{"role": str(said["role"]), "content": str(said["content"])} for said in saved["messages"]]
+            sampling = Sampling(**saved.get("sampling", {}))
+            limit = _value("max-new-tokens", str(saved.get("max_new_tokens", talk.max_new_tokens)))
+        except (KeyError, TypeError) as error:
+            raise ProxyTuneError(f"{path} is no conversation that /save has written") from error
+        alphas = resolve_alpha(saved.get("alpha"), self.names, talk.alphas)
+        talk.load(messages)
+        talk.alphas, talk.sampling, talk.max_new_tokens = alphas, sampling, limit
+        turns = sum(said["role"] == "user" for said in messages)
+        say(f"loaded {turns} {'turn' if turns == 1 else 'turns'} from {path}")
+
+    def help(self, rest: str) -> None:
+        """Show this list."""
+        width = max(len(usage) for usage, _ in COMMANDS.values())
+        for usage, command in COMMANDS.values():
+            say(f"{usage:{width}}  {(command.__doc__ or '').strip()}")
+        say(f"{'/quit':{width}}  Leave (so does Ctrl-D).")
+        say("Ctrl-C stops an answer. Alt-Enter begins a new line; pasted text keeps its lines.")
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Talk, str], None]]] = {
+    "/alpha": ("/alpha [NUMBER]", Talk.alpha),
+    "/compare": ("/compare A B ...", Talk.compare),
+    "/retry": ("/retry", Talk.retry),
+    "/undo": ("/undo", Talk.undo),
+    "/reset": ("/reset", Talk.reset),
+    "/system": ("/system [TEXT]", Talk.system),
+    "/set": ("/set [NAME VALUE]", Talk.set),
+    "/save": ("/save FILE", Talk.save),
+    "/load": ("/load FILE", Talk.load),
+    "/help": ("/help", Talk.help),
+}
+
+
+def _value(name: str, text: str) -> Any:
+    """A setting's value, as it was typed."""
+    if text in ("off", "none") and name not in ("seed", "max-new-tokens"):
+        return None
+    try:
+        value = SETTINGS[name](text)
+    except ValueError as error:
+        raise ProxyTuneError(f"{name} must be a number, not {text!r}") from error
+    if name == "max-new-tokens" and value < 1:
+        raise ProxyTuneError(f"{name} must be at least 1, not {value}")
+    return value
+
+
+def _file(rest: str, command: str) -> Path:
+    if not rest:
+        raise ProxyTuneError(f"name the file, as in /{command} talk.json")
+    return Path(rest).expanduser()
+
+
+@contextlib.contextmanager
+def _as_sentence(path: Path) -> Iterator[None]:
+    """A file that cannot be read or written, told in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise ProxyTuneError(f"{path}: {error.strerror or error}") from error
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    """What a file holds, if it is a JSON object; otherwise nothing."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
