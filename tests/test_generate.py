@@ -19,7 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from proxytune import PromptError, ProxyTunedForCausalLM, ProxyTuneError
+from proxytune import AlphaError, PromptError, ProxyTunedForCausalLM, ProxyTuneError
 from support import tiny
 from support.decoding import QUIET, ROWS
 from support.oracle import Oracle, assert_same_tokens
@@ -482,6 +482,35 @@ def test_a_prompt_beyond_the_shortest_context_is_refused(trio):
         model.generate(torch.ones(1, 13, dtype=torch.long), max_new_tokens=1)
     padding = torch.tensor([[0] * 5 + [1] * 8])  # columns of padding are not tokens
     model.generate(torch.ones(1, 13, dtype=torch.long), attention_mask=padding, max_new_tokens=1)
+
+
+def test_a_generation_config_says_how_to_steer(steered):
+    """As `transformers serve` hands one on: made of a request's JSON."""
+    model, ids = steered.model, torch.tensor([ROWS[0]])
+
+    def made(**fields):
+        config = GenerationConfig(**{**QUIET, "max_new_tokens": N_NEW, **fields})
+        before = config.to_dict()
+        out = model.generate(ids, generation_config=config)
+        assert config.to_dict() == before
+        return out
+
+    def called(**options):
+        return model.generate(ids, **{**QUIET, "max_new_tokens": N_NEW, **options})
+
+    unsteered = called(alpha=0.0)
+    assert made(alpha=0).equal(unsteered)
+    assert made(**{"alpha.e": 0}).equal(unsteered)
+    assert not made().equal(unsteered)  # or the test says nothing
+    sampling = {"do_sample": True, "temperature": 2.0, "top_k": 0, "seed": 7}
+    assert made(**sampling, alpha=0.5).equal(called(**sampling, alpha=0.5))
+    config = GenerationConfig(**QUIET, max_new_tokens=N_NEW, alpha=3.0)
+    both = model.generate(ids, generation_config=config, alpha=0.0)
+    assert both.equal(unsteered)  # the call's own goes first
+    with pytest.raises(AlphaError, match="no expert is called 'x'"):
+        made(**{"alpha.x": 1.0})
+    with pytest.raises(ProxyTuneError, match="speculate"):
+        made(speculate="often")
 
 
 def test_an_unknown_option_is_refused(steered):

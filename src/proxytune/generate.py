@@ -31,7 +31,7 @@ from proxytune.decoding.text import Text
 from proxytune.errors import PromptError, ProxyTuneError
 from proxytune.lanes.transformers import TransformersLane
 from proxytune.own_prompts import as_tensors
-from proxytune.recipe.alpha import take_alpha
+from proxytune.recipe.alpha import NAMED, take_alpha
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import OURS, refuse_fields
 from proxytune.recipe.prompts import Prompter
@@ -39,6 +39,7 @@ from proxytune.recipe.prompts import Prompter
 __all__ = ["SpeculationStats", "SteeredGenerationMixin", "last_call"]
 
 SPARE_COLUMNS = 64  # of a static cache: rejected drafts, and padding before a row of a batch has been moved
+WORDS = ("alpha", "seed", "speculate")  # words of ours that a generation config may hold, besides "alpha.NAME"
 HOPED_FOR = 0.75  # the acceptance, the demo's, at which drafting must pay for "auto" to try it
 
 
@@ -215,6 +216,9 @@ class SteeredGenerationMixin(GenerationMixin):
     ) -> Any:
         """transformers' ``generate``, with every option of its own, steered.
 
+        What the call leaves open of ``alpha``, ``"alpha.NAME"``, ``speculate`` and ``seed`` is taken from the
+        generation config, if that has such attributes.
+
         Args:
             alpha: see :func:`recipe.alpha.alpha_rows`: a number, one a row, one an expert, or by name. An
                 argument called ``"alpha.NAME"`` sets one expert's, as in the requests that servers take.
@@ -237,6 +241,12 @@ class SteeredGenerationMixin(GenerationMixin):
                 raise ProxyTuneError("stop strings need a tokenizer; pass `tokenizer` to generate()")
             kwargs["tokenizer"] = self.tokenizer
         alpha = take_alpha(kwargs, self.expert_names, alpha)
+        config, said = _taken(self.generation_config if generation_config is None else generation_config)
+        if said:
+            generation_config = config
+            alpha = take_alpha(said, self.expert_names, said.pop("alpha", None)) if alpha is None else alpha
+            speculate = said.get("speculate") if speculate is None else speculate
+            seed = said.get("seed") if seed is None else seed
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None:
             _check_shape(input_ids)
@@ -460,6 +470,16 @@ class SteeredGenerationMixin(GenerationMixin):
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: transformers' continuous batching keeps one paged cache, not one a member."""
         raise ProxyTuneError("generate_batch() does not fit several members' caches; use generate()")
+
+
+def _taken(config: GenerationConfig) -> tuple[GenerationConfig, dict[str, Any]]:
+    """A generation config without our words, and what they say: some tools can pass on a generation config alone."""
+    said = {key: value for key, value in vars(config).items() if key in WORDS or key.startswith(NAMED)}
+    if said:
+        config = copy.copy(config)
+        for key in said:
+            delattr(config, key)
+    return config, said
 
 
 def _check_shape(input_ids: Any) -> None:

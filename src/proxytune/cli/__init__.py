@@ -33,9 +33,6 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
         try:
-            from transformers.utils import logging  # within reach of Ctrl-C: it takes seconds
-
-            logging.disable_progress_bar()
             value = super().invoke(ctx)
             sys.stdout.flush()  # here, where a full disk can still be told
             return value
@@ -74,6 +71,7 @@ def main() -> None:
     """Run the command line (the entry point ``proxytune``)."""
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")  # their advice on options that we set ourselves is not the user's concern
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too; ours stand in their place
     app()
 
 

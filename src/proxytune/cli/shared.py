@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from proxytune.errors import ProxyTuneError
+from proxytune.recipe.place import check_place, named_recipe
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -45,7 +46,16 @@ __all__ = [
 FAILED = 2
 
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe directory, hub id, or `demo`.")]
+def _placed(recipe: str) -> str:
+    """Say where there is no recipe at once: what reads one takes seconds to import."""
+    if named_recipe(recipe) is None:
+        check_place(recipe)
+    return recipe
+
+
+Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Recipe directory, hub id, or `demo`.", callback=_placed)
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there too.")]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from proxytune.errors import AlphaError
 
-__all__ = ["alpha_of_text", "alpha_rows", "finite_alpha", "resolve_alpha", "take_alpha"]
+__all__ = ["NAMED", "alpha_of_text", "alpha_rows", "finite_alpha", "resolve_alpha", "take_alpha"]
 
 LARGEST_ALPHA = 3.4e38
 NAMED = "alpha."  # what an expert's name follows in a call

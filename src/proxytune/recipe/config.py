@@ -28,6 +28,7 @@ import proxytune
 from proxytune.errors import RecipeError
 from proxytune.recipe.alpha import finite_alpha, resolve_alpha
 from proxytune.recipe.options import DTYPES
+from proxytune.recipe.place import MODEL_TYPE
 from proxytune.recipe.source import Source, resolve
 
 __all__ = ["Expert", "Member", "Prompt", "ProxyTuneConfig"]
@@ -200,7 +201,7 @@ class ProxyTuneConfig(PreTrainedConfig):
         RecipeError: for an unknown field or a bad value. AlphaError: for an alpha that is not finite.
     """
 
-    model_type: ClassVar[str] = "proxytune"
+    model_type: ClassVar[str] = MODEL_TYPE
     # Composition, not inheritance: tools that look for the text model (vLLM, generation) ask get_text_config().
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
     has_no_defaults_at_init: ClassVar[bool] = True

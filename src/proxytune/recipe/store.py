@@ -6,7 +6,6 @@ import logging
 import os
 import re
 from dataclasses import replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from proxytune.errors import MemberError, ProxyTuneError, RecipeError, first_lin
 from proxytune.recipe.config import Member, ProxyTuneConfig
 from proxytune.recipe.generation_config import valid_generation_config
 from proxytune.recipe.members import member_source
+from proxytune.recipe.place import check_kind, check_place, named_recipe
 from proxytune.recipe.source import rebase
 
 __all__ = ["load_recipe", "model_card", "moved_member", "read_from", "write_recipe"]
 
 logger = logging.getLogger(__name__)
-NAMED_RECIPES = "proxytune.recipes"
 PLACE = ("revision", "subfolder")  # of the recipe, not of its members
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "proxies", *PLACE)
 # With this one-line module beside config.json, trust_remote_code=True loads a recipe without `import proxytune`.
@@ -46,26 +45,17 @@ def load_recipe(recipe: str | Path, **hub: Any) -> ProxyTuneConfig:
         RecipeError: if there is none, or it is not a recipe.
     """
     path = os.path.expanduser(os.fspath(recipe))
-    if not os.path.isdir(path) and (named := list(entry_points(group=NAMED_RECIPES, name=path))):
-        path = str(named[0].load()())
-    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, hub.get("subfolder", ""), "config.json")):
-        raise RecipeError(f"{path!r} has no config.json, so it is not a recipe; make one with `proxytune new`")
-    if os.path.isfile(path):
-        raise RecipeError(f"{path!r} is a file; a recipe is a directory with a config.json")
-    if not os.path.isdir(path) and (path.startswith((".", "/")) or path.count("/") != 1):
-        raise RecipeError(f"there is no recipe at {path!r}; make one with `proxytune new`")
+    if (named := named_recipe(path)) is not None:
+        path = str(named.load()())
+    check_place(path, hub.get("subfolder", ""))
     try:
         values, _ = PreTrainedConfig.get_config_dict(path, **hub)
-        kind = values.get("model_type")
-        if kind == ProxyTuneConfig.model_type:  # no code that lies beside it is run, or asked about
-            config = ProxyTuneConfig.from_dict(values, name_or_path=path)
+        check_kind(values, path)  # no code that lies beside it is run, or asked about
+        config = ProxyTuneConfig.from_dict(values, name_or_path=path)
     except ProxyTuneError:
         raise
     except Exception as error:  # missing, unreachable, malformed: each raises something of its own
         raise RecipeError(f"the recipe {path!r} cannot be read: {first_line(error)}") from error
-    if kind != ProxyTuneConfig.model_type:
-        what = f"a {kind} model" if kind else "a directory whose config.json names no model_type"
-        raise RecipeError(f"{path!r} is {what}, not a recipe; `proxytune new DIR --base {path}` makes one of it")
     return read_from(config, hub.get("subfolder"), hub.get("revision"))
 
 

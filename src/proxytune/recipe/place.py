@@ -1,0 +1,57 @@
+"""Where a recipe lies, said before anything is imported that takes seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from proxytune.errors import RecipeError
+
+__all__ = ["MODEL_TYPE", "check_kind", "check_place", "named_recipe"]
+
+MODEL_TYPE = "proxytune"
+NAMED_RECIPES = "proxytune.recipes"
+
+
+def named_recipe(name: str) -> Any:
+    """The entry point of a recipe that a package brings (``demo``), or None; called, it gives the directory."""
+    path = os.path.expanduser(name)
+    return None if os.path.isdir(path) else next(iter(entry_points(group=NAMED_RECIPES, name=path)), None)
+
+
+def check_place(recipe: str | Path, subfolder: str = "") -> None:
+    """Look whether a recipe can lie there: in a directory with a config.json of a recipe, or on the hub.
+
+    Raises:
+        RecipeError: in one sentence, where it cannot.
+    """
+    path = os.path.expanduser(os.fspath(recipe))
+    if os.path.isfile(path):
+        raise RecipeError(f"{path!r} is a file; a recipe is a directory with a config.json")
+    if not os.path.isdir(path):
+        if path.startswith((".", "/")) or path.count("/") != 1:
+            raise RecipeError(f"there is no recipe at {path!r}; make one with `proxytune new`")
+        return
+    file = Path(path, subfolder, "config.json")
+    if not file.is_file():
+        raise RecipeError(f"{path!r} has no config.json, so it is not a recipe; make one with `proxytune new`")
+    try:
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"the recipe {path!r} cannot be read: its config.json is not valid JSON ({error})") from error
+    check_kind(values if isinstance(values, dict) else {}, path)
+
+
+def check_kind(values: Mapping[str, Any], path: str) -> None:
+    """Hold what a config.json says against what a recipe says.
+
+    Raises:
+        RecipeError: if it is another model's.
+    """
+    if (kind := values.get("model_type")) != MODEL_TYPE:
+        what = f"a {kind} model" if kind else "a directory whose config.json names no model_type"
+        raise RecipeError(f"{path!r} is {what}, not a recipe; `proxytune new DIR --base {path}` makes one of it")
