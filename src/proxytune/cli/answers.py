@@ -37,24 +37,25 @@ def generate(
     JSON list the entry) and run (which recipe and options made it). A line that cannot be read is reported by its
     number, the others are answered, and the exit status is 2.
     """
+    if bool(prompts) == (job.input is not None):
+        raise ProxyTuneError("give either prompts or --input FILE")
+    if any(not prompt.strip() for prompt in prompts or []):
+        raise ProxyTuneError("the prompt is empty")
+    lines = [] if job.input is None else read_lines(job.input)  # before the seconds that the imports take
     from proxytune.answers.batch import Item, Output, fingerprint, read_items, result
     from proxytune.answers.generation import Printer, answer, batches, encode
     from proxytune.answers.journal import json_line
     from proxytune.recipe.alpha import resolve_alpha
     from proxytune.recipe.store import load_recipe
 
-    if bool(prompts) == (job.input is not None):
-        raise ProxyTuneError("give either prompts or --input FILE")
     config = load_recipe(recipe)
     names = [expert.name for expert in config.expert_list]
     alphas = resolve_alpha(options.alpha, names, config.alphas)
     n_broken = 0
     if job.input is None:
         items = [Item(line, prompt, alphas) for line, prompt in enumerate(prompts or [], start=1)]
-        if any(not item.prompt.strip() for item in items):
-            raise ProxyTuneError("the prompt is empty")
     else:
-        items, broken = read_items(read_lines(job.input), names, alphas)
+        items, broken = read_items(lines, names, alphas)
         for row in broken:
             say(f"{job.input}, {row.where}: {row.broken}")
         n_broken = len(broken)
@@ -137,13 +138,13 @@ def serve(
     All other options are vLLM's own (--tensor-parallel-size 4, --port 8000 …) and are passed on. A request sets its
     alpha in "vllm_xargs": {"alpha": 0.5}. For the server of transformers see docs/python.md.
     """
+    if engine != "vllm":
+        raise ProxyTuneError("say --engine vllm (for transformers' own server see docs/python.md)")
     import shlex
 
     from proxytune.recipe.store import load_recipe
     from proxytune.vllm.command import serve_command
 
-    if engine != "vllm":
-        raise ProxyTuneError("say --engine vllm (for transformers' own server see docs/python.md)")
     words = serve_command(load_recipe(recipe), context.args, draft=draft, draft_tokens=draft_tokens)
     if only_print:
         typer.echo(shlex.join(words))

@@ -13,7 +13,8 @@ import typer
 from proxytune.cli.flags import only
 from proxytune.cli.shared import JsonFile, Recipe, progress_bar, say, share_bar, show_table, write_json
 from proxytune.errors import ProxyTuneError
-from proxytune.evaluation.options import CodeOptions, EvaluationOptions, JudgeOptions
+from proxytune.evaluation import check_tasks
+from proxytune.evaluation.options import CodeOptions, EvaluationOptions, JudgeOptions, alpha_range
 from proxytune.recipe.options import LoadingOptions
 
 if TYPE_CHECKING:
@@ -97,10 +98,10 @@ def sweep(
     Each prompt is read once for all alphas. Predictions go to DIR/TASK/alpha=A.jsonl, and a killed run goes on where
     it was; alphas can be added.
     """
+    expert, values = alpha_range(alpha)
     from proxytune.evaluation.results import sweep_table
 
     run = _harness()
-    expert, values = run.alpha_range(alpha)
     loading = replace(loading, speculate=False)
     with _run("sweep", recipe, out, options, code, judges) as (config, place, how):
         results = run.sweep(config, options, values, place, expert=expert, loading=loading, **how)
@@ -197,11 +198,12 @@ def score(
     up it is not run. Verdicts of a judge are kept as they come: the exit status is 3 if the judge does not answer, and
     the same command then goes on from there.
     """
-    from proxytune.evaluation import check_tasks, records
+    check_tasks([task])
+    predictions.open("rb").close()
+    from proxytune.evaluation import records
     from proxytune.evaluation import score as scored
     from proxytune.evaluation.scoring import scorer_options
 
-    check_tasks([task])
     lines = records.read(predictions)
     if json_file is not None:
         json_file.open("a").close()  # now, not after an hour, is when to say that it cannot be written

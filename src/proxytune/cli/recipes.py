@@ -14,6 +14,7 @@ from rich.markup import escape
 from proxytune.cli.flags import only
 from proxytune.cli.shared import FAILED, Recipe, count, load_model, say, size
 from proxytune.recipe.options import ComposeOptions, LoadingOptions
+from proxytune.recipe.place import check_target
 
 if TYPE_CHECKING:
     from proxytune.recipe.check import Report
@@ -36,6 +37,7 @@ def new(
     A member is a hub id, a local directory or a .gguf file. Its weights stay where they are; the base's config,
     tokenizer and generation config are copied. Relative paths are kept relative to DIR.
     """
+    check_target(directory, force)
     from proxytune.recipe.compose import compose, configure
 
     trust = loading.trust_remote_code

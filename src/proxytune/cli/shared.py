@@ -53,9 +53,7 @@ def _placed(recipe: str) -> str:
     return recipe
 
 
-Recipe = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="Recipe directory, hub id, or `demo`.", callback=_placed)
-]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe directory, hub id, or `demo`.", callback=_placed)]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there too.")]
 
 

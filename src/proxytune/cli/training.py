@@ -27,6 +27,7 @@ def train(
     M+ begins as the anti-expert M- and is trained on the completions alone, by TRL's SFTTrainer; the defaults are the
     paper's. OUT is then a recipe: proxytune check OUT. Logs for TensorBoard lie in OUT/training/logs.
     """
+    options.check(out)
     from proxytune.training.run import train as run
 
     with _shown() as report:

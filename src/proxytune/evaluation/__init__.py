@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from proxytune.errors import ProxyTuneError
 
-__all__ = ["EVAL_TASKS", "TASKS", "TASK_DIR", "check_tasks", "evaluate", "score", "sweep"]
+__all__ = ["EVAL_TASKS", "TASKS", "TASK_DIR", "check_tasks", "data_place", "evaluate", "score", "sweep"]
 
 TASKS = (
     "alpacafarm",
@@ -49,3 +50,13 @@ def check_tasks(names: Sequence[str], known: Sequence[str] = TASKS) -> tuple[str
             meant = f"did you mean {near[0]!r}?" if near else f"the tasks are {', '.join(known)}"
             raise ProxyTuneError(f"there is no task {name!r}; {meant}")
     return tuple(dict.fromkeys(names))
+
+
+def data_place(data: str | None) -> Path | None:
+    """The file or the folder that ``data`` (or PROXYTUNE_DATA) names; None where the hub is to be asked."""
+    named = data or os.environ.get("PROXYTUNE_DATA")
+    if not named:
+        return None
+    if not (place := Path(named).expanduser()).exists():
+        raise ProxyTuneError(f"the data {named} does not exist; give a file or a folder, or leave it out for the hub")
+    return place

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from proxytune.answers.options import ALPHA
-from proxytune.errors import ProxyTuneError
-from proxytune.evaluation import EVAL_TASKS, check_tasks
+from proxytune.errors import AlphaError, ProxyTuneError
+from proxytune.evaluation import EVAL_TASKS, check_tasks, data_place
 from proxytune.options import numbers, option, words
+from proxytune.recipe.source import resolve
 
-__all__ = ["CodeOptions", "EvaluationOptions", "JudgeOptions"]
+__all__ = ["CodeOptions", "EvaluationOptions", "JudgeOptions", "alpha_range"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,13 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", check_tasks(self.tasks, EVAL_TASKS))
+        place = data_place(self.data)
+        if place is not None and place.is_file() and len(self.tasks) > 1:
+            raise ProxyTuneError("--data is one file, but there are several tasks; give a folder")
+        if self.tuned is not None:
+            resolve(self.tuned, None)
+        elif "tuned" in (self.arms or ()):
+            raise ProxyTuneError("the arm tuned needs a model: --tuned MODEL")
 
 
 @dataclass(frozen=True)
@@ -119,3 +127,27 @@ class JudgeOptions:
         metavar="VARIABLE",
         panel="Judges",
     )
+
+
+def alpha_range(text: str) -> tuple[str | None, list[float]]:
+    """Read ``[NAME=]START:STOP:STEP`` (both ends belong to it) or ``[NAME=]A,B,…``: the expert's name, the alphas.
+
+    Raises:
+        AlphaError: where it is neither, or has no alphas or more than two hundred.
+    """
+    name, equals, numbers = text.rpartition("=")
+    wrong = AlphaError(f"--alpha is START:STOP:STEP, such as 0:2:0.25, or numbers, such as 0,0.5,1, not {text!r}")
+    try:
+        if ":" in numbers:
+            start, stop, step = (float(part) for part in numbers.split(":"))
+            count = (stop - start) / step
+            if not 0 <= count < 200:
+                raise wrong
+            values = [round(start + step * at, 10) for at in range(int(count + 1e-6) + 1)]
+        else:
+            values = [float(part) for part in numbers.split(",")]
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise wrong from None
+    if not all(abs(value) < 1e6 for value in values):
+        raise wrong
+    return (name.strip() if equals else None), sorted(dict.fromkeys(values))

@@ -48,7 +48,7 @@ from proxytune.recipe.alpha import resolve_alpha
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.options import LoadingOptions
 
-__all__ = ["alpha_range", "evaluate", "load_plans", "sweep"]
+__all__ = ["evaluate", "load_plans", "sweep"]
 
 Scoring = Callable[[str], Mapping[str, Any]]
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
@@ -194,35 +194,9 @@ def _write_results(
     return results
 
 
-def alpha_range(text: str) -> tuple[str | None, list[float]]:
-    """Read ``[NAME=]START:STOP:STEP`` (both ends belong to it) or ``[NAME=]A,B,…``: the expert's name, the alphas.
-
-    Raises:
-        AlphaError: where it is neither, or has no alphas or more than two hundred.
-    """
-    name, equals, numbers = text.rpartition("=")
-    wrong = AlphaError(f"--alpha is START:STOP:STEP, such as 0:2:0.25, or numbers, such as 0,0.5,1, not {text!r}")
-    try:
-        if ":" in numbers:
-            start, stop, step = (float(part) for part in numbers.split(":"))
-            count = (stop - start) / step
-            if not 0 <= count < 200:
-                raise wrong
-            values = [round(start + step * at, 10) for at in range(int(count + 1e-6) + 1)]
-        else:
-            values = [float(part) for part in numbers.split(",")]
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise wrong from None
-    if not all(abs(value) < 1e6 for value in values):
-        raise wrong
-    return (name.strip() if equals else None), sorted(dict.fromkeys(values))
-
-
 # -- the plan -------------------------------------------------------------------------------------------------
 def load_plans(options: EvaluationOptions) -> list[TaskPlan]:
     """The tasks with their requests, the data read."""
-    if options.data is not None and Path(options.data).is_file() and len(options.tasks) > 1:
-        raise ProxyTuneError("--data is one file, but there are several tasks; give a folder")
     about = {"seed": options.seed, **({} if options.data is None else {"data": str(options.data)})}
     with _quiet():
         manager = TaskManager(include_path=str(TASK_DIR), include_defaults=False, metadata=about)
@@ -298,8 +272,6 @@ def arms_of(
         wanted = [arm for arm in DEFAULT_ARMS if has_members(arm, config) and (shown or arm != "base_few_shot")]
     else:
         wanted = list(options.arms)
-        if "tuned" in wanted and options.tuned is None:
-            raise ProxyTuneError("the arm tuned needs a model: --tuned MODEL")
         if "base_few_shot" in wanted and not shown:
             raise ProxyTuneError(
                 f"there are no solved examples to show for {', '.join(lacking)}; leave the arm base_few_shot out"

@@ -14,6 +14,7 @@ from proxytune.recipe.config import Expert, Member, Prompt, ProxyTuneConfig
 from proxytune.recipe.generation_config import adapted, ends_of, read_generation_config
 from proxytune.recipe.members import Loading, load_config, load_tokenizer, member_source
 from proxytune.recipe.options import ComposeOptions, MemberChoice
+from proxytune.recipe.place import check_target
 from proxytune.recipe.presets import PRESETS
 from proxytune.recipe.store import moved_member, write_recipe
 
@@ -101,8 +102,6 @@ def configure(options: ComposeOptions) -> ProxyTuneConfig:
         RecipeError: for options that make no recipe.
     """
     preset, name, alpha = options.preset, options.name, options.alpha
-    if preset is not None and preset not in PRESETS:
-        raise RecipeError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
     start = ProxyTuneConfig(**PRESETS[preset]) if preset is not None else None
     first = start.expert_list[0] if start is not None else None
     made_base = _over(options.base, start.base_member if start is not None else None, "the base")
@@ -165,10 +164,7 @@ def compose(
         RecipeError: if the directory is in use, or a path does not exist.
         MemberError: if the base cannot be read; ``offline`` then writes what can be had without it.
     """
-    if directory.is_file():
-        raise RecipeError(f"{str(directory)!r} is a file; give a directory to be made")
-    if not force and directory.is_dir() and any(directory.iterdir()):
-        raise RecipeError(f"{str(directory)!r} is not empty; give another directory, or --force to write into it")
+    check_target(directory, force)
     loading = Loading(trust_remote_code=trust_remote_code, hub={"local_files_only": True} if offline else {})
     for name, one in config.members():
         member_source(config, name, one)  # a path that does not exist is told now, not when the recipe is used

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from proxytune.errors import ProxyTuneError
+from proxytune.errors import ProxyTuneError, RecipeError
 from proxytune.options import option
 from proxytune.recipe.presets import PRESETS
+from proxytune.recipe.source import resolve
 
-__all__ = ["DTYPES", "TRUST", "ComposeOptions", "LoadingOptions", "MemberChoice", "device_map"]
+__all__ = ["DTYPES", "TRUST", "ComposeOptions", "LoadingOptions", "MemberChoice", "device_map", "drafts"]
 
 TRUST = "Run code that the members bring along."
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
@@ -20,7 +21,7 @@ def device_map(text: str) -> str | int:
     return int(text) if text.isdigit() else text
 
 
-def _drafts(text: str) -> str | bool | int:
+def drafts(text: str) -> str | bool | int:
     """What ``--speculate`` says, as ``generate`` takes it."""
     if text not in ("auto", "off") and not text.isdecimal():
         raise ProxyTuneError(f"--speculate {text!r} is not auto, off or a number of drafts")
@@ -51,7 +52,7 @@ class LoadingOptions:
         "Answers stay the same, sampled ones too.",
         metavar="auto|off|N",
         panel="Speed",
-        parse=_drafts,
+        parse=drafts,
     )
     pack: bool = option(
         False,
@@ -134,3 +135,12 @@ class ComposeOptions:
         metavar="JSON",
         panel="Members",
     )
+
+    def __post_init__(self) -> None:
+        if self.preset is not None and self.preset not in PRESETS:
+            raise RecipeError(f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}")
+        if self.preset is None and self.base.model is None:
+            raise RecipeError("no base is given; name the model to be steered with --base, or use --preset")
+        for choice in (self.base, self.expert, self.anti_expert):
+            if choice.model is not None:
+                resolve(choice.model, None)

@@ -11,7 +11,7 @@ from typing import Any
 
 from proxytune.errors import RecipeError
 
-__all__ = ["MODEL_TYPE", "check_kind", "check_place", "named_recipe"]
+__all__ = ["MODEL_TYPE", "check_kind", "check_place", "check_target", "named_recipe"]
 
 MODEL_TYPE = "proxytune"
 NAMED_RECIPES = "proxytune.recipes"
@@ -55,3 +55,15 @@ def check_kind(values: Mapping[str, Any], path: str) -> None:
     if (kind := values.get("model_type")) != MODEL_TYPE:
         what = f"a {kind} model" if kind else "a directory whose config.json names no model_type"
         raise RecipeError(f"{path!r} is {what}, not a recipe; `proxytune new DIR --base {path}` makes one of it")
+
+
+def check_target(directory: Path, force: bool) -> None:
+    """Look whether a recipe may be written into a directory, which ``force`` allows where it is in use.
+
+    Raises:
+        RecipeError: if it may not.
+    """
+    if directory.is_file():
+        raise RecipeError(f"{str(directory)!r} is a file; give a directory to be made")
+    if not force and directory.is_dir() and any(directory.iterdir()):
+        raise RecipeError(f"{str(directory)!r} is not empty; give another directory, or --force to write into it")

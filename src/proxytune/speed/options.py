@@ -8,7 +8,7 @@ from typing import Any
 
 from proxytune.errors import ProxyTuneError
 from proxytune.options import numbers, option, words
-from proxytune.recipe.options import DTYPES
+from proxytune.recipe.options import DTYPES, drafts
 
 __all__ = ["ARMS", "MAIN", "BenchOptions", "Case", "MemberOptions", "PlanOptions"]
 
@@ -71,12 +71,6 @@ def _member_options(text: str) -> tuple[MemberOptions, ...]:
     return found
 
 
-def _speculate(text: str) -> Any:
-    from proxytune.decoding.pace import parse_speculate
-
-    return parse_speculate(int(text) if text.isdecimal() else text)
-
-
 @dataclass(frozen=True)
 class BenchOptions:
     """What is measured: every batch size with every pair of lengths is a case, and all arms run it."""
@@ -100,7 +94,7 @@ class BenchOptions:
         "auto",
         "What the arm speculative asks; a number of drafts copies none from the text.",
         metavar="auto|N",
-        parse=_speculate,
+        parse=drafts,
     )
     temperature: float | None = option(None, "Sample in all arms, with seeds; greedy by default.", metavar="T")
     repeats: int = option(5, "Rounds, of which the median is told.", metavar="N", min=1)
@@ -129,6 +123,8 @@ class BenchOptions:
             raise ProxyTuneError(f"at least 1 repeat is needed, not {self.repeats}")
         if self.temperature is not None and not self.temperature > 0:
             raise ProxyTuneError(f"a temperature is greater than 0, not {self.temperature}; leave it out for greedy")
+        if self.prompts is not None:
+            self.prompts.open("rb").close()  # now, not after the models are loaded, is when to say that it is missing
         self.cases()
 
     @property

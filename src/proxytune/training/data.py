@@ -18,7 +18,7 @@ from typing import Any, Literal
 from proxytune.answers.files import SUFFIXES, read_rows
 from proxytune.errors import ProxyTuneError, first_line
 
-__all__ = ["Rows"]
+__all__ = ["Rows", "data_file"]
 
 ROLES = ("system", "user", "assistant")
 
@@ -58,15 +58,10 @@ class Rows:
         """
         if (prompt is None) != (completion is None):
             raise ProxyTuneError("--prompt and --completion go together: give both templates, or neither")
-        path = Path(source).expanduser()
-        if path.is_file():
+        if (path := data_file(source)) is not None:
             raw = ((f"{row.where} of {path}", row.value) for row in read_rows(path))
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
-            if path.name.lower().removesuffix(".gz").endswith(SUFFIXES) or (
-                source.startswith((".", "/", "~")) and not path.is_dir()
-            ):
-                raise ProxyTuneError(f"there is no data at {source!r}")
             found = _dataset_rows(source, split)
             text = "".join(json.dumps(row, sort_keys=True, default=str) + "\n" for row in found)
             raw = ((f"row {n} of {source}", row) for n, row in enumerate(found, start=1))
@@ -88,6 +83,21 @@ class Rows:
         if not rows:
             raise ProxyTuneError(f"{source} has no rows to train on")
         return cls(source, *_kind(rows), places, sha256)
+
+
+def data_file(source: str) -> Path | None:
+    """The file that ``source`` names; None for the name or the folder of a data set.
+
+    Raises:
+        ProxyTuneError: where it is plainly a path and nothing lies there.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    named = path.name.lower().removesuffix(".gz").endswith(SUFFIXES)
+    if named or (source.startswith((".", "/", "~")) and not path.is_dir()):
+        raise ProxyTuneError(f"there is no data at {source!r}")
+    return None
 
 
 def _kind(rows: list[dict[str, Any]]) -> tuple[Kind, list[dict[str, Any]]]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from proxytune.errors import ProxyTuneError
 from proxytune.options import option
 from proxytune.recipe.options import TRUST
+from proxytune.recipe.place import check_place, named_recipe
+from proxytune.recipe.source import resolve
+from proxytune.training.data import data_file
 
-__all__ = ["TrainingOptions"]
+__all__ = ["TrainingOptions", "has_begun"]
 
 # The headings that the options stand under.
 _data, _members, _trained, _how, _run = (
@@ -88,3 +92,33 @@ class TrainingOptions:
             )
         if self.hidden_cache != "auto" and not self.consistent:
             raise ProxyTuneError("a hidden cache is for consistent training; nothing else has use for it")
+
+    def check(self, out: Path) -> None:
+        """Look at the data, the members and the directory, as far as that takes no import of seconds.
+
+        Raises:
+            ProxyTuneError: in one sentence, for what cannot be there, and for a directory that is in use.
+        """
+        data_file(self.data)
+        for model in (self.base, self.anti_expert):
+            if model is not None:
+                resolve(model, None)
+        if self.recipe is not None and named_recipe(self.recipe) is None:
+            check_place(self.recipe)
+        if out.is_file():
+            raise ProxyTuneError(f"{str(out)!r} is a file; give a directory to be made")
+        inside = {path.name for path in out.iterdir()} if out.is_dir() else set()
+        if not inside or (inside == {"training"} and not has_begun(out)):
+            return
+        if not self.resume:
+            raise ProxyTuneError(
+                f"{str(out)!r} is not empty; give another directory, or --resume a run that was killed"
+            )
+        if "training" not in inside:
+            raise ProxyTuneError(f"{str(out)!r} holds no training run to resume; give another directory")
+
+
+def has_begun(out: Path) -> bool:
+    """Whether there is something to resume: a checkpoint, or what a whole run leaves. Before, options may change."""
+    folder = out / "training"
+    return any((folder / "checkpoints").glob("checkpoint-*")) or (folder / "manifest.json").exists()

@@ -35,7 +35,7 @@ from proxytune.recipe.generation_config import ends_of, valid_generation_config
 from proxytune.recipe.members import Loading, load_config, load_tokenizer
 from proxytune.recipe.store import load_recipe
 from proxytune.training.data import Rows
-from proxytune.training.options import TrainingOptions
+from proxytune.training.options import TrainingOptions, has_begun
 
 __all__ = ["Progress", "Trained", "members_of", "train"]
 
@@ -125,12 +125,12 @@ def train(
     _need_packages()
     started, folder = time.time(), out / "training"
     options = resolved(options)
-    _may_write(out, folder, options.resume)
+    options.check(out)
     config, options, shared = checked(options)
     report(Progress("reading the data", 0, 1))
     data = Rows.read(options.data, split=options.split, prompt=options.prompt, completion=options.completion)
     arguments = _arguments(options, config)
-    _begin(folder, {**arguments, "data_sha256": data.sha256}, options.resume)
+    _begin(folder, {**arguments, "data_sha256": data.sha256}, has_begun(out))
     if (folder / "manifest.json").exists():
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         _clean(folder)
@@ -209,16 +209,6 @@ def _precision(asked: str) -> str:
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
 
 
-def _may_write(out: Path, folder: Path, resume: bool) -> None:
-    if out.is_file():
-        raise ProxyTuneError(f"{str(out)!r} is a file; give a directory to be made")
-    used = out.is_dir() and any(out.iterdir())
-    if used and not resume:
-        raise ProxyTuneError(f"{str(out)!r} is not empty; give another directory, or --resume a run that was killed")
-    if used and not folder.is_dir():
-        raise ProxyTuneError(f"{str(out)!r} holds no training run to resume; give another directory")
-
-
 def _loading(options: TrainingOptions) -> Loading:
     return Loading(trust_remote_code=options.trust_remote_code)
 
@@ -285,10 +275,10 @@ def _arguments(options: TrainingOptions, config: ProxyTuneConfig) -> dict[str, A
     return {**said, **members, "name": expert.name, "alpha": expert.alpha}
 
 
-def _begin(folder: Path, arguments: dict[str, Any], resume: bool) -> None:
-    """Write down what is run, or compare with what was."""
+def _begin(folder: Path, arguments: dict[str, Any], begun: bool) -> None:
+    """Write down what is run; where a run has begun, compare with it."""
     file = folder / "arguments.json"
-    if resume and file.exists():
+    if begun and file.exists():
         before, now = json.loads(file.read_text("utf-8")), json.loads(json.dumps(arguments))
         if differing := [name for name in now if name not in FREE and before.get(name) != now[name]]:
             raise ProxyTuneError(

@@ -7,7 +7,6 @@ an ``id`` that does not depend on how many others are evaluated.
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 from collections import defaultdict
@@ -21,6 +20,7 @@ from datasets import Dataset, load_dataset
 
 from proxytune.answers.files import read_rows, read_text_lines
 from proxytune.errors import ProxyTuneError, first_line
+from proxytune.evaluation import data_place
 from proxytune.evaluation.code import human_eval_file
 
 __all__ = ["problems_file"]
@@ -56,23 +56,13 @@ class Line:
         return ProxyTuneError(f"{self.where} has no {what}; it has {', '.join(map(str, self.values))}")
 
 
-def given(data: str | None) -> Path | None:
-    """The file or the folder that ``data`` (or PROXYTUNE_DATA) names; None where the hub is to be asked."""
-    named = data or os.environ.get("PROXYTUNE_DATA")
-    if not named:
-        return None
-    if not (place := Path(named).expanduser()).exists():
-        raise ProxyTuneError(f"the data {named} does not exist; give a file or a folder, or leave it out for the hub")
-    return place
-
-
 def local(data: str | None, *names: str, optional: bool = False) -> Path | None:
     """The file that is given, or the first of ``names`` in the folder that is; None where nothing is given.
 
     Args:
         optional: None too where the folder has none of them, or a file is given, which is for something else.
     """
-    place = given(data)
+    place = data_place(data)
     if place is None or place.is_file():
         return None if optional else place
     found = next((place / name for name in names if (place / name).exists()), None)
@@ -206,7 +196,7 @@ def toxigen(data: str | None = None, groups: list[str] | None = None, per_group:
     file has prompts of no group, one a line; in any other file each row has its prompt as ``text`` (or ``prompt``) and
     may say its group in ``target_groups`` (a list) or ``group``. Rows without a group are all asked.
     """
-    place = given(data)
+    place = data_place(data)
     prompts: dict[tuple[str, ...], list[tuple[int, str]]] = defaultdict(list)
     if place is not None and place.is_file():
         for number, text, of in _toxigen_file(place):

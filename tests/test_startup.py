@@ -1,0 +1,123 @@
+"""Help and what is plainly wrong are said at once: nothing that takes seconds is imported for them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
+
+HEAVY = (
+    "torch",
+    "transformers",
+    "numpy",
+    "scipy",
+    "datasets",
+    "lm_eval",
+    "peft",
+    "trl",
+    "huggingface_hub",
+    "matplotlib",
+)
+COMMANDS = ("new", "train", "check", "generate", "chat", "serve", "demo", "eval", "sweep", "bench", "score", "plan")
+# What is wrong -> the sentence that says so.
+WRONG = {
+    "generate ./nosuch hi": "there is no recipe at './nosuch'",
+    "generate empty hi": "has no config.json, so it is not a recipe",
+    "generate llama hi": "is a llama model, not a recipe",
+    "generate torn hi": "its config.json is not valid JSON",
+    "generate prompts.jsonl hi": "is a file; a recipe is a directory",
+    "generate demo": "give either prompts or --input FILE",
+    "generate demo hi --input prompts.jsonl": "give either prompts or --input FILE",
+    "generate demo --input nosuch.jsonl": "nosuch.jsonl: No such file or directory",
+    "generate demo hi --alpha x": "alpha must be a number or NAME=NUMBER, not 'x'",
+    "generate demo hi --dtype int8": "--dtype 'int8' is not one of",
+    "generate demo hi --speculate x": "--speculate 'x' is not auto, off or a number",
+    "generate demo hi --temperature -1": "temperature must be a finite number",
+    "generate demo hi --system x": "--system needs --chat",
+    "chat ./nosuch": "there is no recipe at './nosuch'",
+    "check ./nosuch": "there is no recipe at './nosuch'",
+    "serve ./nosuch": "there is no recipe at './nosuch'",
+    "serve demo": "say --engine vllm",
+    "eval ./nosuch --tasks demo_math": "there is no recipe at './nosuch'",
+    "eval demo --tasks nosuch": "there is no task 'nosuch'",
+    "eval demo --tasks gsm8k --data ./nosuch": "the data ./nosuch does not exist",
+    "eval demo --tasks gsm8k,mbpp --data prompts.jsonl": "--data is one file, but there are several tasks",
+    "eval demo --tasks demo_math --tuned ./nosuch": "'./nosuch' does not exist",
+    "eval demo --tasks demo_math --arms tuned": "the arm tuned needs a model: --tuned MODEL",
+    "sweep ./nosuch --tasks demo_math": "there is no recipe at './nosuch'",
+    "sweep demo --tasks demo_math --alpha x": "--alpha is START:STOP:STEP",
+    "sweep demo --tasks gsm8k --data ./nosuch": "the data ./nosuch does not exist",
+    "bench ./nosuch": "there is no recipe at './nosuch'",
+    "bench demo --arms x": "no arm is called 'x'",
+    "bench demo --lengths x": "lengths are PROMPT/OUTPUT",
+    "bench demo --prompts ./nosuch": "nosuch: No such file or directory",
+    "plan ./nosuch": "there is no recipe at './nosuch'",
+    "plan demo --acceptance 2": "an acceptance lies between 0 and 1",
+    "score nosuch prompts.jsonl": "there is no task 'nosuch'",
+    "score gsm8k nosuch.jsonl": "nosuch.jsonl: No such file or directory",
+    "train out --data prompts.jsonl": "name the members with --base and --anti-expert",
+    "train out --data nosuch.jsonl --recipe demo": "there is no data at 'nosuch.jsonl'",
+    "train out --data prompts.jsonl --recipe ./nosuch": "there is no recipe at './nosuch'",
+    "train out --data prompts.jsonl --base ./nosuch --anti-expert empty": "'./nosuch' does not exist",
+    "train full --data prompts.jsonl --recipe demo": "full",
+    "new made": "no base is given",
+    "new made --preset nosuch": "there is no preset 'nosuch'",
+    "new full --base empty --expert empty": "is not empty; give another directory",
+    "new made --base ./nosuch --expert empty": "'./nosuch' does not exist",
+}
+SCRIPT = """
+import json, os, sys
+from typer.testing import CliRunner
+from proxytune.cli import app
+for line in sys.stdin.read().splitlines():
+    if os.fork():  # each in a process of its own, with the same modules to begin with
+        os.wait()
+        continue
+    result = CliRunner().invoke(app, line.split())
+    heavy = [name for name in json.loads(sys.argv[1]) if name in sys.modules]
+    print(json.dumps([result.exit_code, result.stdout, result.stderr, heavy, repr(result.exception)]), flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """Command line -> what one process made of it: status, stdout, stderr, heavy modules by then, the exception."""
+    place = tmp_path_factory.mktemp("startup")
+    for name, text in (("empty", None), ("full", None), ("llama", '{"model_type": "llama"}'), ("torn", '{"model')):
+        (place / name).mkdir()
+        if text is not None:
+            (place / name / "config.json").write_text(text)
+    (place / "full" / "notes").write_text("mine")
+    (place / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    lines = [*(f"{command} --help" for command in ("", *COMMANDS)), *WRONG]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(HEAVY)],
+        input="\n".join(lines) + "\n",
+        capture_output=True,
+        text=True,
+        cwd=place,
+        timeout=300,
+        check=True,
+    )
+    return dict(zip(lines, map(json.loads, done.stdout.splitlines())))
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_imports_nothing_heavy(told, command):
+    status, stdout, _, heavy, _ = told[f"{command} --help"]
+    assert (status, heavy) == (0, [])
+    assert "Usage: " in stdout
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_what_is_plainly_wrong_is_said_at_once(told, line):
+    status, stdout, stderr, heavy, exception = told[line]
+    assert WRONG[line] in stderr, (stderr, exception)
+    assert (status, stdout, heavy) == (2, "", [])
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
