@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from support.commands import fails
+
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
 
 HEAVY = (
@@ -121,3 +123,34 @@ def test_what_is_plainly_wrong_is_said_at_once(told, line):
     assert (status, stdout, heavy) == (2, "", [])
     assert stderr.startswith("error: ")
     assert stderr.count("\n") == 1
+
+
+# -- packages that are not installed --------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("hidden", "command", "extra"),
+    [
+        ("lm_eval", "eval demo --tasks demo_math", "eval"),
+        ("datasets", "eval demo --tasks demo_math", "eval"),
+        ("matplotlib", "eval demo --tasks demo_math", "eval"),
+        ("matplotlib", "sweep demo --tasks demo_math", "eval"),
+        ("trl", "train out --data prompts.jsonl --recipe demo", "train"),
+        ("tensorboard", "train out --data prompts.jsonl --recipe demo", "train"),
+        ("peft", "demo --problems 1", "demo"),
+        ("gguf", "demo --problems 1", "demo"),
+        ("peft", "generate demo hi", "demo"),
+        ("peft", "chat demo", "demo"),
+        ("peft", "check demo", "demo"),
+        ("gguf", "bench demo", "demo"),
+        ("peft", "plan demo", "demo"),
+        ("openai", "score truthfulqa_open answers.jsonl --judge-url http://127.0.0.1:1/v1 --judge-model m", "eval"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(hidden, command, extra, tmp_path, monkeypatch, no_progress):
+    monkeypatch.setitem(sys.modules, hidden, None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "answers.jsonl").write_text('{"question": "a", "output": "b"}\n')
+    said = fails(*command.split())
+    assert f"needs {hidden}" in said or f"need {hidden}" in said
+    assert f"pip install 'proxytune[{extra}]'" in said
+    assert not (tmp_path / "out").exists()

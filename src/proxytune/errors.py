@@ -13,6 +13,8 @@ wrong and what to do, and never needs a traceback to be understood.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 __all__ = ["AlphaError", "MemberError", "PromptError", "ProxyTuneError", "RecipeError", "VocabularyError"]
 
 
@@ -43,3 +45,13 @@ class AlphaError(ProxyTuneError):
 def first_line(error: BaseException) -> str:
     """What another library's error says first: its first line with text, or its kind."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def need(what: str, extra: str, *packages: str) -> None:
+    """Look whether the packages of an extra are installed, before work begins that would be lost without them.
+
+    Raises:
+        ProxyTuneError: with the install command, where one is not.
+    """
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise ProxyTuneError(f"{what} needs {', '.join(missing)}: pip install 'proxytune[{extra}]'")

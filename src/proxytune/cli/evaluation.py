@@ -12,7 +12,7 @@ import typer
 
 from proxytune.cli.flags import only
 from proxytune.cli.shared import JsonFile, Recipe, progress_bar, say, share_bar, show_table, write_json
-from proxytune.errors import ProxyTuneError
+from proxytune.errors import ProxyTuneError, need
 from proxytune.evaluation import check_tasks
 from proxytune.evaluation.options import CodeOptions, EvaluationOptions, JudgeOptions, alpha_range
 from proxytune.recipe.options import LoadingOptions
@@ -110,11 +110,10 @@ def sweep(
 
 
 def _harness() -> Any:
-    """The module that evaluates, if what it needs is installed."""
-    try:
-        from proxytune.evaluation import run
-    except ImportError as error:
-        raise ProxyTuneError(f"evaluating needs {error.name}: pip install 'proxytune[eval]'") from error
+    """The module that evaluates, if all that it needs is installed: the plots too, which come last."""
+    need("evaluating", "eval", "lm_eval", "datasets", "matplotlib")
+    from proxytune.evaluation import run
+
     return run
 
 

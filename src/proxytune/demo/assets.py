@@ -32,7 +32,7 @@ from platformdirs import user_cache_path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from proxytune.errors import MemberError, ProxyTuneError
+from proxytune.errors import MemberError, ProxyTuneError, need
 from proxytune.lanes.loading import forget_gguf
 
 if TYPE_CHECKING:
@@ -137,7 +137,11 @@ def materialize(cache_dir: Path | None = None, assets: Path = ASSETS) -> Path:
 
     Made on first use, then found again by a hash of the assets. It is built beside its place and moved there
     when complete, so an interruption, or a second process doing the same, leaves nothing half-built.
+
+    Raises:
+        ProxyTuneError: if it cannot be written, or a package is missing that reads the members.
     """
+    need("the demo", "demo", "peft", "gguf", "accelerate")
     root = cache_root() if cache_dir is None else Path(cache_dir)
     place = root / f"demo-{_fingerprint(assets)}"
     if place.is_dir():

@@ -10,7 +10,6 @@ Everything is written so that a kill at any moment leaves what ``resume`` goes o
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from typing import Any, cast
 import torch
 
 from proxytune.answers.journal import write_whole
-from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError, first_line
+from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError, first_line, need
 from proxytune.lanes.loading import load_model
 from proxytune.recipe.check import check_recipe
 from proxytune.recipe.compose import compose
@@ -179,9 +178,7 @@ def train(
 
 # -- before the training --------------------------------------------------------------------------------------
 def _need_packages() -> None:
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ProxyTuneError(f"training needs {', '.join(missing)}: pip install 'proxytune[train]'")
+    need("training", "train", *PACKAGES)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.cuda.device_count() > 1:
         raise ProxyTuneError(
             "training uses one process and one GPU; make one visible with CUDA_VISIBLE_DEVICES, or train with "
