@@ -94,7 +94,7 @@ def run(*arguments: object) -> None:
     """One command of ours."""
     words = [str(argument) for argument in arguments]
     print("$ proxytune", " ".join(words), flush=True)
-    subprocess.run([sys.executable, "-m", "proxytune.cli", *words], check=True)
+    subprocess.run([sys.executable, "-m", "proxytune", *words], check=True)
 
 
 def evaluate(name: str, expert: str, seed: int, work: Path, limit: int, batch_size: int, tuned: bool) -> Path:

@@ -315,7 +315,7 @@ def test_killed_and_resumed_gives_the_same_file(tmp_path, shelf):
     source = tmp_path / "in.jsonl"
     lines = [json.dumps({"prompt": f"the fox {i}", "id": i, "alpha": i / 10}) + "\n" for i in range(40)]
     source.write_text("".join([*lines[:5], "broken\n", *lines[5:]]))
-    command = [sys.executable, "-m", "proxytune.cli", "generate", str(shelf / "recipe"), "--input", str(source)]
+    command = [sys.executable, "-m", "proxytune", "generate", str(shelf / "recipe"), "--input", str(source)]
     options = ["--temperature", "1", "-n", "40", "--dtype", "float32"]
 
     def start(output, size):

@@ -307,7 +307,7 @@ def test_at_a_terminal(recipe, tmp_path):
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
     child = pexpect.spawn(
         sys.executable,
-        ["-m", "proxytune.cli", "chat", str(recipe), "-n", "3"],
+        ["-m", "proxytune", "chat", str(recipe), "-n", "3"],
         env=environment,
         encoding="utf-8",
         timeout=120,

@@ -356,7 +356,7 @@ def test_ctrl_c_leaves_a_job_cleanly(recipe, tmp_path):
 def test_ctrl_c_while_it_still_imports(recipe):
     """The command line answers at once, so a hurried Ctrl-C meets the seconds in which torch is imported."""
     process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-m", "proxytune.cli", "check", str(recipe)],
+        [sys.executable, "-X", "importtime", "-m", "proxytune", "check", str(recipe)],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

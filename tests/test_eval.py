@@ -458,7 +458,7 @@ def test_a_run_can_grow_but_not_change(shelf, local, tmp_path):
 
 
 def command(*words):
-    return [sys.executable, "-m", "proxytune.cli", "eval", *map(str, words)]
+    return [sys.executable, "-m", "proxytune", "eval", *map(str, words)]
 
 
 @pytest.mark.slow

@@ -404,7 +404,7 @@ def test_a_bundle_on_the_hub_finds_its_members_in_its_own_repository(hub, tmp_pa
 @pytest.mark.slow
 def test_a_bundle_on_the_hub_from_the_command_line(hub, tmp_path):
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "proxytune.cli"]
+    command = [sys.executable, "-m", "proxytune"]
     checked, answered = (
         subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
         for arguments in (["check", "me/steered"], ["generate", "me/steered", "the fox", "--json", "-n", "3"])

@@ -28,7 +28,7 @@ def server(shelf, tmp_path_factory):
         port = probe.getsockname()[1]
     words = [
         "-m",
-        "proxytune.cli",
+        "proxytune",
         "serve",
         str(recipe),
         "--engine",

@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from proxytune.cli.answers import demo, generate, serve
 from proxytune.cli.chat import chat
@@ -27,8 +28,28 @@ from proxytune.errors import ProxyTuneError
 __all__ = ["app", "main"]
 
 
+def _flags(parameters: list[Any]) -> list[Any]:
+    """Options that take no value, without the word <bool> behind them."""
+    for each in parameters:
+        if getattr(each, "is_flag", False) and each.metavar is None:
+            each.metavar = ""
+    return parameters
+
+
+class Command(TyperCommand):
+    """A command."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its parameters, as the help shows them."""
+        return _flags(super().get_params(ctx))
+
+
 class Commands(TyperGroup):
     """The commands, with every foreseen failure told in one sentence."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The options before the command, as the help shows them."""
+        return _flags(super().get_params(ctx))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
@@ -60,7 +81,6 @@ app = typer.Typer(
     help="Steer a language model at decoding time with two small ones: logits = base + alpha * (expert - anti_expert).",
     epilog="RECIPE is a directory made by `proxytune new`, a hub id, or the word demo for the embedded recipe.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -92,15 +112,20 @@ def _app(
     pass
 
 
-app.command()(flat(new))
-app.command()(flat(train))
-app.command()(flat(check))
-app.command()(flat(generate))
-app.command()(flat(chat))
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
-app.command()(demo)
-app.command("eval")(flat(evaluate))
-app.command()(flat(sweep))
-app.command()(flat(bench))
-app.command()(flat(score))
-app.command()(flat(plan))
+COMMANDS: dict[str, Callable[..., None]] = {
+    "new": new,
+    "train": train,
+    "check": check,
+    "generate": generate,
+    "chat": chat,
+    "serve": serve,
+    "demo": demo,
+    "eval": evaluate,
+    "sweep": sweep,
+    "bench": bench,
+    "score": score,
+    "plan": plan,
+}
+for name, command in COMMANDS.items():
+    passes_on = {"allow_extra_args": True, "ignore_unknown_options": True} if command is serve else None
+    app.command(name, cls=Command, context_settings=passes_on)(flat(command))

@@ -1,4 +1,4 @@
-"""``python -m proxytune.cli``."""
+"""``python -m proxytune``."""
 
 from __future__ import annotations
 
