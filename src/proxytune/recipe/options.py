@@ -10,7 +10,7 @@ from proxytune.options import option
 from proxytune.recipe.presets import PRESETS
 from proxytune.recipe.source import resolve
 
-__all__ = ["DTYPES", "TRUST", "ComposeOptions", "LoadingOptions", "MemberChoice", "device_map", "drafts"]
+__all__ = ["DTYPES", "TRUST", "ComposeOptions", "LoadingOptions", "MemberChoice", "device_map"]
 
 TRUST = "Run code that the members bring along."
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
@@ -21,7 +21,7 @@ def device_map(text: str) -> str | int:
     return int(text) if text.isdigit() else text
 
 
-def drafts(text: str) -> str | bool | int:
+def _drafts(text: str) -> str | bool | int:
     """What ``--speculate`` says, as ``generate`` takes it."""
     if text not in ("auto", "off") and not text.isdecimal():
         raise ProxyTuneError(f"--speculate {text!r} is not auto, off or a number of drafts")
@@ -52,7 +52,7 @@ class LoadingOptions:
         "Answers stay the same, sampled ones too.",
         metavar="auto|off|N",
         panel="Speed",
-        parse=drafts,
+        parse=_drafts,
     )
     pack: bool = option(
         False,

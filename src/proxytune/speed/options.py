@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from proxytune.decoding.pace import Speculate, parse_speculate
 from proxytune.errors import ProxyTuneError
 from proxytune.options import numbers, option, words
-from proxytune.recipe.options import DTYPES, drafts
+from proxytune.recipe.options import DTYPES
 
 __all__ = ["ARMS", "MAIN", "BenchOptions", "Case", "MemberOptions", "PlanOptions"]
 
@@ -71,6 +72,10 @@ def _member_options(text: str) -> tuple[MemberOptions, ...]:
     return found
 
 
+def _speculate(text: str) -> Speculate:
+    return parse_speculate(int(text) if text.isdecimal() else text)
+
+
 @dataclass(frozen=True)
 class BenchOptions:
     """What is measured: every batch size with every pair of lengths is a case, and all arms run it."""
@@ -94,7 +99,7 @@ class BenchOptions:
         "auto",
         "What the arm speculative asks; a number of drafts copies none from the text.",
         metavar="auto|N",
-        parse=drafts,
+        parse=_speculate,
     )
     temperature: float | None = option(None, "Sample in all arms, with seeds; greedy by default.", metavar="T")
     repeats: int = option(5, "Rounds, of which the median is told.", metavar="N", min=1)
