@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from proxytune import ProxyTunedForCausalLM, RecipeError, load_recipe
-from proxytune.cli.shared import count, size
+from proxytune.cli.shared import count, resumable, share_bar, size
 from proxytune.recipe.compose import parse_expert
 from proxytune.recipe.config import Prompt
 from proxytune.recipe.presets import PRESETS
@@ -368,6 +369,29 @@ def test_ctrl_c_while_it_still_imports(recipe):
     assert process.returncode == 130
     assert "Traceback" not in told
     assert "interrupted" in told
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["proxytune", "train", "my out", "--lr", "1"])
+    with pytest.raises(typer.Exit) as left, resumable("the checkpoints are kept", add="--resume"):
+        raise KeyboardInterrupt
+    assert left.value.exit_code == 130
+    assert capsys.readouterr().err == (
+        "interrupted; the checkpoints are kept, and this goes on from there: proxytune train 'my out' --lr 1 --resume\n"
+    )
+
+
+def test_without_a_terminal_a_line_tells_how_far_it_is(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr("proxytune.cli.shared.time.monotonic", lambda: now[0])
+    with share_bar() as tell:
+        for second, share in ((1, 0.2), (20, 0.25), (31, 0.3), (50, 0.5), (400, 0.6)):
+            now[0] = 100.0 + second
+            tell("gsm8k, base (1 of 2)", share)
+    assert capsys.readouterr().err.splitlines() == [
+        "gsm8k, base (1 of 2), 30 % after 31 s, about 4 min left",
+        "gsm8k, base (1 of 2), 60 % after 7 min, about 7 min left",
+    ]
 
 
 def test_sizes_are_said_as_people_say_them():

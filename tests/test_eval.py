@@ -17,13 +17,14 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from support import tiny
+from support.commands import run
 from support.evaldata import QUESTIONS, write_data, write_lines
 from support.oracle import Oracle, assert_same_tokens
 
 pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'proxytune[eval]'")
 
 from proxytune import ProxyTunedForCausalLM, load_recipe
-from proxytune.errors import ProxyTuneError
+from proxytune.errors import PromptError, ProxyTuneError
 from proxytune.evaluation import EVAL_TASKS, TASK_DIR
 from proxytune.evaluation.answering import Job, Log, TaskPlan, answer_jobs, shots_of
 from proxytune.evaluation.arms import Arms, expand_arms
@@ -437,6 +438,53 @@ def test_judged_and_run_answers_are_scored_by_their_own_means(shelf, local, tmp_
     without = evaluate(config, replace(settings, tasks=("toxigen",)), tmp_path / "out", note=notes.append)
     assert without["tasks"]["toxigen"]["arms"] == {}
     assert any("toxigen needs a judge" in note for note in notes)
+
+
+def test_what_cannot_be_had_is_left_out_and_the_rest_is_written(shelf, local, tmp_path, monkeypatch):
+    """An arm that cannot answer; a task whose judge does not."""
+    from proxytune.evaluation.judges import JudgeDown
+
+    config, out = load_recipe(shelf / "recipe"), tmp_path / "out"
+    settings = EvaluationOptions(("triviaqa", "realtimeqa"), arms=("base", "expert"), data=str(local), limit=3)
+    told = []
+
+    def failing(arm, *args, **options):
+        if arm.name == "expert":
+            raise PromptError("too long")
+        return answer_jobs(arm, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("proxytune.evaluation.run.answer_jobs", failing)
+        results = evaluate(config, settings, out, progress=lambda *now: told.append(now))
+    assert [(part["task"], part["arm"], part["reason"]) for part in results["left_out"]] == [
+        ("triviaqa", "expert", "too long"),
+        ("realtimeqa", "expert", "too long"),
+    ]
+    assert [list(task["arms"]) for task in results["tasks"].values()] == [["base"], ["base"]]
+    assert json.loads((out / "results.json").read_text()) == results
+    assert (out / "results.png").exists()
+    assert told[0] == ("triviaqa, base (1 of 4)", 0, 12)
+    assert max(done for _, done, _ in told) == 6
+    assert [said for said, _, _ in told if "(4 of 4)" in said] == ["realtimeqa, expert (4 of 4)"]
+
+    def scoring(task):
+        if task == "triviaqa":
+            raise JudgeDown("it does not answer")
+        return {}
+
+    again = evaluate(config, settings, out, scoring=scoring)  # what was left out is tried again
+    assert again["left_out"] == [{"task": "triviaqa", "arm": None, "reason": "it does not answer", "resumes": True}]
+    assert list(again["tasks"]) == ["realtimeqa"]
+    assert list(again["tasks"]["realtimeqa"]["arms"]) == ["base", "expert"]
+
+
+def test_the_exit_status_says_that_something_was_left_out(shelf, local, tmp_path):
+    """By the command: the control's solved examples do not fit the context of 256."""
+    words = ("eval", shelf / "recipe", "--tasks", "demo_math", "--limit", 2, "--arms", "base,base_few_shot")
+    done = run(*words, "--out", tmp_path / "out", status=2)
+    assert "base_few_shot is left out of demo_math: demo_math, example" in done.stderr
+    assert f"results: {tmp_path / 'out' / 'results.md'}" in done.stderr
+    assert "| base" in done.stdout
 
 
 def test_a_run_can_grow_but_not_change(shelf, local, tmp_path):

@@ -10,7 +10,17 @@ from typing import Annotated
 import typer
 
 from proxytune.answers.options import AnswerOptions, JobOptions, Sampling
-from proxytune.cli.shared import FAILED, JsonFile, Recipe, load_model, progress_bar, read_lines, say, write_out
+from proxytune.cli.shared import (
+    FAILED,
+    JsonFile,
+    Recipe,
+    load_model,
+    progress_bar,
+    read_lines,
+    resumable,
+    say,
+    write_out,
+)
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.options import LoadingOptions
 
@@ -66,6 +76,7 @@ def generate(
         remaining, sink = items, None
         if job.output is not None:
             sink = Output(job.output, items, run, names).read()  # what is finished is not touched
+            stack.enter_context(resumable(f"the answers until here are kept in {job.output}"))
             if sink.remaining or not job.output.exists():
                 stack.enter_context(sink)
             remaining = sink.remaining

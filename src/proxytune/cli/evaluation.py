@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxytune.cli.flags import only
-from proxytune.cli.shared import JsonFile, Recipe, progress_bar, say, share_bar, show_table, write_json
+from proxytune.cli.shared import (
+    FAILED,
+    JsonFile,
+    Recipe,
+    progress_bar,
+    resumable,
+    say,
+    share_bar,
+    show_table,
+    write_json,
+)
 from proxytune.errors import ProxyTuneError, need
 from proxytune.evaluation import check_tasks
 from proxytune.evaluation.options import CodeOptions, EvaluationOptions, JudgeOptions, alpha_range
@@ -66,7 +76,8 @@ def evaluate(
 
     Each prediction is written as it comes to DIR/TASK/ARM.jsonl, and what is there is not made again: a killed run goes
     on where it was, and arms and tasks can be added. DIR gets results.json, results.md, results.png and results.svg
-    with intervals, paired tests, the gap closed and examples a second; the tables are printed.
+    with intervals, paired tests, the gap closed and examples a second; the tables are printed. An arm or task that
+    cannot be had is left out with its reason, and the exit status is 2, or 3 where a judge did not answer.
     """
     from proxytune.evaluation.results import results_table
 
@@ -75,6 +86,7 @@ def evaluate(
         results = run.evaluate(config, options, place, loading=loading, **how)
     typer.echo(results_table(results), nl=False)
     write_json(json_file, results)
+    _end(results, place)
 
 
 def sweep(
@@ -107,6 +119,7 @@ def sweep(
         results = run.sweep(config, options, values, place, expert=expert, loading=loading, **how)
     typer.echo(sweep_table(results), nl=False)
     write_json(json_file, results)
+    _end(results, place)
 
 
 def _harness() -> Any:
@@ -135,12 +148,24 @@ def _run(
         judging = judges if task in JUDGED else JudgeOptions()
         return scorer_options(task, code, judging, data=data, kept=place / task / "verdicts.jsonl")
 
-    with _judged(f"all until here is kept in {place}"), share_bar() as bar:
+    kept = f"all until here is kept in {place}"
+    with _judged(kept), resumable(kept), share_bar() as bar:
 
         def counted(said: str, done: int, total: int) -> None:
             bar(f"{said} {done}/{total}", done / max(total, 1))
 
         yield config, place, {"scoring": scoring, "progress": counted, "note": say}
+
+
+def _end(results: dict[str, Any], place: Path) -> None:
+    """Say where the results are, and what was left out, with status 2, or 3 where the same command goes on."""
+    for left_out in results["left_out"]:
+        what = f"{left_out['arm']} is left out of" if left_out["arm"] else "there are no scores of"
+        resumes = "; the same command goes on from there" if left_out["resumes"] else ""
+        say(f"error: {what} {left_out['task']}: {left_out['reason']}{resumes}")
+    say(f"results: {place / 'results.md'}, results.json and plots; predictions beside them")
+    if results["left_out"]:
+        raise typer.Exit(3 if any(left_out["resumes"] for left_out in results["left_out"]) else FAILED)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -35,6 +37,7 @@ __all__ = [
     "number_text",
     "progress_bar",
     "read_lines",
+    "resumable",
     "say",
     "share_bar",
     "show_table",
@@ -150,7 +153,7 @@ def live_bar(*, counted: bool) -> Iterator[Progress | None]:
     columns = (
         (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         if counted
-        else (BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn(), text)
+        else (BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn(), TimeRemainingColumn(), text)
     )
     # Never let rich redirect stdout: it carries the results.
     with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=True) as bar:
@@ -170,13 +173,54 @@ def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
 
 @contextlib.contextmanager
 def share_bar() -> Iterator[Callable[[str, float], None]]:
-    """A progress bar on stderr; yields a function that is told what is being done and the share that is done."""
+    """A progress bar on stderr, or a line each half minute where that is no terminal.
+
+    Yields a function that is told what is being done and the share that is done.
+    """
     with live_bar(counted=False) as bar:
         if bar is None:
-            yield lambda said, share: None
+            yield _lines()
         else:
             task = bar.add_task("", total=1.0)
             yield lambda said, share: bar.update(task, completed=share, description=said)
+
+
+def _lines(every: float = 30.0) -> Callable[[str, float], None]:
+    """Tells what is being done in lines, ``every`` so many seconds."""
+    began = told = time.monotonic()
+    first: float | None = None  # a run that goes on does not begin at 0
+
+    def tell(said: str, share: float) -> None:
+        nonlocal told, first
+        now = time.monotonic()
+        first = share if first is None else first
+        if now - told < every:
+            return
+        told = now
+        rest = (now - began) * (1 - share) / (share - first) if share > first else None
+        left = "" if rest is None else f", about {_duration(rest)} left"
+        say(f"{said}, {100 * share:.0f} % after {_duration(now - began)}{left}")
+
+    return tell
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+@contextlib.contextmanager
+def resumable(kept: str, *, add: str = "") -> Iterator[None]:
+    """Within it Ctrl-C says that work is kept, and the command that goes on with it.
+
+    Args:
+        kept: what is kept, and where. add: an option that the command needs in order to go on.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        words = ["proxytune", *sys.argv[1:], *([add] if add and add not in sys.argv else [])]
+        say(f"interrupted; {kept}, and this goes on from there: {shlex.join(words)}")
+        raise typer.Exit(130) from None
 
 
 def show_table(headings: str, rows: Sequence[Sequence[str]]) -> None:

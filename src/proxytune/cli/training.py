@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxytune.cli.shared import live_bar, say
+from proxytune.cli.shared import live_bar, resumable, say
 from proxytune.training.options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def train(
     options.check(out)
     from proxytune.training.run import train as run
 
-    with _shown() as report:
+    with resumable(f"the checkpoints until here are kept in {out}", add="--resume"), _shown() as report:
         trained = run(options, out, report=report)
     for note in trained.notes:
         say(f"note: {note}")

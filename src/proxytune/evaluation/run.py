@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import datasets
 from lm_eval.api.instance import Instance
@@ -35,6 +35,7 @@ from proxytune.errors import AlphaError, ProxyTuneError
 from proxytune.evaluation import TASK_DIR
 from proxytune.evaluation.answering import Job, Log, Mix, TaskPlan, answer_jobs, shots_of
 from proxytune.evaluation.arms import AS_IT_IS, Arm, Arms, expand_arms, has_members, tuned_prompt
+from proxytune.evaluation.judges import JudgeDown
 from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.results import (
     ARMS,
@@ -67,12 +68,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Answer the tasks with every arm, score and compare; what results.json holds.
 
+    An arm or a task that cannot be had (a prompt too long for a member, a judge that does not answer) is left out, with
+    the reason under ``left_out``; all others are written.
+
     Args:
         scoring: what a task's scorer takes besides the predictions (a judge, the sandbox's limits …).
-        progress: is told what is being done. note: is told what the user should know.
+        progress: is told what is being done, and how many of all predictions of the run are made.
+        note: is told what the user should know.
 
     Raises:
-        ProxyTuneError: for an unknown task or arm, missing or malformed data, and a run begun otherwise.
+        ProxyTuneError: for an unknown task or arm, missing or malformed data, and a run begun otherwise; and where
+            nothing at all is left.
     """
     started = time.monotonic()
     plans = load_plans(options)
@@ -80,21 +86,61 @@ def evaluate(
     write_manifest(out, manifest_of(config, options, loading, plans, {"arms": names}))
     asked = {name: [plan for plan in plans if shots_of(name) in plan.jobs] for name in names}
     files = {name: {plan.name: [out / plan.name / f"{name}.jsonl"] for plan in asked[name]} for name in names}
-    left = [name for name in names if any(_left(plan, name, files[name][plan.name]) for plan in asked[name])]
+    tally = Tally(progress, [(plan, name, files[name][plan.name]) for name in names for plan in asked[name]])
+    left = [name for name in names if any(tally.missing(name, plan) for plan in asked[name])]
     arms = Arms(config, left, loading, alphas=_alphas(config, options), tuned=options.tuned)
+    left_out: list[LeftOut] = []
     for name in left:
-        answer_tasks(arms, name, asked[name], files[name], options, progress)
+        answer_tasks(arms, name, asked[name], files[name], options, tally, left_out)
     arms.close()
     tasks = {}
     for plan in plans:
         lines = {name: read_lines(plan, name, of[plan.name][0]) for name, of in files.items() if plan.name in of}
-        tasks[plan.name] = task_results(plan.name, lines, samples=plan.repeats, options=scoring(plan.name), note=note)
-    results = _write_results(out, tasks, started, results_table)
+        if whole := {name: of for name, of in lines.items() if of is not None}:
+            with _left_out(left_out, plan.name):
+                judging = scoring(plan.name)
+                tasks[plan.name] = task_results(plan.name, whole, samples=plan.repeats, options=judging, note=note)
+    results = _write_results(out, tasks, left_out, started, results_table)
     if drawn := {name: task for name, task in tasks.items() if task["arms"]}:
         from proxytune.evaluation.plots import plot_arms
 
         plot_arms(drawn, ARMS, out / "results")
     return results
+
+
+class Tally:
+    """How far a run is.
+
+    Args:
+        progress: is told. parts: (task, arm, its files) of all that the run asks for.
+    """
+
+    def __init__(self, progress: Progress, parts: Sequence[tuple[TaskPlan, str, Sequence[Path]]]) -> None:
+        self.progress, self.said, self.n_parts, self.begun = progress, "", 0, 0
+        self.total, self.done = 0, 0
+        self.left: dict[tuple[str, str], int] = {}
+        for plan, arm, files in parts:
+            keys = {job.key for job in plan.jobs[shots_of(arm)]}
+            made = [len(keys & set(Log(file).read().made)) for file in files]
+            self.total += len(keys) * len(files)
+            self.done += sum(made)
+            self.left[arm, plan.name] = missing = len(keys) * len(files) - sum(made)
+            self.n_parts += missing > 0
+
+    def missing(self, arm: str, plan: TaskPlan) -> int:
+        """How many predictions there were not when the run began."""
+        return self.left[arm, plan.name]
+
+    def begin(self, said: str) -> None:
+        """A part begins."""
+        self.begun += 1
+        self.said = f"{said} ({self.begun} of {self.n_parts})"
+        self.add(0)
+
+    def add(self, n: int) -> None:
+        """So many predictions more are made."""
+        self.done += n
+        self.progress(self.said, self.done, self.total)
 
 
 def answer_tasks(
@@ -103,38 +149,50 @@ def answer_tasks(
     plans: Sequence[TaskPlan],
     files: Mapping[str, Sequence[Path]],
     options: EvaluationOptions,
-    progress: Progress,
+    tally: Tally,
+    left_out: list[LeftOut],
     mixes: Sequence[Mix] | None = None,
 ) -> None:
     """One arm's predictions for all tasks, those alone that are not there yet; the arm is loaded only for them.
 
     Args:
         files: of each task, one for each of the ``mixes`` (by default the arm's own).
+        left_out: is told the tasks that the arm cannot answer.
     """
     arm: Arm | None = None
-    for plan in plans:
+    for plan in (plan for plan in plans if tally.missing(name, plan)):
+        tally.begin(f"{plan.name}, {name if mixes is None else f'{len(mixes)} alphas'}")
         with contextlib.ExitStack() as stack:
             logs = [stack.enter_context(Log(file)) for file in files[plan.name]]
             jobs, made = plan.jobs[shots_of(name)], [log.made for log in logs]
-            total = len(jobs) * len(logs)
-            done = sum(job.key in of for job in jobs for of in made)
-            if done == total:
-                continue
-            said = f"{plan.name}, {name if mixes is None else f'{len(mixes)} alphas'}"
-            progress(f"{said}: loading" if arm is None else said, done, total)
-            arm = arm or arms.make(name)
             size, seed = options.batch_size, options.seed
-            for batch in answer_jobs(arm, plan, jobs, made, mixes, batch_size=size, seed=seed):
-                for log, lines in zip(logs, batch):
-                    log.append(lines)
-                    done += len(lines)
-                progress(said, done, total)
+            with _left_out(left_out, plan.name, name):
+                arm = arm or arms.make(name)
+                for batch in answer_jobs(arm, plan, jobs, made, mixes, batch_size=size, seed=seed):
+                    for log, lines in zip(logs, batch):
+                        log.append(lines)
+                    tally.add(sum(map(len, batch)))
 
 
-def _left(plan: TaskPlan, arm: str, files: Sequence[Path]) -> bool:
-    """Whether some prediction is still to be made."""
-    keys = {job.key for job in plan.jobs[shots_of(arm)]}
-    return any(keys - set(Log(file).read().made) for file in files)
+class LeftOut(TypedDict):
+    """What a run could not do: an arm's part of a task, or (``arm`` is None) a task's scores.
+
+    ``resumes``: a judge did not answer; the same command goes on from there.
+    """
+
+    task: str
+    arm: str | None
+    reason: str
+    resumes: bool
+
+
+@contextlib.contextmanager
+def _left_out(told: list[LeftOut], task: str, arm: str | None = None) -> Iterator[None]:
+    """What cannot be done within it is told, and the run goes on."""
+    try:
+        yield
+    except ProxyTuneError as error:
+        told.append({"task": task, "arm": arm, "reason": str(error), "resumes": isinstance(error, JudgeDown)})
 
 
 # -- a sweep --------------------------------------------------------------------------------------------------
@@ -168,15 +226,20 @@ def sweep(
     ]
     write_manifest(out, manifest_of(config, options, loading, plans, {"sweep": expert or "all experts"}))
     files = {plan.name: [out / plan.name / f"alpha={value:g}.jsonl" for value in values] for plan in plans}
-    if any(_left(plan, "proxy_tuned", files[plan.name]) for plan in plans):
+    tally = Tally(progress, [(plan, "proxy_tuned", files[plan.name]) for plan in plans])
+    left_out: list[LeftOut] = []
+    if any(tally.missing("proxy_tuned", plan) for plan in plans):
         arms = Arms(config, ["proxy_tuned"], replace(loading, speculate=False))
-        answer_tasks(arms, "proxy_tuned", plans, files, options, progress, alphas)
+        answer_tasks(arms, "proxy_tuned", plans, files, options, tally, left_out, alphas)
         arms.close()
     tasks = {}
     for plan in plans:
         points = {value: read_lines(plan, "proxy_tuned", file) for value, file in zip(values, files[plan.name])}
-        tasks[plan.name] = sweep_results(plan.name, points, samples=plan.repeats, options=scoring(plan.name), note=note)
-    results = _write_results(out, tasks, started, sweep_table)
+        if whole := {value: of for value, of in points.items() if of is not None}:
+            with _left_out(left_out, plan.name):
+                judging = scoring(plan.name)
+                tasks[plan.name] = sweep_results(plan.name, whole, samples=plan.repeats, options=judging, note=note)
+    results = _write_results(out, tasks, left_out, started, sweep_table)
     for name, task in tasks.items():
         if task["points"]:
             from proxytune.evaluation.plots import plot_sweep
@@ -186,9 +249,15 @@ def sweep(
 
 
 def _write_results(
-    out: Path, tasks: dict[str, Any], started: float, table: Callable[[Mapping[str, Any]], str]
+    out: Path,
+    tasks: dict[str, Any],
+    left_out: list[LeftOut],
+    started: float,
+    table: Callable[[Mapping[str, Any]], str],
 ) -> dict[str, Any]:
-    results = {"tasks": tasks, "seconds": round(time.monotonic() - started, 1)}
+    if left_out and not tasks:
+        raise JudgeDown(left_out[0]["reason"]) if left_out[0]["resumes"] else ProxyTuneError(left_out[0]["reason"])
+    results = {"tasks": tasks, "left_out": left_out, "seconds": round(time.monotonic() - started, 1)}
     write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
     write_whole(out / "results.md", table(results))
     return results
@@ -378,7 +447,7 @@ def _refuse_others(out: Path, said: str, before: Mapping[str, Any], now: Mapping
         raise ProxyTuneError(f"{out} was begun with {'; '.join(differing)}; repeat that, or choose another --out")
 
 
-def read_lines(plan: TaskPlan, arm: str, path: Path) -> list[dict[str, Any]]:
-    """An arm's predictions, in the order of its examples."""
-    made = Log(path).read().made
-    return [made[job.key] for job in plan.jobs[shots_of(arm)]]
+def read_lines(plan: TaskPlan, arm: str, path: Path) -> list[dict[str, Any]] | None:
+    """An arm's predictions, in the order of its examples; None where some are missing."""
+    made, jobs = Log(path).read().made, plan.jobs[shots_of(arm)]
+    return [made[job.key] for job in jobs] if all(job.key in made for job in jobs) else None
