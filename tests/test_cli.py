@@ -208,6 +208,13 @@ def test_a_prompt_is_continued(recipe):
     assert run("generate", recipe, "the fox", "a", "-n", "5").stdout.startswith(f"> the fox\n{text}\n\n> a\n")
 
 
+def test_a_prompt_comes_from_stdin(recipe):
+    piped = run("generate", recipe, "--json", "-n", "5", input="the fox\nand the dog\n").stdout
+    given = run("generate", recipe, "the fox\nand the dog", "--json", "-n", "5").stdout
+    assert piped == given
+    assert "give either prompts or --input" in fails("generate", recipe, input="\n")
+
+
 def test_sampling_follows_the_seed(recipe):
     def sampled(*args):
         return run("generate", recipe, "the fox", "-n", "12", "--json", "--temperature", "1.5", *args).stdout

@@ -36,7 +36,7 @@ def generate(
     job: JobOptions,
     loading: LoadingOptions,
 ) -> None:
-    """Continue prompts, steered.
+    """Continue prompts, steered; without a PROMPT, the text on stdin is one.
 
     Greedy unless --temperature, --top-p, --top-k or --min-p is given; what is not given of these is off. A single
     prompt is streamed to a terminal.
@@ -47,6 +47,8 @@ def generate(
     JSON list the entry) and run (which recipe and options made it). A line that cannot be read is reported by its
     number, the others are answered, and the exit status is 2.
     """
+    if not prompts and job.input is None and not sys.stdin.isatty() and (piped := sys.stdin.read()).strip():
+        prompts = [piped.rstrip("\n")]
     if bool(prompts) == (job.input is not None):
         raise ProxyTuneError("give either prompts or --input FILE")
     if any(not prompt.strip() for prompt in prompts or []):

@@ -280,7 +280,7 @@ class Talk:
                 talk.sampling = replace(talk.sampling, **{name.replace("-", "_"): value})
         shown = {f.name.replace("_", "-"): getattr(talk.sampling, f.name) for f in fields(Sampling)}
         shown["max-new-tokens"] = talk.max_new_tokens
-        said = ", ".join(f"{name} {'off' if value is None else format(value, 'g')}" for name, value in shown.items())
+        said = ", ".join(f"{name} {'off' if value is None else value}" for name, value in shown.items())
         say(said + (" (greedy)" if talk.sampling.greedy else ""))
 
     def system(self, rest: str) -> None:
