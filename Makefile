@@ -56,9 +56,9 @@ bench-vllm: install-vllm  ## what steering costs in vLLM, on the demo: about fif
 test: install  ## the core tests, under five minutes
 	$(PYTEST) -m "not slow"
 
-# Warnings are errors in the core tests. Here servers, TRL, vLLM and Jupyter run whole, and what they warn of is theirs.
+# Warnings are errors, but for what Jupyter and vLLM warn of while they run whole.
 test-slow: install  ## the others: real models, servers, kills, and the notebook
-	$(PYTEST) -W default -m slow
+	$(PYTEST) -m slow
 	$(BIN)/python -m pytest -W default --nbmake docs/notebooks
 
 test-vllm: install-vllm  ## the tests with the real vLLM engine, about ten minutes; a skip fails

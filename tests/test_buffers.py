@@ -93,6 +93,7 @@ def test_prompts_are_not_compiled_and_static_caches_go_with_it(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # torch's own compiler uses it
 @pytest.mark.parametrize("pack", [False, True])
 def test_compiled_members_give_the_plain_loops_tokens(pack):
     oracle = Oracle(tiny.llama("base", 1), [("e", tiny.qwen2("small", 2), tiny.qwen2("small", 3), 1.0)])
