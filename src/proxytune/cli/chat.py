@@ -212,9 +212,8 @@ class Talk:
 
     def answer(self, text: str) -> None:
         """Say ``text`` and show what comes back."""
-        terminal = sys.stdout.isatty()
         with interruptible() as stopped:
-            if terminal:
+            if sys.stdout.isatty():
                 from rich.console import Console
 
                 wrapped = WordWrap(write_out, Console().width)
@@ -242,17 +241,16 @@ class Talk:
         """Answer the last question at several alphas, side by side; the conversation stays as it is."""
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         if not rest:
             raise ProxyTuneError("name the alphas, as in /compare 0 1")
         alphas = [self._alphas([word]) for word in rest.split()]
         with interruptible() as stopped:
             answers = self.conversation.compare(alphas, stopped)
-        table = Table(*(f"alpha {self._said(each)}" for each in alphas), expand=True, show_lines=False)
+        table = Table(*(f"alpha {self._said(each)}" for each in alphas), expand=True)
         for column in table.columns:
             column.ratio, column.overflow = 1, "fold"
-        from rich.text import Text
-
         table.add_row(*(Text(each.text.strip() or "(empty)") for each in answers))
         Console(highlight=False).print(table)
 
@@ -313,8 +311,9 @@ class Talk:
         from proxytune.answers.journal import write_whole
 
         path = _file(rest, "save")
-        if path.exists() and "messages" not in _saved(path):
-            raise ProxyTuneError(f"{path} is there already, and is no conversation; name another file")
+        with _as_sentence(path):
+            if path.exists() and "messages" not in _saved(path):
+                raise ProxyTuneError(f"{path} is there already, and is no conversation; name another file")
         talk = self.conversation
         told = {
             "messages": talk.messages,
@@ -330,10 +329,9 @@ class Talk:
         """Go on with a conversation that was saved."""
         from proxytune.recipe.alpha import resolve_alpha
 
-        path = _file(rest, "load")
+        path, talk = _file(rest, "load"), self.conversation
         with _as_sentence(path):
-            path.open().close()
-        saved, talk = _saved(path), self.conversation
+            saved = _saved(path)
         try:
             messages = [{"role": str(said["role"]), "content": str(said["content"])} for said in saved["messages"]]
             sampling = Sampling(**saved.get("sampling", {}))
@@ -398,9 +396,9 @@ def _as_sentence(path: Path) -> Iterator[None]:
 
 
 def _saved(path: Path) -> dict[str, Any]:
-    """What a file holds, if it is a JSON object; otherwise nothing."""
+    """The JSON object in a file; empty where it holds anything else."""
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

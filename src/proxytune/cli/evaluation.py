@@ -79,9 +79,9 @@ def evaluate(
     with intervals, paired tests, the gap closed and examples a second; the tables are printed. An arm or task that
     cannot be had is left out with its reason, and the exit status is 2, or 3 where a judge did not answer.
     """
+    run = _harness()
     from proxytune.evaluation.results import results_table
 
-    run = _harness()
     with _run("eval", recipe, out, options, code, judges) as (config, place, how):
         results = run.evaluate(config, options, place, loading=loading, **how)
     typer.echo(results_table(results), nl=False)
@@ -111,9 +111,9 @@ def sweep(
     it was; alphas can be added.
     """
     expert, values = alpha_range(alpha)
+    run = _harness()
     from proxytune.evaluation.results import sweep_table
 
-    run = _harness()
     loading = replace(loading, speculate=False)
     with _run("sweep", recipe, out, options, code, judges) as (config, place, how):
         results = run.sweep(config, options, values, place, expert=expert, loading=loading, **how)

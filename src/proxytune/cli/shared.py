@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from proxytune.errors import ProxyTuneError
-from proxytune.recipe.place import check_place, named_recipe
+from proxytune.recipe.place import check_place
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -50,9 +50,8 @@ FAILED = 2
 
 
 def _placed(recipe: str) -> str:
-    """Say where there is no recipe at once: what reads one takes seconds to import."""
-    if named_recipe(recipe) is None:
-        check_place(recipe)
+    """Refuse a recipe that is not there at once: the modules that load one take seconds to import."""
+    check_place(recipe)
     return recipe
 
 

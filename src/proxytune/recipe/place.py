@@ -1,4 +1,4 @@
-"""Where a recipe lies, said before anything is imported that takes seconds."""
+"""Where a recipe is: checked without torch or transformers, whose imports take seconds."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ def named_recipe(name: str) -> Any:
 
 
 def check_place(recipe: str | Path, subfolder: str = "") -> None:
-    """Look whether a recipe can lie there: in a directory with a config.json of a recipe, or on the hub.
+    """Check that a recipe can be there: a named one, a directory with a recipe's config.json, or a hub id.
 
     Raises:
         RecipeError: in one sentence, where it cannot.
     """
+    if named_recipe(os.fspath(recipe)) is not None:
+        return
     path = os.path.expanduser(os.fspath(recipe))
     if os.path.isfile(path):
         raise RecipeError(f"{path!r} is a file; a recipe is a directory with a config.json")
@@ -47,7 +49,7 @@ def check_place(recipe: str | Path, subfolder: str = "") -> None:
 
 
 def check_kind(values: Mapping[str, Any], path: str) -> None:
-    """Hold what a config.json says against what a recipe says.
+    """Check that a config.json is a recipe's.
 
     Raises:
         RecipeError: if it is another model's.
@@ -58,7 +60,7 @@ def check_kind(values: Mapping[str, Any], path: str) -> None:
 
 
 def check_target(directory: Path, force: bool) -> None:
-    """Look whether a recipe may be written into a directory, which ``force`` allows where it is in use.
+    """Check that a recipe may be written into a directory; ``force`` allows one that is not empty.
 
     Raises:
         RecipeError: if it may not.

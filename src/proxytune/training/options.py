@@ -10,7 +10,7 @@ from pathlib import Path
 from proxytune.errors import ProxyTuneError
 from proxytune.options import option
 from proxytune.recipe.options import TRUST
-from proxytune.recipe.place import check_place, named_recipe
+from proxytune.recipe.place import check_place
 from proxytune.recipe.source import resolve
 from proxytune.training.data import data_file
 
@@ -103,7 +103,7 @@ class TrainingOptions:
         for model in (self.base, self.anti_expert):
             if model is not None:
                 resolve(model, None)
-        if self.recipe is not None and named_recipe(self.recipe) is None:
+        if self.recipe is not None:
             check_place(self.recipe)
         if out.is_file():
             raise ProxyTuneError(f"{str(out)!r} is a file; give a directory to be made")
