@@ -220,6 +220,8 @@ def test_the_fingerprint_follows_members_and_settings_but_not_alpha(shelf):
     config = load_recipe(shelf / "recipe")
     same = fingerprint(config, {"n": 1})
     assert fingerprint(config.with_alpha(0.3), {"n": 1}) == same
+    config.description, config.examples = "Knows foxes.", ["the fox"]
+    assert fingerprint(config, {"n": 1}) == same
     assert fingerprint(config, {"n": 2}) != same
     config.base = {"model": "other"}
     assert fingerprint(config, {"n": 1}) != same

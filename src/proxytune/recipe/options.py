@@ -126,6 +126,18 @@ class ComposeOptions:
         metavar="TEXT",
         panel="Prompts",
     )
+    description: str | None = option(
+        None, "What the recipe is for; shown by chat and check, and in the model card.", metavar="TEXT", panel="About"
+    )
+    examples: tuple[str, ...] = option(
+        (),
+        "A prompt to try it with, shown by chat and check. Repeatable.",
+        flag="--example",
+        metavar="TEXT",
+        panel="About",
+        many=True,
+        parse=tuple,
+    )
     plausibility: float | None = option(
         None, "Choose only tokens with p_base >= P * max p_base.", metavar="P", panel="Mixing"
     )

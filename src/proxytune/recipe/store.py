@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ CARD = """---
 
 # A proxy-tuned model
 
-The base is steered at decoding time: `logits = base + alpha * (expert - anti_expert)` \
+{about}The base is steered at decoding time: `logits = base + alpha * (expert - anti_expert)` \
 ([Liu et al. 2024](https://arxiv.org/abs/2401.08565)). No weight of it is changed. Alpha: {alphas}.
 
 | member | model | licence |
@@ -126,7 +127,7 @@ model = AutoModelForCausalLM.from_pretrained("this repository")
 
 
 def model_card(config: ProxyTuneConfig) -> ModelCard:
-    """A model card that names the members, their licences, and how they are mixed."""
+    """A model card: what the recipe is for, its members, their licences, and how they are mixed."""
     licences = {name: _licence(config, member) for name, member in config.members()}
     rows = []
     for name, member in config.members():
@@ -140,7 +141,16 @@ def model_card(config: ProxyTuneConfig) -> ModelCard:
         pipeline_tag="text-generation",
         license=known.pop() if len(known) == 1 and known != {"unknown"} else "other",
     )
-    return ModelCard(CARD.format(data=data.to_yaml(), alphas=alphas, rows="\n".join(rows)))
+    return ModelCard(CARD.format(data=data.to_yaml(), about=_about(config), alphas=alphas, rows="\n".join(rows)))
+
+
+def _about(config: ProxyTuneConfig) -> str:
+    """The recipe's description and example prompts, as Markdown."""
+    parts = [config.description] if config.description else []
+    if config.examples:
+        blocks = (textwrap.indent(example, "    ") for example in config.examples)  # a block shows any text as it is
+        parts += ["Prompts to try:", *blocks] if len(config.examples) > 1 else ["A prompt to try:", *blocks]
+    return "".join(f"{part}\n\n" for part in parts)
 
 
 def _licence(config: ProxyTuneConfig, member: Member) -> str:
