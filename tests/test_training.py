@@ -24,7 +24,7 @@ from proxytune.cli import app
 from proxytune.recipe.check import check_recipe
 from proxytune.training import TrainingOptions
 from proxytune.training.data import Rows
-from proxytune.training.run import Run, checked, make_trainer, resolved
+from proxytune.training.run import Run, checked, make_trainer, read_data, resolved
 from support import tiny
 
 pytestmark = pytest.mark.usefixtures("no_progress")
@@ -289,7 +289,7 @@ def test_only_completions_are_learned(shelf, text, tmp_path):
     for row, made in zip(TEXT, trainer.train_dataset):
         learned = [label for label in made["labels"] if label != -100]
         assert tokenizer.decode(learned) == row["completion"] + "</s>"
-    assert facts["learned_tokens"] == sum(
+    assert facts["data"]["learned_tokens"] == sum(
         len([label for label in made["labels"] if label != -100]) for made in trainer.train_dataset
     )
     assert trainer.args.gradient_checkpointing
@@ -319,7 +319,7 @@ def test_the_loss_of_learned_positions_is_trls_own(shelf, text, tmp_path, full):
 def test_a_model_that_caps_its_logits_is_trained_with_trls_own_loss(shelf, text, tmp_path):
     capped = tiny.write_model(tmp_path / "capped", "gemma3", "small", 4, final_logit_softcapping=5.0)
     trainer, _, _ = made_trainer(shelf, tmp_path, text, anti=capped, max_steps=1)
-    assert type(trainer) is SFTTrainer
+    assert type(trainer).compute_loss is SFTTrainer.compute_loss
     assert trainer.train().global_step == 1
 
 
@@ -438,6 +438,207 @@ def test_a_seed_makes_a_run_repeatable_and_another_differs(shelf, text, tmp_path
     assert any(not torch.equal(tensor, made["other"][name]) for name, tensor in made["one"].items())
 
 
+# -- validation -----------------------------------------------------------------------------------------------
+HELD_OUT = [
+    {
+        "prompt": f"Question: how many {'pears ' * (1 + i % 3)}?\nAnswer:",
+        "completion": f" there are {i} pears" + " ." * i,
+    }
+    for i in range(5)
+]
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data") / "held_out.jsonl", HELD_OUT)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), id="adapter"),
+        pytest.param(("--full", "--lr", "1e-2"), id="full"),
+        pytest.param(("--consistent",), id="consistent"),
+        pytest.param(("--consistent", "--hidden-cache", "off"), id="consistent without a cache"),
+    ],
+)
+def test_the_checkpoint_with_the_lowest_validation_loss_is_kept(shelf, text, held_out, tmp_path, options):
+    options = ("--lr", "3e-2", *options, "--max-steps", 40, "--eval-every", 4)
+    logged = trains(shelf, tmp_path / "out", text, "--validation", held_out, *options)
+    validation = manifest_of(tmp_path / "out")["validation"]
+    losses = {entry["step"]: entry["loss"] for entry in validation["losses"]}
+    assert list(losses) == list(range(4, 41, 4))
+    best = validation["best"]
+    assert best == {"step": min(losses, key=losses.get), "loss": min(losses.values())}
+    assert losses[40] > best["loss"] * 1.01, "it must get worse, or this shows nothing"
+    member = None if "--consistent" in options else "expert.expert"
+    assert loss_of(tmp_path / "out", HELD_OUT, member=member) == pytest.approx(best["loss"], rel=1e-4)
+    assert validation["source"] == str(held_out)
+    assert (validation["rows"], validation["stopped_early"]) == (5, False)
+    assert manifest_of(tmp_path / "out")["trained_parameters"] > 0
+    assert f"at step {best['step']}, which is kept" in logged
+    assert f"training 8/40  validation loss {losses[8]:.4f}" in logged
+
+
+def test_validation_changes_no_step_of_the_training(shelf, text, held_out, tmp_path):
+    trains(shelf, tmp_path / "with", text, "--max-steps", 8, "--validation", held_out, "--eval-every", 8)
+    trains(shelf, tmp_path / "without", text, "--max-steps", 8)
+    both = [load_file(tmp_path / name / "expert/adapter_model.safetensors") for name in ("with", "without")]
+    for name, tensor in both[0].items():
+        torch.testing.assert_close(both[1][name], tensor, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_early_stopping_ends_the_run(shelf, text, held_out, tmp_path):
+    options = ("--lr", "3e-2", "--max-steps", 40, "--eval-every", 2, "--early-stopping", 3)
+    logged = trains(shelf, tmp_path / "out", text, "--validation", held_out, *options)
+    manifest = manifest_of(tmp_path / "out")
+    validation = manifest["validation"]
+    assert manifest["steps"] == validation["best"]["step"] + 6 < 40
+    assert validation["stopped_early"]
+    assert f"stopped early, at step {manifest['steps']}" in logged
+    best = pytest.approx(validation["best"]["loss"], rel=1e-4)
+    assert loss_of(tmp_path / "out", HELD_OUT, member="expert.expert") == best
+
+
+@pytest.mark.parametrize("at", [1, 3, "end"])
+def test_a_killed_run_with_validation_resumes_to_the_unbroken_one(shelf, text, held_out, tmp_path, monkeypatch, at):
+    """The kill comes at an evaluation after the best one, moved to another directory, or when all steps are done."""
+    from proxytune.training import run
+
+    options = ("--lr", "3e-2", "--max-steps", 40, "--eval-every", 2, "--early-stopping", 3, "--validation", held_out)
+    trains(shelf, tmp_path / "unbroken", text, *options)
+    unbroken = manifest_of(tmp_path / "unbroken")
+    last = unbroken["steps"] if at == "end" else unbroken["validation"]["best"]["step"] + 2 * (at - 1)
+
+    class Killed(BaseException):
+        pass
+
+    class Kill(run.Reporting):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == last:
+                raise Killed
+
+    def dies(*args):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        if at == "end":
+            patched.setattr(run, "_save_expert", dies)
+        else:
+            patched.setattr(run, "Reporting", Kill)
+        with pytest.raises(Killed):
+            trains(shelf, tmp_path / "killed", text, *options)
+    (tmp_path / "killed").rename(tmp_path / "moved")
+    members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
+    changed = (tmp_path / "moved", *members, "--data", text, *FAST, *options, "--resume", "--early-stopping", 4)
+    assert "another early_stopping" in fails(*changed)
+    trains(shelf, tmp_path / "moved", text, *options, "--resume")
+    resumed = manifest_of(tmp_path / "moved")
+    assert resumed["resumed_from_step"] is not None
+    assert resumed["steps"] == unbroken["steps"]
+    assert resumed["validation"]["best"]["step"] == unbroken["validation"]["best"]["step"]
+    assert [entry["step"] for entry in resumed["validation"]["losses"]] == [
+        entry["step"] for entry in unbroken["validation"]["losses"]
+    ]
+    for one, other in zip(resumed["validation"]["losses"], unbroken["validation"]["losses"]):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    both = [load_file(tmp_path / name / "expert/adapter_model.safetensors") for name in ("moved", "unbroken")]
+    for name, tensor in both[0].items():
+        torch.testing.assert_close(both[1][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_validation_loss_of_trls_own_loss_is_a_mean_over_tokens_too(shelf, text, held_out, tmp_path):
+    capped = tiny.write_model(tmp_path / "capped", "gemma3", "small", 4, final_logit_softcapping=5.0)
+    options = {"validation": str(held_out), "micro_batch": 2, "batch_size": 4}
+    trainer, _, _ = made_trainer(shelf, tmp_path, text, anti=capped, **options)
+    rows = [trainer.data_collator([row]) for row in trainer.eval_dataset]
+    model = AutoModelForCausalLM.from_pretrained(capped).eval()
+    total, count = 0.0, 0
+    for row in rows:
+        learned = int((row["labels"][:, 1:] != -100).sum())
+        with torch.no_grad():
+            logits = model(input_ids=row["input_ids"]).logits
+        loss = torch.nn.functional.cross_entropy(logits[0, :-1], row["labels"][0, 1:], reduction="sum")
+        total, count = total + float(loss), count + learned
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_checkpoints_keep_the_rhythm_of_the_resumed_command(shelf, text, tmp_path, monkeypatch):
+    from proxytune.training import run
+
+    saved = []
+
+    class Watch(run.Reporting):
+        def on_save(self, args, state, control, **kwargs):
+            saved.append(state.global_step)
+            if len(saved) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "Reporting", Watch)
+    members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
+    args = command(tmp_path / "out", *members, "--data", text, *FAST, "--max-steps", 12)
+    assert CliRunner().invoke(app, [*args, "--save-every", "4"]).exit_code == 130
+    trains(shelf, tmp_path / "out", text, "--max-steps", 12, "--save-every", 3, "--resume")
+    assert saved == [4, 6, 9, 12]
+
+
+def test_validation_data_come_from_a_split(shelf, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, written in (("train", TEXT), ("validation", HELD_OUT), ("test", HELD_OUT[:2])):
+        write_rows(data / f"{split}.jsonl", written)
+    for given, rows in (
+        (("--validation-split", "test"), 2),
+        (("--validation", data), 5),
+        (("--validation", data, "--validation-split", "test[1:]"), 1),
+    ):
+        out = tmp_path / f"out{rows}"
+        trains(shelf, out, data, *given, "--max-steps", 1)
+        assert manifest_of(out)["validation"]["rows"] == rows
+
+
+def test_validation_rows_are_cut_counted_and_checked_like_the_others(shelf, text, tmp_path):
+    long = {"prompt": TEXT[0]["prompt"], "completion": " apples" * 60}
+    data = write_rows(tmp_path / "long.jsonl", [*HELD_OUT, long])
+    logged = trains(shelf, tmp_path / "out", text, "--max-steps", 1, "--max-length", 60, "--validation", data)
+    assert "1 of 6 validation rows are longer than 60 tokens and were cut there" in logged
+    assert manifest_of(tmp_path / "out")["validation"]["cut"] == 1
+    lost = write_rows(tmp_path / "lost.jsonl", [*HELD_OUT, {"prompt": "apples " * 60, "completion": " none"}])
+    members = ("--base", shelf / "base", "--anti-expert", shelf / "anti", "--data", text, *FAST)
+    assert "line 6 of" in fails(tmp_path / "two", *members, "--validation", lost, "--max-length", 60)
+
+
+def test_turns_are_validated_by_messages_with_one_answer_too(shelf, tmp_path):
+    turns = write_rows(tmp_path / "turns.jsonl", [{"messages": row["messages"] * 2} for row in CHAT])
+    chat = write_rows(tmp_path / "chat.jsonl", CHAT)
+    marked = tiny.tokenizer(chat_template=MARKED)
+    place = tiny.write_model(tmp_path / "marked", "qwen2", "small", 3, tokenizer_=marked)
+    trainer, _, _ = made_trainer(shelf, tmp_path, turns, anti=place, validation=str(chat))
+    for row, made in zip(CHAT, trainer.eval_dataset):
+        learned = [label for label in made["labels"] if label != -100]
+        assert marked.decode(learned) == row["messages"][1]["content"] + "</s>"
+
+
+def test_validation_that_cannot_be_is_refused_in_one_sentence(shelf, text, held_out, tmp_path):
+    out = tmp_path / "out"
+    given = (out, "--base", shelf / "base", "--anti-expert", shelf / "anti", "--data", text)
+    assert "--eval-every needs validation data" in fails(*given, "--eval-every", 2)
+    assert "--early-stopping needs validation data" in fails(*given, "--early-stopping", 2)
+    assert "no data at" in fails(*given, "--validation", tmp_path / "none.jsonl")
+    assert "is a file" in fails(*given, "--validation-split", "test")
+    assert "is a file" in fails(*given, "--validation", held_out, "--validation-split", "test")
+    assert "are the training data" in fails(*given, "--validation", text)
+    copied = write_rows(tmp_path / "copied.jsonl", TEXT)
+    assert "are the training data" in fails(*given, "--validation", copied)
+    chat = write_rows(tmp_path / "chat.jsonl", CHAT)
+    assert "give both in one form" in fails(*given, "--validation", chat)
+    assert "leave out --save-every" in fails(*given, "--validation", held_out, "--eval-every", 2, "--save-every", 4)
+    assert "at least 1" in fails(*given, "--validation", held_out, "--early-stopping", 0)
+    broken = write_rows(tmp_path / "broken.jsonl", [*HELD_OUT, {"prompt": "a"}])
+    assert "line 6 of" in fails(*given, "--validation", broken)
+    assert not out.exists()
+
+
 # -- bad input ------------------------------------------------------------------------------------------------
 def test_bad_input_is_told_in_one_sentence(shelf, text, tmp_path, monkeypatch):
     members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
@@ -527,7 +728,7 @@ def made_trainer(shelf, folder, data, anti=None, **options):
         **{"rank": 4, "batch_size": 4, "micro_batch": 4, "precision": "float32", **options},
     )
     config, wanted, shared = checked(resolved(wanted))
-    return make_trainer(Run(wanted, folder, config, shared, Rows.read(str(data)), lambda progress: None))
+    return make_trainer(Run(wanted, folder, config, shared, *read_data(wanted), lambda progress: None))
 
 
 def three_forwards(base, expert, anti, batch, alpha):

@@ -13,7 +13,7 @@ from proxytune.cli.shared import live_bar, resumable, say
 from proxytune.training.options import TrainingOptions
 
 if TYPE_CHECKING:
-    from proxytune.training.run import Progress
+    from proxytune.training.callbacks import Progress
 
 __all__ = ["train"]
 
@@ -37,6 +37,13 @@ def train(
     loss = trained.manifest["loss"]
     if loss is not None:
         say(f"loss {loss['first']:.4g} -> {loss['last']:.4g} in {trained.manifest['steps']} steps")
+    if (validated := trained.manifest.get("validation")) is not None:
+        first, best, stopped = validated["losses"][0], validated["best"], validated["stopped_early"]
+        end = f"; stopped early, at step {trained.manifest['steps']}" if stopped else ""
+        say(
+            f"validation loss {first['loss']:.4g} at step {first['step']} -> {best['loss']:.4g} at step "
+            f"{best['step']}, which is kept{end}"
+        )
     say(f"wrote {out}; try it: proxytune generate {out} PROMPT")
 
 
@@ -47,21 +54,26 @@ def _shown() -> Iterator[Callable[[Progress], None]]:
         if bar is None:
             yield _line
             return
-        task, doing = bar.add_task("", total=None), ""
+        task, doing, losses = bar.add_task("", total=None), "", {}
 
         def report(now: Progress) -> None:
             nonlocal doing
             if now.doing != doing:
                 doing = now.doing
                 bar.reset(task, total=now.steps)
-            loss = "" if now.loss is None else f", loss {now.loss:.3f}"
-            bar.update(task, completed=now.step, total=now.steps, description=now.doing + loss)
+            for name, loss in (("loss", now.loss), ("validation loss", now.validation)):
+                if loss is not None:
+                    losses[name] = f"{name} {loss:.3f}"  # the last of each stays to be seen
+            shown = ", ".join((now.doing, *losses.values())) if now.doing == "training" else now.doing
+            bar.update(task, completed=now.step, total=now.steps, description=shown)
 
         yield report
 
 
 def _line(now: Progress) -> None:
-    if now.loss is None:
+    if now.validation is not None:
+        say(f"{now.doing} {now.step}/{now.steps}  validation loss {now.validation:.4f}")
+    elif now.loss is None:
         if now.step in (0, now.steps):
             say(now.doing)
     elif now.step in (1, now.steps) or now.step % max(1, now.steps // 20) == 0:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from datasets import concatenate_datasets
 from torch import Tensor, nn
 
 from proxytune.decoding.mixing import mix
@@ -156,12 +157,15 @@ class ConsistentTrainer(PositionsTrainer):
     def keep_hidden(self, directory: Path, report: Callable[[str, int, int], None]) -> None:
         """Compute the frozen members' hidden states of all rows, once, or find them where an earlier run left them.
 
-        They lie under a hash of the rows and of the member's weights, so that they are never those of others.
+        Rows of validation are among them. They lie under a hash of the rows and of the member's weights, so that they
+        are never those of others.
 
         Args:
             report: is told the member, and how many batches of how many are done.
         """
         dataset: Any = self.train_dataset
+        if self.eval_dataset is not None:  # its rows are numbered on from those
+            dataset = concatenate_datasets([dataset, cast(Any, self.eval_dataset)])
         ids, labels = dataset["input_ids"], dataset["labels"]
         counts = [sum(label != -100 for label in row[1:]) for row in labels]
         size = self.args.per_device_train_batch_size

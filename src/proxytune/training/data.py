@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
@@ -23,6 +23,7 @@ __all__ = ["Rows", "data_file"]
 ROLES = ("system", "user", "assistant")
 
 Kind = Literal["text", "chat", "turns"]
+KINDS = {"text": "text", "chat": "messages with one answer", "turns": "messages with several answers"}
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,26 @@ class Rows:
             rows.append(made)
             places.append(place)
         if not rows:
-            raise ProxyTuneError(f"{source} has no rows to train on")
+            raise ProxyTuneError(f"{source} has no rows")
         return cls(source, *_kind(rows), places, sha256)
+
+    def beside(self, training: Rows) -> Rows:
+        """These rows as validation data: in the form of the training rows.
+
+        Raises:
+            ProxyTuneError: where they are of another kind, or are the training rows themselves.
+        """
+        if self.sha256 == training.sha256:
+            raise ProxyTuneError("the validation data are the training data; give rows that are not trained on")
+        if self.kind == training.kind:
+            return self
+        if (self.kind, training.kind) == ("chat", "turns"):
+            rows = [{"messages": row["prompt"] + row["completion"]} for row in self.rows]
+            return replace(self, kind="turns", rows=rows)
+        raise ProxyTuneError(
+            f"the validation data in {self.source} are {KINDS[self.kind]}, but the training data are "
+            f"{KINDS[training.kind]}; give both in one form"
+        )
 
 
 def data_file(source: str) -> Path | None:

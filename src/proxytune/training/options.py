@@ -42,6 +42,15 @@ class TrainingOptions:
     split: str = _data("train", "Of a data set.", metavar="SPLIT")
     prompt: str | None = _data(None, "Make prompts of other columns: 'Question: {question}'.", metavar="TEXT")
     completion: str | None = _data(None, "Make completions: ' {answer}'.", metavar="TEXT")
+    validation: str | None = _data(
+        None,
+        "Rows that are not trained on, in the formats of --data: their loss is measured while it trains, and the "
+        "checkpoint with the lowest is kept.",
+        metavar="FILE|NAME",
+    )
+    validation_split: str | None = _data(
+        None, "Of --validation where that is a data set (`validation`), or else of --data.", metavar="SPLIT"
+    )
     max_length: int | None = _data(
         None, "Most tokens of a row; 2048, or what the members can read. Longer rows are cut, and counted.", metavar="N"
     )
@@ -68,6 +77,14 @@ class TrainingOptions:
     gradient_checkpointing: bool = _how(True, "Faster, for more memory.", flag="--no-gradient-checkpointing")
     seed: int = _how(0, "Of the adapter and the order of rows.", metavar="N")
     save_every: int | None = _run(None, "Steps between checkpoints; a tenth of the run.", metavar="N")
+    eval_every: int | None = _run(
+        None,
+        "Steps between measurements of the validation loss, each with a checkpoint; a tenth of the run.",
+        metavar="N",
+    )
+    early_stopping: int | None = _run(
+        None, "Stop when the validation loss has not fallen in this many measurements.", metavar="N"
+    )
     resume: bool = _run(False, "Go on where a killed run with the same options was.")
     trust_remote_code: bool = _run(False, TRUST)
 
@@ -76,7 +93,17 @@ class TrainingOptions:
             raise ProxyTuneError("name the members with --base and --anti-expert, or take them with --recipe")
         if self.recipe is not None and (self.base is not None or self.anti_expert is not None):
             raise ProxyTuneError("--recipe names the members; leave out --base and --anti-expert")
-        for name in ("rank", "lora_alpha", "max_steps", "micro_batch", "max_length", "save_every", "batch_size"):
+        for name in (
+            "rank",
+            "lora_alpha",
+            "max_steps",
+            "micro_batch",
+            "max_length",
+            "save_every",
+            "eval_every",
+            "early_stopping",
+            "batch_size",
+        ):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ProxyTuneError(f"{name} must be at least 1, not {value}")
         for name in ("epochs", "lr"):
@@ -90,8 +117,28 @@ class TrainingOptions:
             raise ProxyTuneError(
                 f"a batch of {self.batch_size} rows cannot be made of micro batches of {self.micro_batch}"
             )
+        if not self.validates:
+            for name in ("eval_every", "early_stopping"):
+                if getattr(self, name) is not None:
+                    flag = "--" + name.replace("_", "-")
+                    raise ProxyTuneError(f"{flag} needs validation data; give --validation or --validation-split")
+        elif None not in (self.save_every, self.eval_every) and self.save_every != self.eval_every:
+            raise ProxyTuneError(
+                "with validation data a checkpoint is written at each measurement, so that the best one can be kept; "
+                "leave out --save-every, or make it the same as --eval-every"
+            )
         if self.hidden_cache != "auto" and not self.consistent:
             raise ProxyTuneError("a hidden cache is for consistent training; nothing else has use for it")
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation data."""
+        return self.validation is not None or self.validation_split is not None
+
+    @property
+    def validation_source(self) -> tuple[str, str]:
+        """The file or data set of the validation data, and its split."""
+        return self.validation or self.data, self.validation_split or "validation"
 
     def check(self, out: Path) -> None:
         """Look at the data, the members and the directory, as far as that takes no import of seconds.
@@ -100,6 +147,15 @@ class TrainingOptions:
             ProxyTuneError: in one sentence, for what cannot be there, and for a directory that is in use.
         """
         data_file(self.data)
+        if self.validates:
+            source, split = self.validation_source
+            if data_file(source) is not None and self.validation_split is not None:
+                raise ProxyTuneError(
+                    f"--validation-split is the name of a data set's split, but {source!r} is a file; give the "
+                    "validation data as a file of their own with --validation FILE"
+                )
+            if source == self.data and (data_file(source) is not None or split == self.split):
+                raise ProxyTuneError("the validation data are the training data; give rows that are not trained on")
         for model in (self.base, self.anti_expert):
             if model is not None:
                 resolve(model, None)

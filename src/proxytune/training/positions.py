@@ -1,4 +1,4 @@
-"""TRL's trainer, made to project only the positions that are learned.
+"""TRL's trainer, made to project only the positions that are learned, and to weigh them alike in validation.
 
 On GPUs TRL does that itself. Elsewhere it projects every position through the head, which for a small model with a
 large vocabulary is most of the work; and where answers are short, most of that is thrown away.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from trl import SFTTrainer
 
-__all__ = ["PositionsTrainer", "has_plain_head", "last_hidden", "summed"]
+__all__ = ["PositionsTrainer", "TokenMeanTrainer", "has_plain_head", "last_hidden", "summed"]
 
 CHUNK = 1024  # positions whose logits are in memory at once
 
@@ -56,7 +56,35 @@ def summed(loss: Callable[..., Tensor], *positions: Tensor) -> Tensor:
     return total
 
 
-class PositionsTrainer(SFTTrainer):
+class TokenMeanTrainer(SFTTrainer):
+    """TRL's trainer, whose validation loss is the mean over all learned tokens.
+
+    (TRL's is a mean over batches of each batch's mean, so it would depend on which rows share a batch.)
+
+    Attributes:
+        validation_tokens: how many tokens of ``eval_dataset`` are learned; must be set before it is evaluated.
+    """
+
+    validation_tokens: int
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """The summed loss over the tokens that so many rows have on average: the mean over rows is that over tokens."""
+        inputs = self._prepare_inputs(inputs)
+        rows: Any = self.eval_dataset
+        tokens = len(inputs["labels"]) * self.validation_tokens / len(rows)
+        # A mixture of experts has a loss of balance besides, which is not the text's.
+        balanced, self.aux_loss_enabled = self.aux_loss_enabled, False
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, inputs, num_items_in_batch=torch.tensor(tokens, device=model.device))
+        finally:
+            self.aux_loss_enabled = balanced
+        return loss, None, None
+
+
+class PositionsTrainer(TokenMeanTrainer):
     """TRL's trainer with the same loss, of the learned positions alone; for a model with a plain head."""
 
     @property

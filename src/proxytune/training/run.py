@@ -33,6 +33,7 @@ from proxytune.recipe.config import Expert, Member, Prompt, ProxyTuneConfig
 from proxytune.recipe.generation_config import ends_of, valid_generation_config
 from proxytune.recipe.members import Loading, load_config, load_tokenizer
 from proxytune.recipe.store import load_recipe
+from proxytune.training.callbacks import Progress, Reporting, Resuming, Stopping
 from proxytune.training.data import Rows
 from proxytune.training.options import TrainingOptions, has_begun
 
@@ -42,21 +43,10 @@ PACKAGES = ("trl", "peft", "datasets", "accelerate", "tensorboard")
 FULL_LR, LORA_LR = 2e-5, 2e-4
 LONGEST = 2048
 # What may differ between a run and its resumption: none of it touches a weight.
-FREE = ("save_every", "hidden_cache", "data")
+FREE = ("save_every", "hidden_cache", "data", "validation")
 
 # safetensors and torch tell a full disk, or a file that may not grow, with errors of their own.
 FULL_DISK = ("No space left", "File too large", "PytorchStreamWriter")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What the run is doing: ``step`` of ``steps``, and after each step its mean loss and learning rate."""
-
-    doing: str
-    step: int
-    steps: int
-    loss: float | None = None
-    lr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +72,7 @@ class Run:
     config: ProxyTuneConfig
     shared: int
     data: Rows
+    validation: Rows | None
     report: Callable[[Progress], None]
 
     @property
@@ -127,20 +118,22 @@ def train(
     options.check(out)
     config, options, shared = checked(options)
     report(Progress("reading the data", 0, 1))
-    data = Rows.read(options.data, split=options.split, prompt=options.prompt, completion=options.completion)
+    data, validation = read_data(options)
     arguments = _arguments(options, config)
-    _begin(folder, {**arguments, "data_sha256": data.sha256}, has_begun(out))
+    hashes = {"data_sha256": data.sha256, "validation_sha256": validation and validation.sha256}
+    _begin(folder, {**arguments, **hashes}, has_begun(out))
     if (folder / "manifest.json").exists():
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         _clean(folder)
         return Trained(out, manifest, ["the run was finished already; nothing was done"])
 
-    run = Run(options, folder, config, shared, data, report)
+    run = Run(options, folder, config, shared, data, validation, report)
     trainer, notes, facts = make_trainer(run)
     checkpoint = run.checkpoint
     resumed_from = None if checkpoint is None else _step(checkpoint)
     if checkpoint is not None:
         notes.append(f"resumed from step {resumed_from}")
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         report(Progress("writing the recipe", trainer.state.global_step, trainer.state.global_step))
@@ -156,17 +149,20 @@ def train(
     found = check_recipe(load_recipe(out), run.loading)
     if found.problems:
         raise RecipeError(f"the recipe that was trained does not work: {'; '.join(found.problems)}")
+    if validation is not None:
+        facts["validation"] |= _validated(trainer.state)
+        notes += _notes_of_validation(facts["validation"])
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     manifest = {
         "versions": {name: version(name) for name in ("proxytune", "torch", "transformers", *PACKAGES)}
         | {"python": platform.python_version()},
         "arguments": arguments,
         "seed": options.seed,
-        "data": {"source": data.source, "sha256": data.sha256, "kind": data.kind, **facts},
+        **facts,
         "steps": trainer.state.global_step,
         "epochs": round(float(trainer.state.epoch or 0), 4),
         "loss": {"first": losses[0], "last": losses[-1]} if losses else None,
-        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trained_parameters": trained,
         "device": str(trainer.accelerator.device),
         "resumed_from_step": resumed_from,
         "seconds": round(time.time() - started, 1),  # of this process, if it was resumed
@@ -194,6 +190,7 @@ def resolved(options: TrainingOptions) -> TrainingOptions:
         lora_alpha=options.lora_alpha or 2 * options.rank,
         micro_batch=options.micro_batch or max(n for n in range(1, 9) if options.batch_size % n == 0),
         precision=_precision(options.precision),
+        eval_every=options.eval_every or (options.save_every if options.validates else None),
     )
 
 
@@ -204,6 +201,16 @@ def _precision(asked: str) -> str:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def read_data(options: TrainingOptions) -> tuple[Rows, Rows | None]:
+    """The rows that are trained on, and those of validation."""
+
+    def read(source: str, split: str) -> Rows:
+        return Rows.read(source, split=split, prompt=options.prompt, completion=options.completion)
+
+    data = read(options.data, options.split)
+    return data, read(*options.validation_source).beside(data) if options.validates else None
 
 
 def _loading(options: TrainingOptions) -> Loading:
@@ -306,14 +313,17 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 # -- the trainer ----------------------------------------------------------------------------------------------
 def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
-    """TRL's trainer with its data and, for consistent training, the frozen members; notes; facts of the data."""
+    """TRL's trainer with its data and, for consistent training, the frozen members; notes; facts of ``data`` and of
+    ``validation``."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers.integrations import TensorBoardCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
-    options, config, data, report = run.options, run.config, run.data, run.report
+    from proxytune.training.positions import PositionsTrainer, TokenMeanTrainer, has_plain_head
+
+    options, config, data, validation, report = run.options, run.config, run.data, run.validation, run.report
     # Members that read what the caller gives read what the base's tokenizer made. An expert that is shown a chat
     # format is shown its own; but inside the mixture all read one text.
     reader = "base" if options.consistent or data.kind == "text" else f"{config.expert_list[0].name}.anti_expert"
@@ -322,7 +332,9 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
         raise MemberError(f"the {reader} has no tokenizer; put one into its directory")
     if tokenizer.eos_token is None:
         raise MemberError(f"the tokenizer of the {reader} has no end-of-sequence token, so nothing could end an answer")
-    _refuse_unrendered(data, tokenizer, reader)
+    for rows in (data, validation):
+        if rows is not None:
+            _refuse_unrendered(rows, tokenizer, reader)
 
     report(Progress("loading the models", 0, 1))
     dtype = "float32" if options.full else run.anti_expert.dtype  # small steps would be lost in 16 bits
@@ -332,7 +344,7 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
     assert options.lr is not None
     assert options.lora_alpha is not None
     arguments = SFTConfig(
-        output_dir=str(run.folder / "checkpoints"),
+        output_dir=str((run.folder / "checkpoints").resolve()),  # the best checkpoint is found by it
         num_train_epochs=options.epochs,
         max_steps=options.max_steps or -1,
         learning_rate=options.lr,
@@ -351,8 +363,14 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
         logging_steps=1,
         logging_nan_inf_filter=False,  # a loss that is no number must be seen
         save_strategy="steps",
-        save_steps=options.save_every or 0.1,
+        save_steps=options.eval_every or options.save_every or 0.1,
         save_total_limit=2,
+        eval_strategy="no" if validation is None else "steps",
+        eval_steps=options.eval_every or 0.1,
+        per_device_eval_batch_size=options.micro_batch,
+        load_best_model_at_end=validation is not None,
+        metric_for_best_model=None if validation is None else "eval_loss",
+        restore_callback_states_from_checkpoint=True,  # how many evaluations brought nothing
         seed=options.seed,
         report_to="none",
         disable_tqdm=True,
@@ -364,13 +382,11 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
         target_modules="all-linear" if options.targets == "all-linear" else options.targets.split(","),
         task_type="CAUSAL_LM",
     )
-    kind: Any = SFTTrainer
+    kind: Any = TokenMeanTrainer
     if options.consistent:
         from proxytune.training.consistent import ConsistentTrainer as kind
     elif arguments.device.type == "cpu" and not hasattr(model.config, "output_router_logits"):
-        from proxytune.training.positions import PositionsTrainer, has_plain_head
-
-        kind = PositionsTrainer if has_plain_head(model) else SFTTrainer
+        kind = PositionsTrainer if has_plain_head(model) else TokenMeanTrainer
     frozen_copy = copy.deepcopy(model) if options.consistent and options.full else None
     report(Progress("tokenizing the data", 0, 1))
     try:
@@ -378,6 +394,7 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
             model=model,
             args=arguments,
             train_dataset=Dataset.from_list(data.rows),
+            eval_dataset=None if validation is None else Dataset.from_list(validation.rows),
             processing_class=tokenizer,
             peft_config=None if options.full else lora,
         )
@@ -385,7 +402,12 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
         raise
     except (ValueError, RuntimeError, TypeError) as error:  # what TRL and PEFT refuse: targets, templates, quantization
         raise ProxyTuneError(f"TRL cannot train this: {first_line(error)}") from error
-    notes, facts = _fit(trainer, run)
+    trainer.train_dataset, notes, facts = _fit(trainer, run, data, trainer.train_dataset)
+    facts = {"data": facts, "validation": None}
+    if validation is not None:
+        trainer.eval_dataset, more, facts["validation"] = _fit(trainer, run, validation, trainer.eval_dataset)
+        trainer.validation_tokens = facts["validation"]["learned_tokens"]
+        notes += more
     if options.consistent:
         trainer.data_collator = _with_rows(trainer.data_collator)
         _mix(trainer, run, frozen_copy)
@@ -397,7 +419,10 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(TensorBoardCallback(SummaryWriter(str(run.folder / "logs"), purge_step=purge)))
-    trainer.add_callback(_reporting(report))
+    trainer.add_callback(Reporting(report))
+    trainer.add_callback(Resuming())
+    if options.early_stopping is not None:
+        trainer.add_callback(Stopping(options.early_stopping))
     return trainer, notes, facts
 
 
@@ -430,14 +455,17 @@ def _refuse_unrendered(data: Rows, tokenizer: Any, reader: str) -> None:
             raise PromptError(f"{place}: the chat template refuses it: {first_line(error)}") from error
 
 
-def _fit(trainer: Any, run: Run) -> tuple[list[str], dict[str, Any]]:
+def _fit(trainer: Any, run: Run, data: Rows, dataset: Any) -> tuple[Any, list[str], dict[str, Any]]:
     """Cut TRL's tokenized rows at ``max_length``; say how many, and refuse to lose a whole completion.
 
-    (TRL would cut them silently, and drop those of which nothing is left to learn.)
+    (TRL would cut them silently, and drop those of which nothing is left to learn.) Rows are numbered, those of
+    validation behind those of training.
     """
-    dataset, data, notes = trainer.train_dataset, run.data, []
+    notes = []
+    validates = data is run.validation
+    what = "validation rows" if validates else "rows"
     longest = cast(int, run.options.max_length)
-    n_long, n_learned, lost, ended = 0, 0, [], False
+    n_long, n_learned, lost, ended = 0, 0, [], validates
     ends = {trainer.processing_class.eos_token_id, *ends_of(trainer.model.generation_config)}
     for place, ids, labels in zip(data.places, dataset["input_ids"], dataset["labels"]):
         n_long += len(ids) > longest
@@ -454,14 +482,20 @@ def _fit(trainer: Any, run: Run) -> tuple[list[str], dict[str, Any]]:
             f"({len(lost)} of {len(data.rows)} rows are like that); give a larger --max-length, or shorter prompts"
         )
     if n_long:
-        notes.append(f"{n_long} of {len(data.rows)} rows are longer than {longest} tokens and were cut there")
+        notes.append(f"{n_long} of {len(data.rows)} {what} are longer than {longest} tokens and were cut there")
         dataset = dataset.map(lambda row: {name: row[name][:longest] for name in ("input_ids", "labels")})
     if not ended:
         notes.append(
             "no completion ends with a token that ends an answer, so the steered base may not know when to stop"
         )
-    trainer.train_dataset = dataset.select_columns(["input_ids", "labels"]).add_column("row", list(range(len(dataset))))
-    return notes, {"rows": len(dataset), "cut": n_long, "learned_tokens": n_learned}
+    first = len(run.data.rows) if validates else 0
+    numbers = list(range(first, first + len(dataset)))
+    facts = {"rows": len(dataset), "cut": n_long, "learned_tokens": n_learned}
+    return (
+        dataset.select_columns(["input_ids", "labels"]).add_column("row", numbers),
+        notes,
+        {"source": data.source, "sha256": data.sha256, "kind": data.kind, **facts},
+    )
 
 
 def _with_rows(collate: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
@@ -469,23 +503,24 @@ def _with_rows(collate: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]
     return lambda examples: {**collate(examples), "row": torch.tensor([example["row"] for example in examples])}
 
 
-def _reporting(report: Callable[[Progress], None]) -> Any:
-    from transformers import TrainerCallback
-
-    class Reporting(TrainerCallback):  # type: ignore[misc]
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if logs and "loss" in logs:
-                if not math.isfinite(logs["loss"]):
-                    raise ProxyTuneError(
-                        f"the loss is {logs['loss']} at step {state.global_step}; train with a lower --lr, or with "
-                        "--precision float32"
-                    )
-                report(Progress("training", state.global_step, state.max_steps, logs["loss"], logs["learning_rate"]))
-
-    return Reporting()
-
-
 # -- after the training ---------------------------------------------------------------------------------------
+def _validated(state: Any) -> dict[str, Any]:
+    """What the validation losses were, in nats a token, and which checkpoint is kept."""
+    losses = [{"step": e["step"], "loss": e["eval_loss"]} for e in state.log_history if "eval_loss" in e]
+    best = {"step": state.best_global_step, "loss": state.best_metric}
+    return {"losses": losses, "best": best, "stopped_early": state.global_step < state.max_steps}
+
+
+def _notes_of_validation(validated: dict[str, Any]) -> list[str]:
+    """What to try next, where the lowest loss came with the first or the last measurement."""
+    losses, best = validated["losses"], validated["best"]
+    if len(losses) > 1 and best["step"] == losses[-1]["step"]:
+        return ["the validation loss was lowest at the end; with more --epochs it may fall further"]
+    if len(losses) > 1 and best["step"] == losses[0]["step"]:
+        return ["the validation loss was lowest at the first measurement; try a lower --lr, or a smaller --eval-every"]
+    return []
+
+
 def _save_expert(trainer: Any, run: Run, out: Path) -> None:
     part, place, anti = out / "expert.part", out / "expert", run.anti_expert
     shutil.rmtree(part, ignore_errors=True)
