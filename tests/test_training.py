@@ -355,6 +355,15 @@ def test_rows_that_are_too_long_are_counted_and_a_lost_completion_is_refused(she
     assert "1 of 13 rows" in said
 
 
+def test_few_steps_are_noted_before_the_training(shelf, text, tmp_path):
+    logged = trains(shelf, tmp_path / "few", text, "--epochs", 6)
+    note = "note: 12 rows in batches of 4 make 18 steps in 6 epochs, which is little training; take a smaller"
+    assert 0 <= logged.index(note) < logged.index("training 1/18")
+    assert "resumed" not in logged
+    assert "little training" not in trains(shelf, tmp_path / "asked", text, "--max-steps", 1)
+    assert "little training" not in trains(shelf, tmp_path / "enough", text, "--epochs", 6.5)  # 20 steps
+
+
 def test_members_come_from_a_recipe(shelf, text, tmp_path):
     args = (tmp_path / "out", "--recipe", shelf / "recipe", "--data", text, *FAST, "--max-steps", 1, "--name", "new")
     assert CliRunner().invoke(app, command(*args)).exit_code == 0

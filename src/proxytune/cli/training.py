@@ -31,9 +31,7 @@ def train(
     from proxytune.training.run import train as run
 
     with resumable(f"the checkpoints until here are kept in {out}", add="--resume"), _shown() as report:
-        trained = run(options, out, report=report)
-    for note in trained.notes:
-        say(f"note: {note}")
+        trained = run(options, out, report=report, note=lambda text: say(f"note: {text}"))
     loss = trained.manifest["loss"]
     if loss is not None:
         say(f"loss {loss['first']:.4g} -> {loss['last']:.4g} in {trained.manifest['steps']} steps")

@@ -42,6 +42,7 @@ __all__ = ["Progress", "Trained", "members_of", "train"]
 PACKAGES = ("trl", "peft", "datasets", "accelerate", "tensorboard")
 FULL_LR, LORA_LR = 2e-5, 2e-4
 LONGEST = 2048
+FEW_STEPS = 20  # a run with fewer is told so
 # What may differ between a run and its resumption: none of it touches a weight.
 FREE = ("save_every", "hidden_cache", "data", "validation")
 
@@ -100,6 +101,7 @@ def train(
     out: Path,
     *,
     report: Callable[[Progress], None] = lambda progress: None,
+    note: Callable[[str], None] = lambda note: None,
 ) -> Trained:
     """Train an expert and write its recipe into ``out``.
 
@@ -107,6 +109,7 @@ def train(
         options: with ``resume``, go on in a directory where a run with the same options was killed; where none was,
             begin. A finished run is left as it is.
         report: is told after each step.
+        note: is given each of ``Trained.notes`` as soon as it is known, most of them before the first step.
 
     Raises:
         ProxyTuneError: for whatever is wrong with the options, the data, the members or the directory; before any
@@ -125,7 +128,7 @@ def train(
     if (folder / "manifest.json").exists():
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         _clean(folder)
-        return Trained(out, manifest, ["the run was finished already; nothing was done"])
+        return Trained(out, manifest, _told(note, ["the run was finished already; nothing was done"]))
 
     run = Run(options, folder, config, shared, data, validation, report)
     trainer, notes, facts = make_trainer(run)
@@ -133,6 +136,7 @@ def train(
     resumed_from = None if checkpoint is None else _step(checkpoint)
     if checkpoint is not None:
         notes.append(f"resumed from step {resumed_from}")
+    notes = _told(note, notes + _few_steps(options, len(data.rows)))
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -145,13 +149,13 @@ def train(
             ) from error
         raise
 
-    notes += compose(_recipe_of(run, out), out, force=True, trust_remote_code=options.trust_remote_code)
+    later = compose(_recipe_of(run, out), out, force=True, trust_remote_code=options.trust_remote_code)
     found = check_recipe(load_recipe(out), run.loading)
     if found.problems:
         raise RecipeError(f"the recipe that was trained does not work: {'; '.join(found.problems)}")
     if validation is not None:
         facts["validation"] |= _validated(trainer.state)
-        notes += _notes_of_validation(facts["validation"])
+        later += _notes_of_validation(facts["validation"])
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     manifest = {
         "versions": {name: version(name) for name in ("proxytune", "torch", "transformers", *PACKAGES)}
@@ -169,7 +173,7 @@ def train(
     }
     _write_json(folder / "manifest.json", manifest)  # last: with it the run is finished
     _clean(folder)
-    return Trained(out, manifest, notes)
+    return Trained(out, manifest, notes + _told(note, later))
 
 
 # -- before the training --------------------------------------------------------------------------------------
@@ -201,6 +205,24 @@ def _precision(asked: str) -> str:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
+
+
+def _few_steps(options: TrainingOptions, rows: int) -> list[str]:
+    """A note where the rows make few steps and the user may not know it: they gave no number of steps."""
+    steps = math.ceil(options.epochs * math.ceil(rows / options.batch_size))
+    if options.max_steps is not None or steps >= FEW_STEPS:
+        return []
+    made = "1 step" if steps == 1 else f"{steps} steps"
+    return [
+        f"{rows} rows in batches of {options.batch_size} make {made} in {options.epochs:g} epochs, which is little "
+        "training; take a smaller --batch-size or more --epochs"
+    ]
+
+
+def _told(note: Callable[[str], None], notes: list[str]) -> list[str]:
+    for each in notes:
+        note(each)
+    return notes
 
 
 def read_data(options: TrainingOptions) -> tuple[Rows, Rows | None]:
