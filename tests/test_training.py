@@ -51,6 +51,20 @@ def text(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("data") / "text.jsonl", TEXT)
 
 
+HELD_OUT = [
+    {
+        "prompt": f"Question: how many {'pears ' * (1 + i % 3)}?\nAnswer:",
+        "completion": f" there are {i} pears" + " ." * i,
+    }
+    for i in range(5)
+]
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data") / "held_out.jsonl", HELD_OUT)
+
+
 def command(*args):
     return ["train", *map(str, args)]
 
@@ -275,6 +289,52 @@ def test_tensorboard_has_a_loss_for_each_step(trained):
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
 
 
+def test_trackers_of_experiments_are_given_every_loss(shelf, text, held_out, tmp_path, monkeypatch):
+    from transformers import TrainerCallback
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    logged = {"train": [], "validation": []}
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in logs:
+                logged["train"].append((state.global_step, logs["loss"]))
+            if "eval_loss" in logs:
+                logged["validation"].append((state.global_step, logs["eval_loss"]))
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "json", Tracker)  # its name is a package that is installed
+    options = ("--max-steps", 3, "--validation", held_out, "--eval-every", 3, "--report-to", "json")
+    trains(shelf, tmp_path / "out", text, *options)
+    manifest = manifest_of(tmp_path / "out")
+    assert [step for step, _ in logged["train"]] == [1, 2, 3]
+    assert logged["train"][-1][1] == manifest["loss"]["last"]
+    assert logged["validation"] == [(3, manifest["validation"]["best"]["loss"])]
+    assert any((tmp_path / "out/training/logs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("json,weights", "'weights' is none of clearml, "),
+        ("json,tensorboard", "is always written"),
+        ("no_such_package", "needs its package: pip install no_such_package"),
+        ("csv", "csv cannot be used: no key"),
+        ("", "'' is none of"),
+    ],
+)
+def test_trackers_that_cannot_be_used_are_refused_at_the_start(shelf, text, tmp_path, monkeypatch, names, said):
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    def no_key():
+        raise RuntimeError("no key")
+
+    for name, kind in (("json", object), ("no_such_package", object), ("csv", no_key)):
+        monkeypatch.setitem(INTEGRATION_TO_CALLBACK, name, kind)
+    members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
+    assert said in fails(tmp_path / "out", *members, "--data", text, "--report-to", names)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_paper_is_the_preset():
     settings = resolved(TrainingOptions("d", "m", "a", full=True))
     assert (settings.epochs, settings.lr, settings.warmup, settings.batch_size) == (2, 2e-5, 0.03, 128)
@@ -448,20 +508,6 @@ def test_a_seed_makes_a_run_repeatable_and_another_differs(shelf, text, tmp_path
 
 
 # -- validation -----------------------------------------------------------------------------------------------
-HELD_OUT = [
-    {
-        "prompt": f"Question: how many {'pears ' * (1 + i % 3)}?\nAnswer:",
-        "completion": f" there are {i} pears" + " ." * i,
-    }
-    for i in range(5)
-]
-
-
-@pytest.fixture(scope="module")
-def held_out(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("data") / "held_out.jsonl", HELD_OUT)
-
-
 @pytest.mark.parametrize(
     "options",
     [

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from proxytune.errors import ProxyTuneError
-from proxytune.options import option
+from proxytune.options import option, words
 from proxytune.recipe.options import TRUST
 from proxytune.recipe.place import check_place
 from proxytune.recipe.source import resolve
@@ -84,6 +84,12 @@ class TrainingOptions:
     )
     early_stopping: int | None = _run(
         None, "Stop when the validation loss has not fallen in this many measurements.", metavar="N"
+    )
+    report_to: tuple[str, ...] | None = _run(
+        None,
+        "Besides the TensorBoard log, which is always written: wandb, mlflow, trackio … as transformers names them.",
+        metavar="NAME,…",
+        parse=words,
     )
     resume: bool = _run(False, "Go on where a killed run with the same options was.")
     trust_remote_code: bool = _run(False, TRUST)

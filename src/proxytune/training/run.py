@@ -16,9 +16,10 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,7 +45,10 @@ FULL_LR, LORA_LR = 2e-5, 2e-4
 LONGEST = 2048
 FEW_STEPS = 20  # a run with fewer is told so
 # What may differ between a run and its resumption: none of it touches a weight.
-FREE = ("save_every", "hidden_cache", "data", "validation")
+FREE = ("save_every", "hidden_cache", "data", "validation", "report_to")
+
+# Trackers that run only on the platforms of these names, where they could not be tried.
+PLATFORMS = {"azure_ml", "flyte", "kubeflow"}
 
 # safetensors and torch tell a full disk, or a file that may not grow, with errors of their own.
 FULL_DISK = ("No space left", "File too large", "PytorchStreamWriter")
@@ -119,6 +123,7 @@ def train(
     started, folder = time.time(), out / "training"
     options = resolved(options)
     options.check(out)
+    reporters = _reporters(options.report_to or ())
     config, options, shared = checked(options)
     report(Progress("reading the data", 0, 1))
     data, validation = read_data(options)
@@ -132,6 +137,8 @@ def train(
 
     run = Run(options, folder, config, shared, data, validation, report)
     trainer, notes, facts = make_trainer(run)
+    for reporter in reporters:
+        trainer.add_callback(reporter)
     checkpoint = run.checkpoint
     resumed_from = None if checkpoint is None else _step(checkpoint)
     if checkpoint is not None:
@@ -184,6 +191,28 @@ def _need_packages() -> None:
             "training uses one process and one GPU; make one visible with CUDA_VISIBLE_DEVICES, or train with "
             "TRL directly and compose the result with `proxytune new`"
         )
+
+
+def _reporters(names: Sequence[str]) -> list[Any]:
+    """transformers' callbacks for trackers of experiments, whose names are those of their packages too."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    known = sorted(INTEGRATION_TO_CALLBACK.keys() - PLATFORMS - {"tensorboard"})
+    reporters = []
+    for name in dict.fromkeys(names):
+        if name == "tensorboard":
+            raise ProxyTuneError(
+                "leave tensorboard out of --report-to: its log is always written, in OUT/training/logs"
+            )
+        if name not in known:
+            raise ProxyTuneError(f"--report-to {name!r} is none of {', '.join(known)}")
+        if find_spec(name) is None:
+            raise ProxyTuneError(f"--report-to {name} needs its package: pip install {name}")
+        try:
+            reporters.append(INTEGRATION_TO_CALLBACK[name]())
+        except Exception as error:  # a missing key or setting: each raises something of its own
+            raise ProxyTuneError(f"--report-to {name} cannot be used: {first_line(error)}") from error
+    return reporters
 
 
 def resolved(options: TrainingOptions) -> TrainingOptions:
