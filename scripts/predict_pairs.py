@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers import LlamaConfig, Qwen2Config
 
-from proxytune.recipe.config import Expert, Member, ProxyTuneConfig
+from proxytune.recipe.config import ProxyTuneConfig
+from proxytune.recipe.parts import Expert, Member
 from proxytune.speed.options import PlanOptions
 from proxytune.speed.plan import plan_recipe
 

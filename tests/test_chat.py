@@ -14,7 +14,7 @@ from proxytune import ProxyTunedForCausalLM, ProxyTuneError
 from proxytune.answers.chat import Conversation
 from proxytune.answers.generation import Answer, Sampling, answer
 from proxytune.cli.chat import COMMANDS, WordWrap, interruptible
-from proxytune.recipe.config import Prompt
+from proxytune.recipe.parts import Prompt
 from proxytune.recipe.prompts import render
 from support import tiny
 from support.commands import run

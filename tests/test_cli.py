@@ -17,7 +17,7 @@ import typer
 from proxytune import ProxyTunedForCausalLM, RecipeError, load_recipe
 from proxytune.cli.shared import count, resumable, share_bar, size
 from proxytune.recipe.compose import parse_expert
-from proxytune.recipe.config import Prompt
+from proxytune.recipe.parts import Prompt
 from proxytune.recipe.presets import PRESETS
 from support import tiny
 from support.commands import fails, run

@@ -17,8 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from proxytune.decoding.lane import stacked
 from proxytune.lanes.fake import FakeLane, hashed_logits
 from proxytune.lanes.transformers import TransformersLane
-from proxytune.recipe.config import Prompt
 from proxytune.recipe.layout import Seat
+from proxytune.recipe.parts import Prompt
 from support import tiny
 
 N_VOCAB = 40

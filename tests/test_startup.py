@@ -36,6 +36,11 @@ WRONG = {
     "generate demo hi --input prompts.jsonl": "give either prompts or --input FILE",
     "generate demo --input nosuch.jsonl": "nosuch.jsonl: No such file or directory",
     "generate demo hi --alpha x": "alpha must be a number or NAME=NUMBER, not 'x'",
+    "generate recipe hi --alpha nosuch=1": "no expert is called 'nosuch'; the recipe has chat",
+    "generate odd hi --alpha 1": "experts[0] has an unknown field 'expret'; did you mean 'expert'",
+    "chat recipe --alpha nosuch=1": "no expert is called 'nosuch'",
+    "eval recipe --tasks demo_math --alpha nosuch=1": "no expert is called 'nosuch'",
+    "sweep recipe --tasks demo_math --alpha nosuch=0:1:0.5": "no expert is called 'nosuch'",
     "generate demo hi --dtype int8": "--dtype 'int8' is not one of",
     "generate demo hi --speculate x": "--speculate 'x' is not auto, off or a number",
     "generate demo hi --temperature -1": "temperature must be a finite number",
@@ -90,7 +95,15 @@ for line in sys.stdin.read().splitlines():
 def told(tmp_path_factory):
     """Command line -> what one process made of it: status, stdout, stderr, heavy modules by then, the exception."""
     place = tmp_path_factory.mktemp("startup")
-    for name, text in (("empty", None), ("full", None), ("llama", '{"model_type": "llama"}'), ("torn", '{"model')):
+    recipe = '{"model_type": "proxytune", "base": "b", "experts": [{"name": "chat", "expert": "e"}]}'
+    for name, text in (
+        ("empty", None),
+        ("full", None),
+        ("llama", '{"model_type": "llama"}'),
+        ("torn", '{"model'),
+        ("recipe", recipe),
+        ("odd", recipe.replace('"expert":', '"expret":')),
+    ):
         (place / name).mkdir()
         if text is not None:
             (place / name / "config.json").write_text(text)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from proxytune.cache import ProxyTunedCache
     from proxytune.errors import AlphaError, MemberError, PromptError, ProxyTuneError, RecipeError, VocabularyError
     from proxytune.model import ProxyTunedForCausalLM, ProxyTunedOutput
-    from proxytune.recipe.config import Expert, Member, Prompt, ProxyTuneConfig
+    from proxytune.recipe.config import ProxyTuneConfig
+    from proxytune.recipe.parts import Expert, Member, Prompt
     from proxytune.recipe.store import load_recipe, write_recipe
 
 __version__ = "0.1.0"
@@ -46,7 +47,8 @@ __all__ = [
 
 _HOME = {
     "cache": ("ProxyTunedCache",),
-    "recipe.config": ("Expert", "Member", "Prompt", "ProxyTuneConfig"),
+    "recipe.config": ("ProxyTuneConfig",),
+    "recipe.parts": ("Expert", "Member", "Prompt"),
     "errors": ("AlphaError", "MemberError", "PromptError", "ProxyTuneError", "RecipeError", "VocabularyError"),
     "model": ("ProxyTunedForCausalLM", "ProxyTunedOutput"),
     "recipe.store": ("load_recipe", "write_recipe"),

@@ -14,8 +14,9 @@ from torch import nn
 from proxytune.errors import MemberError, RecipeError
 from proxytune.lanes.loading import load_lanes
 from proxytune.lanes.transformers import TransformersLane
-from proxytune.recipe.config import Expert, Member, Prompt, ProxyTuneConfig
+from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.members import Loading, load_config, load_tokenizer, refuse_unfit
+from proxytune.recipe.parts import Expert, Member, Prompt
 from proxytune.recipe.store import HUB_ARGUMENTS, PLACE
 from proxytune.recipe.vocabulary import compare
 

@@ -36,8 +36,9 @@ from proxytune.lanes.reading import refuse_unequal_lengths, unlike_in_pieces
 from proxytune.lanes.transformers import TransformersLane
 from proxytune.own_prompts import comparable, first_columns, reads_its_own
 from proxytune.recipe.alpha import alpha_rows, take_alpha
-from proxytune.recipe.config import Expert, Member, ProxyTuneConfig
+from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import adapted, base_generation_config
+from proxytune.recipe.parts import Expert, Member
 from proxytune.recipe.prompts import Prompter
 from proxytune.recipe.store import HUB_ARGUMENTS, load_recipe, read_from
 from proxytune.saving import push_model, save_model

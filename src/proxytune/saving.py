@@ -12,9 +12,9 @@ from huggingface_hub import HfApi
 from proxytune.errors import RecipeError
 from proxytune.lanes.transformers import TransformersLane
 from proxytune.recipe.adapters import plain_weights, save_adapter
-from proxytune.recipe.config import Member
 from proxytune.recipe.generation_config import valid_generation_config
 from proxytune.recipe.members import member_source
+from proxytune.recipe.parts import Member
 from proxytune.recipe.store import load_recipe, model_card, moved_member, write_recipe
 
 __all__ = ["push_model", "save_model"]

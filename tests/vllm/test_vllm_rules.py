@@ -12,7 +12,8 @@ import torch
 from vllm.config import ModelConfig
 
 from proxytune.errors import AlphaError, MemberError, ProxyTuneError
-from proxytune.recipe.config import Member, ProxyTuneConfig
+from proxytune.recipe.config import ProxyTuneConfig
+from proxytune.recipe.parts import Member
 from proxytune.recipe.source import Source
 from proxytune.vllm import check_version, hooks
 from proxytune.vllm.alpha import join, requested, split

@@ -23,6 +23,7 @@ from proxytune.cli.shared import (
 )
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.options import LoadingOptions
+from proxytune.recipe.place import check_alpha
 
 __all__ = ["demo", "generate", "serve"]
 
@@ -53,6 +54,7 @@ def generate(
         raise ProxyTuneError("give either prompts or --input FILE")
     if any(not prompt.strip() for prompt in prompts or []):
         raise ProxyTuneError("the prompt is empty")
+    check_alpha(recipe, options.alpha)
     lines = [] if job.input is None else read_lines(job.input)  # before the seconds that the imports take
     from proxytune.answers.batch import Item, Output, fingerprint, read_items, result
     from proxytune.answers.generation import Printer, answer, batches, encode

@@ -17,6 +17,7 @@ from proxytune.cli.flags import only
 from proxytune.cli.shared import Recipe, load_model, say, write_out
 from proxytune.errors import PromptError, ProxyTuneError
 from proxytune.recipe.options import LoadingOptions
+from proxytune.recipe.place import check_alpha
 
 if TYPE_CHECKING:
     from proxytune.answers.chat import Conversation
@@ -41,6 +42,7 @@ def chat(
     Alt-Enter begins a new line, pasted text keeps its lines, and TAB completes commands and the recipe's example
     prompts.
     """
+    check_alpha(recipe, options.alpha)
     from proxytune.answers.chat import Conversation
     from proxytune.recipe.alpha import resolve_alpha
     from proxytune.recipe.store import load_recipe

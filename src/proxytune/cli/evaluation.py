@@ -26,6 +26,7 @@ from proxytune.errors import ProxyTuneError, need
 from proxytune.evaluation import check_tasks
 from proxytune.evaluation.options import CodeOptions, EvaluationOptions, JudgeOptions, alpha_range
 from proxytune.recipe.options import LoadingOptions
+from proxytune.recipe.place import check_alpha
 
 if TYPE_CHECKING:
     from proxytune.evaluation.scoring import Scores
@@ -79,6 +80,7 @@ def evaluate(
     with intervals, paired tests, the gap closed and examples a second; the tables are printed. An arm or task that
     cannot be had is left out with its reason, and the exit status is 2, or 3 where a judge did not answer.
     """
+    check_alpha(recipe, options.alpha)
     run = _harness()
     from proxytune.evaluation.results import results_table
 
@@ -111,6 +113,7 @@ def sweep(
     it was; alphas can be added.
     """
     expert, values = alpha_range(alpha)
+    check_alpha(recipe, None if expert is None else {expert: values[0]})
     run = _harness()
     from proxytune.evaluation.results import sweep_table
 

@@ -198,7 +198,8 @@ def _fingerprint(assets: Path) -> str:
 def _build(place: Path, assets: Path) -> None:
     from peft import PeftModel
 
-    from proxytune.recipe.config import Expert, Member, ProxyTuneConfig
+    from proxytune.recipe.config import ProxyTuneConfig
+    from proxytune.recipe.parts import Expert, Member
     from proxytune.recipe.store import write_recipe
 
     facts = json.loads((assets / "demo.json").read_text(encoding="utf-8"))

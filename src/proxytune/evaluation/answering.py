@@ -27,8 +27,8 @@ from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.arms import Arm, Pair
 from proxytune.evaluation.code import clean_code
 from proxytune.lanes.reading import ROTATIONS, reading_of, rotations
-from proxytune.recipe.config import Prompt
 from proxytune.recipe.families import new_cache
+from proxytune.recipe.parts import Prompt
 from proxytune.recipe.prompts import chat_text, left_pad
 
 __all__ = ["Job", "Log", "TaskPlan", "answer_jobs", "choice_scores", "shots_of"]

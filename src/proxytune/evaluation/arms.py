@@ -20,9 +20,10 @@ from proxytune.evaluation.results import ARMS
 from proxytune.lanes.kernels import pack
 from proxytune.lanes.loading import load_member
 from proxytune.model import ProxyTunedForCausalLM
-from proxytune.recipe.config import Prompt, ProxyTuneConfig
+from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.members import Loading, load_recipe_tokenizer, load_tokenizer, loading_of
 from proxytune.recipe.options import LoadingOptions
+from proxytune.recipe.parts import Prompt
 from proxytune.recipe.prompts import Prompter
 
 if TYPE_CHECKING:

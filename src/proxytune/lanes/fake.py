@@ -13,8 +13,8 @@ from torch import Tensor
 
 from proxytune.decoding.cost import Cost
 from proxytune.decoding.lane import Scores, stacked
-from proxytune.recipe.config import Prompt
 from proxytune.recipe.layout import Seat
+from proxytune.recipe.parts import Prompt
 
 __all__ = ["FakeLane", "hashed_logits"]
 

@@ -22,9 +22,10 @@ from proxytune.recipe.adapters import (
     unlike_as_loaded,
 )
 from proxytune.recipe.checkpoints import Fit, fit_of, fit_of_gguf, read_header
-from proxytune.recipe.config import Member, ProxyTuneConfig
+from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.layout import group_by_weights, seats_of
 from proxytune.recipe.members import Loading, adapter_directory, adapter_source, loading_of, opened, refuse_unfit
+from proxytune.recipe.parts import Member
 
 __all__ = ["forget_gguf", "load_lanes", "load_member", "load_model"]
 

@@ -25,9 +25,9 @@ from proxytune.lanes.kernels import PackedLinear, QuickHead, pack
 from proxytune.lanes.reading import has_read, one_by_one, reading_of
 from proxytune.lanes.rows import apply_by_rows, refuse_unlike, same_weights
 from proxytune.recipe.adapters import checksums
-from proxytune.recipe.config import Member
 from proxytune.recipe.families import idle_embeddings
 from proxytune.recipe.layout import Seat
+from proxytune.recipe.parts import Member
 
 __all__ = ["CannotShare", "TransformersLane", "TransformersState"]
 

@@ -22,7 +22,7 @@ from transformers.modeling_utils import load_state_dict
 from proxytune.errors import MemberError, ProxyTuneError, first_line
 from proxytune.recipe.adapters import try_adapter
 from proxytune.recipe.checkpoints import Fit, fit_of_gguf, fit_of_header, parts_of_gguf, read_header
-from proxytune.recipe.config import Member, ProxyTuneConfig
+from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.families import idle_embeddings, keeps_states, obstacle_of
 from proxytune.recipe.generation_config import adapted, base_generation_config
 from proxytune.recipe.layout import group_by_weights
@@ -37,6 +37,7 @@ from proxytune.recipe.members import (
     opened,
     refuse_unfit,
 )
+from proxytune.recipe.parts import Member
 from proxytune.recipe.prompts import render
 from proxytune.recipe.source import Source
 from proxytune.recipe.vocabulary import compare

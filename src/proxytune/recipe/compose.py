@@ -10,10 +10,11 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig
 
 from proxytune.errors import MemberError, RecipeError, first_line
-from proxytune.recipe.config import Expert, Member, Prompt, ProxyTuneConfig
+from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import adapted, ends_of, read_generation_config
 from proxytune.recipe.members import Loading, load_config, load_tokenizer, member_source
 from proxytune.recipe.options import ComposeOptions, MemberChoice
+from proxytune.recipe.parts import Expert, Member, Prompt
 from proxytune.recipe.place import check_target
 from proxytune.recipe.presets import PRESETS
 from proxytune.recipe.store import moved_member, write_recipe

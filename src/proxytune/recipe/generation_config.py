@@ -19,8 +19,9 @@ from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig
 
 from proxytune.errors import MemberError, ProxyTuneError, first_line
-from proxytune.recipe.config import Member, ProxyTuneConfig
+from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.members import Loading, find_in, member_source
+from proxytune.recipe.parts import Member
 
 __all__ = [
     "adapted",

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxytune.recipe.adapters import judge, read_config
-from proxytune.recipe.config import Member, Prompt, ProxyTuneConfig
+from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.members import Loading, adapter_directory, adapter_source, loading_of
+from proxytune.recipe.parts import Member, Prompt
 
 __all__ = ["Seat", "group_by_weights", "seats_of"]
 

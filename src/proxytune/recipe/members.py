@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from proxytune.errors import MemberError, first_line
 from proxytune.recipe.checkpoints import find_file, whole_gguf
-from proxytune.recipe.config import Member, ProxyTuneConfig
+from proxytune.recipe.config import ProxyTuneConfig
+from proxytune.recipe.parts import Member
 from proxytune.recipe.source import Source
 
 __all__ = [

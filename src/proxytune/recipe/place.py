@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from proxytune.errors import RecipeError
+from proxytune.recipe.alpha import resolve_alpha
+from proxytune.recipe.parts import parse_experts
 
-__all__ = ["MODEL_TYPE", "check_kind", "check_place", "check_target", "named_recipe"]
+__all__ = ["MODEL_TYPE", "check_alpha", "check_kind", "check_place", "check_target", "named_recipe"]
 
 MODEL_TYPE = "proxytune"
 NAMED_RECIPES = "proxytune.recipes"
@@ -41,11 +43,31 @@ def check_place(recipe: str | Path, subfolder: str = "") -> None:
     file = Path(path, subfolder, "config.json")
     if not file.is_file():
         raise RecipeError(f"{path!r} has no config.json, so it is not a recipe; make one with `proxytune new`")
+    _read(file, path)
+
+
+def check_alpha(recipe: str | Path, alpha: float | Mapping[str, float] | None) -> None:
+    """Check that an alpha names experts of a recipe that is in a directory; others are checked when they are loaded.
+
+    Raises:
+        AlphaError: for an unknown name. RecipeError: where the recipe's experts cannot be read.
+    """
+    path = os.path.expanduser(os.fspath(recipe))
+    if alpha is None or not os.path.isdir(path):
+        return
+    experts = parse_experts(_read(Path(path, "config.json"), path).get("experts"))
+    resolve_alpha(alpha, [expert.name for expert in experts], [expert.alpha for expert in experts])
+
+
+def _read(file: Path, path: str) -> dict[str, Any]:
+    """What the config.json of the recipe at ``path`` says."""
     try:
         values = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise RecipeError(f"the recipe {path!r} cannot be read: its config.json is not valid JSON ({error})") from error
-    check_kind(values if isinstance(values, dict) else {}, path)
+    values = values if isinstance(values, dict) else {}
+    check_kind(values, path)
+    return values
 
 
 def check_kind(values: Mapping[str, Any], path: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from proxytune.errors import PromptError, first_line
-from proxytune.recipe.config import Prompt
+from proxytune.recipe.parts import Prompt
 
 __all__ = ["Message", "Prompter", "left_pad", "render", "render_chat"]
 

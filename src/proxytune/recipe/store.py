@@ -14,9 +14,10 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import GenerationConfig, PreTrainedConfig
 
 from proxytune.errors import MemberError, ProxyTuneError, RecipeError, first_line
-from proxytune.recipe.config import Member, ProxyTuneConfig
+from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import valid_generation_config
 from proxytune.recipe.members import member_source
+from proxytune.recipe.parts import Member
 from proxytune.recipe.place import check_kind, check_place, named_recipe
 from proxytune.recipe.source import rebase
 

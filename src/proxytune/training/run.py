@@ -30,9 +30,10 @@ from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeErr
 from proxytune.lanes.loading import load_model
 from proxytune.recipe.check import check_recipe
 from proxytune.recipe.compose import compose
-from proxytune.recipe.config import Expert, Member, Prompt, ProxyTuneConfig
+from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import ends_of, valid_generation_config
 from proxytune.recipe.members import Loading, load_config, load_tokenizer
+from proxytune.recipe.parts import Expert, Member, Prompt
 from proxytune.recipe.store import load_recipe
 from proxytune.training.callbacks import Progress, Reporting, Resuming, Stopping
 from proxytune.training.data import Rows

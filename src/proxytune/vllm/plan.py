@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from proxytune.errors import MemberError, PromptError
-from proxytune.recipe.config import Member, ProxyTuneConfig
+from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.members import adapter_source, member_source
+from proxytune.recipe.parts import Member
 from proxytune.recipe.source import Source
 
 __all__ = ["Part", "parts_of", "refuse"]
