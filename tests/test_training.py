@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -692,6 +693,110 @@ def test_validation_that_cannot_be_is_refused_in_one_sentence(shelf, text, held_
     broken = write_rows(tmp_path / "broken.jsonl", [*HELD_OUT, {"prompt": "a"}])
     assert "line 6 of" in fails(*given, "--validation", broken)
     assert not out.exists()
+
+
+# -- several processes ----------------------------------------------------------------------------------------
+LAUNCHER = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "proxytune")  # accelerate's own
+
+
+def launched(*args, **environment):
+    """The command in two processes on the CPU."""
+    return subprocess.run(
+        [sys.executable, *LAUNCHER, *command(*args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--full", "--lr", "3e-3")], ids=["adapter", "full"])
+def test_two_processes_train_what_one_does(shelf, text, held_out, tmp_path, options):
+    """``--batch-size`` is of all of them, and accelerate's precision is not ours."""
+    options = (*FAST, *options, "--micro-batch", 1, "--max-steps", 6, "--validation", held_out, "--eval-every", 2)
+    given = ("--base", shelf / "base", "--anti-expert", shelf / "anti", "--data", text, *options)
+    done = launched(tmp_path / "two", *given, ACCELERATE_MIXED_PRECISION="bf16")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("wrote ") == done.stderr.count("loading the models") == 1
+    assert done.stderr.count("training 6/6  loss") == 1
+    assert len(list((tmp_path / "two/training/logs").iterdir())) == 1
+    trains(shelf, tmp_path / "one", text, *options)
+    one, two = manifest_of(tmp_path / "one"), manifest_of(tmp_path / "two")
+    assert two["arguments"]["processes"] == 2
+    assert two["loss"]["last"] == pytest.approx(one["loss"]["last"], rel=1e-4)
+    for ours, theirs in zip(one["validation"]["losses"], two["validation"]["losses"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    name = "model" if "--full" in options else "adapter_model"
+    both = [load_file(tmp_path / place / f"expert/{name}.safetensors") for place in ("one", "two")]
+    assert both[0].keys() == both[1].keys()
+    for key, tensor in both[0].items():
+        torch.testing.assert_close(both[1][key], tensor, rtol=1e-3, atol=1e-5, msg=key)
+    again = launched(tmp_path / "two", *given, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("finished already") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_ended_resume_to_what_one_trains(shelf, text, tmp_path):
+    options = (*FAST, "--micro-batch", 1, "--max-steps", 20, "--save-every", 1)
+    given = ("--base", shelf / "base", "--anti-expert", shelf / "anti", "--data", text, *options)
+    ended = subprocess.Popen(
+        [sys.executable, *LAUNCHER, *command(tmp_path / "two", *given)],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    state = tmp_path / "two/training/checkpoints/checkpoint-3/trainer_state.json"
+    deadline = time.monotonic() + 120
+    while not state.exists() and ended.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ended.terminate()  # the launcher ends its processes
+    ended.wait()
+    assert not (tmp_path / "two/config.json").exists(), "it was done before it could be ended"
+    assert "another processes" in fails(tmp_path / "two", *given, "--resume")
+    done = launched(tmp_path / "two", *given, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "resumed from step" in done.stderr
+    trains(shelf, tmp_path / "one", text, *options)
+    both = [load_file(tmp_path / place / "expert/adapter_model.safetensors") for place in ("one", "two")]
+    for key, tensor in both[0].items():
+        torch.testing.assert_close(both[1][key], tensor, rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.slow
+def test_several_processes_tell_an_error_once(shelf, text, tmp_path):
+    given = ("--base", shelf / "base", "--anti-expert", shelf / "anti", "--data", text)
+    done = launched(tmp_path / "out", *given, *FAST, "--lr", "1e30")
+    assert done.returncode != 0
+    assert done.stderr.count("error: the loss is ") == 1
+    assert "exitcode  : 2" in done.stderr
+    done = launched(tmp_path / "other", *given, "--batch-size", 3)
+    assert done.stderr.count("error: a batch of 3 rows cannot be shared by 2 processes") == 1
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_several_processes_cannot_do_is_refused(shelf, text, tmp_path, monkeypatch):
+    given = (tmp_path / "out", "--base", shelf / "base", "--anti-expert", shelf / "anti", "--data", text)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert "accelerate launch --multi_gpu --num_processes 3 -m proxytune train" in fails(*given)
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert "--consistent trains in one process" in fails(*given, "--consistent")
+    assert "2 must divide --batch-size" in fails(*given, "--batch-size", 9)
+    assert "micro batches of 4" in fails(*given, "--batch-size", 4, "--micro-batch", 4)
+    recipe = ProxyTuneConfig(
+        base=Member(str(shelf / "base")),
+        experts=[Expert("e", placed := Member(str(shelf / "anti"), device_map="cpu"), placed)],
+    )
+    write_recipe(recipe, tmp_path / "placed")
+    assert "has a device_map" in fails(tmp_path / "out", "--recipe", tmp_path / "placed", "--data", text)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "cannot use FSDP" in fails(*given)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert "on one machine" in fails(*given)
+    assert not (tmp_path / "out").exists()
 
 
 # -- bad input ------------------------------------------------------------------------------------------------

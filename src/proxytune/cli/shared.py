@@ -17,6 +17,7 @@ from rich.console import Console
 
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.place import check_place
+from proxytune.training.processes import is_main, n_processes
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 FAILED = 2
+PATIENCE = 30.0  # seconds
 
 
 def _placed(recipe: str) -> str:
@@ -67,13 +69,16 @@ def number_text(value: float | None) -> str:
 
 def fail(message: str) -> NoReturn:
     """Tell what is wrong in one line and leave."""
-    say(f"error: {' '.join(message.split())}")
+    if not is_main():  # the main process meets the same error and tells it; then the launcher ends this one
+        time.sleep(PATIENCE)
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
     raise typer.Exit(FAILED)
 
 
 def say(message: str) -> None:
-    """Tell the user something that is no result."""
-    typer.echo(message, err=True)
+    """Tell the user something that is no result; of several processes the main one does."""
+    if is_main():
+        typer.echo(message, err=True)
 
 
 def drop_stdout() -> None:
@@ -146,7 +151,7 @@ def live_bar(*, counted: bool) -> Iterator[Progress | None]:
     )
 
     console, text = Console(stderr=True), TextColumn("{task.description}")
-    if not console.is_terminal:
+    if not (console.is_terminal and is_main()):
         yield None
         return
     columns = (
@@ -218,7 +223,10 @@ def resumable(kept: str, *, add: str = "") -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         words = ["proxytune", *sys.argv[1:], *([add] if add and add not in sys.argv else [])]
-        say(f"interrupted; {kept}, and this goes on from there: {shlex.join(words)}")
+        command = f"this goes on from there: {shlex.join(words)}"
+        if n_processes() > 1:  # whose launcher is not known here
+            command = f"the same command with {add} goes on from there"
+        say(f"interrupted; {kept}, and {command}")
         raise typer.Exit(130) from None
 
 

@@ -13,6 +13,7 @@ from proxytune.recipe.options import TRUST
 from proxytune.recipe.place import check_place
 from proxytune.recipe.source import resolve
 from proxytune.training.data import data_file
+from proxytune.training.processes import check_launch, n_processes
 
 __all__ = ["TrainingOptions", "has_begun"]
 
@@ -152,6 +153,7 @@ class TrainingOptions:
         Raises:
             ProxyTuneError: in one sentence, for what cannot be there, and for a directory that is in use.
         """
+        self._check_processes()
         data_file(self.data)
         if self.validates:
             source, split = self.validation_source
@@ -178,6 +180,22 @@ class TrainingOptions:
             )
         if "training" not in inside:
             raise ProxyTuneError(f"{str(out)!r} holds no training run to resume; give another directory")
+
+    def _check_processes(self) -> None:
+        check_launch()
+        if (n := n_processes()) == 1:
+            return
+        if self.consistent:
+            raise ProxyTuneError("--consistent trains in one process; start it without a launcher")
+        if self.batch_size % n:
+            raise ProxyTuneError(
+                f"a batch of {self.batch_size} rows cannot be shared by {n} processes; {n} must divide --batch-size"
+            )
+        if self.micro_batch is not None and self.batch_size % (n * self.micro_batch):
+            raise ProxyTuneError(
+                f"a batch of {self.batch_size} rows cannot be made by {n} processes of micro batches of "
+                f"{self.micro_batch}"
+            )
 
 
 def has_begun(out: Path) -> bool:

@@ -78,10 +78,12 @@ class TokenMeanTrainer(SFTTrainer):
         balanced, self.aux_loss_enabled = self.aux_loss_enabled, False
         try:
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(model, inputs, num_items_in_batch=torch.tensor(tokens, device=model.device))
+                loss = self.compute_loss(
+                    model, inputs, num_items_in_batch=torch.tensor(tokens, device=inputs["labels"].device)
+                )
         finally:
             self.aux_loss_enabled = balanced
-        return loss, None, None
+        return loss / self.accelerator.num_processes, None, None  # TRL multiplies by it, for the mean of gradients
 
 
 class PositionsTrainer(TokenMeanTrainer):

@@ -4,7 +4,8 @@
     OUT/expert/              M+: a LoRA adapter on M-, or the whole model
     OUT/training/            arguments.json, logs (TensorBoard), manifest.json; checkpoints while it runs
 
-Everything is written so that a kill at any moment leaves what ``resume`` goes on from.
+Everything is written so that a kill at any moment leaves what ``resume`` goes on from. Of several processes
+(:mod:`proxytune.training.processes`) the main one writes.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from proxytune.recipe.store import load_recipe
 from proxytune.training.callbacks import Progress, Reporting, Resuming, Stopping
 from proxytune.training.data import Rows
 from proxytune.training.options import TrainingOptions, has_begun
+from proxytune.training.processes import is_main, n_processes
 
 __all__ = ["Progress", "Trained", "members_of", "train"]
 
@@ -122,6 +124,8 @@ def train(
     """
     _need_packages()
     started, folder = time.time(), out / "training"
+    if not is_main():
+        report, note = (lambda progress: None), (lambda text: None)
     options = resolved(options)
     options.check(out)
     reporters = _reporters(options.report_to or ())
@@ -133,7 +137,8 @@ def train(
     _begin(folder, {**arguments, **hashes}, has_begun(out))
     if (folder / "manifest.json").exists():
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-        _clean(folder)
+        if is_main():
+            _clean(folder)
         return Trained(out, manifest, _told(note, ["the run was finished already; nothing was done"]))
 
     run = Run(options, folder, config, shared, data, validation, report)
@@ -149,13 +154,18 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         report(Progress("writing the recipe", trainer.state.global_step, trainer.state.global_step))
-        _save_expert(trainer, run, out)
+        if is_main():
+            _save_expert(trainer, run, out)
     except Exception as error:
         if isinstance(error, OSError) or any(said in str(error) for said in FULL_DISK):
             raise ProxyTuneError(
                 f"{out} cannot be written: {first_line(error)}; --resume goes on from there"
             ) from error
         raise
+
+    if not is_main():
+        trainer.accelerator.wait_for_everyone()
+        return Trained(out, json.loads((folder / "manifest.json").read_text("utf-8")), notes)
 
     later = compose(_recipe_of(run, out), out, force=True, trust_remote_code=options.trust_remote_code)
     found = check_recipe(load_recipe(out), run.loading)
@@ -181,16 +191,17 @@ def train(
     }
     _write_json(folder / "manifest.json", manifest)  # last: with it the run is finished
     _clean(folder)
+    trainer.accelerator.wait_for_everyone()
     return Trained(out, manifest, notes + _told(note, later))
 
 
 # -- before the training --------------------------------------------------------------------------------------
 def _need_packages() -> None:
     need("training", "train", *PACKAGES)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.cuda.device_count() > 1:
+    if n_processes() == 1 and (n_gpus := torch.cuda.device_count()) > 1:
         raise ProxyTuneError(
-            "training uses one process and one GPU; make one visible with CUDA_VISIBLE_DEVICES, or train with "
-            "TRL directly and compose the result with `proxytune new`"
+            f"one process trains on one GPU, but {n_gpus} are visible; begin the command with `accelerate launch "
+            f"--multi_gpu --num_processes {n_gpus} -m proxytune train`, or make one visible with CUDA_VISIBLE_DEVICES"
         )
 
 
@@ -217,12 +228,13 @@ def _reporters(names: Sequence[str]) -> list[Any]:
 
 
 def resolved(options: TrainingOptions) -> TrainingOptions:
-    """With every default that depends on others filled in."""
+    """With every default that depends on others, or on the number of processes, filled in."""
+    share = max(1, options.batch_size // n_processes())
     return replace(
         options,
         lr=options.lr or (FULL_LR if options.full else LORA_LR),
         lora_alpha=options.lora_alpha or 2 * options.rank,
-        micro_batch=options.micro_batch or max(n for n in range(1, 9) if options.batch_size % n == 0),
+        micro_batch=options.micro_batch or max(n for n in range(1, 9) if share % n == 0),
         precision=_precision(options.precision),
         eval_every=options.eval_every or (options.save_every if options.validates else None),
     )
@@ -312,8 +324,13 @@ def checked(options: TrainingOptions) -> tuple[ProxyTuneConfig, TrainingOptions,
     if found.problems:
         raise RecipeError(found.problems[0])
     own = load_config(config, "the anti-expert", anti, _loading(options))
-    if options.full and (anti.quantization_config or getattr(own, "quantization_config", None)):
+    quantized = anti.quantization_config or getattr(own, "quantization_config", None)
+    if options.full and quantized:
         raise MemberError("the anti-expert is quantized, so only an adapter can be trained on it; leave out --full")
+    if n_processes() > 1 and (quantized or anti.device_map is not None):
+        raise MemberError(
+            "the anti-expert is quantized or has a device_map, which takes one process; start it without a launcher"
+        )
     context = found.context or LONGEST
     if options.max_length is not None and options.max_length > context:
         raise ProxyTuneError(
@@ -328,7 +345,8 @@ def _arguments(options: TrainingOptions, config: ProxyTuneConfig) -> dict[str, A
     said = {name: value for name, value in asdict(options).items() if name not in ("recipe", "resume")}
     (expert,) = config.expert_list
     members = {"base": config.base, "anti_expert": config.experts[0]["anti_expert"]}
-    return {**said, **members, "name": expert.name, "alpha": expert.alpha}
+    processes = n_processes() if n_processes() > 1 else None
+    return {**said, **members, "name": expert.name, "alpha": expert.alpha, "processes": processes}
 
 
 def _begin(folder: Path, arguments: dict[str, Any], begun: bool) -> None:
@@ -341,6 +359,8 @@ def _begin(folder: Path, arguments: dict[str, Any], begun: bool) -> None:
                 f"the run was begun with another {' and another '.join(differing)}; repeat it, or begin anew in "
                 "another directory"
             )
+        return
+    if not is_main():
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -404,7 +424,7 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
         warmup_steps=options.warmup,
         weight_decay=0.0,
         per_device_train_batch_size=options.micro_batch,
-        gradient_accumulation_steps=options.batch_size // options.micro_batch,
+        gradient_accumulation_steps=options.batch_size // (options.micro_batch * n_processes()),
         max_length=None,  # rows are cut below, where it is counted
         completion_only_loss=None if data.kind == "turns" else True,
         assistant_only_loss=data.kind == "turns",
@@ -412,6 +432,7 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
         fp16=options.precision == "fp16",
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         gradient_checkpointing=options.gradient_checkpointing,
+        ddp_find_unused_parameters=False,
         logging_steps=1,
         logging_nan_inf_filter=False,  # a loss that is no number must be seen
         save_strategy="steps",
@@ -419,7 +440,7 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
         save_total_limit=2,
         eval_strategy="no" if validation is None else "steps",
         eval_steps=options.eval_every or 0.1,
-        per_device_eval_batch_size=options.micro_batch,
+        per_device_eval_batch_size=_validation_batch(options.micro_batch, validation),
         load_best_model_at_end=validation is not None,
         metric_for_best_model=None if validation is None else "eval_loss",
         restore_callback_states_from_checkpoint=True,  # how many evaluations brought nothing
@@ -428,6 +449,7 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
         disable_tqdm=True,
         remove_unused_columns=False,  # a row's number goes with it
     )
+    arguments.mixed_precision = options.precision if options.precision in ("bf16", "fp16") else "no"  # not accelerate's
     lora = LoraConfig(
         r=options.rank,
         lora_alpha=options.lora_alpha,
@@ -437,7 +459,7 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
     kind: Any = TokenMeanTrainer
     if options.consistent:
         from proxytune.training.consistent import ConsistentTrainer as kind
-    elif arguments.device.type == "cpu" and not hasattr(model.config, "output_router_logits"):
+    elif n_processes() == 1 and arguments.device.type == "cpu" and not hasattr(model.config, "output_router_logits"):
         kind = PositionsTrainer if has_plain_head(model) else TokenMeanTrainer
     frozen_copy = copy.deepcopy(model) if options.consistent and options.full else None
     report(Progress("tokenizing the data", 0, 1))
@@ -470,12 +492,21 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
     purge = None if checkpoint is None else _step(checkpoint) + 1  # what a killed run logged behind it
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(TensorBoardCallback(SummaryWriter(str(run.folder / "logs"), purge_step=purge)))
+    if is_main():
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(run.folder / "logs"), purge_step=purge)))
     trainer.add_callback(Reporting(report))
     trainer.add_callback(Resuming())
     if options.early_stopping is not None:
         trainer.add_callback(Stopping(options.early_stopping))
     return trainer, notes, facts
+
+
+def _validation_batch(micro_batch: int, validation: Rows | None) -> int:
+    """Rows at once in validation. Several processes fill the last round up with rows that they have read already, and
+    then leave these out batch by batch: none must be half filled."""
+    if validation is None or n_processes() == 1:
+        return micro_batch
+    return max(n for n in range(1, micro_batch + 1) if len(validation.rows) % n == 0)
 
 
 def _mix(trainer: Any, run: Run, frozen_copy: Any) -> None:

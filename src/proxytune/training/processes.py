@@ -1,0 +1,45 @@
+"""A training run in several processes, as ``accelerate launch`` and ``torchrun`` start them.
+
+Each process holds the whole model and takes its share of each batch. The main process alone writes files and tells
+what happens. (Needs no torch.)
+"""
+
+from __future__ import annotations
+
+import os
+
+from proxytune.errors import ProxyTuneError
+
+__all__ = ["check_launch", "is_main", "n_processes"]
+
+# What accelerate sets for its ways to share a model out; here every process holds the whole model.
+SHARED_OUT = {
+    "FSDP": "ACCELERATE_USE_FSDP",
+    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
+    "Megatron": "ACCELERATE_USE_MEGATRON_LM",
+}
+
+
+def n_processes() -> int:
+    """How many processes the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_launch() -> None:
+    """Refuse what a launcher can ask for and was not tried.
+
+    Raises:
+        ProxyTuneError: for several machines, and for a model that is shared out among processes.
+    """
+    if int(os.environ.get("LOCAL_WORLD_SIZE", n_processes())) != n_processes():
+        raise ProxyTuneError("training takes several processes on one machine, not several machines")
+    for name, variable in SHARED_OUT.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise ProxyTuneError(
+                f"training cannot use {name}: every process holds the whole model; leave it out of accelerate's config"
+            )
