@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM
 
 from predict_pairs import SHAPES, llama2
 from proxytune import ProxyTunedForCausalLM, ProxyTuneError
-from proxytune.cli.speed import show_bench
+from proxytune.cli.shared import show
+from proxytune.cli.speed import bench_tables
 from proxytune.decoding import sampling
 from proxytune.speed.bench import Subject, run_bench
 from proxytune.speed.options import BenchOptions
@@ -109,7 +110,7 @@ def measure_pair(name: str, given: argparse.Namespace) -> list[dict[str, Any]]:
             result = run_bench(
                 [subject], options, itertools.repeat(("x" * 64,) * 2), tokenizer=RandomTokens(), compare=False
             )
-        show_bench(result)
+        show(*bench_tables(result))
         found.append({"pair": name, "coin": acceptance, "drafts": n_drafts, **result.to_json()})
         if result.interrupted:
             break

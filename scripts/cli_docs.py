@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from proxytune.cli import app
+from proxytune.cli import COMMANDS, app
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 HEAD = """\
@@ -23,7 +24,8 @@ def page() -> str:
     """The page as Markdown."""
     group: Any = typer.main.get_command(app)
     parts = [HEAD, f"{paragraphs(group.help)}\n\n{group.epilog}\n"]
-    for name, command in group.commands.items():
+    for name in COMMANDS:
+        command = group.get_command(None, name)
         parts.append(f"\n## proxytune {name}\n\n```\n{usage(name, command)}\n```\n\n{paragraphs(command.help)}\n")
         shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
         for title, rows in panels(shown).items():
@@ -59,9 +61,9 @@ def value_of(option: Any) -> str:
 
 
 def paragraphs(text: str | None) -> str:
-    """A docstring with each paragraph on one line."""
-    blocks = (text or "").strip().split("\n\n")
-    return "\n\n".join(" ".join(line.strip() for line in block.splitlines()) for block in blocks)
+    """A docstring with each paragraph on one line, and its examples as they are."""
+    blocks = inspect.cleandoc(text or "").split("\n\n")
+    return "\n\n".join(b if b.startswith("    ") else " ".join(map(str.strip, b.splitlines())) for b in blocks)
 
 
 def cell(text: str) -> str:

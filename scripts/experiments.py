@@ -108,7 +108,7 @@ def evaluate(name: str, expert: str, seed: int, work: Path, limit: int, batch_si
         run("train", place, *how, "--no-gradient-checkpointing", "--resume")
 
     train(out, of.lr, "--recipe", "demo", "--rank", 32, *of.experts[expert])
-    options = [*of.options, "--limit", limit, "--out", out / "eval", "--pack", "--batch-size", batch_size]
+    options = [*of.options, "--limit", limit, "--output", out / "eval", "--pack", "--batch-size", batch_size]
     if tuned:
         base, place = demo_recipe().parent / "base", work / f"{name}-{seed}-tuned"
         train(place, of.tuned_lr, "--base", base, "--anti-expert", base, "--full")

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_progress")
 ROW = {"arm", "options", "batch", "prompt", "output", "tokens_per_second", "tokens_per_second_low"}
 ROW |= {"tokens_per_second_high", "ratio_to_base", "ratio_to_plain_loop", "acceptance", "peak_memory_bytes"}
 ROW |= {"time_to_first_token_s", "repeats", "speculation"}
-QUICK = ("--batch", "1", "--lengths", "6/5", "--repeats", "2")
+QUICK = ("--batch-size", "1", "--lengths", "6/5", "--repeats", "2")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def measured(lora_recipe, tmp_path):
     """Run the command; its JSON and what it printed."""
 
     def measure(*options, recipe=lora_recipe, status=0):
-        made = run("bench", recipe, *options, "--json", tmp_path / "bench.json", status=status)
+        made = run("bench", recipe, *options, "--output", tmp_path / "bench.json", status=status)
         return json.loads((tmp_path / "bench.json").read_text("utf-8")), made
 
     return measure
@@ -101,7 +101,7 @@ def test_prompts_of_a_file_are_its_paragraphs(tokenizer, tmp_path):
 
 # -- what is measured -----------------------------------------------------------------------------------------
 def test_every_arm_is_measured(measured):
-    found, made = measured("--batch", "1,2", "--lengths", "6/5,3/9", "--repeats", "2")
+    found, made = measured("--batch-size", "1,2", "--lengths", "6/5,3/9", "--repeats", "2")
     rows = found["rows"]
     assert all(set(row) == ROW for row in rows)
     cases = {(row["batch"], row["prompt"], row["output"]) for row in rows}
@@ -224,7 +224,7 @@ def test_the_budget_cuts_rounds_and_options_and_says_so():
 
 
 def test_without_time_only_the_main_case_is_measured(measured):
-    found, made = measured("--batch", "1,2", "--lengths", "64/128,6/5", "--arms", "base", "--minutes", "0.0001")
+    found, made = measured("--batch-size", "1,2", "--lengths", "64/128,6/5", "--arms", "base", "--minutes", "0.0001")
     assert {(row["batch"], row["prompt"], row["repeats"]) for row in found["rows"]} == {(1, 64, 5)}
     assert made.stdout.count("is left out") == 3
 
@@ -308,13 +308,13 @@ def test_a_near_tie_is_no_mismatch(lora_recipe):
         (["--lengths", "64x128"], "lengths are PROMPT/OUTPUT in tokens, such as 64/128, not '64x128'"),
         (["--lengths", "64/0"], "not '64/0'"),
         (["--lengths", "200/100"], "200/100 needs 300 tokens, but member 'base' can read only 256"),
-        (["--batch", "1,x"], "--batch is numbers, such as 1,16"),
-        (["--batch", "0"], "a batch has at least 1 row"),
+        (["--batch-size", "1,x"], "--batch-size is numbers, such as 1,16"),
+        (["--batch-size", "0"], "a batch has at least 1 row"),
         (["--options", "int3"], "no member option is called 'int3'"),
         (["--options", "float32+bfloat16"], "names two dtypes"),
         (["--options", "auto,auto"], "names one set twice"),
         (["--prompts", "nowhere.txt"], "nowhere.txt: No such file"),
-        (["--json", "/nowhere/x.json"], "/nowhere/x.json: No such file"),
+        (["--output", "/nowhere/x.json"], "/nowhere/x.json: No such file"),
     ],
 )
 def test_bad_input_is_one_sentence(recipe, options, said, monkeypatch):
@@ -340,7 +340,7 @@ def test_samples_are_of_a_seed_and_are_not_compared(measured, monkeypatch):
 
     monkeypatch.setattr(bench, "run_arm", noted)
     arms = "base,plain_loop,composite,speculative"
-    options = ("--batch", "2", "--lengths", "6/9", "--repeats", "2", "--temperature", "2.5", "--arms", arms)
+    options = ("--batch-size", "2", "--lengths", "6/9", "--repeats", "2", "--temperature", "2.5", "--arms", arms)
     found, _ = measured(*options)
     first, tokens = tokens, {}
     assert found["settings"]["temperature"] == 2.5
@@ -352,14 +352,14 @@ def test_samples_are_of_a_seed_and_are_not_compared(measured, monkeypatch):
 
 
 def test_a_number_of_drafts_copies_none(measured):
-    found, made = measured("--batch", "1", "--lengths", "6/20", "--repeats", "1", "--speculate", "3")
+    found, made = measured("--batch-size", "1", "--lengths", "6/20", "--repeats", "1", "--speculate", "3")
     stats = next(row["speculation"] for row in found["rows"] if row["arm"] == "speculative")
     assert stats["drafted"] > 0 == stats["looked_up"] == stats["lookup_cycles"]
     assert f"{stats['drafted']} by an expert, {stats['accepted']} accepted; 0 copied from the text" in made.stdout
 
 
 def test_batches_are_drafted_for(measured):
-    found, _ = measured("--batch", "3", "--lengths", "6/20", "--repeats", "1", "--speculate", "3")
+    found, _ = measured("--batch-size", "3", "--lengths", "6/20", "--repeats", "1", "--speculate", "3")
     row = next(row for row in found["rows"] if row["arm"] == "speculative")
     assert row["speculation"]["drafted"] > 0
     assert row["peak_memory_bytes"] > next(row for row in found["rows"] if row["arm"] == "base")["peak_memory_bytes"]

@@ -46,7 +46,7 @@ def trio(shelf):
 def test_new_makes_a_recipe_that_works(shelf, tmp_path):
     made = run("new", tmp_path / "made", *trio(shelf), "--alpha", "0.5", "--plausibility", "0.1", "--name", "chat")
     assert made.stdout == ""
-    assert "proxytune check" in made.stderr
+    assert made.stderr == f"wrote {tmp_path / 'made'}; it works, and needs 5.1 MiB for its weights\n"
     config = load_recipe(tmp_path / "made")
     assert [(one.name, one.alpha) for one in config.expert_list] == [("chat", 0.5)]
     assert config.plausibility == 0.1
@@ -104,7 +104,10 @@ def test_presets_are_recipes(preset, tmp_path):
 
 
 def test_a_preset_with_parts_replaced(shelf, tmp_path):
-    run("new", tmp_path / "made", "--preset", "llama2-13b-chat", "--base", shelf / "base", "--expert-revision", "v1")
+    words = ("--preset", "llama2-13b-chat", "--base", shelf / "base", "--expert-revision", "v1")
+    assert "does not work here: " in run("new", tmp_path / "unreached", *words, status=2).stderr
+    made = run("new", tmp_path / "made", *words, "--offline")
+    assert "not all of it can be checked offline" in made.stderr
     config = load_recipe(tmp_path / "made")
     expert = config.expert_list[0].expert
     assert config.base_member.model == str(shelf / "base")

@@ -488,7 +488,7 @@ def test_what_cannot_be_had_is_left_out_and_the_rest_is_written(shelf, local, tm
 def test_the_exit_status_says_that_something_was_left_out(shelf, local, tmp_path):
     """By the command: the control's solved examples do not fit the context of 256."""
     words = ("eval", shelf / "recipe", "--tasks", "demo_math", "--limit", 2, "--arms", "base,base_few_shot")
-    done = run(*words, "--out", tmp_path / "out", status=2)
+    done = run(*words, "--output", tmp_path / "out", status=2)
     assert "base_few_shot is left out of demo_math: demo_math, example" in done.stderr
     assert f"results: {tmp_path / 'out' / 'results.md'}" in done.stderr
     assert "| base" in done.stdout
@@ -507,7 +507,7 @@ def test_a_run_can_grow_but_not_change(shelf, local, tmp_path):
         ({"seed": 5}, "seed 0, now 5"),
         ({"alpha": 0.5}, 'alpha {"expert": 1.0}, now {"expert": 0.5}'),
     ):
-        with pytest.raises(ProxyTuneError, match=r"was begun with .*repeat that, or choose another --out") as caught:
+        with pytest.raises(ProxyTuneError, match=r"was begun with .*repeat that, or choose another --output") as caught:
             evaluate(config, replace(settings, **change), tmp_path)
         assert named in str(caught.value)
 
@@ -524,7 +524,7 @@ def test_a_killed_run_goes_on_where_it_was(shelf, local, tmp_path):
     words = [shelf / "recipe", "--tasks", "triviaqa", "--arms", "proxy_tuned", "--data", data, "-b", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = tmp_path / "out"
-    process = subprocess.Popen(command(*words, "--out", out), env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(*words, "--output", out), env=environment, stderr=subprocess.DEVNULL)
     path = out / "triviaqa" / "proxy_tuned.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -538,7 +538,9 @@ def test_a_killed_run_goes_on_where_it_was(shelf, local, tmp_path):
     assert 4 <= kept.count(b"\n") < 40
     with path.open("ab") as file:
         file.write(b'{"id": "torn')
-    done = subprocess.run(command(*words, "--out", out), env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command(*words, "--output", out), env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert path.read_bytes().startswith(kept)
     lines = [json.loads(line) for line in path.read_text().splitlines()]

@@ -224,8 +224,8 @@ def test_every_command_answers_with_it(place, name, tmp_path):
         run("check", recipe),
         run("generate", recipe, "Question: how", "and", "-n", "3"),
         run("chat", recipe, "-n", "3", input="hello\n"),
-        run("eval", recipe, *evaluated, "--out", tmp_path / "eval", "--arms", "base,proxy_tuned"),
-        run("sweep", recipe, *evaluated, "--out", tmp_path / "sweep", "--alpha", "0,1"),
+        run("eval", recipe, *evaluated, "--output", tmp_path / "eval", "--arms", "base,proxy_tuned"),
+        run("sweep", recipe, *evaluated, "--output", tmp_path / "sweep", "--alpha", "0,1"),
     ]
     assert [(each.exit_code, each.output) for each in made if each.exit_code] == []
     if name == "contrastive search":

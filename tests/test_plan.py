@@ -118,7 +118,16 @@ def test_configs_alone_are_enough(tmp_path):
 
 def test_the_command_prints_tables_and_writes_json(lora_recipe, tmp_path):
     made = run(
-        "plan", lora_recipe, "--acceptance", "0.5,0.9", "--batch", "1,2", "--device", "cpu", "--json", tmp_path / "x"
+        "plan",
+        lora_recipe,
+        "--acceptance",
+        "0.5,0.9",
+        "--batch-size",
+        "1,2",
+        "--device",
+        "cpu",
+        "--output",
+        tmp_path / "x",
     )
     assert "expert.expert, expert.anti_expert" in made.stdout
     assert made.stderr == ""
@@ -143,9 +152,11 @@ def test_a_line_goes_through_the_forwards():
 def test_a_probe_is_held_against_a_bench(lora_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "PROBE_SECONDS", 0.0)
     measured = tmp_path / "bench.json"
-    run("bench", lora_recipe, "--batch", "1", "--lengths", "6/40,6/5", "--repeats", "1", "--json", measured)
-    made = run("plan", lora_recipe, "--probe", "--batch", "1", "--against", measured, "--json", tmp_path / "plan.json")
-    assert "held against the bench" in made.stdout
+    run("bench", lora_recipe, "--batch-size", "1", "--lengths", "6/40,6/5", "--repeats", "1", "--output", measured)
+    made = run(
+        "plan", lora_recipe, "--probe", "--batch-size", "1", "--against", measured, "--output", tmp_path / "plan.json"
+    )
+    assert "beside the bench" in made.stdout
     found = json.loads((tmp_path / "plan.json").read_text("utf-8"))
     arms = {one["arm"] for one in found["compared"]}
     assert {"base", "plain_loop", "composite", "shared"} <= arms <= set(ARMS)
@@ -161,7 +172,7 @@ def test_a_probe_is_held_against_a_bench(lora_recipe, tmp_path, monkeypatch):
     [
         (["--acceptance", "1.2"], "an acceptance lies between 0 and 1"),
         (["--acceptance", "x"], "--acceptance is numbers"),
-        (["--batch", "0"], "at least 1"),
+        (["--batch-size", "0"], "at least 1"),
         (["--device", "tpu"], "--device is cpu or cuda"),
         (["--device", "cpu", "--probe"], "--device is for a prediction without --probe"),
         (["--against", "x.json"], "need --probe"),

@@ -33,7 +33,7 @@ def gsm8k(tmp_path):
 
 def test_the_figures_are_printed_with_counts_and_an_interval_and_written(gsm8k, tmp_path):
     out = tmp_path / "scores.json"
-    shown = run("gsm8k", gsm8k, "--json", out).stdout
+    shown = run("gsm8k", gsm8k, "--output", out).stdout
     (row,) = [line for line in shown.splitlines() if "exact_match" in line]
     assert [cell.strip() for cell in row.strip("|").split("|")] == ["exact_match", "1/3", "33.3 %", "6.1 – 79.2"]
     assert json.loads(out.read_text()) == {"task": "gsm8k", "metrics": {"exact_match": 1 / 3, "total": 3}}
@@ -42,7 +42,7 @@ def test_the_figures_are_printed_with_counts_and_an_interval_and_written(gsm8k, 
 def test_a_mean_that_is_no_count_is_not_shown_as_one(tmp_path):
     lines = [{"task_id": "a", "completion": "", "passed": n < 1} for n in range(4)]
     out = tmp_path / "scores.json"
-    shown = run("humaneval", write(tmp_path / "p", *lines), "--k", "1,2", "--json", out).stdout
+    shown = run("humaneval", write(tmp_path / "p", *lines), "--k", "1,2", "--output", out).stdout
     assert "mean of 1" in shown
     assert "50.0 %" in shown
     assert "samples: failed" in shown
@@ -90,7 +90,7 @@ def test_the_interval_of_multiple_choice_leaves_invalid_answers_out(tmp_path):
         (["humaneval", "{code}", "--data", "{file}"], "has no field 'task_id'"),
         (["gsm8k", "{file}", "--judge", "x"], "gsm8k takes no judge"),
         (["toxigen", "{toxigen}"], "toxigen needs a judge: --judge-url with --judge-model, or --judge DIR_OR_ID"),
-        (["gsm8k", "{file}", "--json", "{file}/x"], "Not a directory"),
+        (["gsm8k", "{file}", "--output", "{file}/x"], "Not a directory"),
     ],
 )
 def test_bad_input_is_told_in_one_sentence(gsm8k, tmp_path, args, reason):

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from proxytune.cli import COMMANDS
 from support.commands import fails
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="forks")
@@ -24,7 +25,6 @@ HEAVY = (
     "huggingface_hub",
     "matplotlib",
 )
-COMMANDS = ("new", "train", "check", "generate", "chat", "serve", "demo", "eval", "sweep", "bench", "score", "plan")
 # What is wrong -> the sentence that says so.
 WRONG = {
     "generate ./nosuch hi": "there is no recipe at './nosuch'",
@@ -75,6 +75,9 @@ WRONG = {
     "new made --preset nosuch": "there is no preset 'nosuch'",
     "new full --base empty --expert empty": "is not empty; give another directory",
     "new made --base ./nosuch --expert empty": "'./nosuch' does not exist",
+    "eval demo --config nosuch.yaml": "nosuch.yaml: No such file or directory",
+    "eval demo --config prompts.jsonl": "`eval` has no option 'prompt'; there are recipe, tasks",
+    "bench demo --output /nowhere/x": "/nowhere/x: No such file",
 }
 SCRIPT = """
 import json, os, sys

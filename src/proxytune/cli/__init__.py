@@ -1,7 +1,7 @@
 """The command line: ``proxytune new``, ``train``, ``check``, ``generate``, ``chat``, ``serve``, ``demo``, ``eval`` …
 
 Thin on purpose: each command reads its options, calls the module that does the work, and shows what comes back.
-Results go to stdout, everything else to stderr. What was raised on purpose is told in one sentence, with status 2.
+Results go to stdout, everything else to stderr. An expected failure is one sentence, with status 2.
 """
 
 from __future__ import annotations
@@ -9,53 +9,68 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
-from proxytune.cli.answers import demo, generate, serve
-from proxytune.cli.chat import chat
-from proxytune.cli.evaluation import evaluate, score, sweep
+from proxytune.cli.command import Command, without_types
 from proxytune.cli.flags import flat
-from proxytune.cli.recipes import check, new
 from proxytune.cli.shared import drop_stdout, fail, say
-from proxytune.cli.speed import bench, plan
-from proxytune.cli.training import train
 from proxytune.errors import ProxyTuneError
 
-__all__ = ["app", "main"]
+__all__ = ["COMMANDS", "app", "main"]
 
-
-def _flags(parameters: list[Any]) -> list[Any]:
-    """Options that take no value, without the word <bool> behind them."""
-    for each in parameters:
-        if getattr(each, "is_flag", False) and each.metavar is None:
-            each.metavar = ""
-    return parameters
-
-
-class Command(TyperCommand):
-    """A command."""
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        """Its parameters, as the help shows them."""
-        return _flags(super().get_params(ctx))
+# Name -> where its function is, and what the list of commands says of it. A command's module is imported when it runs.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "new": ("recipes:new", "Make a recipe: a model directory that names its members and how they mix."),
+    "presets": ("recipes:presets", "List the recipes that `new --preset` starts from."),
+    "train": ("training:train", "Make an expert of a small model and data, and the recipe that steers with it."),
+    "check": ("recipes:check", "Say whether a recipe works and what memory it needs."),
+    "generate": ("answers:generate", "Continue prompts, steered."),
+    "chat": ("chat:chat", "Talk with a steered model."),
+    "serve": ("answers:serve", "Serve a recipe with vLLM, as an OpenAI-compatible server."),
+    "demo": ("answers:demo", "Show proxy-tuning at work on a small real model."),
+    "tasks": ("evaluation:tasks", "List the tasks that `eval`, `sweep` and `score` know."),
+    "eval": ("evaluation:evaluate", "Evaluate a recipe beside its members and controls."),
+    "sweep": ("evaluation:sweep", "Evaluate a recipe at several alphas."),
+    "score": ("evaluation:score", "Score a file of predictions."),
+    "bench": ("speed:bench", "Measure what steering costs."),
+    "plan": ("speed:plan", "Predict what steering will cost, before anything is loaded."),
+}
 
 
 class Commands(TyperGroup):
-    """The commands, with every foreseen failure told in one sentence."""
+    """The commands, imported when they are asked for. Every foreseen failure is one sentence."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The options before the command, as the help shows them."""
-        return _flags(super().get_params(ctx))
+        return without_types(super().get_params(ctx))
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Their names, in order."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, name: str) -> Any:
+        """A command, its module imported."""
+        if name not in COMMANDS:
+            return None
+        if name not in self.commands:
+            module, _, function = COMMANDS[name][0].partition(":")
+            self.commands[name] = _command(getattr(import_module(f"proxytune.cli.{module}"), function), name)
+        return self.commands[name]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The list of commands, without importing them."""
+        self.commands = {name: Command(name, help=summary) for name, (_, summary) in COMMANDS.items()}
+        super().format_help(ctx, formatter)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
         try:
             value = super().invoke(ctx)
-            sys.stdout.flush()  # here, where a full disk can still be told
+            sys.stdout.flush()  # here, where a full disk can still be reported
             return value
         except ProxyTuneError as error:
             fail(str(error))
@@ -76,10 +91,20 @@ class Commands(TyperGroup):
             fail(f"{where}{error.strerror or error}{kept}")
 
 
+def _command(function: Any, name: str) -> Any:
+    """One command, as typer builds it."""
+    alone = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+    passes_on = {"allow_extra_args": True, "ignore_unknown_options": True} if name == "serve" else {}
+    settings = {"help_option_names": ["-h", "--help"], **passes_on}
+    alone.command(name, cls=Command, context_settings=settings)(flat(function))
+    return typer.main.get_command(alone)
+
+
 app = typer.Typer(
     cls=Commands,
     help="Steer a language model at decoding time with two small ones: logits = base + alpha * (expert - anti_expert).",
-    epilog="RECIPE is a directory made by `proxytune new`, a hub id, or the word demo for the embedded recipe.",
+    epilog="RECIPE is a directory made by `proxytune new`, a hub id, or the word demo for the embedded recipe. "
+    "`proxytune COMMAND --help` explains a command and gives examples.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -91,7 +116,7 @@ def main() -> None:
     """Run the command line (the entry point ``proxytune``)."""
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")  # their advice on options that we set ourselves is not the user's concern
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too; ours stand in their place
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too; ours replace them
     app()
 
 
@@ -110,22 +135,3 @@ def _app(
     ] = False,
 ) -> None:
     pass
-
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "new": new,
-    "train": train,
-    "check": check,
-    "generate": generate,
-    "chat": chat,
-    "serve": serve,
-    "demo": demo,
-    "eval": evaluate,
-    "sweep": sweep,
-    "bench": bench,
-    "score": score,
-    "plan": plan,
-}
-for name, command in COMMANDS.items():
-    passes_on = {"allow_extra_args": True, "ignore_unknown_options": True} if command is serve else None
-    app.command(name, cls=Command, context_settings=passes_on)(flat(command))

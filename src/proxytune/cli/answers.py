@@ -12,8 +12,8 @@ import typer
 from proxytune.answers.options import AnswerOptions, JobOptions, Sampling
 from proxytune.cli.shared import (
     FAILED,
-    JsonFile,
     Recipe,
+    ResultOptions,
     load_model,
     progress_bar,
     read_lines,
@@ -47,6 +47,12 @@ def generate(
     (stop, or length where the limit or a member's context ended it), in a job also line (the input's, from 1; of a
     JSON list the entry) and run (which recipe and options made it). A line that cannot be read is reported by its
     number, the others are answered, and the exit status is 2.
+
+    Examples:
+
+        proxytune generate demo "Question: Tom has 3 pens and buys 4. How many pens has he?" --max-new-tokens 40
+        proxytune generate mine --chat --alpha 0.5 < prompt.txt
+        proxytune generate mine --input prompts.jsonl --output answers.jsonl --batch-size 16
     """
     if not prompts and job.input is None and not sys.stdin.isatty() and (piped := sys.stdin.read()).strip():
         prompts = [piped.rstrip("\n")]
@@ -152,6 +158,11 @@ def serve(
 
     All other options are vLLM's own (--tensor-parallel-size 4, --port 8000 …) and are passed on. A request sets its
     alpha in "vllm_xargs": {"alpha": 0.5}. For the server of transformers see docs/python.md.
+
+    Examples:
+
+        proxytune serve mine --engine vllm --port 8000
+        proxytune serve mine --engine vllm --draft expert --print
     """
     if engine != "vllm":
         raise ProxyTuneError("say --engine vllm (for transformers' own server see docs/python.md)")
@@ -173,9 +184,18 @@ def demo(
         int | None, typer.Option(metavar="N", min=1, help="How many problems; by default what fits about a minute.")
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Which problems.")] = 0,
-    json_file: JsonFile = None,
+    *,
+    results: ResultOptions,
 ) -> None:
-    """Show proxy-tuning at work on a small real model: base, expert and both controls against proxy-tuned."""
+    """Show proxy-tuning at work on a small real model: base, expert and both controls against proxy-tuned.
+
+    Examples:
+
+        proxytune demo
+        proxytune demo --problems 100 --seed 1
+    """
     from proxytune.demo import run_demo
 
-    run_demo(problems, seed, json_file)
+    shown = run_demo(problems, seed, results.output, quiet=results.json)
+    if results.json:
+        results.give(shown.to_json())

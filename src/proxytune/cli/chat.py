@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from proxytune.answers.options import ChatOptions, ChatSampling, Sampling
 from proxytune.cli.flags import only
-from proxytune.cli.shared import Recipe, load_model, say, write_out
+from proxytune.cli.shared import Recipe, complain, load_model, say, write_out
 from proxytune.errors import PromptError, ProxyTuneError
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.place import check_alpha
@@ -41,6 +41,12 @@ def chat(
     alphas side by side; /retry, /undo, /reset, /system, /set, /save and /load are explained by /help. At a terminal
     Alt-Enter begins a new line, pasted text keeps its lines, and TAB completes commands and the recipe's example
     prompts.
+
+
+    Examples:
+
+        proxytune chat demo
+        proxytune chat mine --alpha 0.5 --system "Answer in one sentence."
     """
     check_alpha(recipe, options.alpha)
     from proxytune.answers.chat import Conversation
@@ -79,9 +85,9 @@ def chat(
             try:
                 talk.take(line)
             except PromptError as error:
-                say(f"error: {error}; /undo takes back the last turn, /reset all of them")
+                complain(f"{error}; /undo takes back the last turn, /reset all of them")
             except ProxyTuneError as error:
-                say(f"error: {error}")
+                complain(f"{error}")
 
 
 # -- the terminal ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""``proxytune eval``, ``sweep`` and ``score``: answers measured."""
+"""``proxytune tasks``, ``eval``, ``sweep`` and ``score``: answers measured."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxytune.cli.flags import only
+from proxytune.cli.flags import Settings, only
 from proxytune.cli.shared import (
     FAILED,
-    JsonFile,
     Recipe,
+    ResultOptions,
+    complain,
     progress_bar,
     resumable,
     say,
     share_bar,
-    show_table,
-    write_json,
 )
 from proxytune.errors import ProxyTuneError, need
-from proxytune.evaluation import check_tasks
+from proxytune.evaluation import EVAL_TASKS, TASK_DIR, TASKS, check_tasks
 from proxytune.evaluation.options import CodeOptions, EvaluationOptions, JudgeOptions, alpha_range
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.place import check_alpha
@@ -31,14 +30,15 @@ from proxytune.recipe.place import check_alpha
 if TYPE_CHECKING:
     from proxytune.evaluation.scoring import Scores
     from proxytune.recipe.config import ProxyTuneConfig
+    from proxytune.tables import Table
 
-__all__ = ["evaluate", "score", "sweep"]
+__all__ = ["evaluate", "score", "sweep", "tasks"]
 
-
-Out = Annotated[
+JsonFile = Annotated[Path | None, typer.Option("--json-file", metavar="FILE", hidden=True)]  # what --json FILE was
+Output = Annotated[
     Path | None,
     typer.Option(
-        "--out",
+        "--output",
         "-o",
         metavar="DIR",
         help="Predictions and results; a run that is there is carried on. By default eval-RECIPE or sweep-RECIPE.",
@@ -48,21 +48,42 @@ Out = Annotated[
 
 def _tasks_dir(wanted: bool) -> None:
     if wanted:
-        from proxytune.evaluation import TASK_DIR
-
         typer.echo(TASK_DIR)
         raise typer.Exit
+
+
+def tasks(results: Annotated[ResultOptions, only("json")]) -> None:
+    """List the tasks that `eval`, `sweep` and `score` know.
+
+    `score` takes the tasks that other people's prediction files exist for; docs/evaluation.md says more of each.
+
+    Examples:
+
+        proxytune tasks
+        proxytune tasks --json
+    """
+    from proxytune.tables import Table
+
+    about = {
+        name: {"asks": asks, "scored_by": scored, "score": name in TASKS} for name, (asks, scored) in EVAL_TASKS.items()
+    }
+    rows = [(name, asks, scored, "yes" if name in TASKS else "no") for name, (asks, scored) in EVAL_TASKS.items()]
+    notes = [f"Their files, for lm_eval --include_path: {TASK_DIR}"]
+    legend = {"score": "whether `proxytune score` takes a file of its answers"}
+    results.give(about, Table(("task", "examples", "scored by", "score"), rows, legend=legend, notes=notes))
 
 
 def evaluate(
     recipe: Recipe,
     *,
     options: EvaluationOptions,
-    out: Out = None,
+    output: Output = None,
+    results: Annotated[ResultOptions, only("json")],
     json_file: JsonFile = None,
     judges: JudgeOptions,
     code: Annotated[CodeOptions, only("unguarded")],
     loading: LoadingOptions,
+    settings: Settings,
     tasks_dir: Annotated[
         bool,
         typer.Option(
@@ -79,16 +100,21 @@ def evaluate(
     on where it was, and arms and tasks can be added. DIR gets results.json, results.md, results.png and results.svg
     with intervals, paired tests, the gap closed and examples a second; the tables are printed. An arm or task that
     cannot be had is left out with its reason, and the exit status is 2, or 3 where a judge did not answer.
+
+    Examples:
+
+        proxytune eval demo --tasks demo_math --limit 40 --pack
+        proxytune eval mine --tasks gsm8k,triviaqa --tuned ./big-tuned --output runs/mine
+        proxytune eval --config runs/mine/manifest.json --limit 500 --output runs/more
     """
     check_alpha(recipe, options.alpha)
+    results = replace(results, output=json_file)
     run = _harness()
-    from proxytune.evaluation.results import results_table
+    from proxytune.evaluation.results import results_tables
 
-    with _run("eval", recipe, out, options, code, judges) as (config, place, how):
-        results = run.evaluate(config, options, place, loading=loading, **how)
-    typer.echo(results_table(results), nl=False)
-    write_json(json_file, results)
-    _end(results, place)
+    with _run("eval", recipe, output, options, code, judges, settings) as (config, place, how):
+        found = run.evaluate(config, options, place, loading=loading, **how)
+    _end(found, place, results, results_tables(found))
 
 
 def sweep(
@@ -101,28 +127,34 @@ def sweep(
             "--alpha", "-a", metavar="[NAME=]START:STOP:STEP", help="The alphas, or A,B,...; of one expert, or of all."
         ),
     ] = "0:2:0.25",
-    out: Out = None,
+    output: Output = None,
+    results: Annotated[ResultOptions, only("json")],
     json_file: JsonFile = None,
     judges: JudgeOptions,
     code: Annotated[CodeOptions, only("unguarded")],
     loading: Annotated[LoadingOptions, only("dtype", "device_map", "trust_remote_code", "pack")],
+    settings: Settings,
 ) -> None:
     """Evaluate a recipe at several alphas: a table and a plot of the curve, with intervals.
 
     Each prompt is read once for all alphas. Predictions go to DIR/TASK/alpha=A.jsonl, and a killed run goes on where
     it was; alphas can be added.
+
+    Examples:
+
+        proxytune sweep demo --tasks demo_math --alpha 0:2:0.5 --limit 40 --pack
+        proxytune sweep mine --tasks gsm8k --alpha code=0,0.5,1 --output runs/curve
     """
+    results = replace(results, output=json_file)
     expert, values = alpha_range(alpha)
     check_alpha(recipe, None if expert is None else {expert: values[0]})
     run = _harness()
-    from proxytune.evaluation.results import sweep_table
+    from proxytune.evaluation.results import sweep_tables
 
     loading = replace(loading, speculate=False)
-    with _run("sweep", recipe, out, options, code, judges) as (config, place, how):
-        results = run.sweep(config, options, values, place, expert=expert, loading=loading, **how)
-    typer.echo(sweep_table(results), nl=False)
-    write_json(json_file, results)
-    _end(results, place)
+    with _run("sweep", recipe, output, options, code, judges, settings) as (config, place, how):
+        found = run.sweep(config, options, values, place, expert=expert, loading=loading, **how)
+    _end(found, place, results, sweep_tables(found))
 
 
 def _harness() -> Any:
@@ -135,7 +167,13 @@ def _harness() -> Any:
 
 @contextlib.contextmanager
 def _run(
-    command: str, recipe: str, out: Path | None, options: EvaluationOptions, code: CodeOptions, judges: JudgeOptions
+    command: str,
+    recipe: str,
+    output: Path | None,
+    options: EvaluationOptions,
+    code: CodeOptions,
+    judges: JudgeOptions,
+    settings: Settings,
 ) -> Iterator[tuple[ProxyTuneConfig, Path, dict[str, Any]]]:
     """A run's recipe, where it goes, and how it scores each task and tells what it does."""
     from proxytune.evaluation.scoring import CODE, JUDGED, scorer_options
@@ -143,7 +181,7 @@ def _run(
     from proxytune.recipe.store import load_recipe
 
     config = load_recipe(recipe)
-    place = out or Path(f"{command}-{Path(recipe.rstrip('/')).name or 'recipe'}")
+    place = output or Path(f"{command}-{Path(recipe.rstrip('/')).name or 'recipe'}")
     code = replace(code, ks=(10, 1))  # pass@10 first, the paper's
 
     def scoring(task: str) -> dict[str, Any]:
@@ -157,18 +195,19 @@ def _run(
         def counted(said: str, done: int, total: int) -> None:
             bar(f"{said} {done}/{total}", done / max(total, 1))
 
-        yield config, place, {"scoring": scoring, "progress": counted, "note": say}
+        yield config, place, {"asked": settings, "scoring": scoring, "progress": counted, "note": say}
 
 
-def _end(results: dict[str, Any], place: Path) -> None:
-    """Say where the results are, and what was left out, with status 2, or 3 where the same command goes on."""
-    for left_out in results["left_out"]:
+def _end(found: dict[str, Any], place: Path, results: ResultOptions, tables: list[Table]) -> None:
+    """Show the results, where they are, and what was left out: with status 2, or 3 where the same command goes on."""
+    results.give(found, *tables)
+    for left_out in found["left_out"]:
         what = f"{left_out['arm']} is left out of" if left_out["arm"] else "there are no scores of"
         resumes = "; the same command goes on from there" if left_out["resumes"] else ""
-        say(f"error: {what} {left_out['task']}: {left_out['reason']}{resumes}")
+        complain(f"{what} {left_out['task']}: {left_out['reason']}{resumes}")
     say(f"results: {place / 'results.md'}, results.json and plots; predictions beside them")
-    if results["left_out"]:
-        raise typer.Exit(3 if any(left_out["resumes"] for left_out in results["left_out"]) else FAILED)
+    if found["left_out"]:
+        raise typer.Exit(3 if any(left_out["resumes"] for left_out in found["left_out"]) else FAILED)
 
 
 @contextlib.contextmanager
@@ -181,7 +220,7 @@ def _judged(kept: str) -> Iterator[None]:
 
         if not isinstance(error, JudgeDown):
             raise
-        say(f"error: {error}; {kept}, and the same command goes on from there")
+        complain(f"{error}; {kept}, and the same command goes on from there")
         raise typer.Exit(3) from None
 
 
@@ -190,13 +229,12 @@ def score(
         str,
         typer.Argument(
             metavar="TASK",
-            help="gsm8k, truthfulqa_mc, truthfulqa_open, toxigen, triviaqa, humaneval, ds1000, mbpp, alpacafarm or "
-            "realtimeqa.",
+            help=f"{', '.join(TASKS)}; see `proxytune tasks`.",
         ),
     ],
     predictions: Annotated[Path, typer.Argument(metavar="PREDICTIONS", help="JSON lines, or a JSON list.")],
     *,
-    json_file: JsonFile = None,
+    results: ResultOptions,
     rerun: Annotated[
         bool, typer.Option("--rerun", help="Judge those lines too that carry a verdict already (passed, is_toxic, …).")
     ] = False,
@@ -224,6 +262,12 @@ def score(
     The figures are theirs: the same rules, on the same field names. Code is run in a sandbox; where it cannot be locked
     up it is not run. Verdicts of a judge are kept as they come: the exit status is 3 if the judge does not answer, and
     the same command then goes on from there.
+
+    Examples:
+
+        proxytune score gsm8k predictions.jsonl --output scores.json
+        proxytune score humaneval predictions.jsonl --k 1,10 --workers 4
+        proxytune score toxigen predictions.jsonl --judge ./toxicity-classifier
     """
     check_tasks([task])
     predictions.open("rb").close()
@@ -232,21 +276,19 @@ def score(
     from proxytune.evaluation.scoring import scorer_options
 
     lines = records.read(predictions)
-    if json_file is not None:
-        json_file.open("a").close()  # now, not after an hour, is when to say that it cannot be written
     kept = verdicts or predictions.with_name(f"{predictions.name}.verdicts.jsonl")
     options = scorer_options(task, code, judges, data=data, kept=kept)
     total = len(records.parse(task, lines))
     with _judged(f"its verdicts until here are kept in {kept}"), progress_bar(total, True) as advance:
         result = scored(task, lines, rerun=rerun, progress=advance, **options)
-    show_scores(result)
     outcomes = {"outcomes": result.outcomes} if result.outcomes else {}
-    write_json(json_file, {"task": task, "metrics": result.metrics, **outcomes})
+    results.give({"task": task, "metrics": result.metrics, **outcomes}, scores_table(result))
 
 
-def show_scores(result: Scores) -> None:
-    """Print a task's figures: the headline with its interval, then the others."""
-    from proxytune.evaluation.results import metric_text, spread_of
+def scores_table(result: Scores) -> Table:
+    """A task's figures: the headline with its interval, then the others."""
+    from proxytune.evaluation.results import LEGEND, metric_text, spread_of
+    from proxytune.tables import Table
 
     counts = {name: value for name, value in result.metrics.items() if isinstance(value, int)}
     total = counts["total"] - counts.get("num_invalid_predictions", 0)
@@ -258,4 +300,4 @@ def show_scores(result: Scores) -> None:
     rows += [(name, "", metric_text(name, v), "") for name, v in list(result.metrics.items())[1:] if name not in counts]
     rows += [(name.replace("_", " "), str(value), "", "") for name, value in counts.items()]
     rows += [(f"samples: {name}", str(value), "", "") for name, value in result.outcomes.items()]
-    show_table(f"{result.task}|count|share|95 % interval", rows)
+    return Table((result.task, "count", "share", "95 % interval"), rows, legend=LEGEND)

@@ -1,8 +1,9 @@
 """From options classes to flags: a command that takes dataclasses whole, as typer takes it.
 
-A parameter that is annotated with an options class gives way to the class's fields. With
-``Annotated[Options, only("name", …)]`` those have flags, and the others their defaults. A field that is itself an
-options class gives way to its own fields, whose flags begin with its name.
+A parameter that is annotated with an options class is replaced by the class's fields. With
+``Annotated[Options, only("name", …)]`` only those have flags, and the others have their defaults. A field that is
+itself an options class is replaced by its own fields, whose flags begin with its name. A parameter that is annotated
+with :class:`Settings` adds ``--config`` and ``--print-config``. Every command gets ``--quiet`` and ``--verbose``.
 """
 
 from __future__ import annotations
@@ -10,11 +11,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-__all__ = ["flat", "only"]
+from proxytune.cli.command import option_names
+from proxytune.cli.shared import talking
+
+__all__ = ["Settings", "flat", "only"]
+
+
+class Settings(dict[str, Any]):
+    """All that a command was asked, by the names that ``--config`` reads and ``--print-config`` prints."""
 
 
 def only(*names: str) -> frozenset[str]:
@@ -27,23 +36,72 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {}
     taken: list[inspect.Parameter] = []
+    settings = ""  # the parameter that takes them
     for parameter in inspect.signature(command).parameters.values():
         hint = hints[parameter.name]
         kind, shown = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
         if is_dataclass(kind):
             groups[parameter.name] = kind
             taken += _parameters(kind, parameter.name, shown)
+        elif kind is Settings:
+            settings = parameter.name
+            taken += [_added("config", CONFIG, Path | None, None), _added("print_config", PRINT_CONFIG)]
         else:
             taken.append(parameter.replace(annotation=hint, kind=parameter.KEYWORD_ONLY))
+    takes_context = any(each.annotation is typer.Context for each in taken)  # its other options are another program's
+    taken += [] if takes_context else [_added("quiet", QUIET), _added("verbose", VERBOSE)]
+    if settings:
+        taken.append(inspect.Parameter("_context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
 
     def run(**given: Any) -> None:
-        made = {name: _made(kind, name, given) for name, kind in groups.items()}
-        command(**given, **made)
+        with talking(quiet=given.pop("quiet", False), verbose=given.pop("verbose", False)):
+            if settings:
+                context = given.pop("_context")
+                given.pop("config")
+                asked = _settings(context.command, given)
+                given[settings] = asked
+            printed = given.pop("print_config", False)
+            made = {name: _made(kind, name, given) for name, kind in groups.items()}
+            if printed:
+                import yaml
+
+                typer.echo(yaml.safe_dump(dict(asked), sort_keys=False, allow_unicode=True), nl=False)
+            else:
+                command(**given, **made)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in taken}
     return run
+
+
+QUIET: Any = typer.Option("--quiet", "-q", help="Print results and errors only.")
+VERBOSE: Any = typer.Option("--verbose", "-v", help="Print what the libraries report, and where an error comes from.")
+CONFIG: Any = typer.Option(
+    "--config",
+    metavar="FILE",
+    help="Take options from a YAML or JSON file, or from the manifest of a run; options given here come first.",
+)
+PRINT_CONFIG: Any = typer.Option("--print-config", help="Print all options as such a file, and leave.")
+
+
+def _added(name: str, option: Any, kind: Any = bool, default: Any = False) -> inspect.Parameter:
+    annotation = Annotated[kind, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _settings(command: Any, given: Mapping[str, Any]) -> Settings:
+    """What was asked, defaults included, as plain values."""
+    said = Settings()
+    for name, parameter in option_names(command).items():
+        value = given.get(parameter.name)
+        if value in (None, []):
+            continue
+        if isinstance(value, bool):
+            said[name] = value != any(flag.startswith("--no-") for flag in parameter.opts)
+        else:
+            said[name] = value if isinstance(value, (int, float, str, list)) else str(value)
+    return said
 
 
 def _parameters(

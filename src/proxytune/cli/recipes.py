@@ -1,25 +1,24 @@
-"""``proxytune new`` and ``check``: recipes made, and looked at."""
+"""``proxytune new``, ``presets`` and ``check``: recipes made, and looked at."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from proxytune.cli.flags import only
-from proxytune.cli.shared import FAILED, Recipe, count, load_model, say, size
+from proxytune.cli.shared import FAILED, Recipe, ResultOptions, complain, count, load_model, say, size
 from proxytune.recipe.options import ComposeOptions, LoadingOptions
 from proxytune.recipe.place import check_target
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from proxytune.recipe.check import Report
 
-__all__ = ["check", "new"]
+__all__ = ["check", "new", "presets"]
 
 
 def new(
@@ -35,16 +34,60 @@ def new(
     """Make a recipe: a model directory that names its members and how they mix.
 
     A member is a hub id, a local directory or a .gguf file. Its weights stay where they are; the base's config,
-    tokenizer and generation config are copied. Relative paths are kept relative to DIR.
+    tokenizer and generation config are copied. Relative paths are kept relative to DIR. The recipe is then checked, and
+    the exit status is 2 if it does not work.
+
+    Examples:
+
+        proxytune new mine --base ./big --expert ./small-tuned --anti-expert ./small
+        proxytune new mine --base ./big --anti-expert ./small --expert-adapter ./lora --alpha 0.8
+        proxytune new mine --preset llama2-13b-chat --offline
     """
     check_target(directory, force)
+    from proxytune.recipe.check import check_recipe
     from proxytune.recipe.compose import compose, configure
+    from proxytune.recipe.members import Loading
+    from proxytune.recipe.store import load_recipe
 
     trust = loading.trust_remote_code
     notes = compose(configure(options), directory, force=force, offline=offline, trust_remote_code=trust)
     for note in notes:
         say(f"note: {note}")
-    say(f"wrote {directory}; whether it works is told by: proxytune check {directory}")
+    hub = {"local_files_only": True} if offline else {}
+    found = check_recipe(load_recipe(directory), Loading(trust_remote_code=trust, hub=hub))
+    if found.problems and not offline:
+        complain(f"wrote {directory}, but it does not work here: {'; '.join(found.problems)}")
+        raise typer.Exit(FAILED)
+    if found.problems:
+        say(f"wrote {directory}; not all of it can be checked offline, so run: proxytune check {directory}")
+    else:
+        works = "it works" if found.works else "nothing is wrong in what was checked"
+        say(f"wrote {directory}; {works}, and needs {size(found.weight_bytes)} for its weights")
+
+
+def presets(results: Annotated[ResultOptions, only("json")]) -> None:
+    """List the recipes that `new --preset` starts from: the paper's trios, and two of today's.
+
+    Nobody has run them here: the models are too large. `proxytune check` says of a recipe made from one whether it
+    works.
+
+    Examples:
+
+        proxytune presets
+        proxytune new mine --preset qwen2.5-32b-chat
+    """
+    from proxytune.recipe.presets import PRESETS
+    from proxytune.tables import Table
+
+    def model(member: str | dict[str, str]) -> str:
+        return member if isinstance(member, str) else member["model"]
+
+    experts = {name: preset["experts"][0] for name, preset in PRESETS.items()}
+    members = [
+        (name, model(PRESETS[name]["base"]), model(of["expert"]), model(of["anti_expert"]))
+        for name, of in experts.items()
+    ]
+    results.give(PRESETS, Table(("preset", "base", "expert", "anti-expert"), members))
 
 
 def check(
@@ -53,7 +96,7 @@ def check(
     run: Annotated[
         bool, typer.Option("--run", help="Load the recipe, and try it against the plain loop on its own models.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    results: ResultOptions,
     loading: Annotated[LoadingOptions, only("dtype", "trust_remote_code")],
 ) -> None:
     """Say whether a recipe works and what memory it needs; reads configs, tokenizers and the headers of weight files.
@@ -61,7 +104,16 @@ def check(
     What cannot be told so is listed as not checked. With --run the recipe is loaded, and a few texts that it writes are
     held against the paper's plain loop: at alpha 0, by default, without a cache, with and without drafts, and as a
     batch. The exit status is 0 if nothing is wrong, else 2.
+
+    Examples:
+
+        proxytune check demo
+        proxytune check mine --run
+        proxytune check mine --json
     """
+    from rich.console import Console
+    from rich.markup import escape
+
     from proxytune.recipe.check import check_recipe
     from proxytune.recipe.members import Loading
     from proxytune.recipe.store import load_recipe
@@ -69,7 +121,7 @@ def check(
     config = load_recipe(recipe)
     report = check_recipe(config, Loading(dtype=loading.dtype, trust_remote_code=loading.trust_remote_code))
     console = Console()
-    if not as_json:
+    if not results.json:
         show_report(report, console)
     trials = []
     if run and not report.problems:
@@ -78,12 +130,10 @@ def check(
         model, _ = load_model(config, loading)
         for trial in run_trials(model):
             trials.append(trial)
-            if not as_json:
+            if not results.json:
                 word = {True: "[green]ok[/green]", False: "[red]failed[/red]", None: "[yellow]left out[/yellow]"}
                 console.print(f"{word[trial.passed]} {trial.name}: {escape(trial.detail)}", highlight=False)
-    if as_json:
-        told = report.to_json() | ({"trials": [asdict(trial) for trial in trials]} if run else {})
-        typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
+    results.give(report.to_json() | ({"trials": [asdict(trial) for trial in trials]} if run else {}))
     if report.problems or any(trial.passed is False for trial in trials):
         raise typer.Exit(FAILED)
 

@@ -8,14 +8,16 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
 from proxytune.errors import ProxyTuneError
+from proxytune.options import option
 from proxytune.recipe.place import check_place
 from proxytune.training.processes import is_main, n_processes
 
@@ -25,11 +27,13 @@ if TYPE_CHECKING:
     from proxytune.model import ProxyTunedForCausalLM
     from proxytune.recipe.config import ProxyTuneConfig
     from proxytune.recipe.options import LoadingOptions
+    from proxytune.tables import Table
 
 __all__ = [
     "FAILED",
-    "JsonFile",
     "Recipe",
+    "ResultOptions",
+    "complain",
     "count",
     "drop_stdout",
     "fail",
@@ -41,9 +45,9 @@ __all__ = [
     "resumable",
     "say",
     "share_bar",
-    "show_table",
+    "show",
     "size",
-    "write_json",
+    "talking",
     "write_out",
 ]
 
@@ -58,27 +62,96 @@ def _placed(recipe: str) -> str:
 
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe directory, hub id, or `demo`.", callback=_placed)]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything there too.")]
+
+
+@dataclass(frozen=True)
+class ResultOptions:
+    """Where a command's results go, besides the tables that it prints."""
+
+    json: bool = option(False, "Print one JSON object in place of tables.", panel="Results")
+    output: Path | None = option(None, "Write the JSON there too.", flag="--output -o", metavar="FILE", panel="Results")
+
+    def __post_init__(self) -> None:
+        if self.output is not None:
+            self.output.open("a").close()  # now, not after an hour, is when to say that it cannot be written
+
+    def give(self, values: dict[str, Any], *parts: Table | str) -> None:
+        """Write and print results: ``values`` as JSON, or tables and lines of text."""
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        if self.output is not None:
+            self.output.write_text(text, "utf-8")
+        if self.json:
+            write_out(text)
+        else:
+            show(*parts)
+
+
+# -- what is printed, and how much of it ----------------------------------------------------------------------
+_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
+@contextlib.contextmanager
+def talking(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Within it a command prints results and errors only (``quiet``), or also what libraries report (``verbose``)."""
+    if verbose:
+        import logging
+
+        for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+            os.environ[name] = "info"
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    token = _QUIET.set(quiet)
+    try:
+        yield
+    except ProxyTuneError:
+        if verbose:
+            import traceback
+
+            traceback.print_exc()
+        raise
+    finally:
+        _QUIET.reset(token)
+
+
+def say(message: str) -> None:
+    """Print something that is neither a result nor an error, unless --quiet was given; of several processes the main."""
+    if is_main() and not _QUIET.get():
+        typer.echo(message, err=True)
+
+
+def complain(message: str) -> None:
+    """Print an error as one line."""
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+
+
+def fail(message: str) -> NoReturn:
+    """Print an error and leave with status 2."""
+    if not is_main():  # the main process meets the same error and prints it; then the launcher ends this one
+        time.sleep(PATIENCE)
+    complain(message)
+    raise typer.Exit(FAILED)
+
+
+def show(*parts: Table | str) -> None:
+    """Print tables and lines of text: for people at a terminal, as Markdown elsewhere."""
+    from proxytune.tables import markdown, rendered
+
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        for part in parts:
+            if isinstance(part, str):
+                console.print(part, markup=False)
+            else:
+                console.print(rendered(part))
+    else:
+        write_out("\n".join(part + "\n" if isinstance(part, str) else markdown([part]) for part in parts))
 
 
 # -- reading and showing ------------------------------------------------------------------------------------
 def number_text(value: float | None) -> str:
     """Two decimals, or a dash."""
     return "–" if value is None else f"{value:.2f}"
-
-
-def fail(message: str) -> NoReturn:
-    """Tell what is wrong in one line and leave."""
-    if not is_main():  # the main process meets the same error and tells it; then the launcher ends this one
-        time.sleep(PATIENCE)
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    raise typer.Exit(FAILED)
-
-
-def say(message: str) -> None:
-    """Tell the user something that is no result; of several processes the main one does."""
-    if is_main():
-        typer.echo(message, err=True)
 
 
 def drop_stdout() -> None:
@@ -109,12 +182,6 @@ def write_out(text: str) -> None:
     sys.stdout.flush()
 
 
-def write_json(path: Path | None, values: dict[str, Any]) -> None:
-    """Write what ``--json FILE`` asks for, if it was given."""
-    if path is not None:
-        path.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-
-
 def read_lines(path: str) -> list[bytes]:
     """The lines of a file, or of stdin for ``-``."""
     if path == "-":
@@ -128,8 +195,7 @@ def load_model(config: ProxyTuneConfig, loading: LoadingOptions) -> tuple[ProxyT
     from proxytune.model import ProxyTunedForCausalLM
     from proxytune.recipe.members import Loading, load_recipe_tokenizer
 
-    console = Console(stderr=True)
-    with console.status("loading the members") if console.is_terminal else contextlib.nullcontext():
+    with _status("loading the members"):
         model = ProxyTunedForCausalLM.from_pretrained(str(config.name_or_path), config=config, **loading.of_model())
         own = load_recipe_tokenizer(config, Loading(trust_remote_code=loading.trust_remote_code))
         tokenizer = model.tokenizer if own is None else own
@@ -139,8 +205,24 @@ def load_model(config: ProxyTuneConfig, loading: LoadingOptions) -> tuple[ProxyT
 
 
 @contextlib.contextmanager
+def _status(text: str) -> Iterator[None]:
+    """A spinner on stderr, if that is a terminal."""
+    if _QUIET.get() or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+@contextlib.contextmanager
 def live_bar(*, counted: bool) -> Iterator[Progress | None]:
     """A bar on stderr, if that is a terminal: how many of how many are done (``counted``), or the share that is."""
+    if _QUIET.get() or not (is_main() and sys.stderr.isatty()):
+        yield None
+        return
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -150,17 +232,16 @@ def live_bar(*, counted: bool) -> Iterator[Progress | None]:
         TimeRemainingColumn,
     )
 
-    console, text = Console(stderr=True), TextColumn("{task.description}")
-    if not (console.is_terminal and is_main()):
-        yield None
-        return
+    text = TextColumn("{task.description}")
     columns = (
         (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         if counted
         else (BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn(), TimeRemainingColumn(), text)
     )
     # Never let rich redirect stdout: it carries the results.
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=True) as bar:
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=True
+    ) as bar:
         yield bar
 
 
@@ -228,21 +309,3 @@ def resumable(kept: str, *, add: str = "") -> Iterator[None]:
             command = f"the same command with {add} goes on from there"
         say(f"interrupted; {kept}, and {command}")
         raise typer.Exit(130) from None
-
-
-def show_table(headings: str, rows: Sequence[Sequence[str]]) -> None:
-    """Print a Markdown table, numbers to the right, as wide as it needs to be; ``headings`` with | between them."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(*headings.split("|"), box=box.MARKDOWN, highlight=False)
-    for column, cells in zip(table.columns, zip(*rows)):
-        column.no_wrap = True
-        if any(cell[:1].isdigit() or cell[:1] in "+-–" for cell in cells):
-            column.justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    console = Console(width=250, highlight=False)
-    with console.capture() as captured:
-        console.print(table)
-    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip()) + "\n")

@@ -7,24 +7,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxytune.cli.flags import only
-from proxytune.cli.shared import FAILED, JsonFile, Recipe, number_text, say, share_bar, show_table, size, write_json
+from proxytune.cli.flags import Settings, only
+from proxytune.cli.shared import FAILED, Recipe, ResultOptions, complain, number_text, share_bar, size
 from proxytune.recipe.options import LoadingOptions
 from proxytune.speed.options import BenchOptions, PlanOptions
 
 if TYPE_CHECKING:
     from proxytune.speed.bench import BenchResult
     from proxytune.speed.plan import Plan
+    from proxytune.tables import Table
 
-__all__ = ["bench", "plan", "show_bench"]
+__all__ = ["bench", "bench_tables", "plan"]
 
 
 def bench(
     recipe: Recipe,
     *,
     options: BenchOptions,
-    json_file: JsonFile = None,
+    results: ResultOptions,
     loading: Annotated[LoadingOptions, only("device_map", "trust_remote_code")],
+    settings: Settings,
 ) -> None:
     """Measure what steering costs: against the base alone and against the plain three-forward loop, in one run.
 
@@ -32,22 +34,24 @@ def bench(
     tokens are put off until then, so that long outputs repeat themselves); they take turns round by round.
     The arms: base, base_lookup (with prompt-lookup drafts), plain_loop (three models, three forwards a token),
     composite (the recipe, nothing shared), shared (members of one set of weights in one forward) and speculative (the
-    recipe as it is loaded by default). The result is a Markdown table. Ctrl-C ends with what was measured until then.
+    recipe as it is loaded by default). Ctrl-C ends with what was measured until then.
     The exit status is 2 if steered arms wrote different tokens that no near tie explains.
+
+    Examples:
+
+        proxytune bench demo --batch-size 1 --lengths 64/128 --options auto+pack
+        proxytune bench mine --arms base,plain_loop,speculative --output bench.json
     """
     from proxytune.recipe.store import load_recipe
     from proxytune.speed.bench import bench_recipe
 
     config = load_recipe(recipe)
-    if json_file is not None:
-        json_file.open("a").close()  # now, not after twenty minutes, is when to say that it cannot be written
     with share_bar() as progress:
         result = bench_recipe(config, options, loading, progress=progress)
-    show_bench(result)
-    write_json(json_file, result.to_json())
+    results.give({"config": settings, **result.to_json()}, *bench_tables(result))
     for bad in result.mismatches():
-        say(
-            f"error: {bad.arm} ({bad.options}, {bad.case}) wrote another token at {bad.differs_at} than "
+        complain(
+            f"{bad.arm} ({bad.options}, {bad.case}) wrote another token at {bad.differs_at} than "
             f"{bad.reference}, with logits {bad.gap:.2g} apart"
         )
     if result.interrupted:
@@ -56,69 +60,89 @@ def bench(
         raise typer.Exit(FAILED)
 
 
-def show_bench(result: BenchResult) -> None:
-    """Print what ``bench`` found, as Markdown: the machine, a table of each case, the overhead, the outputs."""
+BENCH_LEGEND = {
+    "to base": "tokens/s as a multiple of the base alone",
+    "to plain loop": "tokens/s as a multiple of the paper's loop of three forwards",
+    "acceptance": "the share of drafted tokens that the mixture keeps",
+    "first token": "from the prompt to the first token",
+    "shared": "members of one set of weights in one forward",
+    "speculative": "the recipe as it is loaded by default",
+}
+
+
+def bench_tables(result: BenchResult) -> list[Table | str]:
+    """What ``bench`` found: the machine, a table of each case, the overhead, the outputs."""
+    from proxytune.tables import Table
+
     machine = result.machine
     memory = "" if machine["memory_bytes"] is None else f", {size(machine['memory_bytes'])} of memory"
-    typer.echo(
+    parts: list[Table | str] = [
         f"{machine['gpu'] or machine['cpu']}; {machine['cores']} cores, {machine['threads']} threads{memory}; "
-        f"torch {machine['torch']}, transformers {machine['transformers']}, Python {machine['python']}\n"
-    )
+        f"torch {machine['torch']}, transformers {machine['transformers']}, Python {machine['python']}"
+    ]
     for case in dict.fromkeys(map(_case, result.rows)):
         rows = [row for row in result.rows if _case(row) == case]
-        typer.echo(f"**{case}**\n")
-        show_table(
-            "arm|options|tokens/s|min – max|to base|to plain loop|acceptance|first token|memory|rounds",
-            [
-                (
-                    row["arm"],
-                    row["options"],
-                    f"{row['tokens_per_second']:.1f}",
-                    f"{row['tokens_per_second_low']:.1f} – {row['tokens_per_second_high']:.1f}",
-                    number_text(row["ratio_to_base"]),
-                    number_text(row["ratio_to_plain_loop"]),
-                    number_text(row["acceptance"]),
-                    f"{1000 * row['time_to_first_token_s']:.0f} ms",
-                    size(row["peak_memory_bytes"]),
-                    str(row["repeats"]),
-                )
-                for row in rows
-            ],
+        drafts = (
+            "Drafts ({options}): {drafted} by an expert, {accepted} accepted; "
+            "{looked_up} copied from the text, {lookups_accepted} accepted; {cycles} cycles."
         )
-        for row in rows:
-            if row["speculation"]:
-                said = (
-                    "Drafts ({options}): {drafted} by an expert, {accepted} accepted; "
-                    "{looked_up} copied from the text, {lookups_accepted} accepted; {cycles} cycles.\n"
-                )
-                typer.echo(said.format(options=row["options"], **row["speculation"]))
+        parts.append(
+            Table(
+                (
+                    *("arm", "options", "tokens/s", "min – max", "to base", "to plain loop"),
+                    *("acceptance", "first token", "memory", "rounds"),
+                ),
+                [
+                    (
+                        row["arm"],
+                        row["options"],
+                        f"{row['tokens_per_second']:.1f}",
+                        f"{row['tokens_per_second_low']:.1f} – {row['tokens_per_second_high']:.1f}",
+                        number_text(row["ratio_to_base"]),
+                        number_text(row["ratio_to_plain_loop"]),
+                        number_text(row["acceptance"]),
+                        f"{1000 * row['time_to_first_token_s']:.0f} ms",
+                        size(row["peak_memory_bytes"]),
+                        str(row["repeats"]),
+                    )
+                    for row in rows
+                ],
+                case,
+                legend=BENCH_LEGEND,
+                notes=[
+                    drafts.format(options=row["options"], **row["speculation"]) for row in rows if row["speculation"]
+                ],
+            )
+        )
     if result.overheads:
-        typer.echo("**a step of `generate` beyond the forwards in it**\n")
-        show_table(
-            "arm|options|batch|step|its forwards|overhead",
-            [
-                (
-                    one["arm"],
-                    one["options"],
-                    str(one["batch"]),
-                    f"{1000 * one['step_seconds']:.2f} ms",
-                    f"{1000 * one['forwards_seconds']:.2f} ms",
-                    f"{100 * one['overhead']:+.1f} %",
-                )
-                for one in result.overheads
-            ],
+        parts.append(
+            Table(
+                ("arm", "options", "batch", "step", "its forwards", "overhead"),
+                [
+                    (
+                        one["arm"],
+                        one["options"],
+                        str(one["batch"]),
+                        f"{1000 * one['step_seconds']:.2f} ms",
+                        f"{1000 * one['forwards_seconds']:.2f} ms",
+                        f"{100 * one['overhead']:+.1f} %",
+                    )
+                    for one in result.overheads
+                ],
+                "a step of `generate` beyond the forwards in it",
+            )
         )
+    lines = []
     outputs = result.outputs()
     if outputs["compared"]:
-        said = f"{outputs['identical']} of {outputs['compared']} steered rows are token-identical"
+        text = f"{outputs['identical']} of {outputs['compared']} steered rows are token-identical"
         if outputs["near_ties"]:
-            said += f", {outputs['near_ties']} first differ at a near tie"
+            text += f", {outputs['near_ties']} first differ at a near tie"
         if result.mismatches():
-            said += f", {len(result.mismatches())} differ"
-        typer.echo(f"Outputs: {said}.")
-    typer.echo(f"Memory: {machine['memory']}. Tokens/s include the prompt. {result.seconds:.0f} s.")
-    for note in result.notes:
-        typer.echo(f"Note: {note}.")
+            text += f", {len(result.mismatches())} differ"
+        lines.append(f"Outputs: {text}.")
+    lines.append(f"Memory: {machine['memory']}. Tokens/s include the prompt. {result.seconds:.0f} s.")
+    return [*parts, "\n".join([*lines, *(f"Note: {note}." for note in result.notes)])]
 
 
 def _case(row: dict[str, Any]) -> str:
@@ -129,7 +153,7 @@ def plan(
     recipe: Recipe,
     *,
     options: PlanOptions,
-    json_file: JsonFile = None,
+    results: ResultOptions,
     loading: Annotated[LoadingOptions, only("device_map", "trust_remote_code")],
 ) -> None:
     """Predict what steering will cost beside the base alone, before anything is loaded.
@@ -138,35 +162,38 @@ def plan(
     row, where the base alone costs 1: naive is a forward of every member, shared one of every set of weights, and
     speculative lets the cheapest of them draft, as many tokens as pay best. With --probe the recipe is loaded and its
     forwards are timed; without, a step costs the bytes of weights that it moves.
+
+    Examples:
+
+        proxytune plan demo
+        proxytune plan mine --acceptance 0.6,0.8 --batch-size 1,8 --device cuda
+        proxytune plan demo --probe --options auto+pack
     """
     from proxytune.recipe.store import load_recipe
     from proxytune.speed.plan import plan_recipe
 
     found = plan_recipe(load_recipe(recipe), options, loading)
-    show_plan(found)
-    if found.compared:
-        typer.echo("**held against the bench: a step after the prompt**\n")
-        show_table(
-            "arm|prompt/output|batch|predicted|measured|error",
-            [
-                (
-                    one["arm"],
-                    f"{one['prompt']}/{one['output']}",
-                    str(one["batch"]),
-                    f"{1000 * one['predicted']:.1f} ms",
-                    f"{1000 * one['measured']:.1f} ms",
-                    f"{100 * one['error']:+.0f} %",
-                )
-                for one in found.compared
-            ],
-        )
-    write_json(json_file, asdict(found))
+    results.give(asdict(found), *plan_tables(found))
 
 
-def show_plan(plan: Plan) -> None:
-    """Print what ``plan`` predicts, as Markdown: the sets of weights, memory, and the predictions."""
-    show_table(
-        "weights of|dtype|seats|size|read a step|KV/token",
+PLAN_LEGEND = {
+    "seats": "rows that a set of weights computes for each row of the batch, one for each member",
+    "read a step": "bytes of weights that a step reads",
+    "KV/token": "bytes that a token adds to the cache",
+    "acceptance": "the share of drafted tokens that the mixture keeps: an assumption, see --acceptance",
+    "naive": "a forward of every member",
+    "shared": "a forward of every set of weights",
+    "speculative": "the cheapest of them drafts",
+    "drafts": "tokens that are drafted at a time",
+}
+
+
+def plan_tables(plan: Plan) -> list[Table | str]:
+    """What ``plan`` predicts: the sets of weights, memory, the predictions, and what they are held against."""
+    from proxytune.tables import Table
+
+    lanes = Table(
+        ("weights of", "dtype", "seats", "size", "read a step", "KV/token"),
         [
             (
                 ", ".join(lane.members),
@@ -178,16 +205,21 @@ def show_plan(plan: Plan) -> None:
             )
             for lane in plan.lanes
         ],
+        legend=PLAN_LEGEND,
     )
     kinds = {"base": "base alone", "naive": "every member apart", "shared": "the recipe"}
     cache = {
         kind: "" if grown is None else f" + {size(grown)}/token" for kind, grown in plan.kv_bytes_per_token.items()
     }
-    memory = ", ".join(f"{said} {size(plan.weight_bytes[kind])}{cache[kind]}" for kind, said in kinds.items())
-    typer.echo(f"Memory: {memory}.\n")
-    timed = plan.predictions[0].base_seconds is not None
-    show_table(
-        "batch|acceptance|naive|shared|speculative|drafts|tokens/s to base|to naive" + ("|tokens/s" if timed else ""),
+    memory = ", ".join(f"{text} {size(plan.weight_bytes[kind])}{cache[kind]}" for kind, text in kinds.items())
+    notes = [f"Costs are of a token after the prompt; the base alone costs 1. From {plan.basis}."]
+    if not any(one.n_drafts for one in plan.predictions):
+        notes.append("Note: drafting cannot pay here.")
+    predictions = Table(
+        (
+            *("batch", "acceptance", "naive", "shared", "speculative"),
+            *("drafts", "tokens/s to base", "to naive", "tokens/s"),
+        ),
         [
             (
                 str(one.batch),
@@ -198,13 +230,26 @@ def show_plan(plan: Plan) -> None:
                 str(one.n_drafts),
                 f"{one.ratio_to_base:.2f}",
                 f"{one.ratio_to_naive:.2f}",
-                *((f"{one.batch / (one.speculative * one.base_seconds):.1f}",) if one.base_seconds is not None else ()),
+                "" if one.base_seconds is None else f"{one.batch / (one.speculative * one.base_seconds):.1f}",
             )
             for one in plan.predictions
         ],
+        legend=PLAN_LEGEND,
+        notes=[*notes, *(f"Note: {note}." for note in plan.notes)],
     )
-    typer.echo(f"Costs are of a token after the prompt; the base alone costs 1. From {plan.basis}.")
-    if not any(one.n_drafts for one in plan.predictions):
-        typer.echo("Note: drafting cannot pay here.")
-    for note in plan.notes:
-        typer.echo(f"Note: {note}.")
+    compared = Table(
+        ("arm", "prompt/output", "batch", "predicted", "measured", "error"),
+        [
+            (
+                one["arm"],
+                f"{one['prompt']}/{one['output']}",
+                str(one["batch"]),
+                f"{1000 * one['predicted']:.1f} ms",
+                f"{1000 * one['measured']:.1f} ms",
+                f"{100 * one['error']:+.0f} %",
+            )
+            for one in plan.compared
+        ],
+        "beside the bench: a step after the prompt",
+    )
+    return [lanes, f"Memory: {memory}.", predictions, *([compared] if plan.compared else [])]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from proxytune.cli.flags import Settings
 from proxytune.cli.shared import live_bar, resumable, say
 from proxytune.training.options import TrainingOptions
 
@@ -21,17 +22,24 @@ __all__ = ["train"]
 def train(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to be made: the recipe, M+ in it.")],
     options: TrainingOptions,
+    settings: Settings,
 ) -> None:
     """Make an expert of a small model and data, and the recipe that steers a large one with it.
 
     M+ begins as the anti-expert M- and is trained on the completions alone, by TRL's SFTTrainer; the defaults are the
     paper's. OUT is then a recipe: proxytune check OUT. Logs for TensorBoard lie in OUT/training/logs.
+
+    Examples:
+
+        proxytune train mine --data answers.jsonl --base ./big --anti-expert ./small
+        proxytune train mine --data gsm8k:main --prompt "Question: {question}" --completion " {answer}" --recipe demo
+        proxytune train again --config mine/training/manifest.json --seed 1
     """
     options.check(out)
     from proxytune.training.run import train as run
 
     with resumable(f"the checkpoints until here are kept in {out}", add="--resume"), _shown() as report:
-        trained = run(options, out, report=report, note=lambda text: say(f"note: {text}"))
+        trained = run(options, out, asked=settings, report=report, note=lambda text: say(f"note: {text}"))
     loss = trained.manifest["loss"]
     if loss is not None:
         say(f"loss {loss['first']:.4g} -> {loss['last']:.4g} in {trained.manifest['steps']} steps")

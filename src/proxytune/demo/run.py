@@ -36,6 +36,7 @@ __all__ = ["DemoResult", "plan_of", "run_demo"]
 
 TITLES = {**ARMS, "base": "base (SmolLM2-135M-Instruct)", "base_few_shot": "control: base, 4 examples shown"}
 SECONDS = 60.0
+NOTHING_ELSE = "and nothing else: right, and no word before or after the two lines of an answer"
 
 
 def plan_of(problems: Sequence[Problem]) -> TaskPlan:
@@ -114,6 +115,7 @@ def run_demo(
     seed: int = 0,
     json_path: Path | None = None,
     *,
+    quiet: bool = False,
     console: Console | None = None,
     cache_dir: Path | None = None,
     assets: Path = ASSETS,
@@ -125,7 +127,7 @@ def run_demo(
     Args:
         problems: how many; by default as many as fit about a minute, loading included.
         seed: of the problems.
-        json_path: where the counts go, after every batch.
+        json_path: where the counts go, after every batch. quiet: show nothing.
         cache_dir, assets: see :func:`proxytune.demo.materialize`.
         split: which templates the problems are made of.
         examples: how many problems are shown side by side.
@@ -136,7 +138,7 @@ def run_demo(
     if problems is not None and problems < 1:
         raise ProxyTuneError(f"the demo needs at least one problem, not {problems}")
     started = time.monotonic()
-    console = console or Console()
+    console = console or Console(quiet=quiet)
     chosen = make_problems(split, problems or 400, seed)
     result = DemoResult(seed, chosen)
     _save(result, json_path)  # an unwritable place is found before the work, not after it
@@ -211,7 +213,7 @@ def _table(result: DemoResult) -> Table:
         shares = (f"{value:.1f} %", f"{low:.1f} – {high:.1f}") if total else ("", "")
         cells = (f"{of['count']}/{total}", *shares, f"{sum(result.nothing_else(arm))}/{total}")
         table.add_row(TITLES[arm], *cells, style="bold" if arm == "proxy_tuned" else "")
-    table.caption = f"{result.seconds:.0f} s"
+    table.caption = f"{result.seconds:.0f} s\n{NOTHING_ELSE}"
     return table
 
 

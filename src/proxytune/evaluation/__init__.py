@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,27 @@ from proxytune.errors import ProxyTuneError
 
 __all__ = ["EVAL_TASKS", "TASKS", "TASK_DIR", "check_tasks", "data_place", "evaluate", "score", "sweep"]
 
-TASKS = (
-    "alpacafarm",
-    "ds1000",
-    "gsm8k",
-    "humaneval",
-    "mbpp",
-    "realtimeqa",
-    "toxigen",
-    "triviaqa",
-    "truthfulqa_mc",
-    "truthfulqa_open",
-)
+# Task -> what is asked, and how it is scored.
+TASKS = {
+    "alpacafarm": ("AlpacaFarm's 805 instructions", "judged against a reference: the win rate"),
+    "ds1000": ("DS-1000, data science programs", "run in a sandbox: pass@k"),
+    "gsm8k": ("GSM8K, word problems", "the last number"),
+    "humaneval": ("HumanEval, Python functions", "run in a sandbox: pass@k"),
+    "mbpp": ("MBPP, small Python programs", "run in a sandbox: pass@k"),
+    "realtimeqa": ("RealTimeQA, lettered answers", "the first letter"),
+    "toxigen": ("ToxiGen, 14 groups of people", "judged: the share that is toxic"),
+    "triviaqa": ("TriviaQA, short questions", "any alias of the answer"),
+    "truthfulqa_mc": ("TruthfulQA, four lettered answers", "the first letter"),
+    "truthfulqa_open": ("TruthfulQA, free answers", "judged: true, and informative"),
+}
 # Ours besides: the demo's own problems, a format, and two that are scored by likelihoods.
-EVAL_TASKS = (*TASKS, "demo_math", "ecqa_json", "mbpp_likelihood", "truthfulqa_mc1")
+EVAL_TASKS = {
+    **TASKS,
+    "demo_math": ("the demo's held-out word problems", "strict exact match"),
+    "ecqa_json": ("ECQA, questions with options", 'the right option as {"answer": …}, nothing else'),
+    "mbpp_likelihood": ("MBPP's reference solutions", "their likelihood; no code is run"),
+    "truthfulqa_mc1": ("TruthfulQA, one best answer", "whether it is the likeliest"),
+}
 TASK_DIR = Path(__file__).parent / "tasks"
 _HOME = {"evaluate": "run", "score": "scoring", "sweep": "run"}
 
@@ -38,7 +45,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def check_tasks(names: Sequence[str], known: Sequence[str] = TASKS) -> tuple[str, ...]:
+def check_tasks(names: Sequence[str], known: Collection[str] = TASKS.keys()) -> tuple[str, ...]:
     """The tasks, each once; ``known`` are those that there are.
 
     Raises:

@@ -385,7 +385,7 @@ class Log(Journal):
         for number, line in enumerate(self.lines, start=1):
             if "id" not in line or "seconds" not in line:
                 raise ProxyTuneError(
-                    f"line {number} of {self.path} is not a prediction of this command; choose another --out"
+                    f"line {number} of {self.path} is not a prediction of this command; choose another --output"
                 )
             if (key := (str(line["id"]), line.get("sample", 0))) in self.made:
                 raise ProxyTuneError(f"{self.path} has two predictions for example {key[0]}, sample {key[1]}")

@@ -8,8 +8,18 @@ from typing import Any, TypeVar
 from proxytune.evaluation.judges import NeedsJudge
 from proxytune.evaluation.scoring import Scores, mean, score_lines
 from proxytune.evaluation.statistics import Interval, compare, gap_closed, interval, mcnemar, wilson, zero_or_one
+from proxytune.tables import Table
 
-__all__ = ["ARMS", "DEFAULT_ARMS", "results_table", "spread_of", "sweep_results", "sweep_table", "task_results"]
+__all__ = [
+    "ARMS",
+    "DEFAULT_ARMS",
+    "LEGEND",
+    "results_tables",
+    "spread_of",
+    "sweep_results",
+    "sweep_tables",
+    "task_results",
+]
 
 ARMS: Mapping[str, str] = {
     "base": "base",
@@ -21,7 +31,23 @@ ARMS: Mapping[str, str] = {
     "mean_logits": "control: mean of base and expert",
 }
 DEFAULT_ARMS = tuple(arm for arm in ARMS if arm != "tuned")
+# What the tables' words mean, for those that do not say it themselves.
+LEGEND: Mapping[str, str] = {
+    "right": "examples that count as right, of all",
+    "p to proxy-tuned": "the chance of a difference as large as this one if there were none, paired by example",
+    "examples/s": "of generating alone",
+    "nothing_else": "right, and no word before or after the two lines of an answer",
+    "valid": "an object of the right form, with any of the options",
+    "acc": "of the answers that have a letter",
+    "acc_of_all": "of all answers; one without a letter is wrong",
+    "num_invalid_predictions": "answers without a letter",
+    "byte_probability": "the geometric mean of the probability of a byte",
+    "bits_per_byte": "of all texts together; fewer are better",
+    "control: base, examples shown": "the base after a few solved examples",
+    "control: mean of base and expert": "the mean of their logits, without an anti-expert",
+}
 NO_SHARES = ("bits_per_byte",)  # every other metric that is no count lies between 0 and 1
+NOT_SCORED = "not scored: needs a judge"
 Lines = Sequence[Mapping[str, Any]]
 Name = TypeVar("Name", str, float)
 
@@ -147,28 +173,28 @@ def _paired(*scores: Scores) -> list[list[float]]:
 
 
 # -- tables ---------------------------------------------------------------------------------------------------
-def results_table(results: Mapping[str, Any]) -> str:
-    """The results as Markdown: a table a task."""
-    parts = []
+def results_tables(results: Mapping[str, Any]) -> list[Table]:
+    """The results: a table a task."""
+    tables = []
     for name, task in results["tasks"].items():
         samples = f", {task['samples']} samples each" if task["samples"] > 1 else ""
-        parts.append(f"**{name}** ({task['examples']} examples{samples})\n\n")
+        about = f" ({task['examples']} examples{samples})"
         if not task["arms"]:
-            parts.append("not scored: needs a judge\n\n")
+            tables.append(Table((), (), name, about, notes=[NOT_SCORED]))
             continue
         heads, measured = _columns(task["headline"], list(task["arms"].values()))
         rows = []
         for arm, cells in zip(task["arms"], measured):
             against = task["proxy_tuned_against"].get(arm)
             p = "" if against is None else f"{against['p']:.2g}"
-            row = [ARMS.get(arm, arm), *cells, p, f"{task['examples_per_second'][arm]:.2f}"]
-            rows.append([f"**{cell}**" if arm == "proxy_tuned" and cell else cell for cell in row])
-        parts.append(_markdown(["arm", *heads, "p to proxy-tuned", "examples/s"], rows))
-        parts.append(_notes(task))
-    return "".join(parts).rstrip() + "\n"
+            rows.append([ARMS.get(arm, arm), *cells, p, f"{task['examples_per_second'][arm]:.2f}"])
+        bold = [at for at, arm in enumerate(task["arms"]) if arm == "proxy_tuned"]
+        columns = ["arm", *heads, "p to proxy-tuned", "examples/s"]
+        tables.append(Table(columns, rows, name, about, bold, LEGEND, _notes(task)))
+    return tables
 
 
-def _notes(task: Mapping[str, Any]) -> str:
+def _notes(task: Mapping[str, Any]) -> list[str]:
     said = []
     gap = task["gap_closed"]
     if gap is not None:
@@ -183,7 +209,7 @@ def _notes(task: Mapping[str, Any]) -> str:
     tests = {of["test"] for of in task["proxy_tuned_against"].values()}
     methods = {of["interval"] for of in task["arms"].values()}
     said.append(f"Intervals: {', '.join(sorted(methods))}." + (f" p: {', '.join(sorted(tests))}." if tests else ""))
-    return "\n".join(said) + "\n\n"
+    return said
 
 
 def _cut_notes(measured: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -192,19 +218,19 @@ def _cut_notes(measured: Iterable[Mapping[str, Any]]) -> list[str]:
     return [f"Examples that were longer than the context, and lost their beginning as in lm_eval: {most}."]
 
 
-def sweep_table(results: Mapping[str, Any]) -> str:
-    """A sweep as Markdown: a table a task."""
-    parts = []
+def sweep_tables(results: Mapping[str, Any]) -> list[Table]:
+    """A sweep's results: a table a task."""
+    tables = []
     for name, task in results["tasks"].items():
-        parts.append(f"**{name}** ({task['examples']} examples)\n\n")
+        about = f" ({task['examples']} examples)"
         if not task["points"]:
-            parts.append("not scored: needs a judge\n\n")
+            tables.append(Table((), (), name, about, notes=[NOT_SCORED]))
             continue
         heads, measured = _columns(task["headline"], task["points"])
         rows = [[f"{point['alpha']:g}", *cells] for point, cells in zip(task["points"], measured)]
-        parts.append(_markdown(["alpha", *heads], rows))
-        parts += [f"{note}\n\n" for note in _cut_notes(task["points"])]
-    return "".join(parts).rstrip() + "\n"
+        notes = _cut_notes(task["points"])
+        tables.append(Table(["alpha", *heads], rows, name, about, legend=LEGEND, notes=notes))
+    return tables
 
 
 def _columns(headline: str, measured: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -238,17 +264,3 @@ def metric_text(name: str, value: float | None) -> str:
     if isinstance(value, int):
         return str(value)
     return f"{value:.3f}" if name in NO_SHARES else _percent(value)
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table without its empty columns, numbers to the right."""
-    kept = [at for at in range(len(heads)) if any(row[at] for row in rows)]
-    widths = [max(len(heads[at]), *(len(row[at]) for row in rows)) for at in kept]
-    numeric = [at > 0 or heads[0] == "alpha" for at in kept]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [c.rjust(w) if right else c.ljust(w) for c, w, right in zip(cells, widths, numeric)]
-        return f"| {' | '.join(padded)} |\n"
-
-    rule = "|".join("-" * (w + 1) + ":" if right else "-" * (w + 2) for w, right in zip(widths, numeric))
-    return line([heads[at] for at in kept]) + f"|{rule}|\n" + "".join(line([r[at] for at in kept]) for r in rows) + "\n"

@@ -40,14 +40,15 @@ from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.results import (
     ARMS,
     DEFAULT_ARMS,
-    results_table,
+    results_tables,
     sweep_results,
-    sweep_table,
+    sweep_tables,
     task_results,
 )
 from proxytune.recipe.alpha import resolve_alpha
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.options import LoadingOptions
+from proxytune.tables import Table, markdown
 
 __all__ = ["evaluate", "load_plans", "sweep"]
 
@@ -62,6 +63,7 @@ def evaluate(
     out: Path,
     *,
     loading: LoadingOptions = AS_IT_IS,
+    asked: Mapping[str, Any] | None = None,
     scoring: Scoring = lambda task: {},
     progress: Progress = lambda said, done, total: None,
     note: Callable[[str], None] = lambda text: None,
@@ -72,6 +74,7 @@ def evaluate(
     the reason under ``left_out``; all others are written.
 
     Args:
+        asked: the command's own options, for the manifest: ``proxytune eval --config`` takes it.
         scoring: what a task's scorer takes besides the predictions (a judge, the sandbox's limits …).
         progress: is told what is being done, and how many of all predictions of the run are made.
         note: is told what the user should know.
@@ -83,7 +86,7 @@ def evaluate(
     started = time.monotonic()
     plans = load_plans(options)
     names = arms_of(config, options, plans, note)
-    write_manifest(out, manifest_of(config, options, loading, plans, {"arms": names}))
+    write_manifest(out, manifest_of(config, options, loading, plans, {"arms": names}, asked))
     asked = {name: [plan for plan in plans if shots_of(name) in plan.jobs] for name in names}
     files = {name: {plan.name: [out / plan.name / f"{name}.jsonl"] for plan in asked[name]} for name in names}
     tally = Tally(progress, [(plan, name, files[name][plan.name]) for name in names for plan in asked[name]])
@@ -100,7 +103,7 @@ def evaluate(
             with _left_out(left_out, plan.name):
                 judging = scoring(plan.name)
                 tasks[plan.name] = task_results(plan.name, whole, samples=plan.repeats, options=judging, note=note)
-    results = _write_results(out, tasks, left_out, started, results_table)
+    results = _write_results(out, tasks, left_out, started, results_tables)
     if drawn := {name: task for name, task in tasks.items() if task["arms"]}:
         from proxytune.evaluation.plots import plot_arms
 
@@ -204,6 +207,7 @@ def sweep(
     *,
     expert: str | None = None,
     loading: LoadingOptions = AS_IT_IS,
+    asked: Mapping[str, Any] | None = None,
     scoring: Scoring = lambda task: {},
     progress: Progress = lambda said, done, total: None,
     note: Callable[[str], None] = lambda text: None,
@@ -224,7 +228,8 @@ def sweep(
     alphas = [
         tuple(value if expert in (None, name) else own for name, own in zip(names, config.alphas)) for value in values
     ]
-    write_manifest(out, manifest_of(config, options, loading, plans, {"sweep": expert or "all experts"}))
+    what = {"sweep": expert or "all experts"}
+    write_manifest(out, manifest_of(config, options, loading, plans, what, asked))
     files = {plan.name: [out / plan.name / f"alpha={value:g}.jsonl" for value in values] for plan in plans}
     tally = Tally(progress, [(plan, "proxy_tuned", files[plan.name]) for plan in plans])
     left_out: list[LeftOut] = []
@@ -239,7 +244,7 @@ def sweep(
             with _left_out(left_out, plan.name):
                 judging = scoring(plan.name)
                 tasks[plan.name] = sweep_results(plan.name, whole, samples=plan.repeats, options=judging, note=note)
-    results = _write_results(out, tasks, left_out, started, sweep_table)
+    results = _write_results(out, tasks, left_out, started, sweep_tables)
     for name, task in tasks.items():
         if task["points"]:
             from proxytune.evaluation.plots import plot_sweep
@@ -253,13 +258,13 @@ def _write_results(
     tasks: dict[str, Any],
     left_out: list[LeftOut],
     started: float,
-    table: Callable[[Mapping[str, Any]], str],
+    tables: Callable[[Mapping[str, Any]], list[Table]],
 ) -> dict[str, Any]:
     if left_out and not tasks:
         raise JudgeDown(left_out[0]["reason"]) if left_out[0]["resumes"] else ProxyTuneError(left_out[0]["reason"])
     results = {"tasks": tasks, "left_out": left_out, "seconds": round(time.monotonic() - started, 1)}
     write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
-    write_whole(out / "results.md", table(results))
+    write_whole(out / "results.md", markdown(tables(results)))
     return results
 
 
@@ -366,8 +371,12 @@ def manifest_of(
     loading: LoadingOptions,
     plans: Sequence[TaskPlan],
     what: Mapping[str, Any],
+    asked: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a run is: ``decides`` and ``tasks`` decide its predictions, the rest is for the record."""
+    """What a run is: ``decides`` and ``tasks`` decide its predictions, the rest is for the record.
+
+    ``config`` is the command's options, as --config reads them.
+    """
     experts = [{key: value for key, value in expert.items() if key != "alpha"} for expert in config.experts]
     names = [expert.name for expert in config.expert_list]
     return {
@@ -393,6 +402,7 @@ def manifest_of(
             for plan in plans
         },
         **({"arms": list(what["arms"])} if "arms" in what else {}),
+        "config": dict(asked or {}),
         "recipe": str(config.name_or_path),
         "data": options.data or os.environ.get("PROXYTUNE_DATA") or "hub",
         "batch_size": options.batch_size,
@@ -424,7 +434,7 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
             before = json.loads(path.read_text("utf-8"))
             decided, tasks = dict(before["decides"]), dict(before["tasks"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ProxyTuneError(f"{path} is not a manifest of this command; choose another --out") from error
+            raise ProxyTuneError(f"{path} is not a manifest of this command; choose another --output") from error
         if decided.get("tuned") is None or manifest["decides"]["tuned"] is None:  # an arm more or less changes no other
             manifest["decides"]["tuned"] = decided["tuned"] = decided.get("tuned") or manifest["decides"]["tuned"]
         _refuse_others(out, "", decided, manifest["decides"])
@@ -444,7 +454,7 @@ def _refuse_others(out: Path, said: str, before: Mapping[str, Any], now: Mapping
             was, is_now = (text if len(text) <= 80 else f"{text[:77]}…" for text in texts)
             differing.append(f"{said}{key.replace('_', ' ')} {was}, now {is_now}")
     if differing:
-        raise ProxyTuneError(f"{out} was begun with {'; '.join(differing)}; repeat that, or choose another --out")
+        raise ProxyTuneError(f"{out} was begun with {'; '.join(differing)}; repeat that, or choose another --output")
 
 
 def read_lines(plan: TaskPlan, arm: str, path: Path) -> list[dict[str, Any]] | None:

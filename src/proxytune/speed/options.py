@@ -17,9 +17,9 @@ ARMS = ("base", "base_lookup", "plain_loop", "composite", "shared", "speculative
 MAIN = ("64/128", 1)  # the case that always has its repeats
 BATCHES: dict[str, Any] = {
     "help": "Batch sizes.",
-    "flag": "--batch",
+    "flag": "--batch-size -b",
     "metavar": "N,...",
-    "parse": numbers("--batch", "1,16"),
+    "parse": numbers("--batch-size", "1,16"),
 }
 
 
@@ -185,13 +185,13 @@ class PlanOptions:
     device: str | None = option(None, "What it shall run on; a GPU where this machine has one.", metavar="cpu|cuda")
     probe: bool = option(False, "Load the recipe and time it for about ten seconds.")
     against: Path | None = option(
-        None, "With --probe: hold it against what `bench --json FILE` has measured.", metavar="FILE"
+        None, "With --probe: hold it against what `bench --output FILE` has measured.", metavar="FILE"
     )
 
     def __post_init__(self) -> None:
         if min(self.batches) < 1 or len(set(self.batches)) < len(self.batches):
             given = ",".join(map(str, self.batches))
-            raise ProxyTuneError(f"--batch is numbers of rows, at least 1 and each once, not {given!r}")
+            raise ProxyTuneError(f"--batch-size is numbers of rows, at least 1 and each once, not {given!r}")
         if self.members.compile:
             raise ProxyTuneError("a plan knows nothing of compiled members; leave compile out of --options")
         if not all(0 <= value <= 1 for value in self.acceptances):

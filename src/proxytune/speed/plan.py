@@ -390,11 +390,11 @@ def compare_with_bench(
 
 
 def read_bench(path: Path) -> dict[str, Any]:
-    """What ``proxytune bench --json`` wrote."""
+    """What ``proxytune bench --output`` wrote."""
     try:
         found = json.loads(path.read_text("utf-8"))
     except ValueError:
         found = None
     if not isinstance(found, dict) or not isinstance(found.get("rows"), list):
-        raise ProxyTuneError(f"{path} was not written by `proxytune bench --json`")
+        raise ProxyTuneError(f"{path} was not written by `proxytune bench --output`")
     return found

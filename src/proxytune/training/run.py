@@ -17,7 +17,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -107,6 +107,7 @@ def train(
     options: TrainingOptions,
     out: Path,
     *,
+    asked: Mapping[str, Any] | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
     note: Callable[[str], None] = lambda note: None,
 ) -> Trained:
@@ -115,6 +116,7 @@ def train(
     Args:
         options: with ``resume``, go on in a directory where a run with the same options was killed; where none was,
             begin. A finished run is left as it is.
+        asked: the command's own options, for the manifest: ``proxytune train --config`` takes it.
         report: is told after each step.
         note: is given each of ``Trained.notes`` as soon as it is known, most of them before the first step.
 
@@ -178,6 +180,7 @@ def train(
     manifest = {
         "versions": {name: version(name) for name in ("proxytune", "torch", "transformers", *PACKAGES)}
         | {"python": platform.python_version()},
+        "config": dict(asked or {}),
         "arguments": arguments,
         "seed": options.seed,
         **facts,

@@ -1,0 +1,155 @@
+"""A command as typer runs it: old spellings are accepted, and ``--config`` is read as options."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from typer.core import TyperCommand
+
+from proxytune.cli.shared import say
+from proxytune.errors import ProxyTuneError
+
+__all__ = ["Command", "option_names", "without_types"]
+
+RENAMED = {"--out": "--output", "--batch": "--batch-size"}  # old spelling -> new
+NOT_SETTINGS = ("config", "help", "json", "json_file", "print_config", "quiet", "tasks_dir", "verbose")
+
+
+class Command(TyperCommand):
+    """A command."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its parameters, as the help shows them."""
+        return without_types(super().get_params(ctx))
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The first line of the help, with arguments as they are called: RECIPE, not {RECIPE}."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words behind the command."""
+        words = self._with_new_spellings(ctx, args)
+        given, _, _ = self.make_parser(ctx).parse_args(list(words))
+        if given.get("config"):
+            words = [*_words_of_config(self, Path(str(given["config"])), given), *words]
+        return super().parse_args(ctx, words)
+
+    def _with_new_spellings(self, ctx: Any, args: list[str]) -> list[str]:
+        """The words with today's names in place of old ones; a notice is printed for each."""
+        options = {flag for each in self.params if _is_option(each) for flag in each.opts}
+        file, now = ("--json-file", "DIR/results.json") if "--json-file" in options else ("--output", "--output FILE")
+        words = list(args)
+        for at, word in enumerate(words):
+            if word == "--":
+                break
+            name, equals, value = word.partition("=")
+            if name in RENAMED and name not in options and RENAMED[name] in options:
+                words[at] = RENAMED[name] + equals + value
+                say(f"note: {name} is now {RENAMED[name]}")
+            elif name == "--json" and name in options and file in options:
+                # It took a FILE once. Where a word more was given than the command has arguments, that is the file.
+                rest, behind = [*words[:at], *words[at + 1 :]], words[at + 1 : at + 2]
+                if equals or (behind and not behind[0].startswith("-") and self._unused(ctx, rest)):
+                    words[at] = file + equals + value
+                    say(f"note: --json prints now; a file is {now}")
+        return words
+
+    def _unused(self, ctx: Any, words: list[str]) -> list[str]:
+        return list(self.make_parser(ctx).parse_args(list(words))[1])
+
+
+def without_types(parameters: list[Any]) -> list[Any]:
+    """Parameters as the help shows them: no <bool> behind an option without a value, no <str> behind RECIPE."""
+    for each in parameters:
+        if getattr(each, "is_flag", False) and each.metavar is None:
+            each.metavar = ""
+        if not _is_option(each):
+            each.display_type_rich = lambda ctx: None
+    return parameters
+
+
+def _is_option(parameter: Any) -> bool:
+    return bool(parameter.param_type_name == "option")
+
+
+def option_names(command: Any) -> dict[str, Any]:
+    """The names that a config file knows -> the command's parameters: flags without their dashes, and arguments.
+
+    An option that the flag ``--no-NAME`` switches off is called NAME, and is true unless it is switched off.
+    """
+    names = {}
+    for parameter in command.params:
+        name = max(parameter.opts, key=len).removeprefix("--") if _is_option(parameter) else parameter.name
+        name = name.removeprefix("no-").replace("-", "_")
+        if name not in NOT_SETTINGS:
+            names[name] = parameter
+    return names
+
+
+def _words_of_config(command: Any, path: Path, given: Mapping[str, Any]) -> list[str]:
+    """The options in a config file as words of a command line, without those that are given there already.
+
+    Raises:
+        ProxyTuneError: for a file that is no mapping of the command's options, naming what is wrong.
+        OSError: if the file cannot be read.
+    """
+    options, arguments = [], []
+    names = option_names(command)
+    for key, value in _read_config(path).items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+            raise ProxyTuneError(f"{path}: `{command.name}` has no option {key!r}; {meant}")
+        parameter = names[name]
+        if value is None or _is_given(given.get(parameter.name)):
+            continue
+        flag = max(getattr(parameter, "opts", [""]), key=len)
+        if getattr(parameter, "is_flag", False):
+            if not isinstance(value, bool):
+                raise ProxyTuneError(f"{path}: {key} is true or false, not {value!r}")
+            options += [flag] if value != flag.startswith("--no-") else []
+            continue
+        texts = _texts(value)
+        if texts is None:
+            raise ProxyTuneError(f"{path}: {key} is a value or a list of values, not {value!r}")
+        if not getattr(parameter, "multiple", False):
+            texts = [",".join(texts)]
+        if _is_option(parameter):
+            options += [f"{flag}={text}" for text in texts]
+        else:
+            arguments += texts
+    return [*options, *arguments]
+
+
+def _is_given(value: Any) -> bool:
+    """Whether the parser found a value; what it says of an argument that is missing depends on its version."""
+    return isinstance(value, (str, bool)) or (isinstance(value, (list, tuple)) and bool(value))
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    """What the file says: YAML, JSON, or what a manifest says under ``config``."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ProxyTuneError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if isinstance(values, Mapping) and isinstance(values.get("config"), Mapping):
+        values = values["config"]
+    if not isinstance(values, Mapping):
+        raise ProxyTuneError(f"{path} holds no options; write `NAME: VALUE` lines, as --print-config prints them")
+    return values
+
+
+def _texts(value: Any) -> list[str] | None:
+    """A value as the command line takes it, or None where it is too deep for one."""
+    named = isinstance(value, Mapping)
+    values = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
+    if any(isinstance(one, (Mapping, list)) for one in values):
+        return None
+    texts = [str(one).lower() if isinstance(one, bool) else str(one) for one in values]
+    return [f"{name}={text}" for name, text in zip(value, texts)] if named else texts

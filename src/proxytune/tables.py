@@ -1,0 +1,100 @@
+"""Tables, as Markdown for files and as rich tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["Table", "markdown", "rendered"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its title and what is to be read under it.
+
+    Attributes:
+        heads: of the columns. A column without any text in its rows is left out.
+        rows: cells as text. Columns of numbers are aligned to the right.
+        title: printed bold. about: printed behind the title.
+        bold: which rows are printed bold, from 0.
+        legend: heads and cells that need an explanation -> the explanation; others of it are left out.
+        notes: sentences.
+    """
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    about: str = ""
+    bold: Iterable[int] = ()
+    legend: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    def columns(self) -> list[int]:
+        """Which columns have text."""
+        return [at for at in range(len(self.heads)) if any(row[at] for row in self.rows)]
+
+    def is_numeric(self, column: int) -> bool:
+        """Whether a column's cells begin with digits, signs or dashes."""
+        cells = [row[column] for row in self.rows if row[column]]
+        return any(cell[0].isdigit() or cell[0] in "+-–" for cell in cells)
+
+    def remarks(self) -> list[str]:
+        """The legend of what the table has, and the notes."""
+        words = {*(self.heads[at] for at in self.columns()), *(cell for row in self.rows for cell in row)}
+        return [*(f"{word}: {text}." for word, text in self.legend.items() if word in words), *self.notes]
+
+
+def markdown(tables: Iterable[Table]) -> str:
+    """Tables as Markdown, one below the other."""
+    return "\n".join(map(_markdown, tables))
+
+
+def _markdown(table: Table) -> str:
+    kept, bold = table.columns(), set(table.bold)
+    rows = [
+        [f"**{row[at]}**" if number in bold and row[at] else row[at] for at in kept]
+        for number, row in enumerate(table.rows)
+    ]
+    heads = [table.heads[at] for at in kept]
+    widths = [max(len(cells[at]) for cells in (heads, *rows)) for at in range(len(kept))]
+    right = [table.is_numeric(at) for at in kept]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.rjust(w) if to_right else c.ljust(w) for c, w, to_right in zip(cells, widths, right)]
+        return f"| {' | '.join(padded)} |\n"
+
+    rule = "|".join("-" * (w + 1) + ":" if to_right else "-" * (w + 2) for w, to_right in zip(widths, right))
+    parts = [f"**{table.title}**{table.about}\n"] if table.title else []
+    parts += [f"{line(heads)}|{rule}|\n{''.join(map(line, rows))}"] if rows else []
+    parts += ["\n".join(remarks) + "\n"] if (remarks := table.remarks()) else []
+    return "\n".join(parts)
+
+
+def rendered(table: Table) -> RenderableType:
+    """A table for a rich console, which fits it to the terminal."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    bold = set(table.bold)
+    parts: list[RenderableType] = []
+    if table.title:
+        parts.append(Text.assemble((table.title, "bold"), table.about))
+    if table.rows:
+        shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+        for at in table.columns():
+            head, right = table.heads[at], table.is_numeric(at)
+            longest = max(map(len, head.split()), default=0)  # a head is never broken within a word
+            shown.add_column(head, justify="right" if right else "left", overflow="fold", min_width=longest)
+        for number, row in enumerate(table.rows):
+            cells = (Text(row[at]) for at in table.columns())
+            shown.add_row(*cells, style="bold" if number in bold else None)
+        parts.append(shown)
+    if remarks := table.remarks():
+        parts += [Text(), *(Text(remark, style="dim") for remark in remarks)]
+    return Group(*parts, Text())
