@@ -155,7 +155,14 @@ def test_what_is_printed_is_what_runs(name, words, recipe, tmp_path, monkeypatch
 
 def test_the_command_line_comes_before_the_file_and_the_file_before_the_environment(recipe, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
-    file = {"tasks": ["gsm8k", "mbpp"], "limit": 5, "alpha": {"one": 1}, "pack": True, "data": "data", "judge-label": None}
+    file = {
+        "tasks": ["gsm8k", "mbpp"],
+        "limit": 5,
+        "alpha": {"one": 1},
+        "pack": True,
+        "data": "data",
+        "judge-label": None,
+    }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(file))
     monkeypatch.setenv("PROXYTUNE_DATA", "/nowhere")
     monkeypatch.chdir(tmp_path)

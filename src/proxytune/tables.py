@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -74,8 +75,8 @@ def _markdown(table: Table) -> str:
     return "\n".join(parts)
 
 
-def rendered(table: Table) -> RenderableType:
-    """A table for a rich console, which fits it to the terminal."""
+def rendered(table: Table, width: int) -> RenderableType:
+    """A table for a rich console of so many columns: text is broken between words, numbers are not broken at all."""
     from rich import box
     from rich.console import Group
     from rich.table import Table as RichTable
@@ -86,11 +87,15 @@ def rendered(table: Table) -> RenderableType:
     if table.title:
         parts.append(Text.assemble((table.title, "bold"), table.about))
     if table.rows:
-        shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+        gap = 1 if width >= 100 else 0  # besides a column's own blank
+        shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), show_edge=False, header_style="bold")
         for at in table.columns():
             head, right = table.heads[at], table.is_numeric(at)
-            longest = max(map(len, head.split()), default=0)  # a head is never broken within a word
-            shown.add_column(head, justify="right" if right else "left", overflow="fold", min_width=longest)
+            if right:
+                longest = max(map(len, [*head.split(), *(row[at] for row in table.rows)]))
+                shown.add_column("\n".join(textwrap.wrap(head, longest, break_on_hyphens=False)), justify="right", no_wrap=True)
+            else:
+                shown.add_column(head, overflow="fold")
         for number, row in enumerate(table.rows):
             cells = (Text(row[at]) for at in table.columns())
             shown.add_row(*cells, style="bold" if number in bold else None)

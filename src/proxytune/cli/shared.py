@@ -143,7 +143,7 @@ def show(*parts: Table | str) -> None:
             if isinstance(part, str):
                 console.print(part, markup=False)
             else:
-                console.print(rendered(part))
+                console.print(rendered(part, console.width))
     else:
         write_out("\n".join(part + "\n" if isinstance(part, str) else markdown([part]) for part in parts))
 

@@ -43,8 +43,6 @@ LEGEND: Mapping[str, str] = {
     "num_invalid_predictions": "answers without a letter",
     "byte_probability": "the geometric mean of the probability of a byte",
     "bits_per_byte": "of all texts together; fewer are better",
-    "control: base, examples shown": "the base after a few solved examples",
-    "control: mean of base and expert": "the mean of their logits, without an anti-expert",
 }
 NO_SHARES = ("bits_per_byte",)  # every other metric that is no count lies between 0 and 1
 NOT_SCORED = "not scored: needs a judge"
