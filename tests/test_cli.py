@@ -46,7 +46,7 @@ def trio(shelf):
 def test_new_makes_a_recipe_that_works(shelf, tmp_path):
     made = run("new", tmp_path / "made", *trio(shelf), "--alpha", "0.5", "--plausibility", "0.1", "--name", "chat")
     assert made.stdout == ""
-    assert made.stderr == f"wrote {tmp_path / 'made'}; it works, and needs 5.1 MiB for its weights\n"
+    assert made.stderr == f"wrote {tmp_path / 'made'}; it works, and needs 314 KiB for its weights\n"
     config = load_recipe(tmp_path / "made")
     assert [(one.name, one.alpha) for one in config.expert_list] == [("chat", 0.5)]
     assert config.plausibility == 0.1
