@@ -93,7 +93,9 @@ def rendered(table: Table, width: int) -> RenderableType:
             head, right = table.heads[at], table.is_numeric(at)
             if right:
                 longest = max(map(len, [*head.split(), *(row[at] for row in table.rows)]))
-                shown.add_column("\n".join(textwrap.wrap(head, longest, break_on_hyphens=False)), justify="right", no_wrap=True)
+                shown.add_column(
+                    "\n".join(textwrap.wrap(head, longest, break_on_hyphens=False)), justify="right", no_wrap=True
+                )
             else:
                 shown.add_column(head, overflow="fold")
         for number, row in enumerate(table.rows):

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from proxytune.cli.command import Command, without_types
 from proxytune.cli.flags import flat
-from proxytune.cli.shared import drop_stdout, fail, say
+from proxytune.cli.shared import LIBRARIES, drop_stdout, fail, say
 from proxytune.errors import ProxyTuneError
 
 __all__ = ["COMMANDS", "app", "main"]
@@ -114,7 +114,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line (the entry point ``proxytune``)."""
-    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+    for name in LIBRARIES:
         os.environ.setdefault(name, "error")  # their advice on options that we set ourselves is not the user's concern
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too; ours replace them
     app()

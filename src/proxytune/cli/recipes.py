@@ -140,6 +140,7 @@ def check(
 
 def show_report(report: Report, console: Console) -> None:
     """Print what ``check`` found: a table of the members, the totals, and what is wrong."""
+    from rich.markup import escape
     from rich.table import Table
 
     if report.description:

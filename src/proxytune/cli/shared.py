@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FAILED",
+    "LIBRARIES",
     "Recipe",
     "ResultOptions",
     "complain",
@@ -87,17 +88,18 @@ class ResultOptions:
 
 
 # -- what is printed, and how much of it ----------------------------------------------------------------------
+LIBRARIES = ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY")  # how much they report, as an environment variable
 _QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
 @contextlib.contextmanager
 def talking(*, quiet: bool, verbose: bool) -> Iterator[None]:
     """Within it a command prints results and errors only (``quiet``), or also what libraries report (``verbose``)."""
+    before = {name: os.environ.get(name) for name in LIBRARIES}
     if verbose:
         import logging
 
-        for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
-            os.environ[name] = "info"
+        os.environ.update(dict.fromkeys(LIBRARIES, "warning"))
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     token = _QUIET.set(quiet)
     try:
@@ -110,6 +112,8 @@ def talking(*, quiet: bool, verbose: bool) -> Iterator[None]:
         raise
     finally:
         _QUIET.reset(token)
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 def say(message: str) -> None:
