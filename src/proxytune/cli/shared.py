@@ -117,7 +117,7 @@ def talking(*, quiet: bool, verbose: bool) -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    """Print something that is neither a result nor an error, unless --quiet was given; of several processes the main."""
+    """Print what is neither a result nor an error, unless --quiet was given; of several processes the main one does."""
     if is_main() and not _QUIET.get():
         typer.echo(message, err=True)
 
