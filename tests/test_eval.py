@@ -512,6 +512,66 @@ def test_a_run_can_grow_but_not_change(shelf, local, tmp_path):
         assert named in str(caught.value)
 
 
+def refusing(tasks=(), arms=()):
+    """``answer_jobs`` that refuses tasks and arms: a run that has begun, and has no predictions of them."""
+
+    def answer(arm, plan, *args, **options):
+        if plan.name in tasks or arm.name in arms:
+            raise PromptError("too long")
+        return answer_jobs(arm, plan, *args, **options)
+
+    return answer
+
+
+def test_a_run_without_a_prediction_takes_other_settings(shelf, local, tmp_path, monkeypatch):
+    config = load_recipe(shelf / "recipe")
+    settings = EvaluationOptions(("realtimeqa",), arms=("base", "expert"), data=str(local), limit=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("proxytune.evaluation.run.answer_jobs", refusing(tasks=["realtimeqa"]))
+        with pytest.raises(ProxyTuneError, match="too long"):
+            evaluate(config, settings, tmp_path)
+    (tmp_path / "realtimeqa" / "base.jsonl").write_bytes(b'{"id": "torn')  # by a kill: it will be cut off
+    changed = replace(settings, tasks=("triviaqa", "realtimeqa"), arms=("base",), limit=1, seed=5, alpha=0.5)
+    evaluate(config, changed, tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["decides"]["seed"] == 5
+    assert manifest["arms"] == ["base"]
+    assert {name: task["limit"] for name, task in manifest["tasks"].items()} == {"triviaqa": 1, "realtimeqa": 1}
+    with pytest.raises(ProxyTuneError, match=r"was begun with alpha .*; seed 5, now 0"):
+        evaluate(config, settings, tmp_path)
+
+
+def test_a_task_without_a_prediction_takes_another_limit(shelf, local, tmp_path, monkeypatch):
+    config = load_recipe(shelf / "recipe")
+    settings = EvaluationOptions(("triviaqa", "realtimeqa"), arms=("base",), data=str(local), limit=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("proxytune.evaluation.run.answer_jobs", refusing(tasks=["realtimeqa"]))
+        evaluate(config, settings, tmp_path)
+    for tasks in (("triviaqa",), ("triviaqa", "realtimeqa")):
+        with pytest.raises(ProxyTuneError, match=r"begun with triviaqa: limit 2, now 1; triviaqa: examples 2, now 1"):
+            evaluate(config, replace(settings, tasks=tasks, limit=1), tmp_path)
+    with pytest.raises(ProxyTuneError, match="seed 0, now 5"):  # which is of all tasks
+        evaluate(config, replace(settings, tasks=("realtimeqa",), seed=5), tmp_path)
+    evaluate(config, replace(settings, tasks=("realtimeqa",), limit=1), tmp_path)
+    tasks = json.loads((tmp_path / "manifest.json").read_text())["tasks"]
+    assert {name: task["limit"] for name, task in tasks.items()} == {"triviaqa": 2, "realtimeqa": 1}
+
+
+def test_a_tuned_model_without_a_prediction_may_be_another(shelf, local, tmp_path, monkeypatch):
+    config = load_recipe(shelf / "recipe")
+    settings = EvaluationOptions(("triviaqa",), arms=("base",), data=str(local), limit=1, tuned=str(shelf / "anti"))
+    other = replace(settings, tuned=str(shelf / "expert"))
+    with monkeypatch.context() as patch:
+        patch.setattr("proxytune.evaluation.run.answer_jobs", refusing(arms=["tuned"]))
+        evaluate(config, settings, tmp_path)
+        evaluate(config, replace(settings, tuned=None), tmp_path)
+    evaluate(config, other, tmp_path)
+    with pytest.raises(ProxyTuneError, match="was begun with tuned "):
+        evaluate(config, settings, tmp_path)
+    evaluate(config, replace(settings, tuned=None), tmp_path)
+    assert json.loads((tmp_path / "manifest.json").read_text())["decides"]["tuned"] == str(shelf / "expert")
+
+
 def command(*words):
     return [sys.executable, "-m", "proxytune", "eval", *map(str, words)]
 

@@ -30,7 +30,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from proxytune import __version__
-from proxytune.answers.journal import write_whole
+from proxytune.answers.journal import Journal, write_whole
 from proxytune.errors import AlphaError, ProxyTuneError
 from proxytune.evaluation import TASK_DIR
 from proxytune.evaluation.answering import Job, Log, Mix, TaskPlan, answer_jobs, shots_of
@@ -426,7 +426,14 @@ def _versions() -> dict[str, str]:
 
 
 def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
-    """Begin a run in ``out``, or carry on the one there; raise if that was begun otherwise, naming what differs."""
+    """Begin a run in ``out``, or carry on the one there.
+
+    What is predicted fixes the settings that it was predicted with: a task's predictions those of the task, any
+    prediction those of the whole run, the tuned model's predictions which model that is.
+
+    Raises:
+        ProxyTuneError: where a setting that is fixed differs; it is named.
+    """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "manifest.json"
     if path.exists():
@@ -435,15 +442,27 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
             decided, tasks = dict(before["decides"]), dict(before["tasks"])
         except (ValueError, KeyError, TypeError) as error:
             raise ProxyTuneError(f"{path} is not a manifest of this command; choose another --output") from error
+        predicted = {name: _predicted(out / name) for name in tasks}
+        arms = set().union(*predicted.values())
+        tasks = {name: task for name, task in tasks.items() if predicted[name]}
+        if "tuned" not in arms:
+            decided["tuned"] = None
         if decided.get("tuned") is None or manifest["decides"]["tuned"] is None:  # an arm more or less changes no other
             manifest["decides"]["tuned"] = decided["tuned"] = decided.get("tuned") or manifest["decides"]["tuned"]
-        _refuse_others(out, "", decided, manifest["decides"])
+        if arms:
+            _refuse_others(out, "", decided, manifest["decides"])
         for name in set(tasks) & set(manifest["tasks"]):
             _refuse_others(out, f"{name}: ", tasks[name], manifest["tasks"][name])
         manifest = {**manifest, "tasks": {**tasks, **manifest["tasks"]}}
         if "arms" in manifest:
-            manifest["arms"] = list(dict.fromkeys([*before.get("arms", []), *manifest["arms"]]))
+            kept = [arm for arm in before.get("arms", []) if arm in arms]
+            manifest["arms"] = list(dict.fromkeys([*kept, *manifest["arms"]]))
     write_whole(path, json.dumps(manifest, indent=2) + "\n")
+
+
+def _predicted(folder: Path) -> set[str]:
+    """The arms, or the alphas of a sweep, of which a task's folder has a prediction."""
+    return {path.stem for path in folder.glob("*.jsonl") if Journal(path).read().lines}
 
 
 def _refuse_others(out: Path, said: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
