@@ -48,7 +48,8 @@ WRONG = {
     "chat ./nosuch": "there is no recipe at './nosuch'",
     "check ./nosuch": "there is no recipe at './nosuch'",
     "serve ./nosuch": "there is no recipe at './nosuch'",
-    "serve demo": "say --engine vllm",
+    "serve demo": "say --engine transformers or --engine vllm",
+    "serve demo --engine transformers --draft math": "--draft is for vLLM",
     "eval ./nosuch --tasks demo_math": "there is no recipe at './nosuch'",
     "eval demo --tasks nosuch": "there is no task 'nosuch'",
     "eval demo --tasks gsm8k --data ./nosuch": "the data ./nosuch does not exist",
@@ -158,6 +159,7 @@ def test_what_is_plainly_wrong_is_said_at_once(told, line):
         ("peft", "check demo", "demo"),
         ("gguf", "bench demo", "demo"),
         ("peft", "plan demo", "demo"),
+        ("fastapi", "serve demo --engine transformers", "serve"),
         ("openai", "score truthfulqa_open answers.jsonl --judge-url http://127.0.0.1:1/v1 --judge-model m", "eval"),
     ],
 )

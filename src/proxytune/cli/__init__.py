@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("recipes:check", "Say whether a recipe works and what memory it needs."),
     "generate": ("answers:generate", "Continue prompts, steered."),
     "chat": ("chat:chat", "Talk with a steered model."),
-    "serve": ("answers:serve", "Serve a recipe with vLLM, as an OpenAI-compatible server."),
+    "serve": ("answers:serve", "Serve a recipe as an OpenAI-compatible server, with transformers or vLLM."),
     "demo": ("answers:demo", "Show proxy-tuning at work on a small real model."),
     "tasks": ("evaluation:tasks", "List the tasks that `eval`, `sweep` and `score` know."),
     "eval": ("evaluation:evaluate", "Evaluate a recipe beside its members and controls."),

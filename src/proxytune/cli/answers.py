@@ -21,7 +21,7 @@ from proxytune.cli.shared import (
     say,
     write_out,
 )
-from proxytune.errors import ProxyTuneError
+from proxytune.errors import ProxyTuneError, need
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.place import check_alpha
 
@@ -143,35 +143,51 @@ def serve(
     context: typer.Context,
     recipe: Recipe,
     engine: Annotated[
-        str, typer.Option("--engine", metavar="vllm", help="Must be given; vllm is the only one.", show_default=False)
+        str,
+        typer.Option(
+            "--engine",
+            metavar="transformers|vllm",
+            help="Whose server it is: of transformers, or of vLLM. Must be given.",
+            show_default=False,
+        ),
     ] = "",
     draft: Annotated[
         str | None,
-        typer.Option("--draft", metavar="EXPERT", help="Let this expert draft for the mixture."),
+        typer.Option("--draft", metavar="EXPERT", help="In vLLM: let this expert draft for the mixture."),
     ] = None,
     draft_tokens: Annotated[
         int, typer.Option("--draft-tokens", metavar="N", min=1, help="Tokens it drafts at a time.")
     ] = 4,
     only_print: Annotated[bool, typer.Option("--print", help="Print the command and leave.")] = False,
 ) -> None:
-    """Serve a recipe with vLLM, as an OpenAI-compatible server: print the exact command, and run it.
+    """Serve a recipe as an OpenAI-compatible server: print the exact command, and run it.
 
-    All other options are vLLM's own (--tensor-parallel-size 4, --port 8000 …) and are passed on. A request sets its
-    alpha in "vllm_xargs": {"alpha": 0.5}. For the server of transformers see docs/python.md.
+    All other options are the server's own (--port 8000 …) and are passed on. A request sets its alpha in
+    "generation_config": "{\\"alpha\\": 0.5}" with transformers, and in "vllm_xargs": {"alpha": 0.5} with vLLM.
 
     Examples:
 
-        proxytune serve mine --engine vllm --port 8000
+        proxytune serve demo --engine transformers --port 8000
+        proxytune serve mine --engine vllm --tensor-parallel-size 2
         proxytune serve mine --engine vllm --draft expert --print
     """
-    if engine != "vllm":
-        raise ProxyTuneError("say --engine vllm (for transformers' own server see docs/python.md)")
+    if engine not in ("transformers", "vllm"):
+        raise ProxyTuneError("say --engine transformers or --engine vllm")
+    if engine == "transformers":
+        if draft is not None:
+            raise ProxyTuneError("--draft is for vLLM; in transformers experts draft where that pays")
+        need("transformers' server", "serve", "fastapi", "uvicorn", "openai")
     import shlex
 
     from proxytune.recipe.store import load_recipe
     from proxytune.vllm.command import serve_command
 
-    words = serve_command(load_recipe(recipe), context.args, draft=draft, draft_tokens=draft_tokens)
+    config = load_recipe(recipe)
+    if engine == "transformers":
+        program = "import proxytune; from transformers.cli.transformers import main; main()"
+        words = [sys.executable, "-c", program, "serve", str(config.name_or_path), *context.args]
+    else:
+        words = serve_command(config, context.args, draft=draft, draft_tokens=draft_tokens)
     if only_print:
         typer.echo(shlex.join(words))
         return
