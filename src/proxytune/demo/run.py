@@ -206,7 +206,7 @@ def _side_by_side(steered: Arm, result: DemoResult, at: int) -> Panel:
 def _table(result: DemoResult) -> Table:
     table = Table(title="Held-out problems, strict exact match", title_justify="left")
     for heading in ("arm", "correct", "share", "95 % interval", "and nothing else"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
+        table.add_column(heading, justify="left" if heading == "arm" else "right", overflow="fold")
     for arm, of in result.scores()["arms"].items():
         total = of["of"]
         value, low, high = (100 * of[key] for key in ("value", "low", "high"))
@@ -220,7 +220,7 @@ def _table(result: DemoResult) -> Table:
 def _comparisons(result: DemoResult) -> Table:
     table = Table(title="Proxy-tuned against", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for heading in ("", "only it right", "only the other right", "p (exact McNemar)"):
-        table.add_column(heading, justify="right" if heading else "left")
+        table.add_column(heading, justify="right" if heading else "left", overflow="fold")
     for name, won, lost, p in result.comparisons():
         arm, _, rest = name.partition(",")
         table.add_row(TITLES[arm] + (f",{rest}" if rest else ""), str(won), str(lost), f"{p:.2g}")
