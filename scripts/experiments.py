@@ -125,7 +125,7 @@ def nats(recipe: Path, problems: Sequence[Problem]) -> str:
         arm, pairs = arms.make(name), []
         for problem in problems:
             answer = f"{problem.completion}\n{arm.tokenizer.eos_token}"
-            pairs += arm.encode_pairs(TaskPlan("demo_math", {}), problem.prompt, [answer])
+            pairs += arm.reader.encode_pairs(TaskPlan("demo_math", {}), problem.prompt, [answer])
         scores = [score for some in batches(pairs, 20) for score, _ in choice_scores(arm, some, [arm.alphas])[0]]
         found.append(f"{name} {-sum(scores) / sum(len(pair.continuation) for pair in pairs):.3f}")
     return f"{recipe.name}, nats a token of the right answers: {', '.join(found)}"

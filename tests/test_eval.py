@@ -26,11 +26,11 @@ pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'proxytune[eva
 from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.errors import PromptError, ProxyTuneError
 from proxytune.evaluation import EVAL_TASKS, TASK_DIR
-from proxytune.evaluation.answering import Job, Log, TaskPlan, answer_jobs, shots_of
+from proxytune.evaluation.answering import Job, Log, TaskPlan, answer_jobs, encode_jobs, shots_of
 from proxytune.evaluation.arms import Arms, expand_arms
 from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.results import metric_text
-from proxytune.evaluation.run import evaluate, load_plans, manifest_of
+from proxytune.evaluation.run import evaluate, load_plans, manifest_of, sweep
 from proxytune.evaluation.scoring import score_lines
 from proxytune.recipe.options import LoadingOptions
 
@@ -205,13 +205,14 @@ def test_a_chat_member_is_shown_the_papers_form_of_the_prompt(task, shown, raw, 
     plan = plan_of(task, local)
     context = plan.jobs["raw"][0].context
     arms = Arms(load_recipe(recipe), ["proxy_tuned"], UNDRAFTED)
-    encoded = arms.make("proxy_tuned").encode(plan, context)
+    encoded = arms.make("proxy_tuned").reader.encode(plan, context)
     assert set(encoded.own) == {"expert.expert"}
     own = tokenizer.decode(encoded.own["expert.expert"]).removeprefix("<s>")
     assert own == shown.format(q=QUESTIONS[0])
     assert tokenizer.decode(encoded.ids).endswith(raw.format(q=QUESTIONS[0]))
-    assert arms.make("expert").encode(plan, context).ids == encoded.own["expert.expert"]  # alone it reads the same
-    assert arms.make("base").encode(plan, context).ids == encoded.ids
+    alone = arms.make("expert").reader  # which reads the same
+    assert alone.encode(plan, context).ids == encoded.own["expert.expert"]
+    assert arms.make("base").reader.encode(plan, context).ids == encoded.ids
 
 
 def chat_recipe(shelf, tmp_path, prompt="chat", **longer):
@@ -241,7 +242,7 @@ def test_truthfulqa_gives_a_system_prompt_unless_the_recipe_has_one(shelf, local
     ):
         recipe = chat_recipe(shelf, tmp_path / name, prompt, max_position_embeddings=1024)
         arm = Arms(load_recipe(recipe), ["proxy_tuned"]).make("proxy_tuned")
-        own = tokenizer.decode(arm.encode(plan, context).own["expert.expert"]).removeprefix("<s>")
+        own = tokenizer.decode(arm.reader.encode(plan, context).own["expert.expert"]).removeprefix("<s>")
         assert own.startswith(begins)
         assert own.endswith("[assistant] The answer is:")
 
@@ -254,7 +255,7 @@ def test_a_steered_chat_expert_answers_as_the_plain_loop(shelf, local, models, t
     lines = answered(arm, plan, tmp_path / "a.jsonl", batch_size=3)
     assert len(lines) == 3
     for line in lines.values():
-        encoded = arm.encode(plan, line["prompt"])
+        encoded = arm.reader.encode(plan, line["prompt"])
         prompts = {"base": encoded.ids, **encoded.own}
         tokens, logits = oracle.greedy(prompts, 10, eos=tiny.EOS)
         if line["mc_output"] != tokenizer.decode(tokens, skip_special_tokens=True):
@@ -348,7 +349,7 @@ def test_likelihoods_with_own_prompts_and_of_single_arms_are_the_plain_loops(she
         asked = [(job.context, text) for job in plan.jobs["raw"] for text in job.continuations]
         assert len(found) == len(asked) > 3
         for (context, continuation), (value, _) in zip(asked, found):
-            encoded = arm.encode(plan, context)
+            encoded = arm.reader.encode(plan, context)
             n_context = len(tokenizer(context)["input_ids"])
             tokens = tokenizer(context + continuation)["input_ids"][n_context:]
             log_p = (scale * oracle.logits({"base": encoded.ids, **encoded.own}, tokens)[:-1]).log_softmax(dim=-1)
@@ -483,6 +484,50 @@ def test_what_cannot_be_had_is_left_out_and_the_rest_is_written(shelf, local, tm
     assert again["left_out"] == [{"task": "triviaqa", "arm": None, "reason": "it does not answer", "resumes": True}]
     assert list(again["tasks"]) == ["realtimeqa"]
     assert list(again["tasks"]["realtimeqa"]["arms"]) == ["base", "expert"]
+
+
+@pytest.mark.parametrize("kind", ["raw", "chat"])
+def test_an_arm_reads_as_it_was_foretold_without_its_weights(shelf, local, tmp_path, monkeypatch, kind):
+    recipe = chat_recipe(shelf, tmp_path, max_position_embeddings=1024) if kind == "chat" else shelf / "recipe"
+    names = ["base", "base_few_shot", "expert", "anti_expert", "mean_logits", "proxy_tuned", "tuned"]
+
+    def read(reader, plan):
+        try:
+            return encode_jobs(reader, plan, plan.jobs.get(shots_of(reader.name), ()))
+        except ProxyTuneError as error:
+            return str(error)
+
+    plans = [plan_of(name, local, limit=2) for name in ("truthfulqa_mc", "triviaqa")]
+    arms = Arms(load_recipe(recipe), names, UNDRAFTED, tuned=str(shelf / "anti"))
+    with monkeypatch.context() as patch:
+        for place in ("evaluation.arms.load_member", "evaluation.arms.alone", "model.ProxyTunedForCausalLM._load"):
+            patch.setattr(f"proxytune.{place}", None)
+        foretold = {name: arms.reader(name) for name in names}
+    for name in names:
+        reader = arms.make(name).reader
+        assert foretold[name].contexts == reader.contexts
+        for plan in plans:
+            assert read(foretold[name], plan) == read(reader, plan)
+
+
+def test_what_cannot_be_read_is_known_before_anything_is_loaded(shelf, local, tmp_path, monkeypatch):
+    """The solved examples do not fit the context of 256; the sweep's one arm has a prompt that is too long."""
+    config, events = load_recipe(shelf / "recipe"), []
+    make = Arms.make
+    monkeypatch.setattr(Arms, "make", lambda arms, name: (events.append(name), make(arms, name))[1])
+    settings = EvaluationOptions(("demo_math",), arms=("base", "base_few_shot"), limit=2)
+    told = {"note": events.append, "progress": lambda *now: events.append(now)}
+    results = evaluate(config, settings, tmp_path / "eval", **told)
+    assert events[0].startswith("base_few_shot will be left out of demo_math: demo_math, example")
+    assert events[1:3] == [("demo_math, base (1 of 1)", 0, 2), "base"]
+    assert [(part["task"], part["arm"]) for part in results["left_out"]] == [("demo_math", "base_few_shot")]
+
+    trivia = [{"question": "why? " * 300, "answers": ["seven"]}]
+    long = replace(settings, tasks=("triviaqa",), data=str(write_lines(tmp_path / "dev.jsonl", trivia)))
+    del events[:]
+    with pytest.raises(ProxyTuneError, match="can read only 256"):
+        sweep(config, long, [0.5, 1.0], tmp_path / "sweep", **told)
+    assert [event.split(":")[0] for event in events] == ["proxy_tuned will be left out of triviaqa"]
 
 
 def test_the_exit_status_says_that_something_was_left_out(shelf, local, tmp_path):

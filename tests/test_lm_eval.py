@@ -153,7 +153,7 @@ def test_pairs_with_a_tokenizer_that_begins_no_text(bos, shelf):
     else:
         pairs = [pair for kind, pairs in PAIRS.items() if kind != "white space alone" for pair in pairs]
         same(*scored(arm, pairs)[:2])
-        assert arm.encode_pairs(bare_plan(), "\n", ["a"])[0].context.ids == [tiny.BOS]
+        assert arm.reader.encode_pairs(bare_plan(), "\n", ["a"])[0].context.ids == [tiny.BOS]
 
 
 def test_every_likelihood_task_gives_lm_evals_figures(shelf, tmp_path):

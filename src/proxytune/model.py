@@ -136,7 +136,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         self.unlike_in_pieces = unlike_in_pieces(lanes)
         self.cache_implementation = "dynamic"  # where a call of generate() does not name one
         self._is_stateful = any(getattr(lane.model, "_is_stateful", False) for lane in lanes)
-        contexts = {name: self.context_of(name) for name in self.seats}
+        contexts = self.contexts
         self.shortest = min(contexts, key=lambda name: contexts[name] or float("inf"))
         config.max_position_embeddings = contexts[self.shortest]
 
@@ -151,6 +151,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
     def context_of(self, name: str) -> int | None:
         """How many tokens member ``name`` can read, or None where its config sets no limit."""
         return self.lanes[self.seats[name][0]].context
+
+    @property
+    def contexts(self) -> dict[str, int | None]:
+        """Member name -> how many tokens it can read."""
+        return {name: self.context_of(name) for name in self.seats}
 
     @property
     def base(self) -> PreTrainedModel:

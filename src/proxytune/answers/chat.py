@@ -149,7 +149,7 @@ class Conversation:
             ids = render_chat(self.tokenizer, messages, "the recipe")
         else:
             ids = list(self.tokenizer(f"{transcript(messages)}\n{NAMES['assistant']}:")["input_ids"])
-        return with_room(self.model, ids, self.model.prompter.from_messages(messages))
+        return with_room(self.model.contexts, ids, self.model.prompter.from_messages(messages))
 
     def _stops(self) -> list[str]:
         """What ends an answer in a plain transcript: the user's next turn."""

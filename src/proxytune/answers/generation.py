@@ -8,7 +8,7 @@ drafts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,16 +83,24 @@ def encode(
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     ids = render_chat(tokenizer, messages, "the recipe") if chat else list(tokenizer(prompt)["input_ids"])
-    return with_room(model, ids, model.prompter.from_messages(messages))
+    return with_room(model.contexts, ids, model.prompter.from_messages(messages))
 
 
-def with_room(model: ProxyTunedForCausalLM, ids: list[int], own: dict[str, list[int]]) -> Encoded:
-    """Count what the members' contexts leave for new tokens; the last new token is never read back."""
+def with_room(contexts: Mapping[str, int | None], ids: list[int], own: dict[str, list[int]]) -> Encoded:
+    """Count what the members' contexts leave for new tokens; the last new token is never read back.
+
+    Args:
+        contexts: member name -> how many tokens it can read, None for any number.
+        ids: what members read. own: member name -> what it reads in their place.
+
+    Raises:
+        PromptError: for no ids, and for more than a member can read.
+    """
     if not ids:
         raise PromptError("the prompt is empty: its text gives no token")
     rooms = []
-    for name in model.seats:
-        limit, length = model.context_of(name), len(own.get(name, ids))
+    for name, limit in contexts.items():
+        length = len(own.get(name, ids))
         if limit is not None and length > limit:
             raise PromptError(
                 f"the prompt has {length} tokens, but member {name!r} can read only {limit}; shorten the prompt"

@@ -24,14 +24,14 @@ from proxytune.answers.generation import Encoded, Sampling, answer, batches
 from proxytune.answers.journal import Journal
 from proxytune.decoding.mixing import mix
 from proxytune.errors import ProxyTuneError
-from proxytune.evaluation.arms import Arm, Pair
+from proxytune.evaluation.arms import Arm, Pair, Reader
 from proxytune.evaluation.code import clean_code
 from proxytune.lanes.reading import ROTATIONS, reading_of, rotations
 from proxytune.recipe.families import new_cache
 from proxytune.recipe.parts import Prompt
 from proxytune.recipe.prompts import chat_text, left_pad
 
-__all__ = ["Job", "Log", "TaskPlan", "answer_jobs", "choice_scores", "shots_of"]
+__all__ = ["Job", "Log", "TaskPlan", "answer_jobs", "choice_scores", "encode_jobs", "shots_of"]
 
 GENERATION_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p")
 Key = tuple[str, int]  # an example's id, and which of its samples
@@ -127,7 +127,7 @@ def answer_jobs(
     mixes = [arm.alphas] if mixes is None else mixes
     # Continuations are mixed anew without more rows; writing, each mix is a row of its own.
     n_prompts = batch_size if plan.likelihood else max(1, batch_size // len(mixes))
-    for whole in batches(encode_jobs(arm, plan, jobs), n_prompts):
+    for whole in batches(encode_jobs(arm.reader, plan, jobs), n_prompts):
         batch = [pair for pair in whole if any(pair[0].key not in done for done in made)]
         wanted = [(row, at) for row, (job, _) in enumerate(batch) for at, of in enumerate(made) if job.key not in of]
         if not wanted:
@@ -150,21 +150,25 @@ def answer_jobs(
         yield lines
 
 
-def encode_jobs(arm: Arm, plan: TaskPlan, jobs: Sequence[Job]) -> list[Asked]:
-    """Jobs with the ids of their context and of each continuation, the longest first; none to be scored is empty."""
+def encode_jobs(reader: Reader, plan: TaskPlan, jobs: Sequence[Job]) -> list[Asked]:
+    """Jobs with the ids of their context and of each continuation, the longest first; none to be scored is empty.
+
+    Raises:
+        ProxyTuneError: for a job that the members cannot read, which is named.
+    """
 
     @functools.cache  # samples have the same context
     def encode(context: str, continuations: tuple[str, ...]) -> list[Pair]:
         if plan.likelihood:
-            return arm.encode_pairs(plan, context, continuations)
-        return [Pair(arm.encode(plan, context), [])]
+            return reader.encode_pairs(plan, context, continuations)
+        return [Pair(reader.encode(plan, context), [])]
 
     found = []
     for job in jobs:
         try:
             found.append((job, encode(job.context, job.continuations)))
         except ProxyTuneError as error:
-            raise ProxyTuneError(f"{plan.name}, example {job.id}, {arm.name}: {error}") from error
+            raise ProxyTuneError(f"{plan.name}, example {job.id}, {reader.name}: {error}") from error
     return sorted(found, key=lambda asked: -max(len(pair.context.ids) for pair in asked[1]))
 
 

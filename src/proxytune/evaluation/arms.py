@@ -7,11 +7,11 @@ examples; ``mean_logits`` is the mean of M and M+, without an anti-expert.
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from proxytune.answers.generation import Encoded, with_room
 from proxytune.assembling import config_of_members
@@ -21,7 +21,7 @@ from proxytune.lanes.kernels import pack
 from proxytune.lanes.loading import load_member
 from proxytune.model import ProxyTunedForCausalLM
 from proxytune.recipe.config import ProxyTuneConfig
-from proxytune.recipe.members import Loading, load_recipe_tokenizer, load_tokenizer, loading_of
+from proxytune.recipe.members import Loading, load_config, load_recipe_tokenizer, load_tokenizer, loading_of
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.parts import Prompt
 from proxytune.recipe.prompts import Prompter
@@ -29,9 +29,63 @@ from proxytune.recipe.prompts import Prompter
 if TYPE_CHECKING:
     from proxytune.evaluation.answering import TaskPlan
 
-__all__ = ["AS_IT_IS", "Arm", "Arms", "Pair", "alone", "expand_arms", "has_members", "tuned_prompt"]
+__all__ = ["AS_IT_IS", "Arm", "Arms", "Pair", "Reader", "alone", "expand_arms", "has_members", "tuned_prompt"]
 
 AS_IT_IS, RAW = LoadingOptions(), Prompt()
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How the members of an arm read a prompt, and how much they can; it needs none of their weights.
+
+    Attributes:
+        name: the arm's. tokenizer: of those that are shown the raw text.
+        own: member name -> (its prompt, its tokenizer), of members with a prompt of their own; "" is a model alone.
+        contexts: member name -> how many tokens it can read, None for any number.
+    """
+
+    name: str
+    tokenizer: Any
+    own: Mapping[str, tuple[Prompt, Any]]
+    contexts: Mapping[str, int | None]
+
+    def encode(self, plan: TaskPlan, context: str) -> Encoded:
+        """The ids that each member reads for a context that an answer is written behind."""
+        own = self._own_prompts(plan, context)
+        ids = own.pop("") if "" in own else list(self.tokenizer(context)["input_ids"])
+        return with_room(self.contexts, ids, own)
+
+    def encode_pairs(self, plan: TaskPlan, context: str, continuations: Sequence[str]) -> list[Pair]:
+        """The ids of a context and each of its continuations, as lm_eval's HFLM encodes them.
+
+        White space at the end of the context belongs to the continuation, an empty context is the token that begins a
+        text, and what is longer than the model's context loses its beginning. A prompt of a member's own is made of the
+        context without that white space; it is never cut.
+
+        Raises:
+            ProxyTuneError: for a continuation without a token, and for texts that no member's context can hold.
+        """
+        pairs = []
+        raw_limits = [limit for name, limit in self.contexts.items() if limit is not None and name not in self.own]
+        limit = min(raw_limits, default=None)  # of those shown the raw text
+        for raw, scored in _encoded_as_lm_eval(self.tokenizer, context, continuations):
+            own = self._own_prompts(plan, context.rstrip())
+            # The last token is foretold and never read.
+            cut = 0 if "" in own or limit is None else max(0, len(raw) + len(scored) - (limit + 1))
+            if cut >= len(raw):
+                raise ProxyTuneError(f"a continuation has {len(scored)} tokens, but the model can read only {limit}")
+            encoded = with_room(self.contexts, own.pop("", raw[cut:]), own)
+            if encoded.room is not None and len(scored) > encoded.room:
+                raise ProxyTuneError(
+                    f"behind its prompt a continuation has {len(scored)} tokens, but there is room for {encoded.room}"
+                )
+            pairs.append(Pair(encoded, scored, cut))
+        return pairs
+
+    def _own_prompts(self, plan: TaskPlan, text: str) -> dict[str, list[int]]:
+        """Member name -> the ids of its own prompt, of members that have one."""
+        prompts = {name: (plan.chat_prompt(prompt, of), of) for name, (prompt, of) in self.own.items()}
+        return Prompter(self.tokenizer, prompts).from_messages([{"role": "user", "content": text}])
 
 
 @dataclass(frozen=True)
@@ -52,44 +106,11 @@ class Arm:
     scale: float = 1.0
     prompt: Prompt = RAW
 
-    def encode(self, plan: TaskPlan, context: str) -> Encoded:
-        """The ids that each member reads for a context that an answer is written behind."""
-        own = self._own_prompts(plan, context)
-        ids = own.pop("") if "" in own else list(self.tokenizer(context)["input_ids"])
-        return with_room(self.model, ids, own)
-
-    def encode_pairs(self, plan: TaskPlan, context: str, continuations: Sequence[str]) -> list[Pair]:
-        """The ids of a context and each of its continuations, as lm_eval's HFLM encodes them.
-
-        White space at the end of the context belongs to the continuation, an empty context is the token that begins a
-        text, and what is longer than the model's context loses its beginning. A prompt of a member's own is made of the
-        context without that white space; it is never cut.
-
-        Raises:
-            ProxyTuneError: for a continuation without a token, and for texts that no member's context can hold.
-        """
-        pairs = []
-        contexts = [self.model.context_of(name) for name in self.model.seats if name not in self.model.prompter.own]
-        limit = min((limit for limit in contexts if limit is not None), default=None)  # of those shown the raw text
-        for raw, scored in _encoded_as_lm_eval(self.tokenizer, context, continuations):
-            own = self._own_prompts(plan, context.rstrip())
-            # The last token is foretold and never read.
-            cut = 0 if "" in own or limit is None else max(0, len(raw) + len(scored) - (limit + 1))
-            if cut >= len(raw):
-                raise ProxyTuneError(f"a continuation has {len(scored)} tokens, but the model can read only {limit}")
-            encoded = with_room(self.model, own.pop("", raw[cut:]), own)
-            if encoded.room is not None and len(scored) > encoded.room:
-                raise ProxyTuneError(
-                    f"behind its prompt a continuation has {len(scored)} tokens, but there is room for {encoded.room}"
-                )
-            pairs.append(Pair(encoded, scored, cut))
-        return pairs
-
-    def _own_prompts(self, plan: TaskPlan, text: str) -> dict[str, list[int]]:
-        """Member name -> the ids of its own prompt, of members that have one; "" is a model alone."""
-        own = self.model.prompter.own | ({} if self.prompt.kind == "raw" else {"": (self.prompt, self.tokenizer)})
-        prompts = {name: (plan.chat_prompt(prompt, of), of) for name, (prompt, of) in own.items()}
-        return Prompter(self.tokenizer, prompts).from_messages([{"role": "user", "content": text}])
+    @property
+    def reader(self) -> Reader:
+        """How its members read a prompt."""
+        own = {} if self.prompt.kind == "raw" else {"": (self.prompt, self.tokenizer)}
+        return Reader(self.name, self.tokenizer, self.model.prompter.own | own, self.model.contexts)
 
 
 @dataclass(frozen=True)
@@ -179,10 +200,30 @@ class Arms:
             return self._mean()
         if name == "proxy_tuned":
             return Arm(name, self._whole(), self.tokenizer, self.alphas)
-        wanted = "base" if name == "base_few_shot" else name
-        member = next(each for each in self.members if each == wanted or each.endswith(f".{wanted}"))
+        member = self._member(name)
         model = self._lane(member).alone(member)
         return alone(name, model, self._tokenizer(member), self.members[member].prompt)
+
+    def reader(self, name: str) -> Reader:
+        """How an arm will read, from configs and tokenizers alone; no weights are loaded for it.
+
+        Raises:
+            ProxyTuneError: where a config or a tokenizer cannot be loaded.
+        """
+        if name == "tuned":
+            assert self.tuned is not None
+            with loading_of("the tuned model", self.tuned):
+                config: Any = AutoConfig.from_pretrained(self.tuned, trust_remote_code=self.loading.trust_remote_code)
+            tokenizer, prompt, limit = self._tuned_tokenizer(), tuned_prompt(self.config), _context(config)
+        elif name in ("proxy_tuned", "mean_logits"):
+            wanted = [each for each in self.members if name == "proxy_tuned" or not each.endswith(".anti_expert")]
+            prompts = {each: self.members[each].prompt for each in wanted}
+            own = {each: (of, self._tokenizer(each)) for each, of in prompts.items() if of.kind != "raw"}
+            return Reader(name, self.tokenizer, own, {each: self._context(each) for each in wanted})
+        else:
+            member = self._member(name)
+            tokenizer, prompt, limit = self._tokenizer(member), self.members[member].prompt, self._context(member)
+        return Reader(name, tokenizer, {} if prompt.kind == "raw" else {"": (prompt, tokenizer)}, {"base": limit})
 
     def close(self) -> None:
         """Let go of every model."""
@@ -193,6 +234,14 @@ class Arms:
     def tokenizer(self) -> Any:
         """The recipe's, or where it has none the base's."""
         return self._tokenizer("base")
+
+    def _member(self, arm: str) -> str:
+        """The member that an arm is, of the arms that are one."""
+        wanted = "base" if arm == "base_few_shot" else arm
+        return next(each for each in self.members if each == wanted or each.endswith(f".{wanted}"))
+
+    def _context(self, member: str) -> int | None:
+        return _context(load_config(self.config, member, self.members[member], self._loading))
 
     # -- the models -----------------------------------------------------------------------------------------
     def _whole(self) -> ProxyTunedForCausalLM:
@@ -230,10 +279,14 @@ class Arms:
         options = {name: asked[name] for name in ("dtype", "device_map") if asked[name]}
         with loading_of("the tuned model", self.tuned):
             model: Any = AutoModelForCausalLM.from_pretrained(self.tuned, trust_remote_code=trust, **options).eval()
-            tokenizer: Any = AutoTokenizer.from_pretrained(self.tuned, trust_remote_code=trust)
+        tokenizer = self._tuned_tokenizer()
         if self.loading.pack:
             pack(model)
         return alone("tuned", model, tokenizer, tuned_prompt(self.config))
+
+    def _tuned_tokenizer(self) -> Any:
+        with loading_of("the tuned model", self.tuned):
+            return AutoTokenizer.from_pretrained(self.tuned, trust_remote_code=self.loading.trust_remote_code)
 
     def _tokenizer(self, member: str) -> Any:
         if member not in self.tokenizers:
@@ -246,6 +299,11 @@ class Arms:
                 raise MemberError("neither the recipe nor its base has a tokenizer; copy the base's into the recipe")
             self.tokenizers[member] = self.tokenizer if found is None else found
         return self.tokenizers[member]
+
+
+def _context(config: Any) -> int | None:
+    """How many tokens a model can read, by its config; None where that sets no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def alone(name: str, model: Any, tokenizer: Any, prompt: Prompt = RAW) -> Arm:

@@ -33,8 +33,8 @@ from proxytune import __version__
 from proxytune.answers.journal import Journal, write_whole
 from proxytune.errors import AlphaError, ProxyTuneError
 from proxytune.evaluation import TASK_DIR
-from proxytune.evaluation.answering import Job, Log, Mix, TaskPlan, answer_jobs, shots_of
-from proxytune.evaluation.arms import AS_IT_IS, Arm, Arms, expand_arms, has_members, tuned_prompt
+from proxytune.evaluation.answering import Job, Log, Mix, TaskPlan, answer_jobs, encode_jobs, shots_of
+from proxytune.evaluation.arms import AS_IT_IS, Arm, Arms, Reader, expand_arms, has_members, tuned_prompt
 from proxytune.evaluation.judges import JudgeDown
 from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.results import (
@@ -90,9 +90,10 @@ def evaluate(
     asked = {name: [plan for plan in plans if shots_of(name) in plan.jobs] for name in names}
     files = {name: {plan.name: [out / plan.name / f"{name}.jsonl"] for plan in asked[name]} for name in names}
     tally = Tally(progress, [(plan, name, files[name][plan.name]) for name in names for plan in asked[name]])
+    arms = Arms(config, (), loading, alphas=_alphas(config, options), tuned=options.tuned)
+    left_out = unreadable(arms, asked, tally, note)
     left = [name for name in names if any(tally.missing(name, plan) for plan in asked[name])]
-    arms = Arms(config, left, loading, alphas=_alphas(config, options), tuned=options.tuned)
-    left_out: list[LeftOut] = []
+    arms.names = left  # the recipe is loaded whole only where it is asked for
     for name in left:
         answer_tasks(arms, name, asked[name], files[name], options, tally, left_out)
     arms.close()
@@ -109,6 +110,26 @@ def evaluate(
 
         plot_arms(drawn, ARMS, out / "results")
     return results
+
+
+def unreadable(
+    arms: Arms, asked: Mapping[str, Sequence[TaskPlan]], tally: Tally, note: Callable[[str], None]
+) -> list[LeftOut]:
+    """The tasks that an arm cannot read, known before any weights are loaded and before the first token.
+
+    Every prompt that is still to be answered is encoded and held against the contexts.
+    """
+    left_out: list[LeftOut] = []
+    for name, plans in asked.items():
+        reader: Reader | None = None
+        for plan in (plan for plan in plans if tally.missing(name, plan)):
+            with _left_out(left_out, plan.name, name):
+                reader = reader or arms.reader(name)
+                encode_jobs(reader, plan, plan.jobs[shots_of(name)])
+    for part in left_out:
+        tally.leave_out(str(part["arm"]), part["task"])
+        note(f"{part['arm']} will be left out of {part['task']}: {part['reason']}")
+    return left_out
 
 
 class Tally:
@@ -133,6 +154,12 @@ class Tally:
     def missing(self, arm: str, plan: TaskPlan) -> int:
         """How many predictions there were not when the run began."""
         return self.left[arm, plan.name]
+
+    def leave_out(self, arm: str, task: str) -> None:
+        """An arm's part of a task will not be had."""
+        self.total -= self.left[arm, task]
+        self.left[arm, task] = 0
+        self.n_parts -= 1
 
     def begin(self, said: str) -> None:
         """A part begins."""
@@ -232,9 +259,9 @@ def sweep(
     write_manifest(out, manifest_of(config, options, loading, plans, what, asked))
     files = {plan.name: [out / plan.name / f"alpha={value:g}.jsonl" for value in values] for plan in plans}
     tally = Tally(progress, [(plan, "proxy_tuned", files[plan.name]) for plan in plans])
-    left_out: list[LeftOut] = []
+    arms = Arms(config, ["proxy_tuned"], replace(loading, speculate=False))
+    left_out = unreadable(arms, {"proxy_tuned": plans}, tally, note)
     if any(tally.missing("proxy_tuned", plan) for plan in plans):
-        arms = Arms(config, ["proxy_tuned"], replace(loading, speculate=False))
         answer_tasks(arms, "proxy_tuned", plans, files, options, tally, left_out, alphas)
         arms.close()
     tasks = {}
