@@ -387,7 +387,7 @@ def test_save_pretrained_honours_what_transformers_has_or_refuses_it(tmp_path, s
     ):
         with pytest.raises(ProxyTuneError):
             model.save_pretrained(tmp_path / "saved", **option)
-    with pytest.raises(TypeError, match="does not take max_shard_sise"):
+    with pytest.raises(TypeError, match="takes no argument 'max_shard_sise'; did you mean 'max_shard_size'"):
         model.save_pretrained(tmp_path / "saved", max_shard_sise="1GB")
     model.save_pretrained(tmp_path / "saved", is_main_process=False)
     assert not (tmp_path / "saved").exists()
@@ -396,9 +396,8 @@ def test_save_pretrained_honours_what_transformers_has_or_refuses_it(tmp_path, s
     pushed = []
     monkeypatch.setattr("proxytune.model.push_model", lambda _, repo_id, **options: pushed.append((repo_id, options)))
     model.save_pretrained(tmp_path / "saved", push_to_hub=True, token="secret", private=True)
-    assert pushed == [
-        ("saved", {"bundle": False, "commit_message": "Upload recipe", "token": "secret", "private": True})
-    ]
+    asked = {"bundle": False, "commit_message": "Upload recipe", "token": "secret", "private": True}
+    assert pushed == [("saved", {**asked, "revision": None, "create_pr": False})]
 
 
 def test_from_pretrained_ignores_nothing_and_leaves_the_callers_config_as_it_is(shelf):

@@ -302,7 +302,7 @@ def fails_last(*args):
         (["RECIPE", "a", "--alpha", "1", "--alpha", "2"], "one alpha for all experts"),
         (["RECIPE", "a", "--temperature", "-1"], "temperature"),
         (["RECIPE", "a", "--dtype", "int3"], "--dtype 'int3'"),
-        (["RECIPE", "a", "--system", "x"], "--system needs --chat"),
+        (["RECIPE", "a", "--system", "x"], "a system prompt needs chat (--chat)"),
         (["RECIPE", "the fox " * 300], "can read only 256; shorten the prompt"),
     ],
 )

@@ -44,7 +44,7 @@ WRONG = {
     "generate demo hi --dtype int8": "--dtype 'int8' is not one of",
     "generate demo hi --speculate x": "--speculate 'x' is not auto, off or a number",
     "generate demo hi --temperature -1": "temperature must be a finite number",
-    "generate demo hi --system x": "--system needs --chat",
+    "generate demo hi --system x": "a system prompt needs chat",
     "chat ./nosuch": "there is no recipe at './nosuch'",
     "check ./nosuch": "there is no recipe at './nosuch'",
     "serve ./nosuch": "there is no recipe at './nosuch'",

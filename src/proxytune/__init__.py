@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from proxytune.answers.text import generate
     from proxytune.cache import ProxyTunedCache
     from proxytune.errors import AlphaError, MemberError, PromptError, ProxyTuneError, RecipeError, VocabularyError
     from proxytune.model import ProxyTunedForCausalLM, ProxyTunedOutput
@@ -41,11 +42,13 @@ __all__ = [
     "ProxyTunedOutput",
     "RecipeError",
     "VocabularyError",
+    "generate",
     "load_recipe",
     "write_recipe",
 ]
 
 _HOME = {
+    "answers.text": ("generate",),
     "cache": ("ProxyTunedCache",),
     "recipe.config": ("ProxyTuneConfig",),
     "recipe.parts": ("Expert", "Member", "Prompt"),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from proxytune.errors import MemberError, RecipeError
+from proxytune.errors import MemberError, RecipeError, unknown_arguments
 from proxytune.lanes.loading import load_lanes
 from proxytune.lanes.transformers import TransformersLane
 from proxytune.recipe.config import ProxyTuneConfig
@@ -101,8 +101,8 @@ def _placeholder(value: Any, name: str, given: dict[str, Any], prompt: Any) -> M
     return Member(model=None, prompt=Prompt.parse(prompt))
 
 
-def loading_of_call(config: ProxyTuneConfig, kwargs: dict[str, Any]) -> Loading:
-    """Sort what ``from_pretrained`` was given; an option that nothing reads is an error, not ignored."""
+def loading_of_call(called: Callable[..., Any], config: ProxyTuneConfig, kwargs: dict[str, Any]) -> Loading:
+    """Sort what ``called``, from_pretrained or from_members, was given; an option that nothing reads is an error."""
     not_ours = ("_from_auto", "_from_pipeline", "_commit_hash", "trust_remote_code", "adapter_kwargs", "code_revision")
     kwargs = {key: value for key, value in kwargs.items() if value is not None and key not in (*not_ours, *PLACE)}
     loading = Loading(
@@ -117,5 +117,6 @@ def loading_of_call(config: ProxyTuneConfig, kwargs: dict[str, Any]) -> Loading:
         hub={key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs},
     )
     if kwargs:
-        raise RecipeError(f"from_pretrained does not take {', '.join(sorted(kwargs))}")
+        known = ("speculate", "compile", "member_trust_remote_code", *(f.name for f in fields(Loading)), *HUB_ARGUMENTS)
+        raise unknown_arguments(called, kwargs, set(known) - {"hub"})
     return loading

@@ -13,7 +13,11 @@ wrong and what to do, and never needs a traceback to be understood.
 
 from __future__ import annotations
 
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from typing import Any
 
 __all__ = ["AlphaError", "MemberError", "PromptError", "ProxyTuneError", "RecipeError", "VocabularyError"]
 
@@ -45,6 +49,19 @@ class AlphaError(ProxyTuneError):
 def first_line(error: BaseException) -> str:
     """What another library's error says first: its first line with text, or its kind."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def unknown_arguments(function: Callable[..., Any], given: Iterable[str], more: Iterable[str] = ()) -> TypeError:
+    """The error for arguments that a function with ``**kwargs`` does not take: the first of them, and what was meant.
+
+    Args:
+        function: what was called. given: the names that it does not take. more: names that it takes by ``**kwargs``.
+    """
+    name = min(given)
+    named = [each.name for each in inspect.signature(function).parameters.values() if each.kind != each.VAR_KEYWORD]
+    near = difflib.get_close_matches(name, [*named, *more], n=1, cutoff=0.7)
+    meant = f"; did you mean {near[0]!r}?" if near else ""
+    return TypeError(f"{function.__name__}() takes no argument {name!r}{meant}")
 
 
 def need(what: str, extra: str, *packages: str) -> None:

@@ -2,7 +2,7 @@
 
 Its one hot path is :meth:`ProxyTunedForCausalLM.forward`: each lane (a set of weights) reads its members' rows, and the
 members' logits are mixed. Beams, assistants, lm_eval and training call it; greedy decoding and sampling read the lanes
-in a loop of their own, see :mod:`proxytune.generate`.
+in a loop of their own, see :mod:`proxytune.generation_mixin`.
 
 The outer world sees one sequence: ``input_ids``, as the base reads it. A member with a prompt of its own reads
 ``own prompt + continuation``, where the continuation is what follows column ``prompt_length`` of ``input_ids``.
@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ from proxytune.decoding.drafting import choose_drafting, costs_by_role
 from proxytune.decoding.lane import stacked
 from proxytune.decoding.mixing import mix
 from proxytune.decoding.pace import parse_speculate
-from proxytune.errors import PromptError, ProxyTuneError, RecipeError
-from proxytune.generate import SpeculationStats, SteeredGenerationMixin, last_call
+from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError, unknown_arguments
+from proxytune.generation_mixin import SpeculationStats, SteeredGenerationMixin, last_call
 from proxytune.lanes.kernels import compile_model
 from proxytune.lanes.reading import refuse_unequal_lengths, unlike_in_pieces
 from proxytune.lanes.transformers import TransformersLane
@@ -64,10 +64,15 @@ class ProxyTunedOutput(CausalLMOutputWithPast):
     """A causal LM's output, and on request each member's own logits.
 
     Attributes:
-        member_logits: member name -> float logits, shape = (n_batch, n_positions, n_vocab of the member).
+        logits: the mixture, float32, shape = (n_batch, n_positions, n_vocab of the base).
+        member_logits: member name -> float logits, shape = (n_batch, n_positions, n_vocab of the member); None where
+            the call did not ask for them.
     """
 
-    member_logits: dict[str, Tensor] | None = None
+    # Typed as what a call asks for: whoever reads them has asked.
+    logits: Tensor = None  # type: ignore[assignment]
+    past_key_values: ProxyTunedCache | None = None
+    member_logits: dict[str, Tensor] = None  # type: ignore[assignment]
 
 
 class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
@@ -145,12 +150,24 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         """The model of member ``name`` by itself (``base``, ``NAME.expert``, ``NAME.anti_expert``).
 
         Members of one set of weights share it; of those with adapters on it each has modules of its own over it.
+
+        Raises:
+            MemberError: if there is no such member.
         """
-        return self.lanes[self.seats[name][0]].alone(name)
+        return self._lane_of(name).alone(name)
 
     def context_of(self, name: str) -> int | None:
-        """How many tokens member ``name`` can read, or None where its config sets no limit."""
-        return self.lanes[self.seats[name][0]].context
+        """How many tokens member ``name`` can read, or None where its config sets no limit.
+
+        Raises:
+            MemberError: if there is no such member.
+        """
+        return self._lane_of(name).context
+
+    def _lane_of(self, name: str) -> TransformersLane:
+        if name not in self.seats:
+            raise MemberError(f"there is no member {name!r}; there are {', '.join(self.seats)}")
+        return self.lanes[self.seats[name][0]]
 
     @property
     def contexts(self) -> dict[str, int | None]:
@@ -163,7 +180,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
 
     @property
     def _base_lane(self) -> TransformersLane:
-        return self.lanes[self.seats["base"][0]]
+        return self._lane_of("base")
 
     @property
     def device(self) -> torch.device:
@@ -192,6 +209,29 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         self.cache_implementation = "static"
 
     # -- the hot path ---------------------------------------------------------------------------------------
+    @overload
+    def forward(self, input_ids: Tensor, *, return_dict: Literal[False], **kwargs: Any) -> tuple[Any, ...]: ...
+
+    @overload
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = ...,
+        position_ids: Tensor | None = ...,
+        past_key_values: ProxyTunedCache | None = ...,
+        use_cache: bool | None = ...,
+        logits_to_keep: int | Tensor = ...,
+        labels: Tensor | None = ...,
+        alpha: Any = ...,
+        member_input_ids: Mapping[str, Tensor] | None = ...,
+        member_attention_mask: Mapping[str, Tensor] | None = ...,
+        prompt_length: int | None = ...,
+        output_member_logits: bool = ...,
+        *,
+        return_dict: Literal[True] | None = ...,
+        **kwargs: Any,
+    ) -> ProxyTunedOutput: ...
+
     def forward(
         self,
         input_ids: Tensor,
@@ -284,15 +324,17 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=mixed, labels=labels, vocab_size=mixed.shape[-1], **kwargs)
+        asked = {name: self.member_logits(name, logits) for name in self.seats} if output_member_logits else None
         output = ProxyTunedOutput(
             loss=loss,
             logits=cast(Any, mixed),
             past_key_values=cache,
-            member_logits=(
-                {name: self.member_logits(name, logits) for name in self.seats} if output_member_logits else None
-            ),
+            member_logits=cast(Any, asked),
         )
         return output if return_dict is not False else output.to_tuple()
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _inputs(
         self, lane: TransformersLane, ids: Tensor, mask: Tensor | None, positions: Tensor | None, n_batch: int
@@ -372,7 +414,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
                     f"`{name}` belongs to one member, not to the mixture; ask model.member(NAME) for it"
                 )
         if unknown := [name for name, value in kwargs.items() if value is not None and name not in PASSED_ALONG]:
-            raise TypeError(f"forward() does not take {', '.join(sorted(unknown))}")
+            raise unknown_arguments(self.forward, unknown)
 
     def new_cache(self, capacity: int | None = None) -> ProxyTunedCache:
         """An empty cache for all members; one that grows, or a static one for ``capacity`` columns."""
@@ -413,7 +455,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             raise RecipeError("give either `expert`/`anti_expert` or the list `experts`, not both")
         own = {"plausibility": plausibility, "renamed_tokens": renamed_tokens}
         config, given = config_of_members(base, experts, own)
-        return cls._load(config, given, tokenizer, dict(tokenizers or {}), kwargs)
+        return cls._load(config, given, tokenizer, dict(tokenizers or {}), kwargs, cls.from_members)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -463,10 +505,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         tokenizer: Any,
         tokenizers: dict[str, Any],
         kwargs: dict[str, Any],
+        called: Callable[..., Any] | None = None,
     ) -> ProxyTunedForCausalLM:
         speculate = parse_speculate(kwargs.pop("speculate", "auto"))
         compiled = kwargs.pop("compile", False)
-        loading = loading_of_call(config, kwargs)
+        loading = loading_of_call(called or cls.from_pretrained, config, kwargs)
         tokenizers["base"] = tokenizers.get("base", tokenizer)
         lanes = load_parts(config, loading, given, tokenizers)
         model = cls(config, lanes, tokenizers=tokenizers, speculate=speculate)
@@ -510,8 +553,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         for name in others.keys() & SAVED_AS_EVER.keys():
             if (value := others.pop(name)) != SAVED_AS_EVER[name]:
                 raise ProxyTuneError(f"a recipe is not saved with {name}={value!r}; leave it out")
-        if others.keys() - PUSHED_ALONG:
-            raise TypeError(f"save_pretrained() does not take {', '.join(sorted(others.keys() - PUSHED_ALONG))}")
+        if unknown := others.keys() - PUSHED_ALONG:
+            raise unknown_arguments(self.save_pretrained, unknown, PUSHED_ALONG)
         if not push_to_hub and (others or repo_id is not None):
             raise ProxyTuneError(f"{next(iter(others), 'repo_id')} is for push_to_hub=True; add that, or leave it out")
         if state_dict is not None and not _same_weights(state_dict, self.state_dict()):
@@ -526,10 +569,19 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             self.push_to_hub(repo_id or directory.name, bundle=bundle, token=token, **others)
 
     def push_to_hub(  # type: ignore[override]
-        self, repo_id: str, *, bundle: bool = False, commit_message: str = "Upload recipe", **kwargs: Any
+        self,
+        repo_id: str,
+        *,
+        bundle: bool = False,
+        commit_message: str = "Upload recipe",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
     ) -> str:
         """Upload the recipe with a model card; see :func:`proxytune.saving.push_model`."""
-        return push_model(self, repo_id, bundle=bundle, commit_message=commit_message, **kwargs)
+        place: Any = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
+        return push_model(self, repo_id, bundle=bundle, commit_message=commit_message, **place)
 
 
 def _same_weights(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:

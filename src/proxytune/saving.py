@@ -85,12 +85,12 @@ def push_model(
     model: Any,
     repo_id: str,
     *,
-    bundle: bool = False,
-    commit_message: str = "Upload recipe",
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
+    bundle: bool,
+    commit_message: str,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    create_pr: bool,
 ) -> str:
     """Upload a recipe to the hub with a card that names its members and their licences; the commit's address.
 

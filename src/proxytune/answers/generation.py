@@ -8,7 +8,7 @@ drafts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +27,7 @@ from proxytune.recipe.prompts import left_pad, render_chat
 if TYPE_CHECKING:
     from proxytune.model import ProxyTunedForCausalLM
 
-__all__ = ["Answer", "Encoded", "Printer", "Sampling", "answer", "encode"]
+__all__ = ["Answer", "Encoded", "Printer", "Sampling", "answer", "answer_batches", "encode"]
 
 Finish = Literal["stop", "length", "interrupt"]
 
@@ -177,6 +177,22 @@ def answer(
         _cut(tokenizer, prompt.ids, new, limit, ends, stops, limit_rows.interrupted)
         for prompt, new, limit in zip(prompts, sequences[:, ids.shape[1] :].tolist(), limits)
     ]
+
+
+def answer_batches(
+    model: ProxyTunedForCausalLM,
+    tokenizer: Any,
+    prompts: Sequence[Encoded],
+    alphas: Sequence[Sequence[float]],
+    *,
+    rows: Sequence[int | str],
+    batch_size: int,
+    **options: Any,
+) -> Iterator[list[Answer]]:
+    """Answer prompts in batches, in order: each batch's answers as they are there; see :func:`answer`."""
+    for at in range(0, len(prompts), batch_size):
+        these = slice(at, at + batch_size)
+        yield answer(model, tokenizer, prompts[these], alphas[these], rows=rows[these], **options)
 
 
 def _cut(

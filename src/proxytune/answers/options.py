@@ -42,8 +42,10 @@ class AnswerOptions:
     )
 
     def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ProxyTuneError(f"max_new_tokens must be at least 1, not {self.max_new_tokens!r}")
         if self.system is not None and not self.chat:
-            raise ProxyTuneError("--system needs --chat: a raw prompt has no place for it")
+            raise ProxyTuneError("a system prompt needs chat (--chat): a raw prompt has no place for it")
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def generate(
     check_alpha(recipe, options.alpha)
     lines = [] if job.input is None else read_lines(job.input)  # before the seconds that the imports take
     from proxytune.answers.batch import Item, Output, fingerprint, read_items, result
-    from proxytune.answers.generation import Printer, answer, batches, encode
+    from proxytune.answers.generation import Printer, answer_batches, encode
     from proxytune.answers.journal import json_line
     from proxytune.recipe.alpha import resolve_alpha
     from proxytune.recipe.store import load_recipe
@@ -108,19 +108,21 @@ def generate(
                 n_broken += 1
         streamed = sink is None and not job.json and len(items) == 1 and sys.stdout.isatty()
         advance = stack.enter_context(progress_bar(len(encoded), sink is not None or not sys.stdout.isatty()))
-        for batch in batches(encoded, job.batch_size):
-            made = answer(
-                model,
-                tokenizer,
-                [prompt for _, prompt in batch],
-                [item.alphas for item, _ in batch],
-                max_new_tokens=options.max_new_tokens,
-                sampling=sampling,
-                rows=[item.line for item, _ in batch],
-                streamer=Printer(tokenizer, write_out) if streamed else None,
-            )
+        answered = answer_batches(
+            model,
+            tokenizer,
+            [prompt for _, prompt in encoded],
+            [item.alphas for item, _ in encoded],
+            rows=[item.line for item, _ in encoded],
+            batch_size=job.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            sampling=sampling,
+            streamer=Printer(tokenizer, write_out) if streamed else None,
+        )
+        answered_items = (item for item, _ in encoded)
+        for made in answered:
             for_run = None if sink is None else run
-            results = [result(item, one, names, for_run) for (item, _), one in zip(batch, made)]
+            results = [result(item, one, names, for_run) for one, item in zip(made, answered_items)]
             if sink is not None:
                 sink.append(results)
             elif job.json or job.input is not None:
@@ -129,7 +131,7 @@ def generate(
                 write_out("".join("> {prompt}\n{text}\n\n".format(**one) for one in results))
             else:
                 write_out("\n" if streamed else f"{made[0].text}\n")
-            advance(len(batch))
+            advance(len(made))
         if streamed and made[0].finish == "length" and len(made[0].tokens) < options.max_new_tokens:
             say("the shortest member's context is full")
     if sink is not None:

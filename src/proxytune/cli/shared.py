@@ -196,16 +196,10 @@ def read_lines(path: str) -> list[bytes]:
 
 def load_model(config: ProxyTuneConfig, loading: LoadingOptions) -> tuple[ProxyTunedForCausalLM, Any]:
     """The model, and the recipe's tokenizer (the base's where the recipe has none)."""
-    from proxytune.model import ProxyTunedForCausalLM
-    from proxytune.recipe.members import Loading, load_recipe_tokenizer
+    from proxytune.answers.text import load
 
     with _status("loading the members"):
-        model = ProxyTunedForCausalLM.from_pretrained(str(config.name_or_path), config=config, **loading.of_model())
-        own = load_recipe_tokenizer(config, Loading(trust_remote_code=loading.trust_remote_code))
-        tokenizer = model.tokenizer if own is None else own
-    if tokenizer is None:
-        raise ProxyTuneError("neither the recipe nor its base has a tokenizer; copy the base's into the recipe")
-    return model, tokenizer
+        return load(config, loading)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import GenerationConfig, PreTrainedConfig
 
-from proxytune.errors import MemberError, ProxyTuneError, RecipeError, first_line
+from proxytune.errors import MemberError, ProxyTuneError, RecipeError, first_line, unknown_arguments
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import valid_generation_config
 from proxytune.recipe.members import member_source
@@ -46,6 +46,8 @@ def load_recipe(recipe: str | Path, **hub: Any) -> ProxyTuneConfig:
     Raises:
         RecipeError: if there is none, or it is not a recipe.
     """
+    if unknown := hub.keys() - {*HUB_ARGUMENTS}:
+        raise unknown_arguments(load_recipe, unknown, HUB_ARGUMENTS)
     path = os.path.expanduser(os.fspath(recipe))
     if (named := named_recipe(path)) is not None:
         path = str(named.load()())

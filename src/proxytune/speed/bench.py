@@ -39,7 +39,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Mi
 from proxytune.answers.plain_loop import plain_loop
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.problems import make_problems
-from proxytune.generate import SpeculationStats
+from proxytune.generation_mixin import SpeculationStats
 from proxytune.model import ProxyTunedForCausalLM
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.layout import group_by_weights

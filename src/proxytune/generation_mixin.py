@@ -11,13 +11,14 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList, generation
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from proxytune.cache import ProxyTunedCache
 from proxytune.decoding.cost import Costs
@@ -28,12 +29,12 @@ from proxytune.decoding.noise import Noise, RowSampler, row_seeds
 from proxytune.decoding.pace import Pace, Speculate, parse_speculate
 from proxytune.decoding.sampling import Sampler
 from proxytune.decoding.text import Text
-from proxytune.errors import PromptError, ProxyTuneError
+from proxytune.errors import PromptError, ProxyTuneError, unknown_arguments
 from proxytune.lanes.transformers import TransformersLane
 from proxytune.own_prompts import as_tensors
 from proxytune.recipe.alpha import NAMED, take_alpha
 from proxytune.recipe.config import ProxyTuneConfig
-from proxytune.recipe.generation_config import OURS, refuse_fields
+from proxytune.recipe.generation_config import FIELDS, OURS, refuse_fields
 from proxytune.recipe.prompts import Prompter
 
 __all__ = ["SpeculationStats", "SteeredGenerationMixin", "last_call"]
@@ -201,8 +202,40 @@ class SteeredGenerationMixin(GenerationMixin):
 
         def context_of(self, name: str) -> int | None: ...
 
+        def forward(self, input_ids: Tensor) -> Any: ...
+
+    @overload  # type: ignore[override]
+    def generate(
+        self,
+        inputs: Tensor | None = ...,
+        generation_config: GenerationConfig | None = ...,
+        *,
+        alpha: Any = ...,
+        member_input_ids: Mapping[str, Any] | None = ...,
+        member_attention_mask: Mapping[str, Tensor] | None = ...,
+        speculate: Any = ...,
+        seed: int | Sequence[int] | None = ...,
+        return_dict_in_generate: Literal[True],
+        **kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput: ...
+
+    @overload
+    def generate(
+        self,
+        inputs: Tensor | None = ...,
+        generation_config: GenerationConfig | None = ...,
+        *,
+        alpha: Any = ...,
+        member_input_ids: Mapping[str, Any] | None = ...,
+        member_attention_mask: Mapping[str, Tensor] | None = ...,
+        speculate: Any = ...,
+        seed: int | Sequence[int] | None = ...,
+        return_dict_in_generate: Literal[False] | None = ...,
+        **kwargs: Any,
+    ) -> Tensor: ...
+
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
@@ -267,6 +300,14 @@ class SteeredGenerationMixin(GenerationMixin):
             seed=seed,
             **kwargs,
         )
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        """Refuse arguments that neither transformers' ``generate`` nor a forward reads."""
+        read = {*signature(self.forward).parameters, "inputs_embeds"} - {"kwargs"}
+        if unknown := [name for name, value in model_kwargs.items() if value is not None and name not in read]:
+            raise unknown_arguments(
+                self.generate, unknown, [*signature(GenerationMixin.generate).parameters, *FIELDS, *read]
+            )
 
     def _sample(  # type: ignore[override]
         self,

@@ -1,0 +1,145 @@
+"""From texts to texts in one call: ``proxytune.generate``, and the loading that the commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, overload
+
+from proxytune.answers.generation import answer_batches, encode
+from proxytune.answers.options import AnswerOptions, JobOptions, Sampling
+from proxytune.errors import PromptError, ProxyTuneError
+from proxytune.model import ProxyTunedForCausalLM
+from proxytune.recipe.alpha import alpha_rows
+from proxytune.recipe.config import ProxyTuneConfig
+from proxytune.recipe.members import Loading, load_recipe_tokenizer
+from proxytune.recipe.options import LoadingOptions
+from proxytune.recipe.store import load_recipe
+
+__all__ = ["generate", "load"]
+
+
+def load(config: ProxyTuneConfig, loading: LoadingOptions) -> tuple[ProxyTunedForCausalLM, Any]:
+    """A recipe's model, and its tokenizer.
+
+    Raises:
+        ProxyTuneError: if neither the recipe nor its base has a tokenizer.
+    """
+    model = ProxyTunedForCausalLM.from_pretrained(str(config.name_or_path), config=config, **loading.of_model())
+    return model, _tokenizer_of(model, loading.trust_remote_code)
+
+
+def _tokenizer_of(model: ProxyTunedForCausalLM, trust_remote_code: bool = False) -> Any:
+    """The recipe's own tokenizer, or its base's where it has none."""
+    own = load_recipe_tokenizer(model.config, Loading(trust_remote_code=trust_remote_code))
+    tokenizer = model.tokenizer if own is None else own
+    if tokenizer is None:
+        raise ProxyTuneError("neither the recipe nor its base has a tokenizer; copy the base's into the recipe")
+    return tokenizer
+
+
+@overload
+def generate(
+    recipe: str | Path | ProxyTunedForCausalLM,
+    prompts: str,
+    *,
+    alpha: Any = ...,
+    max_new_tokens: int = ...,
+    chat: bool = ...,
+    system: str | None = ...,
+    temperature: float | None = ...,
+    top_p: float | None = ...,
+    top_k: int | None = ...,
+    min_p: float | None = ...,
+    seed: int = ...,
+    batch_size: int = ...,
+) -> str: ...
+
+
+@overload
+def generate(
+    recipe: str | Path | ProxyTunedForCausalLM,
+    prompts: list[str] | tuple[str, ...],
+    *,
+    alpha: Any = ...,
+    max_new_tokens: int = ...,
+    chat: bool = ...,
+    system: str | None = ...,
+    temperature: float | None = ...,
+    top_p: float | None = ...,
+    top_k: int | None = ...,
+    min_p: float | None = ...,
+    seed: int = ...,
+    batch_size: int = ...,
+) -> list[str]: ...
+
+
+def generate(
+    recipe: str | Path | ProxyTunedForCausalLM,
+    prompts: str | list[str] | tuple[str, ...],
+    *,
+    alpha: Any = None,
+    max_new_tokens: int = AnswerOptions.max_new_tokens,
+    chat: bool = AnswerOptions.chat,
+    system: str | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    seed: int = Sampling.seed,
+    batch_size: int = JobOptions.batch_size,
+) -> str | list[str]:
+    """Continue prompts, steered: texts in, texts out, the same as those of the command ``proxytune generate``.
+
+    Greedy unless ``temperature``, ``top_p``, ``top_k`` or ``min_p`` is given; what is not given of these is off,
+    whatever the recipe's generation config says.
+
+    Args:
+        recipe: a directory, a hub id or ``"demo"``, which is loaded for this call; or a loaded model, which is faster
+            where there are several calls.
+        prompts: one text, or a list of texts.
+        alpha: in place of the recipe's: a number, one an expert, by name, or, for a list of prompts, one a prompt; see
+            :func:`proxytune.recipe.alpha.alpha_rows`.
+        max_new_tokens: most new tokens of an answer.
+        chat: put each prompt into the recipe's chat template, as the user's turn.
+        system: a system prompt for it; needs ``chat``.
+        temperature, top_p, top_k, min_p: how the next token is sampled; temperature 0 is greedy.
+        seed: of the sampling. An answer depends on it and on the prompt's place in the list, not on the batch.
+        batch_size: prompts at once.
+
+    Returns:
+        The new text without special tokens; a list of them, in order, for a list of prompts.
+
+    Raises:
+        PromptError: for a prompt that is empty or too long. ProxyTuneError: for another value that makes no sense.
+    """
+    options = AnswerOptions(max_new_tokens=max_new_tokens, chat=chat, system=system)
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+    if batch_size < 1:
+        raise ProxyTuneError(f"batch_size must be at least 1, not {batch_size!r}")
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise PromptError("prompts must be a text or a list of texts")
+    if isinstance(recipe, ProxyTunedForCausalLM):
+        model, tokenizer = recipe, _tokenizer_of(recipe)
+    else:
+        model, tokenizer = load(load_recipe(recipe), LoadingOptions())
+    default = [expert.alpha for expert in model.experts]
+    alphas = alpha_rows(alpha, model.expert_names, default, None if isinstance(prompts, str) else len(texts))
+    encoded = []
+    for index, text in enumerate(texts):
+        try:
+            encoded.append(encode(model, tokenizer, text, chat=options.chat, system=options.system))
+        except PromptError as error:
+            raise PromptError(str(error) if isinstance(prompts, str) else f"prompts[{index}]: {error}") from error
+    answered = answer_batches(
+        model,
+        tokenizer,
+        encoded,
+        alphas,
+        rows=range(1, len(texts) + 1),
+        batch_size=batch_size,
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
+    )
+    answers = [one.text for made in answered for one in made]
+    return answers[0] if isinstance(prompts, str) else answers
