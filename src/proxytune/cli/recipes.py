@@ -54,7 +54,7 @@ def new(
     for note in notes:
         say(f"note: {note}")
     hub = {"local_files_only": True} if offline else {}
-    found = check_recipe(load_recipe(directory), Loading(trust_remote_code=trust, hub=hub))
+    found = check_recipe(load_recipe(directory), Loading.of(loading, **hub))
     if found.problems and not offline:
         complain(f"wrote {directory}, but it does not work here: {'; '.join(found.problems)}")
         raise typer.Exit(FAILED)
@@ -119,7 +119,7 @@ def check(
     from proxytune.recipe.store import load_recipe
 
     config = load_recipe(recipe)
-    report = check_recipe(config, Loading(dtype=loading.dtype, trust_remote_code=loading.trust_remote_code))
+    report = check_recipe(config, Loading.of(loading))
     console = Console()
     if not results.json:
         show_report(report, console)

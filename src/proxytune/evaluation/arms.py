@@ -180,12 +180,7 @@ class Arms:
     ) -> None:
         self.config, self.names, self.loading, self.tuned = config, list(names), loading, tuned
         self.alphas = tuple(config.alphas if alphas is None else alphas)
-        self._loading = Loading(
-            dtype=loading.dtype,
-            device_map=loading.device_map,
-            trust_remote_code=loading.trust_remote_code,
-            pack=loading.pack,
-        )
+        self._loading = Loading.of(loading)
         self.members = dict(config.members())
         self.steered: ProxyTunedForCausalLM | None = None
         self.alone: dict[str, Any] = {}  # member name -> lane, where the recipe is not loaded whole

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from proxytune.errors import MemberError, first_line
 from proxytune.recipe.checkpoints import find_file, whole_gguf
 from proxytune.recipe.config import ProxyTuneConfig
+from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.parts import Member
 from proxytune.recipe.source import Source
 
@@ -49,6 +50,17 @@ class Loading:
     share: bool = True
     pack: bool = False
     hub: dict[str, Any] = field(default_factory=dict)  # token, cache_dir, local_files_only, force_download
+
+    @classmethod
+    def of(cls, options: LoadingOptions, **hub: Any) -> Loading:
+        """What a command's options ask of members."""
+        return cls(
+            dtype=options.dtype,
+            device_map=options.device_map,
+            trust_remote_code=options.trust_remote_code,
+            pack=options.pack,
+            hub=hub,
+        )
 
 
 def refuse_unfit(name: str, member: Member, own: PreTrainedConfig) -> None:
