@@ -15,7 +15,7 @@ import torch
 import typer
 
 from proxytune import ProxyTunedForCausalLM, RecipeError, load_recipe
-from proxytune.cli.shared import count, resumable, share_bar, size
+from proxytune.cli.shared import count, progress_bar, resumable, share_bar, size
 from proxytune.recipe.compose import parse_expert
 from proxytune.recipe.parts import Prompt
 from proxytune.recipe.presets import PRESETS
@@ -411,6 +411,19 @@ def test_without_a_terminal_a_line_tells_how_far_it_is(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == [
         "gsm8k, base (1 of 2), 30 % after 31 s, about 4 min left",
         "gsm8k, base (1 of 2), 60 % after 7 min, about 7 min left",
+    ]
+
+
+def test_jobs_without_a_terminal_count_their_prompts(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr("proxytune.cli.shared.time.monotonic", lambda: now[0])
+    with progress_bar(40, True) as advance:
+        for second, n in ((20, 8), (40, 8), (50, 8), (80, 8)):
+            now[0] = 100.0 + second
+            advance(n)
+    assert capsys.readouterr().err.splitlines() == [
+        "prompts 16/40, 0.4/s, 40 % after 40 s, about 60 s left",
+        "prompts 32/40, 0.4/s, 80 % after 80 s, about 20 s left",
     ]
 
 

@@ -16,10 +16,10 @@ from proxytune.cli.shared import (
     Recipe,
     ResultOptions,
     complain,
+    counted_bar,
     progress_bar,
     resumable,
     say,
-    share_bar,
 )
 from proxytune.errors import ProxyTuneError, need
 from proxytune.evaluation import EVAL_TASKS, TASK_DIR, TASKS, check_tasks
@@ -190,12 +190,8 @@ def _run(
         return scorer_options(task, code, judging, data=data, kept=place / task / "verdicts.jsonl")
 
     kept = f"all until here is kept in {place}"
-    with _judged(kept), resumable(kept), share_bar() as bar:
-
-        def counted(said: str, done: int, total: int) -> None:
-            bar(f"{said} {done}/{total}", done / max(total, 1))
-
-        yield config, place, {"asked": settings, "scoring": scoring, "progress": counted, "note": say}
+    with _judged(kept), resumable(kept), counted_bar() as progress:
+        yield config, place, {"asked": settings, "scoring": scoring, "progress": progress, "note": say}
 
 
 def _end(found: dict[str, Any], place: Path, results: ResultOptions, tables: list[Table]) -> None:

@@ -22,8 +22,6 @@ from proxytune.recipe.place import check_place
 from proxytune.training.processes import is_main, n_processes
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from proxytune.model import ProxyTunedForCausalLM
     from proxytune.recipe.config import ProxyTuneConfig
     from proxytune.recipe.options import LoadingOptions
@@ -36,9 +34,10 @@ __all__ = [
     "ResultOptions",
     "complain",
     "count",
+    "counted_bar",
+    "draws_bars",
     "drop_stdout",
     "fail",
-    "live_bar",
     "load_model",
     "number_text",
     "progress_bar",
@@ -205,7 +204,7 @@ def load_model(config: ProxyTuneConfig, loading: LoadingOptions) -> tuple[ProxyT
 @contextlib.contextmanager
 def _status(text: str) -> Iterator[None]:
     """A spinner on stderr, if that is a terminal."""
-    if _QUIET.get() or not sys.stderr.isatty():
+    if not draws_bars():
         yield
         return
     from rich.console import Console
@@ -215,57 +214,71 @@ def _status(text: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def live_bar(*, counted: bool) -> Iterator[Progress | None]:
-    """A bar on stderr, if that is a terminal: how many of how many are done (``counted``), or the share that is."""
-    if _QUIET.get() or not (is_main() and sys.stderr.isatty()):
-        yield None
+def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """How many of ``total`` prompts are done; yields a function that adds a number of prompts."""
+    if not shown or total < 2:
+        yield lambda n: None
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    done = 0
+    with counted_bar() as report:
 
-    text = TextColumn("{task.description}")
-    columns = (
-        (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        if counted
-        else (BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn(), TimeRemainingColumn(), text)
-    )
-    # Never let rich redirect stdout: it carries the results.
-    with Progress(
-        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=True
-    ) as bar:
-        yield bar
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+            report("prompts", done, total)
+
+        advance(0)
+        yield advance
 
 
 @contextlib.contextmanager
-def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr; yields a function that advances it by a number of prompts."""
-    with live_bar(counted=True) if shown and total > 1 else contextlib.nullcontext() as bar:
-        if bar is None:
-            yield lambda n: None
-        else:
-            task = bar.add_task("prompts", total=total)
-            yield lambda n: bar.advance(task, n)
+def counted_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """As :func:`share_bar`; the function takes what is being done, how many are done, and of how many."""
+    began, first, of = 0.0, 0, -1
+    with share_bar() as bar:
+
+        def report(what: str, done: int, total: int) -> None:
+            nonlocal began, first, of
+            if total != of:  # another job; what an interrupted run has left of it is not counted in the rate
+                began, first, of = time.monotonic(), done, total
+            rate = f", {(done - first) / (time.monotonic() - began):.2g}/s" if done > first else ""
+            bar(f"{what} {done}/{total}{rate}", done / max(total, 1))
+
+        yield report
+
+
+def draws_bars() -> bool:
+    """Whether stderr is a terminal that progress is drawn on, by the main process alone."""
+    return is_main() and not _QUIET.get() and sys.stderr.isatty()
 
 
 @contextlib.contextmanager
 def share_bar() -> Iterator[Callable[[str, float], None]]:
     """A progress bar on stderr, or a line each half minute where that is no terminal.
 
-    Yields a function that is told what is being done and the share that is done.
+    Yields a function that takes what is being done and the share that is done.
     """
-    with live_bar(counted=False) as bar:
-        if bar is None:
-            yield _lines()
-        else:
-            task = bar.add_task("", total=1.0)
-            yield lambda said, share: bar.update(task, completed=share, description=said)
+    if not draws_bars():
+        yield _lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    share, text = TextColumn("{task.percentage:.0f} %"), TextColumn("{task.description}")
+    columns = (BarColumn(), share, TimeElapsedColumn(), TimeRemainingColumn(), text)
+    # Never let rich redirect stdout: it carries the results.
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=True) as bar:
+        task, before = bar.add_task("", total=1.0), 0.0
+
+        def report(what: str, share: float) -> None:
+            nonlocal before
+            if share < before:  # another job
+                bar.reset(task)
+            before = share
+            bar.update(task, completed=share, description=what)
+
+        yield report
 
 
 def _lines(every: float = 30.0) -> Callable[[str, float], None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.cli.flags import Settings
-from proxytune.cli.shared import live_bar, resumable, say
+from proxytune.cli.shared import counted_bar, draws_bars, resumable, say
 from proxytune.training.options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -56,24 +56,21 @@ def train(
 @contextlib.contextmanager
 def _shown() -> Iterator[Callable[[Progress], None]]:
     """A bar on a terminal's stderr; elsewhere a line for each twentieth of the steps."""
-    with _quiet_libraries(), live_bar(counted=True) as bar:
-        if bar is None:
+    with _quiet_libraries():
+        if not draws_bars():
             yield _line
             return
-        task, doing, losses = bar.add_task("", total=None), "", {}
+        losses = {}
+        with counted_bar() as bar:
 
-        def report(now: Progress) -> None:
-            nonlocal doing
-            if now.doing != doing:
-                doing = now.doing
-                bar.reset(task, total=now.steps)
-            for name, loss in (("loss", now.loss), ("validation loss", now.validation)):
-                if loss is not None:
-                    losses[name] = f"{name} {loss:.3f}"  # the last of each stays to be seen
-            shown = ", ".join((now.doing, *losses.values())) if now.doing == "training" else now.doing
-            bar.update(task, completed=now.step, total=now.steps, description=shown)
+            def report(now: Progress) -> None:
+                for name, loss in (("loss", now.loss), ("validation loss", now.validation)):
+                    if loss is not None:
+                        losses[name] = f", {name} {loss:.3f}"  # the last of each stays to be seen
+                shown = "".join((now.doing, *losses.values())) if now.doing == "training" else now.doing
+                bar(shown, now.step, now.steps)
 
-        yield report
+            yield report
 
 
 def _line(now: Progress) -> None:
