@@ -23,6 +23,18 @@ class ProxyTunedCache(Cache):
         states: of each lane, from the first call on.
         n_columns: columns of the outer ``input_ids`` that all members have read.
         prompt_length: columns in whose place some members have read prompts of their own.
+
+    Example:
+        >>> import torch
+        >>> from proxytune import ProxyTunedForCausalLM
+        >>> model = ProxyTunedForCausalLM.from_pretrained("my-recipe")
+        >>> cache = model.new_cache()
+        >>> output = model(torch.tensor([[1, 40, 41]]), past_key_values=cache)
+        >>> cache.get_seq_length()
+        3
+        >>> cache.crop(-1)  # the last token is taken back, in every member
+        >>> cache.get_seq_length()
+        2
     """
 
     is_compileable = False  # members are compiled, each for itself; their views say so

@@ -23,27 +23,71 @@ __all__ = ["AlphaError", "MemberError", "PromptError", "ProxyTuneError", "Recipe
 
 
 class ProxyTuneError(ValueError):
-    """Base of all errors raised on purpose; a ``ValueError``, because all of them are bad input."""
+    """Base of all errors raised on purpose; a ``ValueError``, because all of them are bad input.
+
+    Example:
+        >>> import proxytune
+        >>> try:
+        ...     proxytune.load_recipe("./nosuch")
+        ... except proxytune.ProxyTuneError as error:
+        ...     print(error)
+        there is no recipe at './nosuch'; make one with `proxytune new`
+    """
 
 
 class RecipeError(ProxyTuneError):
-    """The recipe is wrong: an unknown field, a bad value, a missing file."""
+    """The recipe is wrong: an unknown field, a bad value, a missing file.
+
+    Example:
+        >>> from proxytune import Member
+        >>> Member("gpt2", dtype="int8")
+        Traceback (most recent call last):
+        proxytune.errors.RecipeError: dtype 'int8' of member 'gpt2' is not one of auto, float32, ...
+    """
 
 
 class MemberError(ProxyTuneError):
-    """A member cannot be loaded, or does not fit the others."""
+    """A member cannot be loaded, or does not fit the others.
+
+    Example:
+        >>> from proxytune import ProxyTunedForCausalLM
+        >>> ProxyTunedForCausalLM.from_pretrained("my-recipe").member("bas")
+        Traceback (most recent call last):
+        proxytune.errors.MemberError: there is no member 'bas'; there are base, expert.expert, expert.anti_expert
+    """
 
 
 class VocabularyError(ProxyTuneError):
-    """Members disagree about which token an id stands for."""
+    """Members disagree about which token an id stands for.
+
+    Example:
+        >>> from proxytune import ProxyTunedForCausalLM
+        >>> ProxyTunedForCausalLM.from_members("./base", "./other")
+        Traceback (most recent call last):
+        proxytune.errors.VocabularyError: member 'expert.expert' does not share the base's vocabulary ...
+    """
 
 
 class PromptError(ProxyTuneError):
-    """A prompt is empty, longer than a member's context, or cannot be rendered for a member."""
+    """A prompt is empty, longer than a member's context, or cannot be rendered for a member.
+
+    Example:
+        >>> import proxytune
+        >>> proxytune.generate("my-recipe", ["The fox", ""])
+        Traceback (most recent call last):
+        proxytune.errors.PromptError: prompts[1]: the prompt is empty
+    """
 
 
 class AlphaError(ProxyTuneError):
-    """Alpha is not a finite number, or its shape fits neither the batch nor the experts."""
+    """Alpha is not a finite number, or its shape fits neither the batch nor the experts.
+
+    Example:
+        >>> import proxytune
+        >>> proxytune.generate("my-recipe", "The fox", alpha={"maths": 0.5})
+        Traceback (most recent call last):
+        proxytune.errors.AlphaError: no expert is called 'maths'; the recipe has expert
+    """
 
 
 def first_line(error: BaseException) -> str:

@@ -267,6 +267,17 @@ class SteeredGenerationMixin(GenerationMixin):
 
         Raises:
             PromptError: a prompt that is empty, longer than the shortest member's context, or that cannot be made.
+            TypeError: for an argument that neither transformers nor a recipe knows.
+
+        Example:
+            >>> from proxytune import ProxyTunedForCausalLM
+            >>> from transformers import AutoTokenizer
+            >>> model = ProxyTunedForCausalLM.from_pretrained("my-recipe")
+            >>> tokenizer = AutoTokenizer.from_pretrained("my-recipe")
+            >>> inputs = tokenizer(["The fox", "The lazy dog"], padding=True, return_tensors="pt")
+            >>> ids = model.generate(**inputs, max_new_tokens=5, do_sample=True, seed=1, alpha=[0.5, 1.0])
+            >>> len(tokenizer.batch_decode(ids))
+            2
         """
         fields = refuse_fields(kwargs, generation_config, self.generation_config)
         if "stop_strings" in fields and kwargs.get("tokenizer") is None:

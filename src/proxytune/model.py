@@ -67,6 +67,15 @@ class ProxyTunedOutput(CausalLMOutputWithPast):
         logits: the mixture, float32, shape = (n_batch, n_positions, n_vocab of the base).
         member_logits: member name -> float logits, shape = (n_batch, n_positions, n_vocab of the member); None where
             the call did not ask for them.
+
+    Example:
+        >>> import torch
+        >>> from proxytune import ProxyTunedForCausalLM
+        >>> model = ProxyTunedForCausalLM.from_pretrained("my-recipe")
+        >>> output = model(torch.tensor([[1, 40, 41]]), output_member_logits=True)
+        >>> base, expert, anti_expert = output.member_logits.values()
+        >>> torch.allclose(output.logits, base + 1.0 * (expert - anti_expert))
+        True
     """
 
     # Typed as what a call asks for: whoever reads them has asked.
@@ -79,6 +88,15 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
     """A base model steered by experts, as a Hugging Face model (2401.08565, eq. 1).
 
     Make one with :meth:`from_pretrained` (a recipe) or :meth:`from_members` (models, paths or hub ids).
+
+    Example:
+        >>> from proxytune import ProxyTunedForCausalLM
+        >>> model = ProxyTunedForCausalLM.from_pretrained("my-recipe", alpha=0.8, dtype="float32")
+        >>> model.config.alphas
+        [0.8]
+        >>> model = ProxyTunedForCausalLM.from_members("./base", "./expert", "./anti-expert")
+        >>> list(model.seats)
+        ['base', 'expert.expert', 'expert.anti_expert']
     """
 
     config: ProxyTuneConfig

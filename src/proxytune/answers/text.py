@@ -111,6 +111,14 @@ def generate(
 
     Raises:
         PromptError: for a prompt that is empty or too long. ProxyTuneError: for another value that makes no sense.
+
+    Example:
+        >>> import proxytune
+        >>> answer = proxytune.generate("my-recipe", "What should I see in Lisbon?", max_new_tokens=5)
+        >>> model = proxytune.ProxyTunedForCausalLM.from_pretrained("my-recipe")  # loaded once for several calls
+        >>> answers = proxytune.generate(model, ["The fox", "The dog"], max_new_tokens=5, alpha=0.5, temperature=0.7)
+        >>> len(answers)
+        2
     """
     options = AnswerOptions(max_new_tokens=max_new_tokens, chat=chat, system=system)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)

@@ -56,6 +56,15 @@ class ProxyTuneConfig(PreTrainedConfig):
 
     Raises:
         RecipeError: for an unknown field or a bad value. AlphaError: for an alpha that is not finite.
+
+    Example:
+        >>> from proxytune import ProxyTuneConfig
+        >>> pair = {"name": "chat", "expert": "./expert", "anti_expert": "./anti-expert"}
+        >>> config = ProxyTuneConfig(base="./base", experts=[pair], plausibility=0.1)
+        >>> [name for name, _ in config.members()]
+        ['base', 'chat.expert', 'chat.anti_expert']
+        >>> config.with_alpha({"chat": 0.5}).alphas
+        [0.5]
     """
 
     model_type: ClassVar[str] = MODEL_TYPE

@@ -38,6 +38,13 @@ class Prompt:
 
     ``response_prefix`` is put where the answer begins; where the raw prompt ends with it, it is moved there
     (the paper moves ``Answer:`` behind ``[/INST]``), so that all members continue from the same words.
+
+    Example:
+        >>> from proxytune import Prompt
+        >>> Prompt("chat", system="Answer briefly.", response_prefix="Answer:").to_json()
+        {'kind': 'chat', 'system': 'Answer briefly.', 'response_prefix': 'Answer:'}
+        >>> Prompt.parse("Complete: {prompt}").kind
+        'template'
     """
 
     kind: Literal["raw", "chat", "template"] = "raw"
@@ -86,6 +93,11 @@ class Member:
 
     ``model`` is a hub id, a local directory, or a ``.gguf`` file; ``None`` stands for a model that was given
     in memory and has no place on disk yet. ``adapter`` is a LoRA (PEFT) directory or hub id on top of it.
+
+    Example:
+        >>> from proxytune import Member
+        >>> Member("meta-llama/Llama-2-13b-hf", dtype="bfloat16", device_map="auto").to_json()
+        {'model': 'meta-llama/Llama-2-13b-hf', 'dtype': 'bfloat16', 'device_map': 'auto'}
     """
 
     model: str | None
@@ -130,6 +142,12 @@ class Expert:
 
     Either side may be missing: without an anti-expert the term is ``alpha * expert``, without an expert it is
     ``-alpha * anti_expert`` (contrastive decoding). A negative alpha steers away.
+
+    Example:
+        >>> from proxytune import Expert, Member
+        >>> chat = Expert("chat", Member("Llama-2-7b-chat-hf"), Member("Llama-2-7b-hf"), alpha=0.8)
+        >>> chat.to_json()["anti_expert"]
+        {'model': 'Llama-2-7b-hf'}
     """
 
     name: str

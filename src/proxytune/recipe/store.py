@@ -45,6 +45,14 @@ def load_recipe(recipe: str | Path, **hub: Any) -> ProxyTuneConfig:
 
     Raises:
         RecipeError: if there is none, or it is not a recipe.
+
+    Example:
+        >>> import proxytune
+        >>> config = proxytune.load_recipe("my-recipe")
+        >>> config.alphas
+        [1.0]
+        >>> config.base_member.model
+        '../base'
     """
     if unknown := hub.keys() - {*HUB_ARGUMENTS}:
         raise unknown_arguments(load_recipe, unknown, HUB_ARGUMENTS)
@@ -82,6 +90,17 @@ def write_recipe(
     """Write a recipe directory: config.json, the shim, the base's tokenizer and generation config.
 
     Relative member paths are said anew from ``directory``. The weights stay where they are.
+
+    Raises:
+        RecipeError: if it cannot be written.
+
+    Example:
+        >>> import proxytune
+        >>> weaker = proxytune.load_recipe("my-recipe").with_alpha(0.5)
+        >>> print(proxytune.write_recipe(weaker, "weaker-recipe"))
+        weaker-recipe
+        >>> proxytune.load_recipe("weaker-recipe").alphas
+        [0.5]
     """
     directory = Path(directory)
     written = config.with_members(lambda _, member: moved_member(member, config.name_or_path, directory))
