@@ -471,7 +471,8 @@ def test_what_cannot_be_had_is_left_out_and_the_rest_is_written(shelf, local, tm
     assert [list(task["arms"]) for task in results["tasks"].values()] == [["base"], ["base"]]
     assert json.loads((out / "results.json").read_text()) == results
     assert (out / "results.png").exists()
-    assert told[0] == ("triviaqa, base (1 of 4)", 0, 12)
+    assert told[:4] == [(f"prompts of {task}, {arm}", 0, 12) for arm in settings.arms for task in settings.tasks]
+    assert told[4] == ("triviaqa, base (1 of 4)", 0, 12)
     assert max(done for _, done, _ in told) == 6
     assert [said for said, _, _ in told if "(4 of 4)" in said] == ["realtimeqa, expert (4 of 4)"]
 
@@ -518,8 +519,9 @@ def test_what_cannot_be_read_is_known_before_anything_is_loaded(shelf, local, tm
     settings = EvaluationOptions(("demo_math",), arms=("base", "base_few_shot"), limit=2)
     told = {"note": events.append, "progress": lambda *now: events.append(now)}
     results = evaluate(config, settings, tmp_path / "eval", **told)
-    assert events[0].startswith("base_few_shot will be left out of demo_math: demo_math, example")
-    assert events[1:3] == [("demo_math, base (1 of 1)", 0, 2), "base"]
+    assert [said for said, _, _ in events[:2]] == ["prompts of demo_math, base", "prompts of demo_math, base_few_shot"]
+    assert events[2].startswith("base_few_shot will be left out of demo_math: demo_math, example")
+    assert events[3:5] == [("demo_math, base (1 of 1)", 0, 2), "base"]
     assert [(part["task"], part["arm"]) for part in results["left_out"]] == [("demo_math", "base_few_shot")]
 
     trivia = [{"question": "why? " * 300, "answers": ["seven"]}]
@@ -527,7 +529,8 @@ def test_what_cannot_be_read_is_known_before_anything_is_loaded(shelf, local, tm
     del events[:]
     with pytest.raises(ProxyTuneError, match="can read only 256"):
         sweep(config, long, [0.5, 1.0], tmp_path / "sweep", **told)
-    assert [event.split(":")[0] for event in events] == ["proxy_tuned will be left out of triviaqa"]
+    assert events[0][0] == "prompts of triviaqa, proxy_tuned"
+    assert [event.split(":")[0] for event in events[1:]] == ["proxy_tuned will be left out of triviaqa"]
 
 
 def test_the_exit_status_says_that_something_was_left_out(shelf, local, tmp_path):

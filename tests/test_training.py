@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -603,6 +604,27 @@ def test_a_killed_run_with_validation_resumes_to_the_unbroken_one(shelf, text, h
         torch.testing.assert_close(both[1][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_a_missing_best_checkpoint_is_an_error(shelf, text, held_out, tmp_path, monkeypatch):
+    from proxytune.training import run
+
+    class Kill(run.Reporting):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step > state.best_global_step:
+                best.append(state.best_global_step)
+                raise KeyboardInterrupt
+
+    best = []
+    options = (*FAST, "--lr", "3e-2", "--max-steps", 40, "--eval-every", 2, "--validation", held_out)
+    given = (tmp_path / "out", "--base", shelf / "base", "--anti-expert", shelf / "anti", "--data", text, *options)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "Reporting", Kill)
+        assert CliRunner().invoke(app, command(*given)).exit_code == 130
+    shutil.rmtree(tmp_path / f"out/training/checkpoints/checkpoint-{best[0]}")
+    result = CliRunner().invoke(app, command(*given, "--resume"))
+    assert result.exit_code == 2
+    assert "the checkpoint with the lowest validation loss is missing" in result.stderr
+
+
 def test_the_validation_loss_of_trls_own_loss_is_a_mean_over_tokens_too(shelf, text, held_out, tmp_path):
     capped = tiny.write_model(tmp_path / "capped", "gemma3", "small", 4, final_logit_softcapping=5.0)
     options = {"validation": str(held_out), "micro_batch": 2, "batch_size": 4}
@@ -766,7 +788,7 @@ def test_two_processes_that_were_ended_resume_to_what_one_trains(shelf, text, tm
 
 
 @pytest.mark.slow
-def test_several_processes_tell_an_error_once(shelf, text, tmp_path):
+def test_several_processes_print_an_error_once(shelf, text, tmp_path):
     given = ("--base", shelf / "base", "--anti-expert", shelf / "anti", "--data", text)
     done = launched(tmp_path / "out", *given, *FAST, "--lr", "1e30")
     assert done.returncode != 0
@@ -781,7 +803,9 @@ def test_what_several_processes_cannot_do_is_refused(shelf, text, tmp_path, monk
     given = (tmp_path / "out", "--base", shelf / "base", "--anti-expert", shelf / "anti", "--data", text)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert "accelerate launch --multi_gpu --num_processes 3 -m proxytune train" in fails(*given)
-    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("RANK", "0")):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "RANK or LOCAL_RANK is not set" in fails(*given)
+    for name, value in (("LOCAL_WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     assert "--consistent trains in one process" in fails(*given, "--consistent")
     assert "2 must divide --batch-size" in fails(*given, "--batch-size", 9)

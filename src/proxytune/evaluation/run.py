@@ -123,6 +123,7 @@ def unreadable(
     for name, plans in asked.items():
         reader: Reader | None = None
         for plan in (plan for plan in plans if tally.missing(name, plan)):
+            tally.progress(f"prompts of {plan.name}, {name}", tally.done, tally.total)
             with _left_out(left_out, plan.name, name):
                 reader = reader or arms.reader(name)
                 encode_jobs(reader, plan, plan.jobs[shots_of(name)])

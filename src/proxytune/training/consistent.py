@@ -161,7 +161,7 @@ class ConsistentTrainer(PositionsTrainer):
         are never those of others.
 
         Args:
-            report: is told the member, and how many batches of how many are done.
+            report: called with the member, and how many batches of how many are done.
         """
         dataset: Any = self.train_dataset
         if self.eval_dataset is not None:  # its rows are numbered on from those

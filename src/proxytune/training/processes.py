@@ -1,7 +1,7 @@
 """A training run in several processes, as ``accelerate launch`` and ``torchrun`` start them.
 
-Each process holds the whole model and takes its share of each batch. The main process alone writes files and tells
-what happens. (Needs no torch.)
+Each process holds the whole model and takes its share of each batch. The main process alone writes files and prints
+anything. (Needs no torch.)
 """
 
 from __future__ import annotations
@@ -22,21 +22,28 @@ SHARED_OUT = {
 
 def n_processes() -> int:
     """How many processes the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    count = os.environ.get("WORLD_SIZE", "")
+    return max(1, int(count)) if count.isdecimal() else 1
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and speaks."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this process is the one that writes and prints."""
+    return n_processes() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def check_launch() -> None:
     """Refuse what a launcher can ask for and was not tried.
 
     Raises:
-        ProxyTuneError: for several machines, and for a model that is shared out among processes.
+        ProxyTuneError: for several machines, for a model that is shared out among processes, and where something else
+            than a launcher has set ``WORLD_SIZE``.
     """
-    if int(os.environ.get("LOCAL_WORLD_SIZE", n_processes())) != n_processes():
+    if n_processes() > 1 and not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
+        raise ProxyTuneError(
+            f"WORLD_SIZE is {n_processes()}, but RANK or LOCAL_RANK is not set; start the run with accelerate launch, "
+            "or unset WORLD_SIZE"
+        )
+    if os.environ.get("LOCAL_WORLD_SIZE", str(n_processes())) != str(n_processes()):
         raise ProxyTuneError("training takes several processes on one machine, not several machines")
     for name, variable in SHARED_OUT.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):

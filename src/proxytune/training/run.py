@@ -46,7 +46,7 @@ __all__ = ["Progress", "Trained", "members_of", "train"]
 PACKAGES = ("trl", "peft", "datasets", "accelerate", "tensorboard")
 FULL_LR, LORA_LR = 2e-5, 2e-4
 LONGEST = 2048
-FEW_STEPS = 20  # a run with fewer is told so
+FEW_STEPS = 20  # a run with fewer gets a note
 # What may differ between a run and its resumption: none of it touches a weight.
 FREE = ("save_every", "hidden_cache", "data", "validation", "report_to")
 
@@ -71,7 +71,7 @@ class Run:
     """A run that may begin.
 
     Attributes:
-        options: with every default filled in. folder: OUT/training. report: is told what is done.
+        options: with every default filled in. folder: OUT/training. report: called with what is being done.
         config: the recipe before training, M+ being M-. shared: how many ids all its members have.
     """
 
@@ -117,7 +117,7 @@ def train(
         options: with ``resume``, go on in a directory where a run with the same options was killed; where none was,
             begin. A finished run is left as it is.
         asked: the command's own options, for the manifest: ``proxytune train --config`` takes it.
-        report: is told after each step.
+        report: called after each step.
         note: is given each of ``Trained.notes`` as soon as it is known, most of them before the first step.
 
     Raises:
@@ -141,7 +141,7 @@ def train(
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         if is_main():
             _clean(folder)
-        return Trained(out, manifest, _told(note, ["the run was finished already; nothing was done"]))
+        return Trained(out, manifest, _noted(note, ["the run was finished already; nothing was done"]))
 
     run = Run(options, folder, config, shared, data, validation, report)
     trainer, notes, facts = make_trainer(run)
@@ -151,7 +151,7 @@ def train(
     resumed_from = None if checkpoint is None else _step(checkpoint)
     if checkpoint is not None:
         notes.append(f"resumed from step {resumed_from}")
-    notes = _told(note, notes + _few_steps(options, len(data.rows)))
+    notes = _noted(note, notes + _few_steps(options, len(data.rows)))
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -195,7 +195,7 @@ def train(
     _write_json(folder / "manifest.json", manifest)  # last: with it the run is finished
     _clean(folder)
     trainer.accelerator.wait_for_everyone()
-    return Trained(out, manifest, notes + _told(note, later))
+    return Trained(out, manifest, notes + _noted(note, later))
 
 
 # -- before the training --------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def _few_steps(options: TrainingOptions, rows: int) -> list[str]:
     ]
 
 
-def _told(note: Callable[[str], None], notes: list[str]) -> list[str]:
+def _noted(note: Callable[[str], None], notes: list[str]) -> list[str]:
     for each in notes:
         note(each)
     return notes
