@@ -42,7 +42,6 @@ def chat(
     Alt-Enter begins a new line, pasted text keeps its lines, and TAB completes commands and the recipe's example
     prompts.
 
-
     Examples:
 
         proxytune chat demo
