@@ -191,7 +191,7 @@ def _run(
 
     kept = f"all until here is kept in {place}"
     with _judged(kept), resumable(kept), counted_bar() as progress:
-        yield config, place, {"asked": settings, "scoring": scoring, "progress": progress, "note": say}
+        yield config, place, {"settings": settings, "scoring": scoring, "progress": progress, "note": say}
 
 
 def _end(found: dict[str, Any], place: Path, results: ResultOptions, tables: list[Table]) -> None:

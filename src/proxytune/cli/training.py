@@ -39,7 +39,7 @@ def train(
     from proxytune.training.run import train as run
 
     with resumable(f"the checkpoints until here are kept in {out}", add="--resume"), _shown() as report:
-        trained = run(options, out, asked=settings, report=report, note=lambda text: say(f"note: {text}"))
+        trained = run(options, out, settings=settings, report=report, note=lambda text: say(f"note: {text}"))
     loss = trained.manifest["loss"]
     if loss is not None:
         say(f"loss {loss['first']:.4g} -> {loss['last']:.4g} in {trained.manifest['steps']} steps")

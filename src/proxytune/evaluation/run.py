@@ -63,7 +63,7 @@ def evaluate(
     out: Path,
     *,
     loading: LoadingOptions = AS_IT_IS,
-    asked: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
     scoring: Scoring = lambda task: {},
     progress: Progress = lambda said, done, total: None,
     note: Callable[[str], None] = lambda text: None,
@@ -74,7 +74,7 @@ def evaluate(
     the reason under ``left_out``; all others are written.
 
     Args:
-        asked: the command's own options, for the manifest: ``proxytune eval --config`` takes it.
+        settings: the command's own options, for the manifest: ``proxytune eval --config`` takes it.
         scoring: what a task's scorer takes besides the predictions (a judge, the sandbox's limits …).
         progress: is told what is being done, and how many of all predictions of the run are made.
         note: is told what the user should know.
@@ -86,7 +86,7 @@ def evaluate(
     started = time.monotonic()
     plans = load_plans(options)
     names = arms_of(config, options, plans, note)
-    write_manifest(out, manifest_of(config, options, loading, plans, {"arms": names}, asked))
+    write_manifest(out, manifest_of(config, options, loading, plans, {"arms": names}, settings))
     asked = {name: [plan for plan in plans if shots_of(name) in plan.jobs] for name in names}
     files = {name: {plan.name: [out / plan.name / f"{name}.jsonl"] for plan in asked[name]} for name in names}
     tally = Tally(progress, [(plan, name, files[name][plan.name]) for name in names for plan in asked[name]])
@@ -235,7 +235,7 @@ def sweep(
     *,
     expert: str | None = None,
     loading: LoadingOptions = AS_IT_IS,
-    asked: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
     scoring: Scoring = lambda task: {},
     progress: Progress = lambda said, done, total: None,
     note: Callable[[str], None] = lambda text: None,
@@ -257,7 +257,7 @@ def sweep(
         tuple(value if expert in (None, name) else own for name, own in zip(names, config.alphas)) for value in values
     ]
     what = {"sweep": expert or "all experts"}
-    write_manifest(out, manifest_of(config, options, loading, plans, what, asked))
+    write_manifest(out, manifest_of(config, options, loading, plans, what, settings))
     files = {plan.name: [out / plan.name / f"alpha={value:g}.jsonl" for value in values] for plan in plans}
     tally = Tally(progress, [(plan, "proxy_tuned", files[plan.name]) for plan in plans])
     arms = Arms(config, ["proxy_tuned"], replace(loading, speculate=False))
@@ -399,7 +399,7 @@ def manifest_of(
     loading: LoadingOptions,
     plans: Sequence[TaskPlan],
     what: Mapping[str, Any],
-    asked: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a run is: ``decides`` and ``tasks`` decide its predictions, the rest is for the record.
 
@@ -430,7 +430,7 @@ def manifest_of(
             for plan in plans
         },
         **({"arms": list(what["arms"])} if "arms" in what else {}),
-        "config": dict(asked or {}),
+        "config": dict(settings or {}),
         "recipe": str(config.name_or_path),
         "data": options.data or os.environ.get("PROXYTUNE_DATA") or "hub",
         "batch_size": options.batch_size,

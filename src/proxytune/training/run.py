@@ -107,7 +107,7 @@ def train(
     options: TrainingOptions,
     out: Path,
     *,
-    asked: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
     note: Callable[[str], None] = lambda note: None,
 ) -> Trained:
@@ -116,7 +116,7 @@ def train(
     Args:
         options: with ``resume``, go on in a directory where a run with the same options was killed; where none was,
             begin. A finished run is left as it is.
-        asked: the command's own options, for the manifest: ``proxytune train --config`` takes it.
+        settings: the command's own options, for the manifest: ``proxytune train --config`` takes it.
         report: called after each step.
         note: is given each of ``Trained.notes`` as soon as it is known, most of them before the first step.
 
@@ -180,7 +180,7 @@ def train(
     manifest = {
         "versions": {name: version(name) for name in ("proxytune", "torch", "transformers", *PACKAGES)}
         | {"python": platform.python_version()},
-        "config": dict(asked or {}),
+        "config": dict(settings or {}),
         "arguments": arguments,
         "seed": options.seed,
         **facts,
