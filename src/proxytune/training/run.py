@@ -257,9 +257,9 @@ def _few_steps(options: TrainingOptions, rows: int) -> list[str]:
     steps = math.ceil(options.epochs * math.ceil(rows / options.batch_size))
     if options.max_steps is not None or steps >= FEW_STEPS:
         return []
-    made = "1 step" if steps == 1 else f"{steps} steps"
+    made, epochs = (f"{n:g} {word}{'' if n == 1 else 's'}" for n, word in ((steps, "step"), (options.epochs, "epoch")))
     return [
-        f"{rows} rows in batches of {options.batch_size} make {made} in {options.epochs:g} epochs, which is little "
+        f"{rows} rows in batches of {options.batch_size} make {made} in {epochs}, which is little "
         "training; take a smaller --batch-size or more --epochs"
     ]
 
