@@ -420,6 +420,8 @@ def test_a_bundle_on_the_hub_finds_its_members_in_its_own_repository(hub, tmp_pa
     says(model, hub[revision])
     assert len(model.lanes) == 2, "weights are still shared"
     assert set(model.tokenizers) == {"base", "expert.expert", "expert.anti_expert"}
+    assert model.recipe_tokenizer is not model.tokenizer  # found where the recipe was, and kept
+    assert model.recipe_tokenizer is model.recipe_tokenizer
     assert not torch.allclose(hub["main"], hub["strong"])
 
 

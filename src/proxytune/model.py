@@ -14,6 +14,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
@@ -38,6 +39,7 @@ from proxytune.own_prompts import comparable, first_columns, reads_its_own
 from proxytune.recipe.alpha import alpha_rows, take_alpha
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import adapted, base_generation_config
+from proxytune.recipe.members import Loading, load_recipe_tokenizer
 from proxytune.recipe.parts import Expert, Member
 from proxytune.recipe.prompts import Prompter
 from proxytune.recipe.store import HUB_ARGUMENTS, load_recipe, read_from
@@ -100,6 +102,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
     """
 
     config: ProxyTuneConfig
+    _loading = Loading()  # what from_pretrained was asked: it finds the recipe's tokenizer too
     config_class = ProxyTuneConfig
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -213,6 +216,12 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
 
     def get_output_embeddings(self) -> None:
         return None  # the mixture's head is spread over the members
+
+    @cached_property
+    def recipe_tokenizer(self) -> Any:
+        """The recipe's own tokenizer, or its base's where it has none; None where neither has one."""
+        own = load_recipe_tokenizer(self.config, self._loading)
+        return self.tokenizer if own is None else own
 
     @property
     def speculation_stats(self) -> SpeculationStats:
@@ -531,6 +540,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         tokenizers["base"] = tokenizers.get("base", tokenizer)
         lanes = load_parts(config, loading, given, tokenizers)
         model = cls(config, lanes, tokenizers=tokenizers, speculate=speculate)
+        model._loading = loading
         own = base_generation_config(config, loading, base="base" not in given)
         generation = own or model._base_lane.model.generation_config
         model.generation_config, notes = adapted(generation, model._base_lane.n_vocab, "the generation config")

@@ -11,7 +11,6 @@ from proxytune.errors import PromptError, ProxyTuneError
 from proxytune.model import ProxyTunedForCausalLM
 from proxytune.recipe.alpha import alpha_rows
 from proxytune.recipe.config import ProxyTuneConfig
-from proxytune.recipe.members import Loading, load_recipe_tokenizer
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.store import load_recipe
 
@@ -25,16 +24,13 @@ def load(config: ProxyTuneConfig, loading: LoadingOptions) -> tuple[ProxyTunedFo
         ProxyTuneError: if neither the recipe nor its base has a tokenizer.
     """
     model = ProxyTunedForCausalLM.from_pretrained(str(config.name_or_path), config=config, **loading.of_model())
-    return model, _tokenizer_of(model, loading.trust_remote_code)
+    return model, _tokenizer_of(model)
 
 
-def _tokenizer_of(model: ProxyTunedForCausalLM, trust_remote_code: bool = False) -> Any:
-    """The recipe's own tokenizer, or its base's where it has none."""
-    own = load_recipe_tokenizer(model.config, Loading(trust_remote_code=trust_remote_code))
-    tokenizer = model.tokenizer if own is None else own
-    if tokenizer is None:
+def _tokenizer_of(model: ProxyTunedForCausalLM) -> Any:
+    if model.recipe_tokenizer is None:
         raise ProxyTuneError("neither the recipe nor its base has a tokenizer; copy the base's into the recipe")
-    return tokenizer
+    return model.recipe_tokenizer
 
 
 @overload
