@@ -634,7 +634,7 @@ def test_a_killed_run_goes_on_where_it_was(shelf, local, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(command(*words, "--output", out), env=environment, stderr=subprocess.DEVNULL)
     path = out / "triviaqa" / "proxy_tuned.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         if path.exists() and path.read_bytes().count(b"\n") >= 4:
             process.send_signal(signal.SIGKILL)

@@ -473,7 +473,7 @@ def test_a_killed_run_resumes_to_the_weights_of_the_unbroken_one(shelf, text, tm
     entry = str(Path(sys.executable).with_name("proxytune"))
     killed = subprocess.Popen([entry, *args], stderr=subprocess.DEVNULL)
     state = tmp_path / "out/training/checkpoints/checkpoint-3/trainer_state.json"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not state.exists() and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
@@ -771,7 +771,7 @@ def test_two_processes_that_were_ended_resume_to_what_one_trains(shelf, text, tm
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     state = tmp_path / "two/training/checkpoints/checkpoint-3/trainer_state.json"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not state.exists() and ended.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     ended.terminate()  # the launcher ends its processes
