@@ -427,9 +427,13 @@ def test_few_steps_are_noted_before_the_training(shelf, text, tmp_path):
 
 
 def test_members_come_from_a_recipe(shelf, text, tmp_path):
-    args = (tmp_path / "out", "--recipe", shelf / "recipe", "--data", text, *FAST, "--max-steps", 1, "--name", "new")
+    before = load_recipe(shelf / "recipe")
+    before.plausibility, before.renamed_tokens = 0.25, {"7": ["a", "b"]}
+    write_recipe(before, tmp_path / "before")
+    args = (tmp_path / "out", "--recipe", tmp_path / "before", "--data", text, *FAST, "--max-steps", 1, "--name", "new")
     assert CliRunner().invoke(app, command(*args)).exit_code == 0
     config = load_recipe(tmp_path / "out")
+    assert (config.plausibility, config.renamed_tokens) == (0.25, {"7": ["a", "b"]})
     assert config.base_member.model == str(shelf / "base")
     assert config.expert_list[0].name == "new"
     assert "leave out --base" in fails(*args[1:], "--base", "x", tmp_path / "two")

@@ -84,7 +84,8 @@ def chat(
             try:
                 talk.take(line)
             except PromptError as error:
-                complain(f"{error}; /undo takes back the last turn, /reset all of them")
+                system = ", /system off the system prompt" if conversation.system else ""
+                complain(f"{error}; /undo takes back the last turn, /reset all of them{system}")
             except ProxyTuneError as error:
                 complain(f"{error}")
 

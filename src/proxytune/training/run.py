@@ -41,7 +41,7 @@ from proxytune.training.data import Rows
 from proxytune.training.options import TrainingOptions, has_begun
 from proxytune.training.processes import is_main, n_processes
 
-__all__ = ["Progress", "Trained", "members_of", "train"]
+__all__ = ["Progress", "Trained", "train"]
 
 PACKAGES = ("trl", "peft", "datasets", "accelerate", "tensorboard")
 FULL_LR, LORA_LR = 2e-5, 2e-4
@@ -284,8 +284,8 @@ def _loading(options: TrainingOptions) -> Loading:
     return Loading(trust_remote_code=options.trust_remote_code)
 
 
-def members_of(recipe: str) -> tuple[Member, Member, str, float]:
-    """Base, anti-expert, expert's name and alpha of a recipe with one expert; local members by absolute paths."""
+def before_training(recipe: str, name: str | None, alpha: float | None) -> ProxyTuneConfig:
+    """A recipe with one expert, M+ being M-; local members by absolute paths. None: its own name and alpha."""
     config = load_recipe(recipe)
     if len(config.expert_list) != 1 or (anti := config.expert_list[0].anti_expert) is None:
         raise RecipeError(f"the recipe {recipe!r} must have one expert with an anti-expert to train a new one from")
@@ -302,7 +302,14 @@ def members_of(recipe: str) -> tuple[Member, Member, str, float]:
         raise MemberError("the base has an adapter; merge it into its model first")
     if config.base_member.prompt.kind != "raw" or anti.prompt.kind != "raw":
         raise RecipeError(f"base or anti-expert of {recipe!r} has a prompt of its own; train from members without")
-    return placed(config.base_member), placed(anti), config.expert_list[0].name, config.expert_list[0].alpha
+    (expert,) = config.expert_list
+    anti = placed(anti)
+    return ProxyTuneConfig(
+        base=placed(config.base_member),
+        experts=[Expert(name or expert.name, anti, anti, expert.alpha if alpha is None else alpha)],
+        plausibility=config.plausibility,
+        renamed_tokens=config.renamed_tokens,
+    )
 
 
 def checked(options: TrainingOptions) -> tuple[ProxyTuneConfig, TrainingOptions, int]:
@@ -311,18 +318,20 @@ def checked(options: TrainingOptions) -> tuple[ProxyTuneConfig, TrainingOptions,
 
     What cannot work, or cannot be trained, is refused here, before a weight is loaded.
     """
+    name, alpha = options.name, options.alpha
     if options.recipe is not None:
-        base, anti, name, alpha = members_of(options.recipe)
+        config = before_training(options.recipe, name, alpha)
     else:
-        base, anti, name, alpha = Member(options.base), Member(options.anti_expert), "expert", 1.0
+        anti = Member(options.anti_expert)
+        expert = Expert(name or "expert", anti, anti, 1.0 if alpha is None else alpha)
+        config = ProxyTuneConfig(base=Member(options.base), experts=[expert])
+    anti = cast(Member, config.expert_list[0].anti_expert)
     if anti.model is not None and (anti.gguf_file or anti.model.endswith(".gguf")):
         raise MemberError(
             f"the anti-expert {anti.model!r} is a GGUF file, which cannot be trained; name the model it was made of"
         )
     if anti.adapter is not None:
         raise MemberError("the anti-expert has an adapter; merge it into its model first, and name that")
-    alpha = alpha if options.alpha is None else options.alpha
-    config = ProxyTuneConfig(base=base, experts=[Expert(options.name or name, anti, anti, alpha)])
     found = check_recipe(config, _loading(options))
     if found.problems:
         raise RecipeError(found.problems[0])
@@ -630,6 +639,5 @@ def _recipe_of(run: Run, out: Path) -> ProxyTuneConfig:
     place = os.path.relpath(out / "expert")  # relative: OUT can be moved
     own = {"model": place, "revision": None} if run.options.full else {"adapter": place}
     prompt = Prompt("chat") if run.data.kind != "text" and not run.options.consistent else Prompt()
-    (before,) = run.config.expert_list
     expert: Any = replace(run.anti_expert, prompt=prompt, **own)
-    return ProxyTuneConfig(base=run.config.base, experts=[replace(before, expert=expert)])
+    return run.config.with_members(lambda name, member: expert if name.endswith(".expert") else member)
