@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from proxytune.answers.text import generate
     from proxytune.cache import ProxyTunedCache
+    from proxytune.decoding.trace import TokenTrace
     from proxytune.errors import AlphaError, MemberError, PromptError, ProxyTuneError, RecipeError, VocabularyError
+    from proxytune.generation_mixin import TracedOutput
     from proxytune.model import ProxyTunedForCausalLM, ProxyTunedOutput
     from proxytune.recipe.config import ProxyTuneConfig
     from proxytune.recipe.parts import Expert, Member, Prompt
@@ -41,6 +43,8 @@ __all__ = [
     "ProxyTunedForCausalLM",
     "ProxyTunedOutput",
     "RecipeError",
+    "TokenTrace",
+    "TracedOutput",
     "VocabularyError",
     "generate",
     "load_recipe",
@@ -50,6 +54,8 @@ __all__ = [
 _HOME = {
     "answers.text": ("generate",),
     "cache": ("ProxyTunedCache",),
+    "decoding.trace": ("TokenTrace",),
+    "generation_mixin": ("TracedOutput",),
     "recipe.config": ("ProxyTuneConfig",),
     "recipe.parts": ("Expert", "Member", "Prompt"),
     "errors": ("AlphaError", "MemberError", "PromptError", "ProxyTuneError", "RecipeError", "VocabularyError"),

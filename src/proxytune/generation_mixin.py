@@ -25,10 +25,12 @@ from proxytune.decoding.cost import Costs
 from proxytune.decoding.drafting import Drafter, Drafting
 from proxytune.decoding.lane import Scores
 from proxytune.decoding.loop import Step, decode
+from proxytune.decoding.mixing import Members
 from proxytune.decoding.noise import Noise, RowSampler, row_seeds
 from proxytune.decoding.pace import Pace, Speculate, parse_speculate
 from proxytune.decoding.sampling import Sampler
 from proxytune.decoding.text import Text
+from proxytune.decoding.trace import TOP_K, TokenTrace, Tracer
 from proxytune.errors import PromptError, ProxyTuneError, unknown_arguments
 from proxytune.lanes.transformers import TransformersLane
 from proxytune.own_prompts import as_tensors
@@ -37,10 +39,11 @@ from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import FIELDS, OURS, refuse_fields
 from proxytune.recipe.prompts import Prompter
 
-__all__ = ["SpeculationStats", "SteeredGenerationMixin", "last_call"]
+__all__ = ["NO_TRACE", "SpeculationStats", "SteeredGenerationMixin", "TracedOutput", "last_call"]
 
 SPARE_COLUMNS = 64  # of a static cache: rejected drafts, and padding before a row of a batch has been moved
 WORDS = ("alpha", "seed", "speculate")  # words of ours that a generation config may hold, besides "alpha.NAME"
+NO_TRACE = "a trace needs greedy decoding or sampling by generate() with a cache, without beams or an assistant"
 HOPED_FOR = 0.75  # the acceptance, the demo's, at which drafting must pay for "auto" to try it
 
 
@@ -95,6 +98,31 @@ class SpeculationStats:
     def acceptance(self) -> float | None:
         """The share of judged drafts that was accepted (the α of 2211.17192), or None where nothing was drafted."""
         return (self.accepted + self.lookups_accepted) / self.judged if self.judged else None
+
+
+@dataclass
+class TracedOutput(GenerateDecoderOnlyOutput):
+    """What ``generate(..., return_trace=True)`` returns: the sequences, and why each new token was chosen.
+
+    Attributes:
+        sequences: token ids, the prompt's first, padded on the right, (n_batch, n_columns), int64.
+        traces: of each sequence, a record for each of its new tokens, in order, its end token included. No padding.
+        scores, logits, past_key_values: as in transformers, where ``return_dict_in_generate`` asks for them.
+
+    Example:
+        >>> import torch
+        >>> from proxytune import ProxyTunedForCausalLM
+        >>> model = ProxyTunedForCausalLM.from_pretrained("my-recipe")
+        >>> output = model.generate(torch.tensor([[1, 40, 41]]), max_new_tokens=3, return_trace=True, trace_top_k=2)
+        >>> [len(row) for row in output.traces]
+        [3]
+        >>> first = output.traces[0][0]
+        >>> list(first.offsets), first.origin
+        (['expert'], 'plain')
+    """
+
+    # Typed as what it is made with: dataclass fields behind those with a default need one too.
+    traces: list[list[TokenTrace]] = None  # type: ignore[assignment]
 
 
 # ---- what drafts may be held against ---------------------------------------------------------------------------
@@ -198,6 +226,10 @@ class SteeredGenerationMixin(GenerationMixin):
 
         def mix_lanes(self, lane_logits: Sequence[Tensor], alpha: Tensor) -> Tensor: ...
 
+        def all_logits(self, lane_logits: Sequence[Tensor]) -> dict[str, Tensor]: ...
+
+        def paired(self, logits: Mapping[str, Tensor]) -> Members: ...
+
         def new_cache(self, capacity: int | None = None) -> ProxyTunedCache: ...
 
         def context_of(self, name: str) -> int | None: ...
@@ -215,6 +247,23 @@ class SteeredGenerationMixin(GenerationMixin):
         member_attention_mask: Mapping[str, Tensor] | None = ...,
         speculate: Any = ...,
         seed: int | Sequence[int] | None = ...,
+        return_trace: Literal[True],
+        trace_top_k: int | None = ...,
+        **kwargs: Any,
+    ) -> TracedOutput: ...
+
+    @overload
+    def generate(
+        self,
+        inputs: Tensor | None = ...,
+        generation_config: GenerationConfig | None = ...,
+        *,
+        alpha: Any = ...,
+        member_input_ids: Mapping[str, Any] | None = ...,
+        member_attention_mask: Mapping[str, Tensor] | None = ...,
+        speculate: Any = ...,
+        seed: int | Sequence[int] | None = ...,
+        return_trace: Literal[False] = ...,
         return_dict_in_generate: Literal[True],
         **kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput: ...
@@ -230,6 +279,7 @@ class SteeredGenerationMixin(GenerationMixin):
         member_attention_mask: Mapping[str, Tensor] | None = ...,
         speculate: Any = ...,
         seed: int | Sequence[int] | None = ...,
+        return_trace: Literal[False] = ...,
         return_dict_in_generate: Literal[False] | None = ...,
         **kwargs: Any,
     ) -> Tensor: ...
@@ -245,6 +295,8 @@ class SteeredGenerationMixin(GenerationMixin):
         member_attention_mask: Mapping[str, Tensor] | None = None,
         speculate: Any = None,
         seed: int | Sequence[int] | None = None,
+        return_trace: bool = False,
+        trace_top_k: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' ``generate``, with every option of its own, steered.
@@ -264,6 +316,9 @@ class SteeredGenerationMixin(GenerationMixin):
             seed: sample each row from noise of its own: a number, or one for each sequence drawn. A row's tokens then
                 depend on its seed and its text alone: not on the batch, and not on drafts; see
                 :mod:`proxytune.decoding.noise`. By default torch's generator decides, as elsewhere in transformers.
+            return_trace: return a :class:`TracedOutput`, whose ``traces`` say why each new token was chosen. Drafts and
+                tokens are the same as without; each token costs some more time.
+            trace_top_k: how many of the most probable tokens of each distribution a trace lists; 5 by default.
 
         Raises:
             PromptError: a prompt that is empty, longer than the shortest member's context, or that cannot be made.
@@ -284,6 +339,12 @@ class SteeredGenerationMixin(GenerationMixin):
             if self.tokenizer is None:
                 raise ProxyTuneError("stop strings need a tokenizer; pass `tokenizer` to generate()")
             kwargs["tokenizer"] = self.tokenizer
+        if not return_trace and trace_top_k is not None:
+            raise ProxyTuneError("trace_top_k is for traces; add return_trace=True, or leave it out")
+        if return_trace:
+            trace_top_k = TOP_K if trace_top_k is None else trace_top_k
+            if isinstance(trace_top_k, bool) or not isinstance(trace_top_k, int) or trace_top_k < 1:
+                raise ProxyTuneError(f"trace_top_k must be a whole number of at least 1, not {trace_top_k!r}")
         alpha = take_alpha(kwargs, self.expert_names, alpha)
         config, said = _taken(self.generation_config if generation_config is None else generation_config)
         if said:
@@ -309,6 +370,7 @@ class SteeredGenerationMixin(GenerationMixin):
             member_attention_mask=member_attention_mask,
             speculate=self.speculate if speculate is None else parse_speculate(speculate),
             seed=seed,
+            trace_top_k=trace_top_k,
             **kwargs,
         )
 
@@ -337,6 +399,8 @@ class SteeredGenerationMixin(GenerationMixin):
             raise ProxyTuneError("seed is for sampling; add do_sample=True, or leave it out")
         plain = synced_gpus or generation_config.is_assistant or model_kwargs.get("past_key_values") is None
         if plain or stopping_criteria.max_length is None:
+            if model_kwargs.get("trace_top_k") is not None:
+                raise ProxyTuneError(NO_TRACE)
             if seeds is not None:
                 generation_config = copy.copy(generation_config)
                 generation_config.do_sample = False
@@ -353,7 +417,15 @@ class SteeredGenerationMixin(GenerationMixin):
         speculate = model_kwargs.pop("speculate")
         noise = None if seeds is None else Noise(seeds)
         return self._decode(
-            input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs, speculate, noise
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+            model_kwargs,
+            speculate,
+            noise,
+            model_kwargs.pop("trace_top_k"),
         )
 
     def _decode(
@@ -366,6 +438,7 @@ class SteeredGenerationMixin(GenerationMixin):
         model_kwargs: dict[str, Any],
         speculate: Speculate,
         noise: Noise | None,
+        trace_top_k: int | None,
     ) -> Any:
         """Greedy decoding or sampling, with drafts where they pay; what ``generate`` returns.
 
@@ -376,9 +449,21 @@ class SteeredGenerationMixin(GenerationMixin):
             ProxyTuneError: if a number of drafts was asked for that this call cannot have.
         """
         stats = _last_calls()[self] = SpeculationStats()
+        if trace_top_k is not None:
+            model_kwargs["output_member_logits"] = True
         outputs = cast(Any, self)._prefill(input_ids, config, model_kwargs)
         cache: ProxyTunedCache = outputs.past_key_values
         prompt = outputs.logits[:, -1:]
+        tracer = None
+        if trace_top_k is not None:
+            tracer = Tracer(
+                self.paired({name: logits[:, -1:] for name, logits in outputs.member_logits.items()}),
+                lambda scores: self.paired(self.all_logits([each.values for each in scores])),
+                self.expert_names,
+                top_k=trace_top_k,
+                plausibility=self.config.plausibility,
+                n_shared=self.shared_vocab,
+            )
         del outputs  # the prompt's logits are large
         n_batch, n_prompt = input_ids.shape
         limit = cast(int, criteria.max_length)  # without one transformers' own loop runs
@@ -428,11 +513,14 @@ class SteeredGenerationMixin(GenerationMixin):
         # and torch's generator draws for all rows at once.
         free = together is None and not any(map(_whole_batch, processors)) and not sampler.rejecting
         leave = cache.capacity is None and (free or not text.aligned)
-        steps = decode(prompt, cache.states, mixture, alpha, text, sampler, drafter, leave=leave)
+        steps = decode(prompt, cache.states, mixture, alpha, text, sampler, drafter, leave=leave, tracer=tracer)
+        traces: list[list[TokenTrace]] = [[] for _ in range(n_batch)]
         kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
         with _drafting(cache, None if speculate is False else limit - n_prompt - 1):
             for step in steps:
                 stats.count(step)
+                for row, trace in zip(step.rows, step.trace or ()):
+                    traces[row] += trace
                 if streamer is not None:
                     for column in zip(*step.tokens):
                         streamer.put(torch.tensor(column))
@@ -443,8 +531,10 @@ class SteeredGenerationMixin(GenerationMixin):
         cache.n_columns += text.length[0] - n_prompt - 1  # the newest token is read by the next call
         sequences = text.sequences()
         if not config.return_dict_in_generate:
-            return sequences
+            return sequences if tracer is None else TracedOutput(sequences=cast(Any, sequences), traces=traces)
         seen = {name: cast(Any, tuple(parts)) for name, parts in kept.items()}
+        if tracer is not None:
+            return TracedOutput(sequences=cast(Any, sequences), past_key_values=cache, traces=traces, **seen)
         return GenerateDecoderOnlyOutput(sequences=cast(Any, sequences), past_key_values=cache, **seen)
 
     def _check_prompts(
@@ -510,7 +600,7 @@ class SteeredGenerationMixin(GenerationMixin):
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
         # An assistant is another model: what steers this one means nothing to it.
-        ours = (*OURS, "prompt_length", "output_member_logits", "seed")
+        ours = (*OURS, "prompt_length", "output_member_logits", "seed", "trace_top_k")
         plain = {key: value for key, value in model_kwargs.items() if key not in ours}
         return super()._get_candidate_generator(*args, model_kwargs=plain, **kwargs)  # type: ignore[misc]
 

@@ -28,10 +28,10 @@ from proxytune.cache import ProxyTunedCache
 from proxytune.decoding.cost import APART_BYTES
 from proxytune.decoding.drafting import choose_drafting, costs_by_role
 from proxytune.decoding.lane import stacked
-from proxytune.decoding.mixing import mix
+from proxytune.decoding.mixing import Members, mix
 from proxytune.decoding.pace import parse_speculate
 from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError, unknown_arguments
-from proxytune.generation_mixin import SpeculationStats, SteeredGenerationMixin, last_call
+from proxytune.generation_mixin import NO_TRACE, SpeculationStats, SteeredGenerationMixin, last_call
 from proxytune.lanes.kernels import compile_model
 from proxytune.lanes.reading import refuse_unequal_lengths, unlike_in_pieces
 from proxytune.lanes.transformers import TransformersLane
@@ -275,6 +275,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         output_member_logits: bool = False,
         speculate: Any = None,
         seed: Any = None,
+        trace_top_k: Any = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ProxyTunedOutput | tuple[Any, ...]:
@@ -292,7 +293,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             member_attention_mask: member name -> mask of that shape; all ones by default.
             prompt_length: how many columns of the whole outer sequence are prompt; needed with own prompts.
             output_member_logits: also return each member's own logits.
-            speculate, seed: only for :meth:`generate`; a number of drafts and a seed are refused here.
+            speculate, seed, trace_top_k: only for :meth:`generate`; a number of drafts, a seed and a trace are refused
+                here.
 
         Returns:
             float32 logits, shape = (n_batch, n_positions, n_vocab of the base). With own prompts the positions
@@ -307,6 +309,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             raise ProxyTuneError(
                 f"speculate={speculate} is for greedy decoding and sampling with a cache; leave it out"
             )
+        if trace_top_k is not None:
+            raise ProxyTuneError(NO_TRACE)
         if seed is not None:
             raise ProxyTuneError("seed is for sampling by generate(), without beams or an assistant; leave it out")
         n_batch, n_columns = input_ids.shape
@@ -351,7 +355,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=mixed, labels=labels, vocab_size=mixed.shape[-1], **kwargs)
-        asked = {name: self.member_logits(name, logits) for name in self.seats} if output_member_logits else None
+        asked = self.all_logits(logits) if output_member_logits else None
         output = ProxyTunedOutput(
             loss=loss,
             logits=cast(Any, mixed),
@@ -387,17 +391,17 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
 
     def mix_lanes(self, lane_logits: Sequence[Tensor], alpha: Tensor) -> Tensor:
         """The mixture of all lanes' logits, float32, (n_batch, n_positions, n_vocab of the base)."""
+        plausibility, shared = self.config.plausibility, self.shared_vocab
+        return mix(*self.paired(self.all_logits(lane_logits)), alpha, plausibility=plausibility, vocab_size=shared)
 
-        def of(name: str) -> Tensor | None:
-            return self.member_logits(name, lane_logits) if name in self.seats else None
+    def all_logits(self, lane_logits: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Member name -> its rows in all lanes' logits."""
+        return {name: self.member_logits(name, lane_logits) for name in self.seats}
 
-        return mix(
-            self.member_logits("base", lane_logits),
-            [(of(f"{expert.name}.expert"), of(f"{expert.name}.anti_expert")) for expert in self.experts],
-            alpha,
-            plausibility=self.config.plausibility,
-            vocab_size=self.shared_vocab,
-        )
+    def paired(self, logits: Mapping[str, Tensor]) -> Members:
+        """The members' logits as :func:`mix` takes them."""
+        names = self.expert_names
+        return logits["base"], [(logits.get(f"{name}.expert"), logits.get(f"{name}.anti_expert")) for name in names]
 
     def alpha_rows(self, alpha: Any, n_batch: int) -> Tensor:
         """``alpha`` in any accepted form as float32, shape = (n_batch, n_experts)."""

@@ -12,7 +12,7 @@ from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, Generat
 from typing_extensions import assert_type
 
 import proxytune
-from proxytune import ProxyTunedCache, ProxyTunedForCausalLM, ProxyTunedOutput
+from proxytune import ProxyTunedCache, ProxyTunedForCausalLM, ProxyTunedOutput, TokenTrace, TracedOutput
 
 IDS = torch.tensor([[1, 40, 77]])
 
@@ -30,6 +30,8 @@ def test_generate(model: ProxyTunedForCausalLM) -> None:
     assert_type(full, GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput)
     assert isinstance(full, GenerateDecoderOnlyOutput)
     assert isinstance(model.generate(IDS, max_new_tokens=3, return_dict_in_generate=False), Tensor)
+    traced = assert_type(model.generate(IDS, max_new_tokens=3, return_trace=True), TracedOutput)
+    assert isinstance(assert_type(traced.traces[0][0], TokenTrace), TokenTrace)
 
 
 def test_forward(model: ProxyTunedForCausalLM) -> None:

@@ -20,6 +20,7 @@ from proxytune.decoding.drafting import Draft, Drafter
 from proxytune.decoding.lane import LaneState, Scores, part
 from proxytune.decoding.sampling import Sampler
 from proxytune.decoding.text import Text
+from proxytune.decoding.trace import TokenTrace, Tracer
 
 __all__ = ["Step", "decode"]
 
@@ -38,6 +39,7 @@ class Step:
         logits, scores: the mixture and what processors made of it at the positions of the tokens, (n_batch, n_tokens,
             n_vocab), where they are remembered.
         of_prompt: whether it is the first, from what was read of the prompt.
+        trace: of each row, why each of its tokens was chosen, where that is traced; nothing of rows that had ended.
     """
 
     tokens: list[list[int]]
@@ -49,6 +51,7 @@ class Step:
     logits: Tensor | None = None
     scores: Tensor | None = None
     of_prompt: bool = False
+    trace: list[list[TokenTrace]] | None = None
 
 
 def decode(
@@ -60,6 +63,7 @@ def decode(
     sampler: Sampler,
     drafter: Drafter,
     leave: bool,
+    tracer: Tracer | None = None,
 ) -> Iterator[Step]:
     """Write tokens behind a prompt that all lanes have read, until every row has ended.
 
@@ -69,10 +73,20 @@ def decode(
         mix: from all lanes' scores and alpha to the mixture, (n_batch, n_positions, n_vocab), float32.
         alpha: shape = (n_batch, n_experts).
         leave: whether rows that have ended leave the states.
+        tracer: records why each token was chosen; it has seen the prompt's logits.
     """
+
+    def mixture(scores: Sequence[Scores]) -> Tensor:
+        if tracer is not None:
+            tracer.see(scores)
+        return mix(scores, alpha)
+
+    def write(chosen: Tensor, counts: Sequence[int], draft: Draft, n_accepted: Sequence[int] = ()) -> Step:
+        return _write(text, sampler, tracer, alpha, chosen, counts, draft, n_accepted)
+
     first = sampler.choose(prompt)[:, None]
     del prompt  # it is large
-    yield replace(_write(text, sampler, first, [0] * text.n_batch, Draft(first[:, :0])), of_prompt=True)
+    yield replace(write(first, [0] * text.n_batch, Draft(first[:, :0])), of_prompt=True)
 
     while not text.finished:
         text.make_room()
@@ -88,22 +102,22 @@ def decode(
             for lane, state in enumerate(states)
         ]
         if n_drafts == 0:
-            chosen = sampler.choose(mix(scores, alpha))[:, None]
+            chosen = sampler.choose(mixture(scores))[:, None]
             counts = [0] * text.n_batch
         else:
-            accepted, tokens = sampler.accept(draft.tokens, draft.q, mix(part(scores, 0, n_drafts), alpha))
+            accepted, tokens = sampler.accept(draft.tokens, draft.q, mixture(part(scores, 0, n_drafts)))
             complete = accepted == n_drafts
             if bool(complete.any()):
                 # The position behind the last draft is of use only here: the drafting lane has not read it yet.
                 if drafted_by is not None:
                     scores[drafted_by] = states[drafted_by].read(draft.tokens[:, -1:])
                     draft.n_read += 1
-                behind = sampler.choose(mix(part(scores, -1, None), alpha), offset=n_drafts)
+                behind = sampler.choose(mixture(part(scores, -1, None)), offset=n_drafts)
                 tokens = torch.where(complete, behind, tokens)
             counts = accepted.tolist()
             chosen = torch.cat([draft.tokens, tokens[:, None]], dim=1).scatter(1, accepted[:, None], tokens[:, None])
         n_accepted = [counts[row] for row in growing]
-        step = _write(text, sampler, chosen, counts, draft, n_accepted)
+        step = write(chosen, counts, draft, n_accepted)
         drafter.pace.learn(draft, n_accepted)
         kept = [len(row) for row in step.tokens]
         for state in states:
@@ -119,10 +133,22 @@ def decode(
 
 
 def _write(
-    text: Text, sampler: Sampler, chosen: Tensor, counts: Sequence[int], draft: Draft, n_accepted: Sequence[int] = ()
+    text: Text,
+    sampler: Sampler,
+    tracer: Tracer | None,
+    alpha: Tensor,
+    chosen: Tensor,
+    counts: Sequence[int],
+    draft: Draft,
+    n_accepted: Sequence[int],
 ) -> Step:
     """Append what was chosen, (n_batch, γ + 1): of each row ``counts`` drafts and a token, as far as rows go on."""
-    rows = list(text.rows)
+    rows, n_drafts = list(text.rows), draft.tokens.shape[1]
+    ended = list(text.done)
     tokens, n_written = text.append(chosen, [n + 1 for n in counts], sampler.scores_so_far)
     logits, scores = sampler.settle(len(tokens[0])) or (None, None)
-    return Step(tokens, rows, n_written, draft.tokens.shape[1], draft.source, n_accepted, logits, scores)
+    trace = None
+    if tracer is not None:
+        new = [[] if was_done else taken for taken, was_done in zip(tokens, ended)]  # what follows an end is padding
+        trace = tracer.settle(new, counts, n_drafts, draft.source, alpha)
+    return Step(tokens, rows, n_written, n_drafts, draft.source, n_accepted, logits, scores, trace=trace)

@@ -15,7 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["mix"]
+__all__ = ["Members", "mix"]
+
+# The base's logits, and of each expert those of its expert and anti-expert: what `mix` begins with.
+Members = tuple[Tensor, Sequence[tuple[Tensor | None, Tensor | None]]]
 
 
 def mix(

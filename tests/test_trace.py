@@ -1,0 +1,313 @@
+"""The trace of a generation, held against the plain loop: three forwards a token, and alphas tried one by one."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from proxytune import ProxyTuneError
+from proxytune.decoding.pace import Pace
+from proxytune.decoding.text import Lookup
+from proxytune.decoding.trace import flips
+from support import adapters, own_prompts, tiny
+from support.decoding import QUIET, ROWS, family_oracle, near
+from support.oracle import Oracle
+from support.own_prompts import batch_of, prompts_of
+
+N_NEW = 10
+CLOSE = {"abs": 1e-3}
+
+
+def traced(model, rows=ROWS, n_new=N_NEW, **options):
+    """The traces of a batch, and its new tokens, up to each row's end."""
+    batch = tiny.padded(rows)
+    out = model.generate(**batch, **{**QUIET, "max_new_tokens": n_new, "return_trace": True, **options})
+    new = out.sequences[:, batch["input_ids"].shape[1] :].tolist()
+    return out.traces, new
+
+
+def top(scores, k):
+    return {i for i in scores.topk(k).indices.tolist() if scores[i] > -torch.inf}
+
+
+def hold(oracle, prompts, trace, alphas=None, k=5):
+    """Hold a row's trace against full forwards of every member."""
+    tokens = [each.id for each in trace]
+    logits = oracle.member_logits(prompts, tokens)
+    width = min(member.shape[-1] for member in logits.values())
+    alphas = [alpha for *_, alpha in oracle.experts] if alphas is None else alphas
+    for at, token in enumerate(trace):
+        here = {name: member[at, :width].double() for name, member in logits.items()}
+        logs = {name: member.log_softmax(dim=-1) for name, member in here.items()}
+        base, mixed = logs["base"], oracle.mix(here, alphas)[:width].double()
+        mixture = mixed.log_softmax(dim=-1)
+        p, q = mixture.exp(), base.exp()
+        possible = p > 0
+        delta = {
+            name: logs.get(f"{name}.expert", 0.0) - logs.get(f"{name}.anti_expert", 0.0) for name, *_ in oracle.experts
+        }
+        assert token.base_logprob == pytest.approx(float(base[token.id]), **CLOSE)
+        assert token.mixture_logprob == pytest.approx(float(mixture[token.id]), **CLOSE)
+        assert token.base_rank == 1 + int((base > base[token.id]).sum())
+        assert token.base_entropy == pytest.approx(float(-(q * base).sum()), **CLOSE)
+        assert token.entropy == pytest.approx(float(-(p * mixture)[possible].sum()), **CLOSE)
+        assert token.kl == pytest.approx(float((p * (mixture - base))[possible].sum()), **CLOSE)
+        assert token.changed == (int(base.argmax()) != int(mixture.argmax()))
+        expected = {name: alpha * float(delta[name][token.id]) for name, alpha in zip(delta, alphas)}
+        assert token.offsets == pytest.approx(expected, **CLOSE)
+
+        assert {each.id for each in token.candidates} == set().union(
+            *(top(each, k) for each in (mixture, *logs.values()))
+        )
+        for each in token.candidates:
+            assert each.base_logprob == pytest.approx(float(base[each.id]), **CLOSE)
+            assert each.delta == pytest.approx({name: float(delta[name][each.id]) for name in delta}, **CLOSE)
+            cut = oracle.plausibility is not None and float(q[each.id]) < oracle.plausibility * float(q.max())
+            assert each.masked == cut
+        order = [float(mixture[each.id]) for each in token.candidates]
+        assert order == sorted(order, reverse=True)
+        for index, name in enumerate(delta):
+            hold_flips(oracle, here, alphas, index, token.flips[name])
+
+
+def hold_flips(oracle, logits, alphas, index, steps):
+    """Try alphas one by one: each has the choice that the steps say, wherever that choice is clear."""
+    assert steps[0][0] == 0
+    starts = [alpha for alpha, _ in steps]
+    assert starts == sorted(starts)
+    middles = [(a + b) / 2 for a, b in zip(starts, [*starts[1:], 3.0])]
+    n_clear = 0
+    for alpha in [*(n / 50 for n in range(151)), *middles]:
+        tried = [*alphas]
+        tried[index] = alpha
+        mixed = oracle.mix(logits, tried)
+        first, second = mixed.topk(2).values.tolist()
+        if first - second > 1e-3:
+            n_clear += 1
+            assert int(mixed.argmax()) == [i for start, i in steps if start <= alpha][-1]
+    assert n_clear > 100
+
+
+def of_pair(**more):
+    oracle = family_oracle("llama")
+    return Oracle(oracle.base, oracle.experts, **more)
+
+
+def of_three():
+    """Experts with a missing side, and a narrower vocabulary."""
+    base = tiny.llama("base", 1)
+    narrow = tiny.qwen2("small", 4, vocab_size=tiny.VOCAB - 9)
+    return Oracle(
+        base,
+        [
+            ("towards", tiny.qwen2("small", 2), None, 0.4),
+            ("away", None, narrow, 0.3),
+            ("back", near(base, 3), near(base, 4), -0.5),
+        ],
+    )
+
+
+MADE = {"pair": of_pair, "plausible": lambda: of_pair(plausibility=0.2), "three": of_three}
+
+
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("speculate", [False, 3])
+@pytest.mark.parametrize("drawn", [{}, {"do_sample": True, "seed": 4}], ids=["greedy", "sampled"])
+def test_every_number_is_the_plain_loops(made, speculate, drawn):
+    oracle = MADE[made]()
+    model = tiny.compose(oracle)
+    traces, new = traced(model, speculate=speculate, **drawn)
+    assert [[each.id for each in trace] for trace in traces] == new
+    for row, trace in zip(ROWS, traces):
+        hold(oracle, row, trace)
+    if speculate:
+        origins = {each.origin for trace in traces for each in trace}
+        assert origins >= ({"drafted", "corrected"} if made == "pair" else {"corrected"})
+    untraced = model.generate(**tiny.padded(ROWS), **{**QUIET, **drawn}, max_new_tokens=N_NEW, speculate=speculate)
+    assert untraced[:, -N_NEW:].tolist() == new, "tracing changes nothing"
+
+
+def test_torchs_generator_draws_the_same_with_a_trace():
+    oracle = of_pair()
+    model = tiny.compose(oracle)
+    options = {"do_sample": True, "speculate": 3}
+    torch.manual_seed(3)
+    traces, new = traced(model, **options)
+    torch.manual_seed(3)
+    assert model.generate(**tiny.padded(ROWS), **{**QUIET, **options}, max_new_tokens=N_NEW)[:, -N_NEW:].tolist() == new
+    for row, trace in zip(ROWS, traces):
+        hold(oracle, row, trace)
+
+
+def test_each_row_has_its_alpha_and_k():
+    oracle = of_pair()
+    alphas = [0.0, 2.0, -1.0]
+    traces, _ = traced(tiny.compose(oracle), alpha=alphas, speculate=2, trace_top_k=2)
+    for row, alpha, trace in zip(ROWS, alphas, traces):
+        hold(oracle, row, trace, [alpha], k=2)
+    assert not any(each.changed for each in traces[0]), "alpha 0 is the base"
+
+
+def test_adapters_in_one_lane(shelf):
+    oracle = adapters.oracle_of(shelf)
+    model = adapters.load(shelf)
+    assert len(model.lanes) == 2
+    for speculate in (False, 2):
+        for row, trace in zip(ROWS, traced(model, speculate=speculate)[0]):
+            hold(oracle, row, trace)
+
+
+def test_prompts_of_their_own(trio, tokenizer):
+    oracle = Oracle(trio.base, [("e", trio.expert, trio.anti_expert, 1.0)])
+    model = own_prompts.compose(oracle, tokenizer)
+    out = model.generate(**batch_of(tokenizer), **QUIET, max_new_tokens=6, speculate=2, return_trace=True)
+    for text, trace in zip(own_prompts.TEXTS, out.traces):
+        hold(oracle, prompts_of(text, tokenizer), trace)
+
+
+def test_rows_that_end_are_traced_up_to_their_end():
+    """Padded rows that stay (without drafts, streams), and rows that leave."""
+    oracle = of_pair()
+    model = tiny.compose(oracle)
+    _, new = traced(model, n_new=16)
+    ends = {"eos_token_id": [new[0][4], new[1][7]], "pad_token_id": tiny.PAD}
+    lengths = [next((n for n, i in enumerate(row, 1) if i in ends["eos_token_id"]), 16) for row in new]
+    assert min(lengths) < max(lengths)
+    for speculate in (False, 3):
+        for more in ({}, {"do_sample": True, "top_k": 1}, {"cache_implementation": "static"}):
+            traces, _ = traced(model, n_new=16, speculate=speculate, **ends, **more)
+            assert [[each.id for each in trace] for trace in traces] == [row[:n] for row, n in zip(new, lengths)]
+    for row, trace in zip(ROWS, traces):
+        hold(oracle, row, trace)
+
+
+def test_several_sequences_of_a_prompt_and_what_a_dict_holds_besides():
+    oracle = of_pair()
+    drawn = {"do_sample": True, "seed": 2, "num_return_sequences": 2}
+    out = tiny.compose(oracle).generate(
+        **tiny.padded(ROWS[:2]), **{**QUIET, **drawn}, max_new_tokens=5, return_trace=True,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    assert len(out.traces) == 4
+    assert out.past_key_values is not None
+    for row, trace in zip([row for row in ROWS[:2] for _ in range(2)], out.traces):
+        hold(oracle, row, trace)
+    for at, logits in enumerate(out.logits):
+        assert [trace[at].mixture_logprob for trace in out.traces] == pytest.approx(
+            [float(row.log_softmax(-1)[trace[at].id]) for row, trace in zip(logits, out.traces)], **CLOSE
+        )
+
+
+class Forced(LogitsProcessor):
+    """Writes on the logits it is given, and goes round four tokens."""
+
+    row_by_row = True
+
+    def __call__(self, input_ids, scores):
+        scores.fill_(-50.0)
+        scores[:, 10 + input_ids.shape[1] % 4] = 0
+        return scores
+
+
+def test_processors_come_after_what_is_traced():
+    oracle = of_pair(plausibility=0.5)
+    traces, new = traced(tiny.compose(oracle), [ROWS[0]], logits_processor=LogitsProcessorList([Forced()]))
+    assert set(new[0]) == {10, 11, 12, 13}
+    hold(oracle, ROWS[0], traces[0])
+    (forced, *_) = (each for each in traces[0] if each.mixture_logprob == -math.inf)
+    written = json.loads(json.dumps(forced.to_json(), allow_nan=False))
+    assert written["mixture_logprob"] is None, "JSON has no infinity"
+
+
+# -- where tokens come from -----------------------------------------------------------------------------------------
+def test_origins_tell_the_drafts():
+    model = tiny.compose(of_pair())
+    (trace,), _ = traced(model, [ROWS[0]], n_new=60, speculate=3)
+    stats = model.speculation_stats
+    origins = [each.origin for each in trace]
+    assert origins.count("drafted") == stats.accepted
+    assert origins.count("corrected") == stats.judged - stats.accepted
+    letters = "".join(origin[0] for origin in origins)
+    assert re.fullmatch("p(dddp|d?d?c)*d?d?d?", letters[:-4]), "a token follows whole drafts, or a rejected one"
+    assert "dddp" in letters
+    assert "dc" in letters
+
+
+def test_copies_are_told_from_drafts(monkeypatch):
+    oracle = of_pair()
+    model = tiny.compose(oracle)
+    _, new = traced(model, [ROWS[0]], n_new=20)
+    coming = [*new[0], 0, 0, 0]
+    monkeypatch.setattr(Pace, "from_lookup", lambda _self, found: min(found, 3))
+    # Of three copies two are what comes next.
+    monkeypatch.setattr(Lookup, "find", lambda self, most: [*coming[len(self.tokens) - len(ROWS[0]) :][:2], 0][:most])
+    monkeypatch.setattr(Pace, "first", lambda *_: False)
+    monkeypatch.setattr("proxytune.decoding.cost.Costs.best_drafts", lambda *_: 1)
+    (trace,), again = traced(model, [ROWS[0]], n_new=20, speculate="auto")
+    assert again == new
+    hold(oracle, ROWS[0], trace)
+    assert "".join(each.origin[:2] for each in trace)[: 2 * 13] == "pl" + 4 * "cococo"
+    assert [each.origin for each in trace][1:7] == ["copied", "copied", "corrected"] * 2
+
+
+# -- flips ----------------------------------------------------------------------------------------------------------
+def told(start, slope):
+    alphas, ids = flips(torch.tensor([start]), torch.tensor([slope]))
+    return [(round(alpha, 4), i) for alpha, i in zip(alphas[0].tolist(), ids[0].tolist()) if i >= 0]
+
+
+def test_flips_of_lines_that_are_known():
+    assert told([1.0, 0.0, 0.5], [0.0, 1.0, 0.0]) == [(0, 0), (1, 1)]
+    assert told([1.0, 1.0, 0.0], [0.0, 0.0, -1.0]) == [(0, 0)], "of equals the lowest id"
+    assert told([1.0, 1.0], [0.0, 1.0]) == [(0, 0), (0, 1)], "equals at 0 alone"
+    assert told([3.0, 2.0, 1.0, -9.0], [0.0, 1.0, 2.0, 4.0]) == [(0, 0), (1, 2)], "three meet in one point"
+    assert told([0.0, -9.0], [0.0, 2.9]) == [(0, 0)], "beyond 3"
+    assert told([0.0, -9.0], [0.0, 3.0]) == [(0, 0), (3, 1)]
+    inf = math.inf
+    assert told([0.0, -inf, -2.0], [0.0, 5.0, 1.0]) == [(0, 0), (2, 2)], "what the base excludes stays excluded"
+    assert told([5.0, 1.0, 0.0], [-inf, 0.0, 1.0]) == [(0, 0), (0, 1), (1, 2)], "the expert excludes the first"
+
+
+def test_flips_of_many_lines():
+    generator = torch.Generator().manual_seed(5)
+    start, slope = (torch.randn(20, 300, generator=generator) * 3 for _ in range(2))
+    alphas, ids = flips(start, slope)
+    grid = torch.arange(3001, dtype=torch.float64) / 1000
+    for row in range(20):
+        steps = [(a, i) for a, i in zip(alphas[row].tolist(), ids[row].tolist()) if i >= 0]
+        best = (start[row].double() + grid[:, None] * slope[row].double()).argmax(dim=-1).tolist()
+        changes = [(at / 1000, i) for at, i in enumerate(best) if at == 0 or best[at - 1] != i]
+        # What leads between two points of the grid is not seen there.
+        ends = [*(a for a, _ in steps[1:]), 9.0]
+        seen = [(a, i) for (a, i), end in zip(steps, ends) if math.ceil(a * 1000) <= math.floor(end * 1000)]
+        assert [i for _, i in changes] == [i for _, i in seen]
+        assert [a for a, _ in changes] == pytest.approx([math.ceil(a * 1000) / 1000 for a, _ in seen], abs=1e-9)
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 2}, "a trace needs greedy decoding or sampling"),
+        ({"prompt_lookup_num_tokens": 2}, "a trace needs greedy decoding or sampling"),
+        ({"use_cache": False}, "a trace needs greedy decoding or sampling"),
+        ({"trace_top_k": 0}, "trace_top_k must be a whole number of at least 1, not 0"),
+        ({"trace_top_k": 2.5}, "trace_top_k must be a whole number"),
+        ({"return_trace": False, "trace_top_k": 3}, "trace_top_k is for traces; add return_trace=True"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_traced_is_refused(options, message):
+    with pytest.raises(ProxyTuneError, match=message):
+        traced(tiny.compose(of_pair()), [ROWS[0]], **options)
+
+
+def test_more_candidates_than_tokens():
+    oracle = of_pair()
+    (trace,), _ = traced(tiny.compose(oracle), [ROWS[0]], n_new=2, trace_top_k=10_000)
+    assert len(trace[0].candidates) == tiny.VOCAB
