@@ -10,11 +10,13 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from proxytune import ProxyTuneError
+from proxytune import ProxyTunedForCausalLM, ProxyTuneError
+from proxytune.answers.traces import token_texts
 from proxytune.decoding.pace import Pace
 from proxytune.decoding.text import Lookup
 from proxytune.decoding.trace import flips
 from support import adapters, own_prompts, tiny
+from support.commands import fails, run
 from support.decoding import QUIET, ROWS, family_oracle, near
 from support.oracle import Oracle
 from support.own_prompts import batch_of, prompts_of
@@ -311,3 +313,90 @@ def test_more_candidates_than_tokens():
     oracle = of_pair()
     (trace,), _ = traced(tiny.compose(oracle), [ROWS[0]], n_new=2, trace_top_k=10_000)
     assert len(trace[0].candidates) == tiny.VOCAB
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+HOSTILE = "a\u2028b\u2029c\x85d \U0001f98a"
+
+
+def lines_of(path):
+    text = path.read_bytes().decode("utf-8")
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]  # splits at every line end of Unicode
+
+
+def test_a_file_of_one_answer(shelf, tmp_path):
+    made = run("generate", shelf / "recipe", "the fox", "-n", "6", "--trace", tmp_path / "trace.jsonl")
+    plain = run("generate", shelf / "recipe", "the fox", "-n", "6")
+    assert made.stdout == plain.stdout
+    (line,) = lines_of(tmp_path / "trace.jsonl")
+    assert list(line) == ["schema", "prompt", "text", "alpha", "tokens"]
+    assert (line["schema"], line["prompt"]) == ("proxytune.trace/1", "the fox")
+    assert made.stdout == line["text"] + "\n"
+    assert line["alpha"] == {"expert": 1.0}
+    assert len(line["tokens"]) == 6
+    fields = "id token base_logprob mixture_logprob base_rank base_entropy entropy kl changed origin offsets candidates"
+    assert list(line["tokens"][0]) == [*fields.split(), "flips"]
+    assert list(line["tokens"][0]["candidates"][0]) == ["id", "token", "base_logprob", "delta", "masked"]
+    tokenizer, model = tiny.tokenizer(), ProxyTunedForCausalLM.from_pretrained(shelf / "recipe")
+    for token in line["tokens"]:
+        for each in (token, *token["candidates"]):
+            assert each["token"] == tokenizer.decode([each["id"]])
+    ids = tokenizer("the fox", return_tensors="pt")
+    (trace,) = model.generate(**ids, **{**QUIET, "eos_token_id": tiny.EOS}, max_new_tokens=6, return_trace=True).traces
+    for token, each in zip(line["tokens"], trace):
+        assert (token["id"], token["origin"]) == (each.id, each.origin)
+        assert token["kl"] == pytest.approx(each.kl, **CLOSE)
+
+
+def test_a_job_of_hostile_prompts(shelf, tmp_path):
+    """Batches of unequal prompts; an interrupted job goes on in both files."""
+    prompts = [HOSTILE, "the fox jumps over", "Question:", "a", HOSTILE + "!"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": p, "alpha": 0.5}) + "\n" for p in prompts))
+    job = ("generate", shelf / "recipe", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    job = (*job, "-b", "2", "-n", "5", "--temperature", "1", "--trace", tmp_path / "trace.jsonl", "--trace-top-k", "1")
+    run(*job)
+    results, traces = (lines_of(tmp_path / name) for name in ("out.jsonl", "trace.jsonl"))
+    assert [trace["prompt"] for trace in traces] == prompts
+    assert [trace["alpha"] for trace in traces] == [{"expert": 0.5}] * 5
+    for result, trace in zip(results, traces):
+        assert (trace["line"], trace["text"]) == (result["line"], result["text"])
+        assert [token["id"] for token in trace["tokens"]] == result["tokens"]
+        assert all(len(token["candidates"]) <= 4 for token in trace["tokens"])
+
+    def cut(name, n):
+        whole = (tmp_path / name).read_bytes().splitlines(keepends=True)
+        (tmp_path / name).write_bytes(b"".join(whole[:n]) + whole[n][:20])
+
+    cut("out.jsonl", 2)
+    cut("trace.jsonl", 3)  # killed between the two files
+    run(*job)
+    assert lines_of(tmp_path / "out.jsonl") == results
+    assert [trace["line"] for trace in lines_of(tmp_path / "trace.jsonl")] == [1, 2, 3, 4, 5]
+    assert "was written for another recipe, input or options" in fails(*job[:-1], "2")
+    cut("trace.jsonl", 1)
+    assert "has the answer to line 2 already, and" in fails(*job)
+
+
+def test_trace_files_that_are_refused(shelf, tmp_path):
+    asked = ("generate", shelf / "recipe", "the fox", "-n", "2")
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text('{"mine": 1}\n')
+    assert "is not empty; remove it, or choose another --trace" in fails(*asked, "--trace", kept)
+    assert kept.read_text() == '{"mine": 1}\n'
+    out = tmp_path / "out.jsonl"
+    assert "is no trace of a job" in fails(*asked, "--output", out, "--trace", kept)
+    assert not out.exists()
+    assert "--trace-top-k needs --trace FILE" in fails(*asked, "--trace-top-k", "3")
+    assert "--output and --trace are the same file" in fails(*asked, "--output", out, "--trace", out)
+
+
+def test_the_text_of_a_token_keeps_its_space():
+    """SentencePiece drops the space of a text's first word."""
+    words = {1: " the", 2: "fox", 3: " jumps"}
+
+    class Dropping:
+        def decode(self, ids, **_):
+            return "".join(words[i] for i in ids).removeprefix(" ")
+
+    assert [token_texts(Dropping())(i) for i in words] == [*words.values()]

@@ -9,7 +9,7 @@ drafts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from proxytune.answers.options import Sampling
 from proxytune.decoding.noise import row_seed
+from proxytune.decoding.trace import TokenTrace
 from proxytune.errors import PromptError
 from proxytune.recipe.generation_config import ends_of, fields_of, plain_generation_config
 from proxytune.recipe.prompts import left_pad, render_chat
@@ -56,11 +57,13 @@ class Answer:
         tokens: the new ids in order, the end-of-sequence token included where the model chose it, no padding.
         finish: ``stop`` if the model ended the text itself (or wrote a stop string), ``length`` if the limit of new
             tokens or a member's context did, ``interrupt`` if the caller did.
+        trace: why each of ``tokens`` was chosen, where that was asked for.
     """
 
     text: str
     tokens: list[int]
     finish: Finish
+    trace: list[TokenTrace] | None = None
 
 
 # -- prompts --------------------------------------------------------------------------------------------------
@@ -127,6 +130,7 @@ def answer(
     stop_strings: Sequence[str] = (),
     processors: Sequence[LogitsProcessor] = (),
     criteria: Sequence[StoppingCriteria] = (),
+    trace_top_k: int | None = None,
 ) -> list[Answer]:
     """Answer a batch of prompts.
 
@@ -139,6 +143,7 @@ def answer(
         n_shared: how many tokens all prompts begin with; they are the first columns, and padding stands behind them.
         stop_strings: end an answer, besides those of the generation config; they are part of it.
         processors, criteria: more of transformers' own, before the choice of a token and after it.
+        trace_top_k: trace the answers, with so many candidates of each distribution; None: no trace.
     """
     rows = range(len(prompts)) if rows is None else rows
     ids, mask = left_pad([prompt.ids[n_shared:] for prompt in prompts])  # (n_batch, n_columns), behind what is shared
@@ -158,8 +163,11 @@ def answer(
         config.do_sample = True
         config.temperature, config.min_p = sampling.temperature or 1.0, sampling.min_p
         config.top_k, config.top_p = sampling.top_k or 0, sampling.top_p or 1.0
+    more: dict[str, Any] = {"tokenizer": tokenizer} if stops else {}
+    if trace_top_k is not None:
+        more |= {"return_trace": True, "trace_top_k": trace_top_k}
     with torch.inference_mode():
-        sequences = model.generate(
+        output: Any = model.generate(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
             logits_processor=LogitsProcessorList(processors),
@@ -170,13 +178,17 @@ def answer(
             member_input_ids=own or None,
             seed=None if sampling.greedy else [row_seed(sampling.seed, row) for row in rows],
             **fields_of(config),
-            **({"tokenizer": tokenizer} if stops else {}),
+            **more,
         )
+    sequences = output if trace_top_k is None else output.sequences
     ends = ends_of(config)
-    return [
+    answers = [
         _cut(tokenizer, prompt.ids, new, limit, ends, stops, limit_rows.interrupted)
         for prompt, new, limit in zip(prompts, sequences[:, ids.shape[1] :].tolist(), limits)
     ]
+    if trace_top_k is None:
+        return answers
+    return [replace(one, trace=trace[: len(one.tokens)]) for one, trace in zip(answers, output.traces)]
 
 
 def answer_batches(

@@ -17,6 +17,9 @@ from proxytune.errors import ProxyTuneError
 
 __all__ = ["Journal", "json_line", "write_whole"]
 
+# Line ends of Unicode, which some readers of text split lines at.
+ESCAPED = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
+
 Kind = TypeVar("Kind", bound="Journal")
 
 
@@ -123,8 +126,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def json_line(value: Mapping[str, Any]) -> str:
-    """One object as one line of UTF-8."""
-    line = json.dumps(value, ensure_ascii=False)
+    """One object as one line of UTF-8, whatever its reader takes for the end of a line."""
+    line = json.dumps(value, ensure_ascii=False).translate(ESCAPED)
     try:
         line.encode()
     except UnicodeEncodeError:  # half a surrogate pair in a field that is passed through

@@ -121,8 +121,26 @@ class JobOptions:
     )
     batch_size: int = option(8, "Prompts at once.", flag="--batch-size -b", metavar="N", min=1, panel="Jobs")
     json: bool = option(False, "Print one JSON object a prompt, in order.", panel="Jobs")
+    trace: Path | None = option(
+        None,
+        "Write why each new token was chosen there, as JSON lines: one object an answer.",
+        metavar="FILE",
+        panel="Traces",
+    )
+    trace_top_k: int | None = option(
+        None,
+        "List so many of each model's likeliest tokens in a trace; 5 by default.",
+        metavar="K",
+        min=1,
+        panel="Traces",
+    )
 
     def __post_init__(self) -> None:
+        if self.trace is None and self.trace_top_k is not None:
+            raise ProxyTuneError("--trace-top-k needs --trace FILE")
+        for flag, other in (("--input", self.input), ("--output", self.output)):
+            if self.trace is not None and other not in (None, "-") and self.trace.resolve() == Path(other).resolve():
+                raise ProxyTuneError(f"{flag} and --trace are the same file")
         given, output = self.input, self.output
         if output is not None and given not in (None, "-") and output.exists() and output.samefile(str(given)):
             raise ProxyTuneError("--input and --output are the same file")

@@ -65,6 +65,8 @@ def generate(
     from proxytune.answers.batch import Item, Output, fingerprint, read_items, result
     from proxytune.answers.generation import Printer, answer_batches, encode
     from proxytune.answers.journal import json_line
+    from proxytune.answers.traces import TraceFile, token_texts, trace_line
+    from proxytune.decoding.trace import TOP_K
     from proxytune.recipe.alpha import resolve_alpha
     from proxytune.recipe.store import load_recipe
 
@@ -80,18 +82,28 @@ def generate(
             say(f"{job.input}, {row.where}: {row.broken}")
         n_broken = len(broken)
     asked = {name: value for name, value in vars(options).items() if name != "alpha"}
-    run = fingerprint(config, {"sampling": vars(sampling), **asked, "dtype": loading.dtype})
+    said = {"sampling": vars(sampling), **asked, "dtype": loading.dtype}
+    run = fingerprint(config, said)
+    top_k = None if job.trace is None else job.trace_top_k or TOP_K
+    traced_run = None if job.output is None else fingerprint(config, {**said, "trace_top_k": top_k})
 
     with contextlib.ExitStack() as stack:
-        remaining, sink = items, None
+        remaining, sink, traces = items, None, None
         if job.output is not None:
             sink = Output(job.output, items, run, names).read()  # what is finished is not touched
-            stack.enter_context(resumable(f"the answers until here are kept in {job.output}"))
-            if sink.remaining or not job.output.exists():
+        if job.trace is not None:
+            traces = TraceFile(job.trace, items, traced_run, names).read()
+            if sink is not None:
+                traces.refuse_missing(sink.done, sink.path)
+        if sink is not None:
+            stack.enter_context(resumable(f"the answers until here are kept in {sink.path}"))
+            if sink.remaining or not sink.path.exists():
                 stack.enter_context(sink)
             remaining = sink.remaining
-            if len(remaining) < len(items):
-                say(f"{len(items) - len(remaining)} of {len(items)} prompts are done already in {job.output}")
+        if traces is not None and remaining:
+            stack.enter_context(traces)
+        if len(remaining) < len(items):
+            say(f"{len(items) - len(remaining)} of {len(items)} prompts are done already in {job.output}")
         if not remaining:
             if n_broken:
                 raise typer.Exit(FAILED)
@@ -118,11 +130,17 @@ def generate(
             max_new_tokens=options.max_new_tokens,
             sampling=sampling,
             streamer=Printer(tokenizer, write_out) if streamed else None,
+            trace_top_k=top_k,
         )
+        text_of = token_texts(tokenizer)
         answered_items = (item for item, _ in encoded)
         for made in answered:
             for_run = None if sink is None else run
-            results = [result(item, one, names, for_run) for one, item in zip(made, answered_items)]
+            pairs = list(zip(made, answered_items))
+            results = [result(item, one, names, for_run) for one, item in pairs]
+            if traces is not None:  # before the results: an answer that is done has its trace
+                new = [(one, item) for one, item in pairs if item.line not in traces.traced]
+                traces.append([trace_line(item, one, names, text_of, traced_run) for one, item in new])
             if sink is not None:
                 sink.append(results)
             elif job.json or job.input is not None:

@@ -1,0 +1,99 @@
+"""The traces of answers as JSON lines: what ``proxytune generate --trace`` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from proxytune.answers.batch import Item
+from proxytune.answers.generation import Answer
+from proxytune.answers.journal import Journal
+from proxytune.errors import ProxyTuneError
+
+__all__ = ["SCHEMA", "TraceFile", "token_texts", "trace_line"]
+
+SCHEMA = "proxytune.trace/1"
+
+
+def token_texts(tokenizer: Any) -> Callable[[int], str]:
+    """From an id to its text in the middle of a text, special tokens too; half a character is U+FFFD."""
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    @cache
+    def text_of(id_: int) -> str:
+        # SentencePiece drops the space of a text's first word, so the second of two is read.
+        one, two = decode([id_]), decode([id_, id_])
+        return two[len(one) :] if two.startswith(one) else one
+
+    return text_of
+
+
+def trace_line(
+    item: Item, answer: Answer, names: Sequence[str], text_of: Callable[[int], str], run: str | None = None
+) -> dict[str, Any]:
+    """The object that is written for one traced answer; see ``docs/python.md``.
+
+    Args:
+        names: the recipe's experts. text_of: from an id to its text. run: of a job that can be resumed.
+    """
+
+    def with_text(value: dict[str, Any]) -> dict[str, Any]:
+        return {"id": value["id"], "token": text_of(value["id"]), **value}
+
+    tokens = []
+    for token in answer.trace or ():
+        value = token.to_json()
+        tokens.append(with_text({**value, "candidates": [with_text(each) for each in value["candidates"]]}))
+    return {
+        "schema": SCHEMA,
+        **({"line": item.line} if item.where or run else {}),
+        "prompt": item.prompt,
+        "text": answer.text,
+        "alpha": dict(zip(names, item.alphas)),
+        "tokens": tokens,
+        **({"run": run} if run else {}),
+    }
+
+
+class TraceFile(Journal):
+    """The file that traces are appended to. Beside a job's output it goes on where that goes on; else it begins empty.
+
+    Args:
+        path: the file, made where it is missing.
+        items: the job. run: the fingerprint of one that can be resumed, else None. names: the recipe's experts.
+    """
+
+    def __init__(self, path: Path, items: Sequence[Item], run: str | None, names: Sequence[str]) -> None:
+        super().__init__(path)
+        self.asked = {item.line: (item.prompt, dict(zip(names, item.alphas))) for item in items}
+        self.run = run
+        self.traced: set[int] = set()
+
+    def check(self) -> None:
+        """Hold what was read against the job."""
+        if self.run is None and self.lines:
+            raise ProxyTuneError(f"{self.path} is not empty; remove it, or choose another --trace")
+        self.traced = set()
+        for number, value in enumerate(self.lines, start=1):
+            if value.get("schema") != SCHEMA or not isinstance(value.get("line"), int):
+                raise ProxyTuneError(f"line {number} of {self.path} is no trace of a job; choose another --trace")
+            line = value["line"]
+            asked = (value.get("prompt"), value.get("alpha"))
+            if value.get("run") != self.run or asked != self.asked.get(line) or line in self.traced:
+                raise ProxyTuneError(
+                    f"line {number} of {self.path} was written for another recipe, input or options; repeat those, or "
+                    "choose another --trace"
+                )
+            self.traced.add(line)
+
+    def refuse_missing(self, done: set[int], output: Path) -> None:
+        """Refuse a job whose output has answers without a trace: lines ``done`` are not answered again."""
+        if missing := sorted(done - self.traced):
+            raise ProxyTuneError(
+                f"{output} has the answer to line {missing[0]} already, and {self.path} has no trace of it; choose "
+                "another --output"
+            )
