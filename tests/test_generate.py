@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -509,6 +510,20 @@ def test_a_generation_config_says_how_to_steer(steered):
     assert both.equal(unsteered)  # the call's own goes first
     with pytest.raises(AlphaError, match="no expert is called 'x'"):
         made(**{"alpha.x": 1.0})
+
+    # The model's own config says it too, after the call's.
+    own, steeredly = model.generation_config, called(alpha=0.5)
+    model.generation_config = copy.deepcopy(own)
+    model.generation_config.alpha = 0.0
+    try:
+        assert called().equal(unsteered)
+        assert called(alpha=0.5).equal(steeredly)
+        assert made(alpha=0.5).equal(steeredly)
+        assert made(**{"alpha.e": 0.5}).equal(steeredly)
+        assert made().equal(unsteered)
+    finally:
+        model.generation_config = own
+    assert not steeredly.equal(unsteered)  # or the test says nothing
     with pytest.raises(ProxyTuneError, match="speculate"):
         made(speculate="often")
 
@@ -517,6 +532,9 @@ def test_a_generation_config_says_how_to_steer(steered):
 def test_what_belongs_to_one_member_is_refused(steered, name):
     with pytest.raises(ProxyTuneError, match=f"`{name}` belongs to one member"):
         steered.model(torch.tensor([ROWS[0]]), **{name: torch.ones(1) if name == "inputs_embeds" else True})
+    if name != "inputs_embeds":
+        with pytest.raises(ProxyTuneError, match=f"`{name}` belongs to one member"):
+            steered.model.generate(torch.tensor([ROWS[0]]), return_dict_in_generate=True, **{name: True})
 
 
 def test_an_option_that_is_off_is_not_refused(steered):

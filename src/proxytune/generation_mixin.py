@@ -45,6 +45,7 @@ SPARE_COLUMNS = 64  # of a static cache: rejected drafts, and padding before a r
 WORDS = ("alpha", "seed", "speculate")  # words of ours that a generation config may hold, besides "alpha.NAME"
 NO_TRACE = "a trace needs greedy decoding or sampling by generate() with a cache, without beams or an assistant"
 HOPED_FOR = 0.75  # the acceptance, the demo's, at which drafting must pay for "auto" to try it
+OF_ONE_MEMBER = ("inputs_embeds", "output_attentions", "output_hidden_states")
 
 
 _THREAD = threading.local()
@@ -346,9 +347,8 @@ class SteeredGenerationMixin(GenerationMixin):
             if isinstance(trace_top_k, bool) or not isinstance(trace_top_k, int) or trace_top_k < 1:
                 raise ProxyTuneError(f"trace_top_k must be a whole number of at least 1, not {trace_top_k!r}")
         alpha = take_alpha(kwargs, self.expert_names, alpha)
-        config, said = _taken(self.generation_config if generation_config is None else generation_config)
+        said = _words_of(generation_config, self.generation_config)
         if said:
-            generation_config = config
             alpha = take_alpha(said, self.expert_names, said.pop("alpha", None)) if alpha is None else alpha
             speculate = said.get("speculate") if speculate is None else speculate
             seed = said.get("seed") if seed is None else seed
@@ -374,8 +374,19 @@ class SteeredGenerationMixin(GenerationMixin):
             **kwargs,
         )
 
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """transformers' own, which would take our arguments for the config's where it has fields of their names."""
+        ours = {name: kwargs.pop(name) for name in WORDS if name in kwargs}
+        config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)  # type: ignore[misc]
+        for name in _words_of(config):
+            delattr(config, name)
+        return config, {**model_kwargs, **ours}
+
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         """Refuse arguments that neither transformers' ``generate`` nor a forward reads."""
+        refuse_of_one_member(model_kwargs)
         read = {*signature(self.forward).parameters, "inputs_embeds"} - {"kwargs"}
         if unknown := [name for name, value in model_kwargs.items() if value is not None and name not in read]:
             raise unknown_arguments(
@@ -614,14 +625,26 @@ class SteeredGenerationMixin(GenerationMixin):
         raise ProxyTuneError("generate_batch() does not fit several members' caches; use generate()")
 
 
-def _taken(config: GenerationConfig) -> tuple[GenerationConfig, dict[str, Any]]:
-    """A generation config without our words, and what they say: some tools can pass on a generation config alone."""
-    said = {key: value for key, value in vars(config).items() if key in WORDS or key.startswith(NAMED)}
-    if said:
-        config = copy.copy(config)
-        for key in said:
-            delattr(config, key)
-    return config, said
+def refuse_of_one_member(arguments: Mapping[str, Any]) -> None:
+    """Refuse what only one member can take or give.
+
+    Raises:
+        ProxyTuneError: naming the first of the arguments that is asked for.
+    """
+    for name in OF_ONE_MEMBER:
+        if (value := arguments.get(name)) is not None and value is not False:
+            raise ProxyTuneError(f"`{name}` belongs to one member, not to the mixture; ask model.member(NAME) for it")
+
+
+def _words_of(*configs: GenerationConfig | None) -> dict[str, Any]:
+    """What generation configs say in our words, the first of them first: some tools can pass on a config alone."""
+    found: dict[str, Any] = {}
+    for config in filter(None, configs):
+        words = {name: value for name, value in vars(config).items() if name in WORDS or name.startswith(NAMED)}
+        if any(name.startswith("alpha") for name in found):  # one config's alphas are not mixed with another's
+            words = {name: value for name, value in words.items() if not name.startswith("alpha")}
+        found = {**words, **found}
+    return found
 
 
 def _check_shape(input_ids: Any) -> None:

@@ -31,7 +31,14 @@ from proxytune.decoding.lane import stacked
 from proxytune.decoding.mixing import Members, mix
 from proxytune.decoding.pace import parse_speculate
 from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError, unknown_arguments
-from proxytune.generation_mixin import NO_TRACE, SpeculationStats, SteeredGenerationMixin, last_call
+from proxytune.generation_mixin import (
+    NO_TRACE,
+    OF_ONE_MEMBER,
+    SpeculationStats,
+    SteeredGenerationMixin,
+    last_call,
+    refuse_of_one_member,
+)
 from proxytune.lanes.kernels import compile_model
 from proxytune.lanes.reading import refuse_unequal_lengths, unlike_in_pieces
 from proxytune.lanes.transformers import TransformersLane
@@ -439,12 +446,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         """No option is accepted and ignored."""
-        for name in ("inputs_embeds", "output_attentions", "output_hidden_states"):
-            if (value := kwargs.pop(name, None)) is not None and value is not False:
-                raise ProxyTuneError(
-                    f"`{name}` belongs to one member, not to the mixture; ask model.member(NAME) for it"
-                )
-        if unknown := [name for name, value in kwargs.items() if value is not None and name not in PASSED_ALONG]:
+        refuse_of_one_member(kwargs)
+        known = (*PASSED_ALONG, *OF_ONE_MEMBER)
+        if unknown := [name for name, value in kwargs.items() if value is not None and name not in known]:
             raise unknown_arguments(self.forward, unknown)
 
     def new_cache(self, capacity: int | None = None) -> ProxyTunedCache:
