@@ -130,6 +130,7 @@ def test_new_refuses_a_directory_in_use(shelf, tmp_path):
         (["--expert", "EXPERT"], "no base is given"),
         (["--base", "BASE"], "no expert is given"),
         (["--base", "./gone", "--expert", "EXPERT"], "'./gone' does not exist"),
+        (["--base", "BASE", "--anti-expert", "EXPERT", "--expert-adapter", "./gone"], "'./gone' does not exist; give"),
         (["--base", "BASE", "--expert", "/gone"], "'/gone' does not exist"),
         (["--base", "some/model", "--expert", "EXPERT"], "--offline writes the recipe without"),
         (["--base", "BASE", "--expert", "EXPERT", "--alpha", "nan"], "finite"),

@@ -64,11 +64,24 @@ def test_examples_are_commands_that_can_be_typed(line, recipe, tmp_path, monkeyp
     assert parsed(name, words, tmp_path, monkeypatch)
 
 
+def test_every_example_has_a_line_of_its_own_in_the_help():
+    for name in COMMANDS:
+        shown = [line.strip() for line in run(name, "--help").stdout.splitlines() if line.startswith("  proxytune ")]
+        assert len(shown) == len(re.findall(r"^ {4,}proxytune ", commands()[name].help, re.MULTILINE)), name
+
+
+def test_a_misspelt_command_is_told_with_the_nearest():
+    assert "Did you mean 'eval'" in run("evl", "demo", status=2).stderr
+
+
 # -- spellings ------------------------------------------------------------------------------------------------
 def test_json_is_printed_and_output_is_written(recipe, tmp_path):
     made = run("plan", recipe, *PLAN, "--json")
     assert made.stderr == ""
     assert [lane["n_seats"] for lane in json.loads(made.stdout)["lanes"]] == [1, 1, 1]
+    assert "there is no recipe" in fails("plan", "./nosuch", "--output", tmp_path / "none.json")
+    assert "an acceptance" in fails("plan", recipe, "--acceptance", "2", "--output", tmp_path / "none.json")
+    assert not (tmp_path / "none.json").exists()
     both = run("plan", recipe, *PLAN, "--json", "--output", tmp_path / "plan.json")
     assert both.stdout == made.stdout == (tmp_path / "plan.json").read_text()
     tables = run("plan", recipe, *PLAN, "-o", tmp_path / "other.json")
@@ -81,7 +94,10 @@ def test_json_is_printed_and_output_is_written(recipe, tmp_path):
 def test_json_with_a_file_still_writes_it(words, first, recipe, tmp_path):
     words = [word.replace("FILE", str(tmp_path / "plan.json")) for word in words]
     made = run("plan", *([*words, recipe] if first else [recipe, *words]), *PLAN)
-    assert made.stderr == "note: --json prints now; a file is --output FILE\n"
+    assert (
+        made.stderr
+        == "note: --json FILE still works, but the JSON file is written by --output FILE; --json alone prints JSON\n"
+    )
     assert "| naive" in made.stdout
     assert json.loads((tmp_path / "plan.json").read_text())["lanes"]
 

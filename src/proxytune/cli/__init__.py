@@ -48,6 +48,12 @@ class Commands(TyperGroup):
         """The options before the command, as the help shows them."""
         return without_types(super().get_params(ctx))
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that the words begin with, or an error that names the nearest."""
+        if args and args[0] not in COMMANDS:
+            self.commands = dict.fromkeys(COMMANDS)  # what the error looks for names in
+        return super().resolve_command(ctx, args)
+
     def list_commands(self, ctx: Any) -> list[str]:
         """Their names, in order."""
         return list(COMMANDS)

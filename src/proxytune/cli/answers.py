@@ -54,8 +54,10 @@ def generate(
         proxytune generate mine --chat --alpha 0.5 < prompt.txt
         proxytune generate mine --input prompts.jsonl --output answers.jsonl --batch-size 16
     """
-    if not prompts and job.input is None and not sys.stdin.isatty() and (piped := sys.stdin.read()).strip():
-        prompts = [piped.rstrip("\n")]
+    if not prompts and job.input is None and not sys.stdin.isatty():
+        prompts = [sys.stdin.read().rstrip("\n")]
+        if not prompts[0].strip():
+            raise ProxyTuneError("there is no prompt: give one as an argument, on stdin, or many with --input FILE")
     if bool(prompts) == (job.input is not None):
         raise ProxyTuneError("give either prompts or --input FILE")
     if any(not prompt.strip() for prompt in prompts or []):
@@ -81,6 +83,8 @@ def generate(
         for row in broken:
             say(f"{job.input}, {row.where}: {row.broken}")
         n_broken = len(broken)
+        if not items and not broken:
+            raise ProxyTuneError(f"{job.input} holds no prompts")
     asked = {name: value for name, value in vars(options).items() if name != "alpha"}
     said = {"sampling": vars(sampling), **asked, "dtype": loading.dtype}
     run = fingerprint(config, said)
@@ -196,7 +200,8 @@ def serve(
     if engine == "transformers":
         if draft is not None:
             raise ProxyTuneError("--draft is for vLLM; in transformers experts draft where that pays")
-        need("transformers' server", "serve", "fastapi", "uvicorn", "openai")
+        if not only_print:
+            need("transformers' server", "serve", "fastapi", "uvicorn", "openai")
     import shlex
 
     from proxytune.recipe.store import load_recipe
@@ -224,6 +229,8 @@ def demo(
     results: ResultOptions,
 ) -> None:
     """Show proxy-tuning at work on a small real model: base, expert and both controls against proxy-tuned.
+
+    A few held-out problems are shown with the answers side by side, then as many are counted as fit about a minute.
 
     Examples:
 

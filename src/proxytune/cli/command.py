@@ -40,7 +40,8 @@ class Command(TyperCommand):
     def _with_new_spellings(self, ctx: Any, args: list[str]) -> list[str]:
         """The words with today's names in place of old ones; a notice is printed for each."""
         options = {flag for each in self.params if _is_option(each) for flag in each.opts}
-        file, now = ("--json-file", "DIR/results.json") if "--json-file" in options else ("--output", "--output FILE")
+        file = "--json-file" if "--json-file" in options else "--output"
+        now = "results.json in the output directory" if file == "--json-file" else "written by --output FILE"
         words = list(args)
         for at, word in enumerate(words):
             if word == "--":
@@ -54,7 +55,7 @@ class Command(TyperCommand):
                 rest, behind = [*words[:at], *words[at + 1 :]], words[at + 1 : at + 2]
                 if equals or (behind and not behind[0].startswith("-") and self._unused(ctx, rest)):
                     words[at] = file + equals + value
-                    say(f"note: --json prints now; a file is {now}")
+                    say(f"note: --json FILE still works, but the JSON file is {now}; --json alone prints JSON")
         return words
 
     def _unused(self, ctx: Any, words: list[str]) -> list[str]:

@@ -73,7 +73,10 @@ class ResultOptions:
 
     def __post_init__(self) -> None:
         if self.output is not None:
+            there = self.output.exists()
             self.output.open("a").close()  # now, not after an hour, is when to say that it cannot be written
+            if not there:
+                self.output.unlink()
 
     def give(self, values: dict[str, Any], *parts: Table | str) -> None:
         """Write and print results: ``values`` as JSON, or tables and lines of text."""

@@ -52,6 +52,8 @@ def check_tasks(names: Sequence[str], known: Collection[str] = TASKS.keys()) -> 
         ProxyTuneError: for one that does not exist, naming the nearest.
     """
     for name in names:
+        if name in EVAL_TASKS and name not in known:
+            raise ProxyTuneError(f"the task {name!r} is scored by `eval` alone; there are {', '.join(known)}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             meant = f"did you mean {near[0]!r}?" if near else f"the tasks are {', '.join(known)}"

@@ -141,6 +141,8 @@ def alpha_range(text: str) -> tuple[str | None, list[float]]:
         if ":" in numbers:
             start, stop, step = (float(part) for part in numbers.split(":"))
             count = (stop - start) / step
+            if count < 0:
+                wrong = AlphaError(f"--alpha {text!r} has no alphas: STOP lies before START, in the direction of STEP")
             if not 0 <= count < 200:
                 raise wrong
             values = [round(start + step * at, 10) for at in range(int(count + 1e-6) + 1)]

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from proxytune.errors import MemberError, RecipeError, first_line
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import adapted, ends_of, read_generation_config
-from proxytune.recipe.members import Loading, load_config, load_tokenizer, member_source
+from proxytune.recipe.members import Loading, adapter_source, load_config, load_tokenizer, member_source
 from proxytune.recipe.options import ComposeOptions, MemberChoice
 from proxytune.recipe.parts import Expert, Member, Prompt
 from proxytune.recipe.place import check_target
@@ -175,7 +175,8 @@ def compose(
     check_target(directory, force)
     loading = Loading(trust_remote_code=trust_remote_code, hub={"local_files_only": True} if offline else {})
     for name, one in config.members():
-        member_source(config, name, one)  # a path that does not exist is told now, not when the recipe is used
+        member_source(config, name, one)  # a path that does not exist is refused now, not when the recipe is used
+        adapter_source(config, one)
     notes: list[str] = []
     text_config, tokenizer, generation = None, None, None
     try:

@@ -55,7 +55,8 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if self.kind not in PROMPT_KINDS:
-            raise RecipeError(f"prompt kind {self.kind!r} is not one of {', '.join(PROMPT_KINDS)}")
+            kinds = ", ".join(PROMPT_KINDS)
+            raise RecipeError(f"prompt kind {self.kind!r} is not one of {kinds}, and as a template it lacks {{prompt}}")
         _refuse_types(self, "a prompt", str, ("response_prefix", "user_prefix"))
         _refuse_types(self, "a prompt", (str, type(None)), ("system", "template"))
         if (self.template is not None) != (self.kind == "template"):

@@ -30,12 +30,10 @@ def serve_command(
     Raises:
         ProxyTuneError: no vLLM, or one out of range. PromptError, MemberError: see :func:`proxytune.vllm.plan.refuse`.
     """
-    check_version(installed_version())
+    drafting = [] if draft is None else ["--speculative-config", json.dumps(_draft(config, draft, draft_tokens))]
     refuse(config)
-    words = server_of(str(config.name_or_path))
-    if draft is not None:
-        words += ["--speculative-config", json.dumps(_draft(config, draft, draft_tokens))]
-    return [*words, *options]
+    check_version(installed_version())
+    return [*server_of(str(config.name_or_path)), *drafting, *options]
 
 
 def server_of(model: str) -> list[str]:
