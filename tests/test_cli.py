@@ -226,7 +226,7 @@ def test_a_prompt_comes_from_stdin(recipe):
     piped = run("generate", recipe, "--json", "-n", "5", input="the fox\nand the dog\n").stdout
     given = run("generate", recipe, "the fox\nand the dog", "--json", "-n", "5").stdout
     assert piped == given
-    assert "give either prompts or --input" in fails("generate", recipe, input="\n")
+    assert "there is no prompt" in fails("generate", recipe, input="\n")
 
 
 def test_sampling_follows_the_seed(recipe):
@@ -293,7 +293,7 @@ def fails_last(*args):
         (["EXPERT", "a"], "is a qwen2 model, not a recipe"),
         (["RECIPE", ""], "the prompt is empty"),
         (["RECIPE", "a", " "], "the prompt is empty"),
-        (["RECIPE"], "give either prompts or --input"),
+        (["RECIPE"], "there is no prompt: give one as an argument, on stdin"),
         (["RECIPE", "a", "--input", "x"], "give either prompts or --input"),
         (["RECIPE", "--input", "/gone.jsonl"], "/gone.jsonl: No such file"),
         (["RECIPE", "a", "--output", "/gone/out.jsonl"], "/gone/out.jsonl: No such file"),

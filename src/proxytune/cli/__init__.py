@@ -51,7 +51,7 @@ class Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that the words begin with, or an error that names the nearest."""
         if args and args[0] not in COMMANDS:
-            self.commands = dict.fromkeys(COMMANDS)  # what the error looks for names in
+            self.commands = {name: Command(name) for name in COMMANDS}  # what the error looks for names in
         return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: Any) -> list[str]:
