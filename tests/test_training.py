@@ -476,7 +476,7 @@ def test_a_killed_run_resumes_to_the_weights_of_the_unbroken_one(shelf, text, tm
     args = command(tmp_path / "out", *members, "--data", text, *FAST, *options)
     entry = str(Path(sys.executable).with_name("proxytune"))
     killed = subprocess.Popen([entry, *args], stderr=subprocess.DEVNULL)
-    state = tmp_path / "out/training/checkpoints/checkpoint-3/trainer_state.json"
+    state = tmp_path / "out/training/checkpoints/checkpoint-4/trainer_state.json"  # the one before is whole then
     deadline = time.monotonic() + 300
     while not state.exists() and killed.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -489,7 +489,7 @@ def test_a_killed_run_resumes_to_the_weights_of_the_unbroken_one(shelf, text, tm
 
     assert "not empty" in fails(*args[1:])
     changed = [*args[1:], "--resume", "--seed", "8"]
-    assert "another seed" in fails(*changed)
+    assert "begun here: --seed; repeat" in fails(*changed)
     logged = trains(shelf, tmp_path / "out", text, *options, "--resume")
     assert "resumed from step" in logged
     assert manifest_of(tmp_path / "out")["resumed_from_step"] in range(3, 19)
@@ -501,6 +501,77 @@ def test_a_killed_run_resumes_to_the_weights_of_the_unbroken_one(shelf, text, tm
     for name, tensor in unbroken.items():  # several threads may add in another order
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
     assert "finished already" in trains(shelf, tmp_path / "out", text, *options, "--resume")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), id="adapter"),
+        pytest.param(("--full",), id="full"),
+        pytest.param(("--validation",), id="validation"),
+        pytest.param(("--consistent", "--validation"), id="consistent"),
+    ],
+)
+def test_a_run_that_is_killed_after_its_last_step_resumes_without_another(
+    shelf, text, held_out, tmp_path, monkeypatch, options
+):
+    """The last step is in the middle of an epoch: a new epoch's end would be noticed by transformers itself."""
+    from proxytune.training import run
+
+    class Killed(BaseException):
+        pass
+
+    def dies(*args):
+        raise Killed
+
+    given = (*options, *([held_out] if "--validation" in options else []), "--lr", "3e-2", "--max-steps", 5)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "_save_expert", dies)
+        with pytest.raises(Killed):
+            trains(shelf, tmp_path / "killed", text, *given)
+    logged = trains(shelf, tmp_path / "killed", text, *given, "--resume")
+    assert "resumed from step 5" in logged
+    assert "training" not in logged.partition("resumed from step 5")[2].partition("writing the recipe")[0]
+    trains(shelf, tmp_path / "unbroken", text, *given)
+    killed, unbroken = manifest_of(tmp_path / "killed"), manifest_of(tmp_path / "unbroken")
+    assert (killed.pop("resumed_from_step"), unbroken.pop("resumed_from_step")) == (5, None)
+    for own in ("seconds", "config"):  # the second holds the name of OUT
+        del killed[own], unbroken[own]
+    assert killed == unbroken
+    for file in (tmp_path / "unbroken/expert").iterdir():
+        assert file.read_bytes() == (tmp_path / "killed/expert" / file.name).read_bytes(), file.name
+
+
+def test_what_differs_from_the_run_that_was_begun_is_named_as_the_user_names_it(
+    shelf, text, held_out, tmp_path, monkeypatch
+):
+    from proxytune.training import run
+
+    class Kill(run.Reporting):
+        def on_save(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
+    given = (tmp_path / "out", *members, *FAST, "--max-steps", 4, "--save-every", 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "Reporting", Kill)
+        assert CliRunner().invoke(app, command(*given, "--data", text, "--validation", held_out)).exit_code == 130
+    changed = write_rows(tmp_path / "changed.jsonl", HELD_OUT[:3])
+    for validation, more, named in (
+        (changed, (), "the validation data"),
+        (held_out, ("--seed", 1), "--seed"),
+        (held_out, ("--alpha", 2, "--no-gradient-checkpointing"), "--alpha, --no-gradient-checkpointing"),
+        (changed, ("--lora-alpha", 3, "--seed", 1), "--lora-alpha, --seed, the validation data"),
+    ):
+        said = fails(*given, "--data", text, "--validation", validation, *more, "--resume")
+        assert f"differs from the run that was begun here: {named}; repeat" in said
+    rows = write_rows(tmp_path / "rows.jsonl", TEXT[:6])
+    said = fails(*given, "--data", rows, "--validation", held_out, "--resume")
+    assert "begun here: the training data; repeat" in said
+    monkeypatch.setattr(run, "n_processes", lambda: 2)
+    monkeypatch.setattr(run, "is_main", lambda: True)
+    said = fails(*given, "--data", text, "--validation", held_out, "--resume")
+    assert "begun here: the number of processes; repeat" in said
 
 
 def test_a_seed_makes_a_run_repeatable_and_another_differs(shelf, text, tmp_path):
@@ -592,7 +663,7 @@ def test_a_killed_run_with_validation_resumes_to_the_unbroken_one(shelf, text, h
     (tmp_path / "killed").rename(tmp_path / "moved")
     members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
     changed = (tmp_path / "moved", *members, "--data", text, *FAST, *options, "--resume", "--early-stopping", 4)
-    assert "another early_stopping" in fails(*changed)
+    assert "begun here: --early-stopping; repeat" in fails(*changed)
     trains(shelf, tmp_path / "moved", text, *options, "--resume")
     resumed = manifest_of(tmp_path / "moved")
     assert resumed["resumed_from_step"] is not None
@@ -781,7 +852,7 @@ def test_two_processes_that_were_ended_resume_to_what_one_trains(shelf, text, tm
     ended.terminate()  # the launcher ends its processes
     ended.wait()
     assert not (tmp_path / "two/config.json").exists(), "it was done before it could be ended"
-    assert "another processes" in fails(tmp_path / "two", *given, "--resume")
+    assert "begun here: the number of processes; repeat" in fails(tmp_path / "two", *given, "--resume")
     done = launched(tmp_path / "two", *given, "--resume")
     assert done.returncode == 0, done.stderr
     assert "resumed from step" in done.stderr
@@ -843,8 +914,6 @@ def test_bad_input_is_told_in_one_sentence(shelf, text, tmp_path, monkeypatch):
     assert "micro batches" in fails(out, *members, "--data", text, "--batch-size", 8, "--micro-batch", 3)
     assert "not one of auto" in fails(out, *members, "--data", text, "--precision", "int8")
     assert "hidden cache is for consistent" in fails(out, *members, "--data", text, "--hidden-cache", "off")
-    for _ in range(2):  # what has no checkpoint has not begun, and does not stand in the way of the next command
-        assert "cannot train this" in fails(out, *members, "--data", text, "--targets", "no_such_module")
     (tmp_path / "file").write_text("")
     assert "is a file" in fails(tmp_path / "file", *members, "--data", text)
     (tmp_path / "used").mkdir()
@@ -853,6 +922,22 @@ def test_bad_input_is_told_in_one_sentence(shelf, text, tmp_path, monkeypatch):
     assert "no training run to resume" in fails(tmp_path / "used", *members, "--data", text, "--resume")
     monkeypatch.setattr("proxytune.training.run.PACKAGES", ("trl", "no_such_package"))
     assert "pip install 'proxytune[train]'" in fails(out, *members, "--data", text)
+
+
+def test_a_target_that_is_no_module_is_named_before_the_training(shelf, text, tmp_path):
+    given = ("--base", shelf / "base", "--anti-expert", shelf / "anti", "--data", text, *FAST)
+    there = "there are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    for targets, wrong in (("q_prj,v_proj", "'q_prj'"), ("no,v_proj,nor", "'no', 'nor'"), ("q_proj,", "''")):
+        said = fails(tmp_path / "new/out", *given, "--targets", targets)
+        assert said == f"error: --targets names no module of the anti-expert: {wrong}; {there}"
+        assert not (tmp_path / "new").exists()  # nothing is left of what has not begun
+    assert "cannot train this" in fails(tmp_path / "out", *given, "--targets", "mlp")  # a module, but PEFT's refusal
+    (tmp_path / "out/training/hidden").mkdir(parents=True)  # hours of work, say
+    fails(tmp_path / "out", *given, "--targets", "mlp")
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["training", "hidden"]
+    trains(shelf, tmp_path / "out", text, "--max-steps", 1, "--targets", "q_proj, layers.1.self_attn.v_proj")
+    made = json.loads((tmp_path / "out/expert/adapter_config.json").read_text())
+    assert set(made["target_modules"]) == {"q_proj", "layers.1.self_attn.v_proj"}
 
 
 def test_a_loss_that_is_no_number_ends_the_run(shelf, text, tmp_path):

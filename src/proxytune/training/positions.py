@@ -57,7 +57,7 @@ def summed(loss: Callable[..., Tensor], *positions: Tensor) -> Tensor:
 
 
 class TokenMeanTrainer(SFTTrainer):
-    """TRL's trainer, whose validation loss is the mean over all learned tokens.
+    """TRL's trainer, whose validation loss is the mean over all learned tokens, and which trains no step too many.
 
     (TRL's is a mean over batches of each batch's mean, so it would depend on which rows share a batch.)
 
@@ -66,6 +66,12 @@ class TokenMeanTrainer(SFTTrainer):
     """
 
     validation_tokens: int
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """transformers looks whether all steps are done after each step, so a run that was killed behind its last one
+        would resume with another."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None

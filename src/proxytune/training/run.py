@@ -10,6 +10,7 @@ Everything is written so that a kill at any moment leaves what ``resume`` goes o
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -18,7 +19,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,7 @@ import torch
 from proxytune.answers.journal import write_whole
 from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError, first_line, need
 from proxytune.lanes.loading import load_model
+from proxytune.options import words
 from proxytune.recipe.check import check_recipe
 from proxytune.recipe.compose import compose
 from proxytune.recipe.config import ProxyTuneConfig
@@ -49,6 +51,15 @@ LONGEST = 2048
 FEW_STEPS = 20  # a run with fewer gets a note
 # What may differ between a run and its resumption: none of it touches a weight.
 FREE = ("save_every", "hidden_cache", "data", "validation", "report_to")
+
+# What is compared besides the options, and what a user knows it by.
+COMPARED = {
+    "base": "the base",
+    "anti_expert": "the anti-expert",
+    "data_sha256": "the training data",
+    "validation_sha256": "the validation data",
+    "processes": "the number of processes",
+}
 
 # Trackers that run only on the platforms of these names, where they could not be tried.
 PLATFORMS = {"azure_ml", "flyte", "kubeflow"}
@@ -136,7 +147,8 @@ def train(
     data, validation = read_data(options)
     arguments = _arguments(options, config)
     hashes = {"data_sha256": data.sha256, "validation_sha256": validation and validation.sha256}
-    _begin(folder, {**arguments, **hashes}, has_begun(out))
+    begun, made = has_begun(out), [place for place in folder.parents if not place.exists()]
+    _begin(folder, {**arguments, **hashes}, begun)
     if (folder / "manifest.json").exists():
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         if is_main():
@@ -144,7 +156,12 @@ def train(
         return Trained(out, manifest, _noted(note, ["the run was finished already; nothing was done"]))
 
     run = Run(options, folder, config, shared, data, validation, report)
-    trainer, notes, facts = make_trainer(run)
+    try:
+        trainer, notes, facts = make_trainer(run)
+    except Exception:
+        if is_main() and not begun:
+            _withdraw(folder, made)
+        raise
     for reporter in reporters:
         trainer.add_callback(reporter)
     checkpoint = run.checkpoint
@@ -367,9 +384,10 @@ def _begin(folder: Path, arguments: dict[str, Any], begun: bool) -> None:
     if begun and file.exists():
         before, now = json.loads(file.read_text("utf-8")), json.loads(json.dumps(arguments))
         if differing := [name for name in now if name not in FREE and before.get(name) != now[name]]:
+            named = ", ".join(COMPARED.get(name) or _flag(name) for name in differing)
             raise ProxyTuneError(
-                f"the run was begun with another {' and another '.join(differing)}; repeat it, or begin anew in "
-                "another directory"
+                f"this differs from the run that was begun here: {named}; repeat that run's command with --resume, or "
+                "begin anew in another directory"
             )
         return
     if not is_main():
@@ -379,6 +397,20 @@ def _begin(folder: Path, arguments: dict[str, Any], begun: bool) -> None:
         _write_json(file, arguments)
     except OSError as error:
         raise ProxyTuneError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+def _flag(name: str) -> str:
+    (flag,) = (field.metadata.get("flag", "") for field in fields(TrainingOptions) if field.name == name)
+    return flag.partition(" ")[0] or "--" + name.replace("_", "-")
+
+
+def _withdraw(folder: Path, made: Sequence[Path]) -> None:
+    """Remove what :func:`_begin` wrote of a run that cannot begin, and the directories that were made for it; not what
+    lies in them besides, such as hidden states."""
+    (folder / "arguments.json").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty
+        for place in (folder, *made):
+            place.rmdir()
 
 
 def _clean(folder: Path) -> None:
@@ -424,6 +456,7 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
     dtype = "float32" if options.full else run.anti_expert.dtype  # small steps would be lost in 16 bits
     model: Any = load_model(config, "the anti-expert", replace(run.anti_expert, dtype=dtype), run.loading)
     model.generation_config = valid_generation_config(model.generation_config)
+    targets = "all-linear" if options.targets == "all-linear" else _checked_targets(options.targets, model)
     assert options.micro_batch is not None
     assert options.lr is not None
     assert options.lora_alpha is not None
@@ -465,7 +498,7 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
     lora = LoraConfig(
         r=options.rank,
         lora_alpha=options.lora_alpha,
-        target_modules="all-linear" if options.targets == "all-linear" else options.targets.split(","),
+        target_modules=targets,
         task_type="CAUSAL_LM",
     )
     kind: Any = TokenMeanTrainer
@@ -511,6 +544,23 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
     if options.early_stopping is not None:
         trainer.add_callback(Stopping(options.early_stopping))
     return trainer, notes, facts
+
+
+def _checked_targets(asked: str, model: Any) -> list[str]:
+    """The modules that ``--targets`` names. (PEFT is content if one of them exists.)"""
+    from transformers.pytorch_utils import Conv1D
+
+    targets, names = list(words(asked)), [name for name, _ in model.named_modules()]
+    if wrong := [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names if name)]:
+        head = model.get_output_embeddings()
+        linear = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+        }
+        there = f"; there are {', '.join(sorted(linear))}" if linear else ""
+        raise ProxyTuneError(f"--targets names no module of the anti-expert: {', '.join(map(repr, wrong))}{there}")
+    return targets
 
 
 def _validation_batch(micro_batch: int, validation: Rows | None) -> int:
