@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.answers.plain_loop import plain_loop
+from proxytune.cli.speed import BENCH_LEGEND, _drafts
 from proxytune.recipe.options import LoadingOptions
 from proxytune.speed import bench
 from proxytune.speed.options import ARMS, BenchOptions, Case, MemberOptions
@@ -203,6 +204,16 @@ def test_prompts_from_a_file(measured, tmp_path):
     assert len(found["rows"]) == 1
 
 
+def test_drafts_and_their_acceptance_are_told_alike():
+    """The acceptance is of the drafts that were checked, not of all."""
+    counts = {"drafted": 55, "accepted": 23, "looked_up": 234, "lookups_accepted": 161, "judged": 216, "cycles": 90}
+    assert _drafts("float32", counts) == (
+        "Drafts (float32): 289, of which 55 by an expert and 234 copied from the text. The mixture checked 216 of them "
+        "and accepted 184 (23 of the expert's, 161 copied ones), in 90 cycles."
+    )
+    assert "checked" in BENCH_LEGEND["acceptance"]
+
+
 # -- budget and interruption ----------------------------------------------------------------------------------
 def test_the_budget_cuts_rounds_and_options_and_says_so():
     result = bench.BenchResult({}, BenchOptions(repeats=5))
@@ -221,6 +232,54 @@ def test_the_budget_cuts_rounds_and_options_and_says_so():
         f"8/512 at batch 4 has 2 of 5 rounds, of float32+pack alone: {costs_said}",
         f"8/512 at batch 4 is left out: {costs_said}",
     ]
+
+
+@pytest.mark.parametrize(("scale", "minutes"), [(1.0, 18.0), (0.2, 18.0), (1.0, 3.0), (1.0, 0.0)])
+def test_the_time_left_is_never_more_than_the_budget_leaves(monkeypatch, scale, minutes):
+    """With the cases' costs of a slow machine, or a fast one: the cheap cases come first."""
+    clock, told = [50.0], []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+
+    def measure(result, subjects, case, draw, rng, *, seconds, progress, **others):
+        warm, a_run = scale * 10.0, scale * 0.03 * case.batch * case.output
+        for arm in range(6):
+            progress(f"warm-up, {arm}", 0.0)
+            clock[0] += warm
+        rounds = 5 if seconds is None else min(5, max(0, int((seconds - 6 * warm) / (6 * a_run))))
+        for number, turn in itertools.product(range(rounds), range(6)):
+            progress("round", (number + turn / 6) / rounds)
+            clock[0] += a_run
+        return 6 * warm
+
+    monkeypatch.setattr(bench, "_measure_case", measure)
+    model = SimpleNamespace(tokenizer=len, context_of=lambda name: None, shortest="base", device=torch.device("cpu"))
+    subject = SimpleNamespace(separate=model, compiled=False, shares=True)
+    options = BenchOptions(minutes=minutes)
+    bench.run_bench([subject], options, iter(()), progress=lambda said, share: told.append((said, clock[0], share)))
+    assert told[0] == ("64/128 at batch 1: prompts", 50.0, 0.0)
+    shares = [share for _, _, share in told]
+    assert shares == sorted(shares)
+    assert 0.5 < shares[-1] <= 1
+    for said, at, share in told[1:]:
+        elapsed = at - 50.0
+        left = elapsed * (1 - share) / share if elapsed and share else 0.0  # as it is told
+        if minutes:
+            assert left <= 60 * minutes - elapsed + 1e-6, said
+
+
+def test_a_main_case_beyond_the_budget_is_not_done_before_it_ends(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    share = bench._Share(budget=60.0, n_cases=9, begin=0.0)
+    found = []
+    for clock[0], part in ((0.0, 0.0), (20.0, 0.0), (40.0, 0.1), (120.0, 0.5), (200.0, 0.9)):
+        found.append(share.done(0, part, main=True))
+    assert found == pytest.approx([0.0, 20 / 60, 40 / 220, 120 / 220, 200 / 220])
+    share = bench._Share(budget=60.0, n_cases=9, begin=0.0, warmed=40.0)
+    clock[0] = 50.0
+    assert share.done(8, 0.1, main=False) == pytest.approx(0.9)  # it would take 140 s, and will be cut
+    clock[0] = 57.0
+    assert share.done(8, 0.1, main=False) == pytest.approx(57 / 60)
 
 
 def test_without_time_only_the_main_case_is_measured(measured):
@@ -355,7 +414,7 @@ def test_a_number_of_drafts_copies_none(measured):
     found, made = measured("--batch-size", "1", "--lengths", "6/20", "--repeats", "1", "--speculate", "3")
     stats = next(row["speculation"] for row in found["rows"] if row["arm"] == "speculative")
     assert stats["drafted"] > 0 == stats["looked_up"] == stats["lookup_cycles"]
-    assert f"{stats['drafted']} by an expert, {stats['accepted']} accepted; 0 copied from the text" in made.stdout
+    assert f"of which {stats['drafted']} by an expert and 0 copied from the text." in made.stdout
 
 
 def test_batches_are_drafted_for(measured):

@@ -284,6 +284,13 @@ def test_chat_shows_what_the_recipe_is_for(shelf, tmp_path, monkeypatch):
     assert [lines[1:] for lines in after] == [["try: the dog"], ["try: the fox"]]
 
 
+def test_an_example_of_several_lines_is_shown_as_it_is_typed(shelf, tmp_path):
+    pair = {"expert": str(shelf / "expert"), "anti_expert": str(shelf / "anti")}
+    about = {"examples": ["Question: a?\n  Answer:", "the dog"]}
+    recipe = tiny.write_recipe_alone(tmp_path / "r", {"base": str(shelf / "base"), "experts": [pair], **about})
+    assert "try:\nQuestion: a?\n  Answer:\ntry: the dog\n/help lists" in run("chat", recipe, input="").stderr
+
+
 def test_another_file_is_not_overwritten(recipe, tmp_path):
     (tmp_path / "notes").write_text("mine")
     result = run("chat", recipe, "-n", "2", input=f"hi\n/save {tmp_path}/notes\n")

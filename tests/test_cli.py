@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -181,9 +182,31 @@ def test_new_keeps_what_the_recipe_is_for_and_check_shows_it(shelf, tmp_path):
     about = ("--description", "Knows [all] foxes.", "--example", "the fox", "--example", "and the dog")
     run("new", tmp_path / "made", *trio(shelf), *about)
     shown = run("check", tmp_path / "made").stdout
-    assert shown.startswith("Knows [all] foxes.\ntry: the fox\ntry: and the dog\n\nmember")
+    command = f"try: proxytune generate {tmp_path / 'made'}"
+    assert shown.startswith(f"Knows [all] foxes.\n{command} 'the fox'\n{command} 'and the dog'\n\nmember")
     report = json.loads(run("check", tmp_path / "made", "--json").stdout)
     assert (report["description"], report["examples"]) == ("Knows [all] foxes.", ["the fox", "and the dog"])
+
+
+@pytest.mark.parametrize("prompt", ["word " * 40 + "end", "Question: a?\n\tAnswer:", "-it's [bold]"])
+def test_an_example_prompt_can_be_copied_from_check(shelf, tmp_path, prompt):
+    """Whatever the width of the terminal: the command that is shown asks for that prompt."""
+    run("new", tmp_path / "made", *trio(shelf), f"--example={prompt}")
+    shown = run("check", tmp_path / "made").stdout
+    words = shlex.split(shown.partition("try: ")[2].partition("\n\nmember")[0])
+    assert words == ["proxytune", "generate", str(tmp_path / "made"), *(["--"] if prompt[0] == "-" else []), prompt]
+    run(*words[1:3], "-n", "1", *words[3:])
+
+
+def test_check_shows_models_whole(shelf, tmp_path):
+    """A path of more columns than a terminal has is on a line of its own, unbroken."""
+    deep = tmp_path / "a-long-name-of-a-directory" / "and-another-long-name" / "base"
+    deep.parent.mkdir(parents=True)
+    deep.symlink_to(shelf / "base")
+    run("new", tmp_path / "made", "--base", deep, "--expert", shelf / "expert", "--anti-expert", shelf / "anti")
+    shown = run("check", tmp_path / "made").stdout.splitlines()
+    assert f"base: {deep}" in shown
+    assert all(len(line) <= 80 for line in shown[: shown.index("")])
 
 
 def test_check_fails_where_the_recipe_does(tmp_path, shelf):
@@ -412,6 +435,19 @@ def test_without_a_terminal_a_line_tells_how_far_it_is(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == [
         "gsm8k, base (1 of 2), 30 % after 31 s, about 4 min left",
         "gsm8k, base (1 of 2), 60 % after 7 min, about 7 min left",
+    ]
+
+
+def test_loading_does_not_count_in_the_time_left(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr("proxytune.cli.shared.time.monotonic", lambda: now[0])
+    with share_bar() as tell:
+        for second, share in ((1, 0.0), (500, 0.0), (600, 0.1)):
+            now[0] = 100.0 + second
+            tell("bench", share)
+    assert capsys.readouterr().err.splitlines() == [
+        "bench, 0 % after 8 min",
+        "bench, 10 % after 10 min, about 15 min left",
     ]
 
 

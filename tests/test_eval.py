@@ -30,7 +30,7 @@ from proxytune.evaluation.answering import Job, Log, TaskPlan, answer_jobs, enco
 from proxytune.evaluation.arms import Arms, expand_arms
 from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.results import metric_text
-from proxytune.evaluation.run import evaluate, load_plans, manifest_of, sweep
+from proxytune.evaluation.run import _refuse_others, evaluate, load_plans, manifest_of, sweep
 from proxytune.evaluation.scoring import score_lines
 from proxytune.recipe.options import LoadingOptions
 
@@ -551,7 +551,7 @@ def test_a_run_can_grow_but_not_change(shelf, local, tmp_path):
     assert list(grown["tasks"]["realtimeqa"]["arms"]) == ["base", "expert"]
     assert (tmp_path / "realtimeqa" / "base.jsonl").read_bytes() == made
     for change, named in (
-        ({"limit": 3}, "limit 2, now 3"),
+        ({"limit": 3}, "with realtimeqa: limit 2, now 3; repeat"),  # not also the examples and the data, which follow
         ({"seed": 5}, "seed 0, now 5"),
         ({"alpha": 0.5}, 'alpha {"expert": 1.0}, now {"expert": 0.5}'),
     ):
@@ -596,13 +596,27 @@ def test_a_task_without_a_prediction_takes_another_limit(shelf, local, tmp_path,
         patch.setattr("proxytune.evaluation.run.answer_jobs", refusing(tasks=["realtimeqa"]))
         evaluate(config, settings, tmp_path)
     for tasks in (("triviaqa",), ("triviaqa", "realtimeqa")):
-        with pytest.raises(ProxyTuneError, match=r"begun with triviaqa: limit 2, now 1; triviaqa: examples 2, now 1"):
+        with pytest.raises(ProxyTuneError, match=r"begun with triviaqa: limit 2, now 1; repeat"):
             evaluate(config, replace(settings, tasks=tasks, limit=1), tmp_path)
     with pytest.raises(ProxyTuneError, match="seed 0, now 5"):  # which is of all tasks
         evaluate(config, replace(settings, tasks=("realtimeqa",), seed=5), tmp_path)
     evaluate(config, replace(settings, tasks=("realtimeqa",), limit=1), tmp_path)
     tasks = json.loads((tmp_path / "manifest.json").read_text())["tasks"]
     assert {name: task["limit"] for name, task in tasks.items()} == {"triviaqa": 2, "realtimeqa": 1}
+
+
+def test_a_difference_is_told_once_without_what_follows_from_it(tmp_path):
+    before = {"limit": None, "examples": 7, "samples": 1, "version": 1, "data_sha256": "a"}
+    for changed, told in (
+        ({"limit": 6, "examples": 6, "data_sha256": "b"}, "limit null, now 6"),
+        ({"samples": 2, "data_sha256": "b"}, "samples 1, now 2"),
+        ({"examples": 8, "data_sha256": "b"}, "examples 7, now 8"),
+        ({"data_sha256": "b"}, 'data sha256 "a", now "b"'),
+        ({"limit": 6, "version": 2, "data_sha256": "b"}, "limit null, now 6; t: version 1, now 2"),
+    ):
+        with pytest.raises(ProxyTuneError) as caught:
+            _refuse_others(tmp_path, "t: ", before, {**before, **changed})
+        assert str(caught.value) == f"{tmp_path} was begun with t: {told}; repeat that, or choose another --output"
 
 
 def test_a_tuned_model_without_a_prediction_may_be_another(shelf, local, tmp_path, monkeypatch):

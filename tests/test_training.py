@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from proxytune import Expert, Member, ProxyTuneConfig, ProxyTunedForCausalLM, ProxyTuneError, load_recipe, write_recipe
 from proxytune.cli import app
+from proxytune.cli.training import _losses
 from proxytune.recipe.check import check_recipe
 from proxytune.training import TrainingOptions
 from proxytune.training.data import Rows
@@ -610,6 +611,16 @@ def test_the_checkpoint_with_the_lowest_validation_loss_is_kept(shelf, text, hel
     assert manifest_of(tmp_path / "out")["trained_parameters"] > 0
     assert f"at step {best['step']}, which is kept" in logged
     assert f"training 8/40  validation loss {losses[8]:.4f}" in logged
+
+
+def test_losses_are_told_with_the_same_decimals():
+    validated = {"losses": [{"step": 4, "loss": 1.5}, {"step": 8, "loss": 1.25004}], "stopped_early": True}
+    manifest = {"loss": {"first": 2.826, "last": 2.85}, "steps": 8}
+    assert list(_losses(manifest)) == ["loss 2.8260 -> 2.8500 in 8 steps"]
+    assert list(_losses({**manifest, "validation": {**validated, "best": validated["losses"][1]}}))[1:] == [
+        "validation loss 1.5000 at step 4 -> 1.2500 at step 8, which is kept; stopped early, at step 8"
+    ]
+    assert list(_losses({"loss": None, "steps": 0})) == []
 
 
 def test_validation_changes_no_step_of_the_training(shelf, text, held_out, tmp_path):

@@ -65,7 +65,7 @@ def chat(
     if config.description:
         say(config.description)
     for example in examples:
-        say(f"try: {example}")
+        say(_to_try(example))
     say("/help lists the commands, /quit leaves")
     talk, read = Talk(conversation, names, examples), _reader(examples)
     while True:
@@ -88,6 +88,11 @@ def chat(
                 complain(f"{error}; /undo takes back the last turn, /reset all of them{system}")
             except ProxyTuneError as error:
                 complain(f"{error}")
+
+
+def _to_try(example: str) -> str:
+    """An example prompt as it can be copied: one of several lines has these for itself."""
+    return f"try:\n{example}" if "\n" in example else f"try: {example}"
 
 
 # -- the terminal ---------------------------------------------------------------------------------------------
@@ -245,7 +250,7 @@ class Talk:
         elif not made.text.strip():
             say("(an empty answer: the model ended it at once; ask in other words, or try another /alpha)")
             if others := [example for example in self.examples if example.strip() != text]:
-                say(f"try: {others[0]}")
+                say(_to_try(others[0]))
 
     def alpha(self, rest: str) -> None:
         """Steer that strongly from now on (with several experts also NAME=NUMBER); alone: say how strongly."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.cli.flags import only
-from proxytune.cli.shared import FAILED, Recipe, ResultOptions, complain, count, load_model, say, size
+from proxytune.cli.shared import FAILED, Recipe, ResultOptions, complain, count, load_model, say, size, write_out
 from proxytune.recipe.options import ComposeOptions, LoadingOptions
 from proxytune.recipe.place import check_target
 
@@ -122,7 +123,7 @@ def check(
     report = check_recipe(config, Loading.of(loading))
     console = Console()
     if not results.json:
-        show_report(report, console)
+        show_report(report, recipe, console)
     trials = []
     if run and not report.problems:
         from proxytune.answers.selftest import run_trials
@@ -138,27 +139,25 @@ def check(
         raise typer.Exit(FAILED)
 
 
-def show_report(report: Report, console: Console) -> None:
-    """Print what ``check`` found: a table of the members, the totals, and what is wrong."""
+def show_report(report: Report, recipe: str, console: Console) -> None:
+    """Print what ``check`` found of ``recipe``: a table of the members, the totals, and what is wrong."""
     from rich.markup import escape
     from rich.table import Table
 
     if report.description:
         console.print(escape(report.description), highlight=False)
     for example in report.examples:
-        console.print(f"try: {escape(example)}", highlight=False)
+        command = ["proxytune", "generate", recipe, *(["--"] if example.startswith("-") else []), example]
+        write_out(f"try: {shlex.join(command)}\n")  # not wrapped, tabs kept: it is there to be copied
     if report.description or report.examples:
         console.print()
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("member", overflow="fold")
-    table.add_column("model", overflow="fold")
     for heading in ("params", "dtype", "weights", "KV/token", "context"):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in report.members:
-        model = str(one.model) + (f" + {one.adapter}" if one.adapter else "")
         table.add_row(
             one.name,
-            model + ("" if one.prompt == "raw" else f" [{one.prompt} prompt]").replace("[", "\\["),
             count(one.parameters),
             one.dtype.replace("bfloat", "bf").replace("float", "f"),
             size(one.weight_bytes) if not one.shares_with else f"+{size(one.weight_bytes)}",
@@ -168,6 +167,10 @@ def show_report(report: Report, console: Console) -> None:
     if report.members:
         console.print(table)
         console.print()
+    for one in report.members:
+        model = str(one.model) + (f" + {one.adapter}" if one.adapter else "")
+        prompt = "" if one.prompt == "raw" else f" ({one.prompt} prompt)"
+        write_out(f"{one.name}: {model}{prompt}\n")  # not wrapped: a path can be copied
     for one in report.members:
         if one.shares_with:
             console.print(f"{one.name} shares its weights with {one.shares_with}", highlight=False)

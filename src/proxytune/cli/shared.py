@@ -286,17 +286,19 @@ def share_bar() -> Iterator[Callable[[str, float], None]]:
 
 def _lines(every: float = 30.0) -> Callable[[str, float], None]:
     """Tells what is being done in lines, ``every`` so many seconds."""
-    began = told = time.monotonic()
+    began = told = moving = time.monotonic()
     first: float | None = None  # a run that goes on does not begin at 0
 
     def tell(said: str, share: float) -> None:
-        nonlocal told, first
+        nonlocal told, first, moving
         now = time.monotonic()
         first = share if first is None else first
+        if share <= first:  # loading tells nothing of how fast the rest will be
+            moving = now
         if now - told < every:
             return
         told = now
-        rest = (now - began) * (1 - share) / (share - first) if share > first else None
+        rest = (now - moving) * (1 - share) / (share - first) if share > first else None
         left = "" if rest is None else f", about {_duration(rest)} left"
         say(f"{said}, {100 * share:.0f} % after {_duration(now - began)}{left}")
 

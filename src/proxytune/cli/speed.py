@@ -63,7 +63,8 @@ def bench(
 BENCH_LEGEND = {
     "to base": "tokens/s as a multiple of the base alone",
     "to plain loop": "tokens/s as a multiple of the paper's loop of three forwards",
-    "acceptance": "the share of drafted tokens that the mixture keeps",
+    "acceptance": "of the drafted tokens that the mixture checked, the share that it kept; it checks none after a "
+    "rejected one",
     "first token": "from the prompt to the first token",
     "shared": "members of one set of weights in one forward",
     "speculative": "the recipe as it is loaded by default",
@@ -82,10 +83,6 @@ def bench_tables(result: BenchResult) -> list[Table | str]:
     ]
     for case in dict.fromkeys(map(_case, result.rows)):
         rows = [row for row in result.rows if _case(row) == case]
-        drafts = (
-            "Drafts ({options}): {drafted} by an expert, {accepted} accepted; "
-            "{looked_up} copied from the text, {lookups_accepted} accepted; {cycles} cycles."
-        )
         parts.append(
             Table(
                 (
@@ -109,9 +106,7 @@ def bench_tables(result: BenchResult) -> list[Table | str]:
                 ],
                 case,
                 legend=BENCH_LEGEND,
-                notes=[
-                    drafts.format(options=row["options"], **row["speculation"]) for row in rows if row["speculation"]
-                ],
+                notes=[_drafts(row["options"], row["speculation"]) for row in rows if row["speculation"]],
             )
         )
     if result.overheads:
@@ -143,6 +138,16 @@ def bench_tables(result: BenchResult) -> list[Table | str]:
         lines.append(f"Outputs: {text}.")
     lines.append(f"Memory: {machine['memory']}. Tokens/s include the prompt. {result.seconds:.0f} s.")
     return [*parts, "\n".join([*lines, *(f"Note: {note}." for note in result.notes)])]
+
+
+def _drafts(options: str, of: dict[str, int]) -> str:
+    """How many tokens were drafted, and what became of them."""
+    drafted, accepted = of["drafted"] + of["looked_up"], of["accepted"] + of["lookups_accepted"]
+    return (
+        f"Drafts ({options}): {drafted}, of which {of['drafted']} by an expert and {of['looked_up']} copied from the "
+        f"text. The mixture checked {of['judged']} of them and accepted {accepted} ({of['accepted']} of the expert's, "
+        f"{of['lookups_accepted']} copied ones), in {of['cycles']} cycles."
+    )
 
 
 def _case(row: dict[str, Any]) -> str:
@@ -180,7 +185,8 @@ PLAN_LEGEND = {
     "seats": "rows that a set of weights computes for each row of the batch, one for each member",
     "read a step": "bytes of weights that a step reads",
     "KV/token": "bytes that a token adds to the cache",
-    "acceptance": "the share of drafted tokens that the mixture keeps: an assumption, see --acceptance",
+    "acceptance": "of the drafted tokens that the mixture checks, the share that it keeps; it checks none after a "
+    "rejected one. An assumption, see --acceptance",
     "naive": "a forward of every member",
     "shared": "a forward of every set of weights",
     "speculative": "the cheapest of them drafts",

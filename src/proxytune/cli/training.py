@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -40,17 +40,22 @@ def train(
 
     with resumable(f"the checkpoints until here are kept in {out}", add="--resume"), _shown() as report:
         trained = run(options, out, settings=settings, report=report, note=lambda text: say(f"note: {text}"))
-    loss = trained.manifest["loss"]
-    if loss is not None:
-        say(f"loss {loss['first']:.4g} -> {loss['last']:.4g} in {trained.manifest['steps']} steps")
-    if (validated := trained.manifest.get("validation")) is not None:
-        first, best, stopped = validated["losses"][0], validated["best"], validated["stopped_early"]
-        end = f"; stopped early, at step {trained.manifest['steps']}" if stopped else ""
-        say(
-            f"validation loss {first['loss']:.4g} at step {first['step']} -> {best['loss']:.4g} at step "
+    for line in _losses(trained.manifest):
+        say(line)
+    say(f"wrote {out}; try it: proxytune generate {out} PROMPT")
+
+
+def _losses(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """How the losses of a run began and ended."""
+    if (loss := manifest["loss"]) is not None:
+        yield f"loss {loss['first']:.4f} -> {loss['last']:.4f} in {manifest['steps']} steps"
+    if (validated := manifest.get("validation")) is not None:
+        first, best = validated["losses"][0], validated["best"]
+        end = f"; stopped early, at step {manifest['steps']}" if validated["stopped_early"] else ""
+        yield (
+            f"validation loss {first['loss']:.4f} at step {first['step']} -> {best['loss']:.4f} at step "
             f"{best['step']}, which is kept{end}"
         )
-    say(f"wrote {out}; try it: proxytune generate {out} PROMPT")
 
 
 @contextlib.contextmanager

@@ -493,10 +493,15 @@ def _predicted(folder: Path) -> set[str]:
     return {path.stem for path in folder.glob("*.jsonl") if Journal(path).read().lines}
 
 
+FOLLOWS = {"limit": ("examples", "data_sha256"), "examples": ("data_sha256",), "samples": ("data_sha256",)}
+
+
 def _refuse_others(out: Path, said: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     differing = []
+    changed = {key for key in now if before.get(key) != now[key]}
+    changed -= {result for cause in changed for result in FOLLOWS.get(cause, ())}  # told by what they follow from
     for key in now:
-        if before.get(key) != now[key]:
+        if key in changed:
             texts = (json.dumps(value) for value in (before.get(key), now[key]))
             was, is_now = (text if len(text) <= 80 else f"{text[:77]}…" for text in texts)
             differing.append(f"{said}{key.replace('_', ' ')} {was}, now {is_now}")

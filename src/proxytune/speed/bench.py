@@ -504,6 +504,8 @@ def run_bench(
     rng = random.Random(settings.seed)
     begin = time.perf_counter()
     largest, warmed = 1, 0.0  # the most prompt tokens of a batch so far, and the seconds of its warm-up
+    progress(f"{cases[0]}: prompts", 0.0)
+    share = _Share(settings.budget, len(cases), begin)
     try:
         for index, case in enumerate(cases):
             seconds = None
@@ -519,7 +521,7 @@ def run_bench(
                 with_overhead=index == 0 and case.output > 1,
                 compare=compare and settings.temperature is None,
                 progress=lambda said, part, index=index, case=case: progress(  # type: ignore[misc]
-                    f"{case}: {said}", (index + part) / len(cases)
+                    f"{case}: {said}", share.done(index, part, main=(case.lengths, case.batch) == MAIN)
                 ),
             )  # fmt: skip
             if case.batch * case.prompt >= largest:
@@ -529,6 +531,33 @@ def run_bench(
         result.notes.append("interrupted: what was measured until then is shown")
     result.seconds = time.perf_counter() - begin
     return result
+
+
+@dataclass
+class _Share:
+    """The share of a bench that is done: of its cases, or of the time that they may take, whichever is more.
+
+    Attributes:
+        budget: seconds for all cases, None is no limit. n_cases: how many there are.
+        begin: of the first one, as the clock says. warmed: the last time that a case was in its warm-ups.
+    """
+
+    budget: float | None
+    n_cases: int
+    begin: float
+    warmed: float = 0.0
+
+    def done(self, index: int, part: float, *, main: bool) -> float:
+        """Where ``part`` of the case ``index`` is done, the main one or another."""
+        now, share = time.perf_counter(), (index + part) / self.n_cases
+        if part == 0:
+            self.warmed = now
+        if self.budget is None:
+            return share
+        end = self.begin + self.budget
+        if main and part:  # it takes its time, budget or not
+            end = max(end, self.warmed + (now - self.warmed) / part)
+        return max(share, min((now - self.begin) / (end - self.begin), 1.0))
 
 
 def _measure_case(
