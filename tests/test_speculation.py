@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from proxytune import Expert, MemberError, ProxyTunedForCausalLM, ProxyTuneError, generate
+from proxytune import Expert, MemberError, ProxyTunedForCausalLM, ProxyTuneError, generation_mixin
 from proxytune.decoding import drafting, sampling
 from proxytune.decoding import text as texts
 from proxytune.decoding.acceptance import accept_greedy, accept_sampled
@@ -444,7 +444,7 @@ PURE = {
 
 def test_what_may_be_drafted_under_depends_on_its_arguments_alone():
     """Whatever it was asked before, and whichever rows stand beside it."""
-    names = {each.__name__ for each in generate.ROW_BY_ROW if issubclass(each, LogitsProcessor)}
+    names = {each.__name__ for each in generation_mixin.ROW_BY_ROW if issubclass(each, LogitsProcessor)}
     assert names == set(PURE)
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(4, 10, (3, n), generator=generator) for n in (8, 9, 12)]
@@ -618,7 +618,7 @@ def test_threads_have_statistics_of_their_own(model):
     thread = Thread(target=lambda: theirs.extend([model.speculation_stats, new_tokens(model), model.speculation_stats]))
     thread.start()
     thread.join()
-    assert theirs[0] == generate.SpeculationStats()
+    assert theirs[0] == generation_mixin.SpeculationStats()
     assert theirs[2].emitted == 3 * N_NEW
     assert model.speculation_stats is mine
 
@@ -833,7 +833,7 @@ def test_auto_leaves_a_batch_alone_where_no_acceptance_would_pay(model, monkeypa
     monkeypatch.setattr(model, "costs", dear)
     assert dear.best_drafts(0.9, 1) > 0 == dear.best_drafts(0.9, 3)
     paces = []
-    monkeypatch.setattr(generate, "Pace", lambda *given: paces.append(Pace(*given)) or paces[-1])
+    monkeypatch.setattr(generation_mixin, "Pace", lambda *given: paces.append(Pace(*given)) or paces[-1])
     plain = new_tokens(model, speculate=False)
     for speculate, rows, fixed in (("auto", ROWS, 0), (2, ROWS, 2), ("auto", ROWS[:1], None)):
         assert new_tokens(model, rows, speculate=speculate)[0] == plain[0]
