@@ -157,6 +157,7 @@ def test_the_demo_is_the_evaluation_of_its_task():
     assert all(evaluated.metadata[name] == value for name, value in shown.metadata.items())
 
 
+@pytest.mark.slow
 def test_the_demo_needs_nothing_of_the_evaluations_extra():
     program = (
         "import sys; sys.modules |= dict.fromkeys(('lm_eval', 'datasets', 'matplotlib')); import proxytune.demo.run"

@@ -173,6 +173,7 @@ def statistic(oracle, model, n_draws, n_new=4, **kwargs):
     return chi_square(counts[keep], expected[keep]), int(keep.sum()) - 1
 
 
+@pytest.mark.slow
 def test_samples_have_the_mixtures_distribution(alike):
     oracle, model = alike
     value, degrees = statistic(oracle, model, 20_000, speculate=2)
@@ -605,6 +606,7 @@ def test_seeds_that_cannot_be_honoured(model, options, message):
         new_tokens(model, **{**COUPLED, **options})
 
 
+@pytest.mark.slow
 def test_seeded_samples_have_the_mixtures_distribution(alike):
     oracle, model = alike
     value, degrees = statistic(oracle, model, 5_000, speculate=2, seeded=True)

@@ -418,6 +418,7 @@ def test_rows_that_are_too_long_are_counted_and_a_lost_completion_is_refused(she
     assert "1 of 13 rows" in said
 
 
+@pytest.mark.slow
 def test_few_steps_are_noted_before_the_training(shelf, text, tmp_path):
     logged = trains(shelf, tmp_path / "few", text, "--epochs", 6)
     note = "note: 12 rows in batches of 4 make 18 steps in 6 epochs, which is little training; take a smaller"
@@ -504,6 +505,7 @@ def test_a_killed_run_resumes_to_the_weights_of_the_unbroken_one(shelf, text, tm
     assert "finished already" in trains(shelf, tmp_path / "out", text, *options, "--resume")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -575,6 +577,7 @@ def test_what_differs_from_the_run_that_was_begun_is_named_as_the_user_names_it(
     assert "begun here: the number of processes; repeat" in said
 
 
+@pytest.mark.slow
 def test_a_seed_makes_a_run_repeatable_and_another_differs(shelf, text, tmp_path):
     made = {}
     for name, seed in (("one", 1), ("again", 1), ("other", 2)):
@@ -586,6 +589,7 @@ def test_a_seed_makes_a_run_repeatable_and_another_differs(shelf, text, tmp_path
 
 
 # -- validation -----------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -623,6 +627,7 @@ def test_losses_are_told_with_the_same_decimals():
     assert list(_losses({"loss": None, "steps": 0})) == []
 
 
+@pytest.mark.slow
 def test_validation_changes_no_step_of_the_training(shelf, text, held_out, tmp_path):
     trains(shelf, tmp_path / "with", text, "--max-steps", 8, "--validation", held_out, "--eval-every", 8)
     trains(shelf, tmp_path / "without", text, "--max-steps", 8)
@@ -643,6 +648,7 @@ def test_early_stopping_ends_the_run(shelf, text, held_out, tmp_path):
     assert loss_of(tmp_path / "out", HELD_OUT, member="expert.expert") == best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 3, "end"])
 def test_a_killed_run_with_validation_resumes_to_the_unbroken_one(shelf, text, held_out, tmp_path, monkeypatch, at):
     """The kill comes at an evaluation after the best one, moved to another directory, or when all steps are done."""
@@ -727,6 +733,7 @@ def test_the_validation_loss_of_trls_own_loss_is_a_mean_over_tokens_too(shelf, t
     assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_checkpoints_keep_the_rhythm_of_the_resumed_command(shelf, text, tmp_path, monkeypatch):
     from proxytune.training import run
 
@@ -746,6 +753,7 @@ def test_checkpoints_keep_the_rhythm_of_the_resumed_command(shelf, text, tmp_pat
     assert saved == [4, 6, 9, 12]
 
 
+@pytest.mark.slow
 def test_validation_data_come_from_a_split(shelf, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
@@ -1122,6 +1130,7 @@ def test_a_consistent_run_lowers_the_loss_of_its_recipe(shelf, text, tmp_path):
     assert not (recipe / "training" / "hidden").exists()
 
 
+@pytest.mark.slow
 def test_runs_share_hidden_states_of_the_same_data_and_models_only(shelf, text, tmp_path):
     cache = tmp_path / "cache"
     options = ("--consistent", "--max-steps", 1, "--hidden-cache", cache)
