@@ -17,7 +17,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from support import tiny
-from support.commands import run
+from support.commands import fails, run
 from support.evaldata import QUESTIONS, write_data, write_lines
 from support.oracle import Oracle, assert_same_tokens
 
@@ -29,7 +29,7 @@ from proxytune.evaluation import EVAL_TASKS, TASK_DIR
 from proxytune.evaluation.answering import Job, Log, TaskPlan, answer_jobs, encode_jobs, shots_of
 from proxytune.evaluation.arms import Arms, expand_arms
 from proxytune.evaluation.options import EvaluationOptions
-from proxytune.evaluation.results import metric_text
+from proxytune.evaluation.results import metric_text, task_results
 from proxytune.evaluation.run import _refuse_others, evaluate, load_plans, manifest_of, sweep
 from proxytune.evaluation.scoring import score_lines
 from proxytune.recipe.options import LoadingOptions
@@ -448,6 +448,15 @@ def test_judged_and_run_answers_are_scored_by_their_own_means(shelf, local, tmp_
     assert any("toxigen needs a judge" in note for note in notes)
 
 
+def test_a_judge_that_is_not_there_is_refused_before_the_first_token(shelf, local, tmp_path):
+    words = ("eval", shelf / "recipe", "--data", local, "--limit", 2, "--output", tmp_path / "out")
+    said = fails(*words, "--tasks", "gsm8k,toxigen", "--judge", tmp_path / "nobody")
+    assert "the judge" in said
+    assert "nobody cannot be loaded" in said
+    assert not (tmp_path / "out").exists()
+    assert "takes one judge" in fails(*words, "--tasks", "toxigen", "--judge", "a", "--judge", "b")
+
+
 def test_what_cannot_be_had_is_left_out_and_the_rest_is_written(shelf, local, tmp_path, monkeypatch):
     """An arm that cannot answer; a task whose judge does not."""
     from proxytune.evaluation.judges import JudgeDown
@@ -476,12 +485,14 @@ def test_what_cannot_be_had_is_left_out_and_the_rest_is_written(shelf, local, tm
     assert max(done for _, done, _ in told) == 6
     assert [said for said, _, _ in told if "(4 of 4)" in said] == ["realtimeqa, expert (4 of 4)"]
 
-    def scoring(task):
+    def down(task, *args, **options):
         if task == "triviaqa":
             raise JudgeDown("it does not answer")
-        return {}
+        return task_results(task, *args, **options)
 
-    again = evaluate(config, settings, out, scoring=scoring)  # what was left out is tried again
+    with monkeypatch.context() as patch:
+        patch.setattr("proxytune.evaluation.run.task_results", down)
+        again = evaluate(config, settings, out)  # what was left out is tried again
     assert again["left_out"] == [{"task": "triviaqa", "arm": None, "reason": "it does not answer", "resumes": True}]
     assert list(again["tasks"]) == ["realtimeqa"]
     assert list(again["tasks"]["realtimeqa"]["arms"]) == ["base", "expert"]

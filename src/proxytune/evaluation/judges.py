@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -137,7 +138,8 @@ _YES = ("yes", "true", "informative", "toxic", "hateful", "hate")  # what a labe
 class LocalModel:
     """A model of transformers: a classifier of texts, or a language model whose next token is yes or no.
 
-    Which of the two is said by the ``architectures`` in its config.
+    The ``architectures`` in its config say which of the two. Its weights are loaded when it is first asked, so that
+    what is wrong with the rest is known before a run begins.
 
     Args:
         model: a directory or a hub id.
@@ -146,25 +148,16 @@ class LocalModel:
     """
 
     def __init__(self, model: str, *, label: str | None = None, device: str | None = None, batch: int = 32) -> None:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
-        self.batch = batch
-        try:
+        self.source, self.batch, self.asked_device = model, batch, device
+        with _loaded(model):
             config = AutoConfig.from_pretrained(model, trust_remote_code=False)
             kind = next(iter(config.architectures or ["nothing"]))
             self.classifies = kind.endswith("ForSequenceClassification")
             if not self.classifies and not kind.endswith(("ForCausalLM", "LMHeadModel")):
                 raise ProxyTuneError(f"the judge {model} is {kind}, neither a classifier of texts nor a language model")
             self.tokenizer: Any = AutoTokenizer.from_pretrained(model, padding_side="right", trust_remote_code=False)
-            loader: Any = AutoModelForSequenceClassification if self.classifies else AutoModelForCausalLM
-            self.model: Any = loader.from_pretrained(model, dtype="auto", trust_remote_code=False)
-        except ProxyTuneError:
-            raise
-        except (OSError, ValueError, KeyError) as error:
-            raise ProxyTuneError(f"the judge {model} cannot be loaded: {first_line(error)}") from error
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(self.device).eval()
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         # A classifier's head, where each label is yes or no by itself, and the limit of what it reads.
@@ -185,6 +178,17 @@ class LocalModel:
                 )
         self.name = f"{Path(model).resolve() if Path(model).exists() else model} {self.yes}"
 
+    @cached_property
+    def model(self) -> Any:
+        """The model, on its device."""
+        import torch
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        loader: Any = AutoModelForSequenceClassification if self.classifies else AutoModelForCausalLM
+        with _loaded(self.source):
+            model: Any = loader.from_pretrained(self.source, dtype="auto", trust_remote_code=False)
+        return model.to(self.asked_device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
     def cuts(self, texts: Sequence[str]) -> list[bool]:
         """Which texts are longer than the model reads, so that their end (of a question: beginning) is cut off."""
         if self.limit is None:
@@ -198,7 +202,7 @@ class LocalModel:
         for start in range(0, len(texts), self.batch):
             cut = {"truncation": self.limit is not None, "max_length": self.limit}
             batch = list(texts[start : start + self.batch])
-            inputs = self.tokenizer(batch, padding=True, return_tensors="pt", **cut).to(self.device)
+            inputs = self.tokenizer(batch, padding=True, return_tensors="pt", **cut).to(self.model.device)
             with torch.inference_mode():
                 logits = self.model(**inputs).logits
             if not self.classifies:
@@ -213,6 +217,17 @@ class LocalModel:
             for chosen, (yes, no) in zip(shares.argmax(-1).tolist(), pairs):
                 found.append(_share(said[chosen], yes, no) if chosen in said else None)
         return found
+
+
+@contextmanager
+def _loaded(model: str) -> Iterator[None]:
+    """What transformers says of a model that cannot be loaded is one sentence."""
+    try:
+        yield
+    except ProxyTuneError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise ProxyTuneError(f"the judge {model} cannot be loaded: {first_line(error)}") from error
 
 
 def _label(model: str, names: dict[int, str], wanted: str | None) -> int:

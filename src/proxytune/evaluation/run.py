@@ -85,6 +85,7 @@ def evaluate(
     """
     started = time.monotonic()
     plans = load_plans(options)
+    judging = {plan.name: scoring(plan.name) for plan in plans}  # a judge that is not there is known before the answers
     names = arms_of(config, options, plans, note)
     write_manifest(out, manifest_of(config, options, loading, plans, {"arms": names}, settings))
     asked = {name: [plan for plan in plans if shots_of(name) in plan.jobs] for name in names}
@@ -102,8 +103,8 @@ def evaluate(
         lines = {name: read_lines(plan, name, of[plan.name][0]) for name, of in files.items() if plan.name in of}
         if whole := {name: of for name, of in lines.items() if of is not None}:
             with _left_out(left_out, plan.name):
-                judging = scoring(plan.name)
-                tasks[plan.name] = task_results(plan.name, whole, samples=plan.repeats, options=judging, note=note)
+                how = judging[plan.name]
+                tasks[plan.name] = task_results(plan.name, whole, samples=plan.repeats, options=how, note=note)
     results = _write_results(out, tasks, left_out, started, results_tables)
     if drawn := {name: task for name, task in tasks.items() if task["arms"]}:
         from proxytune.evaluation.plots import plot_arms
@@ -250,6 +251,7 @@ def sweep(
     """
     started = time.monotonic()
     plans = load_plans(options)
+    judging = {plan.name: scoring(plan.name) for plan in plans}  # a judge that is not there is known before the answers
     names = [each.name for each in config.expert_list]
     if expert is not None and expert not in names:
         raise AlphaError(f"no expert is called {expert!r}; the recipe has {', '.join(names)}")
@@ -270,8 +272,8 @@ def sweep(
         points = {value: read_lines(plan, "proxy_tuned", file) for value, file in zip(values, files[plan.name])}
         if whole := {value: of for value, of in points.items() if of is not None}:
             with _left_out(left_out, plan.name):
-                judging = scoring(plan.name)
-                tasks[plan.name] = sweep_results(plan.name, whole, samples=plan.repeats, options=judging, note=note)
+                how = judging[plan.name]
+                tasks[plan.name] = sweep_results(plan.name, whole, samples=plan.repeats, options=how, note=note)
     results = _write_results(out, tasks, left_out, started, sweep_tables)
     for name, task in tasks.items():
         if task["points"]:
