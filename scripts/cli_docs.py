@@ -62,7 +62,7 @@ def value_of(option: Any) -> str:
 
 def paragraphs(text: str | None) -> str:
     """A docstring with each paragraph on one line, and its examples as they are."""
-    blocks = inspect.cleandoc(text or "").split("\n\n")
+    blocks = inspect.cleandoc(text or "").replace("\b\n", "").split("\n\n")
     return "\n\n".join(b if b.startswith("    ") else " ".join(map(str.strip, b.splitlines())) for b in blocks)
 
 

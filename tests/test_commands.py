@@ -45,7 +45,7 @@ def parsed(name, words, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_examples_and_the_summary_of_its_help(name):
     text = commands()[name].help
-    assert re.search(rf"Examples:\n\n {{4,}}proxytune {name}\b.*\n {{4,}}proxytune", text)
+    assert re.search(rf"Examples:\n\n\x08\n {{4,}}proxytune {name}\b.*\n {{4,}}proxytune", text)
     first = text.split("\n\n")[0].replace("\n", " ")
     verb = COMMANDS[name][1].split()[0]
     assert first.split()[0] == verb
@@ -66,7 +66,9 @@ def test_examples_are_commands_that_can_be_typed(line, recipe, tmp_path, monkeyp
 
 def test_every_example_has_a_line_of_its_own_in_the_help():
     for name in COMMANDS:
-        shown = [line.strip() for line in run(name, "--help").stdout.splitlines() if line.startswith("  proxytune ")]
+        shown = [
+            line.strip() for line in run(name, "--help").stdout.splitlines() if line.startswith("      proxytune ")
+        ]
         assert len(shown) == len(re.findall(r"^ {4,}proxytune ", commands()[name].help, re.MULTILINE)), name
 
 

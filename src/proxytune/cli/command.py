@@ -29,6 +29,17 @@ class Command(TyperCommand):
         """The first line of the help, with arguments as they are called: RECIPE, not {RECIPE}."""
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """The arguments, and the options under their headings."""
+        sections: dict[str, list[Any]] = {}
+        for each in self.get_params(ctx):
+            if (record := each.get_help_record(ctx)) is not None:
+                title = getattr(each, "rich_help_panel", None) or ("Options" if _is_option(each) else "Arguments")
+                sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the words behind the command."""
         words = self._with_new_spellings(ctx, args)

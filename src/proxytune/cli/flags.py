@@ -69,7 +69,9 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
             else:
                 command(**given, **made)
 
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__name__ = command.__name__
+    # Examples keep their lines: a paragraph that begins with \\b is printed as it is.
+    run.__doc__ = inspect.cleandoc(command.__doc__ or "").replace("Examples:\n\n", "Examples:\n\n\b\n")
     run.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
     run.__annotations__ = {each.name: each.annotation for each in taken}
     return run
