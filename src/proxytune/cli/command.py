@@ -87,6 +87,11 @@ def _is_option(parameter: Any) -> bool:
     return bool(parameter.param_type_name == "option")
 
 
+def _flag(option: Any) -> str:
+    """An option's long name: --output, not -o."""
+    return str(max(option.opts, key=len))
+
+
 def option_names(command: Any) -> dict[str, Any]:
     """The names that a config file knows -> the command's parameters: flags without their dashes, and arguments.
 
@@ -94,7 +99,7 @@ def option_names(command: Any) -> dict[str, Any]:
     """
     names = {}
     for parameter in command.params:
-        name = max(parameter.opts, key=len).removeprefix("--") if _is_option(parameter) else parameter.name
+        name = _flag(parameter).removeprefix("--") if _is_option(parameter) else parameter.name
         name = name.removeprefix("no-").replace("-", "_")
         if name not in NOT_SETTINGS:
             names[name] = parameter
@@ -119,7 +124,7 @@ def _words_of_config(command: Any, path: Path, given: Mapping[str, Any]) -> list
         parameter = names[name]
         if value is None or _is_given(given.get(parameter.name)):
             continue
-        flag = max(getattr(parameter, "opts", [""]), key=len)
+        flag = _flag(parameter)
         if getattr(parameter, "is_flag", False):
             if not isinstance(value, bool):
                 raise ProxyTuneError(f"{path}: {key} is true or false, not {value!r}")

@@ -18,8 +18,8 @@ import typer
 
 from proxytune.errors import ProxyTuneError
 from proxytune.options import option
+from proxytune.processes import is_main, n_processes
 from proxytune.recipe.place import check_place
-from proxytune.training.processes import is_main, n_processes
 
 if TYPE_CHECKING:
     from proxytune.model import ProxyTunedForCausalLM

@@ -26,7 +26,7 @@ from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.answering import Job, TaskPlan, answer_jobs, shots_of
 from proxytune.evaluation.arms import Arm, Arms
 from proxytune.evaluation.problems import FEW_SHOT, Problem, Split, is_correct, is_exact, make_problems
-from proxytune.evaluation.results import ARMS, DEFAULT_ARMS, task_results
+from proxytune.evaluation.results import ARMS, DEFAULT_ARMS, LEGEND, task_results
 from proxytune.evaluation.statistics import mcnemar
 from proxytune.recipe.checkpoints import quiet_transformers
 from proxytune.recipe.options import LoadingOptions
@@ -36,7 +36,6 @@ __all__ = ["DemoResult", "plan_of", "run_demo"]
 
 TITLES = {**ARMS, "base": "base (SmolLM2-135M-Instruct)", "base_few_shot": "control: base, 4 examples shown"}
 SECONDS = 60.0
-NOTHING_ELSE = "and nothing else: right, and no word before or after the two lines of an answer"
 
 
 def plan_of(problems: Sequence[Problem]) -> TaskPlan:
@@ -213,7 +212,7 @@ def _table(result: DemoResult) -> Table:
         shares = (f"{value:.1f} %", f"{low:.1f} – {high:.1f}") if total else ("", "")
         cells = (f"{of['count']}/{total}", *shares, f"{sum(result.nothing_else(arm))}/{total}")
         table.add_row(TITLES[arm], *cells, style="bold" if arm == "proxy_tuned" else "")
-    table.caption = f"{result.seconds:.0f} s\n{NOTHING_ELSE}"
+    table.caption = f"{result.seconds:.0f} s\nand nothing else: {LEGEND['nothing_else']}"
     return table
 
 

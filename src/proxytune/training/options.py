@@ -9,11 +9,11 @@ from pathlib import Path
 
 from proxytune.errors import ProxyTuneError
 from proxytune.options import option, words
+from proxytune.processes import check_launch, n_processes
 from proxytune.recipe.options import TRUST
 from proxytune.recipe.place import check_place
 from proxytune.recipe.source import resolve
 from proxytune.training.data import data_file
-from proxytune.training.processes import check_launch, n_processes
 
 __all__ = ["TrainingOptions", "has_begun"]
 

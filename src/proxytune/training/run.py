@@ -5,7 +5,7 @@
     OUT/training/            arguments.json, logs (TensorBoard), manifest.json; checkpoints while it runs
 
 Everything is written so that a kill at any moment leaves what ``resume`` goes on from. Of several processes
-(:mod:`proxytune.training.processes`) the main one writes.
+(:mod:`proxytune.processes`) the main one writes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from proxytune.answers.journal import write_whole
 from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError, first_line, need
 from proxytune.lanes.loading import load_model
 from proxytune.options import words
+from proxytune.processes import is_main, n_processes
 from proxytune.recipe.check import check_recipe
 from proxytune.recipe.compose import compose
 from proxytune.recipe.config import ProxyTuneConfig
@@ -41,7 +42,6 @@ from proxytune.recipe.store import load_recipe
 from proxytune.training.callbacks import Progress, Reporting, Resuming, Stopping
 from proxytune.training.data import Rows
 from proxytune.training.options import TrainingOptions, has_begun
-from proxytune.training.processes import is_main, n_processes
 
 __all__ = ["Progress", "Trained", "train"]
 
