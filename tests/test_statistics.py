@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from itertools import product
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from proxytune.evaluation import statistics
 from proxytune.evaluation.statistics import (
@@ -14,6 +16,7 @@ from proxytune.evaluation.statistics import (
     Interval,
     bootstrap,
     compare,
+    e_value,
     gap_closed,
     interval,
     mcnemar,
@@ -70,6 +73,40 @@ def test_mcnemar_by_hand():
     second = [False] * 10 + [True] * 2 + [True] * 5
     assert mcnemar(first, second) == (10, 2, 2 * (1 + 12 + 66) / 2**12)
     assert mcnemar(first, first) == (0, 0, 1.0)
+
+
+# -- evidence that may be looked at after every pair ------------------------------------------------------------
+def test_e_value_by_hand():
+    assert e_value(0, 0) == 1
+    assert e_value(1, 0) == e_value(0, 1) == 1  # one pair says nothing: 2 / (2 * 1)
+    assert e_value(2, 0) == pytest.approx(4 / 3)
+    assert e_value(7, 0) == 128 / 8
+    assert e_value(8, 0) == pytest.approx(256 / 9)
+    assert e_value(5, 5) == pytest.approx(1024 / (11 * 252))
+    assert e_value(55, 16) == e_value(16, 55) == pytest.approx(2**71 / (72 * math.comb(71, 16)))
+    assert e_value(5000, 0) == sys.float_info.max
+    with pytest.raises(ValueError, match="counts"):
+        e_value(-1, 3)
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0, 0), (3, 1), (20, 22)])
+def test_e_value_is_a_martingale_of_equal_arms(won, lost):
+    assert (e_value(won + 1, lost) + e_value(won, lost + 1)) / 2 == pytest.approx(e_value(won, lost), rel=1e-12)
+
+
+def test_e_value_may_be_looked_at_after_every_pair():
+    rng = np.random.default_rng(0)
+
+    def ever_reached(rate, evidence):
+        """The share of 500 runs of 80 pairs in which the evidence reaches 20 at some time."""
+        won = (rng.random((500, 80)) < rate).cumsum(axis=1)
+        known = {(int(w), n): evidence(int(w), n - int(w)) for n in range(1, 81) for w in set(won[:, n - 1])}
+        return np.mean([any(known[int(w), n] >= 20 for n, w in enumerate(run, start=1)) for run in won])
+
+    assert ever_reached(0.5, e_value) <= 0.05
+    assert ever_reached(0.8, e_value) > 0.95
+    # What it guards against: McNemar's p below 5 % at some time is far more frequent.
+    assert ever_reached(0.5, lambda won, lost: 1 / stats.binomtest(won, won + lost).pvalue) > 0.15
 
 
 # -- means ----------------------------------------------------------------------------------------------------

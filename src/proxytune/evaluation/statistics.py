@@ -1,18 +1,32 @@
-"""How far counts and means can be trusted: Wilson's interval, exact McNemar, paired bootstrap, gap closed.
+"""How far counts and means can be trusted: Wilson's interval, exact McNemar, e-values, paired bootstrap, gap closed.
 
 Pure functions of numbers, by scipy's tests; whatever is drawn at random is drawn from a seed.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-__all__ = ["Gap", "Interval", "bootstrap", "compare", "gap_closed", "interval", "mcnemar", "paired_bootstrap", "wilson"]
+__all__ = [
+    "Gap",
+    "Interval",
+    "bootstrap",
+    "compare",
+    "e_value",
+    "gap_closed",
+    "interval",
+    "mcnemar",
+    "paired_bootstrap",
+    "wilson",
+]
 
 DRAWS = 10_000
 ROUNDING = 1e-12  # a difference of means below it is none
@@ -56,6 +70,31 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, fl
     won = sum(a and not b for a, b in pairs)
     lost = sum(b and not a for a, b in pairs)
     return won, lost, float(stats.binomtest(won, won + lost).pvalue) if won + lost else 1.0
+
+
+def e_value(won: int, lost: int) -> float:
+    """How strongly discordant pairs speak against two arms being equal; valid whenever one stops to look.
+
+    Of n = won + lost problems that only one of two paired arms solved, each is as likely to be won as lost if the arms
+    are equal. The e-value is the likelihood ratio of a win rate drawn uniformly from [0, 1] against a rate of 1/2::
+
+        e = 2**n / ((n + 1) * C(n, won))
+
+    Under equal arms it is a test martingale that begins at 1, so by Ville's inequality the chance that it *ever*
+    reaches 1 / level is at most the level. So the rule "the arms differ, as e >= 1 / level" may be tried after every
+    pair, and one may stop when it holds, which a p-value such as McNemar's does not allow. (Ville 1939; Ramdas et al.,
+    Game-theoretic statistics and safe anytime-valid inference, 2210.01948.)
+
+    Returns:
+        a number above 0, at most the largest float. It is symmetric: which arm is ahead the two counts say.
+
+    Raises:
+        ValueError: for a negative count.
+    """
+    if min(won, lost) < 0:
+        raise ValueError(f"won and lost are counts, not {won} and {lost}")
+    n = won + lost
+    return float(min(Fraction(2**n, (n + 1) * math.comb(n, won)), Fraction(sys.float_info.max)))
 
 
 def interval(examples: Sequence[float], seed: int = 0) -> Interval:
