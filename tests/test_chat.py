@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from proxytune import ProxyTunedForCausalLM, ProxyTuneError
+from proxytune import ProxyTunedForCausalLM, ProxyTuneError, TracedOutput
 from proxytune.answers.chat import Conversation
 from proxytune.answers.generation import Answer, Sampling, answer
 from proxytune.cli.chat import COMMANDS, WordWrap, interruptible
@@ -128,7 +128,7 @@ def test_a_plain_transcript_ends_at_the_users_name(model):
         ids = torch.tensor([[*prompts.tolist()[0], *wanted]])
         assert kwargs["stop_strings"] == ["\nUser:"]
         one.cache.n_columns = ids.shape[1] - 1
-        return ids
+        return TracedOutput(sequences=ids, traces=[[]])
 
     generate, model.generate = model.generate, dictated
     try:

@@ -68,6 +68,10 @@ def hold(oracle, prompts, trace, alphas=None, k=5):
         )
         for each in token.candidates:
             assert each.base_logprob == pytest.approx(float(base[each.id]), **CLOSE)
+            assert each.mixture_logprob == pytest.approx(float(mixture[each.id]), **CLOSE)
+            experts = {name: logs[f"{name}.expert"] for name in delta if f"{name}.expert" in logs}
+            expected = {name: float(log_p[each.id]) for name, log_p in experts.items()}
+            assert each.expert_logprob == pytest.approx(expected, **CLOSE)
             assert each.delta == pytest.approx({name: float(delta[name][each.id]) for name in delta}, **CLOSE)
             cut = oracle.plausibility is not None and float(q[each.id]) < oracle.plausibility * float(q.max())
             assert each.masked == cut
@@ -337,7 +341,8 @@ def test_a_file_of_one_answer(shelf, tmp_path):
     assert len(line["tokens"]) == 6
     fields = "id token base_logprob mixture_logprob base_rank base_entropy entropy kl changed origin offsets candidates"
     assert list(line["tokens"][0]) == [*fields.split(), "flips"]
-    assert list(line["tokens"][0]["candidates"][0]) == ["id", "token", "base_logprob", "delta", "masked"]
+    of_candidates = ["id", "token", "base_logprob", "mixture_logprob", "expert_logprob", "delta", "masked"]
+    assert list(line["tokens"][0]["candidates"][0]) == of_candidates
     tokenizer, model = tiny.tokenizer(), ProxyTunedForCausalLM.from_pretrained(shelf / "recipe")
     for token in line["tokens"]:
         for each in (token, *token["candidates"]):

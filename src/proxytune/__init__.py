@@ -18,6 +18,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from proxytune.analysis.explain import explain
+    from proxytune.analysis.explanation import Explanation
     from proxytune.answers.text import generate
     from proxytune.cache import ProxyTunedCache
     from proxytune.decoding.trace import TokenTrace
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AlphaError",
     "Expert",
+    "Explanation",
     "Member",
     "MemberError",
     "Prompt",
@@ -46,12 +49,15 @@ __all__ = [
     "TokenTrace",
     "TracedOutput",
     "VocabularyError",
+    "explain",
     "generate",
     "load_recipe",
     "write_recipe",
 ]
 
 _HOME = {
+    "analysis.explain": ("explain",),
+    "analysis.explanation": ("Explanation",),
     "answers.text": ("generate",),
     "cache": ("ProxyTunedCache",),
     "decoding.trace": ("TokenTrace",),

@@ -57,7 +57,7 @@ def markdown(tables: Iterable[Table]) -> str:
 def _markdown(table: Table) -> str:
     kept, bold = table.columns(), set(table.bold)
     rows = [
-        [f"**{row[at]}**" if number in bold and row[at] else row[at] for at in kept]
+        [f"**{cell}**" if number in bold and cell else cell for cell in (row[at].replace("|", "\\|") for at in kept)]
         for number, row in enumerate(table.rows)
     ]
     heads = [table.heads[at] for at in kept]

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from proxytune.answers.generation import Answer, Encoded, Printer, Sampling, answer, with_room
+from proxytune.decoding.trace import TOP_K
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.prompts import NAMES, Message, render_chat, transcript
 
@@ -33,6 +34,7 @@ class Conversation:
         messages: what was said so far.
         read: the ids that the cache holds.
         reused: how many of them the last turn did not have to read again.
+        last: the last answer with its trace, and the alphas that it was given with; None where there is none.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Conversation:
     def reset(self) -> None:
         """Forget what was said, but for the system prompt."""
         self.messages = [{"role": "system", "content": self.system}] if self.system is not None else []
+        self.last: tuple[Answer, tuple[float, ...]] | None = None
         self._forget()
 
     def set_system(self, system: str | None) -> None:
@@ -75,6 +78,7 @@ class Conversation:
         if roles != ["user", "assistant"] * (len(roles) // 2):
             raise ProxyTuneError("a conversation is questions (user) and answers (assistant) in turn, both to the end")
         self.messages = turns
+        self.last = None
         self.set_system(first)
 
     def take_back(self) -> str:
@@ -87,6 +91,7 @@ class Conversation:
             raise ProxyTuneError("nothing has been said yet")
         question = self.messages[-2]["content"]
         self.messages = self.messages[:-2]
+        self.last = None
         return question
 
     def compare(self, alphas: Sequence[Sequence[float]], stopped: Callable[[], bool] | None = None) -> list[Answer]:
@@ -134,14 +139,16 @@ class Conversation:
                 stopped=stopped,
                 past_key_values=self.cache,
                 stop_strings=self._stops(),
+                trace_top_k=TOP_K,
             )[0]
         except BaseException:  # in the middle of a forward some members have read a token that others have not
             self._forget()
             raise
         self.read = (encoded.ids + made.tokens)[: self.cache.n_columns]
+        self.last = (made, self.alphas)
         said = self._own(made.text)
         self.messages = [*messages, {"role": "assistant", "content": said.strip()}]
-        return replace(made, text=said)
+        return replace(made, text=said, trace=None)
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """The transcript as each member reads it."""

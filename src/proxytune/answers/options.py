@@ -134,10 +134,15 @@ class JobOptions:
         min=1,
         panel="Traces",
     )
+    explain: bool = option(False, "Show below each answer what steering did to its tokens.", panel="Traces")
 
     def __post_init__(self) -> None:
-        if self.trace is None and self.trace_top_k is not None:
-            raise ProxyTuneError("--trace-top-k needs --trace FILE")
+        if self.trace is None and not self.explain and self.trace_top_k is not None:
+            raise ProxyTuneError("--trace-top-k needs --trace FILE or --explain")
+        if self.explain and (self.json or self.input is not None or self.output is not None):
+            raise ProxyTuneError(
+                "--explain is for answers that are printed as text; --trace FILE records those of jobs"
+            )
         for flag, other in (("--input", self.input), ("--output", self.output)):
             if self.trace is not None and other not in (None, "-") and self.trace.resolve() == Path(other).resolve():
                 raise ProxyTuneError(f"{flag} and --trace are the same file")

@@ -7,6 +7,7 @@ from typing import Any, overload
 
 from proxytune.answers.generation import answer_batches, encode
 from proxytune.answers.options import AnswerOptions, JobOptions, Sampling
+from proxytune.assembling import config_of_members
 from proxytune.errors import PromptError, ProxyTuneError
 from proxytune.model import ProxyTunedForCausalLM
 from proxytune.recipe.alpha import alpha_rows
@@ -14,7 +15,7 @@ from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.store import load_recipe
 
-__all__ = ["generate", "load"]
+__all__ = ["alone", "generate", "load", "tokenizer_of"]
 
 
 def load(config: ProxyTuneConfig, loading: LoadingOptions) -> tuple[ProxyTunedForCausalLM, Any]:
@@ -24,13 +25,25 @@ def load(config: ProxyTuneConfig, loading: LoadingOptions) -> tuple[ProxyTunedFo
         ProxyTuneError: if neither the recipe nor its base has a tokenizer.
     """
     model = ProxyTunedForCausalLM.from_pretrained(str(config.name_or_path), config=config, **loading.of_model())
-    return model, _tokenizer_of(model)
+    return model, tokenizer_of(model)
 
 
-def _tokenizer_of(model: ProxyTunedForCausalLM) -> Any:
+def tokenizer_of(model: ProxyTunedForCausalLM) -> Any:
+    """A loaded recipe's tokenizer.
+
+    Raises:
+        ProxyTuneError: if neither the recipe nor its base has one.
+    """
     if model.recipe_tokenizer is None:
         raise ProxyTuneError("neither the recipe nor its base has a tokenizer; copy the base's into the recipe")
     return model.recipe_tokenizer
+
+
+def alone(model: Any, tokenizer: Any) -> ProxyTunedForCausalLM:
+    """One model as a composite without experts."""
+    config, given = config_of_members(model, [{"expert": model}], {})
+    config.experts = []
+    return ProxyTunedForCausalLM._load(config, {"base": given["base"]}, tokenizer, {}, {"speculate": False})
 
 
 @overload
@@ -124,7 +137,7 @@ def generate(
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise PromptError("prompts must be a text or a list of texts")
     if isinstance(recipe, ProxyTunedForCausalLM):
-        model, tokenizer = recipe, _tokenizer_of(recipe)
+        model, tokenizer = recipe, tokenizer_of(recipe)
     else:
         model, tokenizer = load(load_recipe(recipe), LoadingOptions())
     default = [expert.alpha for expert in model.experts]

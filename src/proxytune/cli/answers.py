@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from proxytune.answers.options import AnswerOptions, JobOptions, Sampling
+from proxytune.cli.explain import show_explanation
 from proxytune.cli.shared import (
     FAILED,
     Recipe,
@@ -64,6 +65,7 @@ def generate(
         raise ProxyTuneError("the prompt is empty")
     check_alpha(recipe, options.alpha)
     lines = [] if job.input is None else read_lines(job.input)  # before the seconds that the imports take
+    from proxytune.analysis.explain import explain_answer
     from proxytune.answers.batch import Item, Output, fingerprint, read_items, result
     from proxytune.answers.generation import Printer, answer_batches, encode
     from proxytune.answers.journal import json_line
@@ -88,7 +90,7 @@ def generate(
     asked = {name: value for name, value in vars(options).items() if name != "alpha"}
     said = {"sampling": vars(sampling), **asked, "dtype": loading.dtype}
     run = fingerprint(config, said)
-    top_k = None if job.trace is None else job.trace_top_k or TOP_K
+    top_k = job.trace_top_k or TOP_K if job.trace is not None or job.explain else None
     traced_run = None if job.output is None else fingerprint(config, {**said, "trace_top_k": top_k})
 
     with contextlib.ExitStack() as stack:
@@ -150,9 +152,15 @@ def generate(
             elif job.json or job.input is not None:
                 write_out("".join(map(json_line, results)))
             elif len(items) > 1:
-                write_out("".join("> {prompt}\n{text}\n\n".format(**one) for one in results))
+                for (answer, item), one in zip(pairs, results):
+                    write_out("> {prompt}\n{text}\n\n".format(**one))
+                    if job.explain:
+                        show_explanation(explain_answer(item.prompt, answer, names, item.alphas, tokenizer))
             else:
                 write_out("\n" if streamed else f"{made[0].text}\n")
+                if job.explain:
+                    write_out("\n")
+                    show_explanation(explain_answer(items[0].prompt, made[0], names, items[0].alphas, tokenizer))
             advance(len(made))
         if streamed and made[0].finish == "length" and len(made[0].tokens) < options.max_new_tokens:
             say("the shortest member's context is full")

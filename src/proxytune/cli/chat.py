@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from proxytune.answers.options import ChatOptions, ChatSampling, Sampling
+from proxytune.cli.explain import show_explanation
 from proxytune.cli.flags import only
 from proxytune.cli.shared import Recipe, complain, load_model, say, write_out
 from proxytune.errors import PromptError, ProxyTuneError
@@ -38,9 +39,9 @@ def chat(
     have prompts of their own.
 
     Lines that begin with / are commands: /alpha 0.5 changes the strength, /compare 0 1 shows the answers of several
-    alphas side by side; /retry, /undo, /reset, /system, /set, /save and /load are explained by /help. At a terminal
-    Alt-Enter begins a new line, pasted text keeps its lines, and TAB completes commands and the recipe's example
-    prompts.
+    alphas side by side, /why shows what steering did to the last answer; /retry, /undo, /reset, /system, /set, /save
+    and /load are explained by /help. At a terminal Alt-Enter begins a new line, pasted text keeps its lines, and TAB
+    completes commands and the recipe's example prompts.
 
     Examples:
 
@@ -275,6 +276,17 @@ class Talk:
         table.add_row(*(Text(each.text.strip() or "(empty)") for each in answers))
         Console(highlight=False).print(table)
 
+    def why(self, rest: str) -> None:
+        """Show what steering did to the tokens of the last answer."""
+        from proxytune.analysis.explain import explain_answer
+
+        talk = self.conversation
+        if talk.last is None:
+            raise ProxyTuneError("there is no answer of this session to explain; ask something first")
+        made, alphas = talk.last
+        question = talk.messages[-2]["content"]
+        show_explanation(explain_answer(question, made, self.names, alphas, talk.tokenizer))
+
     def _alphas(self, words: Sequence[str]) -> tuple[float, ...]:
         from proxytune.recipe.alpha import alpha_of_text, resolve_alpha
 
@@ -377,6 +389,7 @@ class Talk:
 COMMANDS: dict[str, tuple[str, Callable[[Talk, str], None]]] = {
     "/alpha": ("/alpha [NUMBER]", Talk.alpha),
     "/compare": ("/compare A B ...", Talk.compare),
+    "/why": ("/why", Talk.why),
     "/retry": ("/retry", Talk.retry),
     "/undo": ("/undo", Talk.undo),
     "/reset": ("/reset", Talk.reset),

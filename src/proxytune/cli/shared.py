@@ -47,6 +47,7 @@ __all__ = [
     "share_bar",
     "show",
     "size",
+    "spinner",
     "talking",
     "write_out",
 ]
@@ -200,12 +201,12 @@ def load_model(config: ProxyTuneConfig, loading: LoadingOptions) -> tuple[ProxyT
     """The model, and the recipe's tokenizer (the base's where the recipe has none)."""
     from proxytune.answers.text import load
 
-    with _status("loading the members"):
+    with spinner("loading the members"):
         return load(config, loading)
 
 
 @contextlib.contextmanager
-def _status(text: str) -> Iterator[None]:
+def spinner(text: str) -> Iterator[None]:
     """A spinner on stderr, if that is a terminal."""
     if not draws_bars():
         yield

@@ -30,13 +30,16 @@ class Candidate:
     """A token that could have been chosen.
 
     Attributes:
-        id: of the token. base_logprob: log-probability in the base.
+        id: of the token. base_logprob, mixture_logprob: its log-probability in the base and in the mixture.
+        expert_logprob: by expert, its log-probability in the expert; an expert with an anti-expert alone has no entry.
         delta: by expert, the log-probability in the expert minus that in the anti-expert; a missing side counts as 0.
         masked: whether the plausibility mask cut it.
     """
 
     id: int
     base_logprob: float
+    mixture_logprob: float
+    expert_logprob: dict[str, float]
     delta: dict[str, float]
     masked: bool
 
@@ -45,6 +48,8 @@ class Candidate:
         return {
             "id": self.id,
             "base_logprob": _number(self.base_logprob),
+            "mixture_logprob": _number(self.mixture_logprob),
+            "expert_logprob": {name: _number(value) for name, value in self.expert_logprob.items()},
             "delta": {name: _number(value) for name, value in self.delta.items()},
             "masked": self.masked,
         }
@@ -219,6 +224,7 @@ class Tracer:
         ]
         blocks = [torch.stack([column.float() for column in columns], dim=1), candidates]
         blocks += [each.gather(1, spots) for each in (base_log, mixed_log, implausible, *deltas)]
+        blocks += [(nothing if expert is None else expert).gather(1, spots) for expert, _ in sides]
         for k, pair in enumerate(experts):
             others = alpha.clone()
             others[:, k] = 0.0
@@ -228,8 +234,10 @@ class Tracer:
         # One transfer: float32 holds every id and rank below 2^24.
         lines = iter(torch.cat([block.float() for block in blocks], dim=1).split([b.shape[1] for b in blocks], dim=1))
         told = [line.tolist() for line in lines]
+        present = [expert is not None for expert, _ in sides]
         return [
-            self._record(token, [block[row] for block in told], origins[row]) for row, token in enumerate(ids.tolist())
+            self._record(token, [block[row] for block in told], origins[row], present)
+            for row, token in enumerate(ids.tolist())
         ]
 
     def _mix(self, base: Tensor, experts: Sequence[tuple[Tensor | None, Tensor | None]], alpha: Tensor) -> Tensor:
@@ -241,12 +249,13 @@ class Tracer:
         pairs = [(alone(expert), alone(anti_expert)) for expert, anti_expert in experts]
         return mix(base[:, None], pairs, alpha, plausibility=self.plausibility)[:, 0]
 
-    def _record(self, token: int, blocks: list[list[float]], origin: Origin) -> TokenTrace:
-        """One token's numbers, in the order in which :meth:`_trace` puts them."""
+    def _record(self, token: int, blocks: list[list[float]], origin: Origin, present: Sequence[bool]) -> TokenTrace:
+        """One token's numbers, in the order in which :meth:`_trace` puts them; ``present``: who is an expert at all."""
         n_experts = len(self.names)
         base, mixed, rank, base_entropy, entropy, kl, changed, *offsets = blocks[0]
         ids, base_logs, mixed_logs, masked, *rest = blocks[1:]
-        deltas, steps = rest[:n_experts], rest[n_experts:]
+        deltas, expert_logs, steps = rest[:n_experts], rest[n_experts : 2 * n_experts], rest[2 * n_experts :]
+        experts = [(name, logs) for name, logs, there in zip(self.names, expert_logs, present) if there]
         spots = {int(id_): spot for spot, id_ in enumerate(ids) if id_ >= 0}
         best_first = sorted(spots.items(), key=lambda item: (-mixed_logs[item[1]], -base_logs[item[1]], item[0]))
         return TokenTrace(
@@ -264,6 +273,8 @@ class Tracer:
                 Candidate(
                     id_,
                     base_logs[spot],
+                    mixed_logs[spot],
+                    {name: logs[spot] for name, logs in experts},
                     {name: delta[spot] for name, delta in zip(self.names, deltas)},
                     bool(masked[spot]),
                 )

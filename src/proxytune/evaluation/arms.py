@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from proxytune.answers.generation import Encoded, with_room
-from proxytune.assembling import config_of_members
+from proxytune.answers.text import alone as alone_model
 from proxytune.errors import MemberError, ProxyTuneError
 from proxytune.evaluation.results import ARMS
 from proxytune.lanes.kernels import pack
@@ -303,10 +303,7 @@ def _context(config: Any) -> int | None:
 
 def alone(name: str, model: Any, tokenizer: Any, prompt: Prompt = RAW) -> Arm:
     """An arm that is one model: a composite without experts."""
-    config, given = config_of_members(model, [{"expert": model}], {})
-    config.experts = []
-    composite = ProxyTunedForCausalLM._load(config, {"base": given["base"]}, tokenizer, {}, {"speculate": False})
-    return Arm(name, composite, tokenizer, prompt=prompt)
+    return Arm(name, alone_model(model, tokenizer), tokenizer, prompt=prompt)
 
 
 def tuned_prompt(config: ProxyTuneConfig) -> Prompt:

@@ -1,0 +1,3 @@
+"""From traces to understanding: why each token of an answer was chosen."""
+
+__all__: list[str] = []

@@ -1,0 +1,215 @@
+"""From a recipe and a prompt to an explanation: the answer is traced, and another of its tokens may be tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import LogitsProcessor
+
+from proxytune.analysis.explanation import Explanation
+from proxytune.analysis.options import Branch
+from proxytune.answers.batch import Item
+from proxytune.answers.generation import Answer, Encoded, answer, encode, with_room
+from proxytune.answers.options import AnswerOptions, Sampling
+from proxytune.answers.text import alone, load, tokenizer_of
+from proxytune.answers.traces import token_texts, trace_line
+from proxytune.decoding.trace import TOP_K
+from proxytune.errors import PromptError, ProxyTuneError
+from proxytune.model import ProxyTunedForCausalLM
+from proxytune.recipe.alpha import resolve_alpha
+from proxytune.recipe.options import LoadingOptions
+from proxytune.recipe.store import load_recipe
+
+__all__ = ["explain", "explain_answer", "explain_branch", "explain_prompt", "own_answers"]
+
+
+def explain(
+    recipe: str | Path | ProxyTunedForCausalLM,
+    prompt: str,
+    *,
+    alpha: Any = None,
+    max_new_tokens: int = AnswerOptions.max_new_tokens,
+    chat: bool = AnswerOptions.chat,
+    system: str | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    seed: int = Sampling.seed,
+    trace_top_k: int = TOP_K,
+) -> Explanation:
+    """Answer a prompt, and show why each token was chosen.
+
+    Args:
+        recipe, alpha, max_new_tokens, chat, system, temperature, top_p, top_k, min_p, seed: as those of
+            :func:`proxytune.generate`.
+        prompt: one text.
+        trace_top_k: candidates of each distribution.
+
+    Returns:
+        The answer, which is that of :func:`proxytune.generate`, and its trace.
+
+    Raises:
+        PromptError: for a prompt that is empty or too long. ProxyTuneError: for another value that makes no sense.
+
+    Example:
+        >>> import proxytune
+        >>> why = proxytune.explain("my-recipe", "The fox", max_new_tokens=5)
+        >>> why.text == proxytune.generate("my-recipe", "The fox", max_new_tokens=5)
+        True
+        >>> why.totals.n_tokens
+        5
+    """
+    options = AnswerOptions(max_new_tokens=max_new_tokens, chat=chat, system=system)
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+    if not isinstance(prompt, str):
+        raise PromptError("the prompt must be a text")
+    if isinstance(recipe, ProxyTunedForCausalLM):
+        model, tokenizer = recipe, tokenizer_of(recipe)
+    else:
+        model, tokenizer = load(load_recipe(recipe), LoadingOptions())
+    alphas = resolve_alpha(alpha, model.expert_names, [expert.alpha for expert in model.experts])
+    made = explain_prompt(model, tokenizer, prompt, alphas, options, sampling, trace_top_k)
+    return replace(made, own=own_answers(model, tokenizer, prompt, options, sampling))
+
+
+def explain_prompt(
+    model: ProxyTunedForCausalLM,
+    tokenizer: Any,
+    prompt: str,
+    alphas: Sequence[float],
+    options: AnswerOptions,
+    sampling: Sampling,
+    top_k: int,
+    given: Sequence[int] = (),
+) -> Explanation:
+    """The answer to a prompt, explained.
+
+    Args:
+        alphas: one value an expert. top_k: candidates of each distribution.
+        given: ids that the answer begins with, whatever the models would choose.
+    """
+    encoded = encode(model, tokenizer, prompt, chat=options.chat, system=options.system)
+    made = answer(
+        model,
+        tokenizer,
+        [encoded],
+        [alphas],
+        rows=[1],  # as `generate` draws for its first prompt
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling,
+        processors=[Given(len(encoded.ids), given)] if given else [],
+        trace_top_k=top_k,
+    )[0]
+    return replace(explain_answer(prompt, made, model.expert_names, alphas, tokenizer), n_given=len(given))
+
+
+def explain_branch(
+    model: ProxyTunedForCausalLM,
+    tokenizer: Any,
+    before: Explanation,
+    branch: Branch,
+    alphas: Sequence[float],
+    options: AnswerOptions,
+    sampling: Sampling,
+    top_k: int,
+) -> Explanation:
+    """Another answer: it begins as ``before`` does, has another token at one place, and goes on by itself.
+
+    Args:
+        before: the answer to leave. branch: where, and with which token.
+        alphas: one value an expert, from there on.
+
+    Raises:
+        ProxyTuneError: where the answer has no such place, or the place no such candidate.
+    """
+    assert before.prompt is not None
+    if branch.number > len(before.tokens):
+        raise ProxyTuneError(f"--branch {branch}: the answer has only {len(before.tokens)} tokens")
+    token = _chosen(branch, before.tokens[branch.number - 1]["candidates"], model.shared_vocab)
+    given = [*(each["id"] for each in before.tokens[: branch.number - 1]), token]
+    return explain_prompt(model, tokenizer, before.prompt, alphas, options, sampling, top_k, given)
+
+
+def _chosen(branch: Branch, candidates: Sequence[Mapping[str, Any]], n_shared: int) -> int:
+    """The id that a branch names."""
+    if branch.id is not None:
+        if branch.id >= n_shared:
+            raise ProxyTuneError(f"--branch {branch}: the models share {n_shared} tokens, numbered from 0")
+        return branch.id
+    ids = [each["id"] for each in candidates if each["token"] == branch.text]
+    if len(ids) == 1:
+        return int(ids[0])
+    if ids:
+        ways = " or ".join(f"{branch.number}:#{id_}" for id_ in ids)
+        raise ProxyTuneError(f"--branch {branch}: several candidates have this text; name one by its id: {ways}")
+    texts = ", ".join(repr(each["token"]) for each in candidates)
+    raise ProxyTuneError(
+        f"--branch {branch}: no candidate at token {branch.number} is {branch.text!r}; there are {texts} (any other "
+        "token can be named by its id, as #ID)"
+    )
+
+
+class Given(LogitsProcessor):
+    """Allows, at the first places of the one answer, the given tokens alone."""
+
+    row_by_row = True  # it looks at the length of its row alone
+
+    def __init__(self, n_prompt: int, tokens: Sequence[int]) -> None:
+        self.n_prompt, self.tokens = n_prompt, list(tokens)
+
+    def __call__(self, input_ids: Any, scores: Any) -> Tensor:
+        """The scores, shape (1, n_vocab), or 0 for the given token and -inf for all others."""
+        at = input_ids.shape[1] - self.n_prompt
+        if at >= len(self.tokens):
+            return scores
+        only = torch.full_like(scores, -torch.inf)
+        only[:, self.tokens[at]] = 0.0
+        return only
+
+
+def explain_answer(
+    prompt: str, made: Answer, names: Sequence[str], alphas: Sequence[float], tokenizer: Any
+) -> Explanation:
+    """The explanation of an answer that was traced; ``names`` are the recipe's experts."""
+    text_of = token_texts(tokenizer)
+    line = trace_line(Item(1, prompt, tuple(alphas)), made, names, text_of)
+    # What a flip would choose need not be among the candidates, so its text is kept beside them.
+    tokens = [
+        {**token, "texts": {id_: text_of(id_) for steps in token["flips"].values() for _, id_ in steps}}
+        for token in line["tokens"]
+    ]
+    return Explanation(prompt, made.text, line["alpha"], tokens)
+
+
+def own_answers(
+    model: ProxyTunedForCausalLM, tokenizer: Any, prompt: str, options: AnswerOptions, sampling: Sampling
+) -> dict[str, str]:
+    """What the base and each expert answer alone, each to the prompt that it is shown: name -> text."""
+    encoded = encode(model, tokenizer, prompt, chat=options.chat, system=options.system)
+    members = {"base": "base", **{name: f"{name}.expert" for name in model.expert_names}}
+    return {
+        title: _alone(model, tokenizer, member, encoded, options, sampling)
+        for title, member in members.items()
+        if member in model.seats
+    }
+
+
+def _alone(
+    model: ProxyTunedForCausalLM,
+    tokenizer: Any,
+    member: str,
+    encoded: Encoded,
+    options: AnswerOptions,
+    sampling: Sampling,
+) -> str:
+    one = alone(model.member(member), tokenizer)
+    shown = with_room(one.contexts, encoded.own.get(member, encoded.ids), {})
+    return answer(one, tokenizer, [shown], None, rows=[1], max_new_tokens=options.max_new_tokens, sampling=sampling)[
+        0
+    ].text

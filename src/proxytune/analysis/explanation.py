@@ -1,0 +1,195 @@
+"""An answer and why each of its tokens was chosen: what all views of it (terminal, page, notebook) show.
+
+Tokens are the objects of the trace schema (``docs/python.md``). What is None or missing there is unknown, never 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+__all__ = ["KINDS", "Explanation", "Piece", "Totals", "base_choice", "expert_choice", "kind_of", "probability", "rise"]
+
+# What steering did to a token -> what that means. The order is that of legends.
+KINDS = {
+    "changed": "the base's most probable token here is another one",
+    "strengthened": "the base's most probable token too, and steering made the written token more probable by at "
+    "least 5 points",
+    "kept": "as in the base, or nearly so",
+    "given": "not chosen here: it was given",
+    "unknown": "not recorded",
+}
+STRENGTHENED = 0.05  # how much more probable, from 0 to 1
+HALF = "\ufffd"  # in the text of a token that is a part of a character
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some text of the answer, and the tokens that it is: several where each is only a part of a character.
+
+    Attributes:
+        text: as it is in the answer. first: its first token, from 0. n_tokens: how many.
+    """
+
+    text: str
+    first: int
+    n_tokens: int = 1
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What steering did to the answer as a whole.
+
+    Attributes:
+        n_tokens: of the answer, without those that were given. kinds: how many of each kind.
+        kl: the mean KL(mixture || base), in nats; None where it is unknown.
+        promoted, demoted: the tokens that gained and lost the most probability, summed over all places among the
+            candidates, in points from 0 to 1 a place, most first.
+    """
+
+    n_tokens: int
+    kinds: Mapping[str, int]
+    kl: float | None
+    promoted: Sequence[tuple[str, float]]
+    demoted: Sequence[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """An answer and why each of its tokens was chosen.
+
+    Attributes:
+        prompt: what was asked; None where that is unknown. text: the answer.
+        alpha: by expert; empty where the answer is another program's.
+        tokens: why each was chosen, as the objects of a trace; see the documentation of traces.
+        own: the answers of the members alone: ``base``, and each expert by name.
+        n_given: how many tokens at the beginning were given and not chosen.
+        command: the words of the command that repeats this; empty where there is none.
+
+    Example:
+        >>> import proxytune
+        >>> why = proxytune.explain("my-recipe", "The fox", max_new_tokens=3)
+        >>> sorted(why.tokens[0]["candidates"][0])
+        ['base_logprob', 'delta', 'expert_logprob', 'id', 'masked', 'mixture_logprob', 'token']
+    """
+
+    prompt: str | None
+    text: str
+    alpha: Mapping[str, float]
+    tokens: Sequence[Mapping[str, Any]]
+    own: Mapping[str, str] = field(default_factory=dict)
+    n_given: int = 0
+    command: Sequence[str] = ()
+
+    @property
+    def steered(self) -> bool:
+        """Whether this is an answer of a recipe, and not another program's log."""
+        return bool(self.alpha)
+
+    def kind(self, at: int) -> str:
+        """What steering did to a token: one of :data:`KINDS`."""
+        return "given" if at < self.n_given else kind_of(self.tokens[at])
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """The answer's text cut into its tokens, parts of characters together."""
+        return list(_pieces(self.text, [str(token["token"]) for token in self.tokens]))
+
+    def moves(self, k: int) -> list[int]:
+        """The k tokens that steering moved furthest (by KL), or, where that is unknown, the least probable ones."""
+
+        def far(at: int) -> float:
+            token = self.tokens[at]
+            moved = token.get("kl") if self.steered else _negative(token.get("mixture_logprob"))
+            return -math.inf if moved is None else float(moved)
+
+        chosen = [at for at in range(self.n_given, len(self.tokens)) if far(at) > -math.inf]
+        return sorted(chosen, key=far, reverse=True)[:k]
+
+    @cached_property
+    def totals(self) -> Totals:
+        """What steering did to the answer as a whole."""
+        counts = dict.fromkeys(KINDS, 0)
+        shifts: dict[int, float] = {}
+        texts: dict[int, str] = {}
+        for at, token in enumerate(self.tokens):
+            counts[self.kind(at)] += 1
+            for each in token.get("candidates") or () if self.kind(at) in ("changed", "strengthened", "kept") else ():
+                before, after = probability(each, "base_logprob"), probability(each, "mixture_logprob")
+                shift = (after or 0.0) - (before or 0.0)  # null in a trace: excluded, so never chosen
+                shifts[each["id"]] = shifts.get(each["id"], 0.0) + shift
+                texts[each["id"]] = each["token"]
+        kls = [token["kl"] for token in self.tokens[self.n_given :] if token.get("kl") is not None]
+        ordered = [(texts[id_], shift) for id_, shift in sorted(shifts.items(), key=lambda item: item[1])]
+        return Totals(
+            n_tokens=len(self.tokens) - self.n_given,
+            kinds={kind: count for kind, count in counts.items() if count},
+            kl=sum(kls) / len(kls) if kls else None,
+            promoted=[pair for pair in reversed(ordered[-5:]) if pair[1] > 0],
+            demoted=[pair for pair in ordered[:5] if pair[1] < 0],
+        )
+
+
+# -- one token ------------------------------------------------------------------------------------------------
+def kind_of(token: Mapping[str, Any]) -> str:
+    """What steering did to a token that was chosen."""
+    changed = token.get("changed")
+    if changed is None:
+        return "unknown"
+    if changed:
+        return "changed"
+    risen = rise(token)
+    return "strengthened" if risen is not None and risen >= STRENGTHENED else "kept"
+
+
+def probability(value: Mapping[str, Any], name: str) -> float | None:
+    """A probability from a log-probability of an object; None where it is unknown."""
+    log_p = value.get(name)
+    return None if log_p is None else math.exp(log_p)
+
+
+def rise(token: Mapping[str, Any]) -> float | None:
+    """How much more probable steering made a token, from -1 to 1."""
+    before, after = probability(token, "base_logprob"), probability(token, "mixture_logprob")
+    return None if before is None or after is None else after - before
+
+
+def base_choice(token: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The candidate that the base would choose; None where that is unknown."""
+    return _best(token, lambda each: each.get("base_logprob"))
+
+
+def expert_choice(token: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """The candidate that an expert alone would choose; None where that is unknown."""
+    return _best(token, lambda each: (each.get("expert_logprob") or {}).get(name))
+
+
+def _best(token: Mapping[str, Any], log_p: Any) -> Mapping[str, Any] | None:
+    known = [each for each in token.get("candidates") or () if log_p(each) is not None]
+    return max(known, key=lambda each: (log_p(each), -each["id"]), default=None)  # of equals the lowest id
+
+
+def _negative(value: float | None) -> float | None:
+    return None if value is None else -value
+
+
+# -- text -----------------------------------------------------------------------------------------------------
+def _pieces(text: str, tokens: Sequence[str]) -> Iterator[Piece]:
+    """Cut ``text`` into its ``tokens``; a token that is not in it (a special one) is a piece with its own text."""
+    at = first = 0
+    while first < len(tokens):
+        token, n = tokens[first], 1
+        if HALF in token and not text.startswith(token, at):
+            while first + n < len(tokens) and HALF in tokens[first + n]:
+                n += 1
+            rest = next((each for each in tokens[first + n :] if each and text.find(each, at) >= 0), "")
+            end = text.find(rest, at) if rest else len(text)
+            yield Piece(text[at:end] or token, first, n)
+            at = end
+        else:
+            yield Piece(token, first)
+            at += len(token) if text.startswith(token, at) else 0
+        first += n

@@ -1,0 +1,78 @@
+"""The options of explanations: what is shown, where it goes, and which other token is tried."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from proxytune.answers.options import ALPHA
+from proxytune.errors import ProxyTuneError
+from proxytune.options import option
+
+__all__ = ["Branch", "ExplainOptions"]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Another token at one place of an answer.
+
+    Attributes:
+        number: of the token, from 1. text: of the other token; "" where its id is given. id: its id.
+    """
+
+    number: int
+    text: str = ""
+    id: int | None = None
+
+    @staticmethod
+    def parse(words: str) -> Branch:
+        """Read ``N:TOKEN`` or ``N:#ID``.
+
+        Raises:
+            ProxyTuneError: if it is neither.
+        """
+        match = re.fullmatch(r"([0-9]+):(#[0-9]+|.+)", words, re.DOTALL)
+        if match is None or int(match[1]) < 1:
+            raise ProxyTuneError(
+                f"--branch is N:TOKEN, the number of a token from 1 and a candidate's text, or N:#ID, not {words!r}"
+            )
+        if re.fullmatch("#[0-9]+", match[2]):
+            return Branch(int(match[1]), id=int(match[2][1:]))
+        return Branch(int(match[1]), match[2])
+
+    def __str__(self) -> str:
+        return f"{self.number}:{self.text or f'#{self.id}'}"
+
+
+@dataclass(frozen=True)
+class ExplainOptions:
+    """What is shown of an answer's trace."""
+
+    moves: int = option(10, "List so many tokens that steering moved furthest.", metavar="K", min=1)
+    trace_top_k: int | None = option(
+        None, "Record so many of each model's likeliest tokens; 5 by default.", metavar="K", min=1
+    )
+    html: Path | None = option(
+        None, "Write a page there that opens in a browser, in place of the text.", metavar="FILE"
+    )
+    answer: int | None = option(None, "Show this answer of a FILE, from 1.", metavar="N", min=1)
+    branch: Branch | None = option(
+        None,
+        "Put another token at place N of the answer, from 1, and go on from there.",
+        metavar="N:TOKEN|N:#ID",
+        parse=Branch.parse,
+    )
+    branch_alpha: float | Mapping[str, float] | None = option(
+        None,
+        **{**ALPHA, "flag": "--branch-alpha", "help": "Strength of steering from there on; 0 goes on unsteered."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.branch_alpha is not None and self.branch is None:
+            raise ProxyTuneError("--branch-alpha needs --branch N:TOKEN")
+        if self.html is not None and not self.html.parent.is_dir():
+            raise ProxyTuneError(f"{self.html} cannot be written: there is no directory {self.html.parent}")
+        if self.html is not None and self.html.is_dir():
+            raise ProxyTuneError(f"{self.html} is a directory; --html names the file to be written")

@@ -1,0 +1,154 @@
+"""An explanation as text: the answer with its tokens marked, and the table of the largest moves."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from proxytune.analysis.explanation import KINDS, Explanation, base_choice, expert_choice, probability
+from proxytune.tables import Table
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+__all__ = ["legend", "marked", "moves_table", "shaded", "totals_lines"]
+
+MARKS = {"changed": ("⟦", "⟧"), "strengthened": ("⟨", "⟩")}  # where there are no colours
+MAX_ALPHA = 3.0  # a trace has no flips beyond
+LEVELS = (0.5, 1.5)  # nats; from each on the shade is darker
+# Orange and blue can be told apart by people who see no red or no green; bold and underlined by all.
+STYLES = {
+    "changed": tuple(f"bold underline black on color({shade})" for shade in (223, 215, 208)),
+    "strengthened": tuple(f"underline black on color({shade})" for shade in (195, 153, 117)),
+    "given": ("dim",) * 3,
+}
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+UNKNOWN = "unknown"
+
+
+def marked(why: Explanation) -> str:
+    """The answer with a pair of brackets around each token that steering changed or strengthened."""
+    parts = []
+    for piece in why.pieces:
+        before, after = MARKS.get(why.kind(piece.first), ("", ""))
+        parts.append(before + visible(piece.text) + after)
+    return "".join(parts)
+
+
+def shaded(why: Explanation) -> Text:
+    """The answer for a terminal that has styles: the further steering moved a token, the darker it is."""
+    from rich.text import Text
+
+    text = Text()
+    for piece in why.pieces:
+        kl = why.tokens[piece.first].get("kl") or 0.0
+        level = sum(kl >= bound for bound in LEVELS)
+        text.append(visible(piece.text), STYLES.get(why.kind(piece.first), ("",) * 3)[level])
+    return text
+
+
+def visible(text: str) -> str:
+    """Text without control characters, which a terminal would obey."""
+    return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def legend(why: Explanation, *, styled: bool) -> str:
+    """What the marks of the answer mean, of those that it has."""
+    if not why.steered:
+        return "This log does not record what steering did."
+    plain = {kind: "".join(pair) for kind, pair in MARKS.items()}
+    signs = {"changed": "bold", "strengthened": "underlined"} if styled else plain
+    found = [f"{sign}: {kind}, {KINDS[kind]}" for kind, sign in signs.items() if why.totals.kinds.get(kind)]
+    return ". ".join(found) + "." if found else "Steering changed no token."
+
+
+def moves_table(why: Explanation, k: int) -> Table:
+    """The k tokens that steering moved furthest, with what the base and each expert would have written."""
+    if not why.steered:
+        return _log_table(why, k)
+    several = len(why.alpha) > 1
+    experts = {name: f"expert {name}" if several else "expert" for name in why.alpha}
+    rows = []
+    for at in why.moves(k):
+        token = why.tokens[at]
+        rows.append(
+            (
+                str(at + 1),
+                quoted(token["token"]),
+                _number(token.get("kl")),
+                _choice(base_choice(token), "base_logprob"),
+                *(_choice(expert_choice(token, name), "expert_logprob", name) for name in experts),
+                f"{_share(probability(token, 'base_logprob'))} → {_share(probability(token, 'mixture_logprob'))}",
+                why.kind(at),
+                "" if several else _from_alpha(token, next(iter(why.alpha)), next(iter(why.alpha.values()))),
+            )
+        )
+    heads = ("token", "written", "KL", "base", *experts.values(), "base → steered", "what", "from alpha")
+    return Table(
+        heads,
+        rows,
+        title="The largest moves",
+        legend={
+            "KL": "how far steering moved all probabilities here, in nats",
+            "base → steered": "the written token's probability in the base and steered",
+            "from alpha": "the smallest alpha from which on greedy decoding writes it here, behind the same text",
+        },
+    )
+
+
+def _log_table(why: Explanation, k: int) -> Table:
+    rows = []
+    for at in why.moves(k):
+        token = why.tokens[at]
+        others = [each for each in token.get("candidates") or () if each["id"] != token["id"]]
+        best = max(others, key=lambda each: each.get("mixture_logprob") or -1e9, default=None)
+        rows.append(
+            (
+                str(at + 1),
+                quoted(token["token"]),
+                _share(probability(token, "mixture_logprob")),
+                _choice(best, "mixture_logprob"),
+            )
+        )
+    return Table(("token", "written", "probability", "likeliest other"), rows, title="The least probable tokens")
+
+
+def totals_lines(why: Explanation) -> str:
+    """The totals in a few lines."""
+    totals = why.totals
+    counts = ", ".join(f"{count} {kind}" for kind, count in totals.kinds.items())
+    mean = "" if totals.kl is None else f"; mean KL {totals.kl:.2f} nats"
+    lines = [f"{len(why.tokens)} tokens: {counts or 'none'}{mean}"]
+    for word, pairs in (("promoted", totals.promoted), ("demoted", totals.demoted)):
+        if pairs:
+            lines.append(f"most {word}: " + ", ".join(f"{quoted(text)} {shift:+.2f}" for text, shift in pairs))
+    return "\n".join(lines)
+
+
+# -- cells ----------------------------------------------------------------------------------------------------
+def quoted(text: str) -> str:
+    """A token's text in quotes, with its spaces and line ends to be seen."""
+    return visible(json.dumps(text, ensure_ascii=False))
+
+
+def _choice(each: Mapping[str, Any] | None, field: str, name: str | None = None) -> str:
+    """A candidate and its probability in a member."""
+    if each is None:
+        return UNKNOWN
+    return f"{quoted(each['token'])} {_share(probability(each if name is None else each[field], name or field))}"
+
+
+def _from_alpha(token: Mapping[str, Any], expert: str, alpha: float) -> str:
+    """From which alpha on the written token is the greedy choice; "" where another one is, as in sampling."""
+    steps = [step for step in (token.get("flips") or {}).get(expert, ()) if step[0] <= alpha <= MAX_ALPHA]
+    return f"{steps[-1][0]:.2f}" if steps and steps[-1][1] == token["id"] else ""
+
+
+def _share(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.2f}"
+
+
+def _number(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.2f}"
