@@ -43,7 +43,7 @@ def explain(
     seed: int = Sampling.seed,
     trace_top_k: int = TOP_K,
 ) -> Explanation:
-    """Answer a prompt, and show why each token was chosen.
+    """Answer a prompt, and show why each token was chosen; a notebook shows it as a page.
 
     Args:
         recipe, alpha, max_new_tokens, chat, system, temperature, top_p, top_k, min_p, seed: as those of
@@ -52,7 +52,8 @@ def explain(
         trace_top_k: candidates of each distribution.
 
     Returns:
-        The answer, which is that of :func:`proxytune.generate`, and its trace.
+        The answer, which is that of :func:`proxytune.generate`, its trace, and what the base and each expert answer
+        alone. ``html()`` gives a page that needs nothing else.
 
     Raises:
         PromptError: for a prompt that is empty or too long. ProxyTuneError: for another value that makes no sense.

@@ -32,11 +32,13 @@ class Piece:
 
     Attributes:
         text: as it is in the answer. first: its first token, from 0. n_tokens: how many.
+        special: whether the text of the answer leaves it out, as it does with an end token.
     """
 
     text: str
     first: int
     n_tokens: int = 1
+    special: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Explanation:
-    """An answer and why each of its tokens was chosen.
+    """An answer and why each of its tokens was chosen. A notebook shows it as a page.
 
     Attributes:
         prompt: what was asked; None where that is unknown. text: the answer.
@@ -74,6 +76,8 @@ class Explanation:
         >>> why = proxytune.explain("my-recipe", "The fox", max_new_tokens=3)
         >>> sorted(why.tokens[0]["candidates"][0])
         ['base_logprob', 'delta', 'expert_logprob', 'id', 'masked', 'mixture_logprob', 'token']
+        >>> why.html().startswith("<!doctype html>")
+        True
     """
 
     prompt: str | None
@@ -131,6 +135,18 @@ class Explanation:
             promoted=[pair for pair in reversed(ordered[-5:]) if pair[1] > 0],
             demoted=[pair for pair in ordered[:5] if pair[1] < 0],
         )
+
+    def html(self) -> str:
+        """One page that needs nothing else: no network, no other file."""
+        from proxytune.analysis.page import page
+
+        return page(self)
+
+    def _repr_html_(self) -> str:
+        """The page in a frame, for notebooks."""
+        from proxytune.analysis.page import framed
+
+        return framed(self)
 
 
 # -- one token ------------------------------------------------------------------------------------------------
@@ -190,6 +206,7 @@ def _pieces(text: str, tokens: Sequence[str]) -> Iterator[Piece]:
             yield Piece(text[at:end] or token, first, n)
             at = end
         else:
-            yield Piece(token, first)
-            at += len(token) if text.startswith(token, at) else 0
+            there = text.startswith(token, at)
+            yield Piece(token, first, special=not there)
+            at += len(token) if there else 0
         first += n
