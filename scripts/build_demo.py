@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -340,15 +339,16 @@ def main() -> None:
         build(Plan(tune_epochs=arguments.tune_epochs), arguments.seed, arguments.work, arguments.out)
     else:
         from proxytune.demo.run import run_demo
+        from proxytune.tables import markdown
 
-        run_demo(
+        result = run_demo(
             arguments.problems,
             json_path=arguments.json,
             cache_dir=arguments.cache,
             assets=arguments.assets,
             split=arguments.split,
-            console=Console(),
         )
+        print(markdown([result.table()]))
 
 
 if __name__ == "__main__":

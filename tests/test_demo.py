@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import io
 import json
 import re
 import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.demo import assets as demo_assets
 from proxytune.demo import demo_recipe, materialize
-from proxytune.demo.run import DemoResult, plan_of, run_demo
+from proxytune.demo import run as demo_run
+from proxytune.demo.run import DemoResult, run_demo
+from proxytune.demo.tasks import WORD_PROBLEMS, plan_of
 from proxytune.errors import MemberError, ProxyTuneError
 from proxytune.evaluation.problems import FEW_SHOT, TEMPLATES, Problem, is_correct, is_exact, make_problems
 from proxytune.evaluation.results import DEFAULT_ARMS
@@ -123,8 +128,8 @@ def test_exact_allows_nothing_else():
 
 def test_json_has_every_arm():
     problems = make_problems("dev", 2, seed=0)
-    assert set(DemoResult(0, problems).to_json()["arms"]) == set(DEFAULT_ARMS)
-    result = DemoResult(0, problems)
+    assert set(DemoResult(WORD_PROBLEMS, problems).to_json()["arms"]) == set(DEFAULT_ARMS)
+    result = DemoResult(WORD_PROBLEMS, problems)
     written = {"base": ("", ""), "proxy_tuned": (problems[0].completion, problems[1].completion)}
     written["mean_logits"] = (problems[0].completion + " apples", problems[1].completion + "\n\n")
     for arm, texts in written.items():
@@ -135,7 +140,8 @@ def test_json_has_every_arm():
         {**problems[1].row(2), "model_output": "", "seconds": 1.0}
     )  # ahead of the others
     told = json.loads(json.dumps(result.to_json()))
-    assert list(told) == ["arms", "seconds", "seed", "nothing_else", "proxy_tuned_against"]
+    fields = ["task", "arms", "seconds", "seconds_of", "seed", "nothing_else", "proxy_tuned_against"]
+    assert list(told) == fields
     assert told["arms"]["proxy_tuned"] == {"correct": 2, "total": 3}
     assert told["arms"]["mean_logits"] == {"correct": 1, "total": 2}
     assert told["nothing_else"] == {**dict.fromkeys(DEFAULT_ARMS, 0), "proxy_tuned": 2}
@@ -144,6 +150,83 @@ def test_json_has_every_arm():
     assert against["base"] == (2, 0)
     assert against["mean_logits"] == (1, 0)
     assert against["mean_logits, nothing else"] == (2, 0)
+    assert next(row["e_value"] for row in told["proxy_tuned_against"]) == pytest.approx(4 / 3)
+
+
+def scripted(monkeypatch, right, seconds_of_problem=0.001):
+    """The demo without models: each arm answers the problems whose number ``right[arm]`` holds, the clock is ours."""
+    clock = [100.0]
+    asked = []
+
+    def answers(arm, plan, batch):
+        asked.append((arm, batch))
+        jobs = plan.jobs["raw"][batch]
+        clock[0] += seconds_of_problem * len(jobs)
+        lines = []
+        for job in jobs:
+            text = f" = {job.doc['answer']}\n#### {job.doc['answer']}" if right[arm](int(job.id)) else "no"
+            lines.append({**job.doc, "model_output": text, "seconds": 1.0})
+        return lines
+
+    monkeypatch.setattr(demo_run, "answers", answers)
+    monkeypatch.setattr(demo_run, "materialize", lambda *_: Path())
+    monkeypatch.setattr(demo_run, "load_recipe", lambda _: None)
+    monkeypatch.setattr(demo_run, "Arms", lambda *_: SimpleNamespace(make=lambda name: name))
+    monkeypatch.setattr(demo_run.time, "monotonic", lambda: clock[0])
+    return asked
+
+
+NEVER, ALWAYS = (lambda at: False), (lambda at: True)
+WINS = {**dict.fromkeys(DEFAULT_ARMS, NEVER), "proxy_tuned": ALWAYS}
+
+
+def test_the_minute_ends_when_every_arm_is_clear(monkeypatch):
+    asked = scripted(monkeypatch, WINS)
+    result = run_demo(console=Console(quiet=True))
+    assert {len(of) for of in result.lines.values()} == {8}  # e of 8 : 0 is 28
+    assert not result.unclear()
+    assert "lear against" not in result.notes()
+    # An arm that is level is never clear: it goes on to the last problem, every arm with the same ones.
+    asked.clear()
+    scripted(monkeypatch, {**WINS, "mean_logits": ALWAYS})
+    result = run_demo(console=Console(quiet=True))
+    assert {len(of) for of in result.lines.values()} == {200}
+    assert [arm for arm, *_ in result.unclear()] == ["mean_logits"]
+    assert "Not clear against: mean of base and expert." in result.notes()
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.3, 0.7])
+def test_the_minute_is_kept(monkeypatch, seconds):
+    scripted(monkeypatch, {**WINS, "mean_logits": ALWAYS}, seconds)
+    result = run_demo(console=Console(quiet=True), began=85.0)
+    of_one = seconds * len(DEFAULT_ARMS)
+    assert result.parts["imports"] == 15
+    assert result.parts["expert alone"] == pytest.approx(seconds * result.n_answered)
+    assert 60 - of_one * demo_run.SMALLEST / 0.9 <= result.seconds <= 60
+    assert "Not yet clear against: mean of base and expert. --problems all asks more." in result.notes()
+
+
+@pytest.mark.parametrize(("asked", "count"), [(3, 3), (60, 60), ("all", 200)])
+def test_a_number_of_problems_is_asked_whatever_the_evidence(monkeypatch, asked, count):
+    scripted(monkeypatch, WINS, 1.0)
+    result = run_demo(asked, console=Console(quiet=True))
+    assert {len(of) for of in result.lines.values()} == {count}
+    assert [line["id"] for line in result.lines["base"]] == [str(at) for at in range(count)]
+    assert result.problems[:3] == make_problems("test", 3, 0)
+
+
+def test_answers_are_shown_side_by_side_and_piped_without_control_codes(monkeypatch):
+    scripted(monkeypatch, {**WINS, "expert": lambda at: at % 2 == 0})
+    shown = io.StringIO()
+    result = run_demo(9, console=Console(file=shown, width=80))
+    text = shown.getvalue()
+    assert "\x1b" not in text
+    assert text.count("expert alone") == 2  # two batches, each with a heading; the table is the caller's
+    for problem in (*result.problems[:4], result.problems[8]):
+        assert " ".join(problem.question.split()) in " ".join(text.split())
+    assert result.problems[4].question[:40] not in text
+    rows = [line.split("  ") for line in text.splitlines() if line.startswith("✗ no")]
+    assert [" ".join(row).count("✓") for row in rows] == [2, 1, 2, 1, 2]
 
 
 def test_the_demo_is_the_evaluation_of_its_task():
@@ -170,6 +253,8 @@ def test_bad_input_is_one_sentence_before_any_work(tmp_path):
         run_demo(1, json_path=tmp_path / "missing" / "out.json", cache_dir=tmp_path)
     with pytest.raises(ProxyTuneError, match="at least one problem"):
         run_demo(0, cache_dir=tmp_path)
+    for given in ("0", "-1", "x", "1.5", ""):
+        assert "--problems takes a number from 1 on, or all" in run("demo", "--problems", given, status=2).stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from typing import Annotated
+import time
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,6 +16,7 @@ from proxytune.cli.shared import (
     FAILED,
     Recipe,
     ResultOptions,
+    is_quiet,
     load_model,
     progress_bar,
     read_lines,
@@ -230,7 +232,8 @@ def serve(
 
 def demo(
     problems: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="How many problems; by default what fits about a minute.")
+        str | None,
+        typer.Option(metavar="N|all", help="How many problems, or the whole test set; by default what fits a minute."),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Which problems.")] = 0,
     *,
@@ -238,15 +241,33 @@ def demo(
 ) -> None:
     """Show proxy-tuning at work on a small real model: base, expert and both controls against proxy-tuned.
 
-    A few held-out problems are shown with the answers side by side, then as many are counted as fit about a minute.
+    Problems are answered by every arm, some are shown with their answers side by side, and the right ones are counted,
+    until the evidence suffices or a minute is over.
 
     Examples:
 
         proxytune demo
         proxytune demo --problems 100 --seed 1
     """
+    began = time.monotonic()  # the imports are part of the minute
+    asked = _how_many(problems)
+    from rich.console import Console
+
     from proxytune.demo import run_demo
 
-    shown = run_demo(problems, seed, results.output, quiet=results.json)
-    if results.json:
-        results.give(shown.to_json())
+    console = Console(quiet=results.json or is_quiet(), highlight=False)
+    shown = run_demo(asked, seed, results.output, console=console, began=began)
+    results.give(shown.to_json(), shown.table(), shown.notes())
+    if not results.json:  # on lines of their own, however long, so that they can be copied
+        write_out("\n".join(["", "Try next:", *(f"    {command}" for command in shown.try_next()), ""]))
+
+
+def _how_many(text: str | None) -> int | Literal["all"] | None:
+    """``--problems``: a number or all."""
+    if text is None:
+        return None
+    if text == "all":
+        return "all"
+    if not text.isdecimal() or int(text) < 1:
+        raise ProxyTuneError(f"--problems takes a number from 1 on, or all, not {text!r}")
+    return int(text)

@@ -38,6 +38,7 @@ __all__ = [
     "draws_bars",
     "drop_stdout",
     "fail",
+    "is_quiet",
     "load_model",
     "number_text",
     "progress_bar",
@@ -117,6 +118,11 @@ def talking(*, quiet: bool, verbose: bool) -> Iterator[None]:
         _QUIET.reset(token)
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def is_quiet() -> bool:
+    """Whether --quiet was given."""
+    return _QUIET.get()
 
 
 def say(message: str) -> None:

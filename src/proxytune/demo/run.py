@@ -1,229 +1,341 @@
 """The demo: an evaluation of held-out problems, shown live.
 
-The arms, their greedy answers, the counts, intervals and tests are those of ``proxytune eval demo --tasks demo_math``.
-What is the demo's own: the first problems are shown side by side, the table grows, and it ends within about a minute.
+The arms, their greedy answers, the counts, intervals and tests are those of ``proxytune eval`` for the same task. What
+is the demo's own: some problems are shown with their answers side by side, the table grows, and it ends when the
+evidence suffices or a minute is over.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console, Group
 from rich.live import Live
-from rich.panel import Panel
-from rich.table import Table
+from rich.table import Table as Grid
 from rich.text import Text
 
 from proxytune.demo.assets import ASSETS, materialize
+from proxytune.demo.tasks import WORD_PROBLEMS, DemoTask
 from proxytune.errors import ProxyTuneError
-from proxytune.evaluation.answering import Job, TaskPlan, answer_jobs, shots_of
+from proxytune.evaluation.answering import TaskPlan, answer_jobs, shots_of
 from proxytune.evaluation.arms import Arm, Arms
-from proxytune.evaluation.problems import FEW_SHOT, Problem, Split, is_correct, is_exact, make_problems
-from proxytune.evaluation.results import ARMS, DEFAULT_ARMS, LEGEND, task_results
-from proxytune.evaluation.statistics import mcnemar
+from proxytune.evaluation.problems import Split
+from proxytune.evaluation.results import LEGEND as WORDS
+from proxytune.evaluation.results import task_results
+from proxytune.evaluation.statistics import e_value, mcnemar
 from proxytune.recipe.checkpoints import quiet_transformers
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.store import load_recipe
+from proxytune.tables import Table, rendered
 
-__all__ = ["DemoResult", "plan_of", "run_demo"]
+__all__ = ["DemoResult", "run_demo"]
 
-TITLES = {**ARMS, "base": "base (SmolLM2-135M-Instruct)", "base_few_shot": "control: base, 4 examples shown"}
 SECONDS = 60.0
-
-
-def plan_of(problems: Sequence[Problem]) -> TaskPlan:
-    """The task demo_math (see its YAML) of these problems; lm_eval is not needed for it."""
-    shown = "".join(f"{problem.prompt}{problem.completion}\n\n" for problem in FEW_SHOT)
-    options = {"until": ["Question:"], "max_gen_toks": 28, "do_sample": False}
-    rows = [problem.row(index) for index, problem in enumerate(problems)]
-    jobs = {
-        shots: [Job(row["id"], 0, before + problem.prompt, row, options) for row, problem in zip(rows, problems)]
-        for shots, before in (("raw", ""), ("few_shot", shown))
-    }
-    return TaskPlan("demo_math", jobs, metadata={"fields": ["question", "answer"], "output": "model_output"})
+CLEAR = 20.0  # the e-value at which two arms differ at the level of 5 %
+FIRST, BATCH, SMALLEST = 8, 25, 4  # problems at once: at first, so that there is soon something to see; then; at least
+ALL = "--problems all"
+LEGEND = {
+    "and nothing else": WORDS["nothing_else"],
+    "won : lost": "problems that only the proxy-tuned base has right, and that only this arm has right",
+    "e": f"evidence that the two differ, valid at any time; from {CLEAR:.0f} on it is clear, at the level of 5 %",
+}
+SHOWN = 4  # problems of each batch whose answers are printed
+SIDE_BY_SIDE = {"base": "base", "expert": "expert alone", "proxy_tuned": "proxy-tuned"}
 
 
 @dataclass
 class DemoResult:
-    """Every arm's predictions, each list in the order of the problems."""
+    """Every arm's predictions, each list in the order of the problems.
 
-    seed: int
-    problems: Sequence[Problem] = ()
-    lines: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {arm: [] for arm in DEFAULT_ARMS})
+    Attributes:
+        asked: how many problems were asked for, or all of them; None: what fits a minute.
+        place: where the models are.
+        parts: what was done -> for how many seconds. seconds: of all.
+    """
+
+    task: DemoTask
+    problems: Sequence[Any]
+    seed: int = 0
+    asked: int | Literal["all"] | None = None
+    lines: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    place: Path = Path()
+    parts: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.lines = {arm: [] for arm in (self.task.minute if self.timed else self.task.arms)} | self.lines
+
+    @property
+    def timed(self) -> bool:
+        """Whether it ends with the minute, or when the evidence suffices."""
+        return self.asked is None
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the seconds that are spent within as those of a part."""
+        began = time.monotonic()
+        yield
+        self.parts[name] = self.parts.get(name, 0.0) + time.monotonic() - began
+
+    @property
+    def n_answered(self) -> int:
+        """How many problems every arm has answered."""
+        return min(map(len, self.lines.values()))
 
     def scores(self) -> dict[str, Any]:
         """What results.json of an evaluation says of the task."""
-        return task_results("demo_math", self.lines)
+        return task_results(self.task.plan(()).name, self.lines)
 
     def to_json(self) -> dict[str, Any]:
         arms = self.scores()["arms"]
         return {
+            "task": self.task.name,
             "arms": {arm: {"correct": of["count"], "total": of["of"]} for arm, of in arms.items()},
             "seconds": round(self.seconds, 1),
+            "seconds_of": {part: round(seconds, 1) for part, seconds in self.parts.items()},
             "seed": self.seed,
-            "nothing_else": {arm: sum(self.nothing_else(arm)) for arm in arms},
+            **({"nothing_else": {arm: sum(self.nothing_else(arm)) for arm in arms}} if self.task.is_exact else {}),
             "proxy_tuned_against": [
-                {"arm": name, "only_proxy_tuned": won, "only_other": lost, "p": p}
+                {"arm": name, "only_proxy_tuned": won, "only_other": lost, "p": p, "e_value": e_value(won, lost)}
                 for name, won, lost, p in self.comparisons()
             ],
         }
 
     def nothing_else(self, arm: str) -> list[bool]:
-        """The stricter question, see :func:`is_exact`, for each answer."""
-        return [is_exact(line["model_output"], problem) for line, problem in zip(self.lines[arm], self.problems)]
+        """The task's stricter question for each answer."""
+        assert self.task.is_exact is not None
+        return [self.task.is_exact(line["model_output"], of) for line, of in zip(self.lines[arm], self.problems)]
 
     def comparisons(self) -> list[tuple[str, int, int, float]]:
-        """Against each arm: problems that only the proxy-tuned base solved, that only the other did, and p."""
+        """Against each arm: problems that only the proxy-tuned base solved, that only the other did, and p.
+
+        p is McNemar's, which holds where the number of problems was given and not where the minute chose it.
+        """
         against = self.scores()["proxy_tuned_against"]
         keys = ("only_proxy_tuned", "only_other", "p")
         rows: list[Any] = [(arm, *map(of.get, keys)) for arm, of in against.items() if arm != "anti_expert"]
+        if self.task.is_exact is None:
+            return rows
         pairs = list(zip(self.nothing_else("proxy_tuned"), self.nothing_else("mean_logits")))
         return [*rows, ("mean_logits, nothing else", *mcnemar(*([pair[at] for pair in pairs] for at in (0, 1))))]
 
+    def unclear(self) -> list[tuple[str, int, int]]:
+        """The arms that are not clearly apart from the proxy-tuned base, with what only it and only they solved."""
+        counted = [row[:3] for row in self.comparisons() if row[0] in self.lines]
+        return [(arm, won, lost) for arm, won, lost in counted if e_value(won, lost) < CLEAR]
 
-@torch.inference_mode()
-def steered_tokens(arm: Arm, problem: Problem, text: str) -> list[tuple[str, bool]]:
-    """The tokens of the proxy-tuned answer, each with whether the base alone would have chosen another."""
-    prompt, answer = (arm.tokenizer(each).input_ids for each in (problem.prompt, text))
-    output = arm.model(input_ids=torch.tensor([prompt + answer]), output_member_logits=True, use_cache=False)
-    choices = output.member_logits["base"][0, len(prompt) - 1 : -1].argmax(dim=-1).tolist()
-    return [(arm.tokenizer.decode([t]), t != choice) for t, choice in zip(answer, choices, strict=True)]
+    # -- what is shown at the end ---------------------------------------------------------------------------
+    def table(self) -> Table:
+        """The counts, and how far they tell the arms apart."""
+        against = {arm: (won, lost) for arm, won, lost, _ in self.comparisons()}
+        heads = ["arm", "right", "95 % interval", "and nothing else", "won : lost", "e"]
+        rows = []
+        for arm, of in self.scores()["arms"].items():
+            low, high = (f"{100 * of[key]:.0f}" for key in ("low", "high"))
+            exact = f"{sum(self.nothing_else(arm))}/{of['of']}" if self.task.is_exact else ""
+            pairs = against.get(arm)
+            compared = [f"{pairs[0]} : {pairs[1]}", _evidence(e_value(*pairs))] if pairs else ["", ""]
+            rows.append([self.task.title(arm), f"{of['count']}/{of['of']}", f"{low} – {high} %", exact, *compared])
+        bold = [at for at, arm in enumerate(self.lines) if arm == "proxy_tuned"]
+        about = f", {self.n_answered} held-out problems, strict exact match"
+        return Table(heads, rows, self.task.name, about, bold, LEGEND)
+
+    def notes(self) -> str:
+        """What the counts do not tell, and where the time went."""
+        found = []
+        if pairs := self.unclear():
+            whole = not isinstance(self.asked, int) and self.n_answered == len(self.problems)
+            arms = "; ".join(_short(self.task.title(arm)) for arm, *_ in pairs)
+            found.append(f"Not clear against: {arms}." if whole else f"Not yet clear against: {arms}. {ALL} asks more.")
+        parts = "; ".join(f"{part} {seconds:.0f} s" for part, seconds in self.parts.items())
+        return "\n".join([*found, f"{self.seconds:.0f} s: {parts}."])
+
+    def try_next(self) -> list[str]:
+        """Commands that go on from here."""
+        place = self.place / self.task.recipe
+        recipe = "demo" if self.task.recipe == "recipe" else shlex.quote(str(place))
+        example = shlex.quote(next(iter(load_recipe(place).examples), self.problems[0].question))
+        return [f"proxytune chat {recipe}", f"proxytune generate {recipe} --chat {example}", f"proxytune demo {ALL}"]
 
 
-def measure(
-    arms: Mapping[str, Arm], plan: TaskPlan, batch: slice, result: DemoResult, report: Callable[[], None]
-) -> None:
-    """Let every arm answer some of the problems, into ``result``."""
-    for name, arm in arms.items():
-        jobs = plan.jobs[shots_of(name)][batch]
-        (lines,) = (new for (new,) in answer_jobs(arm, plan, jobs, batch_size=len(jobs)))
-        result.lines[name] += sorted(lines, key=lambda line: int(line["id"]))
-        report()
+def _short(title: str) -> str:
+    """An arm's title within a sentence."""
+    return title.removeprefix("control: ").partition(" (")[0]
+
+
+def _evidence(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}" if value < 10_000 else "> 9999"
+
+
+# ---- measuring ---------------------------------------------------------------------------------------
+
+
+def answers(arm: Arm, plan: TaskPlan, batch: slice) -> list[dict[str, Any]]:
+    """An arm's predictions for some of the problems, in their order."""
+    jobs = plan.jobs[shots_of(arm.name)][batch]
+    (lines,) = (new for (new,) in answer_jobs(arm, plan, jobs, batch_size=len(jobs)))
+    return sorted(lines, key=lambda line: int(line["id"]))
 
 
 def run_demo(
-    problems: int | None = None,
+    problems: int | Literal["all"] | None = None,
     seed: int = 0,
     json_path: Path | None = None,
     *,
-    quiet: bool = False,
+    task: DemoTask = WORD_PROBLEMS,
     console: Console | None = None,
     cache_dir: Path | None = None,
     assets: Path = ASSETS,
     split: Split = "test",
-    examples: int = 3,
+    began: float | None = None,
 ) -> DemoResult:
     """Show proxy-tuning at work on held-out problems, and count.
 
     Args:
-        problems: how many; by default as many as fit about a minute, loading included.
-        seed: of the problems.
-        json_path: where the counts go, after every batch. quiet: show nothing.
+        problems: the first so many, or all of the task's set; by default until the evidence suffices, see
+            :func:`proxytune.evaluation.statistics.e_value`, for a minute at most, loading included.
+        seed: of the problems and their order.
+        json_path: where the counts go, after every batch.
+        console: where progress and some answers are shown; the tables are the caller's to print.
         cache_dir, assets: see :func:`proxytune.demo.materialize`.
-        split: which templates the problems are made of.
-        examples: how many problems are shown side by side.
+        split: of the problems.
+        began: when the minute began, by ``time.monotonic()``; by default now.
 
     Raises:
-        ProxyTuneError: if a file cannot be written, or the base model is not installed.
+        ProxyTuneError: if a file cannot be written, the task has fewer problems, or the base model is not installed.
     """
-    if problems is not None and problems < 1:
-        raise ProxyTuneError(f"the demo needs at least one problem, not {problems}")
-    started = time.monotonic()
-    console = console or Console(quiet=quiet)
-    chosen = make_problems(split, problems or 400, seed)
-    result = DemoResult(seed, chosen)
+    began, now = began or time.monotonic(), time.monotonic()
+    console = console or Console(highlight=False)
+    result = DemoResult(task, task.choose(split, problems if isinstance(problems, int) else None, seed), seed, problems)
+    result.parts["imports"] = now - began
     _save(result, json_path)  # an unwritable place is found before the work, not after it
 
     with quiet_transformers():
-        with console.status("Preparing the demo's models (only the first time takes long)"):
-            place = materialize(cache_dir, assets)
-        console.print(f"Models: {place}", style="dim", soft_wrap=True)
-        with console.status("Loading"):
-            maker = Arms(load_recipe(place / "recipe"), DEFAULT_ARMS, LoadingOptions(pack=True))
-            arms = {name: maker.make(name) for name in DEFAULT_ARMS}
+        with console.status("Unpacking the models (only the first time takes long)"), result.part("unpacking"):
+            result.place = materialize(cache_dir, assets)
+        console.print(f"Models: {result.place}", style="dim", soft_wrap=True)
+        with console.status("Loading"), result.part("loading"):
+            recipe = load_recipe(result.place / task.recipe)
+            maker = Arms(recipe, list(result.lines), LoadingOptions(pack=True))
+            arms = {name: maker.make(name) for name in sorted(result.lines, key=lambda name: name not in SIDE_BY_SIDE)}
 
-        size, plan = 8 if problems is None else min(problems, 50), plan_of(chosen)
-        begun = [time.monotonic()]  # each batch, the last one's end
-        with console.status("Solving the first problems"):
-            measure(arms, plan, slice(size), result, lambda: None)
-        for at in range(min(examples, size)):
-            console.print(_side_by_side(arms["proxy_tuned"], result, at))
-
-        with Live(_table(result), console=console, refresh_per_second=4) as live:
-
-            def report() -> None:
-                result.seconds = time.monotonic() - started
-                live.update(_table(result))
+        plan = task.plan(result.problems)
+        with Live(console=console, transient=True, auto_refresh=False) as live:
+            for batch in _batches(result, began):
+                lines: dict[str, list[dict[str, Any]]] = {}
+                for name, arm in arms.items():
+                    doing = f"{_short(task.title(name))}: problems {batch.start + 1} to {batch.stop} …"
+                    live.update(_progress(result, doing, console.width), refresh=True)
+                    with result.part(_short(task.title(name))):
+                        lines[name] = answers(arm, plan, batch)
+                    if set(lines) == set(SIDE_BY_SIDE):
+                        console.print(_side_by_side(result, plan, arms["proxy_tuned"], batch, lines, console))
+                for name, new in lines.items():  # all at once: every count is of the same problems
+                    result.lines[name] += new
+                result.seconds = time.monotonic() - began
                 _save(result, json_path)
-
-            report()
-            for start in range(size, len(chosen), size):
-                begun.append(time.monotonic())
-                longest = max(b - a for a, b in pairwise(begun))
-                # With no number given: only while another batch, as long as the longest so far, fits the minute.
-                if problems is None and begun[-1] - started + longest >= SECONDS:
+                if result.timed and not result.unclear():
                     break
-                measure(arms, plan, slice(start, start + size), result, report)
-    result.seconds = time.monotonic() - started
-    _save(result, json_path)
-    console.print()
-    console.print(_comparisons(result))
     return result
+
+
+def _batches(result: DemoResult, began: float) -> Iterator[slice]:
+    """Which problems are asked together; in the minute as many as are likely to end within it."""
+    at, size = 0, FIRST
+    while size := min(size, len(result.problems) - at):
+        start = time.monotonic()
+        yield slice(at, at + size)
+        now = time.monotonic()
+        at, of_one = at + size, (now - start) / size
+        left = 0.9 * (SECONDS - (now - began))  # a smaller batch takes somewhat more for each of its problems
+        size = min(BATCH, max(0, int(left / of_one))) if result.timed else BATCH
+        if size < SMALLEST:
+            return
 
 
 # ---- what is shown -----------------------------------------------------------------------------------
 
 
-def _side_by_side(steered: Arm, result: DemoResult, at: int) -> Panel:
-    problem = result.problems[at]
-    texts = {arm: lines[at]["model_output"] for arm, lines in result.lines.items()}
-    table = Table(box=None, padding=(0, 2, 0, 0), expand=True)
-    for heading in ("base", "expert alone", "proxy-tuned"):
-        table.add_column(heading, ratio=1, overflow="fold")
-    marked = Text()
-    for token, changed in steered_tokens(steered, problem, texts["proxy_tuned"].rstrip()):
-        marked.append(token, style="bold reverse" if changed else "")
-    cells = []
-    for arm in ("base", "expert", "proxy_tuned"):
-        mark = Text("  right", "green") if is_correct(texts[arm], problem) else Text("  wrong", "red")
-        text = marked if arm == "proxy_tuned" else Text(texts[arm])
-        text.rstrip()
-        cells.append(Group(text[len(text.plain) - len(text.plain.lstrip(" \n")) :], mark))
-    table.add_row(*cells)
-    note = Text("reversed: tokens that the base alone would not have chosen", style="dim")
-    return Panel(Group(Text(problem.question, style="italic"), Text(), table, note), title="held-out problem")
+def _progress(result: DemoResult, doing: str, width: int) -> Group:
+    table = replace(result.table(), legend={})
+    return Group(Text(), *([rendered(table, width)] if result.n_answered else []), Text(doing, "dim"))
 
 
-def _table(result: DemoResult) -> Table:
-    table = Table(title="Held-out problems, strict exact match", title_justify="left")
-    for heading in ("arm", "correct", "share", "95 % interval", "and nothing else"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right", overflow="fold")
-    for arm, of in result.scores()["arms"].items():
-        total = of["of"]
-        value, low, high = (100 * of[key] for key in ("value", "low", "high"))
-        shares = (f"{value:.1f} %", f"{low:.1f} – {high:.1f}") if total else ("", "")
-        cells = (f"{of['count']}/{total}", *shares, f"{sum(result.nothing_else(arm))}/{total}")
-        table.add_row(TITLES[arm], *cells, style="bold" if arm == "proxy_tuned" else "")
-    table.caption = f"{result.seconds:.0f} s\nand nothing else: {LEGEND['nothing_else']}"
-    return table
+@torch.inference_mode()
+def steered_tokens(arm: Arm, contexts: Sequence[str], texts: Sequence[str]) -> list[list[tuple[str, bool]]]:
+    """The tokens of proxy-tuned answers, each with whether the base alone would have chosen another."""
+    prompts, written = ([arm.tokenizer(text).input_ids for text in each] for each in (contexts, texts))
+    rows = [prompt + answer for prompt, answer in zip(prompts, written)]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])  # padding on the right changes nothing
+    base = arm.model(input_ids=ids, output_member_logits=True, use_cache=False).member_logits["base"]
+    found = []
+    for prompt, answer, choices in zip(prompts, written, base.argmax(dim=-1).tolist()):
+        chosen = choices[len(prompt) - 1 :]
+        found.append([(arm.tokenizer.decode([token]), token != other) for token, other in zip(answer, chosen)])
+    return found
 
 
-def _comparisons(result: DemoResult) -> Table:
-    table = Table(title="Proxy-tuned against", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for heading in ("", "only it right", "only the other right", "p (exact McNemar)"):
-        table.add_column(heading, justify="right" if heading else "left", overflow="fold")
-    for name, won, lost, p in result.comparisons():
-        arm, _, rest = name.partition(",")
-        table.add_row(TITLES[arm] + (f",{rest}" if rest else ""), str(won), str(lost), f"{p:.2g}")
-    return table
+def _side_by_side(
+    result: DemoResult,
+    plan: TaskPlan,
+    steered: Arm,
+    batch: slice,
+    lines: Mapping[str, Sequence[Mapping[str, Any]]],
+    console: Console,
+) -> Group:
+    """The first problems of a batch, each with its three answers."""
+    problems = result.problems[batch][:SHOWN]
+    texts = {arm: [str(line["model_output"]).strip() for line in lines[arm][:SHOWN]] for arm in SIDE_BY_SIDE}
+    cells = {arm: [Text(text) for text in of] for arm, of in texts.items()}
+    marks = console.is_terminal and not console.quiet and console.color_system is not None
+    if marks:
+        contexts = [job.context for job in plan.jobs["raw"][batch][:SHOWN]]
+        outputs = [str(line["model_output"]).rstrip() for line in lines["proxy_tuned"][:SHOWN]]
+        cells["proxy_tuned"] = [
+            Text.assemble(*((token, "bold reverse" if changed else "") for token, changed in tokens))
+            for tokens in steered_tokens(steered, contexts, outputs)
+        ]
+    parts: list[Any] = [Text(), _in_columns([Text(title, "bold") for title in SIDE_BY_SIDE.values()])]
+    for at, problem in enumerate(problems):
+        solution = problem.completion.strip().rsplit("\n", 1)[-1]
+        parts.append(Text.assemble((problem.question, "italic"), (f"  ({solution})", "dim")))
+        row = []
+        for arm in SIDE_BY_SIDE:
+            right = result.task.is_correct(str(lines[arm][at]["model_output"]), problem)
+            mark = Text("✓ ", "green") if right else Text("✗ ", "red")
+            row.append(mark + _on_one_line(cells[arm][at]))
+        parts.append(_in_columns(row))
+    if marks and batch.start == 0:
+        parts.append(Text("✓ right, ✗ wrong; reversed: tokens that the base alone would not have chosen", "dim"))
+    elif batch.start == 0:
+        parts.append(Text("✓ right, ✗ wrong", "dim"))
+    return Group(*parts)
+
+
+def _on_one_line(text: Text) -> Text:
+    """A text without blanks around it, its line ends shown as a sign."""
+    lines = [line for line in text.split("\n") if line.plain.strip()]
+    joined = Text(" ⏎ ", "dim").join(lines)
+    return (
+        joined[len(joined.plain) - len(joined.plain.lstrip()) :] if joined.plain.strip() else Text("(nothing)", "dim")
+    )
+
+
+def _in_columns(cells: Sequence[Text]) -> Grid:
+    grid = Grid.grid(padding=(0, 2, 0, 0), expand=True)
+    for _ in cells:
+        grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+    grid.add_row(*cells)
+    return grid
 
 
 # ---- surroundings ------------------------------------------------------------------------------------

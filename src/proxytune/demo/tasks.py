@@ -1,0 +1,98 @@
+"""What the demo asks: its tasks, each with problems, prompts, arms and the rule for a right answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from proxytune.errors import ProxyTuneError
+from proxytune.evaluation.answering import Job, TaskPlan
+from proxytune.evaluation.problems import FEW_SHOT, Problem, Split, is_correct, is_exact, make_problems
+from proxytune.evaluation.results import ARMS, DEFAULT_ARMS
+
+__all__ = ["TASKS", "WORD_PROBLEMS", "DemoTask", "plan_of"]
+
+
+class Asked(Protocol):
+    """A problem of a task."""
+
+    @property
+    def question(self) -> str: ...
+    @property
+    def completion(self) -> str:
+        """The right answer; what counts is in its last line."""
+
+
+@dataclass(frozen=True)
+class DemoTask:
+    """One thing that the demo shows.
+
+    Attributes:
+        name: of ``--task``. recipe: its folder in what :func:`proxytune.demo.materialize` makes.
+        problems: (split, how many or None for the whole set, seed) -> the problems.
+        plan: of problems, for the arms.
+        minute: the arms that are shown where no number of problems is given. arms: all of them.
+        is_correct: whether a text answers a problem.
+        is_exact: the stricter question, where there is one: right, and nothing else.
+        titles: arm -> its title, where :data:`proxytune.evaluation.results.ARMS` is too general.
+    """
+
+    name: str
+    recipe: str
+    problems: Callable[[Split, int | None, int], Sequence[Any]]
+    plan: Callable[[Sequence[Any]], TaskPlan]
+    minute: Sequence[str]
+    arms: Sequence[str]
+    is_correct: Callable[[str, Any], bool]
+    is_exact: Callable[[str, Any], bool] | None = None
+    titles: Mapping[str, str] = field(default_factory=dict)
+
+    def title(self, arm: str) -> str:
+        """How tables call an arm."""
+        return self.titles.get(arm) or ARMS[arm]
+
+    def choose(self, split: Split, count: int | None, seed: int) -> Sequence[Any]:
+        """The first ``count`` problems of a split, or the whole set.
+
+        Raises:
+            ProxyTuneError: if there are not so many.
+        """
+        if count is not None and count < 1:
+            raise ProxyTuneError(f"the demo needs at least one problem, not {count}")
+        found = self.problems(split, count, seed)
+        if count is not None and len(found) < count:
+            raise ProxyTuneError(
+                f"the task {self.name} has {len(found)} problems, not {count}; give at most that, or all"
+            )
+        return found
+
+
+# ---- word problems -----------------------------------------------------------------------------------
+
+
+def plan_of(problems: Sequence[Problem]) -> TaskPlan:
+    """The task demo_math (see its YAML) of these problems; lm_eval is not needed for it."""
+    shown = "".join(f"{problem.prompt}{problem.completion}\n\n" for problem in FEW_SHOT)
+    options = {"until": ["Question:"], "max_gen_toks": 28, "do_sample": False}
+    rows = [problem.row(index) for index, problem in enumerate(problems)]
+    jobs = {
+        shots: [Job(row["id"], 0, before + problem.prompt, row, options) for row, problem in zip(rows, problems)]
+        for shots, before in (("raw", ""), ("few_shot", shown))
+    }
+    return TaskPlan("demo_math", jobs, metadata={"fields": ["question", "answer"], "output": "model_output"})
+
+
+WORD_PROBLEMS = DemoTask(
+    name="word-problems",
+    recipe="recipe",
+    problems=lambda split, count, seed: make_problems(split, count or 200, seed),
+    plan=plan_of,
+    minute=DEFAULT_ARMS,
+    arms=DEFAULT_ARMS,
+    is_correct=is_correct,
+    is_exact=is_exact,
+    titles={"base": "base (SmolLM2-135M-Instruct)", "base_few_shot": "control: base, 4 examples shown"},
+)
+
+TASKS = {task.name: task for task in (WORD_PROBLEMS,)}
