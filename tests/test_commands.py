@@ -59,6 +59,7 @@ def test_examples_are_commands_that_can_be_typed(line, recipe, tmp_path, monkeyp
         (tmp_path / mine).mkdir(parents=True, exist_ok=True)
     (tmp_path / "mine" / "config.json").write_text((recipe / "config.json").read_text())
     (tmp_path / "runs" / "mine" / "manifest.json").write_text('{"config": {"recipe": "mine", "tasks": "gsm8k"}}')
+    (tmp_path / "traces.jsonl").touch()
     (tmp_path / "mine" / "training").mkdir()
     (tmp_path / "mine" / "training" / "manifest.json").write_text('{"config": {"data": "x", "recipe": "demo"}}')
     assert parsed(name, words, tmp_path, monkeypatch)

@@ -288,7 +288,25 @@ def test_masked_candidates_and_what_is_excluded(window, tmp_path):
     shown(window, tmp_path, replace(why, tokens=tokens))
     rows = window.run("return [...document.querySelectorAll('#card tbody tr')].map((row) => row.innerText)")
     assert "masked" in rows[1]
-    assert "excluded" in rows[2]
+    assert rows[2].count("–") == 3
+    assert "–: excluded, or not recorded." in window.text("#card")
     slide(window, 2)
     assert window.run("return document.querySelectorAll('#card tr.out').length") == 1
     assert "100 %" in window.text("#card tbody tr:first-child"), "what is masked has no share"
+
+
+@pytest.mark.slow
+def test_a_log_shows_what_it_does_not_know_as_unknown(window, tmp_path):
+    tokens = [
+        {
+            "id": 0,
+            "token": "a",
+            "candidates": [{"id": 0, "token": "a"}, {"id": 1, "token": "b", "mixture_logprob": -1.0}],
+        }
+    ]
+    shown(window, tmp_path, Explanation(None, "a", {}, tokens))
+    card = window.text("#card")
+    assert "unknown" in card.split("candidate")[0]
+    assert [row.split()[-1] for row in card.split("probability\n")[-1].splitlines() if row] == ["%", "unknown"]
+    assert "0.0 %" not in card
+    assert not window.run("return document.getElementById('controls').checkVisibility()")

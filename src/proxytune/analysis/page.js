@@ -3,7 +3,7 @@
 // Text of an answer is only ever set as text, never as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
 const at = (id) => document.getElementById(id);
-const UNKNOWN = data.steered ? "excluded" : "unknown"; // a trace leaves out infinite numbers, a log what it does not know
+const UNKNOWN = data.steered ? "–" : "unknown"; // a trace leaves out infinite numbers, a log what it does not know
 const EXACT = 0.005; // half a step of the slider
 
 function make(tag, classes = "", content = [], attributes = {}) {
@@ -51,7 +51,7 @@ function ranked(token) {
     return [each, score];
   });
   scored.sort((a, b) => (b[1] ?? -Infinity) - (a[1] ?? -Infinity) || (b[0][1] ?? -Infinity) - (a[0][1] ?? -Infinity));
-  if (!data.steered || asRecorded()) return scored.map(([each, log]) => [each, known(log) ? Math.exp(log) : data.steered ? 0 : null]);
+  if (!data.steered || asRecorded()) return scored.map(([each, log]) => [each, ofLog(log)]);
   const most = Math.max(...scored.map(([, score]) => score ?? -Infinity));
   const weights = scored.map(([, score]) => known(score) ? Math.exp(score - most) : 0);
   const sum = weights.reduce((a, b) => a + b, 0) || 1;
@@ -189,6 +189,7 @@ function candidates(token) {
     notes.push("Shares are among these candidates.");
     if (known(best) && !token.candidates.some(([id]) => id === best)) notes.push(`Greedy decoding would choose ${visible(textOf(best))}, which is not listed.`);
   }
+  if (data.steered && rows.some(([each, p]) => !known(p) || !known(each[1]))) notes.push("–: excluded, or not recorded.");
   if (!rows.length) notes.push("No candidates were recorded.");
   return make("div", "wide", [table, make("p", "note", notes.join(" "))]);
 }
@@ -250,8 +251,8 @@ function drawRest() {
   }
   const { count, kinds, kl, promoted, demoted } = data.totals;
   const parts = Object.entries(kinds).map(([kind, n]) => `${n} ${kind}` + (count && kind !== "given" ? ` (${share(n / count)})` : ""));
-  const lines = [`${data.tokens.length} tokens: ${parts.join(", ") || "none"}.` + (known(kl) ? ` Mean KL ${kl.toFixed(2)} nats.` : "")];
-  at("totals").append(...lines.map((line) => make("p", "", line)));
+  const counted = data.steered ? `: ${parts.join(", ") || "none"}.` : ". What steering did to them is unknown: this log does not record it.";
+  at("totals").append(make("p", "", `${data.tokens.length} tokens${counted}` + (known(kl) ? ` Mean KL ${kl.toFixed(2)} nats.` : "")));
   for (const [title, pairs] of [["Most promoted", promoted], ["Most demoted", demoted]]) {
     if (!pairs.length) continue;
     const line = make("p", "", `${title} (probability, summed over all places): `);

@@ -77,10 +77,10 @@ def moves_table(why: Explanation, k: int) -> Table:
             (
                 str(at + 1),
                 quoted(token["token"]),
-                _number(token.get("kl")),
+                _short(token.get("kl")),
                 _choice(base_choice(token), "base_logprob"),
                 *(_choice(expert_choice(token, name), "expert_logprob", name) for name in experts),
-                f"{_share(probability(token, 'base_logprob'))} → {_share(probability(token, 'mixture_logprob'))}",
+                f"{_short(probability(token, 'base_logprob'))} → {_short(probability(token, 'mixture_logprob'))}",
                 why.kind(at),
                 "" if several else _from_alpha(token, next(iter(why.alpha)), next(iter(why.alpha.values()))),
             )
@@ -108,7 +108,7 @@ def _log_table(why: Explanation, k: int) -> Table:
             (
                 str(at + 1),
                 quoted(token["token"]),
-                _share(probability(token, "mixture_logprob")),
+                _short(probability(token, "mixture_logprob")),
                 _choice(best, "mixture_logprob"),
             )
         )
@@ -117,6 +117,8 @@ def _log_table(why: Explanation, k: int) -> Table:
 
 def totals_lines(why: Explanation) -> str:
     """The totals in a few lines."""
+    if not why.steered:
+        return f"{len(why.tokens)} tokens"
     totals = why.totals
     counts = ", ".join(f"{count} {kind}" for kind, count in totals.kinds.items())
     mean = "" if totals.kl is None else f"; mean KL {totals.kl:.2f} nats"
@@ -137,7 +139,7 @@ def _choice(each: Mapping[str, Any] | None, field: str, name: str | None = None)
     """A candidate and its probability in a member."""
     if each is None:
         return UNKNOWN
-    return f"{quoted(each['token'])} {_share(probability(each if name is None else each[field], name or field))}"
+    return f"{quoted(each['token'])} {_short(probability(each if name is None else each[field], name or field))}"
 
 
 def _from_alpha(token: Mapping[str, Any], expert: str, alpha: float) -> str:
@@ -146,9 +148,6 @@ def _from_alpha(token: Mapping[str, Any], expert: str, alpha: float) -> str:
     return f"{steps[-1][0]:.2f}" if steps and steps[-1][1] == token["id"] else ""
 
 
-def _share(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{value:.2f}"
-
-
-def _number(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{value:.2f}"
+def _short(value: float | None) -> str:
+    """A number, or a dash where it is infinite or unknown."""
+    return "–" if value is None else f"{value:.2f}"

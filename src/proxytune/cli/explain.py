@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from proxytune.analysis.options import ExplainOptions
 from proxytune.answers.options import AnswerOptions, Sampling
-from proxytune.cli.flags import only
-from proxytune.cli.shared import Recipe, load_model, say, show, spinner, write_out
+from proxytune.cli.flags import flags_given, only
+from proxytune.cli.shared import load_model, say, show, spinner, write_out
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.options import LoadingOptions
-from proxytune.recipe.place import check_alpha
+from proxytune.recipe.place import check_alpha, check_place
 
 if TYPE_CHECKING:
     from proxytune.analysis.explanation import Explanation
@@ -22,11 +24,30 @@ if TYPE_CHECKING:
 __all__ = ["explain", "show_explanation"]
 
 
+def _placed(source: str) -> str:
+    """Refuse what is neither a file nor can be a recipe at once: the modules that load one take seconds to import."""
+    if os.path.isfile(source):
+        return source
+    if source.endswith((".json", ".jsonl")) and not os.path.isdir(source):
+        raise ProxyTuneError(f"there is no file {source!r}")
+    check_place(source)
+    return source
+
+
 def explain(
-    recipe: Recipe,
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What is to be continued.")] = None,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|FILE",
+            help="A recipe, or a file of traces or of OpenAI responses with logprobs.",
+            callback=_placed,
+        ),
+    ],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="What is to be continued; not with a FILE.")
+    ] = None,
     *,
-    view: Annotated[ExplainOptions, only("moves", "trace_top_k", "html")],
+    view: Annotated[ExplainOptions, only("moves", "trace_top_k", "html", "answer")],
     options: AnswerOptions,
     sampling: Sampling,
     loading: LoadingOptions,
@@ -38,18 +59,62 @@ def explain(
     --html all of it is one file that opens in a browser, with every token's candidates, a slider of alpha, and the
     answers of the base and the experts alone.
 
+    A FILE is what `proxytune generate --trace` writes, or JSON of OpenAI's chat completions or completions with
+    logprobs; what it does not record is shown as unknown.
+
     Examples:
 
         proxytune explain demo "Question: Tom has 3 pens and buys 4. How many pens has he?" -n 40
         proxytune explain mine "What should I see in Lisbon?" --chat --html lisbon.html
+        proxytune explain traces.jsonl --answer 3
     """
+    if os.path.isfile(source):
+        if prompt is not None:
+            raise ProxyTuneError(f"a file has its prompts in it; leave {prompt!r} out, or name a recipe")
+        others = replace(view, moves=ExplainOptions.moves, html=None, answer=None)
+        if flags := flags_given(others, options, sampling, loading):
+            raise ProxyTuneError(f"the answers of a file are there already; leave {', '.join(flags)} out")
+        why = _read(source, view.answer)
+    else:
+        if view.answer is not None:
+            raise ProxyTuneError("--answer chooses among the answers of a FILE; a recipe gives one")
+        why = _made(source, prompt, view, options, sampling, loading)
+    if view.html is None:
+        show_explanation(why, view.moves)
+        return
+    from proxytune.answers.journal import write_whole
+
+    write_whole(view.html, why.html())
+    say(f"wrote {view.html}; open it in a browser")
+
+
+def _read(file: str, number: int | None) -> Explanation:
+    """An answer of a file."""
+    from proxytune.analysis.reading import read_explanations
+
+    answers = read_explanations(Path(file))
+    if number is None and len(answers) > 1:
+        say(f"this is answer 1 of {len(answers)}; --answer N shows another")
+    if number is not None and number > len(answers):
+        raise ProxyTuneError(f"--answer {number}: {file} has only {len(answers)}")
+    return answers[(number or 1) - 1]()
+
+
+def _made(
+    recipe: str,
+    prompt: str | None,
+    view: ExplainOptions,
+    options: AnswerOptions,
+    sampling: Sampling,
+    loading: LoadingOptions,
+) -> Explanation:
+    """An answer of a recipe; with what the base and the experts answer alone where it becomes a page."""
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().rstrip("\n")
     if prompt is None or not prompt.strip():
         raise ProxyTuneError("there is no prompt: give one as an argument or on stdin")
     check_alpha(recipe, options.alpha)
     from proxytune.analysis.explain import explain_prompt, own_answers
-    from proxytune.answers.journal import write_whole
     from proxytune.decoding.trace import TOP_K
     from proxytune.recipe.alpha import resolve_alpha
     from proxytune.recipe.store import load_recipe
@@ -58,16 +123,11 @@ def explain(
     names = [expert.name for expert in config.expert_list]
     alphas = resolve_alpha(options.alpha, names, config.alphas)
     model, tokenizer = load_model(config, loading)
-    top_k = view.trace_top_k or TOP_K
     with spinner("answering"):
-        why = explain_prompt(model, tokenizer, prompt, alphas, options, sampling, top_k)
+        why = explain_prompt(model, tokenizer, prompt, alphas, options, sampling, view.trace_top_k or TOP_K)
         if view.html is not None:
             why = replace(why, own=own_answers(model, tokenizer, prompt, options, sampling))
-    if view.html is None:
-        show_explanation(why, view.moves)
-    else:
-        write_whole(view.html, why.html())
-        say(f"wrote {view.html}; open it in a browser")
+    return why
 
 
 def show_explanation(why: Explanation, moves: int = ExplainOptions.moves) -> None:

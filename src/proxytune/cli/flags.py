@@ -19,7 +19,7 @@ import typer
 from proxytune.cli.command import option_names
 from proxytune.cli.shared import talking
 
-__all__ = ["Settings", "flat", "only"]
+__all__ = ["Settings", "flags_given", "flat", "only"]
 
 
 class Settings(dict[str, Any]):
@@ -29,6 +29,16 @@ class Settings(dict[str, Any]):
 def only(*names: str) -> frozenset[str]:
     """The fields of an options class that a command has flags for."""
     return frozenset(names)
+
+
+def flags_given(*options: Any) -> list[str]:
+    """The flags of options that are not at their defaults."""
+    return [
+        field.metadata.get("flag", "--" + field.name.replace("_", "-")).split()[0]
+        for each in options
+        for field in fields(each)
+        if getattr(each, field.name) != field.default
+    ]
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:
