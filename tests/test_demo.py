@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.demo import assets as demo_assets
@@ -26,6 +27,7 @@ from proxytune.demo.tasks import WORD_PROBLEMS, plan_of
 from proxytune.errors import MemberError, ProxyTuneError
 from proxytune.evaluation.problems import FEW_SHOT, TEMPLATES, Problem, is_correct, is_exact, make_problems
 from proxytune.evaluation.results import DEFAULT_ARMS
+from proxytune.lanes.loading import forget_gguf
 from support.commands import run
 
 needs_base = pytest.mark.skipif(
@@ -320,6 +322,26 @@ def test_unwritable_cache_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ProxyTuneError, match="cannot write its cache"):
         materialize(tmp_path / "file")
+
+
+@pytest.mark.slow
+@needs_base
+def test_the_base_is_read_as_transformers_reads_it(tmp_path, no_progress):
+    path = demo_assets.base_gguf()
+    expected = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    forget_gguf(expected)
+    model, tokenizer = demo_assets.load_base()
+    state, expected_state = model.state_dict(), expected.state_dict()
+    assert state.keys() == expected_state.keys()
+    assert all(torch.equal(tensor, expected_state[name]) for name, tensor in state.items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    names = {"architectures", "_model_name_or_path", "_name_or_path", "name_or_path"}
+    configs = ({k: v for k, v in of.config.to_dict().items() if k not in names} for of in (model, expected))
+    assert next(configs) == next(configs)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(tmp_path / "expected")
+    tokenizer.save_pretrained(tmp_path / "read")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "read" / name).read_text() == (tmp_path / "expected" / name).read_text()
 
 
 @pytest.mark.slow
