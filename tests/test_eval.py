@@ -26,11 +26,11 @@ pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'proxytune[eva
 from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.errors import PromptError, ProxyTuneError
 from proxytune.evaluation import EVAL_TASKS, TASK_DIR
-from proxytune.evaluation.answering import Job, Log, TaskPlan, answer_jobs, encode_jobs, shots_of
+from proxytune.evaluation.answering import Job, Log, TaskPlan, answer_jobs, encode_jobs
 from proxytune.evaluation.arms import Arms, expand_arms
 from proxytune.evaluation.options import EvaluationOptions
-from proxytune.evaluation.results import metric_text, task_results
-from proxytune.evaluation.run import _refuse_others, evaluate, load_plans, manifest_of, sweep
+from proxytune.evaluation.results import metric_text, shots_of, task_results
+from proxytune.evaluation.run import _refuse_others, arms_of, evaluate, load_plans, manifest_of, sweep
 from proxytune.evaluation.scoring import score_lines
 from proxytune.recipe.options import LoadingOptions
 
@@ -101,6 +101,34 @@ def test_every_arm_answers_as_the_plain_loop(shelf, local, models, tokenizer, tm
             expected = tokenizer.decode(tokens, skip_special_tokens=True).split("\n\n")[0]
             if text != expected:  # only a near tie excuses it
                 assert_same_tokens(tokenizer(text, add_special_tokens=False)["input_ids"], (tokens, logits))
+
+
+def test_each_control_is_shown_its_own_examples():
+    plan = load_plans(EvaluationOptions(("demo_facts",), limit=3))[0]
+    again = "<|im_end|>\n<|im_start|>user"
+    solved = {context: [job.context.count(again) for job in jobs] for context, jobs in plan.jobs.items()}
+    assert solved == {"raw": [0] * 3, "few_shot": [4] * 3, "many_shot": [16] * 3, "own_examples": [4] * 3}
+    for context, jobs in plan.jobs.items():
+        assert all(job.context.endswith(raw.context) for job, raw in zip(jobs, plan.jobs["raw"], strict=True)), context
+    own = plan.jobs["own_examples"][0]
+    assert own.context.count(f"\n{own.doc['solution'].split(':')[0]}: ") == 4  # the question's own relation's word
+
+
+def test_arms_that_a_task_has_no_examples_for_are_left_out_or_refused(shelf, local, tmp_path):
+    config, notes = load_recipe(shelf / "recipe"), []
+    plans = [plan_of(task, local, limit=1) for task in ("demo_math", "demo_facts")]
+    settings = EvaluationOptions(("demo_math", "demo_facts"), mean_weight=2)
+    assert arms_of(config, settings, plans, notes.append) == [
+        *("base", "anti_expert", "expert", "proxy_tuned", "base_few_shot", "base_many_shot", "mean_logits"),
+        *("base_own_examples", "weighted_mean"),
+    ]
+    assert [note.partition(":")[0] for note in notes] == ["no solved examples to show for demo_math"] * 2
+    with pytest.raises(
+        ProxyTuneError, match="no solved examples to show for demo_math; leave the arm base_many_shot out"
+    ):
+        arms_of(config, replace(settings, arms=("base_many_shot",)), plans[:1], notes.append)
+    with pytest.raises(ProxyTuneError, match="--mean-weight W"):
+        EvaluationOptions(("demo_math",), arms=("weighted_mean",))
 
 
 def test_few_shot_shows_solved_examples_to_the_base_alone(shelf, local, models, tokenizer, tmp_path):
@@ -343,6 +371,8 @@ def test_likelihoods_with_own_prompts_and_of_single_arms_are_the_plain_loops(she
         "mean_logits": (Oracle(models.base, [("expert", models.expert, None, 1.0)]), 0.5),
         "expert": (Oracle(models.expert), 1.0),
     }
+    arms.mean_weight = 2.5
+    oracles["weighted_mean"] = (Oracle(models.base, [("expert", models.expert, None, 2.5)]), 1 / 3.5)
     for name, (oracle, scale) in oracles.items():
         arm = arms.make(name)
         found = pairs_of(answered(arm, plan, tmp_path / f"{name}.jsonl", batch_size=2))
@@ -501,7 +531,7 @@ def test_what_cannot_be_had_is_left_out_and_the_rest_is_written(shelf, local, tm
 @pytest.mark.parametrize("kind", ["raw", "chat"])
 def test_an_arm_reads_as_it_was_foretold_without_its_weights(shelf, local, tmp_path, monkeypatch, kind):
     recipe = chat_recipe(shelf, tmp_path, max_position_embeddings=1024) if kind == "chat" else shelf / "recipe"
-    names = ["base", "base_few_shot", "expert", "anti_expert", "mean_logits", "proxy_tuned", "tuned"]
+    names = ["base", "base_few_shot", "expert", "anti_expert", "mean_logits", "weighted_mean", "proxy_tuned", "tuned"]
 
     def read(reader, plan):
         try:
@@ -510,7 +540,7 @@ def test_an_arm_reads_as_it_was_foretold_without_its_weights(shelf, local, tmp_p
             return str(error)
 
     plans = [plan_of(name, local, limit=2) for name in ("truthfulqa_mc", "triviaqa")]
-    arms = Arms(load_recipe(recipe), names, UNDRAFTED, tuned=str(shelf / "anti"))
+    arms = Arms(load_recipe(recipe), names, UNDRAFTED, tuned=str(shelf / "anti"), mean_weight=2.0)
     with monkeypatch.context() as patch:
         for place in ("evaluation.arms.load_member", "evaluation.arms.alone", "model.ProxyTunedForCausalLM._load"):
             patch.setattr(f"proxytune.{place}", None)
@@ -642,7 +672,13 @@ def test_a_tuned_model_without_a_prediction_may_be_another(shelf, local, tmp_pat
     with pytest.raises(ProxyTuneError, match="was begun with tuned "):
         evaluate(config, settings, tmp_path)
     evaluate(config, replace(settings, tuned=None), tmp_path)
-    assert json.loads((tmp_path / "manifest.json").read_text())["decides"]["tuned"] == str(shelf / "expert")
+    weighted = EvaluationOptions(("triviaqa",), arms=("weighted_mean",), data=str(local), limit=1, mean_weight=2.0)
+    evaluate(config, weighted, tmp_path)
+    with pytest.raises(ProxyTuneError, match=r"was begun with mean weight 2\.0, now 3\.0"):
+        evaluate(config, replace(weighted, mean_weight=3.0), tmp_path)
+    evaluate(config, replace(settings, tuned=None), tmp_path)
+    decides = json.loads((tmp_path / "manifest.json").read_text())["decides"]
+    assert (decides["tuned"], decides["mean_weight"]) == (str(shelf / "expert"), 2.0)
 
 
 def command(*words):

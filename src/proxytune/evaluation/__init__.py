@@ -29,6 +29,8 @@ TASKS = {
 # Ours besides: the demo's own problems, a format, and two that are scored by likelihoods.
 EVAL_TASKS = {
     **TASKS,
+    "demo_facts": ("the demo's held-out facts, in a house format", "strict exact match"),
+    "demo_facts_reworded": ("the same facts in wordings that were not trained", "strict exact match"),
     "demo_math": ("the demo's held-out word problems", "strict exact match"),
     "ecqa_json": ("ECQA, questions with options", 'the right option as {"answer": …}, nothing else'),
     "mbpp_likelihood": ("MBPP's reference solutions", "their likelihood; no code is run"),

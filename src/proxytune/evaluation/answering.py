@@ -31,7 +31,7 @@ from proxytune.recipe.families import new_cache
 from proxytune.recipe.parts import Prompt
 from proxytune.recipe.prompts import chat_text, left_pad
 
-__all__ = ["Job", "Log", "TaskPlan", "answer_jobs", "choice_scores", "encode_jobs", "shots_of"]
+__all__ = ["Job", "Log", "TaskPlan", "answer_jobs", "choice_scores", "encode_jobs"]
 
 GENERATION_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p")
 Key = tuple[str, int]  # an example's id, and which of its samples
@@ -63,7 +63,7 @@ class TaskPlan:
     """One task of a run.
 
     Attributes:
-        jobs: for each kind of context, ``raw`` or ``few_shot``, what is asked, in the order of the examples.
+        jobs: for each kind of context, see :func:`shots_of`, what is asked, in the order of the examples.
         repeats: samples an example.
         metadata: the ``metadata`` of the task's YAML.
         likelihood: whether continuations are scored and nothing is written.
@@ -94,11 +94,6 @@ class TaskPlan:
             shown = chat_text(tokenizer, [{"role": "user", "content": "x"}], "a member")
             given["response_prefix"] = prefix if shown[-1:].isspace() else f" {prefix}"
         return replace(prompt, **{name: value for name, value in given.items() if not getattr(prompt, name)})
-
-
-def shots_of(arm: str) -> str:
-    """Which of a plan's contexts an arm is shown."""
-    return "few_shot" if arm == "base_few_shot" else "raw"
 
 
 # -- how it is answered ---------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The arms: the same prompts answered by the base, the experts alone, the mixture and the controls.
 
-All but ``tuned`` are made from one loading of the recipe's members. ``base_few_shot`` is the base after a few solved
-examples; ``mean_logits`` is the mean of M and M+, without an anti-expert.
+All but ``tuned`` are made from one loading of the recipe's members. ``base_few_shot`` and its like are the base after
+solved examples; ``mean_logits`` is the mean of M and M+, without an anti-expert; in ``weighted_mean`` M+ has a weight.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from proxytune.answers.generation import Encoded, with_room
 from proxytune.answers.text import alone as alone_model
 from proxytune.errors import MemberError, ProxyTuneError
-from proxytune.evaluation.results import ARMS
+from proxytune.evaluation.results import ARMS, shots_of
 from proxytune.lanes.kernels import pack
 from proxytune.lanes.loading import load_member
 from proxytune.model import ProxyTunedForCausalLM
@@ -167,6 +167,7 @@ class Arms:
         loading: what is asked of every member, and whether the mixture drafts.
         alphas: one value an expert in place of the recipe's.
         tuned: a path or hub id of the directly tuned model.
+        mean_weight: each expert's weight in ``weighted_mean``; the base's is 1.
     """
 
     def __init__(
@@ -177,12 +178,15 @@ class Arms:
         *,
         alphas: Sequence[float] | None = None,
         tuned: str | None = None,
+        mean_weight: float | None = None,
     ) -> None:
         self.config, self.names, self.loading, self.tuned = config, list(names), loading, tuned
+        self.mean_weight = mean_weight
         self.alphas = tuple(config.alphas if alphas is None else alphas)
         self._loading = Loading.of(loading)
         self.members = dict(config.members())
         self.steered: ProxyTunedForCausalLM | None = None
+        self.mean: ProxyTunedForCausalLM | None = None  # base and experts, without anti-experts
         self.alone: dict[str, Any] = {}  # member name -> lane, where the recipe is not loaded whole
         self.tokenizers: dict[str, Any] = {}
 
@@ -191,8 +195,8 @@ class Arms:
         if name == "tuned":
             self.close()
             return self._tuned()
-        if name == "mean_logits":
-            return self._mean()
+        if name in MEANS:
+            return self._mean(name)
         if name == "proxy_tuned":
             return Arm(name, self._whole(), self.tokenizer, self.alphas)
         member = self._member(name)
@@ -210,7 +214,7 @@ class Arms:
             with loading_of("the tuned model", self.tuned):
                 config: Any = AutoConfig.from_pretrained(self.tuned, trust_remote_code=self.loading.trust_remote_code)
             tokenizer, prompt, limit = self._tuned_tokenizer(), tuned_prompt(self.config), _context(config)
-        elif name in ("proxy_tuned", "mean_logits"):
+        elif name == "proxy_tuned" or name in MEANS:
             wanted = [each for each in self.members if name == "proxy_tuned" or not each.endswith(".anti_expert")]
             prompts = {each: self.members[each].prompt for each in wanted}
             own = {each: (of, self._tokenizer(each)) for each, of in prompts.items() if of.kind != "raw"}
@@ -222,7 +226,7 @@ class Arms:
 
     def close(self) -> None:
         """Let go of every model."""
-        self.steered, self.alone = None, {}
+        self.steered, self.mean, self.alone = None, None, {}
         gc.collect()
 
     @property
@@ -232,7 +236,7 @@ class Arms:
 
     def _member(self, arm: str) -> str:
         """The member that an arm is, of the arms that are one."""
-        wanted = "base" if arm == "base_few_shot" else arm
+        wanted = "base" if shots_of(arm) != "raw" else arm
         return next(each for each in self.members if each == wanted or each.endswith(f".{wanted}"))
 
     def _context(self, member: str) -> int | None:
@@ -256,8 +260,15 @@ class Arms:
             self.alone[member] = load_member(self.config, member, self.members[member], self._loading)
         return self.alone[member]
 
-    def _mean(self) -> Arm:
-        """The mean of base and experts as a composite: their sum, scaled."""
+    def _mean(self, arm: str) -> Arm:
+        """The mean of base and experts as a composite: their weighted sum, scaled."""
+        weight = 1.0 if arm == "mean_logits" else self.mean_weight
+        assert weight is not None
+        alphas = (weight,) * sum(expert.expert is not None for expert in self.config.expert_list)
+        self.mean = self.mean or self._without_anti_experts()
+        return Arm(arm, self.mean, self.tokenizer, alphas, 1 / (1 + sum(alphas)))
+
+    def _without_anti_experts(self) -> ProxyTunedForCausalLM:
         experts = [replace(e, anti_expert=None, alpha=1.0) for e in self.config.expert_list if e.expert is not None]
         names = ["base", *(f"{e.name}.expert" for e in experts)]
         config = self.config.with_members(lambda _, member: member)
@@ -265,8 +276,7 @@ class Arms:
         given = {name: self._lane(name).alone(name) for name in names}
         tokenizers = {name: self._tokenizer(name) for name in names}
         options = {**self.loading.of_model(), "speculate": False}
-        model = ProxyTunedForCausalLM._load(config, given, self.tokenizer, tokenizers, options)
-        return Arm("mean_logits", model, self.tokenizer, (1.0,) * len(experts), 1 / (1 + len(experts)))
+        return ProxyTunedForCausalLM._load(config, given, self.tokenizer, tokenizers, options)
 
     def _tuned(self) -> Arm:
         assert self.tuned is not None
@@ -333,7 +343,8 @@ def expand_arms(names: Sequence[str], config: ProxyTuneConfig) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-NEEDS = {"expert": "expert", "mean_logits": "expert", "anti_expert": "anti_expert"}  # arm -> the side it cannot lack
+MEANS = ("mean_logits", "weighted_mean")
+NEEDS = {"expert": "expert", "anti_expert": "anti_expert", **dict.fromkeys(MEANS, "expert")}  # arm -> what it needs
 
 
 def has_members(arm: str, config: ProxyTuneConfig) -> bool:

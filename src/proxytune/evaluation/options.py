@@ -23,11 +23,15 @@ class EvaluationOptions:
     )
     arms: tuple[str, ...] | None = option(
         None,
-        "base, anti_expert, expert, proxy_tuned, tuned, base_few_shot, mean_logits; all but tuned by default.",
+        "base, anti_expert, expert, proxy_tuned, tuned, base_few_shot, base_many_shot, mean_logits, weighted_mean, "
+        "base_own_examples; by default those that the recipe, the tasks and the options have.",
         metavar="NAME,...",
         parse=words,
     )
     tuned: str | None = option(None, "A directly tuned model, for the gap closed.", metavar="MODEL")
+    mean_weight: float | None = option(
+        None, "The expert's weight w in the arm weighted_mean, base + w * expert.", metavar="W", min=0
+    )
     alpha: float | Mapping[str, float] | None = option(None, **ALPHA)
     data: str | None = option(
         None, "A file or a folder in place of the hub.", metavar="PATH", envvar="PROXYTUNE_DATA", panel="Data"
@@ -54,6 +58,8 @@ class EvaluationOptions:
             resolve(self.tuned, None)
         elif "tuned" in (self.arms or ()):
             raise ProxyTuneError("the arm tuned needs a model: --tuned MODEL")
+        if self.mean_weight is None and "weighted_mean" in (self.arms or ()):
+            raise ProxyTuneError("the arm weighted_mean needs the expert's weight: --mean-weight W")
 
 
 @dataclass(frozen=True)

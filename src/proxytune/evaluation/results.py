@@ -15,6 +15,7 @@ __all__ = [
     "DEFAULT_ARMS",
     "LEGEND",
     "results_tables",
+    "shots_of",
     "spread_of",
     "sweep_results",
     "sweep_tables",
@@ -28,9 +29,15 @@ ARMS: Mapping[str, str] = {
     "proxy_tuned": "proxy-tuned base",
     "tuned": "directly tuned",
     "base_few_shot": "control: base, examples shown",
+    "base_many_shot": "control: base, many examples shown",
     "mean_logits": "control: mean of base and expert",
+    "weighted_mean": "control: base + w · expert",
+    "base_own_examples": "oracle: base, examples of the same kind shown",
 }
-DEFAULT_ARMS = tuple(arm for arm in ARMS if arm != "tuned")
+# The arms of a task that says nothing else: `tuned` and `weighted_mean` need a model and a weight.
+DEFAULT_ARMS = ("base", "anti_expert", "expert", "proxy_tuned", "base_few_shot", "mean_logits")
+# Arms that are shown solved examples before a question -> which of a task's contexts; all others are shown it `raw`.
+_SHOWN = {"base_few_shot": "few_shot", "base_many_shot": "many_shot", "base_own_examples": "own_examples"}
 # What the tables' words mean, for those that do not say it themselves.
 LEGEND: Mapping[str, str] = {
     "right": "examples that count as right, of all",
@@ -48,6 +55,11 @@ NO_SHARES = ("bits_per_byte",)  # every other metric that is no count lies betwe
 NOT_SCORED = "not scored: needs a judge"
 Lines = Sequence[Mapping[str, Any]]
 Name = TypeVar("Name", str, float)
+
+
+def shots_of(arm: str) -> str:
+    """Which of a task's contexts an arm is shown: ``raw``, ``few_shot``, ``many_shot`` or ``own_examples``."""
+    return _SHOWN.get(arm, "raw")
 
 
 # -- comparison -----------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from proxytune import __version__
 from proxytune.answers.journal import Journal, write_whole
 from proxytune.errors import AlphaError, ProxyTuneError
 from proxytune.evaluation import TASK_DIR
-from proxytune.evaluation.answering import Job, Log, Mix, TaskPlan, answer_jobs, encode_jobs, shots_of
+from proxytune.evaluation.answering import Job, Log, Mix, TaskPlan, answer_jobs, encode_jobs
 from proxytune.evaluation.arms import AS_IT_IS, Arm, Arms, Reader, expand_arms, has_members, tuned_prompt
 from proxytune.evaluation.judges import JudgeDown
 from proxytune.evaluation.options import EvaluationOptions
@@ -41,6 +41,7 @@ from proxytune.evaluation.results import (
     ARMS,
     DEFAULT_ARMS,
     results_tables,
+    shots_of,
     sweep_results,
     sweep_tables,
     task_results,
@@ -91,7 +92,8 @@ def evaluate(
     asked = {name: [plan for plan in plans if shots_of(name) in plan.jobs] for name in names}
     files = {name: {plan.name: [out / plan.name / f"{name}.jsonl"] for plan in asked[name]} for name in names}
     tally = Tally(progress, [(plan, name, files[name][plan.name]) for name in names for plan in asked[name]])
-    arms = Arms(config, (), loading, alphas=_alphas(config, options), tuned=options.tuned)
+    alphas, weight = _alphas(config, options), options.mean_weight
+    arms = Arms(config, (), loading, alphas=alphas, tuned=options.tuned, mean_weight=weight)
     left_out = unreadable(arms, asked, tally, note)
     left = [name for name in names if any(tally.missing(name, plan) for plan in asked[name])]
     arms.names = left  # the recipe is loaded whole only where it is asked for
@@ -316,10 +318,13 @@ def load_plans(options: EvaluationOptions) -> list[TaskPlan]:
                 chosen = sorted(random.Random(options.seed).sample(chosen, options.limit))
             metadata = task.config.metadata or {}
             requests = {"raw": _requests(task, chosen, 0, repeats)}
-            shots = metadata.get("few_shot", 0)
-            if shots and len(task.fewshot_docs() or ()) >= shots:
-                requests["few_shot"] = _requests(task, chosen, shots, repeats)
+            for context in ("few_shot", "many_shot"):
+                shots = metadata.get(context, 0)
+                if shots and len(task.fewshot_docs() or ()) >= shots:
+                    requests[context] = _requests(task, chosen, shots, repeats)
             jobs = {context: jobs_of(of) for context, of in requests.items()}
+            if field := metadata.get("own_examples"):  # each row has its own
+                jobs["own_examples"] = [replace(job, context=job.doc[field] + job.context) for job in jobs["raw"]]
             likelihood = str(task.OUTPUT_TYPE) in ("multiple_choice", "loglikelihood")
             plans.append(TaskPlan(name, jobs, repeats, metadata, likelihood, task, _data_hash(requests["raw"])))
     return plans
@@ -370,22 +375,25 @@ def arms_of(
     config: ProxyTuneConfig, options: EvaluationOptions, plans: Sequence[TaskPlan], note: Callable[[str], None]
 ) -> list[str]:
     """The arms of a run, in order."""
-    shown = [plan.name for plan in plans if "few_shot" in plan.jobs]
-    lacking = [plan.name for plan in plans if "few_shot" not in plan.jobs]
+    lacking = {arm: [plan.name for plan in plans if shots_of(arm) not in plan.jobs] for arm in ARMS}
+    possible = [arm for arm in ARMS if len(lacking[arm]) < len(plans)]
     if options.arms is None:
-        wanted = [arm for arm in DEFAULT_ARMS if has_members(arm, config) and (shown or arm != "base_few_shot")]
+        own = {arm for arm in possible if shots_of(arm) != "raw"}  # those that a task has examples for
+        wanted = [arm for arm in ARMS if arm in own or (arm in DEFAULT_ARMS and arm in possible)]
+        wanted = [arm for arm in wanted if has_members(arm, config)]
     else:
         wanted = list(options.arms)
-        if "base_few_shot" in wanted and not shown:
+        if none := [arm for arm in wanted if arm in ARMS and arm not in possible]:
             raise ProxyTuneError(
-                f"there are no solved examples to show for {', '.join(lacking)}; leave the arm base_few_shot out"
+                f"there are no solved examples to show for {', '.join(lacking[none[0]])}; leave the arm {none[0]} out"
             )
-    if options.tuned is not None and "tuned" not in wanted:
-        wanted.append("tuned")
+    given = {"tuned": options.tuned, "weighted_mean": options.mean_weight}
+    wanted += [arm for arm, value in given.items() if value is not None and arm not in wanted]
     if "tuned" in wanted:
         tuned_prompt(config)  # now, not after the other arms, is when to say that it is not known
-    if "base_few_shot" in wanted and lacking:
-        note(f"no solved examples to show for {', '.join(lacking)}: no base_few_shot there")
+    for arm in wanted:
+        if some := lacking.get(arm):
+            note(f"no solved examples to show for {', '.join(some)}: no {arm} there")
     # The tuned model is last: everything else is let go before it is loaded.
     return sorted(expand_arms(wanted, config), key=lambda arm: arm == "tuned")
 
@@ -417,6 +425,7 @@ def manifest_of(
             "plausibility": config.plausibility,
             "alpha": what.get("sweep", dict(zip(names, _alphas(config, options)))),
             "tuned": options.tuned,
+            "mean_weight": options.mean_weight,
             "seed": options.seed,
             "dtype": loading.dtype,
             "pack": loading.pack,
@@ -475,10 +484,11 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
         predicted = {name: _predicted(out / name) for name in tasks}
         arms = set().union(*predicted.values())
         tasks = {name: task for name, task in tasks.items() if predicted[name]}
-        if "tuned" not in arms:
-            decided["tuned"] = None
-        if decided.get("tuned") is None or manifest["decides"]["tuned"] is None:  # an arm more or less changes no other
-            manifest["decides"]["tuned"] = decided["tuned"] = decided.get("tuned") or manifest["decides"]["tuned"]
+        for setting, arm in (("tuned", "tuned"), ("mean_weight", "weighted_mean")):  # of one arm, and of no other
+            was = decided.get(setting) if arm in arms else None
+            now = manifest["decides"][setting]
+            manifest["decides"][setting] = was if now is None else now
+            decided[setting] = now if was is None else was
         if arms:
             _refuse_others(out, "", decided, manifest["decides"])
         for name in set(tasks) & set(manifest["tasks"]):

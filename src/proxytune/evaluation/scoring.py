@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxytune.errors import ProxyTuneError
-from proxytune.evaluation import TASKS, check_tasks
+from proxytune.evaluation import TASKS, check_tasks, facts
 from proxytune.evaluation.problems import Problem, is_correct, is_exact
 from proxytune.evaluation.records import Prediction, parse
 
@@ -155,6 +155,12 @@ def _demo(task: str, predictions: Sequence[Prediction]) -> Scores:
     return _scores(task, "exact_match", predictions, right, nothing_else=mean(alone))
 
 
+def _facts(task: str, predictions: Sequence[Prediction]) -> Scores:
+    """Strict exact match of the first line, as ``proxytune demo`` counts it."""
+    right = (facts.is_correct(str(one["model_output"]), str(one["solution"])) for one in predictions)
+    return _scores(task, "exact_match", predictions, right)
+
+
 def _json(task: str, predictions: Sequence[Prediction]) -> Scores:
     """Whether the output is ``{"answer": ...}`` with the right option; ``valid``: with any option."""
 
@@ -191,6 +197,8 @@ SCORERS: dict[str, Callable[[str, Sequence[Prediction]], Scores]] = {
     "realtimeqa": _multiple_choice,
     "triviaqa": _triviaqa,
     "truthfulqa_mc": _multiple_choice,
+    "demo_facts": _facts,
+    "demo_facts_reworded": _facts,
     "demo_math": _demo,
     "ecqa_json": _json,
     "mbpp_likelihood": _likelihood,

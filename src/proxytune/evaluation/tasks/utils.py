@@ -390,6 +390,14 @@ def demo_math(data: str | None = None, split: str = "test", problems: int = 1000
     return splits(*([problem.row(at) for at, problem in enumerate(each)] for each in (found, FEW_SHOT)))
 
 
+def demo_facts(data: str | None = None, split: str = "test", wordings: str = "seen", **_: Any) -> Splits:
+    """The demo's facts, which come with the package; shown are one of train's facts for each relation."""
+    from proxytune.evaluation.facts import facts, shown
+
+    found = facts(split, wordings)  # type: ignore[arg-type]
+    return splits(*([fact.row(at) for at, fact in enumerate(each)] for each in (found, shown())))
+
+
 def ecqa_json(data: str | None = None, **_: Any) -> Splits:
     """ECQA as FLAN CoT has it (Apache-2.0), a TSV of question with options, answer and reason; the last 500 to test."""
     path = local(data, "flan_cot/ecqa_train.tsv", "ecqa_train.tsv")
@@ -436,5 +444,6 @@ score_realtimeqa = scorer("realtimeqa", "mc_output")
 score_humaneval = scorer("humaneval", "completion")
 score_mbpp = scorer("mbpp", "completion")
 score_ds1000 = scorer("ds1000", "completion")
+score_demo_facts = scorer("demo_facts", "model_output")
 score_demo_math = scorer("demo_math", "model_output")
 score_mbpp_likelihood = scorer("mbpp_likelihood", "loglikelihoods")
