@@ -157,11 +157,20 @@ def test_what_prompts_begin_with_is_read_once(shelf, models, tokenizer, tmp_path
 
     lines = answered(arm, TaskPlan("t", {"few_shot": jobs}), tmp_path / "warm.jsonl")  # how to read it has been tried
     monkeypatch.setattr(kind, "forward", watched)
+    arm.begun.clear()
     assert answered(arm, TaskPlan("t", {"few_shot": jobs}), tmp_path / "a.jsonl").keys() == lines.keys()
     (rows, common), (all_rows, rest) = read[:2]
     assert (rows, all_rows) == (1, 3)
     assert common > n_shown - 3
     assert common + rest == max(len(tokenizer(job.context)["input_ids"]) for job in jobs)
+    # Later jobs find it read, also where they happen to begin alike for a little longer.
+    read.clear()
+    alike = [
+        replace(job, id=f"later {job.id}", context=jobs[0].context + word) for job, word in zip(jobs, (" a", " b"))
+    ]
+    lines |= answered(arm, TaskPlan("t", {"few_shot": alike}), tmp_path / "b.jsonl")
+    assert read[0] == (2, max(len(tokenizer(job.context)["input_ids"]) for job in alike) - common)
+    jobs += alike
     for job in jobs:
         tokens, logits = Oracle(models.base).greedy(tokenizer(job.context)["input_ids"], 6, eos=tiny.EOS)
         if lines[job.key]["output"] != tokenizer.decode(tokens, skip_special_tokens=True):

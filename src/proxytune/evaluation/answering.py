@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -122,7 +123,9 @@ def answer_jobs(
     mixes = [arm.alphas] if mixes is None else mixes
     # Continuations are mixed anew without more rows; writing, each mix is a row of its own.
     n_prompts = batch_size if plan.likelihood else max(1, batch_size // len(mixes))
-    for whole in batches(encode_jobs(arm.reader, plan, jobs), n_prompts):
+    asked = encode_jobs(arm.reader, plan, jobs)
+    n_shared = 0 if plan.likelihood else _beginning(arm, [pair.context.ids for _, (pair,) in asked])
+    for whole in batches(asked, n_prompts):
         batch = [pair for pair in whole if any(pair[0].key not in done for done in made)]
         wanted = [(row, at) for row, (job, _) in enumerate(batch) for at, of in enumerate(made) if job.key not in of]
         if not wanted:
@@ -132,7 +135,7 @@ def answer_jobs(
             scores = score_jobs(arm, [pairs for _, pairs in batch], mixes)
             found = [_scored(batch[row], scores[at][row]) for row, at in wanted]
         else:
-            texts = generate_batch(arm, plan, batch, [(row, mixes[at]) for row, at in wanted], seed=seed)
+            texts = generate_batch(arm, plan, batch, [(row, mixes[at]) for row, at in wanted], n_shared, seed=seed)
             output = str(plan.metadata.get("output", "output"))
             found = [{output: text} for text in texts]
         seconds = round((time.monotonic() - started) / len(wanted), 4)
@@ -168,11 +171,11 @@ def encode_jobs(reader: Reader, plan: TaskPlan, jobs: Sequence[Job]) -> list[Ask
 
 
 def generate_batch(
-    arm: Arm, plan: TaskPlan, batch: Sequence[Asked], wanted: Sequence[tuple[int, Mix]], *, seed: int
+    arm: Arm, plan: TaskPlan, batch: Sequence[Asked], wanted: Sequence[tuple[int, Mix]], n_shared: int, *, seed: int
 ) -> list[str]:
     """The texts of a batch of jobs, which have the same options, each cut before its first stop string.
 
-    Answered are the ``wanted`` rows, several times where several alphas are.
+    Answered are the ``wanted`` rows, several times where several alphas are; ``n_shared``: see :func:`_beginning`.
     """
     options = dict(batch[0][0].options)
     if unknown := [name for name in options if name not in GENERATION_OPTIONS]:
@@ -191,7 +194,7 @@ def generate_batch(
     if banned := _banned_ids(arm.tokenizer, plan.metadata.get("banned") or ()):
         processors.append(NoBadWordsLogitsProcessor(banned))
     rows = [row for row, _ in wanted]
-    cache, n_shared = _prefilled(arm, prompts, rows)
+    cache, n_shared = _prefilled(arm, prompts, rows, n_shared)
     answers = answer(
         arm.model,
         arm.tokenizer,
@@ -213,34 +216,42 @@ def generate_batch(
 
 
 @torch.inference_mode()
-def _prefilled(arm: Arm, prompts: Sequence[Encoded], rows: Sequence[int]) -> tuple[Any, int]:
+def _prefilled(arm: Arm, prompts: Sequence[Encoded], rows: Sequence[int], n_shared: int) -> tuple[Any, int]:
     """A cache that has read what would otherwise be read several times, and how many tokens all prompts begin with.
 
     A prompt that is answered with several alphas is read once, all but its last column. A model alone reads once what
-    all of its prompts begin with, such as solved examples. Otherwise there is no cache.
+    all of its prompts begin with, such as solved examples, for all batches. Otherwise there is no cache.
     """
-    n_shared = 0
     if len(rows) > len(prompts) and not prompts[0].own and all(len(prompt.ids) > 1 for prompt in prompts):
         ids, mask = (columns[:, :-1] for columns in left_pad([prompt.ids for prompt in prompts]))
-    elif n_shared := _beginning(arm, [prompt.ids for prompt in prompts]):
-        ids, mask = left_pad([prompts[0].ids[:n_shared]])
+        cache = _read(arm, ids, mask, logits_to_keep=1).past_key_values
+    elif n_shared:
+        shared = tuple(prompts[0].ids[:n_shared])
+        if shared not in arm.begun:
+            arm.begun.clear()
+            arm.begun[shared] = _read(arm, *left_pad([list(shared)]), logits_to_keep=1).past_key_values
+        cache = copy.deepcopy(arm.begun[shared])
         rows = [0] * len(rows)
     else:  # a member with a prompt of its own reads it whole in a first forward
         return None, 0
-    cache = _read(arm, ids, mask, logits_to_keep=1).past_key_values
     cache.reorder_cache(torch.tensor(list(rows), device=arm.model.device))  # every kind of layer can do that
     return cache, n_shared
 
 
 def _beginning(arm: Arm, prompts: Sequence[list[int]]) -> int:
     """With how many tokens all prompts begin, where a model alone can read them once for all of them; else 0."""
-    model, shortest = arm.model.base, min(map(len, prompts))
-    common = next((at for at, ids in enumerate(zip(*prompts)) if len(set(ids)) > 1), shortest)
-    common = min(common, shortest - 1)  # the last token is read for what it foretells
+    if arm.alphas or len(prompts) < 2:
+        return 0
+    # In sorted order the first and the last share what all do; the last token is read for what it foretells.
+    first, last = min(prompts), max(prompts)
+    common = min(next((at for at, pair in enumerate(zip(first, last)) if pair[0] != pair[1]), len(first)), len(last))
+    common = min(common, min(map(len, prompts)) - 1)
+    # What is kept of earlier jobs may be a little shorter: these begin alike by chance.
+    if (kept := next((len(ids) for ids in arm.begun if first[: len(ids)] == list(ids)), 0)) > common - 32:
+        common = min(common, kept)
+    model = arm.model.base
     if (
-        arm.alphas
-        or len(prompts) == 1
-        or common < 32
+        common < 32
         # Padding stands behind what is shared, where a window would count it and a state would read it.
         or not all(type(layer) is DynamicLayer for layer in new_cache(model).layers)
         or not reading_of(model).in_pieces

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -97,6 +97,7 @@ class Arm:
         alphas: one value an expert.
         scale: what the logits are multiplied by (a mean of n models is a sum, scaled).
         prompt: of a model alone; a recipe's members have theirs.
+        begun: the ids that its last prompts began with, such as solved examples -> the cache that has read them.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Arm:
     alphas: tuple[float, ...] = ()
     scale: float = 1.0
     prompt: Prompt = RAW
+    begun: dict[tuple[int, ...], Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def reader(self) -> Reader:
