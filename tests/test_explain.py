@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
 import pytest
+import torch
 
 import proxytune
 from proxytune import Explanation, ProxyTunedForCausalLM
-from proxytune.analysis.explain import explain_answer, explain_prompt
+from proxytune.analysis.explain import explain_answer, explain_branch, explain_prompt
 from proxytune.analysis.explanation import base_choice, expert_choice, kind_of
+from proxytune.analysis.options import Branch
 from proxytune.analysis.terminal import legend, marked, moves_table, shaded, totals_lines, visible
 from proxytune.answers.chat import Conversation
 from proxytune.answers.generation import Answer, answer
 from proxytune.answers.options import AnswerOptions, Sampling
 from support import tiny
 from support.commands import fails, run
+from support.decoding import QUIET
 from support.oracle import Oracle
 
 pytestmark = pytest.mark.usefixtures("no_progress")
@@ -199,6 +203,93 @@ def test_what_is_refused(words, message, shelf, tmp_path):
         assert message in run(*named, status=2).stderr
     else:
         assert message in fails(*named)
+
+
+# -- another token --------------------------------------------------------------------------------------------
+def continued(model, tokenizer, text, ids, n, **options):
+    """What ``generate`` writes behind a text and these ids."""
+    start = torch.tensor([[*tokenizer(text)["input_ids"], *ids]])
+    out = model.generate(start, attention_mask=torch.ones_like(start), **QUIET, max_new_tokens=n, **options)
+    return out[0, start.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("speculate", [False, 3])
+@pytest.mark.parametrize("after", [1.0, 0.0])
+def test_another_token_is_gone_on_from(oracle, tokenizer, why, speculate, after):
+    model = tiny.compose(oracle, tokenizer=tokenizer, speculate=speculate)
+    options = AnswerOptions(max_new_tokens=12)
+    other = why.tokens[4]["candidates"][2]
+    made = explain_branch(
+        model, tokenizer, why, Branch(5, id=other["id"]), (after,), options, Sampling(), 5
+    )  # fmt: skip
+    ids = [token["id"] for token in made.tokens]
+    given = [*(token["id"] for token in why.tokens[:4]), other["id"]]
+    assert ids == given + continued(model, tokenizer, "the fox", given, 7, alpha=after)
+    assert ids != [token["id"] for token in why.tokens]
+    assert [made.kind(at) == "given" for at in range(12)] == [True] * 5 + [False] * 7
+    assert (made.totals.n_tokens, made.totals.kinds["given"]) == (7, 5)
+    assert not set(made.moves(20)) & set(range(5))
+    logits = oracle.member_logits(tokenizer("the fox")["input_ids"], ids)
+    mixed = oracle.mix(logits, [after]).log_softmax(dim=-1)
+    for at, each in enumerate(made.tokens):
+        assert each["mixture_logprob"] == pytest.approx(float(mixed[at, each["id"]]), **CLOSE), "also of given ones"
+    if after == 0:
+        base = explain_branch(model, tokenizer, why, Branch(5, other["token"]), (0.0,), options, Sampling(), 5)
+        assert [token["id"] for token in base.tokens] == ids, "by its text, as by its id"
+
+
+def test_a_sampled_answer_keeps_what_is_given(model, tokenizer):
+    options, sampling = AnswerOptions(max_new_tokens=8), Sampling(temperature=1.5, top_k=4, seed=3)
+    before = explain_prompt(model, tokenizer, "the fox", (1.0,), options, sampling, 5)
+    made = explain_branch(model, tokenizer, before, Branch(3, id=40), (1.0,), options, sampling, 5)
+    ids = [token["id"] for token in before.tokens]
+    assert [token["id"] for token in made.tokens][:3] == [*ids[:2], 40]
+
+
+def test_the_command_goes_on_from_another_token(shelf, why):
+    words = ("explain", shelf / "recipe", "the fox", "-n", "6", "--branch")
+    shown = run(*words, "2:#40").stdout
+    assert "The first 2 tokens were given." in shown
+    assert "2 given" in shown
+    assert run(*words, "2:#40", "--branch-alpha", "0").stdout.count("kept") == 5
+    twice = run(*words, "2:#40", "--branch", "4:#41").stdout
+    assert "The first 4 tokens were given." in twice
+    assert shown.startswith(why.tokens[0]["token"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--branch 3", "--branch is N:TOKEN, the number of a token from 1 and a candidate's text, or N:#ID, not '3'"),
+        ("--branch 0:a", "--branch is N:TOKEN"),
+        ("--branch 1:", "--branch is N:TOKEN"),
+        ("--branch 9:a", "--branch 9:a: the answer has only 4 tokens"),
+        ("--branch 2:nosuch", "no candidate at token 2 is 'nosuch'; there are '"),
+        ("--branch 2:#384", "--branch 2:#384: the models share 384 tokens, numbered from 0"),
+        ("--branch 1:\ufffd", "several candidates have this text; name one by its id: 1:#"),
+        ("--branch-alpha 0", "--branch-alpha needs --branch N:TOKEN"),
+        ("--branch 1:a --branch-alpha x=0", "no expert is called 'x'"),
+    ],
+)
+def test_other_tokens_that_are_refused(shelf, words, message):
+    assert message in fails("explain", shelf / "recipe", "the fox", "-n", "4", *words.split())
+
+
+def test_the_command_that_gives_an_answer_is_kept_with_it(shelf, tmp_path):
+    def kept(*words):
+        run("explain", *words, "--html", tmp_path / "page.html", "--moves", "3")
+        return json.loads(re.search('"command":(.*?),"own"', (tmp_path / "page.html").read_text("utf-8"))[1])
+
+    recipe = str(shelf / "recipe")
+    options = ["--branch", "2:#40", "--branch", "3:#41", "--alpha", "0.5", "--max-new-tokens", "3", "--chat"]
+    assert kept(recipe, "it's", *options[:4], "-a", "0.5", "-n", "3", "--chat") == [
+        ["proxytune", "explain", recipe, "it's", *options],
+        [],
+    ]
+    assert kept("-n", "2", "--", recipe, "-x") == [
+        ["proxytune", "explain", "--max-new-tokens", "2"],
+        ["--", recipe, "-x"],
+    ]
 
 
 # -- Python ---------------------------------------------------------------------------------------------------

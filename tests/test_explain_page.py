@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -14,6 +15,7 @@ import pytest
 
 from proxytune import Explanation
 from proxytune.analysis.explain import explain_prompt
+from proxytune.analysis.options import Branch
 from proxytune.answers.options import AnswerOptions, Sampling
 from support import tiny
 from support.browser import browser
@@ -310,3 +312,33 @@ def test_a_log_shows_what_it_does_not_know_as_unknown(window, tmp_path):
     assert [row.split()[-1] for row in card.split("probability\n")[-1].splitlines() if row] == ["%", "unknown"]
     assert "0.0 %" not in card
     assert not window.run("return document.getElementById('controls').checkVisibility()")
+
+
+@pytest.mark.slow
+def test_every_candidate_has_a_command_that_goes_on_from_it(window, tmp_path, shelf):
+    """Each is what the shell would run, whatever the token's text is."""
+    prompt = "it's a fox"
+    run("explain", shelf / "recipe", prompt, "-n", "4", "--html", tmp_path / "page.html")
+    window.look()
+    window.open(tmp_path / "page.html")
+    for at in (0, 2):
+        window.run("show(arguments[0], true)", at)
+        ids = window.run("return ranked(data.tokens[arguments[0]]).map(([each]) => each[0])", at)
+        specs = set()
+        for row, id_ in enumerate(ids):
+            window.run("document.querySelectorAll('#card .try')[arguments[0]].click()", row)
+            words = shlex.split(window.run("return document.querySelector('.command code').textContent"))
+            assert words[:-1] == [
+                "proxytune", "explain", str(shelf / "recipe"), prompt, "--max-new-tokens", "4", "--branch",
+            ]  # fmt: skip
+            branch = Branch.parse(words[-1])
+            text = window.run("return textOf(arguments[0])", id_)
+            assert branch.number == at + 1
+            assert branch.id == id_ or branch.text == text
+            specs.add(words[-1])
+        assert len(specs) == len(ids), "no two candidates have one command"
+    run(*words[1:])
+    window.click("#command input")
+    words = shlex.split(window.run("return document.querySelector('.command code').textContent"))
+    assert words[-2:] == ["--branch-alpha", "0"]
+    run(*words[1:])

@@ -66,10 +66,11 @@ class Explanation:
     Attributes:
         prompt: what was asked; None where that is unknown. text: the answer.
         alpha: by expert; empty where the answer is another program's.
-        tokens: why each was chosen, as the objects of a trace; see the documentation of traces.
+        tokens: why each was chosen, as the objects of a trace; see the documentation of traces. ``texts`` of a token
+            holds, by id, the texts of the tokens that its flips name.
         own: the answers of the members alone: ``base``, and each expert by name.
         n_given: how many tokens at the beginning were given and not chosen.
-        command: the words of the command that repeats this; empty where there is none.
+        command: the words of the command that gives this answer; empty where there is none.
 
     Example:
         >>> import proxytune

@@ -58,11 +58,13 @@ class ExplainOptions:
         None, "Write a page there that opens in a browser, in place of the text.", metavar="FILE"
     )
     answer: int | None = option(None, "Show this answer of a FILE, from 1.", metavar="N", min=1)
-    branch: Branch | None = option(
-        None,
-        "Put another token at place N of the answer, from 1, and go on from there.",
-        metavar="N:TOKEN|N:#ID",
-        parse=Branch.parse,
+    branch: tuple[Branch, ...] = option(
+        (),
+        "Put another token at place N of the answer, from 1, and go on from there: a candidate's text, or #ID. Given "
+        "again, it changes the answer that the first one gave.",
+        metavar="N:TOKEN",
+        many=True,
+        parse=lambda texts: tuple(map(Branch.parse, texts)),
     )
     branch_alpha: float | Mapping[str, float] | None = option(
         None,
@@ -70,7 +72,7 @@ class ExplainOptions:
     )
 
     def __post_init__(self) -> None:
-        if self.branch_alpha is not None and self.branch is None:
+        if self.branch_alpha is not None and not self.branch:
             raise ProxyTuneError("--branch-alpha needs --branch N:TOKEN")
         if self.html is not None and not self.html.parent.is_dir():
             raise ProxyTuneError(f"{self.html} cannot be written: there is no directory {self.html.parent}")

@@ -193,6 +193,44 @@ function candidates(token) {
   if (!rows.length) notes.push("No candidates were recorded.");
   return make("div", "wide", [table, make("p", "note", notes.join(" "))]);
 }
+// A command that goes on from another candidate, to be copied into a shell.
+function tryIt(id) {
+  const button = make("button", "try", "try", { type: "button", "aria-label": `Command that goes on with ${visible(textOf(id))}` });
+  button.addEventListener("click", () => drawCommand(id));
+  return button;
+}
+const shell = (word) => /^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'"'"'`)}'`;
+function branchOf(id) {
+  const text = textOf(id);
+  const alike = data.tokens[state.token].candidates.filter(([other]) => textOf(other) === text).length;
+  const plain = alike === 1 && text !== "" && !/[\p{C}\ufffd]|^#\d+$/u.test(text);
+  return `${state.token + 1}:${plain ? text : `#${id}`}`;
+}
+function drawCommand(id) {
+  const [before, behind] = data.command;
+  const code = make("code", "", "", { tabindex: "0" });
+  const draw = () => { code.textContent = [...before, "--branch", branchOf(id), ...(state.unsteered ? ["--branch-alpha", "0"] : []), ...behind].map(shell).join(" "); };
+  draw();
+  const copy = make("button", "", "copy", { type: "button" });
+  copy.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(code.textContent);
+      copy.textContent = "copied";
+    } catch { // in a frame, or by an old browser
+      getSelection().selectAllChildren(code);
+      copy.textContent = "selected";
+    }
+  });
+  const parts = [make("p", "", ["Go on with ", quoted(id), " at this place:"]), make("div", "command", [code, copy])];
+  if (!data.tokens.some((token) => token.kind === "given")) {
+    const box = make("input", "", [], { type: "checkbox" });
+    box.checked = state.unsteered;
+    box.addEventListener("change", () => { state.unsteered = box.checked; draw(); });
+    parts.push(make("label", "", [box, " unsteered from there on"]));
+  }
+  at("command").replaceChildren(...parts);
+  at("command").scrollIntoView({ block: "nearest" });
+}
 const alphaOf = (k) => k === state.expert ? state.alpha : data.alpha[k];
 function withBar(text, p) {
   const bar = make("span", "bar", [], { "aria-hidden": "true" });

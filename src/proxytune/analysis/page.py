@@ -72,6 +72,7 @@ def _data(why: Explanation) -> dict[str, Any]:
         "texts": _texts(why.tokens),
         "tokens": [_token(why, at, names) for at in range(len(why.tokens))],
         "moves": why.moves(MOVES),
+        "command": _command(why),
         "own": [[name, text] for name, text in why.own.items()],
         "totals": {
             "count": why.totals.n_tokens,
@@ -81,6 +82,13 @@ def _data(why: Explanation) -> dict[str, Any]:
             "demoted": [[text, round(shift, DIGITS)] for text, shift in why.totals.demoted],
         },
     }
+
+
+def _command(why: Explanation) -> list[list[str]] | None:
+    """The words before and behind the place of further options; None where there is no command."""
+    words = list(why.command)
+    at = words.index("--") if "--" in words else len(words)
+    return [words[:at], words[at:]] if words else None
 
 
 def _texts(tokens: Sequence[Mapping[str, Any]]) -> dict[int, str]:

@@ -61,7 +61,8 @@ def legend(why: Explanation, *, styled: bool) -> str:
     plain = {kind: "".join(pair) for kind, pair in MARKS.items()}
     signs = {"changed": "bold", "strengthened": "underlined"} if styled else plain
     found = [f"{sign}: {kind}, {KINDS[kind]}" for kind, sign in signs.items() if why.totals.kinds.get(kind)]
-    return ". ".join(found) + "." if found else "Steering changed no token."
+    told = ". ".join(found) + "." if found else "Steering changed no token."
+    return told + (f" The first {why.n_given} tokens were given." if why.n_given else "")
 
 
 def moves_table(why: Explanation, k: int) -> Table:

@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 from proxytune.cli.shared import say
 from proxytune.errors import ProxyTuneError
 
-__all__ = ["Command", "option_names", "without_types"]
+__all__ = ["Command", "flag_of", "option_names", "without_types"]
 
 RENAMED = {"--out": "--output", "--batch": "--batch-size"}  # old spelling -> new
 NOT_SETTINGS = ("config", "help", "json", "json_file", "print_config", "quiet", "tasks_dir", "verbose")
@@ -87,7 +87,7 @@ def _is_option(parameter: Any) -> bool:
     return bool(parameter.param_type_name == "option")
 
 
-def _flag(option: Any) -> str:
+def flag_of(option: Any) -> str:
     """An option's long name: --output, not -o."""
     return str(max(option.opts, key=len))
 
@@ -99,7 +99,7 @@ def option_names(command: Any) -> dict[str, Any]:
     """
     names = {}
     for parameter in command.params:
-        name = _flag(parameter).removeprefix("--") if _is_option(parameter) else parameter.name
+        name = flag_of(parameter).removeprefix("--") if _is_option(parameter) else parameter.name
         name = name.removeprefix("no-").replace("-", "_")
         if name not in NOT_SETTINGS:
             names[name] = parameter
@@ -124,7 +124,7 @@ def _words_of_config(command: Any, path: Path, given: Mapping[str, Any]) -> list
         parameter = names[name]
         if value is None or _is_given(given.get(parameter.name)):
             continue
-        flag = _flag(parameter)
+        flag = flag_of(parameter)
         if getattr(parameter, "is_flag", False):
             if not isinstance(value, bool):
                 raise ProxyTuneError(f"{path}: {key} is true or false, not {value!r}")

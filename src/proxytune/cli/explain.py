@@ -12,7 +12,7 @@ import typer
 
 from proxytune.analysis.options import ExplainOptions
 from proxytune.answers.options import AnswerOptions, Sampling
-from proxytune.cli.flags import flags_given, only
+from proxytune.cli.flags import Given
 from proxytune.cli.shared import load_model, say, show, spinner, write_out
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.options import LoadingOptions
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from proxytune.analysis.explanation import Explanation
 
 __all__ = ["explain", "show_explanation"]
+
+OF_VIEW = ("--html", "--moves", "--quiet", "--verbose")  # they change nothing of the answer
 
 
 def _placed(source: str) -> str:
@@ -47,10 +49,11 @@ def explain(
         str | None, typer.Argument(metavar="PROMPT", help="What is to be continued; not with a FILE.")
     ] = None,
     *,
-    view: Annotated[ExplainOptions, only("moves", "trace_top_k", "html", "answer")],
+    view: ExplainOptions,
     options: AnswerOptions,
     sampling: Sampling,
     loading: LoadingOptions,
+    given: Given,
 ) -> None:
     """Show why each token of an answer was chosen.
 
@@ -59,6 +62,9 @@ def explain(
     --html all of it is one file that opens in a browser, with every token's candidates, a slider of alpha, and the
     answers of the base and the experts alone.
 
+    --branch 3:TOKEN keeps the first two tokens of the answer, puts another one behind them, and goes on from there,
+    steered or with --branch-alpha 0 unsteered.
+
     A FILE is what `proxytune generate --trace` writes, or JSON of OpenAI's chat completions or completions with
     logprobs; what it does not record is shown as unknown.
 
@@ -66,19 +72,19 @@ def explain(
 
         proxytune explain demo "Question: Tom has 3 pens and buys 4. How many pens has he?" -n 40
         proxytune explain mine "What should I see in Lisbon?" --chat --html lisbon.html
+        proxytune explain mine "What should I see in Lisbon?" --chat --branch "1:The" --branch-alpha 0
         proxytune explain traces.jsonl --answer 3
     """
     if os.path.isfile(source):
         if prompt is not None:
             raise ProxyTuneError(f"a file has its prompts in it; leave {prompt!r} out, or name a recipe")
-        others = replace(view, moves=ExplainOptions.moves, html=None, answer=None)
-        if flags := flags_given(others, options, sampling, loading):
+        if flags := [flag for flag in given if flag not in (*OF_VIEW, "--answer")]:
             raise ProxyTuneError(f"the answers of a file are there already; leave {', '.join(flags)} out")
         why = _read(source, view.answer)
     else:
         if view.answer is not None:
             raise ProxyTuneError("--answer chooses among the answers of a FILE; a recipe gives one")
-        why = _made(source, prompt, view, options, sampling, loading)
+        why = _made(source, prompt, view, options, sampling, loading, given)
     if view.html is None:
         show_explanation(why, view.moves)
         return
@@ -107,6 +113,7 @@ def _made(
     options: AnswerOptions,
     sampling: Sampling,
     loading: LoadingOptions,
+    given: Given,
 ) -> Explanation:
     """An answer of a recipe; with what the base and the experts answer alone where it becomes a page."""
     if prompt is None and not sys.stdin.isatty():
@@ -114,7 +121,8 @@ def _made(
     if prompt is None or not prompt.strip():
         raise ProxyTuneError("there is no prompt: give one as an argument or on stdin")
     check_alpha(recipe, options.alpha)
-    from proxytune.analysis.explain import explain_prompt, own_answers
+    check_alpha(recipe, view.branch_alpha)
+    from proxytune.analysis.explain import explain_branch, explain_prompt, own_answers
     from proxytune.decoding.trace import TOP_K
     from proxytune.recipe.alpha import resolve_alpha
     from proxytune.recipe.store import load_recipe
@@ -123,11 +131,19 @@ def _made(
     names = [expert.name for expert in config.expert_list]
     alphas = resolve_alpha(options.alpha, names, config.alphas)
     model, tokenizer = load_model(config, loading)
+    after = resolve_alpha(view.branch_alpha, names, alphas)
+    top_k = view.trace_top_k or TOP_K
     with spinner("answering"):
-        why = explain_prompt(model, tokenizer, prompt, alphas, options, sampling, view.trace_top_k or TOP_K)
+        why = explain_prompt(model, tokenizer, prompt, alphas, options, sampling, top_k)
+        for branch in view.branch:
+            why = explain_branch(model, tokenizer, why, branch, after, options, sampling, top_k)
         if view.html is not None:
             why = replace(why, own=own_answers(model, tokenizer, prompt, options, sampling))
-    return why
+    words = [word for flag, words in given.items() if flag not in OF_VIEW for word in words]
+    rest = [recipe, prompt]
+    # A prompt that begins with a dash is no option.
+    command = [*words, "--", *rest] if any(word.startswith("-") for word in rest) else [*rest, *words]
+    return replace(why, command=["proxytune", "explain", *command])
 
 
 def show_explanation(why: Explanation, moves: int = ExplainOptions.moves) -> None:

@@ -3,7 +3,8 @@
 A parameter that is annotated with an options class is replaced by the class's fields. With
 ``Annotated[Options, only("name", …)]`` only those have flags, and the others have their defaults. A field that is
 itself an options class is replaced by its own fields, whose flags begin with its name. A parameter that is annotated
-with :class:`Settings` adds ``--config`` and ``--print-config``. Every command gets ``--quiet`` and ``--verbose``.
+with :class:`Settings` adds ``--config`` and ``--print-config``; one with :class:`Given` adds no flag. Every command
+gets ``--quiet`` and ``--verbose``.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
-from proxytune.cli.command import option_names
+from proxytune.cli.command import flag_of, option_names
 from proxytune.cli.shared import talking
 
-__all__ = ["Settings", "flags_given", "flat", "only"]
+__all__ = ["Given", "Settings", "flat", "only"]
 
 
 class Settings(dict[str, Any]):
     """All that a command was asked, by the names that ``--config`` reads and ``--print-config`` prints."""
+
+
+class Given(dict[str, list[str]]):
+    """The options that were given: flag -> the words that give it again."""
 
 
 def only(*names: str) -> frozenset[str]:
@@ -31,22 +36,12 @@ def only(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
-def flags_given(*options: Any) -> list[str]:
-    """The flags of options that are not at their defaults."""
-    return [
-        field.metadata.get("flag", "--" + field.name.replace("_", "-")).split()[0]
-        for each in options
-        for field in fields(each)
-        if getattr(each, field.name) != field.default
-    ]
-
-
 def flat(command: Callable[..., None]) -> Callable[..., None]:
     """The command with one parameter a flag; when called it makes the options and hands them over whole."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {}
     taken: list[inspect.Parameter] = []
-    settings = ""  # the parameter that takes them
+    settings = words = ""  # the parameters that take them
     for parameter in inspect.signature(command).parameters.values():
         hint = hints[parameter.name]
         kind, shown = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
@@ -56,17 +51,21 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
         elif kind is Settings:
             settings = parameter.name
             taken += [_added("config", CONFIG, Path | None, None), _added("print_config", PRINT_CONFIG)]
+        elif kind is Given:
+            words = parameter.name
         else:
             taken.append(parameter.replace(annotation=hint, kind=parameter.KEYWORD_ONLY))
     takes_context = any(each.annotation is typer.Context for each in taken)  # its other options are another program's
     taken += [] if takes_context else [_added("quiet", QUIET), _added("verbose", VERBOSE)]
-    if settings:
+    if settings or words:
         taken.append(inspect.Parameter("_context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
 
     def run(**given: Any) -> None:
         with talking(quiet=given.pop("quiet", False), verbose=given.pop("verbose", False)):
+            context = given.pop("_context", None)
+            if words:
+                given[words] = _given(context)
             if settings:
-                context = given.pop("_context")
                 given.pop("config")
                 asked = _settings(context.command, given)
                 given[settings] = asked
@@ -100,6 +99,18 @@ PRINT_CONFIG: Any = typer.Option("--print-config", help="Print all options as su
 def _added(name: str, option: Any, kind: Any = bool, default: Any = False) -> inspect.Parameter:
     annotation = Annotated[kind, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _given(context: Any) -> Given:
+    """What the command line said, as :class:`Given`."""
+    found = Given()
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name)
+        if parameter.param_type_name == "option" and source is not None and source.name == "COMMANDLINE":
+            name, value = flag_of(parameter), context.params[parameter.name]
+            values = value if isinstance(value, (list, tuple)) else [value]
+            found[name] = [name] if value is True else [word for each in values for word in (name, str(each))]
+    return found
 
 
 def _settings(command: Any, given: Mapping[str, Any]) -> Settings:
