@@ -277,7 +277,7 @@ def test_other_tokens_that_are_refused(shelf, words, message):
 
 def test_the_command_that_gives_an_answer_is_kept_with_it(shelf, tmp_path):
     def kept(*words):
-        run("explain", *words, "--html", tmp_path / "page.html", "--moves", "3")
+        run("explain", "--html", tmp_path / "page.html", "--moves", "3", *words)
         return json.loads(re.search('"command":(.*?),"own"', (tmp_path / "page.html").read_text("utf-8"))[1])
 
     recipe = str(shelf / "recipe")
