@@ -11,14 +11,14 @@ import torch
 
 import proxytune
 from proxytune import Explanation, ProxyTunedForCausalLM
-from proxytune.analysis.explain import explain_answer, explain_branch, explain_prompt
+from proxytune.analysis.explain import explain_answer, explain_branch, explain_prompt, own_answers
 from proxytune.analysis.explanation import base_choice, expert_choice, kind_of
 from proxytune.analysis.options import Branch
 from proxytune.analysis.terminal import legend, marked, moves_table, shaded, totals_lines, visible
 from proxytune.answers.chat import Conversation
 from proxytune.answers.generation import Answer, answer
 from proxytune.answers.options import AnswerOptions, Sampling
-from support import tiny
+from support import own_prompts, tiny
 from support.commands import fails, run
 from support.decoding import QUIET
 from support.oracle import Oracle
@@ -307,6 +307,21 @@ def test_the_experts_own_answer_is_its_own(shelf, model, tokenizer):
     made = proxytune.explain(shelf / "recipe", "the fox", max_new_tokens=5)
     whole = tokenizer.decode([*ids["input_ids"][0], *greedy], skip_special_tokens=True)
     assert "the fox" + made.own["expert"] == whole
+
+
+def test_members_answer_alone_to_prompts_of_their_own(trio, tokenizer):
+    made = Oracle(trio.base, [("e", trio.expert, trio.anti_expert, 1.0)])
+    model, text = own_prompts.compose(made, tokenizer), own_prompts.TEXTS[0]
+    own = own_answers(model, tokenizer, text, AnswerOptions(max_new_tokens=5), Sampling())
+    prompts = own_prompts.prompts_of(text, tokenizer)
+    for title, lone, member in (("base", trio.base, "base"), ("e", trio.expert, "e.expert")):
+        ids = torch.tensor([prompts[member]])
+        new = lone.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0
+        )[0, ids.shape[1] :]  # fmt: skip
+        before = tokenizer.decode(ids[0, -8:], skip_special_tokens=True)
+        whole = tokenizer.decode([*ids[0, -8:], *new], skip_special_tokens=True)
+        assert before + own[title] == whole
 
 
 def test_an_answer_without_tokens():

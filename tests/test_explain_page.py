@@ -207,6 +207,26 @@ def test_the_slider_finds_the_flips_of_full_forwards(window, tmp_path, why, orac
 
 
 @pytest.mark.slow
+def test_one_of_several_experts_is_varied(window, tmp_path, trio, tokenizer):
+    both = [("towards", trio.expert, trio.anti_expert, 0.7), ("away", None, tiny.qwen2("small", 4), 0.4)]
+    oracle = Oracle(trio.base, both)
+    model = tiny.compose(oracle, tokenizer=tokenizer)
+    why = explain_prompt(model, tokenizer, "the fox", (0.7, 0.4), AnswerOptions(max_new_tokens=12), Sampling(), 5)
+    shown(window, tmp_path, why)
+    window.run(
+        "const list = document.getElementById('expert'); list.value = '1'; list.dispatchEvent(new Event('change'))"
+    )
+    assert window.run("return document.getElementById('alpha').value") == "0.4"
+    assert window.run("return document.querySelectorAll('.flips').length") == 0
+    slide(window, 2.5)
+    logits = oracle.member_logits(tokenizer("the fox")["input_ids"], [token["id"] for token in why.tokens])
+    best = oracle.mix(logits, [0.7, 2.5])[:12].argmax(dim=-1).tolist()
+    differ = [best[at] != token["id"] for at, token in enumerate(why.tokens)]
+    assert 0 < sum(differ) < 12
+    assert f"another token at {sum(differ)} of 12 places" in window.text("#effect")
+
+
+@pytest.mark.slow
 def test_keys_the_mouse_and_a_tap(window, tmp_path, why):
     shown(window, tmp_path, why)
     window.run("show(0, true)")

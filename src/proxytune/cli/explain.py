@@ -160,4 +160,6 @@ def show_explanation(why: Explanation, moves: int = ExplainOptions.moves) -> Non
     else:
         write_out(marked(why) + "\n")
     write_out("\n")
-    show(legend(why, styled=styled), moves_table(why, moves), totals_lines(why))
+    show(legend(why, styled=styled))
+    write_out("\n")
+    show(moves_table(why, moves), totals_lines(why))
