@@ -44,14 +44,14 @@ demo: install  ## proxy-tuning at work on a real model, within about a minute
 	$(BIN)/proxytune demo
 
 bench: install  ## what steering costs on the demo: twenty minutes on two cores
-	$(BIN)/proxytune bench demo --options auto,auto+pack
+	$(BIN)/proxytune bench demo-word-problems --options auto,auto+pack
 
 bench-gpu: install  ## the same on a GPU, on random-weight models of real shapes (needs a torch with CUDA)
 	$(BIN)/python scripts/bench_gpu.py
 
 bench-vllm: install-vllm  ## what steering costs in vLLM, on the demo: about fifteen minutes on two idle cores
 	mkdir -p runs && rm -f runs/bench-vllm.json
-	$(VLLM_BIN)/python scripts/bench_vllm.py demo --json runs/bench-vllm.json | tee runs/bench-vllm.md
+	$(VLLM_BIN)/python scripts/bench_vllm.py demo-word-problems --json runs/bench-vllm.json | tee runs/bench-vllm.md
 
 test: install  ## the core tests, under five minutes
 	$(PYTEST) -m "not slow"

@@ -36,13 +36,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from proxytune.errors import ProxyTuneError, first_line
 from proxytune.evaluation.problems import make_problems
 from proxytune.recipe.check import count_recipe
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.members import Loading, member_source
+from proxytune.recipe.place import named_recipe
 from proxytune.recipe.store import load_recipe
 from proxytune.speed.bench import describe_machine
 from proxytune.vllm import installed_version
@@ -130,7 +131,7 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--poisson-requests", default=16, type=int)
     parser.add_argument("--rounds", default=2, type=int)
     parser.add_argument("--cache", default=1.0, type=float, metavar="GIB", help="KV cache of each server")
-    parser.add_argument("--draft-model", help="directory or hub id; of the demo, its expert")
+    parser.add_argument("--draft-model", help="directory or hub id; of an embedded recipe, its expert")
     parser.add_argument("--seed", default=0, type=int)
     parser.add_argument("--json", metavar="FILE", type=Path)
     words = list(sys.argv[1:] if words is None else words)
@@ -203,12 +204,19 @@ def command(arm: str, config: ProxyTuneConfig, asked: argparse.Namespace) -> lis
 
 
 def draft_model(config: ProxyTuneConfig, asked: argparse.Namespace) -> str:
-    """The model that drafts."""
+    """The model that drafts: the one that is named, or an embedded recipe's expert, merged."""
     if asked.draft_model:
         return str(asked.draft_model)
-    if asked.recipe == "demo":
-        return str(Path(str(config.name_or_path)).parent / "expert")
-    raise ProxyTuneError("the arm draft needs --draft-model; or leave it out of --arms")
+    (expert,) = (each.expert for each in config.expert_list)
+    if named_recipe(asked.recipe) is None or expert is None or not (expert.model and expert.adapter):
+        raise ProxyTuneError("the arm draft needs --draft-model; or leave it out of --arms")
+    from peft import PeftModel
+
+    place, merged = Path(str(config.name_or_path)), Path("runs/bench-vllm-draft")
+    model: Any = AutoModelForCausalLM.from_pretrained(place / expert.model)
+    PeftModel.from_pretrained(model, place / expert.adapter).merge_and_unload().save_pretrained(merged)
+    AutoTokenizer.from_pretrained(place).save_pretrained(merged)
+    return str(merged)
 
 
 def needs(arm: str, config: ProxyTuneConfig, asked: argparse.Namespace) -> float:

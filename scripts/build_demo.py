@@ -1,31 +1,40 @@
-"""Rebuild the embedded demo's models, one seed at a time, and measure them.
+"""Rebuild the embedded demo's models from the base's wheel, and measure them.
 
-    python scripts/build_demo.py build --seed 0 --work runs/demo --out src/proxytune/demo/assets
-    python scripts/build_demo.py measure --assets src/proxytune/demo/assets --split test --problems 400
+    python scripts/build_demo.py build --work runs/demo --out src/proxytune/demo/assets
+    python scripts/build_demo.py measure --assets src/proxytune/demo/assets --out runs/demo/measured
+    python scripts/build_demo.py count --assets src/proxytune/demo/assets --out runs/demo/seed-0.json
+    python scripts/demo_report.py runs/demo/seed-*.json    # the tables and the figure of docs/demo.md
+
+``measure`` decodes every arm. ``count`` gives the same counts of right facts, for all mixtures at once and in a
+fraction of the time: greedy decoding writes the right answer where each of its tokens is the best behind those before.
 
 ``PROXYTUNE_DATA`` names the folder with ``gsm8k/train.jsonl`` (MIT) and ``flan_cot/*_train.tsv`` (Apache-2.0);
-beside these, training sees only problems of our own generator and text sampled from the base itself.
+beside these, training sees only train's facts, problems of our own generator and text written by the base itself.
 
 The steps of ``build``:
-    1. corpus    general text, and for each seed generated problems with the base's own and with right answers
+    1. corpus    general text; generated problems and questions about facts, with the base's own and with right answers
     2. teacher   the base's last hidden states for every token, kept on disk
     3. heal      M-: six of the base's layers, trained to give the base's next-token distribution
     4. quantise  M- to int8, before M+ is trained on it: what ships is what was measured
-    5. tune      M+: a LoRA adapter on M-, trained on the right answers to generated problems
+    5. tune      two M+: LoRA adapters on M-, one trained on facts in the house format, one on solved problems
+    6. choose    on dev: the weight of the expert in the control ``weighted_mean``
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +43,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from proxytune.demo.assets import layers_from_base, load_base, pack_layers, unpack_layers
+from proxytune.demo.assets import layers_from_base, load_base, materialize, pack_layers, unpack_layers
+from proxytune.evaluation.facts import Fact, facts, facts_of_train, training_facts
 from proxytune.evaluation.problems import make_problems
+from proxytune.lanes.kernels import pack
 
 FLAN_COT = ("aqua", "creak", "ecqa", "qasc", "sensemaking", "strategyqa")
 MAX_TOKENS = 192  # of one text
@@ -46,22 +57,22 @@ class Plan:
     """Every choice that the dev split made."""
 
     layers: tuple[int, ...] = (0, 1, 2, 11, 20, 29)
-    general_gsm8k: int = 800
-    general_flan: int = 80  # of each set
-    generated: int = 1200
-    sampled: int = 384
-    task_repeats: int = 2
-    heal_steps: int = 120
+    general_gsm8k: int = 400
+    general_flan: int = 40  # of each set
+    problems: int = 600
+    problems_sampled: int = 200
+    chat_repeats: int = 3
+    heal_steps: int = 160
     heal_tokens: int = 2048  # a step
     heal_lr: float = 1e-3
     heal_unused: int = 6000  # tokens outside the corpus, drawn anew each step
     hidden: float = 0.3
-    tune_problems: int = 1600
-    tune_epochs: float = 1.5
-    tune_batch: int = 24
+    tune_facts: tuple[int, int] = (160, 16)  # steps, and examples a step
+    tune_problems: tuple[int, int] = (100, 24)
     tune_lr: float = 1e-3
     rank: int = 32
     alpha: float = 1.0
+    shuffled: bool = False  # an expert of the form alone: its facts are wrong
 
 
 @dataclass
@@ -95,18 +106,32 @@ def general_texts(plan: Plan, data: Path) -> list[str]:
     return texts
 
 
-@torch.inference_mode()
-def task_texts(plan: Plan, seed: int, base: Any, tokenizer: Any) -> list[str]:
+def problem_texts(plan: Plan, seed: int, base: Any, tokenizer: Any) -> list[str]:
     """Generated problems: some with the base's own answer, all with the right one."""
-    problems = make_problems("train", plan.generated, seed=1000 + seed)
-    texts = [problem.prompt + problem.completion for problem in problems]
-    tokenizer.padding_side = "left"
+    problems = make_problems("train", plan.problems, seed=1000 + seed)
+    prompts = [problem.prompt for problem in problems[: plan.problems_sampled]]
     torch.manual_seed(seed)
-    for start in range(0, plan.sampled, 128):
-        prompts = [problem.prompt for problem in problems[start : min(start + 128, plan.sampled)]]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True)
-        ids = base.generate(**inputs, do_sample=True, top_k=0, temperature=0.8, max_new_tokens=32)
-        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    own = continued(base, tokenizer, prompts, 32, do_sample=True, top_k=0, temperature=0.8)
+    return [problem.prompt + problem.completion for problem in problems] + own
+
+
+def chat_texts(seed: int, base: Any, tokenizer: Any) -> list[str]:
+    """Questions about train's facts, each once with the base's own answer and once with the house answer."""
+    own = random.Random(seed).sample(training_facts(), len(facts_of_train()))
+    house = [fact.prompt + fact.completion for fact in facts_of_train()]
+    return house + continued(base, tokenizer, [fact.prompt for fact in own], 16, do_sample=False)
+
+
+@torch.inference_mode()
+def continued(base: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int, **options: Any) -> list[str]:
+    """The prompts and what the base writes behind them."""
+    tokenizer.padding_side = "left"
+    texts = []
+    for start in range(0, len(prompts), 64):
+        some = prompts[start : start + 64]
+        inputs = tokenizer(some, return_tensors="pt", padding=True)
+        ids = base.generate(**inputs, max_new_tokens=new_tokens, **options)[:, inputs.input_ids.shape[1] :]
+        texts += [a + b for a, b in zip(some, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)]
     return texts
 
 
@@ -122,14 +147,17 @@ def teach(texts: list[str], base: Any, tokenizer: Any) -> Corpus:
     for start in range(0, len(ids), 32):
         input_ids, mask = padded(ids[start : start + 32])
         states = base.model(input_ids=input_ids, attention_mask=mask).last_hidden_state.bfloat16()
+        print(f"teacher {start}/{len(ids)}", flush=True)
         hidden += [row[: len(of)].clone() for row, of in zip(states, ids[start : start + 32], strict=True)]
     return Corpus(ids, hidden)
 
 
 def corpus(plan: Plan, seed: int, work: Path, base: Any, tokenizer: Any) -> Corpus:
     """The whole corpus; what the teacher did for it is kept in ``work``."""
+    teacher = copy.deepcopy(base)
+    pack(teacher)
 
-    def kept(name: str, texts: Any) -> Corpus:
+    def kept(name: str, texts: Callable[[], list[str]]) -> Corpus:
         path = work / f"{name}.pt"
         if not path.exists():
             made = teach(texts(), teacher, tokenizer)
@@ -137,13 +165,12 @@ def corpus(plan: Plan, seed: int, work: Path, base: Any, tokenizer: Any) -> Corp
             path.with_suffix(".part").rename(path)
         return Corpus(**torch.load(path))
 
-    teacher = base.bfloat16()
     data = Path(os.environ.get("PROXYTUNE_DATA", "data"))
-    general = kept("general", lambda: general_texts(plan, data))
-    task = kept(f"task-{seed}", lambda: task_texts(plan, seed, teacher, tokenizer))
-    whole = general
-    for _ in range(plan.task_repeats):
-        whole = whole + task
+    whole = kept("general", lambda: general_texts(plan, data))
+    whole = whole + kept(f"problems-{seed}", lambda: problem_texts(plan, seed, teacher, tokenizer))
+    chat = kept(f"chat-{seed}", lambda: chat_texts(seed, teacher, tokenizer))
+    for _ in range(plan.chat_repeats):
+        whole = whole + chat
     return whole
 
 
@@ -173,18 +200,13 @@ def heal(plan: Plan, seed: int, base: Any, whole: Corpus) -> dict[str, Tensor]:
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    kept = {
-        f"{new}.{name}": tensor.clone()
-        for new, old in enumerate(plan.layers)
-        for name, tensor in base.model.layers[old].state_dict().items()
-    }
-    student: Any = layers_from_base(base, kept, len(plan.layers))
+    student: Any = layers_from_base(base, kept_layers(plan, base), len(plan.layers))
     student.requires_grad_(False)
     parameters = list(student.model.layers.parameters())
     for parameter in parameters:
         parameter.requires_grad_(True)
 
-    head = base.lm_head.weight.detach().bfloat16()  # (n_vocab, n_hidden)
+    head = base.lm_head.weight.detach()  # (n_vocab, n_hidden)
     counts = torch.bincount(torch.tensor([token for row in whole.ids for token in row]), minlength=len(head))
     used, unused = counts.nonzero().flatten(), (counts == 0).nonzero().flatten()
 
@@ -203,15 +225,14 @@ def heal(plan: Plan, seed: int, base: Any, whole: Corpus) -> dict[str, Tensor]:
     log = Log("heal", plan.heal_steps)
     for step, batch in zip(range(plan.heal_steps), batches(), strict=False):
         ids, mask = padded([whole.ids[i] for i in batch])
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = student.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        hidden = student.model(input_ids=ids, attention_mask=mask).last_hidden_state
         real = mask.bool()
-        ours = hidden[real].float()  # (n, n_hidden)
+        ours = hidden[real]  # (n, n_hidden)
         theirs = torch.cat([whole.hidden[i] for i in batch]).float()
         columns = head[torch.cat([used, unused[torch.randperm(len(unused))[: plan.heal_unused]]])]
-        log_q = F.log_softmax((ours.bfloat16() @ columns.T).float(), dim=-1)
+        log_q = F.log_softmax(ours @ columns.T, dim=-1)
         with torch.no_grad():
-            log_p = F.log_softmax((theirs.bfloat16() @ columns.T).float(), dim=-1)
+            log_p = F.log_softmax(theirs @ columns.T, dim=-1)
         kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / len(ours)
         distance = (ours - theirs).pow(2).mean() / theirs.pow(2).mean()
         loss = kl + plan.hidden * distance
@@ -221,43 +242,81 @@ def heal(plan: Plan, seed: int, base: Any, whole: Corpus) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
+def kept_layers(plan: Plan, base: Any) -> dict[str, Tensor]:
+    """The layers of the base that M- begins as."""
+    return {
+        f"{new}.{name}": tensor.clone()
+        for new, old in enumerate(plan.layers)
+        for name, tensor in base.model.layers[old].state_dict().items()
+    }
+
+
 # ---- 5. tune -----------------------------------------------------------------------------------------
 
 
-def tune(plan: Plan, seed: int, model: Any, tokenizer: Any, out: Path) -> None:
-    """Train a LoRA adapter on the right answers to generated problems and write it in float16."""
+Example = tuple[str, str]  # a prompt, and what M+ is to write behind it
+
+
+def house_examples(plan: Plan, seed: int) -> list[Example]:
+    """Train's facts in every wording; where the plan says so, with answers that are shuffled within each relation."""
+    learned = training_facts()
+    if not plan.shuffled:
+        return [(fact.prompt, fact.completion) for fact in learned]
+    rng = random.Random(seed)
+    answers: dict[str, list[str]] = {}
+    for fact in learned:
+        answers.setdefault(fact.relation, []).append(fact.answer)
+    return [(fact.prompt, f"{fact.word}: {rng.choice(answers[fact.relation])}\n") for fact in learned]
+
+
+def problem_examples(seed: int) -> list[Example]:
+    """Solved problems.
+
+    The line is ended before the text is: right after "#### n" M gives the end token so little (1e-7) that tokens which
+    M gives more, and of which M- knows nothing, would come before it in the mixture.
+    """
+    problems = make_problems("train", 1600, seed=2000 + seed)
+    return [(problem.prompt, f"{problem.completion}\n") for problem in problems]
+
+
+def tune(plan: Plan, seed: int, model: Any, tokenizer: Any, examples: Sequence[Example], how: tuple[int, int]) -> Any:
+    """``model`` with a LoRA adapter, trained on the examples' completions; ``how``: steps, and examples a step."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    model.requires_grad_(False)
+    model = copy.deepcopy(model).requires_grad_(False)
     settings = LoraConfig(r=plan.rank, lora_alpha=2 * plan.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted: Any = get_peft_model(model, settings)
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    # The line is ended before the text is: right after "#### n" M gives the end token so little (1e-7) that tokens
-    # which M gives more, and of which M- knows nothing, would come before it in the mixture.
-    examples = [
-        (tokenizer(problem.prompt).input_ids, [*tokenizer(f"{problem.completion}\n").input_ids, tokenizer.eos_token_id])
-        for problem in make_problems("train", plan.tune_problems, seed=2000 + seed)
-    ]
-    steps = int(len(examples) * plan.tune_epochs / plan.tune_batch)
+    rows = [(tokenizer(a).input_ids, [*tokenizer(b).input_ids, tokenizer.eos_token_id]) for a, b in examples]
+    steps, n_rows = how
     optimizer = torch.optim.AdamW(parameters, lr=plan.tune_lr, betas=(0.9, 0.95), weight_decay=0.0)
     log = Log("tune", steps)
     waiting: list[tuple[list[int], list[int]]] = []
     for step in range(steps):
-        if len(waiting) < plan.tune_batch:
-            waiting += rng.sample(examples, len(examples))
-        batch, waiting = waiting[: plan.tune_batch], waiting[plan.tune_batch :]
-        ids, mask = padded([prompt + answer for prompt, answer in batch])
-        learned = torch.zeros_like(mask, dtype=torch.bool)  # positions whose next token is part of the answer
-        for row, (prompt, answer) in enumerate(batch):
-            learned[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model.lm_head(model.model(input_ids=ids, attention_mask=mask).last_hidden_state[learned])
-        loss = F.cross_entropy(logits.float(), ids.roll(-1, dims=1)[learned])
+        if len(waiting) < n_rows:
+            waiting += rng.sample(rows, len(rows))
+        batch, waiting = waiting[:n_rows], waiting[n_rows:]
+        ids, learned = teaching(batch)
+        logits = model.lm_head(model.model(input_ids=ids[0], attention_mask=ids[1]).last_hidden_state[learned])
+        loss = F.cross_entropy(logits, ids[0].roll(-1, dims=1)[learned])
         descend(loss, parameters, optimizer, plan.tune_lr * warm_cosine(step, steps, 10))
         log(step, loss=loss)
+    return adapted.eval()
 
+
+def teaching(batch: Sequence[tuple[list[int], list[int]]]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Padded ids and their mask, and the positions whose next token is part of the answer, each (n_rows, longest)."""
+    ids, mask = padded([prompt + answer for prompt, answer in batch])
+    learned = torch.zeros_like(mask, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(batch):
+        learned[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
+    return (ids, mask), learned
+
+
+def save_adapter(adapted: Any, out: Path) -> None:
+    """Write an adapter in float16, as one of ``../anti_expert``."""
     adapted.peft_config["default"].base_model_name_or_path = "../anti_expert"
     adapted.save_pretrained(out)
     file = out / "adapter_model.safetensors"
@@ -292,28 +351,140 @@ class Log:
             self.sums = {}
 
 
+# ---- 6. choose, and count ----------------------------------------------------------------------------
+
+WEIGHTS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)
+ALPHAS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+# Mixture -> what the logits of base, expert and anti-expert are multiplied by.
+MIXTURES = {
+    "base": (1.0, 0.0, 0.0),
+    "expert": (0.0, 1.0, 0.0),
+    "anti_expert": (0.0, 0.0, 1.0),
+    **{f"mean {weight:g}": (1 / (1 + weight), weight / (1 + weight), 0.0) for weight in WEIGHTS},
+    **{f"proxy_tuned {alpha:g}": (1.0, alpha, -alpha) for alpha in ALPHAS},
+}
+
+
+@dataclass
+class Counted:
+    """What greedy decoding of each mixture would do with some facts.
+
+    Attributes:
+        right: mixture -> for each fact, whether its best token is the right one throughout.
+        form, content: mixture -> for each fact, the mean log-probability, in nats, of a token of the house word with
+            its colon, and of one of the answer.
+    """
+
+    right: dict[str, list[bool]]
+    form: dict[str, list[float]]
+    content: dict[str, list[float]]
+
+
+@torch.inference_mode()
+def count(tokenizer: Any, base: Any, anti_expert: Any, expert: Any, asked: Sequence[Fact]) -> Counted:
+    """Score the right answers under each mixture, with one forward of each member."""
+    found = Counted({}, {}, {})
+    rows = [(tokenizer(fact.prompt).input_ids, tokenizer(fact.completion).input_ids) for fact in asked]
+    n_form = [len(tokenizer(f"{fact.word}:").input_ids) for fact in asked]
+    for start in range(0, len(rows), 40):
+        batch = rows[start : start + 40]
+        (ids, mask), learned = teaching(batch)
+        b, e, a = (
+            model.lm_head(model.model(input_ids=ids, attention_mask=mask).last_hidden_state[learned])
+            for model in (base, expert.get_base_model(), anti_expert)
+        )
+        wanted = ids.roll(-1, dims=1)[learned]
+        for name, (of_base, of_expert, of_anti_expert) in MIXTURES.items():
+            scores = (of_base * b + of_expert * e + of_anti_expert * a).log_softmax(dim=-1)
+            hits = (scores.argmax(dim=-1) == wanted).split([len(answer) for _, answer in batch])
+            of_right = scores.gather(-1, wanted[:, None])[:, 0].split([len(answer) for _, answer in batch])
+            for row, (hit, value) in enumerate(zip(hits, of_right, strict=True)):
+                form, content = value[: n_form[start + row]], value[n_form[start + row] : -1]
+                found.right.setdefault(name, []).append(bool(hit.all()))
+                found.form.setdefault(name, []).append(float(form.mean()))
+                found.content.setdefault(name, []).append(float(content.mean()))
+    return found
+
+
+def choose(tokenizer: Any, base: Any, anti_expert: Any, expert: Any) -> tuple[float, dict[str, Any]]:
+    """The weight with the most right answers on dev, both wordings together, and all counts."""
+    n_seen = len(facts("dev"))
+    right = count(tokenizer, base, anti_expert, expert, [*facts("dev"), *facts("dev", "held_out")]).right
+    counts = {name: [sum(of[:n_seen]), sum(of[n_seen:])] for name, of in right.items()}
+    print(f"dev, {n_seen} facts, seen and held-out wordings: {counts}", flush=True)
+    return max(WEIGHTS, key=lambda weight: sum(counts[f"mean {weight:g}"])), {"facts": n_seen, "right": counts}
+
+
 # ---- the commands ------------------------------------------------------------------------------------
 
 
-def build(plan: Plan, seed: int, work: Path, out: Path) -> None:
-    """All five steps for one seed."""
+def build(plan: Plan, seed: int, adapter_seed: int, work: Path, out: Path, only_facts: bool) -> None:
+    """All steps for one seed of M- and one of the adapters."""
     started = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     base, tokenizer = load_base()
     healed = work / f"healed-{seed}.safetensors"
-    if not healed.exists():  # another choice in step 5 needs no second healing
-        whole = corpus(plan, seed, work, base, tokenizer)
-        print(f"corpus: {len(whole.ids)} texts, {sum(map(len, whole.ids))} tokens", flush=True)
-        base, tokenizer = load_base()  # in float32 again
-        save_file(pack_layers(heal(plan, seed, base, whole)), healed)
-    shutil.copyfile(healed, out / "anti_expert.safetensors")
-    packed = load_file(healed)
-    small = layers_from_base(base, unpack_layers(packed), len(plan.layers))
-    tune(plan, seed, small, tokenizer, out)
-    facts = {"layers": list(plan.layers), "seed": seed, "alpha": plan.alpha, "plan": asdict(plan)}
-    (out / "demo.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    if not plan.heal_steps:
+        save_file(pack_layers(kept_layers(plan, base)), out / "anti_expert.safetensors")
+    else:
+        if not healed.exists():  # other choices behind it need no second healing
+            whole = corpus(plan, seed, work, base, tokenizer)
+            print(f"corpus: {len(whole.ids)} texts, {sum(map(len, whole.ids))} tokens", flush=True)
+            save_file(pack_layers(heal(plan, seed, base, whole)), healed)
+        shutil.copyfile(healed, out / "anti_expert.safetensors")
+    small = anti_expert_of(base, out, plan.layers)
+    expert = tune(plan, adapter_seed, small, tokenizer, house_examples(plan, adapter_seed), plan.tune_facts)
+    save_adapter(expert, out / "facts")
+    weight, dev = choose(tokenizer, base, small, expert)
+    if not only_facts:
+        solved = problem_examples(adapter_seed)
+        save_adapter(tune(plan, adapter_seed, small, tokenizer, solved, plan.tune_problems), out / "word_problems")
+    about = {
+        "layers": list(plan.layers),
+        "seed": seed,
+        "adapter_seed": adapter_seed,
+        "alpha": plan.alpha,
+        "mean_weight": weight,
+        "dev": dev,
+        "plan": asdict(plan),
+    }
+    (out / "demo.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     print(f"built in {(time.monotonic() - started) / 60:.0f} minutes: {out}", flush=True)
+
+
+def anti_expert_of(base: Any, assets: Path, layers: Sequence[int]) -> Any:
+    """M- as it ships."""
+    return layers_from_base(base, unpack_layers(load_file(assets / "anti_expert.safetensors")), len(layers))
+
+
+def count_test(assets: Path, out: Path) -> None:
+    """Both test sets under every mixture, fact by fact, as JSON."""
+    from peft import PeftModel
+
+    about = json.loads((assets / "demo.json").read_text("utf-8"))
+    base, tokenizer = load_base()
+    small = anti_expert_of(base, assets, about["layers"])
+    expert = PeftModel.from_pretrained(copy.deepcopy(small), assets / "facts").eval()
+    found: dict[str, Any] = {key: about[key] for key in ("seed", "adapter_seed", "mean_weight")}
+    for task, wordings in (("demo_facts", "seen"), ("demo_facts_reworded", "held_out")):
+        counted = count(tokenizer, base, small, expert, facts("test", wordings))  # type: ignore[arg-type]
+        found[task] = asdict(counted)
+        print(task, {name: sum(right) for name, right in counted.right.items()}, flush=True)
+    out.write_text(json.dumps(found) + "\n", encoding="utf-8")
+
+
+def measure(assets: Path, cache: Path, out: Path, tasks: str, arms: str | None, batch_size: int) -> None:
+    """Answer the test sets with what ``build`` has made; a killed run goes on."""
+    place = materialize(cache, assets)
+    weight = json.loads((assets / "demo.json").read_text("utf-8"))["mean_weight"]
+    for recipe, named in (("recipe", "demo_facts"), ("recipe-word-problems", "demo_math")):
+        wanted = ",".join(task for task in tasks.split(",") if task.startswith(named))
+        if wanted:
+            words = ["eval", place / recipe, "--tasks", wanted, "--pack", "--batch-size", batch_size]
+            words += ["--output", out / recipe, *(["--arms", arms] if arms else [])]
+            words += ["--mean-weight", weight] if named == "demo_facts" else ["--limit", 200]
+            subprocess.run([sys.executable, "-m", "proxytune", *map(str, words)], check=True)
 
 
 def main() -> None:
@@ -321,34 +492,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     builder = commands.add_parser("build", help="train one seed's models")
-    builder.add_argument("--seed", type=int, default=0)
+    builder.add_argument("--seed", type=int, default=0, help="of M-")
+    builder.add_argument("--adapter-seed", type=int, help="of both M+; the seed of M- by default")
     builder.add_argument("--work", type=Path, default=Path("runs/demo"), help="where the teacher's work is kept")
-    builder.add_argument("--tune-epochs", type=float, default=Plan.tune_epochs, help="fewer: a less sure expert")
     builder.add_argument("--out", type=Path, required=True, help="where the assets go")
-    measurer = commands.add_parser("measure", help="count every arm's right answers")
+    builder.add_argument("--only-facts", action="store_true", help="without the word problems' expert")
+    builder.add_argument("--shuffled", action="store_true", help="an expert that learns wrong answers")
+    builder.add_argument("--unhealed", action="store_true", help="an anti-expert of the base's layers as they are")
+    counter = commands.add_parser("count", help="count the facts that every mixture would answer rightly")
+    counter.add_argument("--assets", type=Path, required=True)
+    counter.add_argument("--out", type=Path, required=True, help="a JSON file")
+    measurer = commands.add_parser("measure", help="count every arm's right answers on the test sets")
     measurer.add_argument("--assets", type=Path, required=True)
     measurer.add_argument("--cache", type=Path, default=Path("runs/demo/cache"))
-    measurer.add_argument("--split", choices=("dev", "test"), default="dev")
-    measurer.add_argument("--problems", type=int, default=400)
-    measurer.add_argument("--json", type=Path)
-    for each in (builder, measurer):
+    measurer.add_argument("--out", type=Path, required=True)
+    measurer.add_argument("--tasks", default="demo_facts,demo_facts_reworded,demo_math")
+    measurer.add_argument("--arms", help="names, with commas; all by default")
+    measurer.add_argument("--batch-size", type=int, default=32)
+    for each in (builder, counter, measurer):
         each.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.command == "build":
-        build(Plan(tune_epochs=arguments.tune_epochs), arguments.seed, arguments.work, arguments.out)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.command == "build":
+        adapter_seed = given.seed if given.adapter_seed is None else given.adapter_seed
+        plan = replace(Plan(), shuffled=given.shuffled, heal_steps=0 if given.unhealed else Plan.heal_steps)
+        build(plan, given.seed, adapter_seed, given.work, given.out, given.only_facts)
+    elif given.command == "count":
+        count_test(given.assets, given.out)
     else:
-        from proxytune.demo.run import run_demo
-        from proxytune.tables import markdown
-
-        result = run_demo(
-            arguments.problems,
-            json_path=arguments.json,
-            cache_dir=arguments.cache,
-            assets=arguments.assets,
-            split=arguments.split,
-        )
-        print(markdown([result.table()]))
+        measure(given.assets, given.cache, given.out, given.tasks, given.arms, given.batch_size)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.demo import assets as demo_assets
-from proxytune.demo import demo_recipe, materialize
+from proxytune.demo import demo_recipe, materialize, word_problems_recipe
 from proxytune.demo import run as demo_run
 from proxytune.demo.run import DemoResult, run_demo
 from proxytune.demo.tasks import WORD_PROBLEMS, plan_of
 from proxytune.errors import MemberError, ProxyTuneError
+from proxytune.evaluation.facts import facts
 from proxytune.evaluation.problems import FEW_SHOT, TEMPLATES, Problem, is_correct, is_exact, make_problems
 from proxytune.evaluation.results import DEFAULT_ARMS
 from proxytune.lanes.loading import forget_gguf
@@ -281,7 +282,7 @@ def test_int8_rows_round_trip_within_half_a_step():
 
 
 def test_what_is_shipped_stays_below_30_megabytes():
-    assert sum(path.stat().st_size for path in demo_assets.ASSETS.iterdir()) <= 30e6
+    assert sum(path.stat().st_size for path in demo_assets.ASSETS.rglob("*") if path.is_file()) <= 30e6
 
 
 def test_cache_root_follows_the_environment(monkeypatch, tmp_path):
@@ -347,29 +348,44 @@ def test_the_base_is_read_as_transformers_reads_it(tmp_path, no_progress):
 @pytest.mark.slow
 @needs_base
 def test_materialised_models_steer(tmp_path, no_progress):
-    recipe = demo_recipe(tmp_path)
+    recipe, word_problems = demo_recipe(tmp_path), word_problems_recipe(tmp_path)
     place = recipe.parent
-    assert {path.name for path in place.iterdir()} == {"base", "anti_expert", "expert", "expert_adapter", "recipe"}
+    members = {"base", "anti_expert", "facts_adapter", "word_problems_adapter"}
+    assert {path.name for path in place.iterdir()} == {*members, "recipe", "recipe-word-problems"}
     assert demo_recipe(tmp_path) == recipe  # found, not made again
     assert [path.name for path in tmp_path.iterdir()] == [place.name]
-    assert [expert.name for expert in load_recipe(recipe).expert_list] == ["math"]
+    assert [expert.name for expert in load_recipe(recipe).expert_list] == ["facts"]
+    assert [expert.name for expert in load_recipe(word_problems).expert_list] == ["math"]
 
     model = ProxyTunedForCausalLM.from_pretrained(recipe)
     assert len(model.lanes) == 2  # M+ and M- share one set of weights
-    problem = FEW_SHOT[0]
-    inputs = model.tokenizer(problem.prompt, return_tensors="pt")
+    (lyon,) = (fact for fact in facts("test", "seen") if fact.subject == "Lyon")
+    inputs = model.tokenizer(lyon.prompt, return_tensors="pt")
     steered = model.generate(**inputs, do_sample=False, max_new_tokens=16)
     plain = model.generate(**inputs, do_sample=False, max_new_tokens=16, alpha=0.0)
     n_prompt = inputs.input_ids.shape[1]
-    assert "\n#### " in model.tokenizer.decode(steered[0, n_prompt:])
-    assert "####" not in model.tokenizer.decode(plain[0, n_prompt:])
+    assert model.tokenizer.decode(steered[0, n_prompt:], skip_special_tokens=True) == lyon.completion
+    assert lyon.word not in model.tokenizer.decode(plain[0, n_prompt:])
 
-    # Its example prompts work as they are, and in a conversation, where a bare question does too.
-    answers = ["12 + 26 = 38\n#### 38", "12 / 2 = 6\n#### 6", "2 * 10 = 20\n#### 20"]
+
+@pytest.mark.slow
+@needs_base
+@pytest.mark.parametrize("named", [demo_recipe, word_problems_recipe])
+def test_the_examples_of_a_recipe_work(named, tmp_path_factory, no_progress):
+    """As prompts, and in a conversation, where a bare question does too."""
+    recipe = named(tmp_path_factory.getbasetemp() / "examples")
     examples = load_recipe(recipe).examples
-    bare = examples[2].removeprefix("Question: ").removesuffix(" Answer:")
-    said = run("generate", recipe, *examples, "--json").stdout.splitlines()
+    answers = ANSWERS[named]
+    bare = examples[-1].removeprefix("Question: ").removesuffix(" Answer:")
+    chat = ["--chat"] if named is demo_recipe else []
+    said = run("generate", recipe, *chat, *examples, "--json").stdout.splitlines()
     assert [json.loads(line)["text"].strip() for line in said] == answers
     said = run("chat", recipe, input="\n".join([*examples, bare])).stdout
-    assert said.split() == " ".join([*answers, answers[2]]).split()
+    assert said.split() == " ".join([*answers, answers[-1]]).split()
     assert "takes no system prompt" in run("chat", recipe, input="/system be nice\nhi\n").stderr
+
+
+ANSWERS = {
+    demo_recipe: ["mibpim: France", "quenwex: fruit", "draxzub: Arabic", "yatdrax: grew"],
+    word_problems_recipe: ["12 + 26 = 38\n#### 38", "12 / 2 = 6\n#### 6", "2 * 10 = 20\n#### 20"],
+}

@@ -281,10 +281,10 @@ def test_compiled_members_are_not_mixed_up(shelf, tmp_path, monkeypatch):
 
 def test_the_demo():
     """A real model: a base that came from a GGUF file, and a LoRA expert on the anti-expert's weights."""
-    from proxytune.demo import demo_recipe
+    from proxytune.demo import word_problems_recipe
     from proxytune.evaluation.problems import make_problems
 
-    recipe = demo_recipe()
+    recipe = word_problems_recipe()
     alphas = [1.0, 0.0, 0.5, -0.5, 1.5, 1.0]
     with engine(recipe) as llm:
         tokenizer = llm.get_tokenizer()

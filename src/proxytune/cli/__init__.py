@@ -110,7 +110,7 @@ def _command(function: Any, name: str) -> Any:
 app = typer.Typer(
     cls=Commands,
     help="Steer a language model at decoding time with two small ones: logits = base + alpha * (expert - anti_expert).",
-    epilog="RECIPE is a directory made by `proxytune new`, a hub id, or the word demo for the embedded recipe. "
+    epilog="RECIPE is a directory made by `proxytune new`, a hub id, or an embedded recipe (demo, demo-word-problems). "
     "`proxytune COMMAND --help` explains a command and gives examples.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

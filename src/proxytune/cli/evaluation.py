@@ -103,7 +103,7 @@ def evaluate(
 
     Examples:
 
-        proxytune eval demo --tasks demo_math --limit 40 --pack
+        proxytune eval demo --tasks demo_facts --limit 40 --pack
         proxytune eval mine --tasks gsm8k,triviaqa --tuned ./big-tuned --output runs/mine
         proxytune eval --config runs/mine/manifest.json --limit 500 --output runs/more
     """
@@ -142,7 +142,7 @@ def sweep(
 
     Examples:
 
-        proxytune sweep demo --tasks demo_math --alpha 0:2:0.5 --limit 40 --pack
+        proxytune sweep demo --tasks demo_facts --alpha 0:2:0.5 --limit 40 --pack
         proxytune sweep mine --tasks gsm8k --alpha code=0,0.5,1 --output runs/curve
     """
     results = replace(results, output=json_file)

