@@ -70,7 +70,7 @@ def explain(
 
     Examples:
 
-        proxytune explain demo "Question: Tom has 3 pens and buys 4. How many pens has he?" -n 40
+        proxytune explain demo "Which country is the city of Lyon in?" --chat
         proxytune explain mine "What should I see in Lisbon?" --chat --html lisbon.html
         proxytune explain mine "What should I see in Lisbon?" --chat --branch "1:The" --branch-alpha 0
         proxytune explain traces.jsonl --answer 3
