@@ -62,7 +62,7 @@ class Plan:
     problems: int = 600
     problems_sampled: int = 200
     chat_repeats: int = 3
-    heal_steps: int = 160
+    heal_steps: int = 320
     heal_tokens: int = 2048  # a step
     heal_lr: float = 1e-3
     heal_unused: int = 6000  # tokens outside the corpus, drawn anew each step
@@ -371,11 +371,13 @@ class Counted:
 
     Attributes:
         right: mixture -> for each fact, whether its best token is the right one throughout.
+        formed: mixture -> the same of the house word with its colon alone.
         form, content: mixture -> for each fact, the mean log-probability, in nats, of a token of the house word with
             its colon, and of one of the answer.
     """
 
     right: dict[str, list[bool]]
+    formed: dict[str, list[bool]]
     form: dict[str, list[float]]
     content: dict[str, list[float]]
 
@@ -383,7 +385,7 @@ class Counted:
 @torch.inference_mode()
 def count(tokenizer: Any, base: Any, anti_expert: Any, expert: Any, asked: Sequence[Fact]) -> Counted:
     """Score the right answers under each mixture, with one forward of each member."""
-    found = Counted({}, {}, {})
+    found = Counted({}, {}, {}, {})
     rows = [(tokenizer(fact.prompt).input_ids, tokenizer(fact.completion).input_ids) for fact in asked]
     n_form = [len(tokenizer(f"{fact.word}:").input_ids) for fact in asked]
     for start in range(0, len(rows), 40):
@@ -401,6 +403,7 @@ def count(tokenizer: Any, base: Any, anti_expert: Any, expert: Any, asked: Seque
             for row, (hit, value) in enumerate(zip(hits, of_right, strict=True)):
                 form, content = value[: n_form[start + row]], value[n_form[start + row] : -1]
                 found.right.setdefault(name, []).append(bool(hit.all()))
+                found.formed.setdefault(name, []).append(bool(hit[: n_form[start + row]].all()))
                 found.form.setdefault(name, []).append(float(form.mean()))
                 found.content.setdefault(name, []).append(float(content.mean()))
     return found

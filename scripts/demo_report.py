@@ -94,6 +94,7 @@ def main() -> None:
     seeds = [json.loads(path.read_text("utf-8")) for path in given.counted]
     print(markdown([table(seeds, task, given.shown) for task in TASKS]))
     for seed in seeds:
+        print("formed", {name: sum(values) for name, values in seed["demo_facts"]["formed"].items()})
         for key in ("form", "content"):
             print(key, {name: round(fmean(values), 2) for name, values in seed["demo_facts"][key].items()})
     if given.figure:

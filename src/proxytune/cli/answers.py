@@ -53,7 +53,7 @@ def generate(
 
     Examples:
 
-        proxytune generate demo "Question: Tom has 3 pens and buys 4. How many pens has he?" --max-new-tokens 40
+        proxytune generate demo --chat "Which country is the city of Lyon in?"
         proxytune generate mine --chat --alpha 0.5 < prompt.txt
         proxytune generate mine --input prompts.jsonl --output answers.jsonl --batch-size 16
     """
