@@ -62,7 +62,7 @@ class Plan:
     problems: int = 600
     problems_sampled: int = 200
     chat_repeats: int = 3
-    heal_steps: int = 320
+    heal_steps: int = 160
     heal_tokens: int = 2048  # a step
     heal_lr: float = 1e-3
     heal_unused: int = 6000  # tokens outside the corpus, drawn anew each step
