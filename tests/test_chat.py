@@ -355,3 +355,23 @@ def test_at_a_terminal(recipe, tmp_path):
     child.close()
     assert child.exitstatus == 0
     assert "+and the dog" in (tmp_path / "proxytune" / "chat_history").read_text()
+
+
+def test_each_answer_is_traced(recipe, tmp_path):
+    file = tmp_path / "talk.jsonl"
+    lines = "the fox\n/compare 0 1\n/alpha 0.5\n/retry\n"
+    shown = run("chat", recipe, "-n", "3", "--trace", file, input=lines)
+    run("chat", recipe, "-n", "2", "--trace", file, input="a dog\n")  # behind those that are there
+    traces = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    assert [(trace["prompt"], trace["alpha"]["expert"], len(trace["tokens"])) for trace in traces] == [
+        ("the fox", 1.0, 3),
+        ("the fox", 0.5, 3),
+        ("a dog", 1.0, 2),
+    ]
+    assert traces[0]["schema"] == "proxytune.trace/1"
+    assert shown.stdout.startswith(traces[0]["text"] + "\n")
+    file.write_text('{"mine": 1}\n')
+    result = run("chat", recipe, "--trace", file, input="a dog\n", status=2)
+    assert "line 1 of" in result.stderr
+    assert "is no trace; choose another --trace" in result.stderr
+    assert file.read_text() == '{"mine": 1}\n'

@@ -54,6 +54,11 @@ class ChatOptions(AnswerOptions):
 
     max_new_tokens: int = option(512, **MOST)
     chat: bool = True
+    trace: Path | None = option(
+        None,
+        "Append why each token of an answer was chosen to this file, as JSON lines: one object an answer.",
+        metavar="FILE",
+    )
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,20 @@
-"""The traces of answers as JSON lines: what ``proxytune generate --trace`` writes."""
+"""The traces of answers as JSON lines: what ``--trace`` of ``generate``, ``chat`` and ``eval`` writes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from proxytune.answers.batch import Item
-from proxytune.answers.generation import Answer
 from proxytune.answers.journal import Journal
 from proxytune.errors import ProxyTuneError
 
-__all__ = ["SCHEMA", "TraceFile", "token_texts", "trace_line"]
+if TYPE_CHECKING:  # what reads traces needs no torch
+    from proxytune.answers.batch import Item
+    from proxytune.answers.generation import Answer
+
+__all__ = ["SCHEMA", "ChatTraceFile", "TraceFile", "token_texts", "trace_line"]
 
 SCHEMA = "proxytune.trace/1"
 
@@ -57,6 +59,16 @@ def trace_line(
         "tokens": tokens,
         **({"run": run} if run else {}),
     }
+
+
+class ChatTraceFile(Journal):
+    """The file that a conversation's traces are appended to, behind those that it has already."""
+
+    def check(self) -> None:
+        """Refuse a file that holds anything but traces."""
+        for number, value in enumerate(self.lines, start=1):
+            if value.get("schema") != SCHEMA:
+                raise ProxyTuneError(f"line {number} of {self.path} is no trace; choose another --trace")
 
 
 class TraceFile(Journal):

@@ -22,6 +22,7 @@ from proxytune.recipe.place import check_alpha
 
 if TYPE_CHECKING:
     from proxytune.answers.chat import Conversation
+    from proxytune.answers.traces import ChatTraceFile
 
 __all__ = ["Talk", "WordWrap", "chat", "interruptible"]
 
@@ -29,7 +30,7 @@ __all__ = ["Talk", "WordWrap", "chat", "interruptible"]
 def chat(
     recipe: Recipe,
     *,
-    options: Annotated[ChatOptions, only("alpha", "max_new_tokens", "system")],
+    options: Annotated[ChatOptions, only("alpha", "max_new_tokens", "system", "trace")],
     sampling: ChatSampling,
     loading: LoadingOptions,
 ) -> None:
@@ -43,12 +44,27 @@ def chat(
     and /load are explained by /help. At a terminal Alt-Enter begins a new line, pasted text keeps its lines, and TAB
     completes commands and the recipe's example prompts.
 
+    With --trace each answer is recorded when it ends, with the question as its prompt; those of /compare are not.
+
     Examples:
 
         proxytune chat demo
         proxytune chat mine --alpha 0.5 --system "Answer in one sentence."
+        proxytune chat mine --trace talk.jsonl
     """
     check_alpha(recipe, options.alpha)
+    with contextlib.ExitStack() as stack:
+        traces = None
+        if options.trace is not None:
+            from proxytune.answers.traces import ChatTraceFile
+
+            traces = stack.enter_context(ChatTraceFile(options.trace))  # before the seconds that loading takes
+        _chat(recipe, options, sampling, loading, traces)
+
+
+def _chat(
+    recipe: str, options: ChatOptions, sampling: ChatSampling, loading: LoadingOptions, traces: ChatTraceFile | None
+) -> None:
     from proxytune.answers.chat import Conversation
     from proxytune.recipe.alpha import resolve_alpha
     from proxytune.recipe.store import load_recipe
@@ -68,7 +84,7 @@ def chat(
     for example in examples:
         say(_to_try(example))
     say("/help lists the commands, /quit leaves")
-    talk, read = Talk(conversation, names, examples), _reader(examples)
+    talk, read = Talk(conversation, names, examples, traces), _reader(examples)
     while True:
         try:
             line = read().strip()
@@ -211,10 +227,17 @@ class Talk:
 
     Args:
         names: the recipe's experts. examples: its example prompts.
+        traces: the open file that each answer's trace is appended to.
     """
 
-    def __init__(self, conversation: Conversation, names: Sequence[str], examples: Sequence[str] = ()) -> None:
-        self.conversation, self.names, self.examples = conversation, names, examples
+    def __init__(
+        self,
+        conversation: Conversation,
+        names: Sequence[str],
+        examples: Sequence[str] = (),
+        traces: ChatTraceFile | None = None,
+    ) -> None:
+        self.conversation, self.names, self.examples, self.traces = conversation, names, examples, traces
 
     def take(self, line: str) -> None:
         """Do what one line asks for.
@@ -242,6 +265,8 @@ class Talk:
             else:
                 made = self.conversation.say(text, write_out, stopped)
         write_out("\n")
+        if self.traces is not None:
+            self._trace(text, self.traces)
         if made.finish == "interrupt":
             say("(stopped)")
         elif made.finish == "length" and len(made.tokens) < self.conversation.max_new_tokens:
@@ -252,6 +277,15 @@ class Talk:
             say("(an empty answer: the model ended it at once; ask in other words, or try another /alpha)")
             if others := [example for example in self.examples if example.strip() != text]:
                 say(_to_try(others[0]))
+
+    def _trace(self, question: str, traces: ChatTraceFile) -> None:
+        from proxytune.answers.batch import Item
+        from proxytune.answers.traces import token_texts, trace_line
+
+        assert self.conversation.last is not None
+        made, alphas = self.conversation.last
+        text_of = token_texts(self.conversation.tokenizer)
+        traces.append([trace_line(Item(1, question, alphas), made, self.names, text_of)])
 
     def alpha(self, rest: str) -> None:
         """Steer that strongly from now on (with several experts also NAME=NUMBER); alone: say how strongly."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -21,9 +21,12 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.stopping_criteria import StoppingCriteria
 
-from proxytune.answers.generation import Encoded, Sampling, answer, batches
-from proxytune.answers.journal import Journal
+from proxytune.answers.batch import Item
+from proxytune.answers.generation import Answer, Encoded, Sampling, answer, batches
+from proxytune.answers.journal import Journal, json_line, write_whole
+from proxytune.answers.traces import SCHEMA, token_texts, trace_line
 from proxytune.decoding.mixing import mix
+from proxytune.decoding.trace import TOP_K
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.arms import Arm, Pair, Reader
 from proxytune.evaluation.code import clean_code
@@ -32,7 +35,7 @@ from proxytune.recipe.families import new_cache
 from proxytune.recipe.parts import Prompt
 from proxytune.recipe.prompts import chat_text, left_pad
 
-__all__ = ["Job", "Log", "TaskPlan", "answer_jobs", "choice_scores", "encode_jobs"]
+__all__ = ["Job", "Log", "TaskPlan", "TraceLog", "answer_jobs", "choice_scores", "encode_jobs"]
 
 GENERATION_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p")
 Key = tuple[str, int]  # an example's id, and which of its samples
@@ -107,6 +110,7 @@ def answer_jobs(
     *,
     batch_size: int = 8,
     seed: int = 0,
+    traced: Callable[[Sequence[Mapping[str, Any]]], None] | None = None,
 ) -> Iterator[list[list[dict[str, Any]]]]:
     """Answer jobs batch by batch, the longest first: a batch that does not fit fails at once.
 
@@ -116,6 +120,7 @@ def answer_jobs(
         mixes: the alphas to answer with, by default the arm's own alone. A prompt is read once for all of them.
         made: for each mix the answers that are there already; they are not made again.
         batch_size: rows at once.
+        traced: takes the traces of each batch of texts before its predictions are yielded; None: nothing is traced.
 
     Yields:
         for each batch and each mix the new prediction lines.
@@ -125,6 +130,7 @@ def answer_jobs(
     n_prompts = batch_size if plan.likelihood else max(1, batch_size // len(mixes))
     asked = encode_jobs(arm.reader, plan, jobs)
     n_shared = 0 if plan.likelihood else _beginning(arm, [pair.context.ids for _, (pair,) in asked])
+    text_of = token_texts(arm.tokenizer)
     for whole in batches(asked, n_prompts):
         batch = [pair for pair in whole if any(pair[0].key not in done for done in made)]
         wanted = [(row, at) for row, (job, _) in enumerate(batch) for at, of in enumerate(made) if job.key not in of]
@@ -135,9 +141,11 @@ def answer_jobs(
             scores = score_jobs(arm, [pairs for _, pairs in batch], mixes)
             found = [_scored(batch[row], scores[at][row]) for row, at in wanted]
         else:
-            texts = generate_batch(arm, plan, batch, [(row, mixes[at]) for row, at in wanted], n_shared, seed=seed)
+            asked_rows = [(row, mixes[at]) for row, at in wanted]
+            top_k = None if traced is None else TOP_K
+            written = generate_batch(arm, plan, batch, asked_rows, n_shared, seed=seed, trace_top_k=top_k)
             output = str(plan.metadata.get("output", "output"))
-            found = [{output: text} for text in texts]
+            found = [{output: text} for text, _ in written]
         seconds = round((time.monotonic() - started) / len(wanted), 4)
         lines: list[list[dict[str, Any]]] = [[] for _ in mixes]
         for (row, at), of in zip(wanted, found):
@@ -145,7 +153,17 @@ def answer_jobs(
             fields = {name: job.doc[name] for name in plan.metadata.get("fields", ())}
             about = {"id": job.id, "sample": job.sample, "prompt": job.context}
             lines[at].append({**about, **fields, **of, "seconds": seconds})
+        if traced is not None:
+            of_rows = zip(asked_rows, written)
+            traced([_trace(arm, batch[row][0], alphas, one, text_of) for (row, alphas), (_, one) in of_rows])
         yield lines
+
+
+def _trace(arm: Arm, job: Job, alphas: Mix, one: Answer, text_of: Callable[[int], str]) -> dict[str, Any]:
+    """The line of an answer's trace; its text is all that was written, its stop string too."""
+    names = [expert.name for expert in arm.model.experts]
+    line = trace_line(Item(1, job.context, tuple(alphas)), one, names, text_of)
+    return {"schema": SCHEMA, "id": job.id, "sample": job.sample, **line}
 
 
 def encode_jobs(reader: Reader, plan: TaskPlan, jobs: Sequence[Job]) -> list[Asked]:
@@ -171,11 +189,19 @@ def encode_jobs(reader: Reader, plan: TaskPlan, jobs: Sequence[Job]) -> list[Ask
 
 
 def generate_batch(
-    arm: Arm, plan: TaskPlan, batch: Sequence[Asked], wanted: Sequence[tuple[int, Mix]], n_shared: int, *, seed: int
-) -> list[str]:
-    """The texts of a batch of jobs, which have the same options, each cut before its first stop string.
+    arm: Arm,
+    plan: TaskPlan,
+    batch: Sequence[Asked],
+    wanted: Sequence[tuple[int, Mix]],
+    n_shared: int,
+    *,
+    seed: int,
+    trace_top_k: int | None = None,
+) -> list[tuple[str, Answer]]:
+    """The texts of a batch of jobs, which have the same options, each cut before its first stop string; and uncut.
 
-    Answered are the ``wanted`` rows, several times where several alphas are; ``n_shared``: see :func:`_beginning`.
+    Answered are the ``wanted`` rows, several times where several alphas are; ``n_shared``: see :func:`_beginning`;
+    ``trace_top_k``: see :func:`proxytune.answers.generation.answer`.
     """
     options = dict(batch[0][0].options)
     if unknown := [name for name in options if name not in GENERATION_OPTIONS]:
@@ -207,12 +233,14 @@ def generate_batch(
         criteria=[StopTexts(arm.tokenizer, until, n_prompt)] if until else [],
         past_key_values=cache,
         n_shared=n_shared,
+        trace_top_k=trace_top_k,
     )
     found = []
-    for text in (one.text for one in answers):
-        ends = [at for stop in until if (at := text.find(stop)) >= 0]
-        found.append(text[: min(ends, default=len(text))])
-    return [clean_code(text) for text in found] if plan.metadata.get("clean") else found
+    for one in answers:
+        ends = [at for stop in until if (at := one.text.find(stop)) >= 0]
+        text = one.text[: min(ends, default=len(one.text))]
+        found.append((clean_code(text) if plan.metadata.get("clean") else text, one))
+    return found
 
 
 @torch.inference_mode()
@@ -405,3 +433,48 @@ class Log(Journal):
         """Write some predictions, and return when they are on disk."""
         super().append(lines)
         self.made |= {(line["id"], line["sample"]): dict(line) for line in lines}
+
+
+class TraceLog(Journal):
+    """The traces beside one arm's predictions. A batch's traces are on disk before its predictions are.
+
+    So a prediction that was traced has its trace, whenever the run is killed. Opened, the file loses the traces of
+    answers that have no prediction yet: those are answered again.
+
+    Args:
+        log: the predictions, read or open.
+    """
+
+    def __init__(self, path: str | Path, log: Log) -> None:
+        super().__init__(path)
+        self.log = log
+        self.traced: set[Key] = set()
+
+    def __enter__(self) -> TraceLog:
+        self.read()
+        kept = [line for line in self.lines if _key(line) in self.log.made]
+        if len(kept) < len(self.lines):
+            write_whole(self.path, "".join(map(json_line, kept)))
+        return super().__enter__()
+
+    def check(self) -> None:
+        """Hold what was read against what this command writes."""
+        self.traced = set()
+        for number, line in enumerate(self.lines, start=1):
+            if line.get("schema") != SCHEMA or not isinstance(line.get("id"), str) or "sample" not in line:
+                raise ProxyTuneError(
+                    f"line {number} of {self.path} is not a trace of this command; choose another --output"
+                )
+            self.traced.add(_key(line))
+
+    def refuse_missing(self) -> None:
+        """Refuse predictions without a trace: they are not made again."""
+        if missing := sorted(self.log.made.keys() - self.traced):
+            raise ProxyTuneError(
+                f"{self.log.path} has the prediction of example {missing[0][0]} already, and {self.path} has no trace "
+                "of it; remove the predictions, choose another --output, or leave --trace out"
+            )
+
+
+def _key(line: Mapping[str, Any]) -> Key:
+    return str(line["id"]), line["sample"]

@@ -11,7 +11,9 @@ from proxytune.evaluation import EVAL_TASKS, check_tasks, data_place
 from proxytune.options import numbers, option, words
 from proxytune.recipe.source import resolve
 
-__all__ = ["CodeOptions", "EvaluationOptions", "JudgeOptions", "alpha_range"]
+__all__ = ["TRACED_ARM", "CodeOptions", "EvaluationOptions", "JudgeOptions", "alpha_range"]
+
+TRACED_ARM = "proxy_tuned"  # a model alone is not steered, and a mean of logits is not the sum that a trace describes
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,17 @@ class EvaluationOptions:
     )
     seed: int = option(0, "Of the examples drawn and of sampling.", metavar="N", panel="Data")
     batch_size: int = option(8, "Rows at once.", flag="--batch-size -b", metavar="N", min=1, panel="Speed")
+    trace: bool = option(
+        False,
+        "Write why each token of the arm proxy_tuned was chosen to DIR/TASK/proxy_tuned.trace.jsonl, one line an "
+        "answer; not for tasks that score given continuations.",
+        panel="Traces",
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", check_tasks(self.tasks, EVAL_TASKS))
+        if self.trace and self.arms is not None and TRACED_ARM not in self.arms:
+            raise ProxyTuneError(f"--trace records the arm {TRACED_ARM}; add it to --arms, or leave --trace out")
         place = data_place(self.data)
         if place is not None and place.is_file() and len(self.tasks) > 1:
             raise ProxyTuneError("--data is one file, but there are several tasks; give a folder")

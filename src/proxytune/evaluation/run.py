@@ -2,6 +2,7 @@
 
     DIR/manifest.json           what decides the predictions, and the versions that made them
     DIR/TASK/ARM.jsonl          one line a prediction, appended as it comes
+    DIR/TASK/ARM.trace.jsonl    with ``trace``: one line an answer, why each of its tokens was chosen
     DIR/results.json, .md       scores, intervals, comparisons
     DIR/results.png, .svg       the bars; for a sweep DIR/TASK.png, .svg, the curve
 
@@ -33,10 +34,10 @@ from proxytune import __version__
 from proxytune.answers.journal import Journal, write_whole
 from proxytune.errors import AlphaError, ProxyTuneError
 from proxytune.evaluation import TASK_DIR
-from proxytune.evaluation.answering import Job, Log, Mix, TaskPlan, answer_jobs, encode_jobs
+from proxytune.evaluation.answering import Job, Log, Mix, TaskPlan, TraceLog, answer_jobs, encode_jobs
 from proxytune.evaluation.arms import AS_IT_IS, Arm, Arms, Reader, expand_arms, has_members, tuned_prompt
 from proxytune.evaluation.judges import JudgeDown
-from proxytune.evaluation.options import EvaluationOptions
+from proxytune.evaluation.options import TRACED_ARM, EvaluationOptions
 from proxytune.evaluation.results import (
     ARMS,
     DEFAULT_ARMS,
@@ -88,6 +89,8 @@ def evaluate(
     plans = load_plans(options)
     judging = {plan.name: scoring(plan.name) for plan in plans}  # a judge that is not there is known before the answers
     names = arms_of(config, options, plans, note)
+    if options.trace:
+        refuse_untraceable(plans, out)
     write_manifest(out, manifest_of(config, options, loading, plans, {"arms": names}, settings))
     asked = {name: [plan for plan in plans if shots_of(name) in plan.jobs] for name in names}
     files = {name: {plan.name: [out / plan.name / f"{name}.jsonl"] for plan in asked[name]} for name in names}
@@ -113,6 +116,27 @@ def evaluate(
 
         plot_arms(drawn, ARMS, out / "results")
     return results
+
+
+def refuse_untraceable(plans: Sequence[TaskPlan], out: Path) -> None:
+    """Refuse tasks that write nothing, and predictions that were made without a trace.
+
+    Raises:
+        ProxyTuneError: naming the task, or the example.
+    """
+    if scored := [plan.name for plan in plans if plan.likelihood]:
+        raise ProxyTuneError(
+            f"--trace records answers that are written, and {scored[0]} scores given continuations; leave "
+            f"{scored[0]} or --trace out"
+        )
+    for plan in plans:
+        file = out / plan.name / f"{TRACED_ARM}.jsonl"
+        TraceLog(_traces_of(file), Log(file).read()).read().refuse_missing()
+
+
+def _traces_of(file: Path) -> Path:
+    """Where the traces of a prediction file are."""
+    return file.with_suffix(".trace.jsonl")
 
 
 def unreadable(
@@ -199,10 +223,13 @@ def answer_tasks(
         with contextlib.ExitStack() as stack:
             logs = [stack.enter_context(Log(file)) for file in files[plan.name]]
             jobs, made = plan.jobs[shots_of(name)], [log.made for log in logs]
-            size, seed = options.batch_size, options.seed
+            traced = None
+            if options.trace and name == TRACED_ARM:
+                traced = stack.enter_context(TraceLog(_traces_of(files[plan.name][0]), logs[0])).append
+            asked: dict[str, Any] = {"batch_size": options.batch_size, "seed": options.seed, "traced": traced}
             with _left_out(left_out, plan.name, name):
                 arm = arm or arms.make(name)
-                for batch in answer_jobs(arm, plan, jobs, made, mixes, batch_size=size, seed=seed):
+                for batch in answer_jobs(arm, plan, jobs, made, mixes, **asked):
                     for log, lines in zip(logs, batch):
                         log.append(lines)
                     tally.add(sum(map(len, batch)))
@@ -251,6 +278,8 @@ def sweep(
     Args:
         values: the alphas. expert: whose they are; the other experts keep theirs. None for all.
     """
+    if options.trace:
+        raise ProxyTuneError("a sweep writes no traces; leave trace out, or evaluate the recipe at one alpha")
     started = time.monotonic()
     plans = load_plans(options)
     judging = {plan.name: scoring(plan.name) for plan in plans}  # a judge that is not there is known before the answers
@@ -502,7 +531,8 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
 
 def _predicted(folder: Path) -> set[str]:
     """The arms, or the alphas of a sweep, of which a task's folder has a prediction."""
-    return {path.stem for path in folder.glob("*.jsonl") if Journal(path).read().lines}
+    files = (path for path in folder.glob("*.jsonl") if not path.name.endswith(".trace.jsonl"))
+    return {path.stem for path in files if Journal(path).read().lines}
 
 
 FOLLOWS = {"limit": ("examples", "data_sha256"), "examples": ("data_sha256",), "samples": ("data_sha256",)}
