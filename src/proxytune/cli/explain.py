@@ -70,11 +70,7 @@ def explain(
 
     Examples:
 
-<<<<<<< HEAD
         proxytune explain demo "Which country is the city of Lyon in?" --chat
-=======
-        proxytune explain demo --chat "Which country is the city of Lyon in?"
->>>>>>> 1f2776c (Examples of the commands ask the demo's facts; build_demo counts the house words too)
         proxytune explain mine "What should I see in Lisbon?" --chat --html lisbon.html
         proxytune explain mine "What should I see in Lisbon?" --chat --branch "1:The" --branch-alpha 0
         proxytune explain traces.jsonl --answer 3
