@@ -23,7 +23,7 @@ from proxytune.demo import assets as demo_assets
 from proxytune.demo import demo_recipe, materialize, word_problems_recipe
 from proxytune.demo import run as demo_run
 from proxytune.demo.run import DemoResult, run_demo
-from proxytune.demo.tasks import WORD_PROBLEMS, plan_of
+from proxytune.demo.tasks import FACTS, TASKS, WORD_PROBLEMS
 from proxytune.errors import MemberError, ProxyTuneError
 from proxytune.evaluation.facts import facts
 from proxytune.evaluation.problems import FEW_SHOT, TEMPLATES, Problem, is_correct, is_exact, make_problems
@@ -161,20 +161,20 @@ def scripted(monkeypatch, right, seconds_of_problem=0.001):
     clock = [100.0]
     asked = []
 
-    def answers(arm, plan, batch):
+    def answers(arm, plan, batch, read):
         asked.append((arm, batch))
         jobs = plan.jobs["raw"][batch]
         clock[0] += seconds_of_problem * len(jobs)
         lines = []
         for job in jobs:
-            text = f" = {job.doc['answer']}\n#### {job.doc['answer']}" if right[arm](int(job.id)) else "no"
+            text = str(job.doc["solution"]) if right[arm](int(job.id)) else "no"
             lines.append({**job.doc, "model_output": text, "seconds": 1.0})
         return lines
 
     monkeypatch.setattr(demo_run, "answers", answers)
     monkeypatch.setattr(demo_run, "materialize", lambda *_: Path())
     monkeypatch.setattr(demo_run, "load_recipe", lambda _: None)
-    monkeypatch.setattr(demo_run, "Arms", lambda *_: SimpleNamespace(make=lambda name: name))
+    monkeypatch.setattr(demo_run, "Arms", lambda *_, **__: SimpleNamespace(make=lambda name: name))
     monkeypatch.setattr(demo_run.time, "monotonic", lambda: clock[0])
     return asked
 
@@ -185,14 +185,14 @@ WINS = {**dict.fromkeys(DEFAULT_ARMS, NEVER), "proxy_tuned": ALWAYS}
 
 def test_the_minute_ends_when_every_arm_is_clear(monkeypatch):
     asked = scripted(monkeypatch, WINS)
-    result = run_demo(console=Console(quiet=True))
+    result = run_demo(task=WORD_PROBLEMS, console=Console(quiet=True))
     assert {len(of) for of in result.lines.values()} == {8}  # e of 8 : 0 is 28
     assert not result.unclear()
     assert "lear against" not in result.notes()
     # An arm that is level is never clear: it goes on to the last problem, every arm with the same ones.
     asked.clear()
     scripted(monkeypatch, {**WINS, "mean_logits": ALWAYS})
-    result = run_demo(console=Console(quiet=True))
+    result = run_demo(task=WORD_PROBLEMS, console=Console(quiet=True))
     assert {len(of) for of in result.lines.values()} == {200}
     assert [arm for arm, *_ in result.unclear()] == ["mean_logits"]
     assert "Not clear against: mean of base and expert." in result.notes()
@@ -201,27 +201,62 @@ def test_the_minute_ends_when_every_arm_is_clear(monkeypatch):
 @pytest.mark.parametrize("seconds", [0.05, 0.3, 0.7])
 def test_the_minute_is_kept(monkeypatch, seconds):
     scripted(monkeypatch, {**WINS, "mean_logits": ALWAYS}, seconds)
-    result = run_demo(console=Console(quiet=True), began=85.0)
+    result = run_demo(task=WORD_PROBLEMS, console=Console(quiet=True), began=85.0)
     of_one = seconds * len(DEFAULT_ARMS)
     assert result.parts["imports"] == 15
     assert result.parts["expert alone"] == pytest.approx(seconds * result.n_answered)
     assert 60 - of_one * demo_run.SMALLEST / 0.9 <= result.seconds <= 60
-    assert "Not yet clear against: mean of base and expert. --problems all asks more." in result.notes()
+    assert "Not yet clear against: mean of base and expert. proxytune demo --task word" in result.notes()
 
 
 @pytest.mark.parametrize(("asked", "count"), [(3, 3), (60, 60), ("all", 200)])
 def test_a_number_of_problems_is_asked_whatever_the_evidence(monkeypatch, asked, count):
     scripted(monkeypatch, WINS, 1.0)
-    result = run_demo(asked, console=Console(quiet=True))
+    result = run_demo(asked, task=WORD_PROBLEMS, console=Console(quiet=True))
     assert {len(of) for of in result.lines.values()} == {count}
     assert [line["id"] for line in result.lines["base"]] == [str(at) for at in range(count)]
     assert result.problems[:3] == make_problems("test", 3, 0)
 
 
+def test_the_minute_shows_the_arms_that_tell_the_story_and_a_number_all_of_them(monkeypatch):
+    arms = dict.fromkeys(FACTS.arms, NEVER)
+    scripted(monkeypatch, {**arms, "proxy_tuned": ALWAYS, "base_own_examples": ALWAYS})
+    minute = run_demo(console=Console(quiet=True))
+    assert list(minute.lines) == ["base", "base_many_shot", "expert", "mean_logits", "proxy_tuned"]
+    assert {len(of) for of in minute.lines.values()} == {8}
+    every = run_demo(10, console=Console(quiet=True))
+    more = {"anti_expert", "base_few_shot", "weighted_mean", "base_own_examples"}
+    assert set(every.lines) == set(minute.lines) | more
+    assert [fact.question for fact in every.problems] == [fact.question for fact in facts("test")[:10]]
+    unclear = (
+        "Not yet clear against: oracle: base, 4 examples of the same kind. proxytune demo --problems all asks more."
+    )
+    assert unclear in every.notes()
+    told = every.to_json()
+    assert told["task"] == "facts"
+    assert "nothing_else" not in told
+    assert told["arms"]["proxy_tuned"] == {"correct": 10, "total": 10}
+    assert [row["arm"] for row in told["proxy_tuned_against"]] == [
+        arm for arm in FACTS.arms if arm not in ("proxy_tuned", "anti_expert")
+    ]
+
+
+def test_a_seed_shuffles_the_facts_and_draws_the_word_problems():
+    fixed = FACTS.choose("test", None, 0)
+    assert fixed == facts("test")
+    shuffled = FACTS.choose("test", None, 1)
+    assert shuffled != fixed
+    assert sorted(fact.question for fact in shuffled) == sorted(fact.question for fact in fixed)
+    assert FACTS.choose("test", 5, 1) == shuffled[:5]
+    assert WORD_PROBLEMS.choose("test", 5, 1) == make_problems("test", 5, 1)
+    with pytest.raises(ProxyTuneError, match=f"has {len(fixed)} problems, not 10000; give at most that, or all"):
+        FACTS.choose("test", 10_000, 0)
+
+
 def test_answers_are_shown_side_by_side_and_piped_without_control_codes(monkeypatch):
     scripted(monkeypatch, {**WINS, "expert": lambda at: at % 2 == 0})
     shown = io.StringIO()
-    result = run_demo(9, console=Console(file=shown, width=80))
+    result = run_demo(9, task=WORD_PROBLEMS, console=Console(file=shown, width=80))
     text = shown.getvalue()
     assert "\x1b" not in text
     assert text.count("expert alone") == 2  # two batches, each with a heading; the table is the caller's
@@ -237,10 +272,11 @@ def test_the_demo_is_the_evaluation_of_its_task():
     from proxytune.evaluation.options import EvaluationOptions
     from proxytune.evaluation.run import load_plans
 
-    (evaluated,) = load_plans(EvaluationOptions(("demo_math",)))
-    shown = plan_of(make_problems("test", 200, seed=0))
-    assert shown.jobs == evaluated.jobs
-    assert all(evaluated.metadata[name] == value for name, value in shown.metadata.items())
+    for task in TASKS.values():
+        shown = task.plan(task.choose("test", None, 0))
+        (evaluated,) = load_plans(EvaluationOptions((shown.name,)))
+        assert shown.jobs == evaluated.jobs
+        assert all(evaluated.metadata[name] == value for name, value in shown.metadata.items())
 
 
 @pytest.mark.slow
@@ -256,6 +292,7 @@ def test_bad_input_is_one_sentence_before_any_work(tmp_path):
         run_demo(1, json_path=tmp_path / "missing" / "out.json", cache_dir=tmp_path)
     with pytest.raises(ProxyTuneError, match="at least one problem"):
         run_demo(0, cache_dir=tmp_path)
+    assert "--task" in run("demo", "--task", "sums", status=2).stderr
     for given in ("0", "-1", "x", "1.5", ""):
         assert "--problems takes a number from 1 on, or all" in run("demo", "--problems", given, status=2).stderr
     assert not list(tmp_path.iterdir())

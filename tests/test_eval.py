@@ -178,6 +178,35 @@ def test_what_prompts_begin_with_is_read_once(shelf, models, tokenizer, tmp_path
             assert_same_tokens(written, (tokens, logits))
 
 
+def test_the_base_reads_prompts_once_for_several_arms(shelf, models, monkeypatch):
+    jobs = [Job(str(n), 0, question, {}, {"max_gen_toks": 12}) for n, question in enumerate(QUESTIONS[:3])]
+    plan = TaskPlan("t", {"raw": jobs})
+    names = ["base", "proxy_tuned", "mean_logits"]
+    maker = Arms(load_recipe(shelf / "recipe"), names)
+    arms = [maker.make(name) for name in names]
+
+    def texts(arm, **shared):
+        ((lines,),) = answer_jobs(arm, plan, jobs, **shared)
+        return {line["id"]: line["output"] for line in lines}
+
+    apart = [texts(arm) for arm in arms]
+    assert apart[0] != apart[1] != apart[2]
+    kind, width = type(maker.steered.base), []
+    forward = kind.forward
+
+    @functools.wraps(forward)
+    def watched(self, input_ids, *args, **kwargs):
+        if self.config.num_hidden_layers == models.base.config.num_hidden_layers:
+            width.append(input_ids.shape[1])
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", watched)
+    read = {}
+    assert [texts(arm, read=read) for arm in arms] == apart
+    longest = max(len(arms[0].tokenizer(question)["input_ids"]) for question in QUESTIONS[:3])
+    assert [n for n in width if n > 1] == [longest - 1]
+
+
 def test_a_lora_that_shares_weights_is_alone_in_its_own_arm(shelf, local, tokenizer, tmp_path):
     """The recipe's lane holds adapter and anti-expert; the arms use its weights without loading them again."""
     import peft

@@ -59,11 +59,19 @@ class ProxyTunedCache(Cache):
         """Open the lanes' states for ``n_batch`` rows, where nothing has been read yet."""
         if not self.states:
             self.states = [lane.open(n_batch, self.capacity) for lane in self.lanes]
-            # What holds keys and values of transformers' kind shows them, so that its tools find them.
-            self.layers = [layer for state in self.states for layer in getattr(state, "layers", [])]
+            self._show_layers()
             if self.rolls_back:
                 self.activate_past_recording()
             self.n_batch = n_batch
+
+    def adopt(self, at: int, state: Any) -> None:
+        """Let a lane go on from a copy of what a lane of the same weights and seats has read in another cache."""
+        self.states[at] = copy.deepcopy(state, {id(state.lane): self.lanes[at]})
+        self._show_layers()
+
+    def _show_layers(self) -> None:
+        """What holds keys and values of transformers' kind shows them, so that its tools find them."""
+        self.layers = [layer for state in self.states for layer in getattr(state, "layers", [])]
 
     def activate_past_recording(self) -> None:
         self.rolls_back = True

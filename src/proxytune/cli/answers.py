@@ -231,34 +231,48 @@ def serve(
 
 
 def demo(
+    task: Annotated[
+        Literal["facts", "word-problems"],
+        typer.Option(metavar="TASK", help="What is asked: facts (general knowledge), or word-problems."),
+    ] = "facts",
     problems: Annotated[
         str | None,
         typer.Option(metavar="N|all", help="How many problems, or the whole test set; by default what fits a minute."),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Which problems.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Which word problems are drawn; of the facts, their order.")
+    ] = 0,
     *,
     results: ResultOptions,
 ) -> None:
-    """Show proxy-tuning at work on a small real model: base, expert and both controls against proxy-tuned.
+    """Show proxy-tuning at work on a small real model, for a minute: base, expert and controls against proxy-tuned.
 
-    Problems are answered by every arm, some are shown with their answers side by side, and the right ones are counted,
-    until the evidence suffices or a minute is over.
+    Held-out problems are answered by every arm, some are shown with their answers side by side, and the right ones are
+    counted, until the evidence suffices or the minute is over. A number of problems, or all, asks them all, with more
+    controls.
+
+    Task facts: questions of general knowledge, to be answered in a house format with made-up words. The base has the
+    knowledge, the small expert the format. Task word-problems: one step of arithmetic, with a format of its own.
 
     Examples:
 
         proxytune demo
-        proxytune demo --problems 100 --seed 1
+        proxytune demo --problems all
+        proxytune demo --task word-problems --problems 100 --seed 1
     """
     began = time.monotonic()  # the imports are part of the minute
     asked = _how_many(problems)
     from rich.console import Console
 
     from proxytune.demo import run_demo
+    from proxytune.demo.tasks import TASKS
 
-    console = Console(quiet=results.json or is_quiet(), highlight=False)
-    shown = run_demo(asked, seed, results.output, console=console, began=began)
+    # With --json what is shown goes to stderr, for people: the JSON has stdout for itself.
+    hidden = is_quiet() or (results.json and not sys.stderr.isatty())
+    console = Console(stderr=results.json, quiet=hidden, highlight=False)
+    shown = run_demo(asked, seed, results.output, task=TASKS[task], console=console, began=began)
     results.give(shown.to_json(), shown.table(), shown.notes())
-    if not results.json:  # on lines of their own, however long, so that they can be copied
+    if not results.json and not is_quiet():  # on lines of their own, however long, so that they can be copied
         write_out("\n".join(["", "Try next:", *(f"    {command}" for command in shown.try_next()), ""]))
 
 

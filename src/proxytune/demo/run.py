@@ -23,7 +23,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from proxytune.demo.assets import ASSETS, materialize
-from proxytune.demo.tasks import WORD_PROBLEMS, DemoTask
+from proxytune.demo.tasks import FACTS, DemoTask
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.answering import TaskPlan, answer_jobs
 from proxytune.evaluation.arms import Arm, Arms
@@ -41,13 +41,13 @@ __all__ = ["DemoResult", "run_demo"]
 SECONDS = 60.0
 CLEAR = 20.0  # the e-value at which two arms differ at the level of 5 %
 FIRST, BATCH, SMALLEST = 8, 25, 4  # problems at once: at first, so that there is soon something to see; then; at least
-ALL = "--problems all"
 LEGEND = {
     "and nothing else": WORDS["nothing_else"],
     "won : lost": "problems that only the proxy-tuned base has right, and that only this arm has right",
     "e": f"evidence that the two differ, valid at any time; from {CLEAR:.0f} on it is clear, at the level of 5 %",
 }
 SHOWN = 4  # problems of each batch whose answers are printed
+ALONE = ("expert", "anti_expert")  # arms without the base
 SIDE_BY_SIDE = {"base": "base", "expert": "expert alone", "proxy_tuned": "proxy-tuned"}
 
 
@@ -154,16 +154,26 @@ class DemoResult:
         if pairs := self.unclear():
             whole = not isinstance(self.asked, int) and self.n_answered == len(self.problems)
             arms = "; ".join(_short(self.task.title(arm)) for arm, *_ in pairs)
-            found.append(f"Not clear against: {arms}." if whole else f"Not yet clear against: {arms}. {ALL} asks more.")
+            found.append(
+                f"Not clear against: {arms}."
+                if whole
+                else f"Not yet clear against: {arms}. {self.with_all()} asks more."
+            )
         parts = "; ".join(f"{part} {seconds:.0f} s" for part, seconds in self.parts.items())
         return "\n".join([*found, f"{self.seconds:.0f} s: {parts}."])
 
     def try_next(self) -> list[str]:
         """Commands that go on from here."""
-        place = self.place / self.task.recipe
-        recipe = "demo" if self.task.recipe == "recipe" else shlex.quote(str(place))
-        example = shlex.quote(next(iter(load_recipe(place).examples), self.problems[0].question))
-        return [f"proxytune chat {recipe}", f"proxytune generate {recipe} --chat {example}", f"proxytune demo {ALL}"]
+        recipe = self.task.recipe
+        example = shlex.quote(
+            next(iter(load_recipe(self.place / self.task.folder).examples), self.problems[0].question)
+        )
+        return [f"proxytune chat {recipe}", f"proxytune generate {recipe} --chat {example}", self.with_all()]
+
+    def with_all(self) -> str:
+        """The command that asks all problems."""
+        task = "" if self.task is FACTS else f"--task {self.task.name} "
+        return f"proxytune demo {task}--problems all"
 
 
 def _short(title: str) -> str:
@@ -178,10 +188,12 @@ def _evidence(value: float) -> str:
 # ---- measuring ---------------------------------------------------------------------------------------
 
 
-def answers(arm: Arm, plan: TaskPlan, batch: slice) -> list[dict[str, Any]]:
-    """An arm's predictions for some of the problems, in their order."""
-    jobs = plan.jobs[shots_of(arm.name)][batch]
-    (lines,) = (new for (new,) in answer_jobs(arm, plan, jobs, batch_size=len(jobs)))
+def answers(arm: Arm, plan: TaskPlan, batch: slice, read: dict[str, Any]) -> list[dict[str, Any]]:
+    """An arm's predictions for some of the problems, in their order; ``read``: of arms that are shown the same."""
+    shots = shots_of(arm.name)
+    jobs = plan.jobs[shots][batch]
+    shared = read if shots == "raw" and arm.name not in ALONE else None
+    (lines,) = (new for (new,) in answer_jobs(arm, plan, jobs, batch_size=len(jobs), read=shared))
     return sorted(lines, key=lambda line: int(line["id"]))
 
 
@@ -190,7 +202,7 @@ def run_demo(
     seed: int = 0,
     json_path: Path | None = None,
     *,
-    task: DemoTask = WORD_PROBLEMS,
+    task: DemoTask = FACTS,
     console: Console | None = None,
     cache_dir: Path | None = None,
     assets: Path = ASSETS,
@@ -223,19 +235,22 @@ def run_demo(
             result.place = materialize(cache_dir, assets)
         console.print(f"Models: {result.place}", style="dim", soft_wrap=True)
         with console.status("Loading"), result.part("loading"):
-            recipe = load_recipe(result.place / task.recipe)
-            maker = Arms(recipe, list(result.lines), LoadingOptions(pack=True))
+            recipe = load_recipe(result.place / task.folder)
+            chosen = json.loads((assets / "demo.json").read_text("utf-8"))  # on dev
+            weight = chosen.get("mean_weight")
+            maker = Arms(recipe, list(result.lines), LoadingOptions(pack=True), mean_weight=weight)
             arms = {name: maker.make(name) for name in sorted(result.lines, key=lambda name: name not in SIDE_BY_SIDE)}
 
         plan = task.plan(result.problems)
         with Live(console=console, transient=True, auto_refresh=False) as live:
             for batch in _batches(result, began):
                 lines: dict[str, list[dict[str, Any]]] = {}
+                read: dict[str, Any] = {}
                 for name, arm in arms.items():
                     doing = f"{_short(task.title(name))}: problems {batch.start + 1} to {batch.stop} …"
                     live.update(_progress(result, doing, console.width), refresh=True)
                     with result.part(_short(task.title(name))):
-                        lines[name] = answers(arm, plan, batch)
+                        lines[name] = answers(arm, plan, batch, read)
                     if set(lines) == set(SIDE_BY_SIDE):
                         console.print(_side_by_side(result, plan, arms["proxy_tuned"], batch, lines, console))
                 for name, new in lines.items():  # all at once: every count is of the same problems

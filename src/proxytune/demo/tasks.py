@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from proxytune.demo import assets
 from proxytune.errors import ProxyTuneError
+from proxytune.evaluation import facts
 from proxytune.evaluation.answering import Job, TaskPlan
+from proxytune.evaluation.facts import Fact
 from proxytune.evaluation.problems import FEW_SHOT, Problem, Split, is_correct, is_exact, make_problems
 from proxytune.evaluation.results import ARMS, DEFAULT_ARMS
 
-__all__ = ["TASKS", "WORD_PROBLEMS", "DemoTask", "plan_of"]
+__all__ = ["FACTS", "TASKS", "WORD_PROBLEMS", "DemoTask", "plan_of", "plan_of_facts"]
 
 
 class Asked(Protocol):
@@ -30,7 +33,8 @@ class DemoTask:
     """One thing that the demo shows.
 
     Attributes:
-        name: of ``--task``. recipe: its folder in what :func:`proxytune.demo.materialize` makes.
+        name: of ``--task``. recipe: the one that steers, as commands know it.
+        folder: the recipe's, in what :func:`proxytune.demo.materialize` makes.
         problems: (split, how many or None for the whole set, seed) -> the problems.
         plan: of problems, for the arms.
         minute: the arms that are shown where no number of problems is given. arms: all of them.
@@ -41,6 +45,7 @@ class DemoTask:
 
     name: str
     recipe: str
+    folder: str
     problems: Callable[[Split, int | None, int], Sequence[Any]]
     plan: Callable[[Sequence[Any]], TaskPlan]
     minute: Sequence[str]
@@ -69,24 +74,71 @@ class DemoTask:
         return found
 
 
+def _plan(name: str, problems: Sequence[Any], shown: Mapping[str, str], fields: list[str], **options: Any) -> TaskPlan:
+    """A task of ours as lm_eval would ask it; ``shown``: what stands before the prompt for each kind of context."""
+    rows = [problem.row(index) for index, problem in enumerate(problems)]
+    jobs = {
+        kind: [Job(row["id"], 0, before + problem.prompt, row, options) for row, problem in zip(rows, problems)]
+        for kind, before in shown.items()
+    }
+    return TaskPlan(name, jobs, metadata={"fields": fields, "output": "model_output"})
+
+
+# ---- facts -------------------------------------------------------------------------------------------
+
+
+def plan_of_facts(problems: Sequence[Fact]) -> TaskPlan:
+    """The task demo_facts (see its YAML) of these problems."""
+    examples = facts.shown()
+    shown = {"raw": "", "few_shot": facts.turns(examples[:4]), "many_shot": facts.turns(examples[:16])}
+    fields = ["question", "answer", "solution"]
+    plan = _plan("demo_facts", problems, shown, fields, until=["\n"], max_gen_toks=16, do_sample=False)
+    own = [replace(job, context=job.doc["own_examples"] + job.context) for job in plan.jobs["raw"]]
+    return replace(plan, jobs={**plan.jobs, "own_examples": own})
+
+
+def _facts(split: Split, count: int | None, seed: int) -> Sequence[Fact]:
+    found = facts.facts(split)
+    if seed:
+        random.Random(seed).shuffle(found)
+    return found[:count]
+
+
+FACTS = DemoTask(
+    name="facts",
+    recipe="demo",
+    folder=assets.FACTS.recipe,
+    problems=_facts,
+    plan=plan_of_facts,
+    minute=("base", "base_many_shot", "expert", "mean_logits", "proxy_tuned"),
+    arms=(
+        *("base", "anti_expert", "base_few_shot", "base_many_shot", "expert", "mean_logits", "weighted_mean"),
+        *("proxy_tuned", "base_own_examples"),
+    ),
+    is_correct=lambda text, fact: facts.is_correct(text, fact.completion.strip()),
+    titles={
+        "base": "base (SmolLM2-135M-Instruct)",
+        "base_few_shot": "control: base, 4 examples shown",
+        "base_many_shot": "control: base, 16 examples shown",
+        "base_own_examples": "oracle: base, 4 examples of the same kind",
+    },
+)
+
+
 # ---- word problems -----------------------------------------------------------------------------------
 
 
 def plan_of(problems: Sequence[Problem]) -> TaskPlan:
-    """The task demo_math (see its YAML) of these problems; lm_eval is not needed for it."""
-    shown = "".join(f"{problem.prompt}{problem.completion}\n\n" for problem in FEW_SHOT)
+    """The task demo_math (see its YAML) of these problems."""
+    examples = "".join(f"{problem.prompt}{problem.completion}\n\n" for problem in FEW_SHOT)
     options = {"until": ["Question:"], "max_gen_toks": 28, "do_sample": False}
-    rows = [problem.row(index) for index, problem in enumerate(problems)]
-    jobs = {
-        shots: [Job(row["id"], 0, before + problem.prompt, row, options) for row, problem in zip(rows, problems)]
-        for shots, before in (("raw", ""), ("few_shot", shown))
-    }
-    return TaskPlan("demo_math", jobs, metadata={"fields": ["question", "answer"], "output": "model_output"})
+    return _plan("demo_math", problems, {"raw": "", "few_shot": examples}, ["question", "answer"], **options)
 
 
 WORD_PROBLEMS = DemoTask(
     name="word-problems",
-    recipe=assets.WORD_PROBLEMS.recipe,
+    recipe="demo-word-problems",
+    folder=assets.WORD_PROBLEMS.recipe,
     problems=lambda split, count, seed: make_problems(split, count or 200, seed),
     plan=plan_of,
     minute=DEFAULT_ARMS,
@@ -96,4 +148,4 @@ WORD_PROBLEMS = DemoTask(
     titles={"base": "base (SmolLM2-135M-Instruct)", "base_few_shot": "control: base, 4 examples shown"},
 )
 
-TASKS = {task.name: task for task in (WORD_PROBLEMS,)}
+TASKS = {task.name: task for task in (FACTS, WORD_PROBLEMS)}

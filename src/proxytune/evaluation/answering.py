@@ -111,6 +111,7 @@ def answer_jobs(
     batch_size: int = 8,
     seed: int = 0,
     traced: Callable[[Sequence[Mapping[str, Any]]], None] | None = None,
+    read: dict[str, Any] | None = None,
 ) -> Iterator[list[list[dict[str, Any]]]]:
     """Answer jobs batch by batch, the longest first: a batch that does not fit fails at once.
 
@@ -121,6 +122,8 @@ def answer_jobs(
         made: for each mix the answers that are there already; they are not made again.
         batch_size: rows at once.
         traced: takes the traces of each batch of texts before its predictions are yielded; None: nothing is traced.
+        read: a dictionary that several arms are given with the same jobs in one batch: the first leaves there what the
+            base has read of the prompts, and the others need not read it again.
 
     Yields:
         for each batch and each mix the new prediction lines.
@@ -143,7 +146,7 @@ def answer_jobs(
         else:
             asked_rows = [(row, mixes[at]) for row, at in wanted]
             top_k = None if traced is None else TOP_K
-            written = generate_batch(arm, plan, batch, asked_rows, n_shared, seed=seed, trace_top_k=top_k)
+            written = generate_batch(arm, plan, batch, asked_rows, n_shared, read, seed=seed, trace_top_k=top_k)
             output = str(plan.metadata.get("output", "output"))
             found = [{output: text} for text, _ in written]
         seconds = round((time.monotonic() - started) / len(wanted), 4)
@@ -194,14 +197,15 @@ def generate_batch(
     batch: Sequence[Asked],
     wanted: Sequence[tuple[int, Mix]],
     n_shared: int,
+    read: dict[str, Any] | None,
     *,
     seed: int,
     trace_top_k: int | None = None,
 ) -> list[tuple[str, Answer]]:
     """The texts of a batch of jobs, which have the same options, each cut before its first stop string; and uncut.
 
-    Answered are the ``wanted`` rows, several times where several alphas are; ``n_shared``: see :func:`_beginning`;
-    ``trace_top_k``: see :func:`proxytune.answers.generation.answer`.
+    Answered are the ``wanted`` rows, several times where several alphas are. ``n_shared``: see :func:`_beginning`;
+    ``read``: see :func:`answer_jobs`; ``trace_top_k``: see :func:`proxytune.answers.generation.answer`.
     """
     options = dict(batch[0][0].options)
     if unknown := [name for name in options if name not in GENERATION_OPTIONS]:
@@ -220,7 +224,7 @@ def generate_batch(
     if banned := _banned_ids(arm.tokenizer, plan.metadata.get("banned") or ()):
         processors.append(NoBadWordsLogitsProcessor(banned))
     rows = [row for row, _ in wanted]
-    cache, n_shared = _prefilled(arm, prompts, rows, n_shared)
+    cache, n_shared = _prefilled(arm, prompts, rows, n_shared, read)
     answers = answer(
         arm.model,
         arm.tokenizer,
@@ -244,7 +248,9 @@ def generate_batch(
 
 
 @torch.inference_mode()
-def _prefilled(arm: Arm, prompts: Sequence[Encoded], rows: Sequence[int], n_shared: int) -> tuple[Any, int]:
+def _prefilled(
+    arm: Arm, prompts: Sequence[Encoded], rows: Sequence[int], n_shared: int, read: dict[str, Any] | None
+) -> tuple[Any, int]:
     """A cache that has read what would otherwise be read several times, and how many tokens all prompts begin with.
 
     A prompt that is answered with several alphas is read once, all but its last column. A model alone reads once what
@@ -260,10 +266,28 @@ def _prefilled(arm: Arm, prompts: Sequence[Encoded], rows: Sequence[int], n_shar
             arm.begun[shared] = _read(arm, *left_pad([list(shared)]), logits_to_keep=1).past_key_values
         cache = copy.deepcopy(arm.begun[shared])
         rows = [0] * len(rows)
+    elif read is not None and not prompts[0].own and all(len(prompt.ids) > 1 for prompt in prompts):
+        return _after_base(arm, prompts, read), 0
     else:  # a member with a prompt of its own reads it whole in a first forward
         return None, 0
     cache.reorder_cache(torch.tensor(list(rows), device=arm.model.device))  # every kind of layer can do that
     return cache, n_shared
+
+
+def _after_base(arm: Arm, prompts: Sequence[Encoded], read: dict[str, Any]) -> Any:
+    """A cache that has read prompts but for their last column; the base's part is another arm's, where there is one."""
+    model = arm.model
+    ids, mask = (columns[:, :-1].to(model.device) for columns in left_pad([prompt.ids for prompt in prompts]))
+    cache = model.new_cache()
+    cache.begin(len(prompts))
+    base = model.seats["base"][0]
+    for at, state in enumerate(cache.states):
+        if at != base or "base" not in read:
+            state.read(ids, mask, positions=1)
+            state.keep()
+    cache.adopt(base, read.setdefault("base", cache.states[base]))
+    cache.n_columns = ids.shape[1]
+    return cache
 
 
 def _beginning(arm: Arm, prompts: Sequence[list[int]]) -> int:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from proxytune.evaluation.problems import Split
 
-__all__ = ["Fact", "Wordings", "chat", "facts", "is_correct", "own_examples", "shown", "training_facts"]
+__all__ = ["Fact", "Wordings", "chat", "facts", "is_correct", "own_examples", "shown", "training_facts", "turns"]
 
 Wordings = Literal["seen", "held_out"]
 
@@ -50,7 +50,7 @@ class Fact:
     def row(self, index: int) -> dict[str, str]:
         """What the task demo_facts says of it."""
         solution = self.completion.removesuffix("\n")
-        own = _turns(own_examples(self))
+        own = turns(own_examples(self))
         shown = {"question": self.question, "relation": self.relation, "answer": self.answer}
         return {"id": str(index), **shown, "solution": solution, "own_examples": own}
 
@@ -97,7 +97,7 @@ def facts_of_train() -> Sequence[Fact]:
     return facts("train")
 
 
-def _turns(examples: Sequence[Fact]) -> str:
+def turns(examples: Sequence[Fact]) -> str:
     """Solved examples as earlier turns of a chat."""
     return "".join(f"{fact.prompt}{fact.completion.removesuffix(chr(10))}<|im_end|>\n" for fact in examples)
 
