@@ -75,7 +75,12 @@ def figure(seed: Mapping[str, Any], path: Path) -> None:
             panel.barh(range(len(values), 0, -1), values, height=0.66, color=colors)
             for place, value in zip(range(len(values), 0, -1), values):
                 panel.annotate(
-                    f"{value:.1f}", (value, place), (-4, 0), textcoords="offset points", va="center", ha="right"
+                    f"{round(value, 1) or 0.0:.1f}",
+                    (value, place),
+                    (-4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    ha="right",
                 )
             panel.set_yticks(range(len(values), 0, -1), list(names.values()))
             panel.set_xlim(1.18 * min(values), 0)
