@@ -55,6 +55,8 @@ WRONG = {
     "explain recipe hi --alpha nosuch=1": "no expert is called 'nosuch'",
     "explain demo hi --html /nowhere/x": "/nowhere/x cannot be written: there is no directory /nowhere",
     "generate demo hi --explain --json": "--explain is for answers that are printed as text",
+    "analyze nosuch.jsonl": "nosuch.jsonl: No such file or directory",
+    "analyze prompts.jsonl --plot prompts.jsonl": "is a file; --plot names a directory",
     "chat ./nosuch": "there is no recipe at './nosuch'",
     "check ./nosuch": "there is no recipe at './nosuch'",
     "serve ./nosuch": "there is no recipe at './nosuch'",

@@ -33,12 +33,14 @@ class Piece:
     Attributes:
         text: as it is in the answer. first: its first token, from 0. n_tokens: how many.
         special: whether the text of the answer leaves it out, as it does with an end token.
+        span: where it is in the text of the answer, from and to; of no length where it is not in it.
     """
 
     text: str
     first: int
     n_tokens: int = 1
     special: bool = False
+    span: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -204,10 +206,10 @@ def _pieces(text: str, tokens: Sequence[str]) -> Iterator[Piece]:
                 n += 1
             rest = next((each for each in tokens[first + n :] if each and text.find(each, at) >= 0), "")
             end = text.find(rest, at) if rest else len(text)
-            yield Piece(text[at:end] or token, first, n)
+            yield Piece(text[at:end] or token, first, n, span=(at, end))
             at = end
         else:
             there = text.startswith(token, at)
-            yield Piece(token, first, special=not there)
+            yield Piece(token, first, special=not there, span=(at, at + len(token) if there else at))
             at += len(token) if there else 0
         first += n

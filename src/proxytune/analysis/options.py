@@ -1,4 +1,4 @@
-"""The options of explanations: what is shown, where it goes, and which other token is tried."""
+"""The options of explanations and analyses: what is shown, where it goes, and which other token is tried."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from proxytune.answers.options import ALPHA
 from proxytune.errors import ProxyTuneError
 from proxytune.options import option
 
-__all__ = ["Branch", "ExplainOptions"]
+__all__ = ["AnalyzeOptions", "Branch", "ExplainOptions"]
 
 
 @dataclass(frozen=True)
@@ -78,3 +78,23 @@ class ExplainOptions:
             raise ProxyTuneError(f"{self.html} cannot be written: there is no directory {self.html.parent}")
         if self.html is not None and self.html.is_dir():
             raise ProxyTuneError(f"{self.html} is a directory; --html names the file to be written")
+
+
+@dataclass(frozen=True)
+class AnalyzeOptions:
+    """What is looked at in a set of traces."""
+
+    classes: Path | None = option(
+        None,
+        "More classes of tokens, as YAML or JSON: NAME: {about: TEXT, pattern: REGEX}; NAME: null drops one.",
+        metavar="FILE",
+    )
+    top: int = option(10, "List so many of the most promoted and most demoted tokens.", metavar="K", min=1)
+    plot: Path | None = option(
+        None, "Draw classes and positions there, as PNG and SVG; needs matplotlib.", metavar="DIR"
+    )
+    seed: int = option(0, "Of the bootstrap.", metavar="N")
+
+    def __post_init__(self) -> None:
+        if self.plot is not None and self.plot.exists() and not self.plot.is_dir():
+            raise ProxyTuneError(f"{self.plot} is a file; --plot names a directory")

@@ -17,7 +17,7 @@ from proxytune.answers.files import read_json
 from proxytune.answers.traces import SCHEMA
 from proxytune.errors import ProxyTuneError
 
-__all__ = ["read_explanations"]
+__all__ = ["read_explanations", "read_traces"]
 
 UNKNOWN_LOG = -9999.0  # what OpenAI's API gives for a token that is not among the most probable ones
 NUMBERS = ("base_logprob", "mixture_logprob", "base_rank", "base_entropy", "entropy", "kl")
@@ -64,6 +64,22 @@ def read_explanations(path: Path) -> list[Callable[[], Explanation]]:
         return made
 
     return [reader(number, *answer) for number, answer in enumerate(answers, start=1)]
+
+
+def read_traces(path: Path) -> Iterator[Explanation]:
+    """The answers of a file of traces, one after another.
+
+    Raises:
+        ProxyTuneError: naming the line that is no trace.
+    """
+    for row in read_json(path):
+        schema = row.value.get("schema") if isinstance(row.value, Mapping) else None
+        try:
+            if schema != SCHEMA:
+                raise Wrong(f"it is no trace ({SCHEMA}), as --trace of generate, chat and eval writes them")
+            yield _of_trace(row.value)
+        except Wrong as error:
+            raise ProxyTuneError(f"{row.where} of {path}: {error}") from error
 
 
 def _values(path: Path) -> list[Any]:

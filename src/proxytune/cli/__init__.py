@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("recipes:check", "Say whether a recipe works and what memory it needs."),
     "generate": ("answers:generate", "Continue prompts, steered."),
     "explain": ("explain:explain", "Show why each token of an answer was chosen, in the terminal or as a page."),
+    "analyze": ("analyze:analyze", "Show what steering did over a set of traces, by class of token."),
     "chat": ("chat:chat", "Talk with a steered model."),
     "serve": ("answers:serve", "Serve a recipe as an OpenAI-compatible server, with transformers or vLLM."),
     "demo": ("answers:demo", "Show proxy-tuning at work on a small real model."),

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-__all__ = ["plot_arms", "plot_sweep"]
+__all__ = ["ACCENT", "PLAIN", "STYLE", "plot_arms", "plot_sweep", "save"]
 
 ACCENT, PLAIN, LINES = "#1b6ca8", "#b8c4ce", ("#1b6ca8", "#c8553d", "#5b8c5a", "#8d6a9f", "#7f7f7f")
 STYLE: dict[Any, Any] = {
@@ -50,7 +50,7 @@ def plot_arms(tasks: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str],
             panel.set_xticks([tick for tick in panel.get_xticks() if tick <= 100])
             panel.set_xlabel(f"{_said(task['headline'])}, %, with 95 % intervals")
             panel.set_title(f"{name}, {task['examples']} examples", loc="left", fontweight="bold", fontsize=10)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def plot_sweep(name: str, task: Mapping[str, Any], path: Path) -> list[Path]:
@@ -77,14 +77,15 @@ def plot_sweep(name: str, task: Mapping[str, Any], path: Path) -> list[Path]:
         panel.set_title(f"{name}, {task['examples']} examples", loc="left", fontweight="bold", fontsize=10)
         if len(metrics) > 1:
             panel.legend(frameon=False)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def _said(metric: str) -> str:
     return metric.replace("_", " ")
 
 
-def _save(figure: Figure, path: Path) -> list[Path]:
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Write a figure as PNG and SVG; ``path`` has no suffix."""
     written = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
     figure.savefig(written[0], dpi=150)
     figure.savefig(written[1], metadata={"Date": None})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -19,6 +19,7 @@ __all__ = [
     "Gap",
     "Interval",
     "bootstrap",
+    "bootstrap_of",
     "compare",
     "e_value",
     "gap_closed",
@@ -111,6 +112,29 @@ def bootstrap(examples: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """The 95 % percentile interval of the mean, over examples drawn anew with replacement."""
     (means,) = _resampled_means([examples], seed)
     return _percentiles(means)
+
+
+def bootstrap_of(
+    statistic: Callable[..., Floats], columns: Sequence[Sequence[float]], seed: int = 0
+) -> tuple[float, float] | None:
+    """The 95 % percentile interval of a statistic of means, over examples drawn anew, all columns of one together.
+
+    With sums and counts of several values an example, ``lambda total, count: total / count`` is the mean of the values,
+    and its interval knows that the values of one example are not independent.
+
+    Args:
+        statistic: of arrays (n_draws,), one a column. Draws for which it is not finite are left out.
+        columns: (n_columns, n_examples).
+
+    Returns:
+        None for fewer than two examples, and where it is never finite.
+    """
+    if len(columns[0]) < 2:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = statistic(*_resampled_means(columns, seed))
+    finite = values[np.isfinite(values)]
+    return _percentiles(finite) if finite.size else None
 
 
 def paired_bootstrap(first: Sequence[float], second: Sequence[float], seed: int = 0) -> tuple[float, float, float]:

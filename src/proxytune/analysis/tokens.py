@@ -1,0 +1,301 @@
+"""What steering did over a set of traces: by class of token, by position, by expert, with intervals.
+
+The shift of a token is its probability in the mixture minus that in the base, as in the paper (2401.08565, section 6).
+Means are over tokens. Tokens of one answer are not independent, so intervals draw whole answers anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from proxytune.analysis.explanation import Explanation, base_choice, expert_choice, probability, rise
+from proxytune.analysis.terminal import quoted
+from proxytune.errors import ProxyTuneError
+from proxytune.evaluation.statistics import bootstrap_of
+from proxytune.tables import Table
+
+__all__ = ["TokenClass", "analyze", "load_classes", "summary_tables"]
+
+SPECIAL, OTHER = "special", "other"  # what the text leaves out, and what is in no class
+OWN = {SPECIAL: "tokens that the text leaves out, such as its end", OTHER: "tokens of no class"}
+LEFT, RIGHT = "left_hand_side", "right_hand_side"
+
+
+# -- classes --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class TokenClass:
+    """A class of tokens.
+
+    Attributes:
+        about: what it is, for people. pattern: finds its texts. group: the group of the pattern that counts.
+    """
+
+    about: str
+    pattern: re.Pattern[str]
+    group: str | int = 0
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where in a text its texts are, from and to, in order."""
+        return [match.span(self.group) for match in self.pattern.finditer(text)]
+
+
+def load_classes(more: Path | None = None) -> dict[str, TokenClass]:
+    """The classes by name, with those of a file.
+
+    Raises:
+        ProxyTuneError: naming what is wrong in the file. OSError: where it cannot be read.
+    """
+    own = Path(__file__).with_name("classes.yaml")
+    classes: dict[str, TokenClass] = {}
+    for path in (own, *([] if more is None else [more])):
+        for name, value in _read(path).items():
+            if value is None:
+                classes.pop(name, None)
+            else:
+                classes[name] = _class(path, name, value)
+    return classes
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ProxyTuneError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise ProxyTuneError(f"{path} holds no classes; write NAME: {{about: ..., pattern: REGEX}}")
+    return values
+
+
+def _class(path: Path, name: str, value: Any) -> TokenClass:
+    if name in OWN:
+        raise ProxyTuneError(f"{path}: the class {name!r} is found without a pattern; choose another name")
+    known = {"about", "pattern", "group"}
+    if not isinstance(value, Mapping) or not isinstance(value.get("pattern"), str):
+        raise ProxyTuneError(f"{path}: the class {name!r} has no pattern that is a text")
+    if unknown := [key for key in value if key not in known]:
+        raise ProxyTuneError(
+            f"{path}: the class {name!r} has an unknown field {unknown[0]!r}; there are about, pattern, group"
+        )
+    try:
+        pattern = re.compile(value["pattern"])
+    except re.error as error:
+        raise ProxyTuneError(f"{path}: the pattern of {name!r} is no regular expression: {error}") from error
+    group = value.get("group", 0)
+    if group != 0 and group not in pattern.groupindex:
+        raise ProxyTuneError(f"{path}: the pattern of {name!r} has no group {group!r}")
+    return TokenClass(str(value.get("about", name)), pattern, group)
+
+
+def classes_of(why: Explanation, classes: Mapping[str, TokenClass]) -> list[set[str]]:
+    """The classes of each token of an answer."""
+    found: list[set[str]] = [set() for _ in why.tokens]
+    spans = {name: of.spans(why.text) for name, of in classes.items()}
+    for piece in why.pieces:
+        start, end = piece.span
+        names = {name for name, places in spans.items() if any(a < end and start < b for a, b in places)}
+        for at in range(piece.first, piece.first + piece.n_tokens):
+            found[at] = {SPECIAL} if piece.special else names or {OTHER}
+    return found
+
+
+# -- numbers --------------------------------------------------------------------------------------------------
+Parts = dict[Any, list[float]]  # of one answer: what is averaged -> its sum and its count
+
+
+def analyze(
+    answers: Iterable[Explanation], classes: Mapping[str, TokenClass], *, top: int = 10, seed: int = 0
+) -> dict[str, Any]:
+    """What steering did over a set of answers, as JSON. Means have the bounds of their 95 % interval, or None.
+
+    Args:
+        answers: traced, read one by one. top: so many promoted and demoted tokens. seed: of the bootstrap.
+    """
+    each: list[Parts] = []
+    moved: list[dict[str, float]] = []  # of an answer, by text: the summed shift over all places as a candidate
+    written: Counter[str] = Counter()
+    experts: dict[str, None] = {}
+    n_tokens = unknown = 0
+    for why in answers:
+        parts: Parts = defaultdict(lambda: [0.0, 0.0])
+        shifts: dict[str, float] = defaultdict(float)
+        experts |= dict.fromkeys(why.alpha)
+        for position, (token, names) in enumerate(zip(why.tokens, classes_of(why, classes)), start=1):
+            n_tokens += 1
+            written[token["token"]] += 1
+            shift = rise(token)
+            unknown += shift is None
+            for name in (*names, None):
+                _add(parts, ("shift", name), shift)
+            changed = token.get("changed")
+            _add(parts, ("changed", None), changed)
+            _add(parts, ("changed", position.bit_length() - 1), changed)
+            _add(parts, ("kl", None), token.get("kl"))
+            for candidate in token.get("candidates") or ():
+                after, before = (probability(candidate, of) or 0.0 for of in ("mixture_logprob", "base_logprob"))
+                shifts[candidate["token"]] += after - before
+            for name in why.alpha:
+                _compare(parts, name, token)
+        each.append(parts)
+        moved.append(shifts)
+
+    def mean(key: Any) -> dict[str, Any]:
+        return _mean([parts[key] for parts in each], seed)
+
+    found: dict[str, Any] = {
+        "answers": len(each),
+        "tokens": n_tokens,
+        "unknown": unknown,
+        "shift": mean(("shift", None)),
+        "changed": mean(("changed", None)),
+        "kl": mean(("kl", None)),
+        "classes": {
+            name: {"about": about, **mean(("shift", name))}
+            for name, about in {**{name: of.about for name, of in classes.items()}, **OWN}.items()
+        },
+        "left_minus_right": _difference([(parts["shift", LEFT], parts["shift", RIGHT]) for parts in each], seed),
+        "positions": [],
+        "promoted": [],
+        "demoted": [],
+        "experts": {},
+    }
+    last = max((key[1] for parts in each for key in parts if key[0] == "changed" and key[1] is not None), default=-1)
+    for power in range(last + 1):
+        found["positions"].append({"from": 2**power, "to": 2 ** (power + 1) - 1, **mean(("changed", power))})
+    sums: Counter[str] = Counter()
+    for shifts in moved:
+        sums.update(shifts)
+    ordered = sorted(sums, key=lambda text: -sums[text])
+    for name, texts in (("promoted", ordered[:top]), ("demoted", ordered[::-1][:top])):
+        sign = 1 if name == "promoted" else -1
+        for text in (text for text in texts if sign * sums[text] > 0):
+            of_answers = _mean([[shifts.get(text, 0.0), 1.0] for shifts in moved], seed)
+            found[name].append({"token": text, "written": written[text], **of_answers})
+    for name in experts:
+        differed = mean(("differed", name))
+        if differed["tokens"]:
+            sides = {side: mean((side, name)) for side in ("base", "expert", "took_expert", "took_base")}
+            found["experts"][name] = {"differed": differed, **sides}
+    return found
+
+
+def _add(parts: Parts, key: Any, value: float | None) -> None:
+    if value is not None:
+        parts[key][0] += value
+        parts[key][1] += 1
+
+
+def _compare(parts: Parts, name: str, token: Mapping[str, Any]) -> None:
+    """How sure base and expert are of their own choices where these differ, and which of them was written."""
+    base, expert = base_choice(token), expert_choice(token, name)
+    if base is None or expert is None:
+        return
+    _add(parts, ("differed", name), base["id"] != expert["id"])
+    if base["id"] != expert["id"]:
+        _add(parts, ("base", name), probability(base, "base_logprob"))
+        _add(parts, ("expert", name), probability(expert["expert_logprob"], name))
+        _add(parts, ("took_expert", name), token["id"] == expert["id"])
+        _add(parts, ("took_base", name), token["id"] == base["id"])
+
+
+def _mean(pairs: Sequence[Sequence[float]], seed: int) -> dict[str, Any]:
+    """The mean over tokens of (sum, count) pairs, one an answer."""
+    sums, counts = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    n = int(sum(counts))
+    bounds = bootstrap_of(lambda total, count: total / count, [sums, counts], seed) if n else None
+    low, high = bounds or (None, None)
+    return {"tokens": n, "mean": sum(sums) / n if n else None, "low": low, "high": high}
+
+
+def _difference(pairs: Sequence[Sequence[Sequence[float]]], seed: int) -> dict[str, Any]:
+    """The mean of the first minus that of the second; both are drawn with their answer."""
+    columns = [[side[at] for side in sides] for sides in zip(*pairs) for at in (0, 1)]
+    if not columns or not sum(columns[1]) or not sum(columns[3]):
+        return {"mean": None, "low": None, "high": None}
+    bounds = bootstrap_of(lambda a, n, b, m: a / n - b / m, columns, seed)
+    low, high = bounds or (None, None)
+    mean = sum(columns[0]) / sum(columns[1]) - sum(columns[2]) / sum(columns[3])
+    return {"mean": mean, "low": low, "high": high}
+
+
+# -- tables ---------------------------------------------------------------------------------------------------
+def summary_tables(found: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Tables of what :func:`analyze` gives for a set, and of its ``files`` where there are several."""
+    about = f": {found['answers']} answers, {found['tokens']} tokens"
+    rows: list[tuple[str, ...]] = [("all tokens", str(found["shift"]["tokens"]), *_cells(found["shift"]))]
+    rows += [(_said(name), str(of["tokens"]), *_cells(of)) for name, of in found["classes"].items() if of["tokens"]]
+    difference = found["left_minus_right"]
+    if difference["mean"] is not None:
+        rows.append(("left minus right hand side", "", *_cells(difference)))
+    notes = [
+        "Shift: a written token's probability in the mixture minus that in the base. Intervals draw whole answers."
+    ]
+    if found["unknown"]:
+        notes.append(f"{found['unknown']} tokens whose probability is not recorded have no shift.")
+    legend = {_said(name): of["about"] for name, of in found["classes"].items()}
+    tables = [
+        Table(("class", "tokens", "mean shift", "95 % interval"), rows, "Shift by class", about, (0,), legend, notes)
+    ]
+    rows = [("all", str(found["changed"]["tokens"]), *_cells(found["changed"], 100))]
+    for of in found["positions"]:
+        rows.append((_range(of), str(of["tokens"]), *_cells(of, 100)))
+    heads: tuple[str, ...] = ("token of the answer", "tokens", "changed, %", "95 % interval")
+    tables.append(Table(heads, rows, "Changed choices by position", bold=(0,)))
+    for name in ("promoted", "demoted"):
+        rows = [(quoted(of["token"]), str(of["written"]), *_cells(of)) for of in found[name]]
+        note = "Per answer: probability in the mixture minus that in the base, over all places."
+        heads = ("token", "written", "per answer", "95 % interval")
+        tables.append(Table(heads, rows, f"Most {name} tokens", notes=[note] if rows else ["None."]))
+    rows = []
+    for name, of in found["experts"].items():
+        for what, key in EXPERT_ROWS.items():
+            rows.append((name, what, str(of[key]["tokens"]), *_cells(of[key])))
+    if rows:
+        heads = ("expert", "where base and expert choose differently", "tokens", "mean", "95 % interval")
+        tables.append(Table(heads, rows, "Base and experts"))
+    if len(files) > 1:
+        heads = ("file", "answers", "tokens", "mean shift", "interval", "changed, %", "left", "right", "left − right")
+        rows = [
+            (
+                name,
+                str(of["answers"]),
+                str(of["tokens"]),
+                *_cells(of["shift"]),
+                _cells(of["changed"], 100)[0],
+                *(_cells(of["classes"].get(side, NOTHING))[0] for side in (LEFT, RIGHT)),
+                _cells(of["left_minus_right"])[0],
+            )
+            for name, of in files.items()
+        ]
+        tables.append(Table(heads, rows, "Files"))
+    return tables
+
+
+EXPERT_ROWS = {
+    "share of all tokens": "differed",
+    "probability of the base's own best": "base",
+    "probability of the expert's own best": "expert",
+    "the expert's best was written": "took_expert",
+    "the base's best was written": "took_base",
+}
+NOTHING = {"mean": None, "low": None, "high": None}
+
+
+def _cells(of: Mapping[str, Any], scale: int = 1) -> tuple[str, str]:
+    digits = 1 if scale == 100 else 3
+    mean, low, high = (None if of[key] is None else f"{scale * of[key]:.{digits}f}" for key in ("mean", "low", "high"))
+    return mean or "–", "–" if low is None else f"{low} to {high}"
+
+
+def _range(of: Mapping[str, Any]) -> str:
+    return f"{of['from']} to {of['to']}" if of["to"] > of["from"] else str(of["from"])
+
+
+def _said(name: str) -> str:
+    return name.replace("_", " ")
