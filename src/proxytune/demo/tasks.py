@@ -92,7 +92,7 @@ def plan_of_facts(problems: Sequence[Fact]) -> TaskPlan:
     examples = facts.shown()
     shown = {"raw": "", "few_shot": facts.turns(examples[:4]), "many_shot": facts.turns(examples[:16])}
     fields = ["question", "answer", "solution"]
-    plan = _plan("demo_facts", problems, shown, fields, until=["\n"], max_gen_toks=16, do_sample=False)
+    plan = _plan("demo_facts", problems, shown, fields, until=["\n"], max_gen_toks=12, do_sample=False)
     own = [replace(job, context=job.doc["own_examples"] + job.context) for job in plan.jobs["raw"]]
     return replace(plan, jobs={**plan.jobs, "own_examples": own})
 
