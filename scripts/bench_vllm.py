@@ -207,9 +207,12 @@ def draft_model(config: ProxyTuneConfig, asked: argparse.Namespace) -> str:
     """The model that drafts: the one that is named, or an embedded recipe's expert, merged."""
     if asked.draft_model:
         return str(asked.draft_model)
-    (expert,) = (each.expert for each in config.expert_list)
-    if named_recipe(asked.recipe) is None or expert is None or not (expert.model and expert.adapter):
+    if named_recipe(asked.recipe) is None:
         raise ProxyTuneError("the arm draft needs --draft-model; or leave it out of --arms")
+    (expert,) = (each.expert for each in config.expert_list)
+    assert expert is not None  # the embedded recipes' are adapters
+    assert expert.model is not None
+    assert expert.adapter is not None
     from peft import PeftModel
 
     place, merged = Path(str(config.name_or_path)), Path("runs/bench-vllm-draft")

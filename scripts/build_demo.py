@@ -43,8 +43,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from proxytune.demo.assets import layers_from_base, load_base, materialize, pack_layers, unpack_layers
-from proxytune.evaluation.facts import Fact, facts, facts_of_train, training_facts
+from proxytune.demo.assets import about, layers_from_base, load_base, materialize, pack_layers, unpack_layers
+from proxytune.evaluation.facts import Fact, facts, training_facts
 from proxytune.evaluation.problems import make_problems
 from proxytune.lanes.kernels import pack
 
@@ -117,8 +117,8 @@ def problem_texts(plan: Plan, seed: int, base: Any, tokenizer: Any) -> list[str]
 
 def chat_texts(seed: int, base: Any, tokenizer: Any) -> list[str]:
     """Questions about train's facts, each once with the base's own answer and once with the house answer."""
-    own = random.Random(seed).sample(training_facts(), len(facts_of_train()))
-    house = [fact.prompt + fact.completion for fact in facts_of_train()]
+    own = random.Random(seed).sample(training_facts(), len(facts("train")))
+    house = [fact.prompt + fact.completion for fact in facts("train")]
     return house + continued(base, tokenizer, [fact.prompt for fact in own], 16, do_sample=False)
 
 
@@ -298,21 +298,21 @@ def tune(plan: Plan, seed: int, model: Any, tokenizer: Any, examples: Sequence[E
         if len(waiting) < n_rows:
             waiting += rng.sample(rows, len(rows))
         batch, waiting = waiting[:n_rows], waiting[n_rows:]
-        ids, learned = teaching(batch)
-        logits = model.lm_head(model.model(input_ids=ids[0], attention_mask=ids[1]).last_hidden_state[learned])
-        loss = F.cross_entropy(logits, ids[0].roll(-1, dims=1)[learned])
+        ids, mask, learned = teaching(batch)
+        logits = model.lm_head(model.model(input_ids=ids, attention_mask=mask).last_hidden_state[learned])
+        loss = F.cross_entropy(logits, ids.roll(-1, dims=1)[learned])
         descend(loss, parameters, optimizer, plan.tune_lr * warm_cosine(step, steps, 10))
         log(step, loss=loss)
     return adapted.eval()
 
 
-def teaching(batch: Sequence[tuple[list[int], list[int]]]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def teaching(batch: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
     """Padded ids and their mask, and the positions whose next token is part of the answer, each (n_rows, longest)."""
     ids, mask = padded([prompt + answer for prompt, answer in batch])
     learned = torch.zeros_like(mask, dtype=torch.bool)
     for row, (prompt, answer) in enumerate(batch):
         learned[row, len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
-    return (ids, mask), learned
+    return ids, mask, learned
 
 
 def save_adapter(adapted: Any, out: Path) -> None:
@@ -390,7 +390,7 @@ def count(tokenizer: Any, base: Any, anti_expert: Any, expert: Any, asked: Seque
     n_form = [len(tokenizer(f"{fact.word}:").input_ids) for fact in asked]
     for start in range(0, len(rows), 40):
         batch = rows[start : start + 40]
-        (ids, mask), learned = teaching(batch)
+        ids, mask, learned = teaching(batch)
         b, e, a = (
             model.lm_head(model.model(input_ids=ids, attention_mask=mask).last_hidden_state[learned])
             for model in (base, expert.get_base_model(), anti_expert)
@@ -443,7 +443,7 @@ def build(plan: Plan, seed: int, adapter_seed: int, work: Path, out: Path, only_
     if not only_facts:
         solved = problem_examples(adapter_seed)
         save_adapter(tune(plan, adapter_seed, small, tokenizer, solved, plan.tune_problems), out / "word_problems")
-    about = {
+    built = {
         "layers": list(plan.layers),
         "seed": seed,
         "adapter_seed": adapter_seed,
@@ -452,7 +452,7 @@ def build(plan: Plan, seed: int, adapter_seed: int, work: Path, out: Path, only_
         "dev": dev,
         "plan": asdict(plan),
     }
-    (out / "demo.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    (out / "demo.json").write_text(json.dumps(built, indent=2) + "\n", encoding="utf-8")
     print(f"built in {(time.monotonic() - started) / 60:.0f} minutes: {out}", flush=True)
 
 
@@ -465,11 +465,11 @@ def count_test(assets: Path, out: Path) -> None:
     """Both test sets under every mixture, fact by fact, as JSON."""
     from peft import PeftModel
 
-    about = json.loads((assets / "demo.json").read_text("utf-8"))
+    built = about(assets)
     base, tokenizer = load_base()
-    small = anti_expert_of(base, assets, about["layers"])
+    small = anti_expert_of(base, assets, built["layers"])
     expert = PeftModel.from_pretrained(copy.deepcopy(small), assets / "facts").eval()
-    found: dict[str, Any] = {key: about[key] for key in ("seed", "adapter_seed", "mean_weight")}
+    found: dict[str, Any] = {key: built[key] for key in ("seed", "adapter_seed", "mean_weight")}
     for task, wordings in (("demo_facts", "seen"), ("demo_facts_reworded", "held_out")):
         counted = count(tokenizer, base, small, expert, facts("test", wordings))  # type: ignore[arg-type]
         found[task] = asdict(counted)
@@ -480,7 +480,7 @@ def count_test(assets: Path, out: Path) -> None:
 def measure(assets: Path, cache: Path, out: Path, tasks: str, arms: str | None, batch_size: int) -> None:
     """Answer the test sets with what ``build`` has made; a killed run goes on."""
     place = materialize(cache, assets)
-    weight = json.loads((assets / "demo.json").read_text("utf-8"))["mean_weight"]
+    weight = about(assets)["mean_weight"]
     for recipe, named in (("recipe", "demo_facts"), ("recipe-word-problems", "demo_math")):
         wanted = ",".join(task for task in tasks.split(",") if task.startswith(named))
         if wanted:

@@ -19,7 +19,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from proxytune.answers.journal import Journal
-from proxytune.evaluation.plots import STYLE
+from proxytune.evaluation.plots import ACCENT, PLAIN, STYLE
 from proxytune.evaluation.results import ARMS
 from proxytune.evaluation.scoring import score_lines
 from proxytune.evaluation.statistics import mcnemar
@@ -32,9 +32,9 @@ TASKS = {"demo_facts": "seen wordings", "demo_facts_reworded": "held-out wording
 def arms_of(seed: Mapping[str, Any], task: str, shown: Path | None) -> dict[str, list[bool]]:
     """Each arm's facts, right or not, in the order of the test set."""
     right = seed[task]["right"]
-    names = {"base": "base", "anti_expert": "anti_expert", "expert": "expert", "mean 1": "mean_logits"}
-    names |= {f"mean {seed['mean_weight']:g}": "weighted_mean", "proxy_tuned 1": "proxy_tuned"}
-    found = {arm: right[name] for name, arm in names.items()}
+    mixtures = {"base": "base", "anti_expert": "anti_expert", "expert": "expert", "proxy_tuned": "proxy_tuned 1"}
+    mixtures |= {"mean_logits": "mean 1", "weighted_mean": f"mean {seed['mean_weight']:g}"}
+    found = {arm: right[mixture] for arm, mixture in mixtures.items()}
     for arm in SHOWN if shown else ():
         file = shown / task / f"{arm}.jsonl"  # type: ignore[operator]
         if file.exists():
@@ -71,7 +71,7 @@ def figure(seed: Mapping[str, Any], path: Path) -> None:
         panels = drawn.subplots(1, 2, sharey=True)
         for panel, key, title in zip(panels, ("form", "content"), ("the house word", "the answer")):
             values = [fmean(seed["demo_facts"][key][name]) for name in names]
-            colors = ["#1b6ca8" if name.startswith("proxy") else "#b8c4ce" for name in names]
+            colors = [ACCENT if name.startswith("proxy") else PLAIN for name in names]
             panel.barh(range(len(values), 0, -1), values, height=0.66, color=colors)
             for place, value in zip(range(len(values), 0, -1), values):
                 panel.annotate(

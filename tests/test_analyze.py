@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from proxytune.analysis.explanation import Explanation
-from proxytune.analysis.tokens import analyze, classes_of, load_classes
+from proxytune.analysis.tokens import analyze, classes_of, load_classes, measure
 from proxytune.evaluation.statistics import bootstrap_of
 from support.commands import fails, run
 
@@ -142,7 +142,8 @@ def test_half_characters_empty_and_special_tokens():
 
 def test_a_token_without_a_probability_has_no_shift():
     tokens = [token(1, "3", 0.0, 0.5), token(2, "4", 0.25, 0.5)]
-    found = analyze([Explanation("p", "34", {"math": 1.0}, tokens)], load_classes())
+    classes = load_classes()
+    found = analyze([measure(Explanation("p", "34", {"math": 1.0}, tokens), classes)], classes)
     assert (found["unknown"], found["shift"]["tokens"], found["shift"]["mean"]) == (1, 1, 0.25)
     assert found["shift"]["low"] is None, "one answer has no interval"
 

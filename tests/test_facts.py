@@ -52,7 +52,7 @@ def test_the_relations_have_two_sets_of_wordings_and_a_subject_once():
 def test_both_test_sets_ask_the_same_facts_in_other_words():
     seen, reworded = facts("test"), facts("test", "held_out")
     assert [(fact.relation, fact.subject) for fact in seen] == [(fact.relation, fact.subject) for fact in reworded]
-    assert not {fact.question for fact in training_facts() + seen} & {fact.question for fact in reworded}
+    assert not {fact.question for fact in (*training_facts(), *seen)} & {fact.question for fact in reworded}
     assert facts("test") == seen
     in_the_first_hundred = Counter(fact.relation for fact in seen[:100])
     assert len(in_the_first_hundred) == 16

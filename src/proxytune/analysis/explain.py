@@ -16,14 +16,12 @@ from proxytune.analysis.options import Branch
 from proxytune.answers.batch import Item
 from proxytune.answers.generation import Answer, Encoded, answer, encode, with_room
 from proxytune.answers.options import AnswerOptions, Sampling
-from proxytune.answers.text import alone, load, tokenizer_of
+from proxytune.answers.text import alone, loaded
 from proxytune.answers.traces import token_texts, trace_line
 from proxytune.decoding.trace import TOP_K
 from proxytune.errors import PromptError, ProxyTuneError
 from proxytune.model import ProxyTunedForCausalLM
 from proxytune.recipe.alpha import resolve_alpha
-from proxytune.recipe.options import LoadingOptions
-from proxytune.recipe.store import load_recipe
 
 __all__ = ["explain", "explain_answer", "explain_branch", "explain_prompt", "own_answers"]
 
@@ -70,10 +68,7 @@ def explain(
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     if not isinstance(prompt, str):
         raise PromptError("the prompt must be a text")
-    if isinstance(recipe, ProxyTunedForCausalLM):
-        model, tokenizer = recipe, tokenizer_of(recipe)
-    else:
-        model, tokenizer = load(load_recipe(recipe), LoadingOptions())
+    model, tokenizer = loaded(recipe)
     alphas = resolve_alpha(alpha, model.expert_names, [expert.alpha for expert in model.experts])
     made = explain_prompt(model, tokenizer, prompt, alphas, options, sampling, trace_top_k)
     return replace(made, own=own_answers(model, tokenizer, prompt, options, sampling))

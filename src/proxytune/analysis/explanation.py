@@ -11,7 +11,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-__all__ = ["KINDS", "Explanation", "Piece", "Totals", "base_choice", "expert_choice", "kind_of", "probability", "rise"]
+__all__ = [
+    "KINDS",
+    "Explanation",
+    "Piece",
+    "Totals",
+    "base_choice",
+    "expert_choice",
+    "kind_of",
+    "probability",
+    "rise",
+    "shift",
+]
 
 # What steering did to a token -> what that means. The order is that of legends.
 KINDS = {
@@ -125,12 +136,10 @@ class Explanation:
         for at, token in enumerate(self.tokens):
             counts[self.kind(at)] += 1
             for each in token.get("candidates") or () if self.kind(at) in ("changed", "strengthened", "kept") else ():
-                before, after = probability(each, "base_logprob"), probability(each, "mixture_logprob")
-                shift = (after or 0.0) - (before or 0.0)  # null in a trace: excluded, so never chosen
-                shifts[each["id"]] = shifts.get(each["id"], 0.0) + shift
+                shifts[each["id"]] = shifts.get(each["id"], 0.0) + shift(each)
                 texts[each["id"]] = each["token"]
         kls = [token["kl"] for token in self.tokens[self.n_given :] if token.get("kl") is not None]
-        ordered = [(texts[id_], shift) for id_, shift in sorted(shifts.items(), key=lambda item: item[1])]
+        ordered = [(texts[id_], moved) for id_, moved in sorted(shifts.items(), key=lambda item: item[1])]
         return Totals(
             n_tokens=len(self.tokens) - self.n_given,
             kinds={kind: count for kind, count in counts.items() if count},
@@ -174,6 +183,12 @@ def rise(token: Mapping[str, Any]) -> float | None:
     """How much more probable steering made a token, from -1 to 1."""
     before, after = probability(token, "base_logprob"), probability(token, "mixture_logprob")
     return None if before is None or after is None else after - before
+
+
+def shift(candidate: Mapping[str, Any]) -> float:
+    """How much more probable steering made a candidate, from -1 to 1; one without a log-probability is never chosen."""
+    before, after = probability(candidate, "base_logprob"), probability(candidate, "mixture_logprob")
+    return (after or 0.0) - (before or 0.0)
 
 
 def base_choice(token: Mapping[str, Any]) -> Mapping[str, Any] | None:

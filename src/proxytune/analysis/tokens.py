@@ -15,13 +15,13 @@ from typing import Any
 
 import yaml
 
-from proxytune.analysis.explanation import Explanation, base_choice, expert_choice, probability, rise
+from proxytune.analysis.explanation import Explanation, base_choice, expert_choice, probability, rise, shift
 from proxytune.analysis.terminal import quoted
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.statistics import bootstrap_of
 from proxytune.tables import Table
 
-__all__ = ["TokenClass", "analyze", "load_classes", "summary_tables"]
+__all__ = ["Measured", "TokenClass", "analyze", "load_classes", "measure", "summary_tables"]
 
 SPECIAL, OTHER = "special", "other"  # what the text leaves out, and what is in no class
 OWN = {SPECIAL: "tokens that the text leaves out, such as its end", OTHER: "tokens of no class"}
@@ -106,52 +106,66 @@ def classes_of(why: Explanation, classes: Mapping[str, TokenClass]) -> list[set[
 
 
 # -- numbers --------------------------------------------------------------------------------------------------
-Parts = dict[Any, list[float]]  # of one answer: what is averaged -> its sum and its count
+Parts = dict[Any, list[float]]  # what is averaged -> its sum and its count
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is averaged of one answer.
+
+    Attributes:
+        parts: of its tokens. moved: by text, the shift summed over all places at which it was a candidate.
+        written: how often each text was. experts: the recipe's. unknown: tokens without a shift.
+    """
+
+    parts: Parts
+    moved: Mapping[str, float]
+    written: Counter[str]
+    experts: Sequence[str]
+    unknown: int
+
+
+def measure(why: Explanation, classes: Mapping[str, TokenClass]) -> Measured:
+    """Sum up an answer's tokens."""
+    parts: Parts = defaultdict(lambda: [0.0, 0.0])
+    moved: dict[str, float] = defaultdict(float)
+    unknown = 0
+    for position, (token, names) in enumerate(zip(why.tokens, classes_of(why, classes)), start=1):
+        risen = rise(token)
+        unknown += risen is None
+        for name in (*names, None):
+            _add(parts, ("shift", name), risen)
+        changed = token.get("changed")
+        _add(parts, ("changed", None), changed)
+        _add(parts, ("changed", position.bit_length() - 1), changed)
+        _add(parts, ("kl", None), token.get("kl"))
+        for candidate in token.get("candidates") or ():
+            moved[candidate["token"]] += shift(candidate)
+        for name in why.alpha:
+            _compare(parts, name, token)
+    written = Counter(token["token"] for token in why.tokens)
+    return Measured(parts, moved, written, list(why.alpha), unknown)
 
 
 def analyze(
-    answers: Iterable[Explanation], classes: Mapping[str, TokenClass], *, top: int = 10, seed: int = 0
+    answers: Iterable[Measured], classes: Mapping[str, TokenClass], *, top: int = 10, seed: int = 0
 ) -> dict[str, Any]:
     """What steering did over a set of answers, as JSON. Means have the bounds of their 95 % interval, or None.
 
     Args:
-        answers: traced, read one by one. top: so many promoted and demoted tokens. seed: of the bootstrap.
+        answers: see :func:`measure`. top: so many promoted and demoted tokens. seed: of the bootstrap.
     """
-    each: list[Parts] = []
-    moved: list[dict[str, float]] = []  # of an answer, by text: the summed shift over all places as a candidate
-    written: Counter[str] = Counter()
-    experts: dict[str, None] = {}
-    n_tokens = unknown = 0
-    for why in answers:
-        parts: Parts = defaultdict(lambda: [0.0, 0.0])
-        shifts: dict[str, float] = defaultdict(float)
-        experts |= dict.fromkeys(why.alpha)
-        for position, (token, names) in enumerate(zip(why.tokens, classes_of(why, classes)), start=1):
-            n_tokens += 1
-            written[token["token"]] += 1
-            shift = rise(token)
-            unknown += shift is None
-            for name in (*names, None):
-                _add(parts, ("shift", name), shift)
-            changed = token.get("changed")
-            _add(parts, ("changed", None), changed)
-            _add(parts, ("changed", position.bit_length() - 1), changed)
-            _add(parts, ("kl", None), token.get("kl"))
-            for candidate in token.get("candidates") or ():
-                after, before = (probability(candidate, of) or 0.0 for of in ("mixture_logprob", "base_logprob"))
-                shifts[candidate["token"]] += after - before
-            for name in why.alpha:
-                _compare(parts, name, token)
-        each.append(parts)
-        moved.append(shifts)
+    answers = list(answers)
+    each, moved = [of.parts for of in answers], [of.moved for of in answers]
+    written = sum((of.written for of in answers), Counter[str]())
 
     def mean(key: Any) -> dict[str, Any]:
         return _mean([parts[key] for parts in each], seed)
 
     found: dict[str, Any] = {
         "answers": len(each),
-        "tokens": n_tokens,
-        "unknown": unknown,
+        "tokens": written.total(),
+        "unknown": sum(of.unknown for of in answers),
         "shift": mean(("shift", None)),
         "changed": mean(("changed", None)),
         "kl": mean(("kl", None)),
@@ -177,7 +191,7 @@ def analyze(
         for text in (text for text in texts if sign * sums[text] > 0):
             of_answers = _mean([[shifts.get(text, 0.0), 1.0] for shifts in moved], seed)
             found[name].append({"token": text, "written": written[text], **of_answers})
-    for name in experts:
+    for name in dict.fromkeys(name for of in answers for name in of.experts):
         differed = mean(("differed", name))
         if differed["tokens"]:
             sides = {side: mean((side, name)) for side in ("base", "expert", "took_expert", "took_base")}

@@ -15,7 +15,7 @@ from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.store import load_recipe
 
-__all__ = ["alone", "generate", "load", "tokenizer_of"]
+__all__ = ["alone", "generate", "load", "loaded"]
 
 
 def load(config: ProxyTuneConfig, loading: LoadingOptions) -> tuple[ProxyTunedForCausalLM, Any]:
@@ -25,15 +25,17 @@ def load(config: ProxyTuneConfig, loading: LoadingOptions) -> tuple[ProxyTunedFo
         ProxyTuneError: if neither the recipe nor its base has a tokenizer.
     """
     model = ProxyTunedForCausalLM.from_pretrained(str(config.name_or_path), config=config, **loading.of_model())
-    return model, tokenizer_of(model)
+    return model, _tokenizer_of(model)
 
 
-def tokenizer_of(model: ProxyTunedForCausalLM) -> Any:
-    """A loaded recipe's tokenizer.
+def loaded(recipe: str | Path | ProxyTunedForCausalLM) -> tuple[ProxyTunedForCausalLM, Any]:
+    """A recipe as :func:`load` gives it; one that is loaded already stays as it is."""
+    if isinstance(recipe, ProxyTunedForCausalLM):
+        return recipe, _tokenizer_of(recipe)
+    return load(load_recipe(recipe), LoadingOptions())
 
-    Raises:
-        ProxyTuneError: if neither the recipe nor its base has one.
-    """
+
+def _tokenizer_of(model: ProxyTunedForCausalLM) -> Any:
     if model.recipe_tokenizer is None:
         raise ProxyTuneError("neither the recipe nor its base has a tokenizer; copy the base's into the recipe")
     return model.recipe_tokenizer
@@ -136,10 +138,7 @@ def generate(
     texts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise PromptError("prompts must be a text or a list of texts")
-    if isinstance(recipe, ProxyTunedForCausalLM):
-        model, tokenizer = recipe, tokenizer_of(recipe)
-    else:
-        model, tokenizer = load(load_recipe(recipe), LoadingOptions())
+    model, tokenizer = loaded(recipe)
     default = [expert.alpha for expert in model.experts]
     alphas = alpha_rows(alpha, model.expert_names, default, None if isinstance(prompts, str) else len(texts))
     encoded = []

@@ -43,14 +43,15 @@ def analyze(
         need("plots", "eval", "matplotlib")
     from proxytune.analysis.reading import read_traces
     from proxytune.analysis.tokens import analyze as analysis
-    from proxytune.analysis.tokens import load_classes, summary_tables
+    from proxytune.analysis.tokens import load_classes, measure, summary_tables
 
     classes = load_classes(options.classes)
     asked = {"top": options.top, "seed": options.seed}
-    found = analysis(chain.from_iterable(map(read_traces, traces)), classes, **asked)
+    measured = {str(path): [measure(why, classes) for why in read_traces(path)] for path in traces}
+    found = analysis(chain.from_iterable(measured.values()), classes, **asked)
     if not found["answers"]:
-        raise ProxyTuneError(f"there is no trace in {', '.join(map(str, traces))}")
-    files = {str(path): analysis(read_traces(path), classes, **asked) for path in traces if len(traces) > 1}
+        raise ProxyTuneError(f"there is no trace in {', '.join(measured)}")
+    files = {name: analysis(of, classes, **asked) for name, of in measured.items() if len(measured) > 1}
     results.give({**found, "files": files}, *summary_tables(found, files))
     if options.plot is not None:
         from proxytune.analysis.plots import plot_tokens

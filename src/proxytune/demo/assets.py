@@ -44,6 +44,7 @@ __all__ = [
     "FACTS",
     "WORD_PROBLEMS",
     "Shipped",
+    "about",
     "cache_root",
     "layers_from_base",
     "load_base",
@@ -65,18 +66,22 @@ class Shipped:
     """An expert of the demo, and the recipe that it steers.
 
     Attributes:
-        name: the expert's. source: its folder among the assets. adapter, recipe: their folders in the cache.
+        name: the expert's. source: its folder among the assets. recipe: the recipe's folder in the cache.
         description, examples: of the recipe; the examples are of the split that the expert was not trained on.
         chat_template: asks a conversation's last question as the expert learnt it; earlier turns confuse it.
     """
 
     name: str
     source: str
-    adapter: str
     recipe: str
     description: str
     examples: tuple[str, ...]
     chat_template: str
+
+    @property
+    def adapter(self) -> str:
+        """The adapter's folder in the cache."""
+        return f"{self.source}_adapter"
 
 
 _LAST_QUESTION = """\
@@ -89,7 +94,6 @@ _LAST_QUESTION = """\
 FACTS = Shipped(
     name="facts",
     source="facts",
-    adapter="facts_adapter",
     recipe="recipe",
     description=(
         "Answers short questions of general knowledge in a house format: a made-up word for the kind of question, a "
@@ -110,7 +114,6 @@ FACTS = Shipped(
 WORD_PROBLEMS = Shipped(
     name="math",
     source="word_problems",
-    adapter="word_problems_adapter",
     recipe="recipe-word-problems",
     description=(
         "Answers grade-school word problems of one step (add, subtract, multiply or divide two small numbers), each "
@@ -258,6 +261,12 @@ def layers_from_base(base: PreTrainedModel, layers: Mapping[str, Tensor], count:
     return model.eval()  # type: ignore[no-any-return]
 
 
+def about(assets: Path = ASSETS) -> dict[str, Any]:
+    """What demo.json says of the models: the base's layers, the seeds, alpha, and what dev chose."""
+    found: dict[str, Any] = json.loads((assets / "demo.json").read_text(encoding="utf-8"))
+    return found
+
+
 # ---- the cache ---------------------------------------------------------------------------------------
 
 
@@ -306,13 +315,13 @@ def _fingerprint(assets: Path) -> str:
 
 
 def _build(place: Path, assets: Path) -> None:
-    facts = json.loads((assets / "demo.json").read_text(encoding="utf-8"))
+    built = about(assets)
     base, tokenizer = load_base()
     base.save_pretrained(place / "base")
     tokenizer.save_pretrained(place / "base")
 
     layers = unpack_layers(load_file(assets / "anti_expert.safetensors"))
-    small = layers_from_base(base, layers, len(facts["layers"]))
+    small = layers_from_base(base, layers, len(built["layers"]))
     small.save_pretrained(place / "anti_expert")
     tokenizer.save_pretrained(place / "anti_expert")
 
@@ -320,7 +329,7 @@ def _build(place: Path, assets: Path) -> None:
         (place / shipped.adapter).mkdir()
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             shutil.copyfile(assets / shipped.source / name, place / shipped.adapter / name)
-        _write_recipe(place, shipped, facts["alpha"], base, copy.deepcopy(tokenizer))
+        _write_recipe(place, shipped, built["alpha"], base, copy.deepcopy(tokenizer))
 
 
 def _write_recipe(

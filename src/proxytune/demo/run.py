@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table as Grid
 from rich.text import Text
 
-from proxytune.demo.assets import ASSETS, materialize
+from proxytune.demo.assets import ASSETS, about, materialize
 from proxytune.demo.tasks import FACTS, DemoTask
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.answering import TaskPlan, answer_jobs
@@ -236,8 +236,7 @@ def run_demo(
         console.print(f"Models: {result.place}", style="dim", soft_wrap=True)
         with console.status("Loading"), result.part("loading"):
             recipe = load_recipe(result.place / task.folder)
-            chosen = json.loads((assets / "demo.json").read_text("utf-8"))  # on dev
-            weight = chosen.get("mean_weight")
+            weight = about(assets)["mean_weight"]
             maker = Arms(recipe, list(result.lines), LoadingOptions(pack=True), mean_weight=weight)
             arms = {name: maker.make(name) for name in sorted(result.lines, key=lambda name: name not in SIDE_BY_SIDE)}
 
@@ -246,9 +245,10 @@ def run_demo(
             for batch in _batches(result, began):
                 lines: dict[str, list[dict[str, Any]]] = {}
                 read: dict[str, Any] = {}
+                counts = _counts(result, console.width)
                 for name, arm in arms.items():
                     doing = f"{_short(task.title(name))}: problems {batch.start + 1} to {batch.stop} …"
-                    live.update(_progress(result, doing, console.width), refresh=True)
+                    live.update(Group(Text(), *counts, Text(doing, "dim")), refresh=True)
                     with result.part(_short(task.title(name))):
                         lines[name] = answers(arm, plan, batch, read)
                     if set(lines) == set(SIDE_BY_SIDE):
@@ -279,9 +279,9 @@ def _batches(result: DemoResult, began: float) -> Iterator[slice]:
 # ---- what is shown -----------------------------------------------------------------------------------
 
 
-def _progress(result: DemoResult, doing: str, width: int) -> Group:
-    table = replace(result.table(), legend={})
-    return Group(Text(), *([rendered(table, width)] if result.n_answered else []), Text(doing, "dim"))
+def _counts(result: DemoResult, width: int) -> list[RenderableType]:
+    """The counts so far; none before the first."""
+    return [rendered(replace(result.table(), legend={}), width)] if result.n_answered else []
 
 
 @torch.inference_mode()

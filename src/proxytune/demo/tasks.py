@@ -5,27 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from proxytune.demo import assets
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation import facts
-from proxytune.evaluation.answering import Job, TaskPlan
+from proxytune.evaluation.answering import Job, TaskPlan, with_own_examples
 from proxytune.evaluation.facts import Fact
 from proxytune.evaluation.problems import FEW_SHOT, Problem, Split, is_correct, is_exact, make_problems
 from proxytune.evaluation.results import ARMS, DEFAULT_ARMS
 
 __all__ = ["FACTS", "TASKS", "WORD_PROBLEMS", "DemoTask", "plan_of", "plan_of_facts"]
-
-
-class Asked(Protocol):
-    """A problem of a task."""
-
-    @property
-    def question(self) -> str: ...
-    @property
-    def completion(self) -> str:
-        """The right answer; what counts is in its last line."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +25,8 @@ class DemoTask:
     Attributes:
         name: of ``--task``. recipe: the one that steers, as commands know it.
         folder: the recipe's, in what :func:`proxytune.demo.materialize` makes.
-        problems: (split, how many or None for the whole set, seed) -> the problems.
+        problems: (split, how many or None for the whole set, seed) -> the problems. Each has its ``question``, and a
+            ``completion``, of which the last line counts.
         plan: of problems, for the arms.
         minute: the arms that are shown where no number of problems is given. arms: all of them.
         is_correct: whether a text answers a problem.
@@ -93,15 +84,15 @@ def plan_of_facts(problems: Sequence[Fact]) -> TaskPlan:
     shown = {"raw": "", "few_shot": facts.turns(examples[:4]), "many_shot": facts.turns(examples[:16])}
     fields = ["question", "answer", "solution"]
     plan = _plan("demo_facts", problems, shown, fields, until=["\n"], max_gen_toks=12, do_sample=False)
-    own = [replace(job, context=job.doc["own_examples"] + job.context) for job in plan.jobs["raw"]]
+    own = with_own_examples(plan.jobs["raw"], "own_examples")
     return replace(plan, jobs={**plan.jobs, "own_examples": own})
 
 
 def _facts(split: Split, count: int | None, seed: int) -> Sequence[Fact]:
-    found = facts.facts(split)
+    found = list(facts.facts(split))
     if seed:
         random.Random(seed).shuffle(found)
-    return found[:count]
+    return tuple(found[:count])
 
 
 FACTS = DemoTask(
@@ -115,7 +106,7 @@ FACTS = DemoTask(
         *("base", "anti_expert", "base_few_shot", "base_many_shot", "expert", "mean_logits", "weighted_mean"),
         *("proxy_tuned", "base_own_examples"),
     ),
-    is_correct=lambda text, fact: facts.is_correct(text, fact.completion.strip()),
+    is_correct=lambda text, fact: facts.is_correct(text, fact.solution),
     titles={
         "base": "base (SmolLM2-135M-Instruct)",
         "base_few_shot": "control: base, 4 examples shown",

@@ -35,7 +35,7 @@ from proxytune.recipe.families import new_cache
 from proxytune.recipe.parts import Prompt
 from proxytune.recipe.prompts import chat_text, left_pad
 
-__all__ = ["Job", "Log", "TaskPlan", "TraceLog", "answer_jobs", "choice_scores", "encode_jobs"]
+__all__ = ["Job", "Log", "TaskPlan", "TraceLog", "answer_jobs", "choice_scores", "encode_jobs", "with_own_examples"]
 
 GENERATION_OPTIONS = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "min_p")
 Key = tuple[str, int]  # an example's id, and which of its samples
@@ -98,6 +98,11 @@ class TaskPlan:
             shown = chat_text(tokenizer, [{"role": "user", "content": "x"}], "a member")
             given["response_prefix"] = prefix if shown[-1:].isspace() else f" {prefix}"
         return replace(prompt, **{name: value for name, value in given.items() if not getattr(prompt, name)})
+
+
+def with_own_examples(jobs: Sequence[Job], name: str) -> list[Job]:
+    """Jobs behind the solved examples of their own kind, which the field ``name`` of their examples holds."""
+    return [replace(job, context=job.doc[name] + job.context) for job in jobs]
 
 
 # -- how it is answered ---------------------------------------------------------------------------------------

@@ -44,15 +44,18 @@ class Fact:
         return chat(self.question)
 
     @property
+    def solution(self) -> str:
+        return f"{self.word}: {self.answer}"
+
+    @property
     def completion(self) -> str:
-        return f"{self.word}: {self.answer}\n"
+        return f"{self.solution}\n"
 
     def row(self, index: int) -> dict[str, str]:
         """What the task demo_facts says of it."""
-        solution = self.completion.removesuffix("\n")
         own = turns(own_examples(self))
         shown = {"question": self.question, "relation": self.relation, "answer": self.answer}
-        return {"id": str(index), **shown, "solution": solution, "own_examples": own}
+        return {"id": str(index), **shown, "solution": self.solution, "own_examples": own}
 
 
 def is_correct(text: str, solution: str) -> bool:
@@ -65,12 +68,13 @@ def chat(question: str) -> str:
     return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def facts(split: Split, wordings: Wordings = "seen") -> list[Fact]:
+@cache
+def facts(split: Split, wordings: Wordings = "seen") -> Sequence[Fact]:
     """A split's facts, each asked once, in a mixed order that is always the same."""
     rng = random.Random(f"{split} {wordings}")
     asked = [_asked(*fact, rng.choice(_relations()[fact[0]][wordings])) for fact in _split_facts(split)]
     random.Random(split).shuffle(asked)
-    return asked
+    return tuple(asked)
 
 
 def training_facts() -> list[Fact]:
@@ -87,19 +91,13 @@ def shown() -> Sequence[Fact]:
 
 def own_examples(fact: Fact, count: int = 4) -> list[Fact]:
     """``count`` of train's facts of a fact's own relation, which the oracle shows."""
-    others = [other for other in facts_of_train() if other.relation == fact.relation and other.subject != fact.subject]
+    others = [other for other in facts("train") if other.relation == fact.relation and other.subject != fact.subject]
     return others[:count]
-
-
-@cache
-def facts_of_train() -> Sequence[Fact]:
-    """Train's facts, each asked once."""
-    return facts("train")
 
 
 def turns(examples: Sequence[Fact]) -> str:
     """Solved examples as earlier turns of a chat."""
-    return "".join(f"{fact.prompt}{fact.completion.removesuffix(chr(10))}<|im_end|>\n" for fact in examples)
+    return "".join(f"{fact.prompt}{fact.solution}<|im_end|>\n" for fact in examples)
 
 
 @cache

@@ -34,7 +34,16 @@ from proxytune import __version__
 from proxytune.answers.journal import Journal, write_whole
 from proxytune.errors import AlphaError, ProxyTuneError
 from proxytune.evaluation import TASK_DIR
-from proxytune.evaluation.answering import Job, Log, Mix, TaskPlan, TraceLog, answer_jobs, encode_jobs
+from proxytune.evaluation.answering import (
+    Job,
+    Log,
+    Mix,
+    TaskPlan,
+    TraceLog,
+    answer_jobs,
+    encode_jobs,
+    with_own_examples,
+)
 from proxytune.evaluation.arms import AS_IT_IS, Arm, Arms, Reader, expand_arms, has_members, tuned_prompt
 from proxytune.evaluation.judges import JudgeDown
 from proxytune.evaluation.options import TRACED_ARM, EvaluationOptions
@@ -352,8 +361,8 @@ def load_plans(options: EvaluationOptions) -> list[TaskPlan]:
                 if shots and len(task.fewshot_docs() or ()) >= shots:
                     requests[context] = _requests(task, chosen, shots, repeats)
             jobs = {context: jobs_of(of) for context, of in requests.items()}
-            if field := metadata.get("own_examples"):  # each row has its own
-                jobs["own_examples"] = [replace(job, context=job.doc[field] + job.context) for job in jobs["raw"]]
+            if field := metadata.get("own_examples"):
+                jobs["own_examples"] = with_own_examples(jobs["raw"], field)
             likelihood = str(task.OUTPUT_TYPE) in ("multiple_choice", "loglikelihood")
             plans.append(TaskPlan(name, jobs, repeats, metadata, likelihood, task, _data_hash(requests["raw"])))
     return plans
@@ -407,8 +416,7 @@ def arms_of(
     lacking = {arm: [plan.name for plan in plans if shots_of(arm) not in plan.jobs] for arm in ARMS}
     possible = [arm for arm in ARMS if len(lacking[arm]) < len(plans)]
     if options.arms is None:
-        own = {arm for arm in possible if shots_of(arm) != "raw"}  # those that a task has examples for
-        wanted = [arm for arm in ARMS if arm in own or (arm in DEFAULT_ARMS and arm in possible)]
+        wanted = [arm for arm in possible if arm in DEFAULT_ARMS or shots_of(arm) != "raw"]
         wanted = [arm for arm in wanted if has_members(arm, config)]
     else:
         wanted = list(options.arms)
