@@ -18,6 +18,7 @@ from proxytune.evaluation.statistics import (
     compare,
     e_value,
     gap_closed,
+    highest_e_value,
     interval,
     mcnemar,
     paired_bootstrap,
@@ -87,6 +88,15 @@ def test_e_value_by_hand():
     assert e_value(5000, 0) == sys.float_info.max
     with pytest.raises(ValueError, match="counts"):
         e_value(-1, 3)
+
+
+def test_the_highest_e_value_is_that_of_some_prefix():
+    ours = [True] * 9 + [False] * 4 + [True]
+    other = [False] * 8 + [True] * 5 + [True]
+    assert highest_e_value(ours, other) == highest_e_value(other, ours) == e_value(8, 0) > e_value(8, 4)
+    assert highest_e_value([], []) == highest_e_value([True], [True]) == 1
+    with pytest.raises(ValueError, match="shorter"):
+        highest_e_value([True], [])
 
 
 @pytest.mark.parametrize(("won", "lost"), [(0, 0), (3, 1), (20, 22)])

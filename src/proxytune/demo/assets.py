@@ -252,11 +252,13 @@ def layers_from_base(base: PreTrainedModel, layers: Mapping[str, Tensor], count:
     """A model of ``count`` decoder layers with the base's embeddings, final norm and tied head (shared)."""
     config = copy.deepcopy(base.config)
     config.num_hidden_layers = count
-    model: Any = type(base)(config)
+    with torch.device("meta"):  # drawing initial weights that nobody reads takes seconds
+        model: Any = type(base)(config)
     model.model.embed_tokens = base.model.embed_tokens
     model.lm_head = base.lm_head
     model.model.norm = base.model.norm
-    model.model.layers.load_state_dict(layers)
+    model.model.rotary_emb = copy.deepcopy(base.model.rotary_emb)
+    model.model.layers.load_state_dict(layers, assign=True)
     model.generation_config = base.generation_config
     return model.eval()  # type: ignore[no-any-return]
 

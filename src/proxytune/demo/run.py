@@ -2,7 +2,7 @@
 
 The arms, their greedy answers, the counts, intervals and tests are those of ``proxytune eval`` for the same task. What
 is the demo's own: some problems are shown with their answers side by side, the table grows, and it ends when the
-evidence suffices or a minute is over.
+evidence suffices or a minute is over. Within the minute, a control that is clear already is not asked any further.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import contextlib
 import json
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.console import Console, Group, RenderableType
@@ -30,7 +30,7 @@ from proxytune.evaluation.arms import Arm, Arms
 from proxytune.evaluation.problems import Split
 from proxytune.evaluation.results import LEGEND as WORDS
 from proxytune.evaluation.results import shots_of, task_results
-from proxytune.evaluation.statistics import e_value, mcnemar
+from proxytune.evaluation.statistics import highest_e_value, mcnemar
 from proxytune.recipe.checkpoints import quiet_transformers
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.store import load_recipe
@@ -40,15 +40,31 @@ __all__ = ["DemoResult", "run_demo"]
 
 SECONDS = 60.0
 CLEAR = 20.0  # the e-value at which two arms differ at the level of 5 %
-FIRST, BATCH, SMALLEST = 8, 25, 4  # problems at once: at first, so that there is soon something to see; then; at least
+FIRST, BATCH, SMALLEST = 8, 32, 4  # problems at once: the first (there is soon something to see), at most, at least
 LEGEND = {
     "and nothing else": WORDS["nothing_else"],
     "won : lost": "problems that only the proxy-tuned base has right, and that only this arm has right",
-    "e": f"evidence that the two differ, valid at any time; from {CLEAR:.0f} on it is clear, at the level of 5 %",
+    "e": f"the strongest evidence so far that the two differ; from {CLEAR:.0f} on it is clear, at the level of 5 %",
 }
 SHOWN = 4  # problems of each batch whose answers are printed
 ALONE = ("expert", "anti_expert")  # arms without the base
 SIDE_BY_SIDE = {"base": "base", "expert": "expert alone", "proxy_tuned": "proxy-tuned"}
+
+
+class Comparison(NamedTuple):
+    """The proxy-tuned base against another arm.
+
+    Attributes:
+        won, lost: problems that only the proxy-tuned base solved, and that only the other arm did.
+        p: McNemar's, which holds where the number of problems was given and not where the minute chose it.
+        e: the highest e-value so far, which holds whenever one stops.
+    """
+
+    arm: str
+    won: int
+    lost: int
+    p: float
+    e: float
 
 
 @dataclass
@@ -87,8 +103,12 @@ class DemoResult:
 
     @property
     def n_answered(self) -> int:
-        """How many problems every arm has answered."""
-        return min(map(len, self.lines.values()))
+        """How many problems the proxy-tuned base has answered."""
+        return len(self.lines["proxy_tuned"])
+
+    def asked_next(self, arm: str) -> bool:
+        """Whether an arm is asked further problems: in the minute a control is not, once it is clear."""
+        return not self.timed or arm in SIDE_BY_SIDE or arm not in self.clear()
 
     def scores(self) -> dict[str, Any]:
         """What results.json of an evaluation says of the task."""
@@ -104,45 +124,52 @@ class DemoResult:
             "seed": self.seed,
             **({"nothing_else": {arm: sum(self.nothing_else(arm)) for arm in arms}} if self.task.is_exact else {}),
             "proxy_tuned_against": [
-                {"arm": name, "only_proxy_tuned": won, "only_other": lost, "p": p, "e_value": e_value(won, lost)}
-                for name, won, lost, p in self.comparisons()
+                {"arm": of.arm, "only_proxy_tuned": of.won, "only_other": of.lost, "p": of.p, "e_value": of.e}
+                for of in self.comparisons()
             ],
         }
 
+    def right(self, arm: str, rule: Callable[[str, Any], bool] | None = None) -> list[bool]:
+        """Whether each answer of an arm is right, by the task's rule or another."""
+        rule = rule or self.task.is_correct
+        return [rule(str(line["model_output"]), of) for line, of in zip(self.lines[arm], self.problems)]
+
     def nothing_else(self, arm: str) -> list[bool]:
         """The task's stricter question for each answer."""
-        assert self.task.is_exact is not None
-        return [self.task.is_exact(line["model_output"], of) for line, of in zip(self.lines[arm], self.problems)]
+        return self.right(arm, self.task.is_exact)
 
-    def comparisons(self) -> list[tuple[str, int, int, float]]:
-        """Against each arm: problems that only the proxy-tuned base solved, that only the other did, and p.
+    def comparisons(self) -> list[Comparison]:
+        """The proxy-tuned base against every other arm, on the problems that both have answered."""
 
-        p is McNemar's, which holds where the number of problems was given and not where the minute chose it.
-        """
-        against = self.scores()["proxy_tuned_against"]
-        keys = ("only_proxy_tuned", "only_other", "p")
-        rows: list[Any] = [(arm, *map(of.get, keys)) for arm, of in against.items() if arm != "anti_expert"]
-        if self.task.is_exact is None:
-            return rows
-        pairs = list(zip(self.nothing_else("proxy_tuned"), self.nothing_else("mean_logits")))
-        return [*rows, ("mean_logits, nothing else", *mcnemar(*([pair[at] for pair in pairs] for at in (0, 1))))]
+        def against(arm: str, right: Callable[[str], list[bool]], name: str = "") -> Comparison:
+            both = [(ours, other) for ours, other in zip(right("proxy_tuned"), right(arm))]
+            pairs = [ours for ours, _ in both], [other for _, other in both]
+            return Comparison(name or arm, *mcnemar(*pairs), highest_e_value(*pairs))
 
-    def unclear(self) -> list[tuple[str, int, int]]:
-        """The arms that are not clearly apart from the proxy-tuned base, with what only it and only they solved."""
-        counted = [row[:3] for row in self.comparisons() if row[0] in self.lines]
-        return [(arm, won, lost) for arm, won, lost in counted if e_value(won, lost) < CLEAR]
+        found = [against(arm, self.right) for arm in self.lines if arm not in ("anti_expert", "proxy_tuned")]
+        if self.task.is_exact is not None:
+            found.append(against("mean_logits", self.nothing_else, "mean_logits, nothing else"))
+        return found
+
+    def clear(self) -> list[str]:
+        """The arms that have been found to be clearly apart from the proxy-tuned base."""
+        return [of.arm for of in self.comparisons() if of.e >= CLEAR]
+
+    def unclear(self) -> list[str]:
+        """The arms that have not."""
+        return [of.arm for of in self.comparisons() if of.arm in self.lines and of.e < CLEAR]
 
     # -- what is shown at the end ---------------------------------------------------------------------------
     def table(self) -> Table:
         """The counts, and how far they tell the arms apart."""
-        against = {arm: (won, lost) for arm, won, lost, _ in self.comparisons()}
+        against = {of.arm: of for of in self.comparisons()}
         heads = ["arm", "right", "95 % interval", "and nothing else", "won : lost", "e"]
         rows = []
         for arm, of in self.scores()["arms"].items():
             low, high = (f"{100 * of[key]:.0f}" for key in ("low", "high"))
             exact = f"{sum(self.nothing_else(arm))}/{of['of']}" if self.task.is_exact else ""
-            pairs = against.get(arm)
-            compared = [f"{pairs[0]} : {pairs[1]}", _evidence(e_value(*pairs))] if pairs else ["", ""]
+            other = against.get(arm)
+            compared = [f"{other.won} : {other.lost}", _evidence(other.e)] if other else ["", ""]
             rows.append([self.task.title(arm), f"{of['count']}/{of['of']}", f"{low} – {high} %", exact, *compared])
         bold = [at for at, arm in enumerate(self.lines) if arm == "proxy_tuned"]
         about = f", {self.n_answered} held-out problems, strict exact match"
@@ -151,14 +178,17 @@ class DemoResult:
     def notes(self) -> str:
         """What the counts do not tell, and where the time went."""
         found = []
-        if pairs := self.unclear():
+        if unclear := self.unclear():
             whole = not isinstance(self.asked, int) and self.n_answered == len(self.problems)
-            arms = "; ".join(_short(self.task.title(arm)) for arm, *_ in pairs)
+            arms = "; ".join(_short(self.task.title(arm)) for arm in unclear)
             found.append(
                 f"Not clear against: {arms}."
                 if whole
                 else f"Not yet clear against: {arms}. {self.with_all()} asks more."
             )
+        for arm, of in self.lines.items():
+            if len(of) < self.n_answered:
+                found.append(f"Clear after {len(of)} problems and asked no further: {_short(self.task.title(arm))}.")
         parts = "; ".join(f"{part} {seconds:.0f} s" for part, seconds in self.parts.items())
         return "\n".join([*found, f"{self.seconds:.0f} s: {parts}."])
 
@@ -237,7 +267,7 @@ def run_demo(
         with console.status("Loading"), result.part("loading"):
             recipe = load_recipe(result.place / task.folder)
             weight = about(assets)["mean_weight"]
-            maker = Arms(recipe, list(result.lines), LoadingOptions(pack=True), mean_weight=weight)
+            maker = Arms(recipe, list(result.lines), LoadingOptions(pack=True, speculate=False), mean_weight=weight)
             arms = {name: maker.make(name) for name in sorted(result.lines, key=lambda name: name not in SIDE_BY_SIDE)}
 
         plan = task.plan(result.problems)
@@ -246,7 +276,8 @@ def run_demo(
                 lines: dict[str, list[dict[str, Any]]] = {}
                 read: dict[str, Any] = {}
                 counts = _counts(result, console.width)
-                for name, arm in arms.items():
+                asked = {name: arm for name, arm in arms.items() if result.asked_next(name)}
+                for name, arm in asked.items():
                     doing = f"{_short(task.title(name))}: problems {batch.start + 1} to {batch.stop} …"
                     live.update(Group(Text(), *counts, Text(doing, "dim")), refresh=True)
                     with result.part(_short(task.title(name))):
@@ -270,8 +301,8 @@ def _batches(result: DemoResult, began: float) -> Iterator[slice]:
         yield slice(at, at + size)
         now = time.monotonic()
         at, of_one = at + size, (now - start) / size
-        left = 0.9 * (SECONDS - (now - began))  # a smaller batch takes somewhat more for each of its problems
-        size = min(BATCH, max(0, int(left / of_one))) if result.timed else BATCH
+        left = 0.85 * (SECONDS - (now - began))  # a smaller batch takes somewhat more for each of its problems
+        size = min(BATCH, 2 * size, max(0, int(left / of_one))) if result.timed else BATCH
         if size < SMALLEST:
             return
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate, starmap
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ __all__ = [
     "compare",
     "e_value",
     "gap_closed",
+    "highest_e_value",
     "interval",
     "mcnemar",
     "paired_bootstrap",
@@ -96,6 +98,20 @@ def e_value(won: int, lost: int) -> float:
         raise ValueError(f"won and lost are counts, not {won} and {lost}")
     n = won + lost
     return float(min(Fraction(2**n, (n + 1) * math.comb(n, won)), Fraction(sys.float_info.max)))
+
+
+def highest_e_value(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """The highest :func:`e_value` of two arms along the problems, in the order in which they were answered.
+
+    It too reaches 1 / level with a chance of at most the level: that is what Ville's inequality says. So what was clear
+    once stays clear.
+
+    Raises:
+        ValueError: if the arms have answered different numbers of problems.
+    """
+    won = accumulate(bool(a and not b) for a, b in zip(first, second, strict=True))
+    lost = accumulate(bool(b and not a) for a, b in zip(first, second, strict=True))
+    return max(starmap(e_value, set(zip(won, lost))), default=1.0)
 
 
 def interval(examples: Sequence[float], seed: int = 0) -> Interval:
