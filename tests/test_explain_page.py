@@ -277,9 +277,9 @@ def test_light_dark_phone_and_print(window, tmp_path, why):
         "const r = document.getElementById('card').getBoundingClientRect(); return r.bottom <= innerHeight"
     )
     window.look()
-    window.devtools("Emulation.setEmulatedMedia", media="print")
+    window.devtools("Emulation.setEmulatedMedia", {"media": "print"})
     assert window.run(hidden) == "none"
-    window.devtools("Emulation.setEmulatedMedia", media="")
+    window.devtools("Emulation.setEmulatedMedia", {"media": ""})
 
 
 @pytest.mark.slow
