@@ -1,5 +1,9 @@
 """Sphinx's settings; `make docs` builds the pages into site/."""
 
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
 from proxytune import __version__
 
 project = "proxytune"
@@ -19,3 +23,11 @@ napoleon_numpy_docstring = False
 
 html_theme = "furo"
 html_title = f"proxytune {version}"
+
+
+def setup(app: Any) -> None:
+    """Put the gallery's pages into the site as they are, in the folder where the links to them look for them."""
+    app.connect(
+        "build-finished",
+        lambda app, error: copytree(Path(app.confdir, "gallery"), Path(app.outdir, "gallery"), dirs_exist_ok=True),
+    )

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from proxytune import ProxyTunedForCausalLM, load_recipe
@@ -277,7 +278,8 @@ def test_a_seed_shuffles_the_facts_and_draws_the_word_problems():
 def test_answers_are_shown_side_by_side_and_piped_without_control_codes(monkeypatch):
     scripted(monkeypatch, {**WINS, "expert": lambda at: at % 2 == 0})
     shown = io.StringIO()
-    result = run_demo(9, task=WORD_PROBLEMS, console=Console(file=shown, width=80))
+    console = Console(file=shown, width=80, record=True)
+    result = run_demo(9, task=WORD_PROBLEMS, console=console)
     text = shown.getvalue()
     assert "\x1b" not in text
     assert text.count("expert alone") == 2  # two batches, each with a heading; the table is the caller's
@@ -286,6 +288,14 @@ def test_answers_are_shown_side_by_side_and_piped_without_control_codes(monkeypa
     assert result.problems[4].question[:40] not in text
     rows = [line.split("  ") for line in text.splitlines() if line.startswith("✗ no")]
     assert [" ".join(row).count("✓") for row in rows] == [2, 1, 2, 1, 2]
+    assert "\x1b[31m✗ \x1b[0mno " in console.export_text(styles=True), "the mark has a colour, the answer has none"
+
+
+def test_line_ends_are_dim_and_lines_are_not():
+    joined = demo_run._on_one_line(Text(" a\n\nb\n"))
+    assert joined.plain == "a ⏎ b"
+    assert [(span.start, span.end, span.style) for span in joined.spans] == [(1, 4, "dim")]
+    assert not joined.style
 
 
 def test_the_demo_is_the_evaluation_of_its_task():

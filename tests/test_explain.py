@@ -126,7 +126,10 @@ def test_marks_say_the_same_with_and_without_styles():
     assert "208" in changed, "the darkest"
     assert "bold" not in strengthened
     assert "underline" in strengthened
-    for styled, words in ((False, ("⟦⟧: changed", "⟨⟩: strengthened")), (True, ("bold: changed", "underlined: "))):
+    for styled, words in (
+        (False, ("⟦⟧: changed", "⟨⟩: strengthened")),
+        (True, ("bold, orange: changed", "underlined, blue: ")),
+    ):
         assert all(word in legend(why, styled=styled) for word in words)
 
 

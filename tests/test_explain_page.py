@@ -318,6 +318,20 @@ def test_masked_candidates_and_what_is_excluded(window, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_first_card_is_of_a_token_of_the_text_and_names_every_choice(window, tmp_path):
+    why = written(["a", "</s>"], text="a", own={"base": "b", "expert": "c"})
+    flips = {"expert": [[0.0, 1], [0.5, 0]]}
+    tokens = [{**why.tokens[0], "base_logprob": -9.0, "flips": flips}, {**why.tokens[1], "kl": 9.0}]
+    shown(window, tmp_path, replace(why, tokens=tokens))
+    card = window.text("#card")
+    assert card.startswith("Token 1 of 2"), "the end token moved further, and says less"
+    assert 'Greedy decoding chooses "</s>", from alpha 0.50 "a".' in card
+    assert "base <0.1 % → steered 61 %" in card
+    titles = "return [...document.querySelectorAll('#own-answers h3')].map((title) => title.textContent)"
+    assert window.run(titles) == ["base alone", "expert alone"]
+
+
+@pytest.mark.slow
 def test_a_log_shows_what_it_does_not_know_as_unknown(window, tmp_path):
     tokens = [
         {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from pathlib import Path
 
 import pytest
+
+from pictures import chromium, look
 
 
 class Browser:
@@ -33,11 +34,8 @@ class Browser:
         named = {"ArrowLeft": Keys.ARROW_LEFT, "ArrowRight": Keys.ARROW_RIGHT, "Escape": Keys.ESCAPE, "End": Keys.END}
         ActionChains(self.driver).send_keys(*(named[key] for key in keys)).perform()
 
-    def look(self, width: int = 1280, height: int = 900, *, dark: bool = False) -> None:
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.devtools("Emulation.setDeviceMetricsOverride", size)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.devtools("Emulation.setEmulatedMedia", {"features": [scheme]})
+    def look(self, *size: int, **how) -> None:
+        look(self.driver, *size, **how)
 
     def complaints(self) -> list[str]:
         """What the console has shown since the last call."""
@@ -52,15 +50,9 @@ class Browser:
 @contextlib.contextmanager
 def browser():
     """A window; the test is skipped where there is no Chromium."""
-    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium") or shutil.which("google-chrome")
-    if driver is None or chromium is None:
-        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
-    from selenium.webdriver import Chrome, ChromeOptions, ChromeService
-
-    options = ChromeOptions()
-    options.binary_location = chromium
-    for word in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars"):
-        options.add_argument(f"--{word}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with Chrome(options, ChromeService(executable_path=driver)) as one:
-        yield Browser(one)
+    with contextlib.ExitStack() as stack:
+        try:
+            driver = stack.enter_context(chromium())
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
+        yield Browser(driver)

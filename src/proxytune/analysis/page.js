@@ -18,7 +18,7 @@ const textOf = (id) => data.texts[id] ?? `#${id}`;
 const visible = (text) => JSON.stringify(text).replace(/[\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]/g,
   (c) => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0"));
 const quoted = (id) => make("bdi", "quoted", visible(textOf(id)));
-const share = (p) => !known(p) ? UNKNOWN : p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : `${(100 * p).toFixed(1)} %`;
+const share = (p) => !known(p) ? UNKNOWN : p > 0 && p < 0.0005 ? "<0.1 %" : p >= 0.0995 ? `${(100 * p).toFixed(0)} %` : `${(100 * p).toFixed(1)} %`;
 const ofLog = (log) => known(log) ? Math.exp(log) : null;
 const number = (value) => known(value) ? value.toFixed(2) : UNKNOWN;
 
@@ -154,10 +154,10 @@ function strip(token) {
   const here = make("li", "here", [], { "aria-hidden": "true" });
   here.style.left = `${(100 * Math.min(Math.max(state.alpha, 0), 3)) / 3}%`;
   bar.append(here);
-  const said = steps.length === 1
-    ? "The same token from alpha 0 to 3."
-    : `The choice flips at alpha ${steps.slice(1).map(([from]) => from.toFixed(2)).join(", ")}.`;
-  return make("div", "", [bar, make("p", "note", said)]);
+  const choices = steps.length === 1
+    ? ["The same token from alpha 0 to 3."]
+    : ["Greedy decoding chooses ", ...steps.flatMap(([from, id], k) => [k ? `, from alpha ${from.toFixed(2)} ` : "", quoted(id)]), "."];
+  return make("div", "", [bar, make("p", "note", choices)]);
 }
 
 function candidates(token) {
@@ -285,7 +285,8 @@ function drawRest() {
   at("prompt-box").open = (data.prompt ?? "").length < 400;
   at("own").hidden = !data.own.length;
   for (const [name, text] of data.own) {
-    at("own-answers").append(make("div", "", [make("h3", "", `${name} alone`), make("div", "own-answer text", text || "(empty)", { dir: "auto" })]));
+    const who = name === "base" ? name : data.experts.length > 1 ? `expert ${name}` : "expert";
+    at("own-answers").append(make("div", "", [make("h3", "", `${who} alone`), make("div", "own-answer text", text || "(empty)", { dir: "auto" })]));
   }
   const { count, kinds, kl, promoted, demoted } = data.totals;
   const parts = Object.entries(kinds).map(([kind, n]) => `${n} ${kind}` + (count && kind !== "given" ? ` (${share(n / count)})` : ""));
@@ -319,7 +320,8 @@ drawAnswer();
 drawLegend();
 drawRest();
 if (data.tokens.length) {
-  show(data.moves[0] ?? 0);
+  const inText = (index) => data.pieces.some(([, first, count, special]) => !special && first <= index && index < first + count);
+  show(data.moves.find(inText) ?? data.moves[0] ?? 0);
   drawControls();
 } else {
   at("card").textContent = "The answer has no tokens.";

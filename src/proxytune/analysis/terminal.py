@@ -20,8 +20,9 @@ MAX_ALPHA = 3.0  # a trace has no flips beyond
 LEVELS = (0.5, 1.5)  # nats; from each on the shade is darker
 # Orange and blue can be told apart by people who see no red or no green; bold and underlined by all.
 STYLES = {
-    "changed": tuple(f"bold underline black on color({shade})" for shade in (223, 215, 208)),
-    "strengthened": tuple(f"underline black on color({shade})" for shade in (195, 153, 117)),
+    # color(16) is black everywhere: what a terminal shows as "black", bold above all, may be grey.
+    "changed": tuple(f"bold color(16) on color({shade})" for shade in (223, 215, 208)),
+    "strengthened": tuple(f"underline color(16) on color({shade})" for shade in (195, 153, 117)),
     "given": ("dim",) * 3,
 }
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
@@ -59,10 +60,10 @@ def legend(why: Explanation, *, styled: bool) -> str:
     if not why.steered:
         return "This log does not record what steering did."
     plain = {kind: "".join(pair) for kind, pair in MARKS.items()}
-    signs = {"changed": "bold", "strengthened": "underlined"} if styled else plain
-    found = [f"{sign}: {kind}, {KINDS[kind]}" for kind, sign in signs.items() if why.totals.kinds.get(kind)]
-    told = ". ".join(found) + "." if found else "Steering changed no token."
-    return told + (f" The first {why.n_given} tokens were given." if why.n_given else "")
+    signs = {"changed": "bold, orange", "strengthened": "underlined, blue"} if styled else plain
+    found = [f"{sign}: {kind}, {KINDS[kind]}." for kind, sign in signs.items() if why.totals.kinds.get(kind)]
+    given = [f"The first {why.n_given} tokens were given."] if why.n_given else []
+    return "\n".join([*(found or ["Steering changed no token."]), *given])
 
 
 def moves_table(why: Explanation, k: int) -> Table:

@@ -290,6 +290,7 @@ def run_demo(
                 _save(result, json_path)
                 if result.timed and not result.unclear():
                     break
+        console.print()
     return result
 
 
@@ -357,8 +358,8 @@ def _side_by_side(
         row = []
         for arm in SIDE_BY_SIDE:
             right = result.task.is_correct(str(lines[arm][at]["model_output"]), problem)
-            mark = Text("✓ ", "green") if right else Text("✗ ", "red")
-            row.append(mark + _on_one_line(cells[arm][at]))
+            mark = ("✓ ", "green") if right else ("✗ ", "red")
+            row.append(Text.assemble(mark, _on_one_line(cells[arm][at])))
         parts.append(_in_columns(row))
     if marks and batch.start == 0:
         parts.append(Text("✓ right, ✗ wrong; reversed: tokens that the base alone would not have chosen", "dim"))
@@ -370,7 +371,7 @@ def _side_by_side(
 def _on_one_line(text: Text) -> Text:
     """A text without blanks around it, its line ends shown as a sign."""
     lines = [line for line in text.split("\n") if line.plain.strip()]
-    joined = Text(" ⏎ ", "dim").join(lines)
+    joined = Text.assemble((" ⏎ ", "dim")).join(lines)
     return (
         joined[len(joined.plain) - len(joined.plain.lstrip()) :] if joined.plain.strip() else Text("(nothing)", "dim")
     )
