@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 from pictures import COLUMNS, PAGES, Typed, left_over
+from support.browser import browser
 from support.commands import run
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -47,6 +49,13 @@ def test_the_text_has_the_answers_of_the_pages(name):
     assert answer(name).strip().split("\n")[0] in said
 
 
+def test_the_pages_are_of_today():
+    for file in (DOCS / "gallery").iterdir():
+        for part in ("page.css", "page.js"):
+            now = files("proxytune.analysis").joinpath(part).read_text("utf-8")
+            assert now in file.read_text("utf-8"), f"{part} has changed: run `python scripts/pictures.py gallery pages`"
+
+
 def test_what_is_committed_asks_for_nothing_from_a_network():
     for file in (*(DOCS / "pictures").glob("*.svg"), *(DOCS / "gallery").glob("*.html")):
         addresses = set(re.findall(r"https?://[^\s\"'<>)]*", file.read_text("utf-8")))
@@ -73,3 +82,14 @@ def test_a_line_that_is_typed_is_shown(capsys):
 @pytest.mark.parametrize("name", PAGES)
 def test_the_demo_still_answers_so(name):
     assert run("generate", *PAGES[name].words).stdout == answer(name) + "\n"
+
+
+@pytest.mark.slow
+def test_nothing_on_a_page_is_wider_than_its_place():
+    wide = "return [...document.querySelectorAll('body, #card, .wide')].filter((e) => e.scrollWidth > e.clientWidth)"
+    with browser() as window:
+        for name in PAGES:
+            for width in (360, 834, 1280):
+                window.look(width, 800)
+                window.open(DOCS / "gallery" / f"{name}.html")
+                assert window.run(wide) == [], (name, width)

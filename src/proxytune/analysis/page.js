@@ -295,19 +295,20 @@ function drawRest() {
   for (const [title, pairs] of [["Most promoted", promoted], ["Most demoted", demoted]]) {
     if (!pairs.length) continue;
     const line = make("p", "", `${title} (probability, summed over all places): `);
-    pairs.forEach(([text, shift], k) => line.append(k ? ", " : "", make("bdi", "quoted", visible(text)), ` ${shift < 0 ? "−" : "+"}${Math.abs(shift).toFixed(2)}`));
+    pairs.forEach(([text, shift], k) => line.append(k ? ", " : "", make("span", "pair", [make("bdi", "quoted", visible(text)), ` ${shift < 0 ? "−" : "+"}${Math.abs(shift).toFixed(2)}`])));
     at("totals").append(line);
   }
   at("moves").hidden = !data.moves.length;
   at("moves-title").textContent = data.steered ? "The largest moves" : "The least probable tokens";
-  const heads = data.steered ? ["token", "written", "KL", "base → steered", "kind"] : ["token", "written", "probability"];
+  const heads = data.steered ? ["token", "written", "KL", "base → steered"] : ["token", "written", "probability"];
   const body = make("tbody");
   for (const index of data.moves) {
     const token = data.tokens[index];
-    const go = make("button", "", String(index + 1), { type: "button", "aria-label": `Show token ${index + 1}` });
-    const row = make("tr", "", [make("td", "", go), make("td", "", quoted(token.id))]);
+    const go = make("button", "", String(index + 1), { type: "button", "aria-label": `Show token ${index + 1}, ${token.kind}` });
+    const marked = make("span", `token ${token.kind} ${level(token.kl)}`, quoted(token.id));
+    const row = make("tr", "", [make("td", "", go), make("td", "", marked)]);
     const rest = data.steered
-      ? [number(token.kl), `${share(ofLog(token.base_logprob))} → ${share(ofLog(token.mixture_logprob))}`, token.kind]
+      ? [number(token.kl), `${share(ofLog(token.base_logprob))} → ${share(ofLog(token.mixture_logprob))}`]
       : [share(ofLog(token.mixture_logprob))];
     row.append(...rest.map((text) => make("td", "", text)));
     row.addEventListener("click", () => { state.pinned = true; show(index, true); });

@@ -22,7 +22,7 @@ LEVELS = (0.5, 1.5)  # nats; from each on the shade is darker
 STYLES = {
     # color(16) is black everywhere: what a terminal shows as "black", bold above all, may be grey.
     "changed": tuple(f"bold color(16) on color({shade})" for shade in (223, 215, 208)),
-    "strengthened": tuple(f"underline color(16) on color({shade})" for shade in (195, 153, 117)),
+    "strengthened": tuple(f"underline color(16) on color({shade})" for shade in (153, 117, 75)),
     "given": ("dim",) * 3,
 }
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
