@@ -167,9 +167,9 @@ def test_a_torn_line_is_dropped(tmp_path, cut):
     ("change", "message"),
     [
         ({"run": "other"}, "another recipe or other options"),
-        ({"prompt": "q"}, "another prompt or alpha"),
-        ({"alpha": 2.0}, "another prompt or alpha"),
-        ({"line": 9}, "another prompt or alpha"),
+        ({"prompt": "q"}, "another prompt, negative prompt or alpha"),
+        ({"alpha": 2.0}, "another prompt, negative prompt or alpha"),
+        ({"line": 9}, "another prompt, negative prompt or alpha"),
         (None, "not a result of this command"),
     ],
 )

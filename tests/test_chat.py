@@ -108,13 +108,16 @@ def test_members_with_prompts_of_their_own_read_the_conversation(tokenizer, shel
     made = tiny.write_recipe(tmp_path / "r", values, tokenizer_=tiny.tokenizer(chat_template=None))
     model = ProxyTunedForCausalLM.from_pretrained(made)
     one = conversation(model, tiny.tokenizer(chat_template=None))
-    talk(one, "the fox", "and the dog")
+    said = talk(one, "the fox", "and the dog")[-1]
+    assert one.reused > 0  # each member goes on from its own prompt, and the answer is that of reading all anew
+    again = one.encode(one.messages[:-1])
+    options = {"max_new_tokens": 10, "sampling": Sampling(), "stop_strings": one._stops()}
+    assert said.tokens == answer(model, one.tokenizer, [again], [(1.0,)], **options)[0].tokens
     encoded = one.encode([*one.messages, {"role": "user", "content": "why"}])
     shown = tokenizer.decode(encoded.own["expert.expert"])
     assert shown.startswith("<s>[system] own\n[user] the fox\n[assistant] ")
     assert shown.endswith("[user] why\n[assistant]")
     assert tokenizer.decode(encoded.ids).startswith("<s>User: the fox\nAssistant: ")
-    assert one.reused == 0
     run("chat", made, "-n", "3", input="the fox\nand\n/quit\n")
 
 

@@ -181,6 +181,23 @@ def test_what_is_not_kept_was_never_read(runtime, counts):
 
 
 @torch.no_grad()
+def test_seats_may_keep_unequal_numbers(runtime):
+    """Each of the stacked rows has read another text then; a lane of one seat has one row of each batch row."""
+    lane, capacity = runtime
+    n_seats = len(lane.seats)
+    ids, more = ids_of(2, 20), ids_of(2 * n_seats, 4, seed=1)
+    state = begun(lane, capacity, ids)
+    counts = [(1 + 2 * at) % 5 for at in range(2 * n_seats)]
+    state.read(more)
+    state.keep(counts)
+    newest = torch.tensor([[5]] * 2)
+    values = state.read(newest).values[:, -1]
+    for row, (own, n) in enumerate(zip(more.tolist(), counts)):
+        seat, at = divmod(row, 2)
+        assert_near(lane, values[row], fresh(lane, ids[at].tolist() + own[:n] + [5])[seat])
+
+
+@torch.no_grad()
 def test_cropped_is_never_read(runtime):
     lane, capacity = runtime
     ids = ids_of(2, 20)

@@ -15,6 +15,8 @@ from proxytune.errors import PromptError
 
 __all__ = ["ProxyTunedCache"]
 
+Rows = Sequence[list[int]]
+
 
 class ProxyTunedCache(Cache):
     """The states of all lanes; what ``generate`` does to the whole (crop, reorder, repeat) happens to each.
@@ -90,6 +92,35 @@ class ProxyTunedCache(Cache):
             state.crop(-tokens_to_remove)
         self.n_columns += tokens_to_remove
 
+    def go_on_with(self, read: Sequence[Rows], wanted: Sequence[Rows]) -> int:
+        """Bring each seat's row of a batch of one from the ids that it has read to all but the last of its new prompt.
+
+        What all rows of a lane have in common with their new prompts at the beginning is not read again.
+
+        Args:
+            read, wanted: of each lane, the ids of each seat's row.
+
+        Returns:
+            how many tokens of the first lane's first seat were not read again; 0: nothing was done, begin anew.
+        """
+        new, surplus = [], []
+        for before, after in zip(read, wanted):
+            common = [_n_common(old, row[:-1]) for old, row in zip(before, after)]
+            surplus.append(max(len(old) - n for old, n in zip(before, common)))
+            if surplus[-1] >= min(map(len, before)):
+                return 0
+            new.append([row[len(old) - surplus[-1] : -1] for old, row in zip(before, after)])
+        # A sliding window has let go of what a row that is moved would need.
+        if not all(state.forgets for state in self.states) or any(layer.is_sliding for layer in self.layers):
+            return 0
+        for state, n, rows in zip(self.states, surplus, new):
+            if n:
+                state.crop(n)
+            if width := max(map(len, rows)):
+                state.read(torch.tensor([row + [0] * (width - len(row)) for row in rows]), positions=1)
+                state.keep([len(row) for row in rows])
+        return len(read[0][0]) - surplus[0]
+
     def batch_select_indices(self, indices: Tensor) -> None:
         self.reorder_cache(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
@@ -107,3 +138,8 @@ class ProxyTunedCache(Cache):
         copied = memo[id(self)] = copy.copy(self)
         copied.__dict__ = copy.deepcopy(self.__dict__, memo)
         return copied
+
+
+def _n_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids two lists begin with in common."""
+    return next((at for at, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))

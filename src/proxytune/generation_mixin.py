@@ -33,7 +33,7 @@ from proxytune.decoding.text import Text
 from proxytune.decoding.trace import TOP_K, TokenTrace, Tracer
 from proxytune.errors import PromptError, ProxyTuneError, unknown_arguments
 from proxytune.lanes.transformers import TransformersLane
-from proxytune.own_prompts import as_tensors
+from proxytune.own_prompts import as_tensors, negative_rows
 from proxytune.recipe.alpha import NAMED, take_alpha
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import FIELDS, OURS, refuse_fields
@@ -153,10 +153,17 @@ def _whole_batch(each: Any) -> bool:
 
 
 def obstacle_of(
-    model: SteeredGenerationMixin, cache: ProxyTunedCache, processors: LogitsProcessorList, together: str | None
+    model: SteeredGenerationMixin,
+    cache: ProxyTunedCache,
+    processors: LogitsProcessorList,
+    together: str | None,
+    speculate: Speculate,
 ) -> str | None:
-    """Why nothing can be drafted in this call, or None; ``together``: why rows must stay side by side."""
-    if model.drafting is None:
+    """Why nothing can be drafted in this call, or None; ``together``: why rows must stay side by side.
+
+    Where no lane can draft, ``"auto"`` still copies drafts from the text.
+    """
+    if model.drafting is None and speculate != "auto":
         return "no member with weights of its own can draft for the base"
     if not all(state.forgets for state in cache.states):
         return "a member's cache cannot forget rejected tokens"
@@ -246,6 +253,7 @@ class SteeredGenerationMixin(GenerationMixin):
         alpha: Any = ...,
         member_input_ids: Mapping[str, Any] | None = ...,
         member_attention_mask: Mapping[str, Tensor] | None = ...,
+        negative_prompt: Any = ...,
         speculate: Any = ...,
         seed: int | Sequence[int] | None = ...,
         return_trace: Literal[True],
@@ -262,6 +270,7 @@ class SteeredGenerationMixin(GenerationMixin):
         alpha: Any = ...,
         member_input_ids: Mapping[str, Any] | None = ...,
         member_attention_mask: Mapping[str, Tensor] | None = ...,
+        negative_prompt: Any = ...,
         speculate: Any = ...,
         seed: int | Sequence[int] | None = ...,
         return_trace: Literal[False] = ...,
@@ -278,6 +287,7 @@ class SteeredGenerationMixin(GenerationMixin):
         alpha: Any = ...,
         member_input_ids: Mapping[str, Any] | None = ...,
         member_attention_mask: Mapping[str, Tensor] | None = ...,
+        negative_prompt: Any = ...,
         speculate: Any = ...,
         seed: int | Sequence[int] | None = ...,
         return_trace: Literal[False] = ...,
@@ -294,6 +304,7 @@ class SteeredGenerationMixin(GenerationMixin):
         alpha: Any = None,
         member_input_ids: Mapping[str, Any] | None = None,
         member_attention_mask: Mapping[str, Tensor] | None = None,
+        negative_prompt: Any = None,
         speculate: Any = None,
         seed: int | Sequence[int] | None = None,
         return_trace: bool = False,
@@ -311,6 +322,9 @@ class SteeredGenerationMixin(GenerationMixin):
             member_input_ids: member name -> its own prompt: a list of lists of ids, or a left-padded tensor of
                 shape (n_batch, its width). By default made from the text of ``input_ids``, by the recipe.
             member_attention_mask: member name -> the mask of such a tensor.
+            negative_prompt: what members read whose prompt is a negative one: a text, in which ``{prompt}`` stands
+                for the prompt; its ids; or a list of these with one entry for each row, None for the recipe's own. A
+                row for which neither the call nor the recipe has one is not guided.
             speculate: ``"auto"``: let a member draft, in greedy decoding and sampling, where that is predicted to pay;
                 False: never; a number: always draft so many tokens. By default what was given at load. Greedy
                 output is the same; samples have the same distribution, but torch's seed gives other ones.
@@ -336,6 +350,11 @@ class SteeredGenerationMixin(GenerationMixin):
             2
         """
         fields = refuse_fields(kwargs, generation_config, self.generation_config)
+        scales = [kwargs, *(vars(each) for each in (generation_config, self.generation_config) if each is not None)]
+        if kwargs.get("negative_prompt_ids") is not None and not any(each.get("guidance_scale") for each in scales):
+            raise ProxyTuneError(
+                "negative_prompt_ids are for transformers' guidance_scale; a recipe's member reads negative_prompt"
+            )
         if "stop_strings" in fields and kwargs.get("tokenizer") is None:
             if self.tokenizer is None:
                 raise ProxyTuneError("stop strings need a tokenizer; pass `tokenizer` to generate()")
@@ -357,8 +376,11 @@ class SteeredGenerationMixin(GenerationMixin):
             _check_shape(input_ids)
             if alpha is not None:
                 alpha = self.alpha_rows(alpha, input_ids.shape[0])
-            if any(self.own_prompts) and member_input_ids is None:
-                member_input_ids = self.prompter.from_ids(input_ids, kwargs.get("attention_mask"))
+            negative = negative_rows(negative_prompt, input_ids.shape[0])
+            if negative is not None and member_input_ids is not None:
+                raise PromptError("give either member_input_ids or negative_prompt, not both")
+            if (any(self.own_prompts) or negative is not None) and member_input_ids is None:
+                member_input_ids = self.prompter.from_ids(input_ids, kwargs.get("attention_mask"), negative)
             if member_input_ids is not None:
                 member_input_ids, member_attention_mask = as_tensors(member_input_ids, member_attention_mask)
             self._check_prompts(input_ids, kwargs.get("attention_mask"), member_input_ids)
@@ -480,10 +502,10 @@ class SteeredGenerationMixin(GenerationMixin):
         limit = cast(int, criteria.max_length)  # without one transformers' own loop runs
 
         together = together_because(cache, criteria, config, streamer)
-        obstacle = obstacle_of(self, cache, processors, together)
+        obstacle = obstacle_of(self, cache, processors, together, speculate)
         if obstacle is not None and speculate not in ("auto", False):
             raise ProxyTuneError(f"speculate={speculate} is not possible here, because {obstacle}; leave it out")
-        if obstacle is not None or (speculate == "auto" and self.costs.best_drafts(HOPED_FOR, n_batch) == 0):
+        if obstacle is not None or (speculate == "auto" and not self.costs.drafts_pay(HOPED_FOR, n_batch)):
             speculate = False  # and the rows stay side by side
         pad = config._pad_token_tensor
         text = Text(

@@ -42,7 +42,7 @@ from proxytune.generation_mixin import (
 from proxytune.lanes.kernels import compile_model
 from proxytune.lanes.reading import refuse_unequal_lengths, unlike_in_pieces
 from proxytune.lanes.transformers import TransformersLane
-from proxytune.own_prompts import comparable, first_columns, reads_its_own
+from proxytune.own_prompts import comparable, first_columns, last_columns, reads_its_own
 from proxytune.recipe.alpha import alpha_rows, take_alpha
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import adapted, base_generation_config
@@ -436,6 +436,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             if cache is not None:
                 cache.prompt_length = length
             return columns, length
+        elif member_input_ids is not None and cache.n_columns == cache.prompt_length - 1:
+            return last_columns(self.lanes, input_ids, member_input_ids), cache.prompt_length
         elif prompt_length not in (None, cache.prompt_length):
             raise PromptError(
                 "members have prompts of their own, so a cache cannot be continued with a longer prompt; start without "

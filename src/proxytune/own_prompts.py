@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from proxytune.decoding.lane import Lane, stacked
 from proxytune.errors import PromptError
-from proxytune.recipe.prompts import left_pad
+from proxytune.recipe.prompts import Negative, left_pad
 
-__all__ = ["as_tensors", "comparable", "first_columns", "reads_its_own"]
+__all__ = ["as_tensors", "comparable", "first_columns", "last_columns", "negative_rows", "reads_its_own"]
 
 
 def reads_its_own(lane: Lane) -> bool:
@@ -72,6 +72,19 @@ def first_columns(
     return columns
 
 
+def last_columns(
+    lanes: Sequence[Lane], input_ids: Tensor, member_input_ids: Mapping[str, Tensor]
+) -> list[tuple[Tensor, Tensor | None]]:
+    """The last column of every prompt, where a cache holds all before it; as :func:`first_columns` gives them."""
+    last = input_ids[:, -1:]
+    return [
+        (torch.cat([member_input_ids.get(seat.names[0], last)[:, -1:].to(last.device) for seat in lane.seats]), None)
+        if reads_its_own(lane)
+        else (last, None)
+        for lane in lanes
+    ]
+
+
 def comparable(logits_to_keep: int | Tensor, n_positions: int) -> int:
     """How many positions to compute where members have read different prompts: those of the shared columns."""
     if not isinstance(logits_to_keep, int) or logits_to_keep > n_positions:
@@ -93,3 +106,28 @@ def as_tensors(
                 raise PromptError(f"the prompt of member {name!r} is empty; give at least one token")
             tensors[name], found[name] = left_pad(rows)
     return tensors, found
+
+
+def negative_rows(negative: Any, n_batch: int) -> list[Negative] | None:
+    """The negative prompt of each row, of what ``generate`` takes: one for all rows, or a list of one for each.
+
+    Raises:
+        PromptError: for another number of them, and what is neither a text nor ids.
+    """
+    if negative is None:
+        return None
+    given = negative.tolist() if isinstance(negative, Tensor) else negative
+    if isinstance(given, str) or (isinstance(given, (list, tuple)) and given and all(map(_is_id, given))):
+        return [given] * n_batch
+    if not isinstance(given, (list, tuple)) or not all(
+        each is None or isinstance(each, str) or (isinstance(each, (list, tuple)) and all(map(_is_id, each)))
+        for each in given
+    ):
+        raise PromptError("negative_prompt must be a text, its ids, or a list of these with one for each row")
+    if len(given) != n_batch:
+        raise PromptError(f"negative_prompt has {len(given)} entries for {n_batch} rows; give one for each row, or one")
+    return list(given)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -34,6 +34,7 @@ def explain(
     max_new_tokens: int = AnswerOptions.max_new_tokens,
     chat: bool = AnswerOptions.chat,
     system: str | None = None,
+    negative_prompt: str | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -44,7 +45,7 @@ def explain(
     """Answer a prompt, and show why each token was chosen; a notebook shows it as a page.
 
     Args:
-        recipe, alpha, max_new_tokens, chat, system, temperature, top_p, top_k, min_p, seed: as those of
+        recipe, alpha, max_new_tokens, chat, system, negative_prompt, temperature, top_p, top_k, min_p, seed: as in
             :func:`proxytune.generate`.
         prompt: one text.
         trace_top_k: candidates of each distribution.
@@ -64,7 +65,7 @@ def explain(
         >>> why.totals.n_tokens
         5
     """
-    options = AnswerOptions(max_new_tokens=max_new_tokens, chat=chat, system=system)
+    options = AnswerOptions(max_new_tokens=max_new_tokens, chat=chat, system=system, negative_prompt=negative_prompt)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     if not isinstance(prompt, str):
         raise PromptError("the prompt must be a text")
@@ -90,7 +91,7 @@ def explain_prompt(
         alphas: one value an expert. top_k: candidates of each distribution.
         given: ids that the answer begins with, whatever the models would choose.
     """
-    encoded = encode(model, tokenizer, prompt, chat=options.chat, system=options.system)
+    encoded = encode(model, tokenizer, prompt, **options.shown)
     made = answer(
         model,
         tokenizer,
@@ -187,7 +188,7 @@ def own_answers(
     model: ProxyTunedForCausalLM, tokenizer: Any, prompt: str, options: AnswerOptions, sampling: Sampling
 ) -> dict[str, str]:
     """What the base and each expert answer alone, each to the prompt that it is shown: name -> text."""
-    encoded = encode(model, tokenizer, prompt, chat=options.chat, system=options.system)
+    encoded = encode(model, tokenizer, prompt, **options.shown)
     members = {"base": "base", **{name: f"{name}.expert" for name in model.expert_names}}
     return {
         title: _alone(model, tokenizer, member, encoded, options, sampling)

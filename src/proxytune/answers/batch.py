@@ -21,6 +21,7 @@ from proxytune.answers.journal import Journal
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.alpha import resolve_alpha, take_alpha
 from proxytune.recipe.config import ProxyTuneConfig
+from proxytune.recipe.parts import refuse_negative
 
 __all__ = ["Item", "Output", "fingerprint", "read_items", "result"]
 
@@ -34,6 +35,7 @@ class Item:
     Attributes:
         line: its place in the input, from 1: its line, or its number in a JSON list.
         alphas: one value an expert, in the recipe's order.
+        negative_prompt: in place of the recipe's; None for that.
         extra: fields of its line that are passed through to the result.
         where: its place for people: ``line 3``; "" where it was not read.
     """
@@ -41,29 +43,32 @@ class Item:
     line: int
     prompt: str
     alphas: tuple[float, ...]
+    negative_prompt: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     where: str = ""
 
 
-def read_items(lines: Iterable[bytes], names: Sequence[str], default: Sequence[float]) -> tuple[list[Item], list[Row]]:
+def read_items(
+    lines: Iterable[bytes], names: Sequence[str], default: Sequence[float], negative_prompt: str | None = None
+) -> tuple[list[Item], list[Row]]:
     """Read ``{"prompt": ..., "alpha": ..., ...}`` lines, or one JSON list of such objects.
 
     Blank lines are skipped, broken ones are returned.
 
     Args:
         names: the recipe's experts, whose alphas may stand under ``"alpha.NAME"`` too.
-        default: their alphas, where a line gives none.
+        default: their alphas, where a line gives none. negative_prompt: where a line gives none.
     """
     items, broken = [], []
     for row in json_rows(lines, finite=True):
         try:
-            items.append(_item(row, names, default))
+            items.append(_item(row, names, default, negative_prompt))
         except ProxyTuneError as error:
             broken.append(replace(row, value=None, broken=str(error)))
     return items, broken
 
 
-def _item(row: Row, names: Sequence[str], default: Sequence[float]) -> Item:
+def _item(row: Row, names: Sequence[str], default: Sequence[float], negative_prompt: str | None) -> Item:
     value = row.value
     if row.broken is not None:
         raise ProxyTuneError(row.broken)
@@ -78,7 +83,11 @@ def _item(row: Row, names: Sequence[str], default: Sequence[float]) -> Item:
     if taken := [name for name in RESULT_FIELDS if name in value]:
         raise ProxyTuneError(f"its field {taken[0]!r} is one of the result's own; rename it")
     prompt, alpha = value.pop("prompt"), take_alpha(value, names, value.pop("alpha", None))
-    return Item(row.number, prompt, resolve_alpha(alpha, names, default), value, row.where)
+    negative = value.pop("negative_prompt", None)
+    if negative is not None:
+        refuse_negative(negative)
+    alphas = resolve_alpha(alpha, names, default)
+    return Item(row.number, prompt, alphas, negative_prompt if negative is None else negative, value, row.where)
 
 
 def fingerprint(config: ProxyTuneConfig, settings: dict[str, Any]) -> str:
@@ -102,6 +111,7 @@ def result(item: Item, answer: Answer, names: Sequence[str], run: str | None = N
     return {
         **({"line": item.line} if item.where or run else {}),
         "prompt": item.prompt,
+        **({} if item.negative_prompt is None else {"negative_prompt": item.negative_prompt}),
         **item.extra,
         "text": answer.text,
         "tokens": answer.tokens,
@@ -145,10 +155,11 @@ class Output(Journal):
                     "--output"
                 )
             item = known.get(line)
-            if item is None or value["prompt"] != item.prompt or value["alpha"] != shown_alpha(item.alphas, self.names):
+            made_of = value["prompt"], value.get("negative_prompt"), value["alpha"]
+            if item is None or made_of != (item.prompt, item.negative_prompt, shown_alpha(item.alphas, self.names)):
                 raise ProxyTuneError(
-                    f"line {number} of {self.path} is the result of another prompt or alpha than line {line} of the "
-                    "input; choose another --output"
+                    f"line {number} of {self.path} is the result of another prompt, negative prompt or alpha than line "
+                    f"{line} of the input; choose another --output"
                 )
             if line in self.done:
                 raise ProxyTuneError(f"{self.path} has two results for line {line} of the input")

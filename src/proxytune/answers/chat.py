@@ -2,7 +2,8 @@
 
 Each turn is the whole transcript by the chat template; what of it the cache already holds is not read again. The
 transcript is text between the turns, so a turn's tokens may differ from those that were generated: the cache is cut
-back to what both have in common. Members with prompts of their own cannot continue a cache, and read all again.
+back to what both have in common. Of members with prompts of their own each goes on from its own; a negative prompt is
+so read once.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from proxytune.answers.generation import Answer, Encoded, Printer, Sampling, answer, with_room
 from proxytune.decoding.trace import TOP_K
 from proxytune.errors import ProxyTuneError
-from proxytune.recipe.prompts import NAMES, Message, render_chat, transcript
+from proxytune.recipe.parts import refuse_negative
+from proxytune.recipe.prompts import NAMES, Message, last_turn, refuse_unread, render_chat, transcript
 
 if TYPE_CHECKING:
     from proxytune.model import ProxyTunedForCausalLM
@@ -29,6 +33,7 @@ class Conversation:
         model: the steered model. tokenizer: the recipe's.
         alphas: one value an expert; may be set anew between turns, since no cache depends on it.
         system: a system prompt for the recipe's chat template, and for members that have none of their own.
+        negative_prompt: in place of the recipe's; may be set anew between turns.
 
     Attributes:
         messages: what was said so far.
@@ -46,12 +51,15 @@ class Conversation:
         sampling: Sampling,
         max_new_tokens: int,
         system: str | None = None,
+        negative_prompt: str | None = None,
     ) -> None:
         self.model, self.tokenizer, self.alphas = model, tokenizer, tuple(alphas)
+        self.negative_prompt = negative_prompt
         self.sampling, self.max_new_tokens, self.system = sampling, max_new_tokens, system
         self.n_turns = 0
         self.messages: list[Message]
         self.read: list[int]
+        self.rows: list[list[list[int]]]  # the same of each lane, for each of its seats
         self.reset()
 
     def reset(self) -> None:
@@ -65,6 +73,17 @@ class Conversation:
         said = [message for message in self.messages if message["role"] != "system"]
         self.system = system
         self.messages = [{"role": "system", "content": system}, *said] if system is not None else said
+
+    def set_negative(self, text: str | None) -> None:
+        """Take another negative prompt; None for the recipe's.
+
+        Raises:
+            PromptError: if no member reads one. RecipeError: if it is none.
+        """
+        refuse_unread(text, (prompt for prompt, _ in self.model.prompter.own.values()))
+        if text is not None:
+            refuse_negative(text)
+        self.negative_prompt = text
 
     def load(self, messages: Sequence[Message]) -> None:
         """Go on from another conversation.
@@ -124,9 +143,9 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         encoded = self.encode(messages)
-        self._cut_back(encoded.ids)
         self.n_turns += 1
         try:
+            self._cut_back(encoded)
             made = answer(
                 self.model,
                 self.tokenizer,
@@ -144,19 +163,27 @@ class Conversation:
         except BaseException:  # in the middle of a forward some members have read a token that others have not
             self._forget()
             raise
-        self.read = (encoded.ids + made.tokens)[: self.cache.n_columns]
+        continued = made.tokens[: self.cache.n_columns - len(encoded.ids)]
+        self.read = encoded.ids + continued
+        self.rows = [[prompt + continued for prompt in lane] for lane in self._prompts(encoded)]
         self.last = (made, self.alphas)
         said = self._own(made.text)
         self.messages = [*messages, {"role": "assistant", "content": said.strip()}]
         return replace(made, text=said, trace=None)
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
-        """The transcript as each member reads it."""
-        if self.tokenizer.chat_template:
-            ids = render_chat(self.tokenizer, messages, "the recipe")
-        else:
-            ids = list(self.tokenizer(f"{transcript(messages)}\n{NAMES['assistant']}:")["input_ids"])
-        return with_room(self.model.contexts, ids, self.model.prompter.from_messages(messages))
+        """The transcript as each member reads it; a negative prompt is the only question of its conversation."""
+
+        def ids_of(messages: Sequence[Message]) -> list[int]:
+            if self.tokenizer.chat_template:
+                return render_chat(self.tokenizer, messages, "the recipe")
+            return list(self.tokenizer(f"{transcript(messages)}\n{NAMES['assistant']}:")["input_ids"])
+
+        ids = ids_of(messages)
+        own = self.model.prompter.from_messages(
+            messages, ids, lambda text: ids_of(last_turn(messages, text)), self.negative_prompt
+        )
+        return with_room(self.model.contexts, ids, own)
 
     def _stops(self) -> list[str]:
         """What ends an answer in a plain transcript: the user's next turn."""
@@ -171,12 +198,27 @@ class Conversation:
     def _forget(self) -> None:
         self.cache = self.model.new_cache()
         self.read = []
+        self.rows = []
         self.reused = 0
 
-    def _cut_back(self, ids: Sequence[int]) -> None:
-        """Cut the cache back to what it has in common with ``ids``, of which one at least is left to be read."""
+    def _prompts(self, encoded: Encoded) -> list[list[list[int]]]:
+        """Of each lane, the ids of each seat's prompt."""
+        lanes = zip(self.model.lanes, self.model.own_prompts)
+        return [
+            [encoded.own.get(seat.names[0], encoded.ids) if own else encoded.ids for seat in lane.seats]
+            for lane, own in lanes
+        ]
+
+    def _cut_back(self, encoded: Encoded) -> None:
+        """Cut the cache back to what it has in common with a prompt, of which one token at least is left to be read."""
+        ids = encoded.ids
         if any(self.model.own_prompts):
-            self._forget()
+            with torch.inference_mode():
+                self.reused = self.cache.go_on_with(self.rows, self._prompts(encoded)) if self.rows else 0
+            if self.reused:
+                self.cache.n_columns, self.cache.prompt_length = len(ids) - 1, len(ids)
+            else:
+                self._forget()
             return
         pairs = zip(self.read, ids[:-1])
         common = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(self.read), len(ids) - 1))

@@ -23,7 +23,7 @@ from proxytune.decoding.noise import row_seed
 from proxytune.decoding.trace import TokenTrace
 from proxytune.errors import PromptError
 from proxytune.recipe.generation_config import ends_of, fields_of, plain_generation_config
-from proxytune.recipe.prompts import left_pad, render_chat
+from proxytune.recipe.prompts import last_turn, left_pad, render_chat
 
 if TYPE_CHECKING:
     from proxytune.model import ProxyTunedForCausalLM
@@ -68,7 +68,13 @@ class Answer:
 
 # -- prompts --------------------------------------------------------------------------------------------------
 def encode(
-    model: ProxyTunedForCausalLM, tokenizer: Any, prompt: str, *, chat: bool = False, system: str | None = None
+    model: ProxyTunedForCausalLM,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    chat: bool = False,
+    system: str | None = None,
+    negative_prompt: str | None = None,
 ) -> Encoded:
     """Encode one prompt for every member.
 
@@ -76,6 +82,7 @@ def encode(
         chat: put the prompt, as the user's turn, into the chat template of the recipe's tokenizer. Members with a
             prompt of their own are shown theirs all the same.
         system: a system prompt for that template, and for members with the prompt kind `chat` that have none.
+        negative_prompt: in place of the recipe's; in the chat template too where the prompt is.
 
     Raises:
         PromptError: if the prompt is empty, cannot be rendered, or leaves some member no room for a token.
@@ -85,8 +92,14 @@ def encode(
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    ids = render_chat(tokenizer, messages, "the recipe") if chat else list(tokenizer(prompt)["input_ids"])
-    return with_room(model.contexts, ids, model.prompter.from_messages(messages))
+
+    def ids_of(text: str) -> list[int]:
+        if chat:
+            return render_chat(tokenizer, last_turn(messages, text), "the recipe")
+        return list(tokenizer(text)["input_ids"])
+
+    ids = ids_of(prompt)
+    return with_room(model.contexts, ids, model.prompter.from_messages(messages, ids, ids_of, negative_prompt))
 
 
 def with_room(contexts: Mapping[str, int | None], ids: list[int], own: dict[str, list[int]]) -> Encoded:

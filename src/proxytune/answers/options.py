@@ -12,6 +12,7 @@ from typing import Any
 from proxytune.errors import ProxyTuneError
 from proxytune.options import option
 from proxytune.recipe.alpha import alpha_of_text
+from proxytune.recipe.parts import refuse_negative
 
 __all__ = ["ALPHA", "AnswerOptions", "ChatOptions", "ChatSampling", "JobOptions", "Sampling"]
 
@@ -40,12 +41,24 @@ class AnswerOptions:
     system: str | None = option(
         None, "System prompt of the chat templates; a member's own comes first.", metavar="TEXT"
     )
+    negative_prompt: str | None = option(
+        None,
+        "Negative prompt in place of the recipe's, for recipes made with --negative-prompt or --guidance.",
+        metavar="TEXT",
+    )
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ProxyTuneError(f"max_new_tokens must be at least 1, not {self.max_new_tokens!r}")
         if self.system is not None and not self.chat:
             raise ProxyTuneError("a system prompt needs chat (--chat): a raw prompt has no place for it")
+        if self.negative_prompt is not None:
+            refuse_negative(self.negative_prompt)
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What :func:`proxytune.answers.generation.encode` takes besides the prompt."""
+        return {"chat": self.chat, "system": self.system, "negative_prompt": self.negative_prompt}
 
 
 @dataclass(frozen=True)
@@ -111,8 +124,8 @@ class JobOptions:
 
     input: str | None = option(
         None,
-        'JSON lines {"prompt": ..., "alpha": ...}, or a JSON list of these, instead of PROMPTs; - is stdin. Other '
-        "fields are passed on.",
+        'JSON lines {"prompt": ..., "alpha": ..., "negative_prompt": ...}, or a JSON list of these, instead of '
+        "PROMPTs; - is stdin. Other fields are passed on.",
         flag="--input -i",
         metavar="FILE",
         panel="Jobs",

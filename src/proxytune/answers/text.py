@@ -57,6 +57,7 @@ def generate(
     max_new_tokens: int = ...,
     chat: bool = ...,
     system: str | None = ...,
+    negative_prompt: str | None = ...,
     temperature: float | None = ...,
     top_p: float | None = ...,
     top_k: int | None = ...,
@@ -75,6 +76,7 @@ def generate(
     max_new_tokens: int = ...,
     chat: bool = ...,
     system: str | None = ...,
+    negative_prompt: str | None = ...,
     temperature: float | None = ...,
     top_p: float | None = ...,
     top_k: int | None = ...,
@@ -92,6 +94,7 @@ def generate(
     max_new_tokens: int = AnswerOptions.max_new_tokens,
     chat: bool = AnswerOptions.chat,
     system: str | None = None,
+    negative_prompt: str | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -113,6 +116,7 @@ def generate(
         max_new_tokens: most new tokens of an answer.
         chat: put each prompt into the recipe's chat template, as the user's turn.
         system: a system prompt for it; needs ``chat``.
+        negative_prompt: in place of the recipe's, for a recipe whose members read one.
         temperature, top_p, top_k, min_p: how the next token is sampled; temperature 0 is greedy.
         seed: of the sampling. An answer depends on it and on the prompt's place in the list, not on the batch.
         batch_size: prompts at once.
@@ -131,7 +135,7 @@ def generate(
         >>> len(answers)
         2
     """
-    options = AnswerOptions(max_new_tokens=max_new_tokens, chat=chat, system=system)
+    options = AnswerOptions(max_new_tokens=max_new_tokens, chat=chat, system=system, negative_prompt=negative_prompt)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     if batch_size < 1:
         raise ProxyTuneError(f"batch_size must be at least 1, not {batch_size!r}")
@@ -144,7 +148,7 @@ def generate(
     encoded = []
     for index, text in enumerate(texts):
         try:
-            encoded.append(encode(model, tokenizer, text, chat=options.chat, system=options.system))
+            encoded.append(encode(model, tokenizer, text, **options.shown))
         except PromptError as error:
             raise PromptError(str(error) if isinstance(prompts, str) else f"prompts[{index}]: {error}") from error
     answered = answer_batches(

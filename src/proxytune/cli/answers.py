@@ -74,16 +74,19 @@ def generate(
     from proxytune.answers.traces import TraceFile, token_texts, trace_line
     from proxytune.decoding.trace import TOP_K
     from proxytune.recipe.alpha import resolve_alpha
+    from proxytune.recipe.prompts import refuse_unread
     from proxytune.recipe.store import load_recipe
 
     config = load_recipe(recipe)
+    refuse_unread(options.negative_prompt, (member.prompt for _, member in config.members()))
     names = [expert.name for expert in config.expert_list]
     alphas = resolve_alpha(options.alpha, names, config.alphas)
     n_broken = 0
     if job.input is None:
-        items = [Item(line, prompt, alphas) for line, prompt in enumerate(prompts or [], start=1)]
+        negative = options.negative_prompt
+        items = [Item(line, prompt, alphas, negative) for line, prompt in enumerate(prompts or [], start=1)]
     else:
-        items, broken = read_items(lines, names, alphas)
+        items, broken = read_items(lines, names, alphas, options.negative_prompt)
         for row in broken:
             say(f"{job.input}, {row.where}: {row.broken}")
         n_broken = len(broken)
@@ -120,7 +123,8 @@ def generate(
         encoded = []
         for item in remaining:
             try:
-                encoded.append((item, encode(model, tokenizer, item.prompt, chat=options.chat, system=options.system)))
+                shown = {**options.shown, "negative_prompt": item.negative_prompt}
+                encoded.append((item, encode(model, tokenizer, item.prompt, **shown)))
             except ProxyTuneError as error:
                 if job.input is None:
                     raise

@@ -30,7 +30,7 @@ __all__ = ["Talk", "WordWrap", "chat", "interruptible"]
 def chat(
     recipe: Recipe,
     *,
-    options: Annotated[ChatOptions, only("alpha", "max_new_tokens", "system", "trace")],
+    options: Annotated[ChatOptions, only("alpha", "max_new_tokens", "system", "negative_prompt", "trace")],
     sampling: ChatSampling,
     loading: LoadingOptions,
 ) -> None:
@@ -40,9 +40,9 @@ def chat(
     have prompts of their own.
 
     Lines that begin with / are commands: /alpha 0.5 changes the strength, /compare 0 1 shows the answers of several
-    alphas side by side, /why shows what steering did to the last answer; /retry, /undo, /reset, /system, /set, /save
-    and /load are explained by /help. At a terminal Alt-Enter begins a new line, pasted text keeps its lines, and TAB
-    completes commands and the recipe's example prompts.
+    alphas side by side, /why shows what steering did to the last answer; /retry, /undo, /reset, /system, /negative,
+    /set, /save and /load are explained by /help. At a terminal Alt-Enter begins a new line, pasted text keeps its
+    lines, and TAB completes commands and the recipe's example prompts.
 
     With --trace each answer is recorded when it ends, with the question as its prompt; those of /compare are not.
 
@@ -67,14 +67,22 @@ def _chat(
 ) -> None:
     from proxytune.answers.chat import Conversation
     from proxytune.recipe.alpha import resolve_alpha
+    from proxytune.recipe.prompts import refuse_unread
     from proxytune.recipe.store import load_recipe
 
     config = load_recipe(recipe)
+    refuse_unread(options.negative_prompt, (member.prompt for _, member in config.members()))
     names = [expert.name for expert in config.expert_list]
     alphas = resolve_alpha(options.alpha, names, config.alphas)
     model, tokenizer = load_model(config, loading)
     conversation = Conversation(
-        model, tokenizer, alphas, sampling=sampling, max_new_tokens=options.max_new_tokens, system=options.system
+        model,
+        tokenizer,
+        alphas,
+        sampling=sampling,
+        max_new_tokens=options.max_new_tokens,
+        system=options.system,
+        negative_prompt=options.negative_prompt,
     )
     if not tokenizer.chat_template:
         say("the recipe has no chat template, so its base is shown a plain transcript")
@@ -354,6 +362,13 @@ class Talk:
             self.conversation.set_system(None if rest == "off" else rest)
         say(f"system: {self.conversation.system or 'none'}")
 
+    def negative(self, rest: str) -> None:
+        """Set the negative prompt; alone: show it. /negative off goes back to the recipe's."""
+        talk = self.conversation
+        if rest:
+            talk.set_negative(None if rest == "off" else rest)
+        say(f"negative prompt: {talk.negative_prompt or 'that of the recipe'}")
+
     def retry(self, rest: str) -> None:
         """Ask the last question again: another sample, or the answer at the alpha of now."""
         before = self.conversation.messages
@@ -384,6 +399,7 @@ class Talk:
         talk = self.conversation
         told = {
             "messages": talk.messages,
+            "negative_prompt": talk.negative_prompt,
             "alpha": dict(zip(self.names, talk.alphas)),
             "sampling": vars(talk.sampling),
             "max_new_tokens": talk.max_new_tokens,
@@ -403,9 +419,11 @@ class Talk:
             messages = [{"role": str(said["role"]), "content": str(said["content"])} for said in saved["messages"]]
             sampling = Sampling(**saved.get("sampling", {}))
             limit = _value("max-new-tokens", str(saved.get("max_new_tokens", talk.max_new_tokens)))
+            negative = saved.get("negative_prompt")
         except (KeyError, TypeError) as error:
             raise ProxyTuneError(f"{path} is no conversation that /save has written") from error
         alphas = resolve_alpha(saved.get("alpha"), self.names, talk.alphas)
+        talk.set_negative(negative)
         talk.load(messages)
         talk.alphas, talk.sampling, talk.max_new_tokens = alphas, sampling, limit
         turns = sum(said["role"] == "user" for said in messages)
@@ -428,6 +446,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Talk, str], None]]] = {
     "/undo": ("/undo", Talk.undo),
     "/reset": ("/reset", Talk.reset),
     "/system": ("/system [TEXT]", Talk.system),
+    "/negative": ("/negative [TEXT]", Talk.negative),
     "/set": ("/set [NAME VALUE]", Talk.set),
     "/save": ("/save FILE", Talk.save),
     "/load": ("/load FILE", Talk.load),

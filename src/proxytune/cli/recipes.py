@@ -11,6 +11,7 @@ import typer
 
 from proxytune.cli.flags import only
 from proxytune.cli.shared import FAILED, Recipe, ResultOptions, complain, count, load_model, say, size, write_out
+from proxytune.errors import ProxyTuneError
 from proxytune.recipe.options import ComposeOptions, LoadingOptions
 from proxytune.recipe.place import check_target
 
@@ -43,6 +44,8 @@ def new(
         proxytune new mine --base ./big --expert ./small-tuned --anti-expert ./small
         proxytune new mine --base ./big --anti-expert ./small --expert-adapter ./lora --alpha 0.8
         proxytune new mine --preset llama2-13b-chat --offline
+        proxytune new french --base ./big --small ./small --expert-system "Answer only in French."
+        proxytune new guided --base ./big --negative-prompt "Write a boring story." --guidance 1.5
     """
     check_target(directory, force)
     from proxytune.recipe.check import check_recipe
@@ -51,7 +54,8 @@ def new(
     from proxytune.recipe.store import load_recipe
 
     trust = loading.trust_remote_code
-    notes = compose(configure(options), directory, force=force, offline=offline, trust_remote_code=trust)
+    examples = [] if options.expert_examples is None else _solved(options.expert_examples)
+    notes = compose(configure(options, examples), directory, force=force, offline=offline, trust_remote_code=trust)
     for note in notes:
         say(f"note: {note}")
     hub = {"local_files_only": True} if offline else {}
@@ -64,6 +68,28 @@ def new(
     else:
         works = "it works" if found.works else "nothing is wrong in what was checked"
         say(f"wrote {directory}; {works}, and needs {size(found.weight_bytes)} for its weights")
+
+
+def _solved(path: Path) -> list[tuple[str, str]]:
+    """The prompts of a file, each with its answer.
+
+    Raises:
+        ProxyTuneError: if it cannot be read, or some row is not one prompt and one answer.
+    """
+    if not path.is_file():
+        raise ProxyTuneError(f"there is no file {path}")
+    from proxytune.training.data import Rows
+
+    read = Rows.read(str(path))
+    pairs = []
+    for place, row in zip(read.places, read.rows):
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if isinstance(prompt, list) and isinstance(completion, list) and len(prompt) == len(completion) == 1:
+            prompt, completion = prompt[0]["content"], completion[0]["content"]
+        if not isinstance(prompt, str) or not isinstance(completion, str):
+            raise ProxyTuneError(f"{place} is not one prompt and one answer, which an example of --expert-examples is")
+        pairs.append((prompt, completion))
+    return pairs
 
 
 def presets(results: Annotated[ResultOptions, only("json")]) -> None:

@@ -218,9 +218,7 @@ def plan_tables(plan: Plan) -> list[Table | str]:
         kind: "" if grown is None else f" + {size(grown)}/token" for kind, grown in plan.kv_bytes_per_token.items()
     }
     memory = ", ".join(f"{text} {size(plan.weight_bytes[kind])}{cache[kind]}" for kind, text in kinds.items())
-    notes = [f"Costs are of a token after the prompt; the base alone costs 1. From {plan.basis}."]
-    if not any(one.n_drafts for one in plan.predictions):
-        notes.append("Note: drafting cannot pay here.")
+    about = f"Costs are of a token after the prompt; the base alone costs 1. From {plan.basis}."
     predictions = Table(
         (
             *("batch", "acceptance", "naive", "shared", "speculative"),
@@ -241,7 +239,7 @@ def plan_tables(plan: Plan) -> list[Table | str]:
             for one in plan.predictions
         ],
         legend=PLAN_LEGEND,
-        notes=[*notes, *(f"Note: {note}." for note in plan.notes)],
+        notes=[about, *(f"Note: {note}." for note in plan.notes)],
     )
     compared = Table(
         ("arm", "prompt/output", "batch", "predicted", "measured", "error"),

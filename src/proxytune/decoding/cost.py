@@ -119,6 +119,13 @@ class Costs:
             return 0
         return min(range(most + 1), key=lambda n: self.per_token(n, acceptance, n_batch))
 
+    def drafts_pay(self, acceptance: float, n_batch: int = 1) -> bool:
+        """Whether some number of drafts makes a token cheaper; of copied ones, where no lane drafts."""
+        if self.draft is not None:
+            return self.best_drafts(acceptance, n_batch) > 0
+        plain = self.cycle(0, 0.0, n_batch)
+        return any(self.lookup_per_token(n, acceptance, n_batch) < plain for n in range(1, MAX_DRAFTS + 1))
+
 
 def cost_of_weights(n_bytes: float, n_layers: int, device: str = "cuda", *, packed: bool = True) -> Cost:
     """One lane's cost in bytes, from what it reads in a step.

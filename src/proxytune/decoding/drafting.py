@@ -144,12 +144,14 @@ class Drafter:
     def propose(self, newest: Tensor, alpha: Tensor) -> Draft:
         """Drafts behind the newest tokens, (n_batch, 1), as many as promise to pay and as the text has room for."""
         none = Draft(newest[:, :0])
-        if self.drafting is None or self.pace.fixed == 0 or (room := self.text.room) <= 0:
+        if self.pace.fixed == 0 or (room := self.text.room) <= 0:
             return none
         growing = self.text.growing
         if (copied := self._look_up(growing, room)) is not None:
             self._write(copied)
             return Draft(copied, "lookup")
+        if self.drafting is None:
+            return none
 
         # A quick head chooses the drafts; the lane's own head then reads all of their hidden states at once.
         quick = self.runtime.quick_head if self.text.n_batch <= QUICK_ROWS else None

@@ -77,9 +77,10 @@ class LaneState(Protocol):
         ...
 
     def keep(self, counts: Sequence[int] | None = None) -> None:
-        """Of the columns read since the last call keep each batch row's first ``counts``, and forget the rest.
+        """Of the columns read since the last call keep each row's first ``counts``, and forget the rest.
 
-        None keeps all of them. Rows that keep less than the longest are moved to the right, behind padding.
+        ``counts`` has one number for each batch row, or, where seats keep unequal numbers, one for each of the
+        ``n_rows``. None keeps all columns. Rows that keep less than the longest are moved to the right, behind padding.
         """
         ...
 

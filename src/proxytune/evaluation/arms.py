@@ -52,7 +52,7 @@ class Reader:
     def encode(self, plan: TaskPlan, context: str) -> Encoded:
         """The ids that each member reads for a context that an answer is written behind."""
         own = self._own_prompts(plan, context)
-        ids = own.pop("") if "" in own else list(self.tokenizer(context)["input_ids"])
+        ids = own.pop("") if "" in own else self._ids(context)
         return with_room(self.contexts, ids, own)
 
     def encode_pairs(self, plan: TaskPlan, context: str, continuations: Sequence[str]) -> list[Pair]:
@@ -85,7 +85,11 @@ class Reader:
     def _own_prompts(self, plan: TaskPlan, text: str) -> dict[str, list[int]]:
         """Member name -> the ids of its own prompt, of members that have one."""
         prompts = {name: (plan.chat_prompt(prompt, of), of) for name, (prompt, of) in self.own.items()}
-        return Prompter(self.tokenizer, prompts).from_messages([{"role": "user", "content": text}])
+        messages = [{"role": "user", "content": text}]
+        return Prompter(self.tokenizer, prompts).from_messages(messages, self._ids(text), self._ids)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text)["input_ids"])
 
 
 @dataclass(frozen=True)

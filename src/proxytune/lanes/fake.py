@@ -98,7 +98,7 @@ class FakeState:
     def keep(self, counts: Sequence[int] | None = None) -> None:
         counts = [len(self.pending)] * self.n_batch if counts is None else counts
         for row, text in enumerate(self.texts):
-            text.extend(token for column in self.pending[: counts[row % self.n_batch]] for token in column[row])
+            text.extend(token for column in self.pending[: counts[row % len(counts)]] for token in column[row])
         self.pending = []
         self.n_columns += max(counts, default=0)
 

@@ -310,14 +310,16 @@ class TransformersState:
             return
         longest = max(counts)
         unequal = min(counts) < longest
+        kept = torch.tensor(counts, device=self.lane.device)
+        kept = kept.repeat(self.n_seats * self.n_batch // len(counts))  # of each row
         if unequal:
-            self._shift(torch.tensor([longest - k for k in counts], device=self.lane.device).repeat(self.n_seats))
+            self._shift(longest - kept)
         if self.rolls_back:
             self.view.crop(longest - self.pending)  # crop(0) still lets sliding windows forget what lies behind them
         self.n_columns += longest
         self.pending = self.ahead = 0
         if unequal:
-            self.position = self.position + torch.tensor(counts, device=self.lane.device).repeat(self.n_seats)[:, None]
+            self.position = self.position + kept[:, None]
             self._trim()
         else:
             self.position = self.position + longest

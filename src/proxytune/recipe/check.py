@@ -230,7 +230,7 @@ class _Check:
     def prompts(self) -> None:
         base = self.found["base"].tokenizer if "base" in self.found else None
         for name, one in self.found.items():
-            if one.member.prompt.kind != "raw":
+            if one.member.prompt.kind not in ("raw", "negative"):  # a negative prompt is read as the raw one is
                 with self.telling(f"the prompt of {name} cannot be made: "):
                     render(one.member.prompt, one.tokenizer or base, "Hello", f"member {name!r}")
 

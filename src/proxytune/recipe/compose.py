@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,11 @@ def _is_adapter(path: str) -> bool:
     return (directory / "adapter_config.json").is_file() and not (directory / "config.json").exists()
 
 
-def configure(options: ComposeOptions) -> ProxyTuneConfig:
+def configure(options: ComposeOptions, examples: Sequence[tuple[str, str]] = ()) -> ProxyTuneConfig:
     """The recipe that the options describe, with paths as they were given.
+
+    Args:
+        examples: what the file ``expert_examples`` holds.
 
     Raises:
         RecipeError: for options that make no recipe.
@@ -108,17 +112,29 @@ def configure(options: ComposeOptions) -> ProxyTuneConfig:
     made_base = _over(options.base, start.base_member if start is not None else None, "the base")
     if made_base is None:
         raise RecipeError("no base is given; name the model to be steered with --base, or use --preset")
-    anti = _over(options.anti_expert, first.anti_expert if first else None, "the anti-expert")
-    towards = expert_of(options.expert, first.expert if first else None, anti, options.expert_adapter)
+    expert_choice, anti_choice = (
+        each if options.small is None else replace(each, model=options.small)
+        for each in (options.expert, options.anti_expert)
+    )
+    anti = _over(anti_choice, first.anti_expert if first else None, "the anti-expert")
+    towards = expert_of(expert_choice, first.expert if first else None, anti, options.expert_adapter)
     experts = [parse_expert(text) for text in options.add_expert]
+    if options.negative_prompt is not None or options.guidance is not None:
+        experts.append(_guidance(made_base, options.negative_prompt, options.guidance))
     if towards is not None or anti is not None:
         name = name or (first.name if first else "expert")
         alpha = (first.alpha if first else 1.0) if alpha is None else alpha
         experts.insert(0, Expert(name, towards, anti, alpha))
     elif not experts:
-        raise RecipeError("no expert is given; name one with --expert (or --anti-expert alone), or use --preset")
+        raise RecipeError(
+            "no expert is given; name one with --expert (or --anti-expert alone), --small or --negative-prompt, or use "
+            "--preset"
+        )
     elif alpha is not None or name is not None:
-        raise RecipeError("--alpha and --name belong to --expert; write NAME=EXPERT,alpha=... in --add-expert")
+        raise RecipeError(
+            "--alpha and --name belong to --expert; write NAME=EXPERT,alpha=... in --add-expert, and the strength of a "
+            "negative prompt as --guidance"
+        )
     try:
         renamed = None if options.renamed_tokens is None else json.loads(options.renamed_tokens)
     except ValueError as error:
@@ -131,7 +147,44 @@ def configure(options: ComposeOptions) -> ProxyTuneConfig:
         description=options.description,
         examples=options.examples or None,
     )
-    return _with_texts(config, options.system, options.response_prefix)
+    config = _with_texts(config, options.system, options.response_prefix)
+    if options.expert_system is None and not examples:
+        return config
+    if towards is None:
+        raise RecipeError("--expert-system and --expert-examples need an expert; add --expert or --small")
+    return _with_expert_texts(config, options, examples)
+
+
+def _guidance(base: Member, negative: str | None, guidance: float | None) -> Expert:
+    """Classifier-free guidance (2306.17806, eq. 2): ``negative + guidance * (base - negative)``."""
+    if base.prompt.kind != "raw":
+        raise RecipeError("a negative prompt stands in the place of the raw prompt, so leave --base-prompt out")
+    away = replace(base, prompt=Prompt("negative", template=negative))
+    return Expert("guidance", base, away, (1.5 if guidance is None else guidance) - 1)
+
+
+def _with_expert_texts(
+    config: ProxyTuneConfig, options: ComposeOptions, examples: Sequence[tuple[str, str]]
+) -> ProxyTuneConfig:
+    """Give the first expert a system prompt and solved examples; of one model with two prompts both become chat."""
+    name = config.expert_list[0].name
+
+    def changed(member: str, one: Member) -> Member:
+        prompt = one.prompt
+        if member == f"{name}.expert":
+            if options.expert_system is not None:
+                if options.expert.prompt not in (None, "chat"):
+                    raise RecipeError("--expert-system needs the prompt kind chat; leave --expert-prompt out")
+                prompt = replace(prompt if prompt.kind == "chat" else Prompt("chat"), system=options.expert_system)
+            if examples and prompt.kind == "raw":
+                prompt = Prompt("template", template="{prompt}")
+            prompt = replace(prompt, examples=tuple(examples))
+        elif member == f"{name}.anti_expert" and options.small is not None and options.anti_expert.prompt is None:
+            chat = options.expert_system is not None or options.expert.prompt == "chat"
+            prompt = Prompt("chat") if chat and prompt.kind == "raw" else prompt
+        return replace(one, prompt=prompt)
+
+    return config.with_members(changed)
 
 
 def _with_texts(config: ProxyTuneConfig, system: str | None, response_prefix: str | None) -> ProxyTuneConfig:

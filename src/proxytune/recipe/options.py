@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from proxytune.errors import ProxyTuneError, RecipeError
@@ -105,6 +107,36 @@ class ComposeOptions:
     base: MemberChoice = option(MemberChoice(), "The model that is steered.")
     expert: MemberChoice = option(MemberChoice(), "The model it is steered towards.")
     anti_expert: MemberChoice = option(MemberChoice(), "What the expert was before it was tuned.")
+    small: str | None = option(
+        None,
+        "An expert without training: this model is both expert and anti-expert, and only the expert reads what "
+        "--expert-system, --expert-prompt or --expert-examples say.",
+        metavar="MODEL",
+        panel="Members",
+    )
+    expert_system: str | None = option(
+        None, "System prompt of the expert alone, whose prompt is then chat.", metavar="TEXT", panel="Prompts"
+    )
+    expert_examples: Path | None = option(
+        None,
+        'Solved examples that the expert alone reads before the prompt: JSON lines {"prompt": ..., "completion": ...}.',
+        metavar="FILE",
+        panel="Prompts",
+    )
+    negative_prompt: str | None = option(
+        None,
+        "Steer the base away from what it would write behind this text, which may hold {prompt} "
+        "(classifier-free guidance).",
+        metavar="TEXT",
+        panel="Prompts",
+    )
+    guidance: float | None = option(
+        None,
+        "How strongly: logits = negative + G * (base - negative); 1 is the base, 1.5 the default. Alone: each call "
+        "gives its negative prompt.",
+        metavar="G",
+        panel="Mixing",
+    )
     add_expert: tuple[str, ...] = option(
         (),
         "One more expert; fields: anti, alpha, adapter, and prompt, dtype, revision (anti-… for the anti-expert). With "
@@ -153,6 +185,18 @@ class ComposeOptions:
             raise RecipeError(f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}")
         if self.preset is None and self.base.model is None:
             raise RecipeError("no base is given; name the model to be steered with --base, or use --preset")
-        for choice in (self.base, self.expert, self.anti_expert):
-            if choice.model is not None:
-                resolve(choice.model, None)
+        if self.small is not None:
+            given = {"--expert": self.expert.model, "--anti-expert": self.anti_expert.model}
+            given |= {"--expert-adapter": self.expert_adapter, "--preset": self.preset}
+            if other := next((name for name, value in given.items() if value is not None), None):
+                raise RecipeError(f"--small is both expert and anti-expert; leave {other} out")
+            if self.expert_system is None and self.expert_examples is None and self.expert.prompt is None:
+                raise RecipeError(
+                    "--small makes expert and anti-expert of one model, so the expert needs a prompt of its own; add "
+                    "--expert-system, --expert-prompt or --expert-examples"
+                )
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise RecipeError(f"--guidance must be a finite number, not {self.guidance}")
+        for model in (self.base.model, self.expert.model, self.anti_expert.model, self.small):
+            if model is not None:
+                resolve(model, None)

@@ -15,10 +15,24 @@ from proxytune.errors import RecipeError
 from proxytune.recipe.alpha import finite_alpha
 from proxytune.recipe.options import DTYPES
 
-__all__ = ["RECIPE_FIELDS", "Expert", "Member", "Prompt", "parse_experts", "unknown_field"]
+__all__ = ["RECIPE_FIELDS", "Expert", "Member", "Prompt", "parse_experts", "refuse_negative", "unknown_field"]
 
-PROMPT_KINDS = ("raw", "chat", "template")
+PROMPT_KINDS = ("raw", "chat", "template", "negative")
 RECIPE_FIELDS = ("base", "experts", "plausibility", "renamed_tokens", "description", "examples")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def refuse_negative(text: Any) -> None:
+    """Raise :class:`RecipeError` for what is no negative prompt: a text, with ``{prompt}`` in it once at most."""
+    if not isinstance(text, str):
+        raise RecipeError(f"a negative prompt must be a text, not {text!r}")
+    if not text.strip():
+        raise RecipeError("the negative prompt is empty; give a text, or leave it out")
+    if text.count("{prompt}") > 1:
+        raise RecipeError("a negative prompt may contain {prompt} once")
 
 
 def _refuse_types(part: Prompt | Member, what: str, kinds: Any, names: Sequence[str]) -> None:
@@ -35,6 +49,12 @@ class Prompt:
     - ``chat``: the member's own chat template around ``system`` and the prompt as the user's turn, which begins with
       ``user_prefix`` (the paper's chat models read ``Complete the following:`` before a ToxiGen prompt).
     - ``template``: any text with one ``{prompt}`` in it.
+    - ``negative``: a negative prompt, of classifier-free guidance (2306.17806): the text of ``template`` in place of
+      the prompt. It may contain ``{prompt}``. A call may give another one. Where neither does, the member reads the
+      raw prompt.
+
+    ``examples`` are pairs of a prompt and its answer that stand before the prompt: as turns of the conversation where
+    the kind is ``chat``, otherwise as plain text, with a blank line behind each.
 
     ``response_prefix`` is put where the answer begins; where the raw prompt ends with it, it is moved there
     (the paper moves ``Answer:`` behind ``[/INST]``), so that all members continue from the same words.
@@ -47,11 +67,12 @@ class Prompt:
         'template'
     """
 
-    kind: Literal["raw", "chat", "template"] = "raw"
+    kind: Literal["raw", "chat", "template", "negative"] = "raw"
     system: str | None = None
     response_prefix: str = ""
     template: str | None = None
     user_prefix: str = ""
+    examples: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in PROMPT_KINDS:
@@ -59,9 +80,16 @@ class Prompt:
             raise RecipeError(f"prompt kind {self.kind!r} is not one of {kinds}, and as a template it lacks {{prompt}}")
         _refuse_types(self, "a prompt", str, ("response_prefix", "user_prefix"))
         _refuse_types(self, "a prompt", (str, type(None)), ("system", "template"))
-        if (self.template is not None) != (self.kind == "template"):
-            raise RecipeError("a prompt has a `template` if and only if its kind is `template`")
-        if self.template is not None and self.template.count("{prompt}") != 1:
+        if self.kind == "negative":
+            if self.template is not None:
+                refuse_negative(self.template)
+            if self.response_prefix or self.examples:
+                raise RecipeError(
+                    "a negative prompt has no `response_prefix` and no `examples`; write them into its text"
+                )
+        elif (self.template is not None) != (self.kind == "template"):
+            raise RecipeError("a prompt has a `template` if and only if its kind is `template` or `negative`")
+        elif self.template is not None and self.template.count("{prompt}") != 1:
             raise RecipeError(f"the prompt template {self.template!r} must contain {{prompt}} exactly once")
         if self.system is not None and self.kind != "chat":
             raise RecipeError("a `system` prompt needs the prompt kind `chat`")
@@ -69,6 +97,17 @@ class Prompt:
             raise RecipeError("a `user_prefix` needs the prompt kind `chat`")
         if self.response_prefix and self.kind == "raw":
             raise RecipeError("a `response_prefix` needs the prompt kind `chat` or `template`")
+        if self.examples and self.kind == "raw":
+            raise RecipeError("`examples` need the prompt kind `chat` or `template`")
+        pairs = [tuple(pair) if isinstance(pair, (list, tuple)) else pair for pair in self.examples]
+        if not all(isinstance(pair, tuple) and len(pair) == 2 and all(map(_is_text, pair)) for pair in pairs):
+            raise RecipeError("`examples` of a prompt are pairs of two texts: a prompt and its answer")
+        object.__setattr__(self, "examples", tuple(pairs))  # JSON gives lists, which cannot be hashed
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the text of the raw prompt is needed to make it, and not its ids alone."""
+        return self.kind in ("chat", "template") or (self.template is not None and "{prompt}" in self.template)
 
     @classmethod
     def parse(cls, value: Prompt | str | Mapping[str, Any] | None) -> Prompt:
@@ -235,4 +274,6 @@ def _to_json(part: Prompt | Member | Expert) -> dict[str, Any]:
         value = getattr(part, f.name)
         if f.name in ("kind", "alpha") or value != f.default:
             said[f.name] = value.to_json() if isinstance(value, (Prompt, Member)) else value
+    if isinstance(part, Prompt) and part.examples:
+        said["examples"] = [list(pair) for pair in part.examples]
     return said

@@ -5,18 +5,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from proxytune.errors import PromptError, first_line
-from proxytune.recipe.parts import Prompt
+from proxytune.errors import PromptError, RecipeError, first_line
+from proxytune.recipe.parts import Prompt, refuse_negative
 
-__all__ = ["Message", "Prompter", "left_pad", "render", "render_chat"]
+__all__ = [
+    "Encode",
+    "Message",
+    "Negative",
+    "Prompter",
+    "last_turn",
+    "left_pad",
+    "refuse_unread",
+    "render",
+    "render_chat",
+]
 
 Message = Mapping[str, str]  # {"role": "system", "user" or "assistant", "content": text}
+Negative = str | Sequence[int] | None  # a negative prompt: its text or its ids; None: what the recipe says
+Encode = Callable[[str], Sequence[int]]  # from a text that a prompt may be to its ids
 NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
@@ -32,21 +44,48 @@ class Prompter:
         self.tokenizer = tokenizer
         self.own = dict(own)
 
-    def from_ids(self, input_ids: Tensor, attention_mask: Tensor | None) -> dict[str, Sequence[Sequence[int]]]:
-        """Render every member's own prompt from the raw ids, (n_batch, n_columns), left-padded, by way of their text.
+    def from_ids(
+        self, input_ids: Tensor, attention_mask: Tensor | None, negative: Sequence[Negative] | None = None
+    ) -> dict[str, Sequence[Sequence[int]]]:
+        """Every member's own prompt for the raw ids, (n_batch, n_columns), left-padded; by way of their text if needed.
+
+        Args:
+            negative: of each row.
 
         Raises:
             PromptError: if the ids of some row do not survive decoding and encoding again, since the members
                 would then be shown another text than the base.
         """
+        kept = [
+            ids if attention_mask is None else [i for i, m in zip(ids, attention_mask[row].tolist()) if m]
+            for row, ids in enumerate(input_ids.tolist())
+        ]
+        negative = [None] * len(kept) if negative is None else negative
+        by_text = any(prompt.needs_text for prompt, _ in self.own.values())
+        by_text = by_text or any(isinstance(each, str) and "{prompt}" in each for each in negative)
+        texts = self._texts(kept) if by_text else [""] * len(kept)
+        shown = [
+            self.from_messages([{"role": "user", "content": text}], ids, self._encode, each)
+            for text, ids, each in zip(texts, kept, negative)
+        ]
+        return {name: [one[name] for one in shown] for name in self.own}
+
+    def _encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise PromptError(
+                "no tokenizer is known to read a negative prompt with; give its ids, or `tokenizer` to from_members"
+            )
+        return list(self.tokenizer(text)["input_ids"])
+
+    def _texts(self, rows: Sequence[list[int]]) -> list[str]:
+        """The texts that rows of ids are the tokens of."""
         if self.tokenizer is None:
             raise PromptError(
                 "members have prompts of their own, but no tokenizer is known to render them; "
                 "pass `member_input_ids`, or give `tokenizer` to from_members"
             )
         texts = []
-        for row, ids in enumerate(input_ids.tolist()):
-            kept = ids if attention_mask is None else [i for i, m in zip(ids, attention_mask[row].tolist()) if m]
+        for row, kept in enumerate(rows):
             text = self.tokenizer.decode(kept, skip_special_tokens=True)
             again = self.tokenizer(text)["input_ids"]
             if again != kept:
@@ -56,19 +95,51 @@ class Prompter:
                     "the members' own prompts cannot be made from it; pass `member_input_ids`"
                 )
             texts.append(text)
-        return self.from_texts(texts)
+        return texts
 
-    def from_texts(self, texts: Sequence[str]) -> dict[str, Sequence[Sequence[int]]]:
-        """Member name -> the ids of its own prompt, one list a text."""
-        shown = [self.from_messages([{"role": "user", "content": text}]) for text in texts]
-        return {name: [one[name] for one in shown] for name in self.own}
+    def from_messages(
+        self, messages: Sequence[Message], ids: Sequence[int], encode: Encode, negative: Negative = None
+    ) -> dict[str, list[int]]:
+        """Member name -> the ids that it is shown for a conversation.
 
-    def from_messages(self, messages: Sequence[Message]) -> dict[str, list[int]]:
-        """Member name -> the ids that it is shown for a conversation."""
-        return {
-            name: render(prompt, tokenizer, messages, f"member {name!r}")
-            for name, (prompt, tokenizer) in self.own.items()
-        }
+        Args:
+            ids: what members with a raw prompt read. encode: gives the ids of a text in the place of the last question,
+                without the turns before it; a negative prompt is one.
+            negative: in place of the recipe's negative prompt.
+
+        Raises:
+            PromptError: for a prompt that cannot be made, and a negative one that no member reads or that is empty.
+        """
+        refuse_unread(negative, (prompt for prompt, _ in self.own.values()))
+        shown = {}
+        for name, (prompt, tokenizer) in self.own.items():
+            if prompt.kind == "negative":
+                given = prompt.template if negative is None else negative
+                shown[name] = list(ids) if given is None else _negative_ids(given, messages, encode)
+            else:
+                shown[name] = render(prompt, tokenizer, messages, f"member {name!r}")
+        return shown
+
+
+def refuse_unread(negative: Negative, prompts: Iterable[Prompt]) -> None:
+    """Raise :class:`PromptError` for a negative prompt that no member of a recipe with these prompts reads."""
+    if negative is not None and all(prompt.kind != "negative" for prompt in prompts):
+        raise PromptError(
+            "the recipe has no member that reads a negative prompt; make one with `proxytune new DIR --base MODEL "
+            "--negative-prompt TEXT`, or leave the negative prompt out"
+        )
+
+
+def _negative_ids(given: str | Sequence[int], messages: Sequence[Message], encode: Encode) -> list[int]:
+    if not isinstance(given, str):
+        if len(given) == 0:
+            raise PromptError("the negative prompt is empty; give at least one token, or leave it out")
+        return list(given)
+    try:
+        refuse_negative(given)
+    except RecipeError as error:
+        raise PromptError(str(error)) from error
+    return list(encode(given.replace("{prompt}", messages[-1]["content"])))
 
 
 def render(prompt: Prompt, tokenizer: Any, said: str | Sequence[Message], who: str = "a member") -> list[int]:
@@ -87,13 +158,19 @@ def render(prompt: Prompt, tokenizer: Any, said: str | Sequence[Message], who: s
         last["content"] = last["content"].rstrip().removesuffix(prompt.response_prefix.strip()).rstrip()
     if prompt.kind == "template":
         assert prompt.template is not None
-        filled = prompt.template.replace("{prompt}", _as_text(messages)) + prompt.response_prefix
+        before = "".join(f"{question}{answer}\n\n" for question, answer in prompt.examples)
+        filled = before + prompt.template.replace("{prompt}", _as_text(messages)) + prompt.response_prefix
         return list(tokenizer(filled)["input_ids"])
-    for message in messages:
+    system = [message for message in messages if message["role"] == "system"]
+    turns = [message for message in messages if message["role"] != "system"]
+    for question, answer in reversed(prompt.examples):
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}, *turns]
+    for message in turns:
         if message["role"] == "user":
             message["content"] = prompt.user_prefix + message["content"]
     if prompt.system is not None:  # the recipe's own comes before the conversation's
-        messages = [{"role": "system", "content": prompt.system}, *(m for m in messages if m["role"] != "system")]
+        system = [{"role": "system", "content": prompt.system}]
+    messages = [*system, *turns]
     return render_chat(tokenizer, messages, who, prompt.response_prefix)
 
 
@@ -116,6 +193,11 @@ def chat_text(tokenizer: Any, messages: Sequence[Message], who: str) -> str:
 def transcript(messages: Sequence[Message]) -> str:
     """A conversation as plain text, for models without a chat template."""
     return "\n".join(f"{NAMES[message['role']]}: {message['content']}" for message in messages)
+
+
+def last_turn(messages: Sequence[Message], text: str) -> list[Message]:
+    """``text`` as the only question of a conversation, behind its system prompt."""
+    return [*(message for message in messages if message["role"] == "system"), {"role": "user", "content": text}]
 
 
 def _as_text(messages: Sequence[Message]) -> str:

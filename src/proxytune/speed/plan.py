@@ -193,6 +193,14 @@ def plan_recipe(config: ProxyTuneConfig, options: PlanOptions, loading: LoadingO
     weights["shared"] += sum(lane.quick_head_bytes for lane in lanes)
     caches = {kind: _cache_bytes(those) for kind, those in held.items()}
     predictions = predict(costs, options.acceptances, timed=options.probe)
+    if drafting is None:
+        notes = [
+            *notes,
+            "no member besides the base's has weights of its own, so none can draft; drafts are copied from "
+            "the text where it repeats itself, which these figures leave out",
+        ]
+    elif not any(one.n_drafts for one in predictions):
+        notes = [*notes, "drafting cannot pay here"]
     return Plan(basis, lanes, weights, caches, predictions, notes, compared)
 
 
