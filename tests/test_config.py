@@ -88,7 +88,10 @@ def test_experts_are_named_in_order():
         ({"base": {"model": "b", "alpha": 1}}, "member 'b' has an unknown field 'alpha'; it belongs to an entry of"),
         ({"base": {"model": "b", "system": "s"}}, "member 'b' has an unknown field 'system'; it belongs to the"),
         ({"base": {"model": "b", "prompt": {"kind": "chat", "adapter": "a"}}}, "a prompt has an unknown field"),
-        ({"base": {"model": "b", "prompt": 5}}, "a prompt must be raw, chat, template, negative, or an object of its fields"),
+        (
+            {"base": {"model": "b", "prompt": 5}},
+            "a prompt must be raw, chat, template, negative, or an",
+        ),
         ({"base": {"model": "b", "prompt": {"kind": "chat", "system": 5}}}, "`system` of a prompt cannot be 5"),
         ({"base": {"model": "b", "prompt": {"kind": "chat", "user_prefix": None}}}, "`user_prefix` of a prompt"),
         ({"base": {"model": "b", "adapter": 5}}, "`adapter` of member 'b' cannot be 5"),
