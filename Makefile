@@ -14,7 +14,7 @@ VLLM_VENV  ?= .venv-vllm
 VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help install install-vllm demo bench bench-gpu bench-vllm test test-slow test-vllm check lint types docs clean
+.PHONY: help install install-vllm demo bench bench-gpu bench-vllm test test-slow test-vllm check lint types docs linkcheck dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -76,7 +76,14 @@ types: install  ## mypy, strict
 docs: install  ## the pages, warnings are errors
 	$(BIN)/sphinx-build --quiet --fail-on-warning --builder html docs site
 
+linkcheck: install  ## whether the links of the pages to other sites work; needs the network
+	$(BIN)/sphinx-build --quiet --builder linkcheck docs site/linkcheck
+
+dist: install  ## wheel and sdist, in dist/
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+
 check: lint types docs test test-slow  ## all that must hold before a commit lands
 
 clean:  ## remove the environments and what tools leave behind
-	rm -rf $(VENV) $(VLLM_VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -50,25 +50,29 @@ class Branch:
 class ExplainOptions:
     """What is shown of an answer's trace."""
 
-    moves: int = option(10, "List so many tokens that steering moved furthest.", metavar="K", min=1)
+    moves: int = option(10, "How many of the tokens that steering moved furthest to list.", metavar="K", min=1)
     trace_top_k: int | None = option(
-        None, "Record so many of each model's likeliest tokens; 5 by default.", metavar="K", min=1
+        None, "How many of each model's most probable tokens to record; 5 by default.", metavar="K", min=1
     )
     html: Path | None = option(
-        None, "Write a page there that opens in a browser, in place of the text.", metavar="FILE"
+        None, "Write a page for the browser to this file, instead of printing text.", metavar="FILE"
     )
-    answer: int | None = option(None, "Show this answer of a FILE, from 1.", metavar="N", min=1)
+    answer: int | None = option(None, "Which answer of a FILE to show, counted from 1.", metavar="N", min=1)
     branch: tuple[Branch, ...] = option(
         (),
-        "Put another token at place N of the answer, from 1, and go on from there: a candidate's text, or #ID. Given "
-        "again, it changes the answer that the first one gave.",
+        "Put another token at place N of the answer (counted from 1) and continue from there. TOKEN is the text of a "
+        "candidate, or #ID. A second --branch changes the answer of the first one.",
         metavar="N:TOKEN",
         many=True,
         parse=lambda texts: tuple(map(Branch.parse, texts)),
     )
     branch_alpha: float | Mapping[str, float] | None = option(
         None,
-        **{**ALPHA, "flag": "--branch-alpha", "help": "Strength of steering from there on; 0 goes on unsteered."},
+        **{
+            **ALPHA,
+            "flag": "--branch-alpha",
+            "help": "Strength of steering after the branch; 0 continues without steering.",
+        },
     )
 
     def __post_init__(self) -> None:
@@ -86,14 +90,14 @@ class AnalyzeOptions:
 
     classes: Path | None = option(
         None,
-        "More classes of tokens, as YAML or JSON: NAME: {about: TEXT, pattern: REGEX}; NAME: null drops one.",
+        "More classes of tokens, as YAML or JSON: NAME: {about: TEXT, pattern: REGEX}; NAME: null removes one.",
         metavar="FILE",
     )
-    top: int = option(10, "List so many of the most promoted and most demoted tokens.", metavar="K", min=1)
+    top: int = option(10, "How many of the most promoted and most demoted tokens to list.", metavar="K", min=1)
     plot: Path | None = option(
-        None, "Draw classes and positions there, as PNG and SVG; needs matplotlib.", metavar="DIR"
+        None, "Draw the classes and positions into this directory, as PNG and SVG; needs matplotlib.", metavar="DIR"
     )
-    seed: int = option(0, "Of the bootstrap.", metavar="N")
+    seed: int = option(0, "Seed for the bootstrap.", metavar="N")
 
     def __post_init__(self) -> None:
         if self.plot is not None and self.plot.exists() and not self.plot.is_dir():

@@ -17,14 +17,15 @@ from proxytune.recipe.parts import refuse_negative
 __all__ = ["ALPHA", "AnswerOptions", "ChatOptions", "ChatSampling", "JobOptions", "Sampling"]
 
 ALPHA: dict[str, Any] = {
-    "help": "Strength of steering in place of the recipe's, for all experts or for one; repeatable.",
+    "help": "Strength of steering, instead of the recipe's: a number for all experts, or NAME=NUMBER for one. "
+    "Repeatable.",
     "flag": "--alpha -a",
     "metavar": "NUMBER|NAME=NUMBER",
     "many": True,
     "parse": alpha_of_text,
 }
 MOST: dict[str, Any] = {
-    "help": "Most new tokens of an answer.",
+    "help": "Maximum number of new tokens per answer.",
     "flag": "--max-new-tokens -n",
     "metavar": "N",
     "min": 1,
@@ -39,7 +40,9 @@ class AnswerOptions:
     max_new_tokens: int = option(256, **MOST)
     chat: bool = option(False, "Put each prompt into the recipe's chat template, as the user's turn.")
     system: str | None = option(
-        None, "System prompt of the chat templates; a member's own comes first.", metavar="TEXT"
+        None,
+        "System prompt for the chat templates. A member with a system prompt of its own keeps that.",
+        metavar="TEXT",
     )
     negative_prompt: str | None = option(
         None,
@@ -69,7 +72,7 @@ class ChatOptions(AnswerOptions):
     chat: bool = True
     trace: Path | None = option(
         None,
-        "Append why each token of an answer was chosen to this file, as JSON lines: one object an answer.",
+        "Append a trace of each answer to this file, as JSON lines: why each token was chosen.",
         metavar="FILE",
     )
 
@@ -82,12 +85,22 @@ class Sampling:
     """
 
     temperature: float | None = option(None, "Sample at this temperature; 0 is greedy.", metavar="T", panel="Sampling")
-    top_p: float | None = option(None, "Sample from the likeliest tokens that sum to P.", metavar="P", panel="Sampling")
-    top_k: int | None = option(None, "Sample from the K likeliest tokens.", metavar="K", panel="Sampling")
-    min_p: float | None = option(
-        None, "Sample from tokens at least P times as likely as the likeliest.", metavar="P", panel="Sampling"
+    top_p: float | None = option(
+        None, "Sample from the most probable tokens whose probabilities sum to P.", metavar="P", panel="Sampling"
     )
-    seed: int = option(0, "Seed of the sampling; each prompt draws by its place.", metavar="N", panel="Sampling")
+    top_k: int | None = option(None, "Sample from the K most probable tokens.", metavar="K", panel="Sampling")
+    min_p: float | None = option(
+        None,
+        "Sample from tokens that are at least P times as probable as the most probable one.",
+        metavar="P",
+        panel="Sampling",
+    )
+    seed: int = option(
+        0,
+        "Seed for sampling. Each prompt draws its own random numbers, by its place in the job.",
+        metavar="N",
+        panel="Sampling",
+    )
 
     def __post_init__(self) -> None:
         if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -114,7 +127,7 @@ class ChatSampling(Sampling):
     """The same in a conversation."""
 
     seed: int = option(
-        _another_seed, "Seed of the sampling; by default another each time.", metavar="N", panel="Sampling"
+        _another_seed, "Seed for sampling; by default a different one each time.", metavar="N", panel="Sampling"
     )
 
 
@@ -124,35 +137,36 @@ class JobOptions:
 
     input: str | None = option(
         None,
-        'JSON lines {"prompt": ..., "alpha": ..., "negative_prompt": ...}, or a JSON list of these, instead of '
-        "PROMPTs; - is stdin. Other fields are passed on.",
+        'Read prompts from this file: JSON lines {"prompt": ..., "alpha": ..., "negative_prompt": ...}, or a JSON list '
+        "of them; - is stdin. Other fields are copied to the answers.",
         flag="--input -i",
         metavar="FILE",
         panel="Jobs",
     )
     output: Path | None = option(
         None,
-        "Write JSON lines there; what an interrupted run has left is kept, and the rest is done.",
+        "Write the answers to this file, as JSON lines. Answers of an interrupted run are kept, and only the rest is "
+        "done.",
         flag="--output -o",
         metavar="FILE",
         panel="Jobs",
     )
-    batch_size: int = option(8, "Prompts at once.", flag="--batch-size -b", metavar="N", min=1, panel="Jobs")
-    json: bool = option(False, "Print one JSON object a prompt, in order.", panel="Jobs")
+    batch_size: int = option(8, "Prompts per batch.", flag="--batch-size -b", metavar="N", min=1, panel="Jobs")
+    json: bool = option(False, "Print one JSON object per prompt, in order.", panel="Jobs")
     trace: Path | None = option(
         None,
-        "Write why each new token was chosen there, as JSON lines: one object an answer.",
+        "Write traces to this file, as JSON lines with one object per answer: why each token was chosen.",
         metavar="FILE",
         panel="Traces",
     )
     trace_top_k: int | None = option(
         None,
-        "List so many of each model's likeliest tokens in a trace; 5 by default.",
+        "How many of each model's most probable tokens a trace lists; 5 by default.",
         metavar="K",
         min=1,
         panel="Traces",
     )
-    explain: bool = option(False, "Show below each answer what steering did to its tokens.", panel="Traces")
+    explain: bool = option(False, "Show what steering did to the tokens below each answer.", panel="Traces")
 
     def __post_init__(self) -> None:
         if self.trace is None and not self.explain and self.trace_top_k is not None:

@@ -26,20 +26,23 @@ __all__ = ["COMMANDS", "app", "main"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "new": ("recipes:new", "Make a recipe: a model directory that names its members and how they mix."),
     "presets": ("recipes:presets", "List the recipes that `new --preset` starts from."),
-    "train": ("training:train", "Make an expert of a small model and data, and the recipe that steers with it."),
-    "check": ("recipes:check", "Say whether a recipe works and what memory it needs."),
-    "generate": ("answers:generate", "Continue prompts, steered."),
+    "train": (
+        "training:train",
+        "Train an expert from a small model and data, and make the recipe that steers with it.",
+    ),
+    "check": ("recipes:check", "Check whether a recipe works and what memory it needs."),
+    "generate": ("answers:generate", "Continue prompts with a steered model."),
     "explain": ("explain:explain", "Show why each token of an answer was chosen, in the terminal or as a page."),
     "analyze": ("analyze:analyze", "Show what steering did over a set of traces, by class of token."),
-    "chat": ("chat:chat", "Talk with a steered model."),
-    "serve": ("answers:serve", "Serve a recipe as an OpenAI-compatible server, with transformers or vLLM."),
+    "chat": ("chat:chat", "Chat with a steered model."),
+    "serve": ("answers:serve", "Serve a recipe with an OpenAI-compatible server, transformers' or vLLM's."),
     "demo": ("answers:demo", "Show proxy-tuning at work on a small real model."),
     "tasks": ("evaluation:tasks", "List the tasks that `eval`, `sweep` and `score` know."),
-    "eval": ("evaluation:evaluate", "Evaluate a recipe beside its members and controls."),
+    "eval": ("evaluation:evaluate", "Evaluate a recipe, its members and controls on the same prompts."),
     "sweep": ("evaluation:sweep", "Evaluate a recipe at several alphas."),
     "score": ("evaluation:score", "Score a file of predictions."),
     "bench": ("speed:bench", "Measure what steering costs."),
-    "plan": ("speed:plan", "Predict what steering will cost, before anything is loaded."),
+    "plan": ("speed:plan", "Predict what steering will cost, without loading anything."),
 }
 
 
@@ -139,7 +142,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _app(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass

@@ -17,7 +17,8 @@ __all__ = ["analyze"]
 
 def analyze(
     traces: Annotated[
-        list[Path], typer.Argument(metavar="TRACES...", help="Files that --trace of generate, chat or eval wrote.")
+        list[Path],
+        typer.Argument(metavar="TRACES...", help="Files that --trace of generate, chat or eval has written."),
     ],
     *,
     options: AnalyzeOptions,
@@ -25,10 +26,11 @@ def analyze(
 ) -> None:
     """Show what steering did over a set of traces.
 
-    The shift of a token is its probability in the mixture minus that in the base. Tables show its mean by class of
-    token (sides of equations, digits, reasoning words, punctuation, hedges), the share of changed choices by position,
-    the most promoted and most demoted tokens, and how sure base and experts were where they chose differently; of
-    several files also each file. Intervals are 95 % and draw whole answers anew.
+    The shift of a token is its probability in the mixture minus its probability in the base. Tables show the mean shift
+    by class of token (sides of equations, digits, reasoning words, punctuation, hedges), the share of changed choices
+    by position, the most promoted and most demoted tokens, and how sure base and experts were where they chose
+    differently. With several files there is also a row per file. Intervals are 95 %, from a bootstrap over whole
+    answers.
 
     Examples:
 

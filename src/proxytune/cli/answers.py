@@ -33,23 +33,23 @@ __all__ = ["demo", "generate", "serve"]
 
 def generate(
     recipe: Recipe,
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What is to be continued.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="Text to continue.")] = None,
     *,
     options: AnswerOptions,
     sampling: Sampling,
     job: JobOptions,
     loading: LoadingOptions,
 ) -> None:
-    """Continue prompts, steered; without a PROMPT, the text on stdin is one.
+    """Continue prompts with a steered model. Without a PROMPT, read one from stdin.
 
-    Greedy unless --temperature, --top-p, --top-k or --min-p is given; what is not given of these is off. A single
-    prompt is streamed to a terminal.
+    Decoding is greedy unless --temperature, --top-p, --top-k or --min-p is given; those that are not given are off. The
+    answer to a single prompt is streamed to a terminal.
 
-    JSON objects have the fields prompt, text, tokens (the new ids, with the end-of-sequence token where the model
-    chose it, without padding), alpha (a number, or an object by name where there are several experts) and finish
-    (stop, or length where the limit or a member's context ended it), in a job also line (the input's, from 1; of a
-    JSON list the entry) and run (which recipe and options made it). A line that cannot be read is reported by its
-    number, the others are answered, and the exit status is 2.
+    JSON objects have these fields: prompt; text; tokens (the new ids without padding, and with the end-of-sequence
+    token if the model chose it); alpha (a number, or an object by name if there are several experts); finish (stop, or
+    length if the limit or a member's context ended the answer). In a job they also have line (the line of the input,
+    from 1, or the entry of a JSON list) and run (which recipe and options made it). A line that cannot be read is
+    reported by its number, the others are answered, and the exit status is 2.
 
     Examples:
 
@@ -196,11 +196,11 @@ def serve(
     draft_tokens: Annotated[
         int, typer.Option("--draft-tokens", metavar="N", min=1, help="Tokens it drafts at a time.")
     ] = 4,
-    only_print: Annotated[bool, typer.Option("--print", help="Print the command and leave.")] = False,
+    only_print: Annotated[bool, typer.Option("--print", help="Print the command and exit.")] = False,
 ) -> None:
-    """Serve a recipe as an OpenAI-compatible server: print the exact command, and run it.
+    """Serve a recipe with an OpenAI-compatible server: print the exact command and run it.
 
-    All other options are the server's own (--port 8000 …) and are passed on. A request sets its alpha in
+    All other options (--port 8000 …) are passed on to the server. A request sets its alpha in
     "generation_config": "{\\"alpha\\": 0.5}" with transformers, and in "vllm_xargs": {"alpha": 0.5} with vLLM.
 
     Examples:
@@ -237,26 +237,28 @@ def serve(
 def demo(
     task: Annotated[
         Literal["facts", "word-problems"],
-        typer.Option(metavar="TASK", help="What is asked: facts (general knowledge), or word-problems."),
+        typer.Option(metavar="TASK", help="What to ask: facts (general knowledge), or word-problems."),
     ] = "facts",
     problems: Annotated[
         str | None,
-        typer.Option(metavar="N|all", help="How many problems, or the whole test set; by default what fits a minute."),
+        typer.Option(
+            metavar="N|all", help="Number of problems, or all of the test set; by default what fits into a minute."
+        ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(metavar="N", help="Which word problems are drawn; of the facts, their order.")
+        int, typer.Option(metavar="N", help="Seed: which word problems are drawn, or the order of the facts.")
     ] = 0,
     *,
     results: ResultOptions,
 ) -> None:
-    """Show proxy-tuning at work on a small real model, for a minute: base, expert and controls against proxy-tuned.
+    """Show proxy-tuning at work on a small real model, for a minute.
 
-    Held-out problems are answered by every arm, some are shown with their answers side by side, and the right ones are
-    counted, until the evidence suffices or the minute is over. A number of problems, or all, asks them all, with more
-    controls.
+    The base, the expert alone, controls and the proxy-tuned base answer the same held-out problems. You see some of the
+    answers side by side, and a table of how many are right. The run ends when the evidence is clear or the minute is
+    over. With --problems all, or a number, it asks so many and adds more controls.
 
-    Task facts: questions of general knowledge, to be answered in a house format with made-up words. The base has the
-    knowledge, the small expert the format. Task word-problems: one step of arithmetic, with a format of its own.
+    Task facts: questions of general knowledge, answered in a house format with made-up words. The base has the
+    knowledge, the small expert has the format. Task word-problems: one step of arithmetic, in a format of its own.
 
     Examples:
 

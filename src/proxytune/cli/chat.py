@@ -34,17 +34,16 @@ def chat(
     sampling: ChatSampling,
     loading: LoadingOptions,
 ) -> None:
-    """Talk with a steered model.
+    """Chat with a steered model.
 
-    Greedy unless a sampling option is given. The members' caches are kept from turn to turn, except where members
-    have prompts of their own.
+    Decoding is greedy unless a sampling option is given. The members' caches are kept from turn to turn.
 
-    Lines that begin with / are commands: /alpha 0.5 changes the strength, /compare 0 1 shows the answers of several
-    alphas side by side, /why shows what steering did to the last answer; /retry, /undo, /reset, /system, /negative,
-    /set, /save and /load are explained by /help. At a terminal Alt-Enter begins a new line, pasted text keeps its
-    lines, and TAB completes commands and the recipe's example prompts.
+    Lines that begin with / are commands: /alpha 0.5 changes the strength, /compare 0 1 shows the answers at several
+    alphas side by side, /why shows what steering did to the last answer. /help explains /retry, /undo, /reset, /system,
+    /negative, /set, /save and /load. In a terminal Alt-Enter starts a new line, pasted text keeps its lines, and TAB completes
+    commands and the recipe's example prompts.
 
-    With --trace each answer is recorded when it ends, with the question as its prompt; those of /compare are not.
+    --trace records each answer when it ends, with the question as its prompt. Answers of /compare are not recorded.
 
     Examples:
 
@@ -296,13 +295,13 @@ class Talk:
         traces.append([trace_line(Item(1, question, alphas), made, self.names, text_of)])
 
     def alpha(self, rest: str) -> None:
-        """Steer that strongly from now on (with several experts also NAME=NUMBER); alone: say how strongly."""
+        """Set the strength of steering (with several experts also NAME=NUMBER). Without a number: show it."""
         if rest:
             self.conversation.alphas = self._alphas(rest.split())
         say(f"alpha: {self._said(self.conversation.alphas)}")
 
     def compare(self, rest: str) -> None:
-        """Answer the last question at several alphas, side by side; the conversation stays as it is."""
+        """Show answers to the last question at several alphas side by side; the conversation does not change."""
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
@@ -340,7 +339,7 @@ class Talk:
         return ", ".join(f"{name} {value:g}" for name, value in zip(self.names, alphas))
 
     def set(self, rest: str) -> None:
-        """Change temperature, top-p, top-k, min-p, seed or max-new-tokens; VALUE may be off. Alone: show them."""
+        """Set temperature, top-p, top-k, min-p, seed or max-new-tokens; VALUE may be off. Alone: show them."""
         talk = self.conversation
         if rest:
             name, _, text = rest.partition(" ")
@@ -357,20 +356,20 @@ class Talk:
         say(said + (" (greedy)" if talk.sampling.greedy else ""))
 
     def system(self, rest: str) -> None:
-        """Set the system prompt; alone: show it. /system off takes it away."""
+        """Set the system prompt. Without a text: show it. /system off removes it."""
         if rest:
             self.conversation.set_system(None if rest == "off" else rest)
         say(f"system: {self.conversation.system or 'none'}")
 
     def negative(self, rest: str) -> None:
-        """Set the negative prompt; alone: show it. /negative off goes back to the recipe's."""
+        """Set the negative prompt. Without a text: show it. /negative off goes back to the recipe's."""
         talk = self.conversation
         if rest:
             talk.set_negative(None if rest == "off" else rest)
         say(f"negative prompt: {talk.negative_prompt or 'that of the recipe'}")
 
     def retry(self, rest: str) -> None:
-        """Ask the last question again: another sample, or the answer at the alpha of now."""
+        """Ask the last question again: for another sample, or at the current alpha."""
         before = self.conversation.messages
         question = self.conversation.take_back()
         try:
@@ -380,7 +379,7 @@ class Talk:
             raise
 
     def undo(self, rest: str) -> None:
-        """Take back the last question and its answer."""
+        """Remove the last question and its answer."""
         say(f"taken back: {self.conversation.take_back()}")
 
     def reset(self, rest: str) -> None:
@@ -409,7 +408,7 @@ class Talk:
         say(f"saved to {path}")
 
     def load(self, rest: str) -> None:
-        """Go on with a conversation that was saved."""
+        """Continue a saved conversation."""
         from proxytune.recipe.alpha import resolve_alpha
 
         path, talk = _file(rest, "load"), self.conversation

@@ -41,7 +41,8 @@ Output = Annotated[
         "--output",
         "-o",
         metavar="DIR",
-        help="Predictions and results; a run that is there is carried on. By default eval-RECIPE or sweep-RECIPE.",
+        help="Directory for predictions and results. An interrupted run there is continued. By default eval-RECIPE or "
+        "sweep-RECIPE.",
     ),
 ]
 
@@ -55,7 +56,7 @@ def _tasks_dir(wanted: bool) -> None:
 def tasks(results: Annotated[ResultOptions, only("json")]) -> None:
     """List the tasks that `eval`, `sweep` and `score` know.
 
-    `score` takes the tasks that other people's prediction files exist for; docs/evaluation.md says more of each.
+    `score` takes the tasks for which published prediction files exist. docs/evaluation.md describes each task.
 
     Examples:
 
@@ -90,16 +91,16 @@ def evaluate(
             "--tasks-dir",
             callback=_tasks_dir,
             is_eager=True,
-            help="Print where the tasks lie, for `lm_eval --include_path`, and leave.",
+            help="Print the directory of the tasks, for `lm_eval --include_path`, and exit.",
         ),
     ] = False,
 ) -> None:
-    """Evaluate a recipe: base, experts alone, proxy-tuned and controls on the same prompts.
+    """Evaluate a recipe: the base, the experts alone, the proxy-tuned base and controls answer the same prompts.
 
-    Each prediction is written as it comes to DIR/TASK/ARM.jsonl, and what is there is not made again: a killed run goes
-    on where it was, and arms and tasks can be added. DIR gets results.json, results.md, results.png and results.svg
-    with intervals, paired tests, the gap closed and examples a second; the tables are printed. An arm or task that
-    cannot be had is left out with its reason, and the exit status is 2, or 3 where a judge did not answer.
+    Predictions are written to DIR/TASK/ARM.jsonl while the run goes on. A killed run continues where it stopped, and
+    you can add arms and tasks to a finished one. The tables are printed; DIR also gets results.json, results.md,
+    results.png and results.svg, with intervals, paired tests, the gap closed and examples per second. An arm or task
+    that is not possible is left out with its reason. Then the exit status is 2, or 3 if a judge did not answer.
 
     Examples:
 
@@ -124,7 +125,10 @@ def sweep(
     alpha: Annotated[
         str,
         typer.Option(
-            "--alpha", "-a", metavar="[NAME=]START:STOP:STEP", help="The alphas, or A,B,...; of one expert, or of all."
+            "--alpha",
+            "-a",
+            metavar="[NAME=]START:STOP:STEP",
+            help="The alphas to try: a range or A,B,..., for one expert or for all.",
         ),
     ] = "0:2:0.25",
     output: Output = None,
@@ -137,8 +141,8 @@ def sweep(
 ) -> None:
     """Evaluate a recipe at several alphas: a table and a plot of the curve, with intervals.
 
-    Each prompt is read once for all alphas. Predictions go to DIR/TASK/alpha=A.jsonl, and a killed run goes on where
-    it was; alphas can be added.
+    Each prompt is read once for all alphas. Predictions go to DIR/TASK/alpha=A.jsonl. A killed run continues where it
+    stopped, and you can add alphas.
 
     Examples:
 
@@ -232,14 +236,14 @@ def score(
     *,
     results: ResultOptions,
     rerun: Annotated[
-        bool, typer.Option("--rerun", help="Judge those lines too that carry a verdict already (passed, is_toxic, …).")
+        bool, typer.Option("--rerun", help="Also judge lines that have a verdict already (passed, is_toxic, …).")
     ] = False,
     data: Annotated[
         str | None,
         typer.Option(
             metavar="FILE|ID",
             help="The problems of a code task, or the reference answers of alpacafarm: JSON lines, or a hub data set; "
-            "the hub's own by default.",
+            "by default the hub's own.",
         ),
     ] = None,
     code: CodeOptions,
@@ -248,16 +252,16 @@ def score(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Where a judge's verdicts are kept, and taken from; by default beside the predictions.",
+            help="File that keeps the judge's verdicts; by default next to the predictions.",
             rich_help_panel="Judges",
         ),
     ] = None,
 ) -> None:
-    """Score a file of predictions, ours or those that the paper's authors published.
+    """Score a file of predictions: your own, or those that the paper's authors published.
 
-    The figures are theirs: the same rules, on the same field names. Code is run in a sandbox; where it cannot be locked
-    up it is not run. Verdicts of a judge are kept as they come: the exit status is 3 if the judge does not answer, and
-    the same command then goes on from there.
+    The rules and the field names are the authors', so the figures are too. Code runs in a sandbox; if it cannot be
+    locked up, it is not run. A judge's verdicts are saved while it works. If the judge does not answer, the exit status
+    is 3, and the same command continues from there.
 
     Examples:
 

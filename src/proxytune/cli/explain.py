@@ -41,13 +41,11 @@ def explain(
         str,
         typer.Argument(
             metavar="RECIPE|FILE",
-            help="A recipe, or a file of traces or of OpenAI responses with logprobs.",
+            help="A recipe, or a file with traces or with OpenAI responses with logprobs.",
             callback=_placed,
         ),
     ],
-    prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="What is to be continued; not with a FILE.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt; not with a FILE.")] = None,
     *,
     view: ExplainOptions,
     options: AnswerOptions,
@@ -57,16 +55,16 @@ def explain(
 ) -> None:
     """Show why each token of an answer was chosen.
 
-    The answer is that of `proxytune generate`; without a PROMPT, the text on stdin is one. Tokens are shaded by how far
-    steering moved them, and a table says of the largest moves what the base and each expert would have written. With
-    --html all of it is one file that opens in a browser, with every token's candidates, a slider of alpha, and the
-    answers of the base and the experts alone.
+    The answer is the one that `proxytune generate` gives. Without a PROMPT, the prompt is read from stdin. Tokens are
+    shaded by how far steering moved them. A table shows the largest moves, with what the base and each expert would
+    have written there. --html writes all of it as one page for the browser, with the candidates of every token, a
+    slider for alpha, and the answers of the base and the experts alone.
 
-    --branch 3:TOKEN keeps the first two tokens of the answer, puts another one behind them, and goes on from there,
-    steered or with --branch-alpha 0 unsteered.
+    --branch 3:TOKEN keeps the first two tokens of the answer, puts TOKEN behind them, and continues from there:
+    steered, or with --branch-alpha 0 unsteered.
 
     A FILE is what `proxytune generate --trace` writes, or JSON of OpenAI's chat completions or completions with
-    logprobs; what it does not record is shown as unknown.
+    logprobs. What it does not record is shown as unknown.
 
     Examples:
 

@@ -87,13 +87,16 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
 
 
 QUIET: Any = typer.Option("--quiet", "-q", help="Print results and errors only.")
-VERBOSE: Any = typer.Option("--verbose", "-v", help="Print what the libraries report, and where an error comes from.")
+VERBOSE: Any = typer.Option(
+    "--verbose", "-v", help="Also print what the libraries report, and where an error comes from."
+)
 CONFIG: Any = typer.Option(
     "--config",
     metavar="FILE",
-    help="Take options from a YAML or JSON file, or from the manifest of a run; options given here come first.",
+    help="Take options from a YAML or JSON file, or from the manifest of a run. Options on the command line come "
+    "first.",
 )
-PRINT_CONFIG: Any = typer.Option("--print-config", help="Print all options as such a file, and leave.")
+PRINT_CONFIG: Any = typer.Option("--print-config", help="Print all options as such a file and exit.")
 
 
 def _added(name: str, option: Any, kind: Any = bool, default: Any = False) -> inspect.Parameter:

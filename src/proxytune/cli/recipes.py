@@ -24,20 +24,20 @@ __all__ = ["check", "new", "presets"]
 
 
 def new(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to be made.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to create.")],
     *,
     options: ComposeOptions,
     force: Annotated[bool, typer.Option("--force", help="Write into a directory that is not empty.")] = False,
     offline: Annotated[
-        bool, typer.Option("--offline", help="Do not reach the hub; leave out what is not cached.")
+        bool, typer.Option("--offline", help="Do not use the hub; leave out what is not cached.")
     ] = False,
     loading: Annotated[LoadingOptions, only("trust_remote_code")],
 ) -> None:
     """Make a recipe: a model directory that names its members and how they mix.
 
-    A member is a hub id, a local directory or a .gguf file. Its weights stay where they are; the base's config,
-    tokenizer and generation config are copied. Relative paths are kept relative to DIR. The recipe is then checked, and
-    the exit status is 2 if it does not work.
+    A member is a hub id, a local directory or a .gguf file. Its weights stay where they are. The base's config,
+    tokenizer and generation config are copied. Relative paths are stored relative to DIR. Then the recipe is checked.
+    The exit status is 2 if it does not work.
 
     Examples:
 
@@ -93,10 +93,10 @@ def _solved(path: Path) -> list[tuple[str, str]]:
 
 
 def presets(results: Annotated[ResultOptions, only("json")]) -> None:
-    """List the recipes that `new --preset` starts from: the paper's trios, and two of today's.
+    """List the recipes that `new --preset` starts from: the paper's trios, and two newer ones.
 
-    Nobody has run them here: the models are too large. `proxytune check` says of a recipe made from one whether it
-    works.
+    We have not run them: the models are too large for our machines. Make a recipe from one, and `proxytune check` shows
+    whether it works.
 
     Examples:
 
@@ -121,16 +121,17 @@ def check(
     recipe: Recipe,
     *,
     run: Annotated[
-        bool, typer.Option("--run", help="Load the recipe, and try it against the plain loop on its own models.")
+        bool, typer.Option("--run", help="Load the recipe and compare its answers with the plain loop.")
     ] = False,
     results: ResultOptions,
     loading: Annotated[LoadingOptions, only("dtype", "trust_remote_code")],
 ) -> None:
-    """Say whether a recipe works and what memory it needs; reads configs, tokenizers and the headers of weight files.
+    """Check whether a recipe works and what memory it needs.
 
-    What cannot be told so is listed as not checked. With --run the recipe is loaded, and a few texts that it writes are
-    held against the paper's plain loop: at alpha 0, by default, without a cache, with and without drafts, and as a
-    batch. The exit status is 0 if nothing is wrong, else 2.
+    This reads configs, tokenizers and the headers of weight files, and loads no weights. It lists what cannot be
+    checked that way. With --run the recipe is loaded, and a few answers are compared with the paper's plain loop: at
+    alpha 0, at the recipe's alpha, without a cache, with and without drafts, and as a batch. The exit status is 0 if
+    nothing is wrong, else 2.
 
     Examples:
 

@@ -70,8 +70,10 @@ Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe directory,
 class ResultOptions:
     """Where a command's results go, besides the tables that it prints."""
 
-    json: bool = option(False, "Print one JSON object in place of tables.", panel="Results")
-    output: Path | None = option(None, "Write the JSON there too.", flag="--output -o", metavar="FILE", panel="Results")
+    json: bool = option(False, "Print one JSON object instead of tables.", panel="Results")
+    output: Path | None = option(
+        None, "Also write the JSON to this file.", flag="--output -o", metavar="FILE", panel="Results"
+    )
 
     def __post_init__(self) -> None:
         if self.output is not None:

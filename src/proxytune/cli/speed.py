@@ -30,11 +30,11 @@ def bench(
 ) -> None:
     """Measure what steering costs: against the base alone and against the plain three-forward loop, in one run.
 
-    All arms are greedy unless --temperature is given, read the same prompts and write the same number of tokens (end
-    tokens are put off until then, so that long outputs repeat themselves); they take turns round by round.
-    The arms: base, base_lookup (with prompt-lookup drafts), plain_loop (three models, three forwards a token),
+    All arms read the same prompts and write the same number of tokens, round by round in turn. They are greedy unless
+    --temperature is given. An answer cannot end before that number, so long outputs repeat themselves.
+    The arms: base, base_lookup (with prompt-lookup drafts), plain_loop (three models, three forwards per token),
     composite (the recipe, nothing shared), shared (members of one set of weights in one forward) and speculative (the
-    recipe as it is loaded by default). Ctrl-C ends with what was measured until then.
+    recipe as it is loaded by default). Ctrl-C ends the run and shows what was measured so far.
     The exit status is 2 if steered arms wrote different tokens that no near tie explains.
 
     Examples:
@@ -161,12 +161,12 @@ def plan(
     results: ResultOptions,
     loading: Annotated[LoadingOptions, only("device_map", "trust_remote_code")],
 ) -> None:
-    """Predict what steering will cost beside the base alone, before anything is loaded.
+    """Predict what steering will cost compared to the base alone, without loading anything.
 
-    From the members' configs: neither weights nor tokenizers need to be there. Costs are of one more token of every
-    row, where the base alone costs 1: naive is a forward of every member, shared one of every set of weights, and
-    speculative lets the cheapest of them draft, as many tokens as pay best. With --probe the recipe is loaded and its
-    forwards are timed; without, a step costs the bytes of weights that it moves.
+    Only the members' configs are read: their weights and tokenizers need not be there. A cost is that of one more token
+    in every row, and the base alone costs 1. naive is a forward of every member, shared is a forward of every set of
+    weights, and in speculative the cheapest set drafts as many tokens as pay best. With --probe the recipe is loaded
+    and its forwards are timed. Without it a step costs the bytes of weights that it reads.
 
     Examples:
 

@@ -20,14 +20,14 @@ __all__ = ["train"]
 
 
 def train(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to be made: the recipe, M+ in it.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to create: the recipe, with M+ in it.")],
     options: TrainingOptions,
     settings: Settings,
 ) -> None:
-    """Make an expert of a small model and data, and the recipe that steers a large one with it.
+    """Train an expert from a small model and data, and make the recipe that steers a large model with it.
 
-    M+ begins as the anti-expert M- and is trained on the completions alone, by TRL's SFTTrainer; the defaults are the
-    paper's. OUT is then a recipe: proxytune check OUT. Logs for TensorBoard lie in OUT/training/logs.
+    The expert M+ starts as the anti-expert M- and learns the completions, with TRL's SFTTrainer. The defaults are the
+    paper's. OUT is then a recipe: try proxytune check OUT. Logs for TensorBoard are in OUT/training/logs.
 
     Examples:
 

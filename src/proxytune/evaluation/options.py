@@ -21,39 +21,43 @@ class EvaluationOptions:
     """What is evaluated."""
 
     tasks: tuple[str, ...] = option(
-        help="What is evaluated; see docs/evaluation.md.", flag="--tasks -t", metavar="NAME,...", parse=words
+        help="Tasks to evaluate; `proxytune tasks` lists them.", flag="--tasks -t", metavar="NAME,...", parse=words
     )
     arms: tuple[str, ...] | None = option(
         None,
-        "base, anti_expert, expert, proxy_tuned, tuned, base_few_shot, base_many_shot, mean_logits, weighted_mean, "
-        "base_own_examples; by default those that the recipe, the tasks and the options have.",
+        "Who answers: base, anti_expert, expert, proxy_tuned, tuned, base_few_shot, base_many_shot, mean_logits, "
+        "weighted_mean, base_own_examples; by default all that the recipe, the tasks and the options allow.",
         metavar="NAME,...",
         parse=words,
     )
-    tuned: str | None = option(None, "A directly tuned model, for the gap closed.", metavar="MODEL")
+    tuned: str | None = option(None, "A directly finetuned large model, to compute the gap closed.", metavar="MODEL")
     mean_weight: float | None = option(
-        None, "The expert's weight w in the arm weighted_mean, base + w * expert.", metavar="W", min=0
+        None, "Weight w of the expert in the arm weighted_mean, base + w * expert.", metavar="W", min=0
     )
     alpha: float | Mapping[str, float] | None = option(None, **ALPHA)
     data: str | None = option(
-        None, "A file or a folder in place of the hub.", metavar="PATH", envvar="PROXYTUNE_DATA", panel="Data"
+        None,
+        "A file or a folder with the data, instead of the hub.",
+        metavar="PATH",
+        envvar="PROXYTUNE_DATA",
+        panel="Data",
     )
     limit: int | None = option(
-        None, "So many examples of each task, drawn by --seed; all by default.", metavar="N", min=1, panel="Data"
+        None, "Number of examples per task, drawn with --seed; all by default.", metavar="N", min=1, panel="Data"
     )
     samples: int | None = option(
         None,
-        "Samples a problem, in tasks that sample; 20 as in the paper by default.",
+        "Samples per problem, in tasks that sample; 20 by default, as in the paper.",
         metavar="N",
         min=1,
         panel="Data",
     )
-    seed: int = option(0, "Of the examples drawn and of sampling.", metavar="N", panel="Data")
-    batch_size: int = option(8, "Rows at once.", flag="--batch-size -b", metavar="N", min=1, panel="Speed")
+    seed: int = option(0, "Seed for drawing examples and for sampling.", metavar="N", panel="Data")
+    batch_size: int = option(8, "Rows per batch.", flag="--batch-size -b", metavar="N", min=1, panel="Speed")
     trace: bool = option(
         False,
-        "Write why each token of the arm proxy_tuned was chosen to DIR/TASK/proxy_tuned.trace.jsonl, one line an "
-        "answer; not for tasks that score given continuations.",
+        "Write a trace of each answer of the arm proxy_tuned to DIR/TASK/proxy_tuned.trace.jsonl: why each token was "
+        "chosen. Not for tasks that score given continuations.",
         panel="Traces",
     )
 
@@ -78,23 +82,26 @@ class CodeOptions:
 
     ks: tuple[int, ...] = option(
         (1, 10),
-        "pass@k, for every k that the samples allow.",
+        "Report pass@k for each of these k that the samples allow.",
         flag="--k",
         metavar="K,...",
         panel="Code",
         parse=numbers("--k", "1,10"),
     )
-    workers: int | None = option(None, "Programs at once; by default one a core.", metavar="N", min=1, panel="Code")
+    workers: int | None = option(
+        None, "Programs that run at the same time; by default one per core.", metavar="N", min=1, panel="Code"
+    )
     seconds: float | None = option(
         None,
-        "CPU time of a program, by default 3 (ds1000: 60); 7 more of wall time (ds1000: twice as much).",
+        "CPU seconds per program, 3 by default (ds1000: 60). The limit of wall time is 7 seconds more (ds1000: twice "
+        "as much).",
         metavar="S",
         min=1,
         panel="Code",
     )
     unguarded: bool = option(
         False,
-        "Run generated code even where it cannot be locked up: it may then do what you may do.",
+        "Run generated code even if it cannot be locked up. It may then do whatever you may do.",
         panel="Code",
     )
 
@@ -109,7 +116,7 @@ class JudgeOptions:
 
     names: tuple[str, ...] = option(
         (),
-        "A local classifier or language model. truthfulqa_open takes two: of truth, of information.",
+        "A local classifier or language model. truthfulqa_open takes two: one for truth, one for information.",
         flag="--judge",
         metavar="DIR|ID",
         panel="Judges",
@@ -118,27 +125,27 @@ class JudgeOptions:
     )
     label: str | None = option(
         None,
-        "The classifier's label that means yes (or toxic), where its config does not say.",
+        "The classifier's label that means yes (or toxic), if its config does not say.",
         flag="--judge-label",
         metavar="NAME",
         panel="Judges",
     )
     url: str | None = option(
-        None, "An OpenAI-compatible endpoint, with its /v1.", flag="--judge-url", metavar="URL", panel="Judges"
+        None, "URL of an OpenAI-compatible endpoint, with its /v1.", flag="--judge-url", metavar="URL", panel="Judges"
     )
     models: tuple[str, ...] = option(
         (),
-        "The model there; truthfulqa_open takes two. For alpacafarm an annotator of alpaca_eval.",
+        "Name of the model at that endpoint; truthfulqa_open takes two. For alpacafarm: an annotator of alpaca_eval.",
         flag="--judge-model",
         metavar="NAME",
         panel="Judges",
         many=True,
         parse=tuple,
     )
-    chat: bool = option(False, "The endpoint has chat completions alone.", flag="--judge-chat", panel="Judges")
+    chat: bool = option(False, "The endpoint has only chat completions.", flag="--judge-chat", panel="Judges")
     key: str = option(
         "OPENAI_API_KEY",
-        "The environment variable with its key.",
+        "Environment variable that holds the key of the endpoint.",
         flag="--judge-key",
         metavar="VARIABLE",
         panel="Judges",

@@ -14,7 +14,7 @@ from proxytune.recipe.source import resolve
 
 __all__ = ["DTYPES", "TRUST", "ComposeOptions", "LoadingOptions", "MemberChoice", "device_map"]
 
-TRUST = "Run code that the members bring along."
+TRUST = "Run code that comes with the members."
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 
 
@@ -36,13 +36,13 @@ class LoadingOptions:
 
     dtype: str | None = option(
         None,
-        "Dtype of members whose entry in the recipe sets none; the checkpoint's by default.",
+        "Dtype of members that set none in the recipe; by default that of their checkpoint.",
         metavar="float32|float16|bfloat16|auto",
         panel="Loading",
     )
     device_map: str | int | None = option(
         None,
-        "Where members go whose entry sets none: auto, cpu, cuda:1.",
+        "Device of members that set none in the recipe: auto, cpu, cuda:1.",
         metavar="auto|DEVICE",
         panel="Loading",
         parse=device_map,
@@ -50,15 +50,15 @@ class LoadingOptions:
     trust_remote_code: bool = option(False, TRUST, panel="Loading")
     speculate: str | bool | int = option(
         "auto",
-        "Let an expert draft N tokens ahead, which the base then verifies at once: where it pays, never, or always. "
-        "Answers stay the same, sampled ones too.",
+        "Drafting: an expert proposes N tokens, and the base verifies them in one pass. auto drafts where it pays, "
+        "off never drafts. Answers stay the same, sampled ones too.",
         metavar="auto|off|N",
         panel="Speed",
         parse=_drafts,
     )
     pack: bool = option(
         False,
-        "Lay the weights out for the CPU first: several times faster there, for float32 and bfloat16.",
+        "Rearrange the weights for the CPU when loading: several times faster there, for float32 and bfloat16.",
         panel="Speed",
     )
 
@@ -82,13 +82,16 @@ class MemberChoice:
     """What is said of one member."""
 
     model: str | None = option(None, flag="", metavar="MODEL", panel="Members")
-    revision: str | None = option(None, "The MEMBER's branch, tag or commit.", metavar="REVISION", panel="Members")
+    revision: str | None = option(None, "Branch, tag or commit of the MEMBER.", metavar="REVISION", panel="Members")
     prompt: str | None = option(
-        None, "What the MEMBER is shown; TEXT holds {prompt}.", metavar="raw|chat|TEXT", panel="Prompts"
+        None,
+        "What the MEMBER reads: the raw prompt, its chat template, or TEXT with {prompt} in it.",
+        metavar="raw|chat|TEXT",
+        panel="Prompts",
     )
-    dtype: str | None = option(None, "The MEMBER's: float32, bfloat16 …", metavar="DTYPE", panel="Loading")
+    dtype: str | None = option(None, "Dtype of the MEMBER: float32, bfloat16 …", metavar="DTYPE", panel="Loading")
     device_map: str | int | None = option(
-        None, "Where the MEMBER goes: auto, cuda:1.", metavar="DEVICE", panel="Loading", parse=device_map
+        None, "Device of the MEMBER: auto, cuda:1.", metavar="DEVICE", panel="Loading", parse=device_map
     )
 
 
@@ -102,11 +105,13 @@ class ComposeOptions:
         metavar="NAME",
         panel="Members",
     )
-    alpha: float | None = option(None, "Strength; 1 by default.", flag="--alpha -a", metavar="NUMBER", panel="Mixing")
-    name: str | None = option(None, "The expert's name; `expert` by default.", metavar="NAME", panel="Mixing")
-    base: MemberChoice = option(MemberChoice(), "The model that is steered.")
-    expert: MemberChoice = option(MemberChoice(), "The model it is steered towards.")
-    anti_expert: MemberChoice = option(MemberChoice(), "What the expert was before it was tuned.")
+    alpha: float | None = option(
+        None, "Strength of steering; 1 by default.", flag="--alpha -a", metavar="NUMBER", panel="Mixing"
+    )
+    name: str | None = option(None, "Name of the expert; `expert` by default.", metavar="NAME", panel="Mixing")
+    base: MemberChoice = option(MemberChoice(), "The large model to steer.")
+    expert: MemberChoice = option(MemberChoice(), "The small model after finetuning: steer towards it.")
+    anti_expert: MemberChoice = option(MemberChoice(), "The small model before finetuning: steer away from it.")
     small: str | None = option(
         None,
         "An expert without training: this model is both expert and anti-expert, and only the expert reads what "
@@ -139,31 +144,31 @@ class ComposeOptions:
     )
     add_expert: tuple[str, ...] = option(
         (),
-        "One more expert; fields: anti, alpha, adapter, and prompt, dtype, revision (anti-… for the anti-expert). With "
-        "no EXPERT the adapter is on the anti-expert. Repeatable.",
+        "Add one more expert. Fields: anti, alpha, adapter, and prompt, dtype, revision (anti-… for the anti-expert)."
+        " Without EXPERT the adapter is on the anti-expert. Repeatable.",
         metavar="NAME=EXPERT[,FIELD=VALUE…]",
         panel="Members",
         many=True,
         parse=tuple,
     )
     expert_adapter: str | None = option(
-        None, "LoRA adapter on the expert, or, without one, on the anti-expert.", metavar="PATH", panel="Members"
+        None, "LoRA adapter on the expert or, without one, on the anti-expert.", metavar="PATH", panel="Members"
     )
     system: str | None = option(
-        None, "System prompt of the members whose prompt is chat.", metavar="TEXT", panel="Prompts"
+        None, "System prompt for the members whose prompt is chat.", metavar="TEXT", panel="Prompts"
     )
     response_prefix: str | None = option(
         None,
-        "Words that answers begin with, such as 'Answer:', moved behind the members' own prompts.",
+        "First words of every answer, such as 'Answer:'; they are moved behind the members' own prompts.",
         metavar="TEXT",
         panel="Prompts",
     )
     description: str | None = option(
-        None, "What the recipe is for; shown by chat and check, and in the model card.", metavar="TEXT", panel="About"
+        None, "What the recipe is for. chat, check and the model card show it.", metavar="TEXT", panel="About"
     )
     examples: tuple[str, ...] = option(
         (),
-        "A prompt to try it with, shown by chat and check. Repeatable.",
+        "A prompt to try. chat and check show it. Repeatable.",
         flag="--example",
         metavar="TEXT",
         panel="About",
@@ -175,7 +180,7 @@ class ComposeOptions:
     )
     renamed_tokens: str | None = option(
         None,
-        "Ids whose token has another name in some member: what the message about vocabularies shows.",
+        "Ids whose token has another name in some member, as the message about vocabularies shows them.",
         metavar="JSON",
         panel="Members",
     )

@@ -82,37 +82,38 @@ class BenchOptions:
 
     batches: tuple[int, ...] = option((1, 4, 16), **BATCHES)
     lengths: tuple[str, ...] = option(
-        ("64/128", "8/512", "512/8"), "Tokens of the prompt and new tokens.", metavar="PROMPT/OUTPUT,...", parse=words
+        ("64/128", "8/512", "512/8"), "Pairs of prompt tokens and new tokens.", metavar="PROMPT/OUTPUT,...", parse=words
     )
     arms: tuple[str, ...] = option(
-        ARMS, "What is compared; ratios need base and plain_loop.", metavar="NAME,...", parse=words
+        ARMS, "What to compare; ratios need base and plain_loop.", metavar="NAME,...", parse=words
     )
     members: tuple[MemberOptions, ...] = option(
         (MemberOptions(),),
-        "Sets of member options, each on for every arm, the base alone too: a dtype (auto is the recipe's), pack, "
-        "compile.",
+        "Sets of member options. Each set is measured for every arm, the base alone too: a dtype (auto is the "
+        "recipe's), pack, compile.",
         flag="--options",
         metavar="NAME+NAME,...",
         parse=_member_options,
     )
     speculate: Any = option(
         "auto",
-        "What the arm speculative asks; a number of drafts copies none from the text.",
+        "Drafting in the arm speculative: auto, or always N tokens, with no copies from the text.",
         metavar="auto|N",
         parse=_speculate,
     )
     temperature: float | None = option(None, "Sample in all arms, with seeds; greedy by default.", metavar="T")
-    repeats: int = option(5, "Rounds, of which the median is told.", metavar="N", min=1)
+    repeats: int = option(5, "Number of rounds. The table shows their median.", metavar="N", min=1)
     minutes: float = option(
         18,
-        "Cases beyond it get fewer rounds or none, which is told; 64/128 at batch 1 always has its own. 0 is no limit.",
+        "Time limit. Cases that do not fit get fewer rounds or none, and a note says so; 64/128 at batch 1 always "
+        "gets all. 0 is no limit.",
         metavar="M",
         min=0,
     )
     prompts: Path | None = option(
-        None, "Text that prompts are cut from; the demo's held-out problems by default.", metavar="FILE"
+        None, "Text to cut the prompts from; by default the demo's held-out problems.", metavar="FILE"
     )
-    seed: int = option(0, "Of the prompts, and of the order within a round.", metavar="N")
+    seed: int = option(0, "Seed for the prompts and for the order within a round.", metavar="N")
 
     def __post_init__(self) -> None:
         for arm in self.arms:
@@ -177,15 +178,17 @@ class PlanOptions:
     batches: tuple[int, ...] = option((1, 4, 16), **BATCHES)
     members: MemberOptions = option(
         MemberOptions(),
-        "What is on in the members, as for bench: a dtype, pack.",
+        "Member options, as in bench: a dtype, pack.",
         flag="--options",
         metavar="NAME+NAME",
         parse=MemberOptions.parse,
     )
-    device: str | None = option(None, "What it shall run on; a GPU where this machine has one.", metavar="cpu|cuda")
+    device: str | None = option(
+        None, "Device to predict for; by default a GPU if this machine has one.", metavar="cpu|cuda"
+    )
     probe: bool = option(False, "Load the recipe and time it for about ten seconds.")
     against: Path | None = option(
-        None, "With --probe: hold it against what `bench --output FILE` has measured.", metavar="FILE"
+        None, "With --probe: compare with the measurements that `bench --output FILE` wrote.", metavar="FILE"
     )
 
     def __post_init__(self) -> None:

@@ -29,70 +29,92 @@ class TrainingOptions:
     """What is trained, on what, and how."""
 
     data: str = _data(
-        help="JSONL, JSON, CSV, TSV or Parquet, or a data set (NAME or NAME:CONFIG), with the columns prompt and "
-        "completion, or messages.",
+        help="Training data: JSONL, JSON, CSV, TSV or Parquet, or a data set (NAME or NAME:CONFIG), with the columns "
+        "prompt and completion, or messages.",
         metavar="FILE|NAME",
     )
-    base: str | None = _members(None, "M, which is to be steered.", metavar="MODEL")
-    anti_expert: str | None = _members(None, "M-, which M+ is made of.", metavar="MODEL")
+    base: str | None = _members(None, "M, the large model to steer.", metavar="MODEL")
+    anti_expert: str | None = _members(None, "M-, the small model to finetune.", metavar="MODEL")
     recipe: str | None = _members(
-        None, "Take base and anti-expert from a recipe, or from `demo`, in place of naming them.", metavar="RECIPE"
+        None, "Take base and anti-expert from this recipe (or from `demo`) instead of naming them.", metavar="RECIPE"
     )
-    name: str | None = _members(None, "The expert's name; the recipe's, or `expert`.", metavar="NAME")
-    alpha: float | None = _members(None, "Its strength; the recipe's, or 1.", flag="--alpha -a", metavar="NUMBER")
-    split: str = _data("train", "Of a data set.", metavar="SPLIT")
-    prompt: str | None = _data(None, "Make prompts of other columns: 'Question: {question}'.", metavar="TEXT")
-    completion: str | None = _data(None, "Make completions: ' {answer}'.", metavar="TEXT")
+    name: str | None = _members(None, "Name of the expert; by default the recipe's, or `expert`.", metavar="NAME")
+    alpha: float | None = _members(
+        None, "Strength of the expert; by default the recipe's, or 1.", flag="--alpha -a", metavar="NUMBER"
+    )
+    split: str = _data("train", "Split of the data set.", metavar="SPLIT")
+    prompt: str | None = _data(
+        None, "Template that makes prompts from other columns: 'Question: {question}'.", metavar="TEXT"
+    )
+    completion: str | None = _data(None, "Template that makes completions: ' {answer}'.", metavar="TEXT")
     validation: str | None = _data(
         None,
-        "Rows that are not trained on, in the formats of --data: their loss is measured while it trains, and the "
-        "checkpoint with the lowest is kept.",
+        "Rows for validation, in the formats of --data. Their loss is measured during training, and the checkpoint "
+        "with the lowest loss is kept.",
         metavar="FILE|NAME",
     )
     validation_split: str | None = _data(
-        None, "Of --validation where that is a data set (`validation`), or else of --data.", metavar="SPLIT"
+        None,
+        "Split of the data set of --validation (by default `validation`). Without --validation: a split of --data.",
+        metavar="SPLIT",
     )
     max_length: int | None = _data(
-        None, "Most tokens of a row; 2048, or what the members can read. Longer rows are cut, and counted.", metavar="N"
+        None,
+        "Maximum number of tokens per row; by default 2048, or what the members can read. Longer rows are cut and"
+        " counted.",
+        metavar="N",
     )
-    full: bool = _trained(False, "All of M-'s weights, not a LoRA adapter.")
-    rank: int = _trained(16, "The adapter's rank.", metavar="N")
-    lora_alpha: int | None = _trained(None, "Its alpha; twice the rank.", metavar="N")
-    targets: str = _trained("all-linear", "The modules that get one: all-linear, or q_proj,v_proj …", metavar="NAME,…")
+    full: bool = _trained(False, "Train all weights of M-, not a LoRA adapter.")
+    rank: int = _trained(16, "Rank of the adapter.", metavar="N")
+    lora_alpha: int | None = _trained(None, "LoRA's own alpha; by default twice the rank.", metavar="N")
+    targets: str = _trained(
+        "all-linear", "Modules that get an adapter: all-linear, or q_proj,v_proj …", metavar="NAME,…"
+    )
     consistent: bool = _trained(
-        False, "Train inside the mixture: the loss is taken of base + alpha * (expert - anti-expert)."
+        False, "Train inside the mixture, with the loss of base + alpha * (expert - anti-expert)."
     )
     hidden_cache: str = _trained(
         "auto",
-        "With --consistent, where the frozen members' hidden states are kept: in OUT while it trains, if it is longer "
-        "than an epoch; nowhere; or in DIR, for later runs too.",
+        "With --consistent: where to keep the hidden states of the frozen members. auto: in OUT during training, if "
+        "that is longer than an epoch. off: nowhere. DIR: there, also for later runs.",
         metavar="auto|off|DIR",
     )
     epochs: float = _how(2.0, "Passes over the data.", metavar="N")
-    max_steps: int | None = _how(None, "This many steps in place of epochs.", metavar="N")
-    lr: float | None = _how(None, "Peak learning rate; 2e-4 for an adapter, 2e-5 with --full.", metavar="RATE")
-    warmup: float = _how(0.03, "Of the steps; then it falls to 0.", metavar="SHARE")
-    batch_size: int = _how(128, "Rows a step.", metavar="N")
-    micro_batch: int | None = _how(None, "Rows in memory at once; it divides the batch. At most 8.", metavar="N")
-    precision: str = _how("auto", "Mixed precision; bf16 where the hardware has it.", metavar="auto|bf16|fp16|float32")
-    gradient_checkpointing: bool = _how(True, "Faster, for more memory.", flag="--no-gradient-checkpointing")
-    seed: int = _how(0, "Of the adapter and the order of rows.", metavar="N")
-    save_every: int | None = _run(None, "Steps between checkpoints; a tenth of the run.", metavar="N")
+    max_steps: int | None = _how(None, "Number of steps, instead of epochs.", metavar="N")
+    lr: float | None = _how(
+        None, "Peak learning rate; by default 2e-4 for an adapter, 2e-5 with --full.", metavar="RATE"
+    )
+    warmup: float = _how(
+        0.03, "Share of the steps in which the learning rate rises. Then it falls to 0.", metavar="SHARE"
+    )
+    batch_size: int = _how(128, "Rows per step.", metavar="N")
+    micro_batch: int | None = _how(
+        None, "Rows in memory at the same time; must divide the batch. By default at most 8.", metavar="N"
+    )
+    precision: str = _how(
+        "auto", "Mixed precision; auto is bf16 if the hardware has it.", metavar="auto|bf16|fp16|float32"
+    )
+    gradient_checkpointing: bool = _how(
+        True, "Do not recompute activations: faster, with more memory.", flag="--no-gradient-checkpointing"
+    )
+    seed: int = _how(0, "Seed for the adapter and the order of rows.", metavar="N")
+    save_every: int | None = _run(None, "Steps between checkpoints; by default a tenth of the run.", metavar="N")
     eval_every: int | None = _run(
         None,
-        "Steps between measurements of the validation loss, each with a checkpoint; a tenth of the run.",
+        "Steps between measurements of the validation loss, each with a checkpoint; by default a tenth of the run.",
         metavar="N",
     )
     early_stopping: int | None = _run(
-        None, "Stop when the validation loss has not fallen in this many measurements.", metavar="N"
+        None, "Stop if the validation loss has not fallen in this many measurements.", metavar="N"
     )
     report_to: tuple[str, ...] | None = _run(
         None,
-        "Besides the TensorBoard log, which is always written: wandb, mlflow, trackio … as transformers names them.",
+        "Also send the losses to these trackers: wandb, mlflow, trackio …, as transformers names them. The "
+        "TensorBoard log is always written.",
         metavar="NAME,…",
         parse=words,
     )
-    resume: bool = _run(False, "Go on where a killed run with the same options was.")
+    resume: bool = _run(False, "Continue a killed run that had the same options.")
     trust_remote_code: bool = _run(False, TRUST)
 
     def __post_init__(self) -> None:
