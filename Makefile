@@ -56,19 +56,20 @@ bench-vllm: install-vllm  ## what steering costs in vLLM, on the demo: about fif
 test: install  ## the core tests, under five minutes
 	$(PYTEST) -m "not slow"
 
-# Warnings are errors, but for what Jupyter and vLLM warn of while they run whole.
-test-slow: install  ## the others: real models, servers, kills, and the notebook
+test-slow: install  ## the others: real models, servers, kills, the pages, the notebook and the wheel
 	$(PYTEST) -m slow
-	$(BIN)/python -m pytest -W default --nbmake docs/notebooks
 
+# Warnings are errors, but for what vLLM warns of.
 test-vllm: install-vllm  ## the tests with the real vLLM engine, about ten minutes; a skip fails
 	PROXYTUNE_NO_SKIPS=1 $(VLLM_BIN)/python -m pytest -W default tests/vllm
 
-lint: install  ## ruff: style and format; import-linter: who imports whom; hadolint: the Dockerfile
+lint: install  ## ruff: style and format; import-linter: who imports whom; hadolint: the Dockerfile; codespell, plain words
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/codespell
+	$(BIN)/python -m pytest tests/test_style.py
 
 types: install  ## mypy, strict
 	$(BIN)/mypy

@@ -23,6 +23,8 @@ napoleon_numpy_docstring = False
 
 html_theme = "furo"
 html_title = f"proxytune {version}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 copybutton_prompt_text = "$ "
 copybutton_only_copy_prompt_lines = True  # in a console block, what follows `$ `; other blocks are copied whole
 copybutton_line_continuation_character = "\\"

