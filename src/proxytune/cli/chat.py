@@ -40,8 +40,8 @@ def chat(
 
     Lines that begin with / are commands: /alpha 0.5 changes the strength, /compare 0 1 shows the answers at several
     alphas side by side, /why shows what steering did to the last answer. /help explains /retry, /undo, /reset, /system,
-    /negative, /set, /save and /load. In a terminal Alt-Enter starts a new line, pasted text keeps its lines, and TAB completes
-    commands and the recipe's example prompts.
+    /negative, /set, /save and /load. In a terminal Alt-Enter starts a new line, pasted text keeps its lines, and TAB
+    completes commands and the recipe's example prompts.
 
     --trace records each answer when it ends, with the question as its prompt. Answers of /compare are not recorded.
 
