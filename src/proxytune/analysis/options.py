@@ -11,7 +11,7 @@ from proxytune.answers.options import ALPHA
 from proxytune.errors import ProxyTuneError
 from proxytune.options import option
 
-__all__ = ["AnalyzeOptions", "Branch", "ExplainOptions"]
+__all__ = ["AnalyzeOptions", "Branch", "ExplainOptions", "LimitOptions"]
 
 
 @dataclass(frozen=True)
@@ -102,3 +102,30 @@ class AnalyzeOptions:
     def __post_init__(self) -> None:
         if self.plot is not None and self.plot.exists() and not self.plot.is_dir():
             raise ProxyTuneError(f"{self.plot} is a file; --plot names a directory")
+
+
+@dataclass(frozen=True)
+class LimitOptions:
+    """What gold answers are read, and how often the base is sampled beside them."""
+
+    input: str = option(
+        "",
+        'Gold answers: JSON lines {"prompt": ..., "completion": ...}, or a JSON list of these; - is stdin. A list of '
+        "completions holds several wordings, of which the best within reach counts.",
+        flag="--input -i",
+        metavar="FILE",
+    )
+    samples: int = option(
+        0,
+        "Sample so many answers of the base alone for each prompt; one that begins with the gold text passes.",
+        metavar="K",
+        min=0,
+    )
+    temperature: float = option(1.0, "Of these samples.", metavar="T")
+    seed: int = option(0, "Of these samples.", metavar="N")
+
+    def __post_init__(self) -> None:
+        if not self.input:
+            raise ProxyTuneError("give the gold answers with --input FILE")
+        if not self.temperature > 0:
+            raise ProxyTuneError(f"--temperature must be above 0 to sample, not {self.temperature:g}")
