@@ -87,6 +87,7 @@ def place(shelf, tmp_path, monkeypatch):
         (tmp_path / link).symlink_to(shelf / target)
     tiny.write_model(tmp_path / "other", "llama", "small", 4, tokenizer_=tiny.tokenizer(swap=("a", "b")))
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": ""}\n')
+    (tmp_path / "gold.jsonl").write_text('{"prompt": "the dog", "completion": " sleeps"}\n' * 2)
     (tmp_path / "train.jsonl").write_text('{"prompt": "the dog", "completion": " sleeps"}\n' * 4)
     monkeypatch.setenv("PROXYTUNE_DATA", str(write_data(tmp_path / "data")))
     for model, *kind in (("base", "llama", "base", 1), ("expert", "qwen2", "small", 2), ("anti", "qwen2", "small", 3)):
