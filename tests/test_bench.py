@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.answers.plain_loop import plain_loop
 from proxytune.cli.speed import BENCH_LEGEND, _drafts
+from proxytune.decoding.trace import Tracer
 from proxytune.recipe.options import LoadingOptions
 from proxytune.speed import bench
 from proxytune.speed.options import ARMS, BenchOptions, Case, MemberOptions
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("no_progress")
 
 ROW = {"arm", "options", "batch", "prompt", "output", "tokens_per_second", "tokens_per_second_low"}
 ROW |= {"tokens_per_second_high", "ratio_to_base", "ratio_to_plain_loop", "acceptance", "peak_memory_bytes"}
-ROW |= {"time_to_first_token_s", "repeats", "speculation"}
+ROW |= {"time_to_first_token_s", "repeats", "speculation", "ratio_to_untraced"}
 QUICK = ("--batch-size", "1", "--lengths", "6/5", "--repeats", "2")
 
 
@@ -140,7 +141,29 @@ def test_every_arm_is_measured(measured):
     assert all(one["repeats"] == 2 and one["forwards_seconds"] > 0 for one in found["overhead"])
     assert "steered rows are token-identical" in made.stdout
     assert made.stdout.count("| speculative |") == 4
+    assert {row["arm"] for row in rows if row["ratio_to_untraced"] is not None} == {"traced"}
+    assert made.stdout.count("of the speed without a trace") == 4
     assert made.stderr == ""
+
+
+def test_the_cost_of_tracing_is_of_rounds_side_by_side(measured, monkeypatch):
+    n_traced, settle = [], Tracer.settle
+    monkeypatch.setattr(Tracer, "settle", lambda *args: (n_traced.append(1), settle(*args))[1])
+    measured(*QUICK, "--arms", "speculative")
+    assert not n_traced
+    found, _ = measured(*QUICK, "--arms", "speculative,traced")
+    assert n_traced
+    assert found["outputs"]["compared"] == found["outputs"]["identical"] == 2
+
+    def runs(arm, *seconds):
+        samples = [bench.Sample(each, 0.0, torch.zeros(1, 1), 0) for each in seconds]
+        return bench.Run(Case(1, 6, 5), arm, SimpleNamespace(options="float32"), 1.0, samples)
+
+    # Each round is slower than the one before: the ratio of the medians would be 10 / 18.
+    before, after = bench._rows([runs("speculative", 1.0, 10.0, 20.0), runs("traced", 1.25, 18.0, 25.0)])
+    assert before["ratio_to_untraced"] is None
+    assert after["ratio_to_untraced"] == pytest.approx(0.8)
+    assert bench._rows([runs("traced", 1.0)])[0]["ratio_to_untraced"] is None
 
 
 def test_memory_counts_the_weights_that_an_arm_has(measured, lora_recipe):

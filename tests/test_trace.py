@@ -12,9 +12,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from proxytune import ProxyTunedForCausalLM, ProxyTuneError
 from proxytune.answers.traces import token_texts
+from proxytune.decoding.flips import best, contenders, flips, top
 from proxytune.decoding.pace import Pace
 from proxytune.decoding.text import Lookup
-from proxytune.decoding.trace import flips
 from support import adapters, own_prompts, tiny
 from support.commands import fails, run
 from support.decoding import QUIET, ROWS, family_oracle, near
@@ -197,8 +197,8 @@ def test_copies_are_told_from_drafts(monkeypatch):
 
 # -- flips ----------------------------------------------------------------------------------------------------------
 def told(start, slope):
-    alphas, ids = flips(torch.tensor([start]), torch.tensor([slope]))
-    return [(round(alpha, 4), i) for alpha, i in zip(alphas[0].tolist(), ids[0].tolist()) if i >= 0]
+    ids, starts, slopes = (each[0].tolist() for each in contenders(torch.tensor([start]), torch.tensor([slope])))
+    return [(round(alpha, 4), i) for alpha, i in flips(ids, starts, slopes)]
 
 
 def test_flips_of_lines_that_are_known():
@@ -216,10 +216,10 @@ def test_flips_of_lines_that_are_known():
 def test_flips_of_many_lines():
     generator = torch.Generator().manual_seed(5)
     start, slope = (torch.randn(20, 300, generator=generator) * 3 for _ in range(2))
-    alphas, ids = flips(start, slope)
+    rows = list(zip(*(each.tolist() for each in contenders(start, slope))))
     grid = torch.arange(3001, dtype=torch.float64) / 1000
     for row in range(20):
-        steps = [(a, i) for a, i in zip(alphas[row].tolist(), ids[row].tolist()) if i >= 0]
+        steps = flips(*rows[row])
         best = (start[row].double() + grid[:, None] * slope[row].double()).argmax(dim=-1).tolist()
         changes = [(at / 1000, i) for at, i in enumerate(best) if at == 0 or best[at - 1] != i]
         # What leads between two points of the grid is not seen there.
@@ -227,6 +227,30 @@ def test_flips_of_many_lines():
         seen = [(a, i) for (a, i), end in zip(steps, ends) if math.ceil(a * 1000) <= math.floor(end * 1000)]
         assert [i for _, i in changes] == [i for _, i in seen]
         assert [a for a, _ in changes] == pytest.approx([math.ceil(a * 1000) / 1000 for a, _ in seen], abs=1e-9)
+
+
+def test_nearly_all_lines_are_left_out():
+    generator = torch.Generator().manual_seed(6)
+    start, slope = (torch.randn(4, 20_000, generator=generator) for _ in range(2))
+    ids, starts, slopes = contenders(start, slope)
+    assert ids.shape == starts.shape == slopes.shape
+    assert ids.shape[1] < 100
+    assert ids[:, 0].tolist() == start.argmax(dim=-1).tolist()
+    assert torch.equal(starts, start.gather(1, ids))
+    assert torch.equal(slopes, slope.gather(1, ids))
+
+
+@pytest.mark.parametrize("width", [1, 63, 64, 65, 1000])
+def test_the_largest_of_many(width):
+    values = torch.randn(9, width, generator=torch.Generator().manual_seed(width)).mul(3).round()  # many are equal
+    values[0], values[1, ::2] = -torch.inf, -torch.inf
+    first = [row.index(max(row)) for row in values.tolist()]
+    assert best(values)[:, 0].tolist() == first
+    for k in {1, min(5, width), width}:
+        found, ids = top(values, k)
+        assert torch.equal(found, values.topk(k).values)
+        assert torch.equal(found, values.gather(1, ids))
+        assert all(len(set(row)) == k for row in ids.tolist())
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------

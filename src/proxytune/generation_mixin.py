@@ -491,6 +491,7 @@ class SteeredGenerationMixin(GenerationMixin):
         if trace_top_k is not None:
             tracer = Tracer(
                 self.paired({name: logits[:, -1:] for name, logits in outputs.member_logits.items()}),
+                prompt,
                 lambda scores: self.paired(self.all_logits([each.values for each in scores])),
                 self.expert_names,
                 top_k=trace_top_k,

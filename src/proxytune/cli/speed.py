@@ -33,8 +33,9 @@ def bench(
     All arms read the same prompts and write the same number of tokens, round by round in turn. They are greedy unless
     --temperature is given. An answer cannot end before that number, so long outputs repeat themselves.
     The arms: base, base_lookup (with prompt-lookup drafts), plain_loop (three models, three forwards per token),
-    composite (the recipe, nothing shared), shared (members of one set of weights in one forward) and speculative (the
-    recipe as it is loaded by default). Ctrl-C ends the run and shows what was measured so far.
+    composite (the recipe, nothing shared), shared (members of one set of weights in one forward), speculative (the
+    recipe as it is loaded by default) and traced (the same with a trace of each token). Ctrl-C ends the run and shows
+    what was measured so far.
     The exit status is 2 if steered arms wrote different tokens that no near tie explains.
 
     Examples:
@@ -68,6 +69,7 @@ BENCH_LEGEND = {
     "first token": "from the prompt to the first token",
     "shared": "members of one set of weights in one forward",
     "speculative": "the recipe as it is loaded by default",
+    "traced": "the same with a trace of each token",
 }
 
 
@@ -106,7 +108,10 @@ def bench_tables(result: BenchResult) -> list[Table | str]:
                 ],
                 case,
                 legend=BENCH_LEGEND,
-                notes=[_drafts(row["options"], row["speculation"]) for row in rows if row["speculation"]],
+                notes=[
+                    *(_drafts(row["options"], row["speculation"]) for row in rows if row["speculation"]),
+                    *(_traced(row) for row in rows if row["ratio_to_untraced"] is not None),
+                ],
             )
         )
     if result.overheads:
@@ -147,6 +152,14 @@ def _drafts(options: str, of: dict[str, int]) -> str:
         f"Drafts ({options}): {drafted}, of which {of['drafted']} by an expert and {of['looked_up']} copied from the "
         f"text. The mixture checked {of['judged']} of them and accepted {accepted} ({of['accepted']} of the expert's, "
         f"{of['lookups_accepted']} copied ones), in {of['cycles']} cycles."
+    )
+
+
+def _traced(row: dict[str, Any]) -> str:
+    """What tracing costs."""
+    return (
+        f"Traced ({row['options']}): {row['ratio_to_untraced']:.2f} of the speed without a trace, the median of the "
+        "rounds' ratios."
     )
 
 

@@ -77,9 +77,10 @@ def decode(
     """
 
     def mixture(scores: Sequence[Scores]) -> Tensor:
+        mixed = mix(scores, alpha)
         if tracer is not None:
-            tracer.see(scores)
-        return mix(scores, alpha)
+            tracer.see(scores, mixed)
+        return mixed
 
     def write(chosen: Tensor, counts: Sequence[int], draft: Draft, n_accepted: Sequence[int] = ()) -> Step:
         return _write(text, sampler, tracer, alpha, chosen, counts, draft, n_accepted)

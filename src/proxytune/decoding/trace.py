@@ -9,19 +9,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from proxytune.decoding.flips import best, contenders, flips, top
 from proxytune.decoding.lane import Scores
 from proxytune.decoding.mixing import Members, mix
 
-__all__ = ["TOP_K", "Candidate", "TokenTrace", "Tracer", "flips"]
+__all__ = ["TOP_K", "Candidate", "TokenTrace", "Tracer"]
 
 Origin = Literal["plain", "drafted", "copied", "corrected"]
 TOP_K = 5  # of each distribution, unless the caller says otherwise
-MAX_ALPHA = 3.0  # up to where flips are looked for
 DIGITS = 6  # after the point, in JSON
 
 
@@ -124,6 +124,7 @@ class Tracer:
     def __init__(
         self,
         prompt: Members,
+        mixed: Tensor,
         members: Callable[[Sequence[Scores]], Members],
         names: Sequence[str],
         *,
@@ -133,18 +134,18 @@ class Tracer:
     ) -> None:
         """
         Args:
-            prompt: the members' logits behind the prompt, (n_batch, 1, n_vocab) each.
+            prompt: the members' logits behind the prompt, and ``mixed``, their mixture, (n_batch, 1, n_vocab) each.
             members: from all lanes' scores to the members' logits. names: of the experts.
             top_k: candidates of each distribution. plausibility: see :func:`proxytune.decoding.mixing.mix`.
             n_shared: ids below it are in every member's vocabulary.
         """
         self.members, self.names, self.top_k = members, list(names), min(top_k, n_shared)
         self.plausibility, self.n_shared = plausibility, n_shared
-        self.seen = [prompt]  # this step's, position behind position
+        self.seen = [(prompt, mixed.clone())]  # this step's, position behind position
 
-    def see(self, scores: Sequence[Scores]) -> None:
-        """Take all lanes' scores at the next positions of this step."""
-        self.seen.append(self.members(scores))
+    def see(self, scores: Sequence[Scores], mixed: Tensor) -> None:
+        """Take all lanes' scores at the next positions of this step, and their mixture."""
+        self.seen.append((self.members(scores), mixed.clone()))  # logits processors may write on it
 
     def settle(
         self,
@@ -163,28 +164,30 @@ class Tracer:
         """
         seen, self.seen = self.seen, []
         places = [(row, at) for row, taken in enumerate(tokens) for at in range(len(taken))]
-        rows, positions = (torch.tensor(part) for part in zip(*places))
-        base, pairs = zip(*seen)
-        device = base[0].device
+        members, mixtures = zip(*seen)
+        bases, pairs = zip(*members)
+        device = mixtures[0].device
 
         def chosen(parts: Sequence[Tensor | None]) -> Tensor | None:  # (n_tokens, n_shared)
-            logits = [part for part in parts if part is not None]
-            if not logits:
+            columns = [column for part in parts if part is not None for column in part.unbind(dim=1)]
+            if not columns:
                 return None
-            at = logits[0].device
-            return torch.cat(logits, dim=1)[rows.to(at), positions.to(at), : self.n_shared].to(device, torch.float32)
+            return torch.stack([columns[at][row, : self.n_shared] for row, at in places]).to(device, torch.float32)
 
+        base, mixed = cast(Tensor, chosen(bases)), cast(Tensor, chosen(mixtures))
         experts = [(chosen([e for e, _ in each]), chosen([a for _, a in each])) for each in zip(*pairs)]
-        at_base = chosen(base)
-        assert at_base is not None
-        ids = torch.tensor([tokens[row][at] for row, at in places], device=device)
+        ids, rows = (
+            torch.tensor(part, device=device)
+            for part in ([tokens[row][at] for row, at in places], [row for row, _ in places])
+        )
         origins = [_origin(at, counts[row], n_drafts, source) for row, at in places]
-        traced = iter(self._trace(at_base, experts, alpha.to(device)[rows.to(device)], ids, origins))
+        traced = iter(self._trace(base, mixed, experts, alpha.to(device)[rows], ids, origins))
         return [list(islice(traced, len(taken))) for taken in tokens]
 
     def _trace(
         self,
         base: Tensor,
+        mixed: Tensor,
         experts: Sequence[tuple[Tensor | None, Tensor | None]],
         alpha: Tensor,
         ids: Tensor,
@@ -192,44 +195,47 @@ class Tracer:
     ) -> list[TokenTrace]:
         """The traces of n_tokens tokens, of any rows and positions.
 
+        Over the whole vocabulary go float operations alone: PyTorch's comparisons that give booleans, and what takes
+        them, cost several times as much on a CPU.
+
         Args:
-            base: logits, shape = (n_tokens, n_shared), float32; experts: of that shape each.
+            base, mixed, experts: logits, shape = (n_tokens, n_shared) each, float32.
             alpha: shape = (n_tokens, n_experts). ids: shape = (n_tokens,).
         """
+        of_base, of_mixed = _Distribution(base), _Distribution(mixed)
         sides = [[None if side is None else side.log_softmax(dim=-1) for side in pair] for pair in experts]
-        base_log = base.log_softmax(dim=-1)
-        mixed_log = self._mix(base, experts, alpha).log_softmax(dim=-1)
-        implausible = (self._mix(base, [], alpha[:, :0]) == -torch.inf) & (base > -torch.inf)
-        nothing = torch.zeros_like(base)
-        deltas = [(nothing if e is None else e) - (nothing if a is None else a) for e, a in sides]
-        base_at = _at(base_log, ids)
 
         # Of each distribution the top k; where fewer tokens are possible at all, -1 fills up.
-        tops = [
-            each.topk(self.top_k, dim=-1)
-            for each in (base_log, mixed_log, *(s for pair in sides for s in pair if s is not None))
-        ]
-        candidates = torch.cat([top.indices.where(top.values > -torch.inf, -1) for top in tops], dim=1)
-        spots = candidates.clamp(min=0)
+        tops = [top(each, self.top_k) for each in (base, mixed, *(s for pair in sides for s in pair if s is not None))]
+        candidates = torch.cat([ids_.where(values > -torch.inf, -1) for values, ids_ in tops], dim=1)
+        known = ids < self.n_shared  # a logits processor may force one that not every member has
+        spots = torch.cat([ids.where(known, 0)[:, None], candidates.clamp(min=0)], dim=1)  # the written token's first
+        nothing = torch.zeros_like(spots, dtype=torch.float32)
+        sides_at = [[nothing if side is None else side.gather(1, spots) for side in pair] for pair in sides]
+        deltas = [expert - anti_expert for expert, anti_expert in sides_at]
+        base_logs, mixed_logs = of_base.log_p(spots), of_mixed.log_p(spots)
+        for values in (base_logs, mixed_logs, *deltas):
+            values[:, 0].masked_fill_(~known, -torch.inf)
 
         columns = [
-            base_at,
-            _at(mixed_log, ids),
-            (base_log > base_at[:, None]).sum(dim=-1) + 1,
-            _entropy(base_log),
-            _entropy(mixed_log),
-            _divergence(mixed_log, base_log),
-            base_log.argmax(dim=-1) != mixed_log.argmax(dim=-1),
-            *(alpha[:, k] * _at(delta, ids) for k, delta in enumerate(deltas)),
+            base_logs[:, 0],
+            mixed_logs[:, 0],
+            torch.gt(base, base.gather(1, spots[:, :1]), out=torch.empty_like(base)).sum(dim=-1) + 1,
+            of_base.entropy(),
+            of_mixed.entropy(),
+            of_mixed.divergence(of_base),
+            (best(base) != best(mixed))[:, 0],
+            *(alpha[:, k] * delta[:, 0] for k, delta in enumerate(deltas)),
         ]
         blocks = [torch.stack([column.float() for column in columns], dim=1), candidates]
-        blocks += [each.gather(1, spots) for each in (base_log, mixed_log, implausible, *deltas)]
-        blocks += [(nothing if expert is None else expert).gather(1, spots) for expert, _ in sides]
-        for k, pair in enumerate(experts):
-            others = alpha.clone()
-            others[:, k] = 0.0
-            slope = self._mix(nothing, [pair], torch.ones_like(alpha[:, :1]))
-            blocks += flips(self._mix(base, experts, others), slope)
+        blocks += [each[:, 1:] for each in (base_logs, mixed_logs, self._implausible(base, spots), *deltas)]
+        blocks += [expert[:, 1:] for expert, _ in sides_at]
+        for k, (expert, anti_expert) in enumerate(experts):
+            others = [at for at in range(len(experts)) if at != k]
+            start = self._mix(base, [experts[at] for at in others], alpha[:, others])
+            up, down = (torch.zeros_like(base) if side is None else side for side in (expert, anti_expert))
+            slope = (up - down).nan_to_num_(0.0, posinf=0.0, neginf=-torch.inf)  # as `mix` takes it
+            blocks += contenders(start, slope)
 
         # One transfer: float32 holds every id and rank below 2^24.
         lines = iter(torch.cat([block.float() for block in blocks], dim=1).split([b.shape[1] for b in blocks], dim=1))
@@ -249,12 +255,19 @@ class Tracer:
         pairs = [(alone(expert), alone(anti_expert)) for expert, anti_expert in experts]
         return mix(base[:, None], pairs, alpha, plausibility=self.plausibility)[:, 0]
 
+    def _implausible(self, base: Tensor, spots: Tensor) -> Tensor:
+        """Whether the plausibility mask cuts tokens, of shape ``spots``."""
+        if self.plausibility is None:
+            return torch.zeros_like(spots)
+        at, least = base.gather(1, spots), base.amax(dim=-1, keepdim=True) + math.log(self.plausibility)
+        return (at < least) & (at > -torch.inf)
+
     def _record(self, token: int, blocks: list[list[float]], origin: Origin, present: Sequence[bool]) -> TokenTrace:
         """One token's numbers, in the order in which :meth:`_trace` puts them; ``present``: who is an expert at all."""
         n_experts = len(self.names)
         base, mixed, rank, base_entropy, entropy, kl, changed, *offsets = blocks[0]
         ids, base_logs, mixed_logs, masked, *rest = blocks[1:]
-        deltas, expert_logs, steps = rest[:n_experts], rest[n_experts : 2 * n_experts], rest[2 * n_experts :]
+        deltas, expert_logs, lines = rest[:n_experts], rest[n_experts : 2 * n_experts], rest[2 * n_experts :]
         experts = [(name, logs) for name, logs, there in zip(self.names, expert_logs, present) if there]
         spots = {int(id_): spot for spot, id_ in enumerate(ids) if id_ >= 0}
         best_first = sorted(spots.items(), key=lambda item: (-mixed_logs[item[1]], -base_logs[item[1]], item[0]))
@@ -281,41 +294,38 @@ class Tracer:
                 for id_, spot in best_first
             ),
             flips={
-                name: tuple((a, int(i)) for a, i in zip(alphas, chosen) if i >= 0)
-                for name, alphas, chosen in zip(self.names, steps[::2], steps[1::2])
+                name: flips(ids_, starts, slopes)
+                for name, ids_, starts, slopes in zip(self.names, lines[::3], lines[1::3], lines[2::3])
             },
         )
 
 
-def flips(start: Tensor, slope: Tensor, end: float = MAX_ALPHA) -> tuple[Tensor, Tensor]:
-    """Which line is highest for each alpha from 0 to ``end``: the upper envelope of ``start + alpha * slope``.
+class _Distribution:
+    """What logits, (n_tokens, n_shared), give each token.
 
-    Args:
-        start: each token's logit at alpha 0, (n_rows, n_vocab), -inf where it can't be chosen.
-        slope: what alpha 1 adds to it, of that shape; -inf where every alpha above 0 excludes the token.
-
-    Returns:
-        The alphas from which on another token is highest, ascending from 0, and the tokens' ids, both
-        (n_rows, n_steps). An id of -1 is no step. A token that leads at 0 alone is followed by another one at 0.
+    Attributes:
+        p: probabilities. below: the logits minus their largest one, finite. rest: what those are above the
+            log-probabilities, (n_tokens, 1).
     """
-    at = start.new_zeros(start.shape[0], 1)
-    leader = start.argmax(dim=-1, keepdim=True)  # of equals the lowest id, as in greedy decoding
-    start = start.masked_fill(slope == -torch.inf, -torch.inf)
-    best = start.argmax(dim=-1, keepdim=True)
-    other = (best != leader) & (start.amax(dim=-1, keepdim=True) > -torch.inf)
-    alphas, ids = [at, at], [leader, best.where(other, -1)]
-    while True:
-        # Line j overtakes line i, which leads at alpha, where start_i + alpha slope_i = start_j + alpha slope_j.
-        rise = slope - slope.gather(1, best)
-        meets = (start.gather(1, best) - start) / rise
-        meets = meets.where((rise > 0) & (start > -torch.inf), torch.inf).maximum(at)  # rounding may go below
-        at = meets.amin(dim=-1, keepdim=True)
-        best = slope.where(meets == at, -torch.inf).argmax(dim=-1, keepdim=True)  # of several the steepest leads on
-        overtaken = at <= end
-        if not bool(overtaken.any()):
-            return torch.cat(alphas, dim=1), torch.cat(ids, dim=1)
-        alphas.append(at)
-        ids.append(best.where(overtaken, -1))
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits, self.largest = logits, logits.amax(dim=-1, keepdim=True)
+        self.below = (logits - self.largest).clamp_(min=torch.finfo(torch.float32).min)  # 0 * -inf would be NaN
+        self.p = self.below.softmax(dim=-1)
+        self.rest = -self.p.amax(dim=-1, keepdim=True).log()
+
+    def log_p(self, ids: Tensor) -> Tensor:
+        """Log-probabilities of some ids, of their shape, (n_tokens, n_ids)."""
+        return self.logits.gather(1, ids) - self.largest - self.rest
+
+    def entropy(self) -> Tensor:
+        """In nats, (n_tokens,)."""
+        return (self.rest[:, 0] - torch.linalg.vecdot(self.p, self.below)).clamp(min=0.0)
+
+    def divergence(self, other: _Distribution) -> Tensor:
+        """KL(this || other) in nats, (n_tokens,), at least 0 in spite of rounding."""
+        mean, of_other = (torch.linalg.vecdot(self.p, each.below) - each.rest[:, 0] for each in (self, other))
+        return (mean - of_other).clamp(min=0.0)
 
 
 def _origin(at: int, n_accepted: int, n_drafts: int, source: Literal["lane", "lookup"] | None) -> Origin:
@@ -323,18 +333,3 @@ def _origin(at: int, n_accepted: int, n_drafts: int, source: Literal["lane", "lo
     if at < n_accepted:
         return "copied" if source == "lookup" else "drafted"
     return "corrected" if at < n_drafts else "plain"
-
-
-def _at(values: Tensor, ids: Tensor) -> Tensor:
-    """The values of some ids, (n_tokens, n_shared) -> (n_tokens,); -inf for ids that not every member has."""
-    known = ids < values.shape[-1]
-    return values.gather(1, ids.where(known, 0)[:, None])[:, 0].where(known, -torch.inf)
-
-
-def _entropy(log_p: Tensor) -> Tensor:
-    return -(log_p.exp() * log_p).masked_fill(log_p == -torch.inf, 0.0).sum(dim=-1)
-
-
-def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q), at least 0 in spite of rounding."""
-    return (log_p.exp() * (log_p - log_q)).masked_fill(log_p == -torch.inf, 0.0).sum(dim=-1).clamp(min=0.0)

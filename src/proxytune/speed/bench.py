@@ -9,6 +9,7 @@ The arms, all greedy (or all sampling), all with the same prompts and the same n
     composite     the recipe without sharing and without speculation
     shared        the recipe with members of one set of weights in one forward, without speculation
     speculative   the recipe as it is loaded by default, ``speculate="auto"`` unless a number of drafts is asked for
+    traced        the same with ``return_trace=True``
 
 A *case* is a batch size, a prompt length and an output length. Its arms warm up and then take turns, round by round, in
 an order that is drawn anew; every round has prompts of its own, the same for all arms. Options of the members (dtype,
@@ -58,11 +59,12 @@ __all__ = [
     "texts_of_file",
 ]
 
-STEERED = ("plain_loop", "composite", "shared", "speculative")
+STEERED = ("plain_loop", "composite", "shared", "speculative", "traced")
 ASKED: Mapping[str, Mapping[str, Any]] = {  # of `generate`, in the arms that are not what it does by default
     "base_lookup": {"prompt_lookup_num_tokens": 10},  # transformers' own example
     "composite": {"speculate": False},
     "shared": {"speculate": False},
+    "traced": {"return_trace": True},
 }
 WARM_UP = 8  # new tokens of a warm-up
 NEAR_TIE = 1e-3  # float32 logits closer than this may be ordered either way by another kernel
@@ -94,9 +96,10 @@ class BenchResult:
         rows: one arm in one case each, medians of its rounds. ``options`` is the members' dtype and what else is on in
             them, such as ``float32+pack``. Tokens a second are those of all rows, over the whole call, the prompt's
             forward included; ``low`` and ``high`` are the slowest and the fastest round. Ratios are in tokens a second,
-            within the same options: more is better. ``acceptance`` is the share of drafts that were accepted of those
-            held against the mixture, ``speculation`` all :class:`SpeculationStats`, both over all rounds.
-            ``peak_memory_bytes`` is as the machine's ``memory`` says.
+            within the same options: more is better. ``ratio_to_untraced``, of the arm traced, is the median over rounds
+            of its speed by that of the arm speculative in the same round. ``acceptance`` is the share of drafts that
+            were accepted of those held against the mixture, ``speculation`` all :class:`SpeculationStats`, both over
+            all rounds. ``peak_memory_bytes`` is as the machine's ``memory`` says.
         overheads: what a decoding step of ``generate`` costs beyond the forwards in it: the median over rounds of
             (a step of ``generate``) / (the lanes' bare forwards on the same tokens and caches, without masks, mixing or
             choosing) - 1, and the median seconds of both.
@@ -215,7 +218,7 @@ class Subject:
         """The model that an arm runs."""
         if arm in ("base", "base_lookup"):
             return self.separate.base
-        return self.default if arm in ("shared", "speculative") else self.separate
+        return self.default if arm in ("shared", "speculative", "traced") else self.separate
 
 
 def load_subject(config: ProxyTuneConfig, options: MemberOptions, loading: LoadingOptions) -> Subject:
@@ -302,7 +305,8 @@ def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int, asked: Mapping[
         elif isinstance(model, ProxyTunedForCausalLM):
             # A batch that is to return its cache could not be drafted for, so ours is caught where it is made.
             with _caches_of(model) as caches:
-                sequences = model.generate(ids, **_own_prompts(model, ids), **wanted)
+                output = model.generate(ids, **_own_prompts(model, ids), **wanted)
+            sequences = output.sequences if arm == "traced" else output
         else:
             output = model.generate(ids, return_dict_in_generate=True, **wanted)
             sequences, caches = output.sequences, [output.past_key_values]
@@ -627,10 +631,13 @@ def _cut(result: BenchResult, case: Case, runs: list[Run], seconds: float | None
 
 def _rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     medians = {(run.arm, run.subject.options): statistics.median(run.speeds) for run in runs}
+    untraced = {run.subject.options: run.speeds for run in runs if run.arm == "speculative"}
     rows = []
     for run in runs:
         median, base, plain = (medians.get((arm, run.subject.options)) for arm in (run.arm, "base", "plain_loop"))
         assert median is not None
+        pairs = zip(run.speeds, untraced.get(run.subject.options, ()) if run.arm == "traced" else ())
+        ratios = [speed / before for speed, before in pairs]
         stats = [asdict(sample.stats) for sample in run.samples if sample.stats is not None]
         total = SpeculationStats(**{name: sum(one[name] for one in stats) for name in stats[0]}) if stats else None
         rows.append(
@@ -641,6 +648,7 @@ def _rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "tokens_per_second_high": max(run.speeds),
                 "ratio_to_base": None if base is None else median / base,
                 "ratio_to_plain_loop": None if plain is None else median / plain,
+                "ratio_to_untraced": statistics.median(ratios) if ratios else None,
                 "acceptance": None if total is None else total.acceptance,
                 "speculation": None if total is None else asdict(total),
                 "peak_memory_bytes": max(sample.memory for sample in run.samples),

@@ -13,7 +13,7 @@ from proxytune.recipe.options import DTYPES
 
 __all__ = ["ARMS", "MAIN", "BenchOptions", "Case", "MemberOptions", "PlanOptions"]
 
-ARMS = ("base", "base_lookup", "plain_loop", "composite", "shared", "speculative")
+ARMS = ("base", "base_lookup", "plain_loop", "composite", "shared", "speculative", "traced")
 MAIN = ("64/128", 1)  # the case that always has its repeats
 BATCHES: dict[str, Any] = {
     "help": "Batch sizes.",
@@ -97,7 +97,7 @@ class BenchOptions:
     )
     speculate: Any = option(
         "auto",
-        "Drafting in the arm speculative: auto, or always N tokens, with no copies from the text.",
+        "Drafting in the arms speculative and traced: auto, or always N tokens, with no copies from the text.",
         metavar="auto|N",
         parse=_speculate,
     )
@@ -143,7 +143,7 @@ class BenchOptions:
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
         return {
             **({} if self.temperature is None else sampling),
-            **({"speculate": self.speculate} if arm == "speculative" else {}),
+            **({"speculate": self.speculate} if arm in ("speculative", "traced") else {}),
         }
 
     def cases(self) -> list[Case]:
