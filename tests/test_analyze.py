@@ -96,6 +96,66 @@ def test_the_numbers_are_those_by_hand(tmp_path):
     )
 
 
+def test_a_text_is_summed_over_all_its_places(tmp_path):
+    places = [(0.2, 0.8, 0.6, 0.1), (0.3, 0.6, 0.5, 0.2)]  # of "3" and of "The", in the base and in the mixture
+    tokens = [token(1, "3", was, now, [candidate(9, "The", *the, 0.3)]) for was, now, *the in places]
+    found = result(write(tmp_path / "t.jsonl", trace("33", tokens)), "--top", 1)
+    (up,), (down,) = found["promoted"], found["demoted"]
+    assert (up["token"], up["written"], up["mean"]) == ("3", 2, pytest.approx(0.9))
+    assert (down["token"], down["written"], down["mean"]) == ("The", 0, pytest.approx(-0.8))
+    assert found["kl"]["mean"] == pytest.approx(0.1)
+
+
+def test_no_more_texts_than_asked_for(tmp_path):
+    others = [candidate(8, "a", 0.1, 0.2, 0.1), candidate(9, "b", 0.3, 0.2, 0.1), candidate(7, "c", 0.3, 0.1, 0.1)]
+    file = write(tmp_path / "t.jsonl", trace("3", [token(1, "3", 0.2, 0.5, others)]))
+    for top, up, down in ((1, ["3"], ["c"]), (5, ["3", "a"], ["c", "b"])):
+        found = result(file, "--top", top)
+        assert [[each["token"] for each in found[side]] for side in ("promoted", "demoted")] == [up, down]
+
+
+def test_each_expert_is_held_against_the_base_by_itself():
+    """The base would write a; of two experts one too, the other b; written is c."""
+    shares = {"a": (0.6, 0.7, 0.2), "b": (0.3, 0.2, 0.7), "c": (0.1, 0.1, 0.1)}  # in the base and in the experts
+    candidates = [
+        {**candidate(at, text, base, 0.3, one), "expert_logprob": {"one": log(one), "two": log(two)}}
+        for at, (text, (base, one, two)) in enumerate(shares.items())
+    ]
+    tokens, classes = [{**candidates[2], "candidates": candidates, "changed": True}], load_classes()
+    both = measure(Explanation("p", "c", {"one": 1.0, "two": 1.0}, tokens), classes)
+    alone = measure(Explanation("p", "c", {"one": 1.0}, tokens), classes)
+    found = analyze([alone, both], classes)["experts"]
+    assert {name: (of["differed"]["tokens"], of["differed"]["mean"]) for name, of in found.items()} == {
+        "one": (2, 0.0),
+        "two": (1, 1.0),
+    }
+    assert {side: found["two"][side]["mean"] for side in ("base", "expert", "took_expert", "took_base")} == (
+        pytest.approx({"base": 0.6, "expert": 0.7, "took_expert": 0.0, "took_base": 0.0})
+    )
+    assert found["one"]["took_base"]["mean"] is None, "they never differ"
+
+
+def test_intervals_are_about_the_means(tmp_path):
+    """Of two answers one is drawn twice in half of the draws: the bounds are the answers' own means."""
+    other = trace("1 + 1 = 2", [token(1, "1 + 1", 0.5, 0.6), token(2, " =", 0.5, 0.5), token(3, " 2", 0.5, 0.9)])
+    tokens = [token(1, "1", 0.0, 0.5)]  # without a shift
+    found = result(write(tmp_path / "t.jsonl", FIRST, other, trace("1", tokens)))
+    assert found["unknown"] == 1
+    found = result(write(tmp_path / "t.jsonl", FIRST, other))
+    for name, first, second in (("left_hand_side", 0.3, 0.1), ("right_hand_side", -0.1, 0.4)):
+        of = found["classes"][name]
+        assert (of["low"], of["high"]) == (pytest.approx(min(first, second)), pytest.approx(max(first, second)))
+        assert of["low"] < of["mean"] < of["high"]
+    difference = found["left_minus_right"]
+    assert difference["mean"] == pytest.approx(1.0 / 4 - 0.15)
+    assert (difference["low"], difference["high"]) == (pytest.approx(-0.3), pytest.approx(0.4))
+
+
+def test_the_table_gives_shares_in_percent(tmp_path):
+    shown = run("analyze", write(tmp_path / "t.jsonl", FIRST, SECOND)).stdout
+    assert "| all | 8 | 12.5 | 0.0 to 16.7 |" in " ".join(shown.replace("**", "").split())
+
+
 def test_intervals_draw_whole_answers():
     """Two answers, of one token with 1 and three with 0: a draw is one of them twice or both, by halves."""
     sums, counts = [1.0, 0.0], [1.0, 3.0]

@@ -259,6 +259,14 @@ def test_sampling_follows_the_seed(recipe):
     assert sampled("--seed", "1") == sampled("--seed", "1") != sampled("--seed", "2")
 
 
+@pytest.mark.parametrize("command", ["generate", "explain"])
+def test_a_seed_without_sampling_is_refused(recipe, command):
+    words = (command, recipe, "the fox", "-n", "2", "--seed", "1")
+    for more in ((), ("--temperature", "0")):
+        assert "these answers are greedy, so --seed would change nothing" in fails(*words, *more)
+    run(*words, "--top-k", "3")
+
+
 def test_chat_puts_the_prompt_into_the_template(recipe, model, tokenizer):
     shown = run("generate", recipe, "the fox", "--chat", "--system", "Rules", "--json", "-n", "6").stdout
     text = "<s>[system] Rules\n[user] the fox\n[assistant]"

@@ -92,6 +92,38 @@ def test_totals_add_up_over_candidates():
     assert totals.demoted == [("b", pytest.approx(-0.6)), ("b", pytest.approx(-0.05))], "two ids with one text"
 
 
+def test_what_was_given_counts_nowhere():
+    tokens = [
+        token(1, "a", changed=True, kl=3.0, candidates=[candidate(1, "a", 0.1, 0.9)]),
+        token(2, "b", kl=0.5, candidates=[candidate(2, "b", 0.5, 0.6)]),
+        token(3, "c", kl=0.7, candidates=[candidate(2, "b", 0.2, 0.3)]),
+    ]
+    why = Explanation("p", "abc", {"expert": 1.0}, tokens, n_given=1)
+    assert [why.kind(at) for at in range(3)] == ["given", "kept", "kept"]
+    assert why.moves(3) == [2, 1]
+    totals = why.totals
+    assert (totals.n_tokens, totals.kinds, totals.kl) == (2, {"given": 1, "kept": 2}, pytest.approx(0.6))
+    assert (totals.promoted, totals.demoted) == ([("b", pytest.approx(0.2))], [])
+
+
+def test_the_five_that_moved_most_are_told_most_first():
+    candidates = [candidate(at, f"up{at}", 0.1, 0.1 + at / 100) for at in range(1, 8)]
+    candidates += [candidate(10 + at, f"down{at}", 0.2, 0.2 - at / 100) for at in range(1, 8)]
+    totals = Explanation("p", "a", {"expert": 1.0}, [token(candidates=candidates)]).totals
+    assert [text for text, _ in totals.promoted] == ["up7", "up6", "up5", "up4", "up3"]
+    assert [text for text, _ in totals.demoted] == ["down7", "down6", "down5", "down4", "down3"]
+
+
+def test_what_is_unknown_is_no_zero():
+    """A candidate without a log-probability is never chosen; a written token without one has no rise."""
+    masked = {**candidate(2, "b", 0.5, 0.5), "mixture_logprob": None}
+    totals = Explanation("p", "a", {"expert": 1.0}, [token(candidates=[masked])]).totals
+    assert totals.demoted == [("b", pytest.approx(-0.5))]
+    assert kind_of({**token(mixture=0.9), "base_logprob": None}) == "kept"
+    equals = [candidate(5, "x", 0.4, 0.4), candidate(3, "y", 0.4, 0.4)]
+    assert base_choice({"candidates": equals})["id"] == 3, "of equals the lowest id"
+
+
 @pytest.mark.parametrize(
     ("text", "tokens", "pieces"),
     [

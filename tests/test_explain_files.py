@@ -137,6 +137,98 @@ def test_the_command_shows_a_log(tmp_path):
     assert '"prompt":null' in (tmp_path / "page.html").read_text("utf-8")
 
 
+# What a recipe in vLLM 0.32 answered, without fields that say nothing: a completion, and a chat completion whose
+# first token is a part of a character, as are two of the candidates. vLLM gives such tokens no text and no bytes.
+OF_VLLM = [
+    {
+        "object": "text_completion",
+        "choices": [
+            {
+                "index": 0,
+                "text": "",
+                "logprobs": {
+                    "text_offset": [0],
+                    "token_logprobs": [-0.3828350007534027],
+                    "tokens": ["</s>"],
+                    "top_logprobs": [
+                        {"</s>": -0.3828350007534027, "\x13": -1.5043436288833618, "\x1c": -2.6472983360290527}
+                    ],
+                },
+                "finish_reason": "stop",
+                "stop_reason": None,
+                "token_ids": None,
+                "prompt_logprobs": None,
+            }
+        ],
+    },
+    {
+        "object": "chat.completion",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "\ufffd\\D", "refusal": None, "reasoning": None},
+                "logprobs": {
+                    "content": [
+                        logged(
+                            "",
+                            -0.7648783326148987,
+                            [("", -0.7648783326148987), ("", -2.0375261306762695), ("rge", -2.1795434951782227)],
+                            [],
+                        ),
+                        logged(
+                            "\\", -0.8760226368904114, [("\\", -0.8760226368904114), ("h", -1.6708357334136963)], [92]
+                        ),
+                        logged(
+                            "D", -0.7853050827980042, [("D", -0.7853050827980042), (")", -1.9086923599243164)], [68]
+                        ),
+                    ]
+                },
+                "finish_reason": "length",
+                "token_ids": None,
+            }
+        ],
+    },
+]
+
+
+def test_responses_of_vllm(tmp_path):
+    completion, chat = (read() for read in read_explanations(write(tmp_path, OF_VLLM)))
+    assert (completion.text, chat.text) == ("", "\ufffd\\D")
+    assert [each["token"] for each in completion.tokens[0]["candidates"]] == ["</s>", "\x13", "\x1c"]
+    first = chat.tokens[0]
+    assert [(each["token"], round(each["mixture_logprob"], 2)) for each in first["candidates"]] == [
+        ("", -0.76),
+        ("rge", -2.18),
+    ], "of two without a text the likelier, which was written"
+    assert {chat.kind(at) for at in range(3)} == {"unknown"}
+    shown = run("explain", write(tmp_path, OF_VLLM), "--answer", "2").stdout
+    assert "This log does not record what steering did." in shown
+    assert "0.42" in shown  # of the backslash, the least probable
+
+
+def test_a_trace_of_another_program_is_completed_by_arithmetic(tmp_path):
+    """log p = base + alpha * delta + a number that is the same for all tokens of a place."""
+    candidates = [
+        {"id": 1, "token": "a", "base_logprob": -2.0, "delta": {"e": 3.0}, "masked": False},
+        {"id": 2, "token": "b", "base_logprob": -1.0, "delta": {"e": -1.0}, "masked": False},
+        {"id": 3, "token": "c", "base_logprob": -4.0, "delta": {"e": 1.0}, "masked": True},
+        {"id": 4, "token": "d", "base_logprob": -4.0, "delta": {"e": None}, "masked": False},
+    ]
+    token = {"id": 1, "token": "a", "base_logprob": -2.0, "mixture_logprob": -0.25, "offsets": {"e": 1.5}}
+    token |= {"kl": math.nan, "candidates": candidates, "flips": {"e": [[0, 2], [0.25, 1]], "other": [[0, 1]]}}
+    trace = {"schema": "proxytune.trace/1", "prompt": "p", "text": "a", "alpha": {"e": 0.5}, "tokens": [token]}
+    (read,) = read_explanations(write(tmp_path, trace))
+    (made,) = read().tokens
+    # -0.25 = -2 + 0.5 * 3 + 0.25
+    assert [each.get("mixture_logprob") for each in made["candidates"]] == [-0.25, -1.25, None, None]
+    assert [each["masked"] for each in made["candidates"]] == [False, False, True, False]
+    assert made["flips"] == {"e": [[0, 2], [0.25, 1]]}
+    assert made["kl"] is None
+    assert "its alpha is not a number for each expert" in fails(
+        "explain", write(tmp_path, {**trace, "alpha": {"e": "x"}})
+    )
+
+
 # -- refusals -------------------------------------------------------------------------------------------------
 def broken(change):
     """A trace with a change."""

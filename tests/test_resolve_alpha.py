@@ -82,6 +82,16 @@ def test_every_alpha_error(alpha, message):
     assert refused(resolve_alpha, alpha, AB, DEFAULT) == message
 
 
+def test_without_experts_there_is_no_alpha():
+    """A model alone, as a composite."""
+    for alpha in (None, [], {}, [[]], torch.zeros(2, 0)):
+        assert alpha_rows(alpha, [], [], 2) == [(), ()]
+    for alpha in (0.5, [0.5], [[0.5], [0.5]], [[0.5, 1.0]], torch.ones(2), {"a": 1.0}):
+        assert refused(alpha_rows, alpha, [], [], 2) == (
+            "there are no experts, so there is nothing that alpha could weigh; leave it out"
+        )
+
+
 # -- by an argument's name ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("said", "alphas"), tiny.SPELLINGS, ids=repr)
 def test_spellings_that_every_engine_takes(said, alphas):

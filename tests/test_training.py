@@ -72,10 +72,15 @@ def command(*args):
     return ["train", *map(str, args)]
 
 
+def fast(*options):
+    """Options with those that make a run short; --full has no adapter that has a rank."""
+    return (*(FAST[:-2] if "--full" in options else FAST), *options)
+
+
 def trains(shelf, out, data, *options):
     """Run the command in this process; what it says on stderr."""
     members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
-    result = CliRunner().invoke(app, command(out, *members, "--data", data, *FAST, *options))
+    result = CliRunner().invoke(app, command(out, *members, "--data", data, *fast(*options)))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.stderr
@@ -336,6 +341,14 @@ def test_trackers_that_cannot_be_used_are_refused_at_the_start(shelf, text, tmp_
     members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
     assert said in fails(tmp_path / "out", *members, "--data", text, "--report-to", names)
     assert not (tmp_path / "out").exists()
+
+
+def test_options_of_an_adapter_are_refused_where_none_is_trained():
+    with pytest.raises(ProxyTuneError, match="with --full no adapter is trained, so leave out --rank, --targets; or"):
+        TrainingOptions("d", "m", "a", full=True, rank=4, targets="q_proj")
+    with pytest.raises(ProxyTuneError, match="leave out --lora-alpha; or"):
+        TrainingOptions("d", "m", "a", full=True, lora_alpha=32)
+    TrainingOptions("d", "m", "a", full=True, rank=16)  # as a manifest has it, with its defaults
 
 
 def test_the_paper_is_the_preset():
@@ -831,7 +844,7 @@ def launched(*args, **environment):
 @pytest.mark.parametrize("options", [(), ("--full", "--lr", "3e-3")], ids=["adapter", "full"])
 def test_two_processes_train_what_one_does(shelf, text, held_out, tmp_path, options):
     """``--batch-size`` is of all of them, and accelerate's precision is not ours."""
-    options = (*FAST, *options, "--micro-batch", 1, "--max-steps", 6, "--validation", held_out, "--eval-every", 2)
+    options = (*fast(*options), "--micro-batch", 1, "--max-steps", 6, "--validation", held_out, "--eval-every", 2)
     given = ("--base", shelf / "base", "--anti-expert", shelf / "anti", "--data", text, *options)
     done = launched(tmp_path / "two", *given, ACCELERATE_MIXED_PRECISION="bf16")
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,6 @@ from transformers.generation.logits_process import LogitsProcessor
 
 from proxytune.analysis.explanation import Explanation
 from proxytune.analysis.options import Branch
-from proxytune.answers.batch import Item
 from proxytune.answers.generation import Answer, Encoded, answer, encode, with_room
 from proxytune.answers.options import AnswerOptions, Sampling
 from proxytune.answers.text import alone, loaded
@@ -175,7 +174,7 @@ def explain_answer(
 ) -> Explanation:
     """The explanation of an answer that was traced; ``names`` are the recipe's experts."""
     text_of = token_texts(tokenizer)
-    line = trace_line(Item(1, prompt, tuple(alphas)), made, names, text_of)
+    line = trace_line(prompt, dict(zip(names, alphas)), made, text_of)
     # What a flip would choose need not be among the candidates, so its text is kept beside them.
     tokens = [
         {**token, "texts": {id_: text_of(id_) for steps in token["flips"].values() for _, id_ in steps}}

@@ -14,7 +14,7 @@ from typing import Any
 
 from proxytune.analysis.explanation import Explanation
 from proxytune.answers.files import read_json
-from proxytune.answers.traces import SCHEMA
+from proxytune.answers.traces import SCHEMA, is_trace
 from proxytune.errors import ProxyTuneError
 
 __all__ = ["read_explanations", "read_traces"]
@@ -41,7 +41,7 @@ def read_explanations(path: Path) -> list[Callable[[], Explanation]]:
     for number, value in enumerate(_values(path), start=1):
         schema = value.get("schema") if isinstance(value, Mapping) else None
         choices = value.get("choices") if isinstance(value, Mapping) else None
-        if schema == SCHEMA:
+        if is_trace(value):
             answers.append((_of_trace, value))
         elif isinstance(schema, str) and schema.startswith("proxytune.trace/"):
             raise ProxyTuneError(f"{path}: its traces are {schema}, and this version of proxytune reads {SCHEMA}")
@@ -73,9 +73,8 @@ def read_traces(path: Path) -> Iterator[Explanation]:
         ProxyTuneError: naming the line that is no trace.
     """
     for row in read_json(path):
-        schema = row.value.get("schema") if isinstance(row.value, Mapping) else None
         try:
-            if schema != SCHEMA:
+            if not is_trace(row.value):
                 raise Wrong(f"it is no trace ({SCHEMA}), as --trace of generate, chat and eval writes them")
             yield _of_trace(row.value)
         except Wrong as error:
@@ -229,8 +228,10 @@ def _completion_tokens(logprobs: Mapping[str, Any], ids: _Ids) -> Iterator[dict[
 
 
 def _with_candidates(written: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
-    """A token with its candidates, of which it is one."""
-    unique = {each["id"]: each for each in [written, *others]}
+    """A token with its candidates, of which it is one; of several without a text of their own the likeliest."""
+    unique: dict[int, dict[str, Any]] = {}
+    for each in (written, *others):
+        unique.setdefault(each["id"], each)
     ordered = sorted(unique.values(), key=lambda each: -each.get("mixture_logprob", -math.inf))
     return {**written, "candidates": ordered}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # what reads traces needs no torch
     from proxytune.answers.batch import Item
     from proxytune.answers.generation import Answer
 
-__all__ = ["SCHEMA", "ChatTraceFile", "TraceFile", "token_texts", "trace_line"]
+__all__ = ["SCHEMA", "ChatTraceFile", "TraceFile", "is_trace", "token_texts", "trace_line"]
 
 SCHEMA = "proxytune.trace/1"
 
@@ -35,12 +35,19 @@ def token_texts(tokenizer: Any) -> Callable[[int], str]:
 
 
 def trace_line(
-    item: Item, answer: Answer, names: Sequence[str], text_of: Callable[[int], str], run: str | None = None
+    prompt: str,
+    alpha: Mapping[str, float],
+    answer: Answer,
+    text_of: Callable[[int], str],
+    *,
+    key: Mapping[str, Any] | None = None,
+    run: str | None = None,
 ) -> dict[str, Any]:
     """The object that is written for one traced answer; see ``docs/python.md``.
 
     Args:
-        names: the recipe's experts. text_of: from an id to its text. run: of a job that can be resumed.
+        alpha: by expert. text_of: from an id to its text.
+        key: what names the answer in its job. run: of a job that can be resumed.
     """
 
     def with_text(value: dict[str, Any]) -> dict[str, Any]:
@@ -52,13 +59,22 @@ def trace_line(
         tokens.append(with_text({**value, "candidates": [with_text(each) for each in value["candidates"]]}))
     return {
         "schema": SCHEMA,
-        **({"line": item.line} if item.where or run else {}),
-        "prompt": item.prompt,
+        **(key or {}),
+        "prompt": prompt,
         "text": answer.text,
-        "alpha": dict(zip(names, item.alphas)),
+        "alpha": dict(alpha),
         "tokens": tokens,
         **({"run": run} if run else {}),
     }
+
+
+def is_trace(value: Any, **key: type) -> bool:
+    """Whether a value of JSON is a trace of this version, with the fields of ``key``, each of its type."""
+    return (
+        isinstance(value, Mapping)
+        and value.get("schema") == SCHEMA
+        and all(isinstance(value.get(name), kind) for name, kind in key.items())
+    )
 
 
 class ChatTraceFile(Journal):
@@ -67,7 +83,7 @@ class ChatTraceFile(Journal):
     def check(self) -> None:
         """Refuse a file that holds anything but traces."""
         for number, value in enumerate(self.lines, start=1):
-            if value.get("schema") != SCHEMA:
+            if not is_trace(value):
                 raise ProxyTuneError(f"line {number} of {self.path} is no trace; choose another --trace")
 
 
@@ -91,7 +107,7 @@ class TraceFile(Journal):
             raise ProxyTuneError(f"{self.path} is not empty; remove it, or choose another --trace")
         self.traced = set()
         for number, value in enumerate(self.lines, start=1):
-            if value.get("schema") != SCHEMA or not isinstance(value.get("line"), int):
+            if not is_trace(value, line=int):
                 raise ProxyTuneError(f"line {number} of {self.path} is no trace of a job; choose another --trace")
             line = value["line"]
             asked = (value.get("prompt"), value.get("alpha"))

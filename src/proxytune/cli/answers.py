@@ -12,10 +12,12 @@ import typer
 
 from proxytune.answers.options import AnswerOptions, JobOptions, Sampling
 from proxytune.cli.explain import show_explanation
+from proxytune.cli.flags import Given
 from proxytune.cli.shared import (
     FAILED,
     Recipe,
     ResultOptions,
+    check_seed,
     is_quiet,
     load_model,
     progress_bar,
@@ -39,6 +41,7 @@ def generate(
     sampling: Sampling,
     job: JobOptions,
     loading: LoadingOptions,
+    given: Given,
 ) -> None:
     """Continue prompts with a steered model. Without a PROMPT, read one from stdin.
 
@@ -66,6 +69,7 @@ def generate(
     if any(not prompt.strip() for prompt in prompts or []):
         raise ProxyTuneError("the prompt is empty")
     check_alpha(recipe, options.alpha)
+    check_seed(sampling, given)
     lines = [] if job.input is None else read_lines(job.input)  # before the seconds that the imports take
     from proxytune.analysis.explain import explain_answer
     from proxytune.answers.batch import Item, Output, fingerprint, read_items, result
@@ -152,7 +156,19 @@ def generate(
             results = [result(item, one, names, for_run) for one, item in pairs]
             if traces is not None:  # before the results: an answer that is done has its trace
                 new = [(one, item) for one, item in pairs if item.line not in traces.traced]
-                traces.append([trace_line(item, one, names, text_of, traced_run) for one, item in new])
+                traces.append(
+                    [
+                        trace_line(
+                            item.prompt,
+                            dict(zip(names, item.alphas)),
+                            one,
+                            text_of,
+                            key={"line": item.line} if item.where or traced_run else None,
+                            run=traced_run,
+                        )
+                        for one, item in new
+                    ]
+                )
             if sink is not None:
                 sink.append(results)
             elif job.json or job.input is not None:

@@ -286,13 +286,12 @@ class Talk:
                 say(_to_try(others[0]))
 
     def _trace(self, question: str, traces: ChatTraceFile) -> None:
-        from proxytune.answers.batch import Item
         from proxytune.answers.traces import token_texts, trace_line
 
         assert self.conversation.last is not None
         made, alphas = self.conversation.last
         text_of = token_texts(self.conversation.tokenizer)
-        traces.append([trace_line(Item(1, question, alphas), made, self.names, text_of)])
+        traces.append([trace_line(question, dict(zip(self.names, alphas)), made, text_of)])
 
     def alpha(self, rest: str) -> None:
         """Set the strength of steering (with several experts also NAME=NUMBER). Without a number: show it."""

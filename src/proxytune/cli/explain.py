@@ -13,7 +13,7 @@ import typer
 from proxytune.analysis.options import ExplainOptions
 from proxytune.answers.options import AnswerOptions, Sampling
 from proxytune.cli.flags import Given
-from proxytune.cli.shared import load_model, say, show, spinner, write_out
+from proxytune.cli.shared import check_seed, load_model, say, show, spinner, write_out
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.place import check_alpha, check_place
@@ -120,6 +120,7 @@ def _made(
         raise ProxyTuneError("there is no prompt: give one as an argument or on stdin")
     check_alpha(recipe, options.alpha)
     check_alpha(recipe, view.branch_alpha)
+    check_seed(sampling, given)
     from proxytune.analysis.explain import explain_branch, explain_prompt, own_answers
     from proxytune.decoding.trace import TOP_K
     from proxytune.recipe.alpha import resolve_alpha

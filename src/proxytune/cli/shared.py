@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from proxytune.processes import is_main, n_processes
 from proxytune.recipe.place import check_place
 
 if TYPE_CHECKING:
+    from proxytune.answers.options import Sampling
     from proxytune.model import ProxyTunedForCausalLM
     from proxytune.recipe.config import ProxyTuneConfig
     from proxytune.recipe.options import LoadingOptions
@@ -32,6 +33,7 @@ __all__ = [
     "LIBRARIES",
     "Recipe",
     "ResultOptions",
+    "check_seed",
     "complain",
     "count",
     "counted_bar",
@@ -64,6 +66,14 @@ def _placed(recipe: str) -> str:
 
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe directory, hub id, or `demo`.", callback=_placed)]
+
+
+def check_seed(sampling: Sampling, given: Mapping[str, Any]) -> None:
+    """Refuse a seed that nothing draws with, where it is among the ``given`` flags."""
+    if "--seed" in given and sampling.greedy:
+        raise ProxyTuneError(
+            "these answers are greedy, so --seed would change nothing; sample with --temperature T, or leave --seed out"
+        )
 
 
 @dataclass(frozen=True)

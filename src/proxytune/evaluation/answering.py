@@ -21,10 +21,9 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.stopping_criteria import StoppingCriteria
 
-from proxytune.answers.batch import Item
 from proxytune.answers.generation import Answer, Encoded, Sampling, answer, batches
 from proxytune.answers.journal import Journal, json_line, write_whole
-from proxytune.answers.traces import SCHEMA, token_texts, trace_line
+from proxytune.answers.traces import is_trace, token_texts, trace_line
 from proxytune.decoding.mixing import mix
 from proxytune.decoding.trace import TOP_K
 from proxytune.errors import ProxyTuneError
@@ -169,9 +168,8 @@ def answer_jobs(
 
 def _trace(arm: Arm, job: Job, alphas: Mix, one: Answer, text_of: Callable[[int], str]) -> dict[str, Any]:
     """The line of an answer's trace; its text is all that was written, its stop string too."""
-    names = [expert.name for expert in arm.model.experts]
-    line = trace_line(Item(1, job.context, tuple(alphas)), one, names, text_of)
-    return {"schema": SCHEMA, "id": job.id, "sample": job.sample, **line}
+    by_expert = dict(zip(arm.model.expert_names, alphas))
+    return trace_line(job.context, by_expert, one, text_of, key={"id": job.id, "sample": job.sample})
 
 
 def encode_jobs(reader: Reader, plan: TaskPlan, jobs: Sequence[Job]) -> list[Asked]:
@@ -490,7 +488,7 @@ class TraceLog(Journal):
         """Hold what was read against what this command writes."""
         self.traced = set()
         for number, line in enumerate(self.lines, start=1):
-            if line.get("schema") != SCHEMA or not isinstance(line.get("id"), str) or "sample" not in line:
+            if not is_trace(line, id=str, sample=int):
                 raise ProxyTuneError(
                     f"line {number} of {self.path} is not a trace of this command; choose another --output"
                 )

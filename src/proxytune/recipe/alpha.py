@@ -34,11 +34,16 @@ def alpha_rows(
         n_rows: of the batch; None for one text alone, where values for each row make no sense.
 
     Raises:
-        AlphaError: for a value that is not finite, an unknown name, or a shape that fits neither rows nor experts.
+        AlphaError: for a value that is not finite, an unknown name, a shape that fits neither rows nor experts, or any
+            value where there are no experts.
     """
     n = n_rows or 1
     if alpha is None:
         return [tuple(default)] * n
+    if not names and _plain(alpha) not in ([], {}, [[]], [[]] * n):
+        raise AlphaError("there are no experts, so there is nothing that alpha could weigh; leave it out")
+    if not names:
+        return [()] * n
     if isinstance(alpha, Mapping):
         _refuse_unknown(alpha, names)
         given = [(name, _plain(alpha.get(name, value))) for name, value in zip(names, default)]

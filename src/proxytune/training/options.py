@@ -156,6 +156,11 @@ class TrainingOptions:
                 "with validation data a checkpoint is written at each measurement, so that the best one can be kept; "
                 "leave out --save-every, or make it the same as --eval-every"
             )
+        if self.full:
+            of_adapter = ("rank", "lora_alpha", "targets")
+            if given := [name for name in of_adapter if getattr(self, name) != getattr(TrainingOptions, name)]:
+                flags = ", ".join("--" + name.replace("_", "-") for name in given)
+                raise ProxyTuneError(f"with --full no adapter is trained, so leave out {flags}; or leave out --full")
         if self.hidden_cache != "auto" and not self.consistent:
             raise ProxyTuneError("a hidden cache is for consistent training; nothing else has use for it")
 
