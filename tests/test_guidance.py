@@ -185,6 +185,7 @@ def test_new_makes_a_recipe_with_a_negative_prompt(recipe, shelf):
     found = json.loads(run("check", recipe, "--json").stdout)
     assert found["works"]
     assert len({member["model"] for member in found["members"]}) == 1
+    assert "(negative prompt 'the lazy dog')" in run("check", recipe).stdout
 
 
 def test_plan_says_where_drafts_come_from(recipe):
@@ -271,6 +272,9 @@ def test_an_expert_with_a_system_prompt_of_its_own(shelf, tmp_path):
     assert prompts == {
         "base": Prompt(), "expert.expert": Prompt("chat", system="the rules"), "expert.anti_expert": Prompt("chat"),
     }  # fmt: skip
+    shown = run("check", tmp_path / "r").stdout
+    assert "(chat prompt, system 'the rules')\n" in shown
+    assert "(chat prompt)\n" in shown
     model = ProxyTunedForCausalLM.from_pretrained(tmp_path / "r")
     assert len(model.lanes) == 2
     assert [seat.names for seat in model.lanes[1].seats] == [("expert.expert",), ("expert.anti_expert",)]

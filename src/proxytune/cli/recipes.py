@@ -196,7 +196,7 @@ def show_report(report: Report, recipe: str, console: Console) -> None:
         console.print()
     for one in report.members:
         model = str(one.model) + (f" + {one.adapter}" if one.adapter else "")
-        prompt = "" if one.prompt == "raw" else f" ({one.prompt} prompt)"
+        prompt = f" ({one.reads})" if one.reads else ""
         write_out(f"{one.name}: {model}{prompt}\n")  # not wrapped: a path can be copied
     for one in report.members:
         if one.shares_with:

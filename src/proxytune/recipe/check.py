@@ -52,6 +52,7 @@ class MemberReport:
     """One member, counted.
 
     Attributes:
+        prompt: its kind. reads: the prompt in words; "" where it is the raw one.
         parameters: of its weights and its adapter.
         weight_bytes: in memory, of what it does not share with a member above it.
         read_bytes: of its weights that a forward reads, shared or not: all but input embeddings that are no head.
@@ -67,6 +68,7 @@ class MemberReport:
     model: str | None
     adapter: str | None
     prompt: str
+    reads: str
     architecture: str
     dtype: str
     parameters: int
@@ -328,6 +330,7 @@ class _Check:
                     model=member.model,
                     adapter=member.adapter,
                     prompt=member.prompt.kind,
+                    reads="" if member.prompt.kind == "raw" else member.prompt.in_words,
                     architecture=type(model).__name__,
                     dtype=str(dtype).removeprefix("torch."),
                     parameters=n_weights + n_adapter,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -103,6 +104,16 @@ class Prompt:
         if not all(isinstance(pair, tuple) and len(pair) == 2 and all(map(_is_text, pair)) for pair in pairs):
             raise RecipeError("`examples` of a prompt are pairs of two texts: a prompt and its answer")
         object.__setattr__(self, "examples", tuple(pairs))  # JSON gives lists, which cannot be hashed
+
+    @property
+    def in_words(self) -> str:
+        """What the member is shown, for people; long texts are cut."""
+        parts = {f"{self.kind} prompt": self.template, "system": self.system, "questions begin with": self.user_prefix}
+        parts["answers begin with"] = self.response_prefix
+        said = [f"{name} {textwrap.shorten(text, 60)!r}" for name, text in parts.items() if text]
+        if self.template is None:
+            said.insert(0, f"{self.kind} prompt")
+        return ", ".join([*said, *([f"{len(self.examples)} examples"] if self.examples else [])])
 
     @property
     def needs_text(self) -> bool:
