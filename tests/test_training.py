@@ -1030,7 +1030,8 @@ def made_trainer(shelf, folder, data, anti=None, **options):
         str(data),
         str(shelf / "base"),
         str(anti or shelf / "anti"),
-        **{"rank": 4, "batch_size": 4, "micro_batch": 4, "precision": "float32", **options},
+        **({} if options.get("full") else {"rank": 4}),
+        **{"batch_size": 4, "micro_batch": 4, "precision": "float32", **options},
     )
     config, wanted, shared = checked(resolved(wanted))
     return make_trainer(Run(wanted, folder, config, shared, *read_data(wanted), lambda progress: None))

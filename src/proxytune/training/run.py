@@ -253,7 +253,7 @@ def resolved(options: TrainingOptions) -> TrainingOptions:
     return replace(
         options,
         lr=options.lr or (FULL_LR if options.full else LORA_LR),
-        lora_alpha=options.lora_alpha or 2 * options.rank,
+        lora_alpha=None if options.full else options.lora_alpha or 2 * options.rank,
         micro_batch=options.micro_batch or max(n for n in range(1, 9) if share % n == 0),
         precision=_precision(options.precision),
         eval_every=options.eval_every or (options.save_every if options.validates else None),
@@ -459,7 +459,6 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
     targets = "all-linear" if options.targets == "all-linear" else _checked_targets(options.targets, model)
     assert options.micro_batch is not None
     assert options.lr is not None
-    assert options.lora_alpha is not None
     arguments = SFTConfig(
         output_dir=str((run.folder / "checkpoints").resolve()),  # the best checkpoint is found by it
         num_train_epochs=options.epochs,
@@ -495,12 +494,15 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
         remove_unused_columns=False,  # a row's number goes with it
     )
     arguments.mixed_precision = options.precision if options.precision in ("bf16", "fp16") else "no"  # not accelerate's
-    lora = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.lora_alpha,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
+    lora = None
+    if not options.full:
+        assert options.lora_alpha is not None
+        lora = LoraConfig(
+            r=options.rank,
+            lora_alpha=options.lora_alpha,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
     kind: Any = TokenMeanTrainer
     if options.consistent:
         from proxytune.training.consistent import ConsistentTrainer as kind
@@ -515,7 +517,7 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
             train_dataset=Dataset.from_list(data.rows),
             eval_dataset=None if validation is None else Dataset.from_list(validation.rows),
             processing_class=tokenizer,
-            peft_config=None if options.full else lora,
+            peft_config=lora,
         )
     except ProxyTuneError:
         raise
