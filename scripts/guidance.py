@@ -41,7 +41,7 @@ class Setting:
 
     Attributes:
         made: what ``proxytune new`` is given. alpha: of its only expert; 0 is the base alone.
-        before: what stands in the base's own prompt too: a system prompt, or solved examples.
+        system, examples: what the base reads in its own prompt: a system prompt, and how many solved examples.
     """
 
     task: str

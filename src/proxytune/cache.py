@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from proxytune.decoding.lane import Lane, LaneState
 from proxytune.errors import PromptError
+from proxytune.recipe.prompts import n_common
 
 __all__ = ["ProxyTunedCache"]
 
@@ -92,20 +93,20 @@ class ProxyTunedCache(Cache):
             state.crop(-tokens_to_remove)
         self.n_columns += tokens_to_remove
 
-    def go_on_with(self, read: Sequence[Rows], wanted: Sequence[Rows]) -> int:
+    def go_on_with(self, read: Sequence[Rows], wanted: Sequence[Rows], prompt_length: int) -> int:
         """Bring each seat's row of a batch of one from the ids that it has read to all but the last of its new prompt.
 
         What all rows of a lane have in common with their new prompts at the beginning is not read again.
 
         Args:
-            read, wanted: of each lane, the ids of each seat's row.
+            read, wanted: of each lane, the ids of each seat's row. prompt_length: of the outer ``input_ids``.
 
         Returns:
             how many tokens of the first lane's first seat were not read again; 0: nothing was done, begin anew.
         """
         new, surplus = [], []
         for before, after in zip(read, wanted):
-            common = [_n_common(old, row[:-1]) for old, row in zip(before, after)]
+            common = [n_common(old, row[:-1]) for old, row in zip(before, after)]
             surplus.append(max(len(old) - n for old, n in zip(before, common)))
             if surplus[-1] >= min(map(len, before)):
                 return 0
@@ -119,6 +120,7 @@ class ProxyTunedCache(Cache):
             if width := max(map(len, rows)):
                 state.read(torch.tensor([row + [0] * (width - len(row)) for row in rows]), positions=1)
                 state.keep([len(row) for row in rows])
+        self.n_columns, self.prompt_length = prompt_length - 1, prompt_length
         return len(read[0][0]) - surplus[0]
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -138,8 +140,3 @@ class ProxyTunedCache(Cache):
         copied = memo[id(self)] = copy.copy(self)
         copied.__dict__ = copy.deepcopy(self.__dict__, memo)
         return copied
-
-
-def _n_common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids two lists begin with in common."""
-    return next((at for at, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))

@@ -350,8 +350,7 @@ class SteeredGenerationMixin(GenerationMixin):
             2
         """
         fields = refuse_fields(kwargs, generation_config, self.generation_config)
-        scales = [kwargs, *(vars(each) for each in (generation_config, self.generation_config) if each is not None)]
-        if kwargs.get("negative_prompt_ids") is not None and not any(each.get("guidance_scale") for each in scales):
+        if kwargs.get("negative_prompt_ids") is not None and "guidance_scale" not in fields:
             raise ProxyTuneError(
                 "negative_prompt_ids are for transformers' guidance_scale; a recipe's member reads negative_prompt"
             )

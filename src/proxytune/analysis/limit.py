@@ -11,9 +11,8 @@ answer, or another tokenisation, may be within reach where this one is not.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from proxytune.answers.files import json_rows
 from proxytune.answers.generation import Encoded, Sampling, answer, encode
 from proxytune.decoding.mixing import Members, mix
+from proxytune.decoding.trace import json_number
 from proxytune.errors import ProxyTuneError
 from proxytune.tables import Table
 
@@ -73,13 +73,9 @@ class GoldToken:
         """As JSON; an infinite number is None."""
         return {
             **vars(self),
-            **{name: _finite(getattr(self, name)) for name in ("base_logprob", "needed", "given", "best")},
-            "reachable": None if self.reachable is None else [_finite(end) for end in self.reachable],
+            **{name: json_number(getattr(self, name)) for name in ("base_logprob", "needed", "given", "best")},
+            "reachable": None if self.reachable is None else [json_number(end) for end in self.reachable],
         }
-
-
-def _finite(value: float) -> float | None:
-    return round(value, 6) if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -141,10 +137,9 @@ def reach(base: Tensor, added: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
     never = (rivals & (apart == 0) & (gap > 0)).any(dim=-1) | ~torch.isfinite(own + own_added)[:, 0]
     # At 0 what the experts exclude can be chosen as well, and keeps others from it.
     first = (base.argmax(dim=-1) == gold) & (own[:, 0] > -torch.inf)
-    beyond = ~never & (low <= high) & ((high > 0) | first)
-    return low.where(beyond, torch.inf).where(beyond | ~first, 0.0), high.where(beyond, -torch.inf).where(
-        beyond | ~first, 0.0
-    )
+    found = ~never & (low <= high) & ((high > 0) | first)
+    nowhere = torch.full_like(low, torch.inf).where(~first, 0.0)  # or at 0 alone
+    return low.where(found, nowhere), high.where(found, -nowhere)
 
 
 def best_factor(base: Tensor, added: Tensor, gold: Tensor) -> Tensor:
@@ -281,9 +276,7 @@ def limit(
                 rows=[f"{number}/{at}" for at in range(samples)],
             )
             golds = tuple(text.strip() for text in reference.completions)
-            best = GoldAnswer(
-                best.prompt, best.completion, best.tokens, any(one.text.strip().startswith(golds) for one in made)
-            )
+            best = replace(best, passed=any(one.text.strip().startswith(golds) for one in made))
         yield best
 
 

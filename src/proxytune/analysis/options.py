@@ -117,12 +117,12 @@ class LimitOptions:
     )
     samples: int = option(
         0,
-        "Sample so many answers of the base alone for each prompt; one that begins with the gold text passes.",
+        "How many answers of the base alone to sample for each prompt; one that begins with the gold text passes.",
         metavar="K",
         min=0,
     )
-    temperature: float = option(1.0, "Of these samples.", metavar="T")
-    seed: int = option(0, "Of these samples.", metavar="N")
+    temperature: float = option(1.0, "Temperature of these samples.", metavar="T")
+    seed: int = option(0, "Seed of these samples.", metavar="N")
 
     def __post_init__(self) -> None:
         if not self.input:

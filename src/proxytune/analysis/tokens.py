@@ -157,7 +157,9 @@ def analyze(
     """
     answers = list(answers)
     each, moved = [of.parts for of in answers], [of.moved for of in answers]
-    written = sum((of.written for of in answers), Counter[str]())
+    written = Counter[str]()
+    for of in answers:
+        written.update(of.written)
 
     def mean(key: Any) -> dict[str, Any]:
         return _mean([parts[key] for parts in each], seed)

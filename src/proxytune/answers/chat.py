@@ -2,8 +2,8 @@
 
 Each turn is the whole transcript by the chat template; what of it the cache already holds is not read again. The
 transcript is text between the turns, so a turn's tokens may differ from those that were generated: the cache is cut
-back to what both have in common. Of members with prompts of their own each goes on from its own; a negative prompt is
-so read once.
+back to what both have in common. Each member with a prompt of its own goes on from that, so a negative prompt is read
+once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from proxytune.answers.generation import Answer, Encoded, Printer, Sampling, ans
 from proxytune.decoding.trace import TOP_K
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.parts import refuse_negative
-from proxytune.recipe.prompts import NAMES, Message, last_turn, refuse_unread, render_chat, transcript
+from proxytune.recipe.prompts import NAMES, Message, last_turn, n_common, refuse_unread, render_chat, transcript
 
 if TYPE_CHECKING:
     from proxytune.model import ProxyTunedForCausalLM
@@ -214,14 +214,11 @@ class Conversation:
         ids = encoded.ids
         if any(self.model.own_prompts):
             with torch.inference_mode():
-                self.reused = self.cache.go_on_with(self.rows, self._prompts(encoded)) if self.rows else 0
-            if self.reused:
-                self.cache.n_columns, self.cache.prompt_length = len(ids) - 1, len(ids)
-            else:
+                self.reused = self.cache.go_on_with(self.rows, self._prompts(encoded), len(ids)) if self.rows else 0
+            if not self.reused:
                 self._forget()
             return
-        pairs = zip(self.read, ids[:-1])
-        common = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(self.read), len(ids) - 1))
+        common = n_common(self.read, ids[:-1])
         surplus = len(self.read) - common
         if surplus:
             try:

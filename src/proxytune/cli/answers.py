@@ -271,7 +271,7 @@ def demo(
 
     The base, the expert alone, controls and the proxy-tuned base answer the same held-out problems. You see some of the
     answers side by side, and a table of how many are right. The run ends when the evidence is clear or the minute is
-    over. With --problems all, or a number, it asks so many and adds more controls.
+    over. With --problems N or all it asks that many, and adds more controls.
 
     Task facts: questions of general knowledge, answered in a house format with made-up words. The base has the
     knowledge, the small expert has the format. Task word-problems: one step of arithmetic, in a format of its own.

@@ -27,10 +27,10 @@ def limit(
 ) -> None:
     """Show which gold answers steering can reach, and where the base cannot say them.
 
-    Gold answers are read token by token, each token behind the gold tokens before it. For each is shown whether greedy
-    decoding chooses it at the recipe's alpha, and whether it would at some other strength: a factor from 0 on, which
-    multiplies the alphas of all experts. A token that no factor reaches is where the base cannot say this with these
-    experts. It is a bound for exactly this sequence of tokens: another wording of the same answer may be within reach.
+    Gold answers are read token by token, each token behind the gold tokens before it. For each token you see whether
+    greedy decoding chooses it at the recipe's alpha, and whether it would at another strength: some factor, from 0 on,
+    on the alphas of all experts. Where no factor reaches a token, the base cannot say it with these experts. This is a
+    bound for exactly these tokens: another wording of the same answer may be within reach.
 
     Examples:
 
@@ -39,7 +39,6 @@ def limit(
     """
     check_alpha(recipe, answers.alpha)
     lines = read_lines(options.input)  # before the seconds that the imports take
-
     from proxytune.analysis.limit import limit as within_reach
     from proxytune.analysis.limit import limit_tables, read_references, summary
     from proxytune.answers.generation import Sampling

@@ -18,7 +18,7 @@ from proxytune.decoding.flips import best, contenders, flips, top
 from proxytune.decoding.lane import Scores
 from proxytune.decoding.mixing import Members, mix
 
-__all__ = ["TOP_K", "Candidate", "TokenTrace", "Tracer"]
+__all__ = ["TOP_K", "Candidate", "TokenTrace", "Tracer", "json_number"]
 
 Origin = Literal["plain", "drafted", "copied", "corrected"]
 TOP_K = 5  # of each distribution, unless the caller says otherwise
@@ -47,10 +47,10 @@ class Candidate:
         """The candidate as JSON; an infinite or undefined number is None."""
         return {
             "id": self.id,
-            "base_logprob": _number(self.base_logprob),
-            "mixture_logprob": _number(self.mixture_logprob),
-            "expert_logprob": {name: _number(value) for name, value in self.expert_logprob.items()},
-            "delta": {name: _number(value) for name, value in self.delta.items()},
+            "base_logprob": json_number(self.base_logprob),
+            "mixture_logprob": json_number(self.mixture_logprob),
+            "expert_logprob": {name: json_number(value) for name, value in self.expert_logprob.items()},
+            "delta": {name: json_number(value) for name, value in self.delta.items()},
             "masked": self.masked,
         }
 
@@ -100,21 +100,22 @@ class TokenTrace:
         """The record as JSON, numbers with six digits after the point; an infinite or undefined one is None."""
         return {
             "id": self.id,
-            "base_logprob": _number(self.base_logprob),
-            "mixture_logprob": _number(self.mixture_logprob),
+            "base_logprob": json_number(self.base_logprob),
+            "mixture_logprob": json_number(self.mixture_logprob),
             "base_rank": self.base_rank,
-            "base_entropy": _number(self.base_entropy),
-            "entropy": _number(self.entropy),
-            "kl": _number(self.kl),
+            "base_entropy": json_number(self.base_entropy),
+            "entropy": json_number(self.entropy),
+            "kl": json_number(self.kl),
             "changed": self.changed,
             "origin": self.origin,
-            "offsets": {name: _number(value) for name, value in self.offsets.items()},
+            "offsets": {name: json_number(value) for name, value in self.offsets.items()},
             "candidates": [each.to_json() for each in self.candidates],
-            "flips": {name: [[_number(alpha), id_] for alpha, id_ in pairs] for name, pairs in self.flips.items()},
+            "flips": {name: [[json_number(alpha), id_] for alpha, id_ in pairs] for name, pairs in self.flips.items()},
         }
 
 
-def _number(value: float) -> float | None:
+def json_number(value: float) -> float | None:
+    """A number as JSON has it, six digits after the point; None where it is infinite or undefined."""
     return round(value, DIGITS) if math.isfinite(value) else None
 
 

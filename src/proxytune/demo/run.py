@@ -106,9 +106,10 @@ class DemoResult:
         """How many problems the proxy-tuned base has answered."""
         return len(self.lines["proxy_tuned"])
 
-    def asked_next(self, arm: str) -> bool:
-        """Whether an arm is asked further problems: in the minute a control is not, once it is clear."""
-        return not self.timed or arm in SIDE_BY_SIDE or arm not in self.clear()
+    def asked_next(self) -> list[str]:
+        """The arms that are asked further problems: in the minute a control is not, once it is clear."""
+        left_out = set(self.clear()) - set(SIDE_BY_SIDE) if self.timed else ()
+        return [arm for arm in self.lines if arm not in left_out]
 
     def scores(self) -> dict[str, Any]:
         """What results.json of an evaluation says of the task."""
@@ -142,8 +143,8 @@ class DemoResult:
         """The proxy-tuned base against every other arm, on the problems that both have answered."""
 
         def against(arm: str, right: Callable[[str], list[bool]], name: str = "") -> Comparison:
-            both = [(ours, other) for ours, other in zip(right("proxy_tuned"), right(arm))]
-            pairs = [ours for ours, _ in both], [other for _, other in both]
+            both = right("proxy_tuned"), right(arm)
+            pairs = [answers[: min(map(len, both))] for answers in both]
             return Comparison(name or arm, *mcnemar(*pairs), highest_e_value(*pairs))
 
         found = [against(arm, self.right) for arm in self.lines if arm not in ("anti_expert", "proxy_tuned")]
@@ -276,12 +277,12 @@ def run_demo(
                 lines: dict[str, list[dict[str, Any]]] = {}
                 read: dict[str, Any] = {}
                 counts = _counts(result, console.width)
-                asked = {name: arm for name, arm in arms.items() if result.asked_next(name)}
-                for name, arm in asked.items():
+                asked = result.asked_next()
+                for name in (each for each in arms if each in asked):
                     doing = f"{_short(task.title(name))}: problems {batch.start + 1} to {batch.stop} …"
                     live.update(Group(Text(), *counts, Text(doing, "dim")), refresh=True)
                     with result.part(_short(task.title(name))):
-                        lines[name] = answers(arm, plan, batch, read)
+                        lines[name] = answers(arms[name], plan, batch, read)
                     if set(lines) == set(SIDE_BY_SIDE):
                         console.print(_side_by_side(result, plan, arms["proxy_tuned"], batch, lines, console))
                 for name, new in lines.items():  # all at once: every count is of the same problems

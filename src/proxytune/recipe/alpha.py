@@ -40,9 +40,9 @@ def alpha_rows(
     n = n_rows or 1
     if alpha is None:
         return [tuple(default)] * n
-    if not names and _plain(alpha) not in ([], {}, [[]], [[]] * n):
-        raise AlphaError("there are no experts, so there is nothing that alpha could weigh; leave it out")
     if not names:
+        if _plain(alpha) not in ([], {}, [[]], [[]] * n):
+            raise AlphaError("there are no experts, so there is nothing that alpha could weigh; leave it out")
         return [()] * n
     if isinstance(alpha, Mapping):
         _refuse_unknown(alpha, names)

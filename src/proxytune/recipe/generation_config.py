@@ -146,11 +146,12 @@ def adapted(generation: GenerationConfig, width: int, where: str) -> tuple[Gener
 def refuse_fields(asked: Mapping[str, Any], *configs: GenerationConfig | None) -> dict[str, Any]:
     """Raise :class:`ProxyTuneError` if a call asks for what several members cannot do together.
 
-    What the call itself leaves open is looked up in ``configs``, in order. The result are its ``cache_implementation``
-    and ``stop_strings``, where they are asked for.
+    What the call itself leaves open is looked up in ``configs``, in order. The result is what is asked for of
+    ``cache_implementation``, ``guidance_scale`` and ``stop_strings``.
     """
     fields = {}
-    for name in (each for each in FIELDS if each not in OF_A_CALL or each in ("cache_implementation", "stop_strings")):
+    told = ("cache_implementation", "guidance_scale", "stop_strings")
+    for name in (each for each in FIELDS if each not in OF_A_CALL or each in told):
         values = (getattr(each, name, None) for each in configs if each is not None)
         value = asked[name] if name in asked else next((value for value in values if value is not None), None)
         if not _asks(name, value):

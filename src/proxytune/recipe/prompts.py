@@ -21,6 +21,7 @@ __all__ = [
     "Prompter",
     "last_turn",
     "left_pad",
+    "n_common",
     "refuse_unread",
     "render",
     "render_chat",
@@ -89,7 +90,7 @@ class Prompter:
             text = self.tokenizer.decode(kept, skip_special_tokens=True)
             again = self.tokenizer(text)["input_ids"]
             if again != kept:
-                at = next((i for i, (a, b) in enumerate(zip(kept, again)) if a != b), min(len(kept), len(again)))
+                at = n_common(kept, again)
                 raise PromptError(
                     f"the prompt of row {row} is not what its text encodes to again (they differ at token {at}), so "
                     "the members' own prompts cannot be made from it; pass `member_input_ids`"
@@ -202,6 +203,11 @@ def last_turn(messages: Sequence[Message], text: str) -> list[Message]:
 
 def _as_text(messages: Sequence[Message]) -> str:
     return messages[0]["content"] if len(messages) == 1 else transcript(messages)
+
+
+def n_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids two texts begin with in common."""
+    return next((at for at, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
 
 
 def left_pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
