@@ -241,6 +241,18 @@ def test_tables_files_and_figures(tmp_path):
     assert names == ["classes.png", "classes.svg", "positions.png", "positions.svg"]
 
 
+def test_answers_of_a_model_alone_have_a_row_and_no_part_in_the_set(tmp_path):
+    alone = {**FIRST, "alpha": {}, "tokens": [{**token, "kl": 0.0} for token in FIRST["tokens"]]}
+    alone["tokens"] = [{name: of for name, of in token.items() if name != "offsets"} for token in alone["tokens"]]
+    base, steered = write(tmp_path / "base.jsonl", alone, alone), write(tmp_path / "a.jsonl", FIRST, SECOND)
+    found = result(base, steered)
+    assert {name: found[name] for name in found if name != "files"} == {
+        name: of for name, of in result(steered).items() if name != "files"
+    }
+    assert [of["answers"] for of in found["files"].values()] == [2, 2]
+    assert "there is no trace of a steered answer in" in fails("analyze", base)
+
+
 def test_what_is_no_trace_is_named(tmp_path):
     good = write(tmp_path / "good.jsonl", FIRST)
     for line, message in (
@@ -253,7 +265,7 @@ def test_what_is_no_trace_is_named(tmp_path):
     bad.write_text('{"a": 1}\n{torn')
     assert f"line 1 of {bad}" in fails("analyze", bad)
     bad.write_text("")
-    assert "there is no trace in" in fails("analyze", bad)
+    assert "there is no trace of a steered answer in" in fails("analyze", bad)
     assert "is named twice" in fails("analyze", good, good)
     assert "No such file" in fails("analyze", tmp_path / "nosuch.jsonl")
     assert "is a file; --plot names a directory" in fails("analyze", good, "--plot", good)

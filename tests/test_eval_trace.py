@@ -67,6 +67,33 @@ def test_the_traces_of_a_run_are_the_plain_loops(shelf, local, tokenizer, tmp_pa
         hold(oracle, tokenizer(trace["prompt"])["input_ids"], [record(token) for token in trace["tokens"]])
 
 
+def test_each_arm_has_traces_of_its_own_mixture(shelf, local, tokenizer, tmp_path):
+    """A model alone is its own base; a mean is base + w (expert - base), which the trace's numbers are of."""
+    arms = ("base", "expert", "mean_logits", "weighted_mean", "tuned")
+    more = {"arms": arms, "trace": True, "tuned": str(shelf / "anti"), "mean_weight": 3.0}
+    evaluate(
+        load_recipe(shelf / "recipe"), EvaluationOptions(("triviaqa",), data=str(local), limit=2, **more), tmp_path
+    )
+    base, expert, anti = (AutoModelForCausalLM.from_pretrained(shelf / name) for name in ("base", "expert", "anti"))
+    oracles = {
+        "base": Oracle(base),
+        "expert": Oracle(expert),
+        "tuned": Oracle(anti),
+        "mean_logits": Oracle(base, [("expert", expert, base, 0.5)]),
+        "weighted_mean": Oracle(base, [("expert", expert, base, 0.75)]),
+    }
+    for arm, oracle in oracles.items():
+        traces = lines_of(tmp_path / "triviaqa" / f"{arm}.trace.jsonl")
+        assert [trace["alpha"] for trace in traces] == [{name: alpha for name, _, _, alpha in oracle.experts}] * 2
+        for trace in traces:
+            hold(oracle, tokenizer(trace["prompt"])["input_ids"], [record(token) for token in trace["tokens"]])
+    files = [tmp_path / "triviaqa" / f"{arm}.trace.jsonl" for arm in arms]
+    found = json.loads(run("analyze", *files, "--json").stdout)
+    assert list(found["files"]) == [str(file) for file in files]
+    assert found["files"][str(files[0])]["shift"]["mean"] == 0.0
+    assert found["answers"] == 4, "those of the means"
+
+
 def test_tracing_decides_no_prediction(shelf, local, tmp_path):
     """Not of a sampling task either, whose samples have traces of their own."""
     settings = {"tasks": ("humaneval",), "samples": 2}
@@ -81,7 +108,7 @@ def test_tracing_decides_no_prediction(shelf, local, tmp_path):
         lines = lines_of(out / "humaneval" / "proxy_tuned.jsonl")
         found[trace] = [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
         assert (out / "humaneval" / "proxy_tuned.trace.jsonl").exists() == trace
-        assert not (out / "humaneval" / "base.trace.jsonl").exists()
+        assert (out / "humaneval" / "base.trace.jsonl").exists() == trace
     assert found[False] == found[True]
     traces = lines_of(tmp_path / "True" / "humaneval" / "proxy_tuned.trace.jsonl")
     assert {(trace["id"], trace["sample"]) for trace in traces} == {
@@ -143,9 +170,6 @@ def test_what_has_no_trace_is_refused(shelf, local, tmp_path, monkeypatch):
     words = ("eval", shelf / "recipe", "--data", local, "--limit", 2, "--output", tmp_path / "out")
     scored = fails(*words, "--tasks", "triviaqa,truthfulqa_mc1", "--trace")
     assert "truthfulqa_mc1 scores given continuations; leave truthfulqa_mc1 or --trace out" in scored
-    assert "--trace records the arm proxy_tuned; add it to --arms" in fails(
-        *words, "--tasks", "triviaqa", "--arms", "base", "--trace"
-    )
     assert not (tmp_path / "out").exists()
     run(*words, "--tasks", "triviaqa", "--arms", "proxy_tuned")
     monkeypatch.setattr("proxytune.evaluation.run.answer_jobs", None)

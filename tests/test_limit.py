@@ -9,15 +9,8 @@ import pytest
 import torch
 
 from proxytune import Prompt
-from proxytune.analysis.limit import (
-    Reference,
-    best_factor,
-    limit,
-    limit_tables,
-    reach,
-    read_references,
-    summary,
-)
+from proxytune.analysis.limit import best_factor, limit, limit_tables, reach, summary
+from proxytune.analysis.references import Reference, read_references
 from proxytune.answers.options import Sampling
 from support import tiny
 from support.commands import fails, run

@@ -11,14 +11,14 @@ answer, or another tokenisation, may be within reach where this one is not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from proxytune.answers.files import json_rows
+from proxytune.analysis.references import Reference, gold_ids, read_gold
 from proxytune.answers.generation import Encoded, Sampling, answer, encode
 from proxytune.decoding.mixing import Members, mix
 from proxytune.decoding.trace import json_number
@@ -28,20 +28,11 @@ from proxytune.tables import Table
 if TYPE_CHECKING:
     from proxytune.model import ProxyTunedForCausalLM
 
-__all__ = ["GoldAnswer", "GoldToken", "Reference", "limit", "limit_tables", "reach", "read_references", "summary"]
+__all__ = ["GoldAnswer", "GoldToken", "limit", "limit_tables", "reach", "summary"]
 
 MOST = 64.0  # the largest factor at which the best one is looked for
 STEPS = 40  # of bisection
 LISTED = 10
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A prompt and its gold answers; where: its place in a file, for people."""
-
-    prompt: str
-    completions: tuple[str, ...]
-    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,11 +165,7 @@ def gold_tokens(
     Args:
         ids: of the answer, at least one. alphas: one value an expert.
     """
-    read = torch.tensor([[*encoded.ids, *ids[:-1]]], device=model.device)
-    own = {name: torch.tensor([row], device=model.device) for name, row in encoded.own.items()}
-    more: dict[str, Any] = {"member_input_ids": own, "prompt_length": len(encoded.ids)} if own else {}
-    found = model(read, output_member_logits=True, use_cache=False, logits_to_keep=len(ids), **more).member_logits
-    base, added, mixed = _lines(model, model.paired(found), alphas)
+    base, added, mixed = _lines(model, model.paired(read_gold(model, encoded, ids)), alphas)
     gold = torch.tensor(list(ids), device=base.device)
     low, high = reach(base, added, gold)
     best = best_factor(base, added, gold)
@@ -215,24 +202,6 @@ def _lines(model: ProxyTunedForCausalLM, members: Members, alphas: Sequence[floa
 
 
 # -- a set of answers -----------------------------------------------------------------------------------------
-def read_references(lines: Iterable[bytes]) -> tuple[list[Reference], list[str]]:
-    """Read ``{"prompt": TEXT, "completion": TEXT or a list of texts}`` lines; what is broken is named."""
-    references, broken = [], []
-    for row in json_rows(lines):
-        value = row.value if isinstance(row.value, dict) else {}
-        prompt, gold = value.get("prompt"), value.get("completion")
-        texts = tuple(gold) if isinstance(gold, list) else (gold,)
-        if row.broken is not None:
-            broken.append(f"{row.where}: {row.broken}")
-        elif not isinstance(prompt, str) or not prompt.strip():
-            broken.append(f'{row.where}: it has no "prompt" that is a text')
-        elif not texts or not all(isinstance(text, str) and text for text in texts):
-            broken.append(f'{row.where}: it has no "completion" that is a text, or a list of texts')
-        else:
-            references.append(Reference(prompt, texts, row.where))
-    return references, broken
-
-
 def limit(
     model: ProxyTunedForCausalLM,
     tokenizer: Any,
@@ -256,9 +225,7 @@ def limit(
             encoded = encode(model, tokenizer, reference.prompt, **shown)
             worded = []
             for text in reference.completions:
-                ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-                if encoded.room is not None and len(ids) > encoded.room:
-                    raise ProxyTuneError(f"a completion has {len(ids)} tokens, but there is room for {encoded.room}")
+                ids = gold_ids(tokenizer, encoded, text)
                 worded.append(GoldAnswer(reference.prompt, text, gold_tokens(model, tokenizer, encoded, ids, alphas)))
         except ProxyTuneError as error:
             note(f"{reference.where}: {error}")

@@ -11,7 +11,7 @@ from proxytune.answers.options import ALPHA
 from proxytune.errors import ProxyTuneError
 from proxytune.options import option
 
-__all__ = ["AnalyzeOptions", "Branch", "ExplainOptions", "LimitOptions"]
+__all__ = ["AnalyzeOptions", "Branch", "DoctorOptions", "ExplainOptions", "LimitOptions"]
 
 
 @dataclass(frozen=True)
@@ -129,3 +129,62 @@ class LimitOptions:
             raise ProxyTuneError("give the gold answers with --input FILE")
         if not self.temperature > 0:
             raise ProxyTuneError(f"--temperature must be above 0 to sample, not {self.temperature:g}")
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """The sample that a recipe is examined on, for how long, and what must hold."""
+
+    data: str = option(
+        "",
+        'A sample with gold answers: JSON lines {"prompt": ..., "completion": ...}, or a JSON list of these; - is '
+        "stdin. A list of completions holds several wordings: each counts as right, and the probability of the first "
+        "is measured.",
+        flag="--data -d",
+        metavar="FILE",
+    )
+    minutes: float = option(
+        10.0,
+        "Time limit for the examples. The result is of those that were measured by then, and the same command goes on "
+        "with the rest. 0 is no limit.",
+        metavar="M",
+        min=0,
+    )
+    shots: int = option(
+        4,
+        "Examples of the sample that the arm base_few_shot reads before each prompt; 0: no such arm.",
+        metavar="N",
+        min=0,
+    )
+    gates: tuple[str, ...] = option(
+        (),
+        "A condition on a number of the JSON result, such as differences.base.correct.low>=0; may be given several "
+        "times. The exit status is 2 where one does not hold.",
+        flag="--gate",
+        metavar="METRIC>=X",
+        many=True,
+        parse=tuple,
+    )
+    seed: int = option(0, "Seed for the bootstrap.", metavar="N")
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ProxyTuneError("give a sample with gold answers with --data FILE")
+        for text in self.gates:
+            gate(text)
+
+
+def gate(text: str) -> tuple[str, float]:
+    """Read ``METRIC>=X``: the metric's name and the number.
+
+    Raises:
+        ProxyTuneError: where it is something else.
+    """
+    name, found, number = text.partition(">=")
+    try:
+        value = float(number)
+    except ValueError:
+        found = ""
+    if not found or not name.strip():
+        raise ProxyTuneError(f"--gate is METRIC>=X, such as differences.base.correct.low>=0, not {text!r}")
+    return name.strip(), value

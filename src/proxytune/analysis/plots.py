@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from proxytune.evaluation.plots import ACCENT, PLAIN, STYLE, save
 
-__all__ = ["plot_tokens"]
+__all__ = ["plot_alpha", "plot_tokens"]
 
 
 def plot_tokens(found: Mapping[str, Any], place: Path) -> list[Path]:
@@ -37,4 +37,22 @@ def _bars(rows: Sequence[tuple[str, Mapping[str, Any]]], label: str, path: Path)
         panel.set_yticks(range(len(rows)), [name for name, _ in rows])
         panel.invert_yaxis()
         panel.set_xlabel(f"{label}, with 95 % intervals")
+        return save(figure, path)
+
+
+def plot_alpha(found: Mapping[str, Any], path: Path) -> list[Path]:
+    """Draw how probable the gold answers are at each alpha, with the best one and its interval, PNG and SVG."""
+    alpha = found["alpha"]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+        panel = figure.subplots()
+        curve = alpha["curve"]
+        panel.plot([point["alpha"] for point in curve], [point["logprob"] for point in curve], color=ACCENT)
+        panel.axvline(alpha["best"], color="#333333", linewidth=1)
+        if alpha["low"] is not None:
+            panel.axvspan(alpha["low"], alpha["high"], color=PLAIN, alpha=0.5, linewidth=0)
+        for value in set(alpha["recipe"].values()):
+            panel.axvline(value, color="#c8553d", linewidth=1, linestyle="--")
+        panel.set_xlabel("alpha (line: most likely, band: 95 % interval, dashed: the recipe's)")
+        panel.set_ylabel("log-probability per gold token, nats")
         return save(figure, path)

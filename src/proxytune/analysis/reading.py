@@ -93,7 +93,7 @@ def _values(path: Path) -> list[Any]:
 # -- our traces -----------------------------------------------------------------------------------------------
 def _of_trace(value: Mapping[str, Any]) -> Explanation:
     alpha = _mapping(value, "alpha", "the trace")
-    if not alpha or not all(_is_number(each) for each in alpha.values()):
+    if not all(_is_number(each) for each in alpha.values()):
         raise Wrong("its alpha is not a number for each expert")
     tokens = _list(value, "tokens", "the trace")
     for name in ("prompt", "text"):

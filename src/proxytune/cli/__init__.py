@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("explain:explain", "Show why each token of an answer was chosen, in the terminal or as a page."),
     "analyze": ("analyze:analyze", "Show what steering did over a set of traces, by class of token."),
     "limit": ("limit:limit", "Show which gold answers steering can reach, and where the base cannot say them."),
+    "doctor": ("doctor:doctor", "Examine on a sample whether steering with this pair pays off, and why."),
     "chat": ("chat:chat", "Chat with a steered model."),
     "serve": ("answers:serve", "Serve a recipe with an OpenAI-compatible server, transformers' or vLLM's."),
     "demo": ("answers:demo", "Show proxy-tuning at work on a small real model."),

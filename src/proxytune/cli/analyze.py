@@ -29,12 +29,15 @@ def analyze(
     The shift of a token is its probability in the mixture minus its probability in the base. Tables show the mean shift
     by class of token (sides of equations, digits, reasoning words, punctuation, hedges), the share of changed choices
     by position, the most promoted and most demoted tokens, and how sure base and experts were where they chose
-    differently. With several files there is also a row per file. Intervals are 95 %, from a bootstrap over whole
-    answers.
+    differently. Intervals are 95 %, from a bootstrap over whole answers.
+
+    With several files these tables are about all of them together, and one more table has a row per file. A model
+    alone, such as the arm base of `eval --trace`, steers nothing: it has that row only.
 
     Examples:
 
         proxytune analyze eval-mine/gsm8k/proxy_tuned.trace.jsonl
+        proxytune analyze eval-mine/gsm8k/*.trace.jsonl
         proxytune analyze a.jsonl b.jsonl --classes mine.yaml --plot figures --output shifts.json
     """
     for path in traces:
@@ -50,9 +53,9 @@ def analyze(
     classes = load_classes(options.classes)
     asked = {"top": options.top, "seed": options.seed}
     measured = {str(path): [measure(why, classes) for why in read_traces(path)] for path in traces}
-    found = analysis(chain.from_iterable(measured.values()), classes, **asked)
+    found = analysis((of for of in chain.from_iterable(measured.values()) if of.experts), classes, **asked)
     if not found["answers"]:
-        raise ProxyTuneError(f"there is no trace in {', '.join(measured)}")
+        raise ProxyTuneError(f"there is no trace of a steered answer in {', '.join(measured)}")
     files = {name: analysis(of, classes, **asked) for name, of in measured.items() if len(measured) > 1}
     results.give({**found, "files": files}, *summary_tables(found, files))
     if options.plot is not None:

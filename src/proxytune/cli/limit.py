@@ -40,7 +40,8 @@ def limit(
     check_alpha(recipe, answers.alpha)
     lines = read_lines(options.input)  # before the seconds that the imports take
     from proxytune.analysis.limit import limit as within_reach
-    from proxytune.analysis.limit import limit_tables, read_references, summary
+    from proxytune.analysis.limit import limit_tables, summary
+    from proxytune.analysis.references import read_references
     from proxytune.answers.generation import Sampling
     from proxytune.recipe.alpha import resolve_alpha
     from proxytune.recipe.store import load_recipe

@@ -17,7 +17,6 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.logits_process import (
     LogitsProcessor,
     NoBadWordsLogitsProcessor,
-    TemperatureLogitsWarper,
 )
 from transformers.generation.stopping_criteria import StoppingCriteria
 
@@ -222,8 +221,6 @@ def generate_batch(
     prompts = [pair.context for _, (pair,) in batch]
     n_prompt = max(len(prompt.ids) for prompt in prompts)
     processors: list[LogitsProcessor] = []
-    if arm.scale != 1 and not sampling.greedy:
-        processors.append(TemperatureLogitsWarper(1 / arm.scale))
     if banned := _banned_ids(arm.tokenizer, plan.metadata.get("banned") or ()):
         processors.append(NoBadWordsLogitsProcessor(banned))
     rows = [row for row, _ in wanted]
@@ -393,7 +390,7 @@ def choice_scores(arm: Arm, pairs: Sequence[Pair], mixes: Sequence[Mix]) -> list
         logits = logits[of_prompt.to(logits.device)]  # (n_rows, 1, n_vocab)
         if behind is not None:
             logits = torch.cat([logits, _mixed(arm, behind.member_logits, mixed_by)], dim=1)
-        results.append(_scores(logits * arm.scale, flat))
+        results.append(_scores(logits, flat))
     return results
 
 

@@ -1,7 +1,8 @@
 """The arms: the same prompts answered by the base, the experts alone, the mixture and the controls.
 
 All but ``tuned`` are made from one loading of the recipe's members. ``base_few_shot`` and its like are the base after
-solved examples; ``mean_logits`` is the mean of M and M+, without an anti-expert; in ``weighted_mean`` M+ has a weight.
+solved examples. ``mean_logits`` is the mean of M and M+, and in ``weighted_mean`` M+ has a weight: a mixture like any
+other, whose anti-expert is the base.
 """
 
 from __future__ import annotations
@@ -99,7 +100,6 @@ class Arm:
     Attributes:
         model: a composite: the recipe's, or one without experts, see :func:`alone`.
         alphas: one value an expert.
-        scale: what the logits are multiplied by (a mean of n models is a sum, scaled).
         prompt: of a model alone; a recipe's members have theirs.
         begun: the ids that its last prompts began with, such as solved examples -> the cache that has read them.
     """
@@ -108,7 +108,6 @@ class Arm:
     model: ProxyTunedForCausalLM
     tokenizer: Any
     alphas: tuple[float, ...] = ()
-    scale: float = 1.0
     prompt: Prompt = RAW
     begun: dict[tuple[int, ...], Any] = field(default_factory=dict, compare=False, repr=False)
 
@@ -192,7 +191,7 @@ class Arms:
         self._loading = Loading.of(loading)
         self.members = dict(config.members())
         self.steered: ProxyTunedForCausalLM | None = None
-        self.mean: ProxyTunedForCausalLM | None = None  # base and experts, without anti-experts
+        self.mean: ProxyTunedForCausalLM | None = None  # base and experts, the base in place of the anti-experts
         self.alone: dict[str, Any] = {}  # member name -> lane, where the recipe is not loaded whole
         self.tokenizers: dict[str, Any] = {}
 
@@ -267,20 +266,24 @@ class Arms:
         return self.alone[member]
 
     def _mean(self, arm: str) -> Arm:
-        """The mean of base and experts as a composite: their weighted sum, scaled."""
+        """The mean (base + sum of w * expert) / (1 + sum of w), which is base + sum of alpha * (expert - base)."""
         weight = 1.0 if arm == "mean_logits" else self.mean_weight
         assert weight is not None
-        alphas = (weight,) * sum(expert.expert is not None for expert in self.config.expert_list)
-        self.mean = self.mean or self._without_anti_experts()
-        return Arm(arm, self.mean, self.tokenizer, alphas, 1 / (1 + sum(alphas)))
+        n_experts = sum(expert.expert is not None for expert in self.config.expert_list)
+        self.mean = self.mean or self._against_base()
+        return Arm(arm, self.mean, self.tokenizer, (weight / (1 + n_experts * weight),) * n_experts)
 
-    def _without_anti_experts(self) -> ProxyTunedForCausalLM:
-        experts = [replace(e, anti_expert=None, alpha=1.0) for e in self.config.expert_list if e.expert is not None]
-        names = ["base", *(f"{e.name}.expert" for e in experts)]
+    def _against_base(self) -> ProxyTunedForCausalLM:
+        """The recipe's experts with the base as their anti-expert; it shares the base's row."""
+        base = self.members["base"]
+        experts = [replace(e, anti_expert=base, alpha=1.0) for e in self.config.expert_list if e.expert is not None]
         config = self.config.with_members(lambda _, member: member)
         config.experts, config.plausibility = [e.to_json() for e in experts], None
-        given = {name: self._lane(name).alone(name) for name in names}
-        tokenizers = {name: self._tokenizer(name) for name in names}
+        sources = {"base": "base"}
+        for e in experts:
+            sources |= {f"{e.name}.expert": f"{e.name}.expert", f"{e.name}.anti_expert": "base"}
+        given = {name: self._lane(of).alone(of) for name, of in sources.items()}
+        tokenizers = {name: self._tokenizer(of) for name, of in sources.items()}
         options = {**self.loading.of_model(), "speculate": False}
         return ProxyTunedForCausalLM._load(config, given, self.tokenizer, tokenizers, options)
 

@@ -11,9 +11,7 @@ from proxytune.evaluation import EVAL_TASKS, check_tasks, data_place
 from proxytune.options import numbers, option, words
 from proxytune.recipe.source import resolve
 
-__all__ = ["TRACED_ARM", "CodeOptions", "EvaluationOptions", "JudgeOptions", "alpha_range"]
-
-TRACED_ARM = "proxy_tuned"  # a model alone is not steered, and a mean of logits is not the sum that a trace describes
+__all__ = ["CodeOptions", "EvaluationOptions", "JudgeOptions", "alpha_range"]
 
 
 @dataclass(frozen=True)
@@ -56,15 +54,13 @@ class EvaluationOptions:
     batch_size: int = option(8, "Rows per batch.", flag="--batch-size -b", metavar="N", min=1, panel="Speed")
     trace: bool = option(
         False,
-        "Write a trace of each answer of the arm proxy_tuned to DIR/TASK/proxy_tuned.trace.jsonl: why each token was "
-        "chosen. Not for tasks that score given continuations.",
+        "Write a trace of each answer to DIR/TASK/ARM.trace.jsonl: why each token was chosen. Not for tasks that score "
+        "given continuations.",
         panel="Traces",
     )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", check_tasks(self.tasks, EVAL_TASKS))
-        if self.trace and self.arms is not None and TRACED_ARM not in self.arms:
-            raise ProxyTuneError(f"--trace records the arm {TRACED_ARM}; add it to --arms, or leave --trace out")
         place = data_place(self.data)
         if place is not None and place.is_file() and len(self.tasks) > 1:
             raise ProxyTuneError("--data is one file, but there are several tasks; give a folder")

@@ -46,7 +46,7 @@ from proxytune.evaluation.answering import (
 )
 from proxytune.evaluation.arms import AS_IT_IS, Arm, Arms, Reader, expand_arms, has_members, tuned_prompt
 from proxytune.evaluation.judges import JudgeDown
-from proxytune.evaluation.options import TRACED_ARM, EvaluationOptions
+from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.results import (
     ARMS,
     DEFAULT_ARMS,
@@ -99,7 +99,7 @@ def evaluate(
     judging = {plan.name: scoring(plan.name) for plan in plans}  # a judge that is not there is known before the answers
     names = arms_of(config, options, plans, note)
     if options.trace:
-        refuse_untraceable(plans, out)
+        refuse_untraceable(plans, names, out)
     write_manifest(out, manifest_of(config, options, loading, plans, {"arms": names}, settings))
     asked = {name: [plan for plan in plans if shots_of(name) in plan.jobs] for name in names}
     files = {name: {plan.name: [out / plan.name / f"{name}.jsonl"] for plan in asked[name]} for name in names}
@@ -127,7 +127,7 @@ def evaluate(
     return results
 
 
-def refuse_untraceable(plans: Sequence[TaskPlan], out: Path) -> None:
+def refuse_untraceable(plans: Sequence[TaskPlan], arms: Sequence[str], out: Path) -> None:
     """Refuse tasks that write nothing, and predictions that were made without a trace.
 
     Raises:
@@ -138,8 +138,7 @@ def refuse_untraceable(plans: Sequence[TaskPlan], out: Path) -> None:
             f"--trace records answers that are written, and {scored[0]} scores given continuations; leave "
             f"{scored[0]} or --trace out"
         )
-    for plan in plans:
-        file = out / plan.name / f"{TRACED_ARM}.jsonl"
+    for file in (out / plan.name / f"{arm}.jsonl" for plan in plans for arm in arms):
         TraceLog(_traces_of(file), Log(file).read()).read().refuse_missing()
 
 
@@ -233,7 +232,7 @@ def answer_tasks(
             logs = [stack.enter_context(Log(file)) for file in files[plan.name]]
             jobs, made = plan.jobs[shots_of(name)], [log.made for log in logs]
             traced = None
-            if options.trace and name == TRACED_ARM:
+            if options.trace:
                 traced = stack.enter_context(TraceLog(_traces_of(files[plan.name][0]), logs[0])).append
             asked: dict[str, Any] = {"batch_size": options.batch_size, "seed": options.seed, "traced": traced}
             with _left_out(left_out, plan.name, name):

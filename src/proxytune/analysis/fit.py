@@ -1,0 +1,111 @@
+"""The alpha under which gold answers are most probable, from one pass over them.
+
+Behind a prompt and the gold tokens before it, the gold token's log-probability at some alpha is
+
+    base[gold] + alpha * delta[gold] - log sum_v exp(base[v] + alpha * delta[v]),  delta = expert - anti_expert
+
+Summed over an answer it is concave in alpha. So it is kept on a grid of alphas, which takes a few dozen numbers per
+answer in place of the logits, and the maximum is that of the parabola through the best point and its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from proxytune.decoding.mixing import Members, mix
+from proxytune.evaluation.statistics import bootstrap_of
+
+__all__ = ["ALL", "GRID", "Fit", "curves", "fit", "log_likelihoods"]
+
+GRID = tuple(round(0.1 * step, 1) for step in range(31))  # alphas from 0 to 3
+ALL = "all"  # the curve along which all experts have the same alpha
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The most likely alpha.
+
+    Attributes:
+        best: between 0 and the end of the grid. low, high: its 95 % interval, over answers drawn anew; None for a
+            single answer. at_end: whether the best one is the end of the grid, so that a larger one may be better.
+        gain: by how many nats per token the answers are more probable there than at alpha 0.
+    """
+
+    best: float
+    low: float | None
+    high: float | None
+    at_end: bool
+    gain: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return dict(vars(self))
+
+
+def log_likelihoods(members: Members, gold: Tensor, alphas: Sequence[float], **masks: Any) -> Tensor:
+    """The log-probability of each gold token in the mixture, (n_tokens,), in nats; -inf where it can't be chosen.
+
+    Args:
+        members: logits of one row, (1, n_tokens, n_vocab) each. gold: ids, (n_tokens,). alphas: one value per expert.
+        masks: ``plausibility`` and ``vocab_size``, see :func:`proxytune.decoding.mixing.mix`.
+    """
+    base, experts = members
+    mixed = mix(base, experts, torch.tensor([list(alphas)], dtype=torch.float32), **masks)[0]
+    return mixed.log_softmax(dim=-1).gather(1, gold[:, None])[:, 0]
+
+
+def curves(
+    members: Members, gold: Tensor, names: Sequence[str], alphas: Sequence[float], **masks: Any
+) -> dict[str, list[float]]:
+    """The log-probability of a gold answer along the grid: of :data:`ALL`, and of each of several experts.
+
+    An expert's own curve leaves the others at ``alphas``. Tokens that can't be chosen at some alpha are left out.
+
+    Args:
+        members, gold, masks: see :func:`log_likelihoods`. names: of the experts.
+    """
+    lines = {ALL: [(alpha,) * len(names) for alpha in GRID]}
+    if len(names) > 1:
+        for at, name in enumerate(names):
+            lines[name] = [(*alphas[:at], alpha, *alphas[at + 1 :]) for alpha in GRID]
+    found = {}
+    for name, line in lines.items():
+        of_tokens = torch.stack(
+            [log_likelihoods(members, gold, each, **masks) for each in line]
+        )  # (n_alphas, n_tokens)
+        possible = of_tokens.isfinite().all(dim=0)
+        found[name] = of_tokens[:, possible].double().sum(dim=1).tolist()
+    return found
+
+
+def fit(of_answers: Sequence[Sequence[float]], n_tokens: int, seed: int = 0) -> Fit:
+    """The most likely alpha of a set of answers.
+
+    Args:
+        of_answers: each answer's log-probability on the grid, see :func:`curves`. n_tokens: of all answers together.
+        seed: of the bootstrap.
+    """
+    columns = list(zip(*of_answers))
+    total = np.array(columns).sum(axis=1)
+    best = float(_peak(total))
+    low, high = bootstrap_of(lambda *means: _peak(np.stack(means)), columns, seed) or (None, None)
+    return Fit(best, low, high, best >= GRID[-1], float(total.max() - total[0]) / max(n_tokens, 1))
+
+
+def _peak(heights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Where curves over the grid are highest, (n_alphas, …) -> (…); the lowest alpha of a level curve."""
+    step = GRID[1] - GRID[0]
+    at = np.clip(heights.argmax(axis=0), 1, len(GRID) - 2)
+    left, middle, right = (np.take_along_axis(heights, (at + by)[None], axis=0)[0] for by in (-1, 0, 1))
+    bend = left - 2 * middle + right
+    with np.errstate(divide="ignore", invalid="ignore"):
+        vertex = np.array(GRID)[at] + 0.5 * step * (left - right) / bend
+    vertex = np.where(bend < 0, vertex, np.array(GRID)[heights.argmax(axis=0)])
+    return np.clip(vertex, GRID[0], GRID[-1])
