@@ -216,11 +216,11 @@ def test_more_classes(tmp_path):
     assert found["classes"]["plus"]["mean"] == pytest.approx(0.2)
     assert "hedges" not in found["classes"]
     for text, message in {
-        "a: {pattern: '('}": "the pattern of 'a' is no regular expression",
+        "a: {pattern: '('}": "the pattern of 'a' is not a regular expression",
         "a: {pattern: x, group: g}": "the pattern of 'a' has no group 'g'",
         "a: {about: x}": "the class 'a' has no pattern that is a text",
         "a: {pattern: x, patern: y}": "the class 'a' has an unknown field 'patern'",
-        "other: {pattern: x}": "the class 'other' is found without a pattern",
+        "other: {pattern: x}": "the class 'other' is built in and has no pattern",
         "- a": "holds no classes",
         "a: [": "is not valid YAML",
     }.items():
@@ -256,9 +256,9 @@ def test_answers_of_a_model_alone_have_a_row_and_no_part_in_the_set(tmp_path):
 def test_what_is_no_trace_is_named(tmp_path):
     good = write(tmp_path / "good.jsonl", FIRST)
     for line, message in (
-        ({"mine": 1}, "it is no trace (proxytune.trace/1)"),
-        ({**FIRST, "schema": "proxytune.trace/9"}, "it is no trace (proxytune.trace/1)"),
-        ({**FIRST, "tokens": [{"id": 1}]}, "tokens[0] has no id"),
+        ({"mine": 1}, "it is not a trace (proxytune.trace/1)"),
+        ({**FIRST, "schema": "proxytune.trace/9"}, "it is not a trace (proxytune.trace/1)"),
+        ({**FIRST, "tokens": [{"id": 1}]}, "tokens[0] must have an id"),
     ):
         bad = write(tmp_path / "bad.jsonl", FIRST, line)
         assert f"line 2 of {bad}: {message}" in fails("analyze", good, bad)

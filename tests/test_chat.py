@@ -186,7 +186,7 @@ def test_a_turn_is_taken_back(model, tokenizer):
     fresh = answer(model, tokenizer, [one.encode(one.messages[:-1])], [(1.0,)], max_new_tokens=10, sampling=Sampling())
     assert again == fresh[0]
     one.reset()
-    with pytest.raises(ProxyTuneError, match="nothing has been said"):
+    with pytest.raises(ProxyTuneError, match=r"there is no answer yet|the conversation is empty"):
         one.take_back()
 
 
@@ -243,7 +243,7 @@ def test_commands_change_the_conversation(recipe, tmp_path):
     ]
     result = run("chat", recipe, "-n", "4", input="\n".join(said))
     for told in (
-        "error: nothing has been said yet\n",
+        "error: the conversation is empty\n",
         "error: name the alphas, as in /compare 0 1\n",
         "temperature 0.7, top-p off",
         "error: top-p must lie in (0, 1], not 2.0\n",
@@ -347,7 +347,7 @@ def test_at_a_terminal(recipe, tmp_path):
     child.expect("Ctrl-D or /quit leaves")
     child.expect(prompt)
     child.send("\x1b[A\r")  # the line before: /undo
-    child.expect("nothing has been said yet")
+    child.expect("the conversation is empty")
     child.expect(prompt)
     child.send("/he\t")  # TAB completes
     child.expect("lp")
@@ -376,5 +376,5 @@ def test_each_answer_is_traced(recipe, tmp_path):
     file.write_text('{"mine": 1}\n')
     result = run("chat", recipe, "--trace", file, input="a dog\n", status=2)
     assert "line 1 of" in result.stderr
-    assert "is no trace; choose another --trace" in result.stderr
+    assert "is not a trace; choose another --trace" in result.stderr
     assert file.read_text() == '{"mine": 1}\n'

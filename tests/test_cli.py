@@ -99,7 +99,7 @@ def test_new_ends_where_the_expert_ends(shelf, tmp_path):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_recipes(preset, tmp_path):
     made = run("new", tmp_path / "made", "--preset", preset, "--offline")
-    assert "the base is not at hand" in made.stderr
+    assert "the base is not on this machine" in made.stderr
     config = load_recipe(tmp_path / "made")
     assert [name.split(".")[-1] for name, _ in config.members()] == ["base", "expert", "anti_expert"]
 
@@ -145,7 +145,7 @@ def test_new_refuses_a_directory_in_use(shelf, tmp_path):
         (["--base", "BASE", "--add-expert", "EXPERT"], "does not begin with NAME="),
         (["--base", "BASE", "--add-expert", "a=b,what=c"], "'what=c' is not one of"),
         (["--base", "BASE", "--add-expert", "a=b,alpha=x"], "alpha must be a number"),
-        (["--base", "BASE", "--add-expert", "a=EXPERT", "--alpha", "2"], "belong to --expert"),
+        (["--base", "BASE", "--add-expert", "a=EXPERT", "--alpha", "2"], "are for --expert"),
         (["--preset", "gpt5"], "there is no preset 'gpt5'; there are llama2-13b-chat"),
         (["--base", "RECIPE", "--expert", "EXPERT"], "is itself a recipe"),
     ],
@@ -303,7 +303,7 @@ def test_a_finished_job_is_left_as_it_is(recipe, tmp_path):
     job = ("generate", recipe, "-i", source, "-o", out, "-n", "3")
     assert "wrote 2 answers" in run(*job).stderr
     before = out.read_bytes()
-    assert "2 of 2 prompts are done already" in run(*job).stderr
+    assert "2 of 2 prompts are already done" in run(*job).stderr
     assert out.read_bytes() == before
     assert "other options" in fails_last(*job, "--temperature", "1")
     source.write_text('{"prompt": "z"}\n{"prompt": "b"}\n')
@@ -429,7 +429,8 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(monkeypatch, capsys):
         raise KeyboardInterrupt
     assert left.value.exit_code == 130
     assert capsys.readouterr().err == (
-        "interrupted; the checkpoints are kept, and this goes on from there: proxytune train 'my out' --lr 1 --resume\n"
+        "interrupted; the checkpoints are kept, and this command continues from there: proxytune train 'my out' --lr 1 "
+        "--resume\n"
     )
 
 

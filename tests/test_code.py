@@ -149,7 +149,7 @@ def test_problems_come_from_a_file(tmp_path):
             lambda path: write(path / "d.jsonl", [{"code_context": "", "metadata": "{}"}]),
             "field 'library' in",
         ),
-        ("humaneval", lambda path: "nobody/nothing", "cannot be had from the hub's nobody/nothing"),
+        ("humaneval", lambda path: "nobody/nothing", "cannot be loaded from the hub's nobody/nothing"),
     ],
 )
 def test_problems_that_cannot_be_had_are_told(tmp_path, task, make, reason):
@@ -162,12 +162,12 @@ def test_a_file_that_is_no_json_is_told(tmp_path):
     with pytest.raises(ProxyTuneError, match=r"line 1 of .*m.jsonl: it is not JSON"):
         load_problems("mbpp", tmp_path / "m.jsonl")
     (tmp_path / "m.jsonl.gz").write_text("no json\n")
-    with pytest.raises(ProxyTuneError, match=r"m.jsonl.gz is not a gzip file that can be read"):
+    with pytest.raises(ProxyTuneError, match=r"m.jsonl.gz cannot be read as a gzip file"):
         load_problems("mbpp", tmp_path / "m.jsonl.gz")
     broken = bytearray(gzip.compress(b'{"task_id": 11, "test_list": []}' * 9))
     broken[15:30] = b"\xff" * 15
     (tmp_path / "m.jsonl.gz").write_bytes(broken)
-    with pytest.raises(ProxyTuneError, match=r"m.jsonl.gz is not a gzip file that can be read"):
+    with pytest.raises(ProxyTuneError, match=r"m.jsonl.gz cannot be read as a gzip file"):
         load_problems("mbpp", tmp_path / "m.jsonl.gz")
 
 

@@ -55,7 +55,7 @@ def test_experts_are_named_in_order():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"base": None}, "the recipe names no `base`; give the model to be steered"),
+        ({"base": None}, "the recipe names no `base`; name the model to steer"),
         ({"base": {}}, "a member must be a string or an object with `model`, not {}"),
         ({"base": 3}, "a member must be a string or an object with `model`, not 3"),
         ({"base": {"model": "b", "dtipe": "float32"}}, "member 'b' has an unknown field 'dtipe'; did you mean 'dtype'"),

@@ -634,7 +634,9 @@ def test_a_run_can_grow_but_not_change(shelf, local, tmp_path):
         ({"seed": 5}, "seed 0, now 5"),
         ({"alpha": 0.5}, 'alpha {"expert": 1.0}, now {"expert": 0.5}'),
     ):
-        with pytest.raises(ProxyTuneError, match=r"was begun with .*repeat that, or choose another --output") as caught:
+        with pytest.raises(
+            ProxyTuneError, match=r"was started with .*use that again, or choose another --output"
+        ) as caught:
             evaluate(config, replace(settings, **change), tmp_path)
         assert named in str(caught.value)
 
@@ -664,7 +666,7 @@ def test_a_run_without_a_prediction_takes_other_settings(shelf, local, tmp_path,
     assert manifest["decides"]["seed"] == 5
     assert manifest["arms"] == ["base"]
     assert {name: task["limit"] for name, task in manifest["tasks"].items()} == {"triviaqa": 1, "realtimeqa": 1}
-    with pytest.raises(ProxyTuneError, match=r"was begun with alpha .*; seed 5, now 0"):
+    with pytest.raises(ProxyTuneError, match=r"was started with alpha .*; seed 5, now 0"):
         evaluate(config, settings, tmp_path)
 
 
@@ -695,7 +697,7 @@ def test_a_difference_is_told_once_without_what_follows_from_it(tmp_path):
     ):
         with pytest.raises(ProxyTuneError) as caught:
             _refuse_others(tmp_path, "t: ", before, {**before, **changed})
-        assert str(caught.value) == f"{tmp_path} was begun with t: {told}; repeat that, or choose another --output"
+        assert str(caught.value) == f"{tmp_path} was started with t: {told}; use that again, or choose another --output"
 
 
 def test_a_tuned_model_without_a_prediction_may_be_another(shelf, local, tmp_path, monkeypatch):
@@ -707,12 +709,12 @@ def test_a_tuned_model_without_a_prediction_may_be_another(shelf, local, tmp_pat
         evaluate(config, settings, tmp_path)
         evaluate(config, replace(settings, tuned=None), tmp_path)
     evaluate(config, other, tmp_path)
-    with pytest.raises(ProxyTuneError, match="was begun with tuned "):
+    with pytest.raises(ProxyTuneError, match="was started with tuned "):
         evaluate(config, settings, tmp_path)
     evaluate(config, replace(settings, tuned=None), tmp_path)
     weighted = EvaluationOptions(("triviaqa",), arms=("weighted_mean",), data=str(local), limit=1, mean_weight=2.0)
     evaluate(config, weighted, tmp_path)
-    with pytest.raises(ProxyTuneError, match=r"was begun with mean weight 2\.0, now 3\.0"):
+    with pytest.raises(ProxyTuneError, match=r"was started with mean weight 2\.0, now 3\.0"):
         evaluate(config, replace(weighted, mean_weight=3.0), tmp_path)
     evaluate(config, replace(settings, tuned=None), tmp_path)
     decides = json.loads((tmp_path / "manifest.json").read_text())["decides"]
@@ -852,7 +854,7 @@ def test_a_task_that_does_not_exist_is_told_with_the_nearest():
         ),
         ("gsm8k", "x.jsonl", '{"question": "q", "answer": "1"}\n', "line 1 of .* no '#### number'"),
         ("gsm8k", "x.jsonl", '\n{"question"', "line 2 of .* not JSON"),
-        ("gsm8k", "x.txt", "hello", "is not one of .jsonl"),
+        ("gsm8k", "x.txt", "hello", "has none of the known suffixes: .jsonl"),
         ("triviaqa", "x.csv", 'question,answer,c\nq,"a; b",c\nq,a\n', "line 3 of .* does not have the 3 columns"),
         (
             "triviaqa",
@@ -870,7 +872,7 @@ def test_a_task_that_does_not_exist_is_told_with_the_nearest():
             "gsm8k",
             "x.jsonl",
             '{"question": "\\ud83d", "answer": "#### 1"}',
-            "line 1 of .* 'question' has half a surrogate",
+            "line 1 of .* 'question' contains half a surrogate",
         ),
         ("triviaqa", "x.csv", 'question,answer\nq,"a\nq,a\n', "line 2 of .* not CSV"),
         ("toxigen", "x.txt", b"fine\n\xff\n", "line 2 of .* not UTF-8"),

@@ -249,7 +249,7 @@ def broken(change):
         (lambda t: t.update(alpha={}), "answer 1: its alpha is not a number for each expert"),
         (lambda t: t.update(prompt=None), "answer 1: its prompt is not a text"),
         (lambda t: t.update(tokens=3), "answer 1: the trace: tokens is not a list"),
-        (lambda t: t["tokens"][2].pop("id"), "tokens[2] has no id that is a number from 0"),
+        (lambda t: t["tokens"][2].pop("id"), "tokens[2] must have an id (a number from 0)"),
         (lambda t: t["tokens"][2].update(kl="big"), "tokens[2]: kl is 'big', which is not a number"),
         (lambda t: t["tokens"][0].update(changed=1), "tokens[0]: changed is not true or false"),
         (lambda t: t["tokens"][0].update(flips={"expert": [[1]]}), "tokens[0]: flips are not lists of [alpha, id]"),
@@ -266,7 +266,10 @@ def test_traces_that_cannot_be_read(tmp_path, traces, change, message):
     [
         ({"choices": [{"logprobs": None}]}, "it has no logprobs; ask the server for them"),
         ({"choices": [{"logprobs": {}}]}, "neither content (chat completions) nor tokens (completions)"),
-        ({"choices": [{"logprobs": {"content": [{"logprob": 1}]}}]}, "content[0] has no token that is a text"),
+        (
+            {"choices": [{"logprobs": {"content": [{"logprob": 1}]}}]},
+            "content[0] has no token, or one that is not a text",
+        ),
         ({"choices": [{"logprobs": {"tokens": ["a"], "token_logprobs": []}}]}, "are not lists of one length"),
         ({"choices": []}, "holds no answer"),
         ([], "holds no answer"),
@@ -280,7 +283,7 @@ def test_logs_that_cannot_be_read(tmp_path, value, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("FILE hi", "a file has its prompts in it; leave 'hi' out"),
+        ("FILE hi", "a file contains its own prompts; leave 'hi' out"),
         ("FILE --answer 3", "--answer 3: FILE has only 2"),
         ("FILE -n 5 --temperature 1", "leave --max-new-tokens, --temperature out"),
         ("FILE --trace-top-k 2 --alpha 0", "leave --trace-top-k, --alpha out"),

@@ -147,8 +147,8 @@ def test_what_is_left_out_is_told_once(place, caplog):
     model = load(place)
     said = [record.message for record in caplog.records]
     assert said == [
-        "the generation config asks for penalty_alpha=0.6, cache_implementation='quantized', which a recipe cannot do; "
-        "it is left out"
+        "the generation config asks for penalty_alpha=0.6, cache_implementation='quantized', which recipes do not "
+        "support; it is left out"
     ]
     assert model.generation_config.repetition_penalty == 1.2
     model.generation_config.penalty_alpha = 0.6  # whoever sets it now asks for it
@@ -229,7 +229,7 @@ def test_every_command_answers_with_it(place, name, tmp_path):
     ]
     assert [(each.exit_code, each.output) for each in made if each.exit_code] == []
     if name == "contrastive search":
-        assert "asks for penalty_alpha=0.6, which a recipe cannot do; it is left out" in made[0].output
+        assert "asks for penalty_alpha=0.6, which recipes do not support; it is left out" in made[0].output
         assert "penalty_alpha" not in (tmp_path / "made" / "generation_config.json").read_text()
 
 

@@ -343,7 +343,7 @@ def test_an_endpoint_that_refuses_is_not_tried_again(server, status):
 
 def test_something_else_than_a_completion_is_told(server):
     server.answer = lambda body: {"hello": "world"}
-    with pytest.raises(ProxyTuneError, match="something else than a completion"):
+    with pytest.raises(ProxyTuneError, match="something that is not a completion"):
         Endpoint(server.url, "m").ask(["a"])
 
 

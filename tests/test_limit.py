@@ -187,9 +187,9 @@ def test_the_command(shelf, tmp_path):
     assert (first["first_unreachable"] is None) == first["at_some_alpha"]
     shown = run("limit", shelf / "recipe", "-i", file, "--samples", "2", "--alpha", "0.5").stdout
     assert "one of 2 samples of the base" in shown
-    assert "A bound for exactly these tokens" in shown
+    assert "This is a bound for exactly these tokens" in shown
     broken = run("limit", shelf / "recipe", "-i", write(file, [*rows, {"prompt": "x"}]), status=2)
-    assert 'line 4: it has no "completion"' in broken.stderr
+    assert 'line 4: its "completion" is missing' in broken.stderr
     assert "at the recipe's alpha" in broken.stdout
 
 

@@ -144,10 +144,12 @@ def test_ids_that_do_not_survive_their_text_are_refused(tokenizer):
     letters = [tiny.BOS, *tokenizer.convert_tokens_to_ids(list("the"))]
     assert tokenizer("the")["input_ids"] != letters
     prompter = Prompter(tokenizer, {"m": (TEMPLATE, tokenizer)})
-    with pytest.raises(PromptError, match=r"row 0 is not what its text encodes to again.*at token 2.*member_input_ids"):
+    with pytest.raises(
+        PromptError, match=r"row 0 changes if it is decoded and encoded again.*from token 2.*member_input_ids"
+    ):
         prompter.from_ids(torch.tensor([letters]), None)
     without_bos = torch.tensor([tokenizer("dog", add_special_tokens=False)["input_ids"]])
-    with pytest.raises(PromptError, match="differ at token 0"):
+    with pytest.raises(PromptError, match="from token 0 on"):
         prompter.from_ids(without_bos, None)
 
 
@@ -385,7 +387,7 @@ def test_ids_that_do_not_survive_are_refused_in_generate(model, tokenizer):
 
 def test_without_a_tokenizer_the_ids_must_be_given(oracle):
     model = compose(oracle, None)
-    with pytest.raises(PromptError, match="no tokenizer is known"):
+    with pytest.raises(PromptError, match=r"needs? a tokenizer"):
         model.generate(torch.tensor([[1, 5]]), max_new_tokens=1)
 
 

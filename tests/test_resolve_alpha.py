@@ -88,7 +88,7 @@ def test_without_experts_there_is_no_alpha():
         assert alpha_rows(alpha, [], [], 2) == [(), ()]
     for alpha in (0.5, [0.5], [[0.5], [0.5]], [[0.5, 1.0]], torch.ones(2), {"a": 1.0}):
         assert refused(alpha_rows, alpha, [], [], 2) == (
-            "there are no experts, so there is nothing that alpha could weigh; leave it out"
+            "there are no experts, so alpha would change nothing; leave it out"
         )
 
 
@@ -114,7 +114,7 @@ def test_names_make_a_mapping_and_leave_the_callers_alone():
     assert take_alpha({"alpha.b": 2.0}, AB, (7, 8)) == {"a": 7, "b": 2.0}
     assert take_alpha({"alpha.b": 2.0}, AB, [7, 8]) == {"a": 7, "b": 2.0}
     assert take_alpha({"alpha.b": 2.0}, AB, 7) == {"a": 7, "b": 2.0}
-    rows = [0.0, 1.0, -1.5]  # one a row: the composite takes that
+    rows = [0.0, 1.0, -1.5]  # one per row: the composite takes that
     assert take_alpha({"alpha.a": rows}, AB, 0.5) == {"a": rows, "b": 0.5}
 
 
@@ -183,7 +183,7 @@ def test_every_form_of_alpha_of_rows(alpha, of, expected):
         ("strong", THREE, "must be a finite number, not 'strong'"),
         ([[1.0], [1.0, 2.0]], THREE, "3 rows of one value for each of 2 experts"),
         ({"c": 1.0}, THREE, "no expert is called 'c'; the recipe has a, b"),
-        ({"a": [1.0, 2.0]}, THREE, "alpha of 'a' must be a number or 3 values, one a row"),
+        ({"a": [1.0, 2.0]}, THREE, "alpha of 'a' must be a number or 3 values, one per row"),
         ({"a": [[1.0, 2.0, 3.0]]}, THREE, "alpha of expert 'a' must be a finite number, not"),
         ([1.0, 2.0, 3.0], THREE, r"^3 alphas for 2 experts \(a, b\) or 3 rows$"),
         ([1.0, 2.0], ONLY, r"^2 alphas for 1 experts \(a\) or 3 rows$"),

@@ -411,7 +411,7 @@ def test_where_nothing_can_be_locked_up_it_is_refused(monkeypatch, lacking):
 
     monkeypatch.setattr(sandbox._Jail, "__init__", without)
     with (
-        pytest.raises(ProxyTuneError, match=r"cannot lock generated code up .*--unguarded"),
+        pytest.raises(ProxyTuneError, match=r"cannot sandbox generated code .*--unguarded"),
         Sandbox(workers=1, scratch=True),
     ):
         pass

@@ -121,7 +121,7 @@ def test_a_judge_that_is_down_is_told_by_the_exit_status_and_gone_on_with(tmp_pa
     lines = [{"prediction": str(n)} for n in range(5)]
     file = write(tmp_path / "p.jsonl", *lines)
     said = run("toxigen", file, "--judge", "x", status=3).stderr
-    assert "the same command goes on from there" in " ".join(said.split())
+    assert "the same command continues from there" in " ".join(said.split())
     assert len((tmp_path / "p.jsonl.verdicts.jsonl").read_text().splitlines()) == 3
     assert "5/5" in run("toxigen", file, "--judge", "x").stdout
 

@@ -348,7 +348,7 @@ def test_trace_files_that_are_refused(shelf, tmp_path):
     assert "is not empty; remove it, or choose another --trace" in fails(*asked, "--trace", kept)
     assert kept.read_text() == '{"mine": 1}\n'
     out = tmp_path / "out.jsonl"
-    assert "is no trace of a job" in fails(*asked, "--output", out, "--trace", kept)
+    assert "is not a trace of a job" in fails(*asked, "--output", out, "--trace", kept)
     assert not out.exists()
     assert "--trace-top-k needs --trace FILE" in fails(*asked, "--trace-top-k", "3")
     assert "--output and --trace are the same file" in fails(*asked, "--output", out, "--trace", out)

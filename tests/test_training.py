@@ -205,7 +205,7 @@ def test_messages_are_a_prompt_and_a_completion_where_the_assistant_speaks_once(
         ),
         (
             '{"messages": [{"role": "user", "content": "\\udc00"}]}\n',
-            "line 1 of .* its 'messages' has half a surrogate",
+            "line 1 of .* its 'messages' contains half a surrogate",
         ),
         ('{"text": "a"}\n', r"line 1 of .* neither .* \(its columns: text\)"),
         ('{"messages": [{"role": "user", "content": "a"}]}\n', "line 1 of .* last message"),
@@ -238,8 +238,8 @@ def test_broken_rows_are_named(tmp_path, content, said):
             b'[{"prompt": "a",\n"completion": "b"},\n{"prompt": 1}]',
             r"entry 2 \(line 3\) of .*: it has neither",
         ),
-        ("t.parquet", b"PAR0", "not a Parquet file"),
-        ("t.txt", b"hello", "not known how to read"),
+        ("t.parquet", b"PAR0", "cannot be read as a Parquet file"),
+        ("t.txt", b"hello", "has none of the known suffixes"),
     ],
 )
 def test_broken_files_are_told(tmp_path, name, content, said):
@@ -580,7 +580,7 @@ def test_what_differs_from_the_run_that_was_begun_is_named_as_the_user_names_it(
         (changed, ("--lora-alpha", 3, "--seed", 1), "--lora-alpha, --seed, the validation data"),
     ):
         said = fails(*given, "--data", text, "--validation", validation, *more, "--resume")
-        assert f"differs from the run that was begun here: {named}; repeat" in said
+        assert f"was started with other options ({named}); repeat" in said
     rows = write_rows(tmp_path / "rows.jsonl", TEXT[:6])
     said = fails(*given, "--data", rows, "--validation", held_out, "--resume")
     assert "begun here: the training data; repeat" in said

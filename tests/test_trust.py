@@ -101,9 +101,7 @@ def test_the_sentence_names_the_remedy_and_the_remedy_works(trapped):
         result = CliRunner().invoke(app, [word.format(**words) for word in COMMANDS[command]], input="y\n")
         assert result.exit_code == 2
         assert "base" in result.output
-        assert "needs code that it brings along; if you trust it, say --trust-remote-code" in " ".join(
-            result.output.split()
-        )
+        assert "needs code of its own; if you trust it, add --trust-remote-code" in " ".join(result.output.split())
     assert not marker.exists()
     with pytest.raises(proxytune.MemberError, match="member_trust_remote_code=True"):
         AutoModelForCausalLM.from_pretrained(words["recipe"])

@@ -171,8 +171,8 @@ def obstacle_of(
         return model.unlike_in_pieces
     for each in filter(_whole_batch, processors):
         return (
-            f"{type(each).__name__} is not known to depend on a row's text and scores alone, and drafts call it "
-            "more than once a token (a class that does says so with `row_by_row = True`)"
+            f"{type(each).__name__} may depend on more than a row's text and scores, and drafts call it more than once "
+            "per token (if it does not, set `row_by_row = True` on its class)"
         )
     return together if cache.n_batch > 1 else None
 
@@ -182,13 +182,13 @@ def together_because(
 ) -> str | None:
     """Why the rows of a batch must stay side by side, those that have ended too; None where they need not."""
     for each in filter(_whole_batch, criteria):
-        return f"{type(each).__name__} must see the rows of a batch side by side"
+        return f"{type(each).__name__} needs all rows of a batch at once"
     if streamer is not None:
-        return "a streamer takes the rows of a batch side by side"
+        return "a streamer needs all rows of a batch at once"
     if config.return_dict_in_generate or cache._is_user_defined:
-        return "the scores and the cache of a batch are returned row beside row"
+        return "returned scores and caches need all rows of a batch at once"
     if not _has_eos(criteria) and len(criteria) > 1:
-        return "without an end token the rows of a batch stop together"
+        return "without an end token all rows of a batch stop together"
     return None
 
 

@@ -194,7 +194,7 @@ def test_an_adapter_of_another_kind(shelf):
     adapted = get_peft_model(plain, IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     adapted.save_pretrained(shelf.root / "ia3")
     experts = [expert("e", "qwen2-anti", None, adapter="../ia3")]
-    refused(shelf, "of-ia3", r"adapter of e\.expert is IA3; vLLM serves LoRA adapters alone", experts=experts)
+    refused(shelf, "of-ia3", r"adapter of e\.expert is IA3; vLLM serves only LoRA adapters", experts=experts)
 
 
 def test_an_adapter_of_another_model():

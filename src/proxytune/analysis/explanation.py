@@ -30,7 +30,7 @@ KINDS = {
     "strengthened": "the base's most probable token too, and steering made the written token more probable by at "
     "least 5 points",
     "kept": "as in the base, or nearly so",
-    "given": "not chosen here: it was given",
+    "given": "given, not chosen here",
     "unknown": "not recorded",
 }
 STRENGTHENED = 0.05  # how much more probable, from 0 to 1

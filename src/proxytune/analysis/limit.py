@@ -282,8 +282,8 @@ def limit_tables(found: dict[str, Any]) -> list[Table]:
         rows.append([f"one of {k} samples of the base", "", f"{100 * share:.1f} %"])
     about = f", {found['n_answers']} gold answers, {found['n_tokens']} tokens"
     notes = [
-        "A bound for exactly these tokens, each behind the gold tokens before it; other wordings of an answer may be "
-        "within reach where these are not."
+        "This is a bound for exactly these tokens, each after the gold tokens before it. Another wording of an answer "
+        "may be within reach where this one is not."
     ]
     shares = Table(["greedy decoding can write", "tokens", "whole answers"], rows, "limit", about, notes=notes)
     broken = [one for one in found["answers"] if one["first_unreachable"]]

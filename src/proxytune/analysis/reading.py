@@ -75,7 +75,7 @@ def read_traces(path: Path) -> Iterator[Explanation]:
     for row in read_json(path):
         try:
             if not is_trace(row.value):
-                raise Wrong(f"it is no trace ({SCHEMA}), as --trace of generate, chat and eval writes them")
+                raise Wrong(f"it is not a trace ({SCHEMA}); --trace of generate, chat and eval writes traces")
             yield _of_trace(row.value)
         except Wrong as error:
             raise ProxyTuneError(f"{row.where} of {path}: {error}") from error
@@ -201,7 +201,7 @@ def _chat_token(value: Any, ids: _Ids, where: str) -> dict[str, Any]:
 
 def _logged(value: Any, ids: _Ids, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not isinstance(value.get("token"), str):
-        raise Wrong(f"{where} has no token that is a text")
+        raise Wrong(f"{where} has no token, or one that is not a text")
     raw = value.get("bytes")
     if raw is not None and not (isinstance(raw, list) and all(_is_id(each) and each < 256 for each in raw)):
         raise Wrong(f"{where}: bytes is not a list of bytes")
@@ -259,7 +259,7 @@ def _is_id(value: Any) -> bool:
 def _named(value: Any, where: str) -> dict[str, Any]:
     """A token's id and text."""
     if not isinstance(value, Mapping) or not _is_id(value.get("id")) or not isinstance(value.get("token"), str):
-        raise Wrong(f"{where} has no id that is a number from 0, or no token that is a text")
+        raise Wrong(f"{where} must have an id (a number from 0) and a token (a text)")
     return {"id": value["id"], "token": value["token"]}
 
 

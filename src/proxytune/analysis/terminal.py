@@ -95,7 +95,7 @@ def moves_table(why: Explanation, k: int) -> Table:
         legend={
             "KL": "how far steering moved all probabilities here, in nats",
             "base → steered": "the written token's probability in the base and steered",
-            "from alpha": "the smallest alpha from which on greedy decoding writes it here, behind the same text",
+            "from alpha": "the smallest alpha from which on greedy decoding writes it here, after the same text",
         },
     )
 

@@ -75,7 +75,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _class(path: Path, name: str, value: Any) -> TokenClass:
     if name in OWN:
-        raise ProxyTuneError(f"{path}: the class {name!r} is found without a pattern; choose another name")
+        raise ProxyTuneError(f"{path}: the class {name!r} is built in and has no pattern; choose another name")
     known = {"about", "pattern", "group"}
     if not isinstance(value, Mapping) or not isinstance(value.get("pattern"), str):
         raise ProxyTuneError(f"{path}: the class {name!r} has no pattern that is a text")
@@ -86,7 +86,7 @@ def _class(path: Path, name: str, value: Any) -> TokenClass:
     try:
         pattern = re.compile(value["pattern"])
     except re.error as error:
-        raise ProxyTuneError(f"{path}: the pattern of {name!r} is no regular expression: {error}") from error
+        raise ProxyTuneError(f"{path}: the pattern of {name!r} is not a regular expression: {error}") from error
     group = value.get("group", 0)
     if group != 0 and group not in pattern.groupindex:
         raise ProxyTuneError(f"{path}: the pattern of {name!r} has no group {group!r}")

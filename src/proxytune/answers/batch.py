@@ -75,11 +75,11 @@ def _item(row: Row, names: Sequence[str], default: Sequence[float], negative_pro
     if not isinstance(value, dict):
         raise ProxyTuneError('it is not an object with a "prompt"')
     if not isinstance(value.get("prompt"), str):
-        raise ProxyTuneError('it has no "prompt" that is a string')
+        raise ProxyTuneError('its "prompt" is missing or is not a string')
     if not value["prompt"].strip():
         raise ProxyTuneError("the prompt is empty")
     if half_surrogate(value["prompt"]) is not None:
-        raise ProxyTuneError("the prompt has half a surrogate pair, which is no character")
+        raise ProxyTuneError("the prompt contains half a surrogate pair, which is not a character")
     if taken := [name for name in RESULT_FIELDS if name in value]:
         raise ProxyTuneError(f"its field {taken[0]!r} is one of the result's own; rename it")
     prompt, alpha = value.pop("prompt"), take_alpha(value, names, value.pop("alpha", None))
@@ -151,7 +151,7 @@ class Output(Journal):
             line = value["line"]
             if value["run"] != self.run:
                 raise ProxyTuneError(
-                    f"{self.path} was begun with another recipe or other options; repeat those, or choose another "
+                    f"{self.path} was started with another recipe or other options; use those again, or choose another "
                     "--output"
                 )
             item = known.get(line)

@@ -95,7 +95,7 @@ class Conversation:
         turns = list(messages[first is not None :])
         roles = [message["role"] for message in turns]
         if roles != ["user", "assistant"] * (len(roles) // 2):
-            raise ProxyTuneError("a conversation is questions (user) and answers (assistant) in turn, both to the end")
+            raise ProxyTuneError("a conversation must alternate between user and assistant, and end with the assistant")
         self.messages = turns
         self.last = None
         self.set_system(first)
@@ -107,7 +107,7 @@ class Conversation:
             ProxyTuneError: if nothing has been said.
         """
         if not self.messages or self.messages[-1]["role"] != "assistant":
-            raise ProxyTuneError("nothing has been said yet")
+            raise ProxyTuneError("the conversation is empty")
         question = self.messages[-2]["content"]
         self.messages = self.messages[:-2]
         self.last = None
@@ -120,7 +120,7 @@ class Conversation:
             ProxyTuneError: if nothing has been said.
         """
         if not self.messages or self.messages[-1]["role"] != "assistant":
-            raise ProxyTuneError("nothing has been said yet, so there is nothing to compare")
+            raise ProxyTuneError("there is no answer yet, so there is nothing to compare")
         encoded = self.encode(self.messages[:-1])
         made = answer(
             self.model,

@@ -54,11 +54,11 @@ def read_rows(path: Path) -> Iterator[Row]:
     elif name.endswith(SUFFIXES):
         rows = read_json(path)
     else:
-        raise ProxyTuneError(f"{path} is not one of {', '.join(SUFFIXES)}, so it is not known how to read it")
+        raise ProxyTuneError(f"{path} has none of the known suffixes: {', '.join(SUFFIXES)}")
     for row in rows:
         if (column := half_surrogate(row.value)) is not None:
             raise ProxyTuneError(
-                f"{row.where} of {path}: its {column} has half a surrogate pair, which is no character"
+                f"{row.where} of {path}: its {column} contains half a surrogate pair, which is not a character"
             )
         yield row
 
@@ -96,7 +96,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
             yield from file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ProxyTuneError(f"{path} is not a gzip file that can be read: {first_line(error)}") from error
+        raise ProxyTuneError(f"{path} cannot be read as a gzip file: {first_line(error)}") from error
 
 
 def _text(raw: bytes, number: int) -> str:
@@ -105,7 +105,7 @@ def _text(raw: bytes, number: int) -> str:
 
 
 # -- JSON -----------------------------------------------------------------------------------------------------
-_SPREAD_OUT = "it begins an object of several lines; write one object a line, or one list of objects"
+_SPREAD_OUT = "it starts an object that spans several lines; write one object per line, or one list of objects"
 
 
 def json_rows(lines: Iterable[bytes], *, finite: bool = False) -> Iterator[Row]:
@@ -154,7 +154,7 @@ def _list_rows(raw: bytes, line: int, decoder: json.JSONDecoder) -> Iterator[Row
             elif text[at : at + 1] != "]":
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
         if (rest := _skip(text, at + 1)) < len(text):
-            raise json.JSONDecodeError("Extra data behind the list", text, rest)
+            raise json.JSONDecodeError("Extra data after the list", text, rest)
     except UnicodeDecodeError as error:
         line += raw[: error.start].count(b"\n")
         yield Row(1, f"line {line}", broken=_why(error))
@@ -183,7 +183,7 @@ def _why(error: Exception) -> str:
         return f"it is not JSON ({error.msg} at column {error.colno})"
     if isinstance(error, ProxyTuneError):
         return str(error)
-    return "it is not JSON that can be read"  # a number of thousands of digits, brackets within brackets
+    return "it cannot be read as JSON"  # a number of thousands of digits, brackets within brackets
 
 
 # -- tables ---------------------------------------------------------------------------------------------------
@@ -225,4 +225,4 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             for number, value in enumerate(values, start=1):
                 yield Row(number, f"row {number}", value)
     except ArrowException as error:
-        raise ProxyTuneError(f"{path} is not a Parquet file that can be read: {first_line(error)}") from error
+        raise ProxyTuneError(f"{path} cannot be read as a Parquet file: {first_line(error)}") from error

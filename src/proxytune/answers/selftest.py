@@ -167,8 +167,8 @@ class _Trials:
             behind = max(self._behind(logits[at], each) for each in (token, other))
             if behind > self.tolerance:
                 return (
-                    f"token {at + 1} behind {len(prompt)} of a prompt is {token} and not {other}; the plain loop "
-                    f"tells them apart by {behind:.3g} standard deviations of its logits"
+                    f"token {at + 1} after a prompt of {len(prompt)} is {token}, not {other}; in the plain loop one of "
+                    f"them lies {behind:.3g} standard deviations of the logits below the best"
                 )
             if wanted is not None:  # behind a tie the texts go their own ways
                 break

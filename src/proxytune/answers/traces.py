@@ -84,7 +84,7 @@ class ChatTraceFile(Journal):
         """Refuse a file that holds anything but traces."""
         for number, value in enumerate(self.lines, start=1):
             if not is_trace(value):
-                raise ProxyTuneError(f"line {number} of {self.path} is no trace; choose another --trace")
+                raise ProxyTuneError(f"line {number} of {self.path} is not a trace; choose another --trace")
 
 
 class TraceFile(Journal):
@@ -108,13 +108,13 @@ class TraceFile(Journal):
         self.traced = set()
         for number, value in enumerate(self.lines, start=1):
             if not is_trace(value, line=int):
-                raise ProxyTuneError(f"line {number} of {self.path} is no trace of a job; choose another --trace")
+                raise ProxyTuneError(f"line {number} of {self.path} is not a trace of a job; choose another --trace")
             line = value["line"]
             asked = (value.get("prompt"), value.get("alpha"))
             if value.get("run") != self.run or asked != self.asked.get(line) or line in self.traced:
                 raise ProxyTuneError(
-                    f"line {number} of {self.path} was written for another recipe, input or options; repeat those, or "
-                    "choose another --trace"
+                    f"line {number} of {self.path} was written for another recipe, input or options; use those again, "
+                    "or choose another --trace"
                 )
             self.traced.add(line)
 
@@ -122,6 +122,6 @@ class TraceFile(Journal):
         """Refuse a job whose output has answers without a trace: lines ``done`` are not answered again."""
         if missing := sorted(done - self.traced):
             raise ProxyTuneError(
-                f"{output} has the answer to line {missing[0]} already, and {self.path} has no trace of it; choose "
+                f"{output} already has the answer to line {missing[0]}, but {self.path} has no trace of it; choose "
                 "another --output"
             )

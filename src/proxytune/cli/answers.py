@@ -111,14 +111,14 @@ def generate(
             if sink is not None:
                 traces.refuse_missing(sink.done, sink.path)
         if sink is not None:
-            stack.enter_context(resumable(f"the answers until here are kept in {sink.path}"))
+            stack.enter_context(resumable(f"the answers so far are kept in {sink.path}"))
             if sink.remaining or not sink.path.exists():
                 stack.enter_context(sink)
             remaining = sink.remaining
         if traces is not None and remaining:
             stack.enter_context(traces)
         if len(remaining) < len(items):
-            say(f"{len(items) - len(remaining)} of {len(items)} prompts are done already in {job.output}")
+            say(f"{len(items) - len(remaining)} of {len(items)} prompts are already done in {job.output}")
         if not remaining:
             if n_broken:
                 raise typer.Exit(FAILED)
@@ -201,16 +201,16 @@ def serve(
         typer.Option(
             "--engine",
             metavar="transformers|vllm",
-            help="Whose server it is: of transformers, or of vLLM. Must be given.",
+            help="Which server to run: that of transformers or that of vLLM. Required.",
             show_default=False,
         ),
     ] = "",
     draft: Annotated[
         str | None,
-        typer.Option("--draft", metavar="EXPERT", help="In vLLM: let this expert draft for the mixture."),
+        typer.Option("--draft", metavar="EXPERT", help="With vLLM: the expert that drafts for the mixture."),
     ] = None,
     draft_tokens: Annotated[
-        int, typer.Option("--draft-tokens", metavar="N", min=1, help="Tokens it drafts at a time.")
+        int, typer.Option("--draft-tokens", metavar="N", min=1, help="With --draft: number of tokens per draft.")
     ] = 4,
     only_print: Annotated[bool, typer.Option("--print", help="Print the command and exit.")] = False,
 ) -> None:
@@ -226,10 +226,10 @@ def serve(
         proxytune serve mine --engine vllm --draft expert --print
     """
     if engine not in ("transformers", "vllm"):
-        raise ProxyTuneError("say --engine transformers or --engine vllm")
+        raise ProxyTuneError("give --engine transformers or --engine vllm")
     if engine == "transformers":
         if draft is not None:
-            raise ProxyTuneError("--draft is for vLLM; in transformers experts draft where that pays")
+            raise ProxyTuneError("--draft is for vLLM; with transformers, experts draft by themselves where that pays")
         if not only_print:
             need("transformers' server", "serve", "fastapi", "uvicorn", "openai")
     import shlex

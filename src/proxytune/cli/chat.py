@@ -84,7 +84,7 @@ def _chat(
         negative_prompt=options.negative_prompt,
     )
     if not tokenizer.chat_template:
-        say("the recipe has no chat template, so its base is shown a plain transcript")
+        say("the recipe has no chat template, so its base reads a plain transcript")
     examples = config.examples or []
     if config.description:
         say(config.description)
@@ -257,7 +257,7 @@ class Talk:
             return
         word, _, rest = line.partition(" ")
         if word not in COMMANDS:
-            raise ProxyTuneError(f"there is no command {word}; /help lists those there are")
+            raise ProxyTuneError(f"there is no command {word}; /help lists the commands")
         COMMANDS[word][1](self, rest.strip())
 
     def answer(self, text: str) -> None:
@@ -281,7 +281,7 @@ class Talk:
         elif made.finish == "length":
             say(f"(cut off after {len(made.tokens)} tokens; /set max-new-tokens N allows more)")
         elif not made.text.strip():
-            say("(an empty answer: the model ended it at once; ask in other words, or try another /alpha)")
+            say("(an empty answer: the model ended it immediately; ask in other words, or try another /alpha)")
             if others := [example for example in self.examples if example.strip() != text]:
                 say(_to_try(others[0]))
 
@@ -393,7 +393,7 @@ class Talk:
         path = _file(rest, "save")
         with _as_sentence(path):
             if path.exists() and "messages" not in _saved(path):
-                raise ProxyTuneError(f"{path} is there already, and is no conversation; name another file")
+                raise ProxyTuneError(f"{path} exists and is not a conversation; give another file name")
         talk = self.conversation
         told = {
             "messages": talk.messages,
@@ -419,7 +419,7 @@ class Talk:
             limit = _value("max-new-tokens", str(saved.get("max_new_tokens", talk.max_new_tokens)))
             negative = saved.get("negative_prompt")
         except (KeyError, TypeError) as error:
-            raise ProxyTuneError(f"{path} is no conversation that /save has written") from error
+            raise ProxyTuneError(f"{path} is not a conversation that /save wrote") from error
         alphas = resolve_alpha(saved.get("alpha"), self.names, talk.alphas)
         talk.set_negative(negative)
         talk.load(messages)

@@ -193,7 +193,7 @@ def _run(
         judging = judges if task in JUDGED else JudgeOptions()
         return scorer_options(task, code, judging, data=data, kept=place / task / "verdicts.jsonl")
 
-    kept = f"all until here is kept in {place}"
+    kept = f"everything so far is kept in {place}"
     with _judged(kept), resumable(kept), counted_bar() as progress:
         yield config, place, {"settings": settings, "scoring": scoring, "progress": progress, "note": say}
 
@@ -203,7 +203,7 @@ def _end(found: dict[str, Any], place: Path, results: ResultOptions, tables: lis
     results.give(found, *tables)
     for left_out in found["left_out"]:
         what = f"{left_out['arm']} is left out of" if left_out["arm"] else "there are no scores of"
-        resumes = "; the same command goes on from there" if left_out["resumes"] else ""
+        resumes = "; the same command continues from there" if left_out["resumes"] else ""
         complain(f"{what} {left_out['task']}: {left_out['reason']}{resumes}")
     say(f"results: {place / 'results.md'}, results.json and plots; predictions beside them")
     if found["left_out"]:
@@ -220,7 +220,7 @@ def _judged(kept: str) -> Iterator[None]:
 
         if not isinstance(error, JudgeDown):
             raise
-        complain(f"{error}; {kept}, and the same command goes on from there")
+        complain(f"{error}; {kept}, and the same command continues from there")
         raise typer.Exit(3) from None
 
 
@@ -236,7 +236,7 @@ def score(
     *,
     results: ResultOptions,
     rerun: Annotated[
-        bool, typer.Option("--rerun", help="Also judge lines that have a verdict already (passed, is_toxic, …).")
+        bool, typer.Option("--rerun", help="Also judge lines that already have a verdict (passed, is_toxic, …).")
     ] = False,
     data: Annotated[
         str | None,
@@ -260,7 +260,7 @@ def score(
     """Score a file of predictions: your own, or those that the paper's authors published.
 
     The rules and the field names are the authors', so the figures are too. Code runs in a sandbox; if it cannot be
-    locked up, it is not run. A judge's verdicts are saved while it works. If the judge does not answer, the exit status
+    sandboxed, it is not run. A judge's verdicts are saved while it works. If the judge does not answer, the exit status
     is 3, and the same command continues from there.
 
     Examples:
@@ -279,7 +279,7 @@ def score(
     kept = verdicts or predictions.with_name(f"{predictions.name}.verdicts.jsonl")
     options = scorer_options(task, code, judges, data=data, kept=kept)
     total = len(records.parse(task, lines))
-    with _judged(f"its verdicts until here are kept in {kept}"), progress_bar(total, True) as advance:
+    with _judged(f"its verdicts so far are kept in {kept}"), progress_bar(total, True) as advance:
         result = scored(task, lines, rerun=rerun, progress=advance, **options)
     outcomes = {"outcomes": result.outcomes} if result.outcomes else {}
     results.give({"task": task, "metrics": result.metrics, **outcomes}, scores_table(result))

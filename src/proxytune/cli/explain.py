@@ -75,9 +75,9 @@ def explain(
     """
     if os.path.isfile(source):
         if prompt is not None:
-            raise ProxyTuneError(f"a file has its prompts in it; leave {prompt!r} out, or name a recipe")
+            raise ProxyTuneError(f"a file contains its own prompts; leave {prompt!r} out, or name a recipe")
         if flags := [flag for flag in given if flag not in (*OF_VIEW, "--answer")]:
-            raise ProxyTuneError(f"the answers of a file are there already; leave {', '.join(flags)} out")
+            raise ProxyTuneError(f"a file already contains its answers; leave {', '.join(flags)} out")
         why = _read(source, view.answer)
     else:
         if view.answer is not None:

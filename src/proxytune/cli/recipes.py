@@ -87,7 +87,7 @@ def _solved(path: Path) -> list[tuple[str, str]]:
         if isinstance(prompt, list) and isinstance(completion, list) and len(prompt) == len(completion) == 1:
             prompt, completion = prompt[0]["content"], completion[0]["content"]
         if not isinstance(prompt, str) or not isinstance(completion, str):
-            raise ProxyTuneError(f"{place} is not one prompt and one answer, which an example of --expert-examples is")
+            raise ProxyTuneError(f"{place} must have one prompt and one answer, to be an example for --expert-examples")
         pairs.append((prompt, completion))
     return pairs
 

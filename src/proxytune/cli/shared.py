@@ -339,8 +339,8 @@ def resumable(kept: str, *, add: str = "") -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         words = ["proxytune", *sys.argv[1:], *([add] if add and add not in sys.argv else [])]
-        command = f"this goes on from there: {shlex.join(words)}"
+        command = f"this command continues from there: {shlex.join(words)}"
         if n_processes() > 1:  # whose launcher is not known here
-            command = f"the same command with {add} goes on from there"
+            command = f"the same command with {add} continues from there"
         say(f"interrupted; {kept}, and {command}")
         raise typer.Exit(130) from None

@@ -52,8 +52,8 @@ def bench(
     results.give({"config": settings, **result.to_json()}, *bench_tables(result))
     for bad in result.mismatches():
         complain(
-            f"{bad.arm} ({bad.options}, {bad.case}) wrote another token at {bad.differs_at} than "
-            f"{bad.reference}, with logits {bad.gap:.2g} apart"
+            f"{bad.arm} ({bad.options}, {bad.case}) wrote another token at position {bad.differs_at} than "
+            f"{bad.reference}; their logits differ by {bad.gap:.2g}"
         )
     if result.interrupted:
         raise typer.Exit(130)
@@ -64,8 +64,7 @@ def bench(
 BENCH_LEGEND = {
     "to base": "tokens/s as a multiple of the base alone",
     "to plain loop": "tokens/s as a multiple of the paper's loop of three forwards",
-    "acceptance": "of the drafted tokens that the mixture checked, the share that it kept; it checks none after a "
-    "rejected one",
+    "acceptance": "the share of the checked drafts that the mixture kept; it checks none after a rejected one",
     "first token": "from the prompt to the first token",
     "shared": "members of one set of weights in one forward",
     "speculative": "the recipe as it is loaded by default",
@@ -198,8 +197,8 @@ PLAN_LEGEND = {
     "seats": "rows that a set of weights computes for each row of the batch, one for each member",
     "read a step": "bytes of weights that a step reads",
     "KV/token": "bytes that a token adds to the cache",
-    "acceptance": "of the drafted tokens that the mixture checks, the share that it keeps; it checks none after a "
-    "rejected one. An assumption, see --acceptance",
+    "acceptance": "the share of the checked drafts that the mixture keeps; it checks none after a rejected one. An "
+    "assumption, see --acceptance",
     "naive": "a forward of every member",
     "shared": "a forward of every set of weights",
     "speculative": "the cheapest of them drafts",

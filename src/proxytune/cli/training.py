@@ -38,7 +38,7 @@ def train(
     options.check(out)
     from proxytune.training.run import train as run
 
-    with resumable(f"the checkpoints until here are kept in {out}", add="--resume"), _shown() as report:
+    with resumable(f"the checkpoints so far are kept in {out}", add="--resume"), _shown() as report:
         trained = run(options, out, settings=settings, report=report, note=lambda text: say(f"note: {text}"))
     for line in _losses(trained.manifest):
         say(line)

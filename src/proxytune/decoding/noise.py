@@ -43,9 +43,9 @@ def row_seeds(seed: Any, n_rows: int) -> list[int]:
     if is_number(seed):
         return [row_seed(seed, row) for row in range(n_rows)]
     if not isinstance(seed, (list, tuple)) or not all(map(is_number, seed)):
-        raise ProxyTuneError(f"seed must be a number from 0 to 2^63 - 1, or a list of one a row, not {seed!r}")
+        raise ProxyTuneError(f"seed must be a number from 0 to 2^63 - 1, or a list with one per row, not {seed!r}")
     if len(seed) != n_rows:
-        raise ProxyTuneError(f"{len(seed)} seeds for {n_rows} rows; give one number for all, or one a row")
+        raise ProxyTuneError(f"{len(seed)} seeds for {n_rows} rows; give one number for all rows, or one per row")
     return list(seed)
 
 

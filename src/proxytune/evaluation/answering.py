@@ -495,7 +495,7 @@ class TraceLog(Journal):
         """Refuse predictions without a trace: they are not made again."""
         if missing := sorted(self.log.made.keys() - self.traced):
             raise ProxyTuneError(
-                f"{self.log.path} has the prediction of example {missing[0][0]} already, and {self.path} has no trace "
+                f"{self.log.path} has the prediction of example {missing[0][0]} already, but {self.path} has no trace "
                 "of it; remove the predictions, choose another --output, or leave --trace out"
             )
 

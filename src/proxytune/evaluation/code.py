@@ -123,7 +123,8 @@ def _rows(task: str, data: str | Path | None) -> list[tuple[str, Any]]:
         ) from error
     except Exception as error:
         raise ProxyTuneError(
-            f"{task}'s problems cannot be had from the hub's {name} ({first_line(error)}); give their file with --data"
+            f"{task}'s problems cannot be loaded from the hub's {name} ({first_line(error)}); give their file with "
+            "--data"
         ) from error
 
 

@@ -110,7 +110,7 @@ class Endpoint:
         except openai.APIError as error:
             raise ProxyTuneError(f"the judge {self.name} refuses: {first_line(error)}") from error
         except (AttributeError, IndexError, TypeError) as error:
-            raise ProxyTuneError(f"the judge {self.name} answers with something else than a completion") from error
+            raise ProxyTuneError(f"the judge {self.name} returns something that is not a completion") from error
         said = _word(answer)
         if said not in ("yes", "no"):
             return None
@@ -236,7 +236,7 @@ def _label(model: str, names: dict[int, str], wanted: str | None) -> int:
     if len(fit) != 1:
         if wanted:
             raise ProxyTuneError(f"the judge {model} has no label {wanted!r}, but {said}")
-        raise ProxyTuneError(f"which of the labels of {model} means yes ({said})? Say it with --judge-label")
+        raise ProxyTuneError(f"which of the labels of {model} means yes ({said})? Name it with --judge-label")
     return int(fit[0])
 
 

@@ -97,7 +97,7 @@ class CodeOptions:
     )
     unguarded: bool = option(
         False,
-        "Run generated code even if it cannot be locked up. It may then do whatever you may do.",
+        "Run generated code even if it cannot be sandboxed. It can then do whatever you can do.",
         panel="Code",
     )
 

@@ -131,7 +131,7 @@ def _values(task: str, line: Mapping[str, Any]) -> dict[str, Any]:
     """The task's fields, under their first names."""
     said = line.get("task", task)
     if said != task and said in FIELDS:
-        raise ProxyTuneError(f"it says that it is of {said}")
+        raise ProxyTuneError(f"its field `task` is {said!r}")
     values = {}
     for name, kind in FIELDS[task].items():
         if (there := _find(task, name, line)) is None:
@@ -149,7 +149,7 @@ def _find(task: str, name: str, line: Mapping[str, Any]) -> str | None:
 
 def _read(name: str, kind: str, value: Any) -> Any:
     if half_surrogate(value) is not None:
-        raise ProxyTuneError(f"its {name!r} has half a surrogate pair, which is no character")
+        raise ProxyTuneError(f"its {name!r} contains half a surrogate pair, which is not a character")
     if kind == "texts":
         if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
             raise ProxyTuneError(f"its {name!r} is not a list of texts")

@@ -121,7 +121,7 @@ def _scored(
     try:
         return {name: score_lines(task, of, **(options or {})) for name, of in lines.items()}
     except NeedsJudge as error:
-        note(f"{error}; the predictions are kept and not made again")
+        note(f"{error}; the predictions are kept and will not be made again")
         return {}
 
 

@@ -246,7 +246,7 @@ def answer_tasks(
 class LeftOut(TypedDict):
     """What a run could not do: an arm's part of a task, or (``arm`` is None) a task's scores.
 
-    ``resumes``: a judge did not answer; the same command goes on from there.
+    ``resumes``: a judge did not answer; the same command continues from there.
     """
 
     task: str
@@ -555,7 +555,9 @@ def _refuse_others(out: Path, said: str, before: Mapping[str, Any], now: Mapping
             was, is_now = (text if len(text) <= 80 else f"{text[:77]}…" for text in texts)
             differing.append(f"{said}{key.replace('_', ' ')} {was}, now {is_now}")
     if differing:
-        raise ProxyTuneError(f"{out} was begun with {'; '.join(differing)}; repeat that, or choose another --output")
+        raise ProxyTuneError(
+            f"{out} was started with {'; '.join(differing)}; use that again, or choose another --output"
+        )
 
 
 def read_lines(plan: TaskPlan, arm: str, path: Path) -> list[dict[str, Any]] | None:

@@ -96,7 +96,7 @@ class Sandbox:
             within the limits of time, memory and output.
 
     Raises:
-        ProxyTuneError: on opening, if programs cannot be locked up here, and ``unguarded`` does not say to run them
+        ProxyTuneError: on opening, if programs cannot be sandboxed here, and ``unguarded`` does not say to run them
             all the same.
     """
 
@@ -121,7 +121,7 @@ class Sandbox:
 
     def __enter__(self) -> Sandbox:
         if not hasattr(os, "fork"):
-            raise ProxyTuneError("generated code can be run on Linux, or unguarded on macOS, and not on this system")
+            raise ProxyTuneError("generated code can run on Linux, or unguarded on macOS, but not on this system")
         try:
             for _ in range(self.workers):
                 self._free.put(self._jail())
@@ -162,7 +162,7 @@ class Sandbox:
             if self._guarded and not jail.able:
                 raise _cannot("it is not Linux on x86-64 or arm64")
             if self._guarded and self.scratch and not landlock:
-                raise _cannot("without Landlock of version 3, Linux 6.2, no file can be written")
+                raise _cannot("without Landlock version 3 (Linux 6.2), programs that write files cannot be confined")
             job = {
                 "program": program,
                 "limits": asdict(self.limits),
@@ -176,7 +176,7 @@ class Sandbox:
                 if not self._closed:
                     jail.close()
                     jail = self._jail()
-                return Verdict("crashed", "its process was lost")
+                return Verdict("crashed", "its process disappeared")
             if answer["outcome"] == "not locked":
                 raise _cannot(answer["detail"])
             return Verdict(**answer)
@@ -186,8 +186,8 @@ class Sandbox:
 
 def _cannot(why: str) -> ProxyTuneError:
     return ProxyTuneError(
-        f"this system cannot lock generated code up ({why}); use Linux, or run inside a container or virtual machine "
-        "that may be harmed, and say so with --unguarded"
+        f"this system cannot sandbox generated code ({why}); use Linux, or run inside a container or virtual machine "
+        "that may be damaged, and add --unguarded"
     )
 
 

@@ -307,7 +307,7 @@ def score(
         judge: for truthfulqa_open a judge of truth and one of information (one alone is asked both), for toxigen a
             classifier, for alpacafarm a function that compares answers.
         limits: of a program. data: the code tasks' problems, a file or a hub data set. ks: pass@k is told for those
-            that the samples allow. workers: programs at once. unguarded: run code where it cannot be locked up.
+            that the samples allow. workers: programs at once. unguarded: run code where it cannot be sandboxed.
         rerun: judge lines too that carry a verdict.
         kept: the file that judges' verdicts are kept in, for a later call to go on from.
         progress: told of each sample that is judged.

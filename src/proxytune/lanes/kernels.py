@@ -141,7 +141,7 @@ def compile_model(model: Any, how: bool | str) -> None:
     if how is not True and how not in modes:
         raise MemberError(f"compile is True or one of torch.compile's modes, {', '.join(modes)}, not {how!r}")
     if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
-        raise MemberError(f"compile needs a PyTorch as new as 2.13, and this is {torch.__version__}; leave it out")
+        raise MemberError(f"compile needs PyTorch 2.13 or newer, and this is {torch.__version__}; leave it out")
     if model.base_model._compiled_call_impl is not None:
         return
     for module in model.modules():
@@ -156,7 +156,7 @@ def _refuse_unfit(weight: Tensor) -> None:
     if weight.device.type != "cpu":
         raise MemberError(f"pack=True is for members on the CPU, and this one is on {weight.device}; leave it out")
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        raise MemberError("pack=True needs a PyTorch that is built with oneDNN; leave it out")
+        raise MemberError("pack=True needs a PyTorch built with oneDNN; leave it out")
     if weight.dtype != torch.float32 and not (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     ):

@@ -78,7 +78,7 @@ def _try(model: Any) -> Reading:
         stepped = [read_columns(model, ids[:, at : at + 1], at, cache=cache).logits for at in (N_PREFIX, N_PREFIX + 1)]
         same = agree(answered.logits, whole[:, :N_PREFIX])
         if not same or not agree(torch.cat(stepped, dim=1), whole[:, N_PREFIX : N_PREFIX + 2]):
-            return Reading(f"{kind} decodes other logits with a cache than it reads without one")
+            return Reading(f"{kind} gives other logits with a cache than without one")
     except Exception as error:  # a cache of another kind, positions that only its own generate() knows
         return Reading(f"{kind} cannot be read with a cache ({first_line(error)})")
 

@@ -309,8 +309,8 @@ def active_adapter(owner: str, model: Any) -> str | None:
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise MemberError(
-            f"{owner} is a model that transformers put an adapter on; name the model and the adapter apart, or give a "
-            "PeftModel"
+            f"{owner} is a model that transformers put an adapter on; name the model and the adapter separately, or "
+            "give a PeftModel"
         )
     if not hasattr(model, "get_base_model"):
         return None

@@ -42,7 +42,7 @@ def alpha_rows(
         return [tuple(default)] * n
     if not names:
         if _plain(alpha) not in ([], {}, [[]], [[]] * n):
-            raise AlphaError("there are no experts, so there is nothing that alpha could weigh; leave it out")
+            raise AlphaError("there are no experts, so alpha would change nothing; leave it out")
         return [()] * n
     if isinstance(alpha, Mapping):
         _refuse_unknown(alpha, names)
@@ -112,7 +112,9 @@ def take_alpha(arguments: dict[str, Any], names: Sequence[str], alpha: Any = Non
         return {**dict(zip(names, alpha)), **named}
     if isinstance(alpha, (int, float)):
         return {**dict.fromkeys(names, alpha), **named}
-    raise AlphaError(f"beside {NAMED + next(iter(named))!r}, alpha must be a number, a list in order or a mapping")
+    raise AlphaError(
+        f"together with {NAMED + next(iter(named))!r}, alpha must be a number, a list in order or a mapping"
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -128,7 +130,7 @@ def _column(value: Any, name: str, n_rows: int | None) -> list[float]:
     """One expert's alpha for each row."""
     values = value if n_rows is not None and isinstance(value, (list, tuple)) else [value]
     if len(values) not in (1, n_rows or 1):
-        raise AlphaError(f"alpha of {name!r} must be a number or {n_rows} values, one a row")
+        raise AlphaError(f"alpha of {name!r} must be a number or {n_rows} values, one per row")
     return [finite_alpha(each, f"alpha of expert {name!r}") for each in values] * ((n_rows or 1) // len(values))
 
 

@@ -251,8 +251,8 @@ class _Check:
             _, file = member_source(self.config, name, one.member)
             if file is not None and (n_parts := parts_of_gguf(file)) > 1:
                 self.notes.append(
-                    f"{name} is split into {n_parts} shards, which are put together in a temporary file at each "
-                    f"loading; `llama-gguf-split --merge {file} WHOLE.gguf` does it once"
+                    f"{name} is split into {n_parts} shards, which are joined in a temporary file each time they are "
+                    f"loaded; `llama-gguf-split --merge {file} WHOLE.gguf` does it once"
                 )
 
     def outputs(self) -> None:
@@ -260,7 +260,7 @@ class _Check:
         if len(set(caps.values())) > 1:
             capped = ", ".join(name for name, cap in caps.items() if cap)
             self.notes.append(
-                f"only some members cap their logits ({capped}), so their differences are of unlike scale"
+                f"only some members cap their logits ({capped}), so their differences have different scales"
             )
 
     def weights(self, name: str, model: PreTrainedModel) -> None:
@@ -274,7 +274,7 @@ class _Check:
         if (obstacle := obstacle_of(model)) is not None:
             raise MemberError(f"{of} cannot be used in a recipe: {obstacle}; name another model")
         if keeps_states(one.text):
-            self.unchecked.append(f"whether {of} decodes with its states what it reads without them: loading tries it")
+            self.unchecked.append(f"whether {of} gives the same logits with its cache as without: loading tests it")
         fit: Fit | None = None
         why = "its files are on the hub, and their headers cannot be read there"
         with opened(self.config, name, one.member, self.loading, with_data=False) as (path, place):
@@ -403,7 +403,7 @@ class _Check:
         with loading_of(name, one.member.adapter):
             count, tried = try_adapter(name, adapter_directory(name, place, self.loading), self._empty(one))
         if not tried:
-            self.unchecked.append(f"whether the adapter of {name} fits its model: loading tries it")
+            self.unchecked.append(f"whether the adapter of {name} fits its model: loading tests it")
         return count
 
 

@@ -111,7 +111,7 @@ def configure(options: ComposeOptions, examples: Sequence[tuple[str, str]] = ())
     first = start.expert_list[0] if start is not None else None
     made_base = _over(options.base, start.base_member if start is not None else None, "the base")
     if made_base is None:
-        raise RecipeError("no base is given; name the model to be steered with --base, or use --preset")
+        raise RecipeError("no base is given; name the model to steer with --base, or use --preset")
     expert_choice, anti_choice = (
         each if options.small is None else replace(each, model=options.small)
         for each in (options.expert, options.anti_expert)
@@ -132,7 +132,7 @@ def configure(options: ComposeOptions, examples: Sequence[tuple[str, str]] = ())
         )
     elif alpha is not None or name is not None:
         raise RecipeError(
-            "--alpha and --name belong to --expert; write NAME=EXPERT,alpha=... in --add-expert, and the strength of a "
+            "--alpha and --name are for --expert; write NAME=EXPERT,alpha=... in --add-expert, and the strength of a "
             "negative prompt as --guidance"
         )
     try:
@@ -158,7 +158,7 @@ def configure(options: ComposeOptions, examples: Sequence[tuple[str, str]] = ())
 def _guidance(base: Member, negative: str | None, guidance: float | None) -> Expert:
     """Classifier-free guidance (2306.17806, eq. 2): ``negative + guidance * (base - negative)``."""
     if base.prompt.kind != "raw":
-        raise RecipeError("a negative prompt stands in the place of the raw prompt, so leave --base-prompt out")
+        raise RecipeError("a negative prompt replaces the raw prompt, so leave --base-prompt out")
     away = replace(base, prompt=Prompt("negative", template=negative))
     return Expert("guidance", base, away, (1.5 if guidance is None else guidance) - 1)
 
@@ -244,11 +244,14 @@ def compose(
     except MemberError as error:
         if not offline:
             raise MemberError(f"{error} (--offline writes the recipe without the base's files)") from error
-        notes.append("the base is not at hand, so the recipe has no tokenizer of its own; it is loaded with the base")
+        notes.append(
+            "the base is not on this machine, so the recipe has no tokenizer of its own; the base's is used when it is "
+            "loaded"
+        )
     if text_config is not None and tokenizer is None:
         notes.append("the base has no tokenizer, so the recipe has none")
     if tokenizer is not None and not tokenizer.chat_template:
-        notes.append("the base has no chat template; `proxytune chat` will show it a plain transcript")
+        notes.append("the base has no chat template; with `proxytune chat` it reads a plain transcript")
 
     written = ProxyTuneConfig(
         base=config.base,

@@ -87,7 +87,7 @@ class ProxyTuneConfig(PreTrainedConfig):
             if key not in WRITTEN_BY_TRANSFORMERS and not key.startswith("_"):
                 raise RecipeError(unknown_field("the recipe", key, RECIPE_FIELDS))
         if self.base is None:
-            raise RecipeError("the recipe names no `base`; give the model to be steered")
+            raise RecipeError("the recipe names no `base`; name the model to steer")
         base = Member.parse(self.base)
         experts = parse_experts(self.experts)
         if self.plausibility is not None and not (

@@ -92,7 +92,7 @@ def unused_cache(model: Any, cache: DynamicCache, output: Any, n_read: int) -> s
     lengths = {layer.get_seq_length() for layer in attention if layer.is_initialized}
     if getattr(output, "past_key_values", None) is cache and (lengths == {n_read} or not attention):
         return None
-    return f"{type(model).__name__} does not keep what it has read in the cache that it is given"
+    return f"{type(model).__name__} does not store what it reads in the cache that it is given"
 
 
 def idle_embeddings(model: Any) -> Tensor | None:

@@ -97,7 +97,7 @@ def read_generation_config(
     except Exception as error:  # not JSON, not an object, a value that transformers refuses
         raise MemberError(f"{where} cannot be read: {first_line(error)}; correct or remove the file") from error
     if ours := [key for key in values if key in OURS or key.startswith("alpha.")]:
-        raise MemberError(f"{where} has {ours[0]!r}, which nothing reads there; alpha belongs to the recipe's experts")
+        raise MemberError(f"{where} has {ours[0]!r}, which has no effect there; alpha belongs to the recipe's experts")
     return read
 
 
@@ -140,7 +140,7 @@ def adapted(generation: GenerationConfig, width: int, where: str) -> tuple[Gener
     if generation.cache_implementation == "hybrid":
         generation.cache_implementation = None
     _try_out(generation, width, where)
-    return generation, [f"{where} asks for {said}, which a recipe cannot do; it is left out"] if said else []
+    return generation, [f"{where} asks for {said}, which recipes do not support; it is left out"] if said else []
 
 
 def refuse_fields(asked: Mapping[str, Any], *configs: GenerationConfig | None) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def plain_generation_config(model: Any, max_new_tokens: int) -> GenerationConfig
     own = model.generation_config
     if left_out := [n for n in FIELDS if n not in OF_A_COMMAND | OWN_CHOICE and _asks(n, getattr(own, n, None))]:
         said = ", ".join(f"{name}={getattr(own, name)!r}" for name in left_out)
-        logger.warning_once(f"the generation config asks for {said}, which the commands do not do; it is left out")
+        logger.warning_once(f"the generation config asks for {said}, which the commands do not support; it is left out")
     config = GenerationConfig(**DEFAULTS)
     for name in OF_A_COMMAND:
         if (value := getattr(own, name, None)) is not None:

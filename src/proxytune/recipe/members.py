@@ -190,7 +190,7 @@ def loading_of(name: str, where: str | None) -> Iterator[None]:
     except Exception as error:  # a loader raises anything: OSError, KeyError, RuntimeError of a size mismatch
         if "trust_remote_code=True" in str(error):
             raise MemberError(
-                f"{name} ({where}) needs code that it brings along; if you trust it, say --trust-remote-code, or in "
-                "Python member_trust_remote_code=True"
+                f"{name} ({where}) needs code of its own; if you trust it, add --trust-remote-code, or in Python "
+                "member_trust_remote_code=True"
             ) from error
         raise MemberError(f"{name} ({where}) cannot be loaded: {first_line(error)}") from error

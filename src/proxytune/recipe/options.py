@@ -189,7 +189,7 @@ class ComposeOptions:
         if self.preset is not None and self.preset not in PRESETS:
             raise RecipeError(f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}")
         if self.preset is None and self.base.model is None:
-            raise RecipeError("no base is given; name the model to be steered with --base, or use --preset")
+            raise RecipeError("no base is given; name the model to steer with --base, or use --preset")
         if self.small is not None:
             given = {"--expert": self.expert.model, "--anti-expert": self.anti_expert.model}
             given |= {"--expert-adapter": self.expert_adapter, "--preset": self.preset}

@@ -78,7 +78,7 @@ def check_kind(values: Mapping[str, Any], path: str) -> None:
     """
     if (kind := values.get("model_type")) != MODEL_TYPE:
         what = f"a {kind} model" if kind else "a directory whose config.json names no model_type"
-        raise RecipeError(f"{path!r} is {what}, not a recipe; `proxytune new DIR --base {path}` makes one of it")
+        raise RecipeError(f"{path!r} is {what}, not a recipe; `proxytune new DIR --base {path}` makes a recipe from it")
 
 
 def check_target(directory: Path, force: bool) -> None:
@@ -88,6 +88,6 @@ def check_target(directory: Path, force: bool) -> None:
         RecipeError: if it may not.
     """
     if directory.is_file():
-        raise RecipeError(f"{str(directory)!r} is a file; give a directory to be made")
+        raise RecipeError(f"{str(directory)!r} is a file; give the name of a new directory")
     if not force and directory.is_dir() and any(directory.iterdir()):
         raise RecipeError(f"{str(directory)!r} is not empty; give another directory, or --force to write into it")

@@ -74,7 +74,7 @@ class Prompter:
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
             raise PromptError(
-                "no tokenizer is known to read a negative prompt with; give its ids, or `tokenizer` to from_members"
+                "a negative prompt given as text needs a tokenizer; give its ids, or pass `tokenizer` to from_members"
             )
         return list(self.tokenizer(text)["input_ids"])
 
@@ -82,8 +82,8 @@ class Prompter:
         """The texts that rows of ids are the tokens of."""
         if self.tokenizer is None:
             raise PromptError(
-                "members have prompts of their own, but no tokenizer is known to render them; "
-                "pass `member_input_ids`, or give `tokenizer` to from_members"
+                "members have prompts of their own, which need a tokenizer; pass `member_input_ids`, or give "
+                "`tokenizer` to from_members"
             )
         texts = []
         for row, kept in enumerate(rows):
@@ -92,8 +92,8 @@ class Prompter:
             if again != kept:
                 at = n_common(kept, again)
                 raise PromptError(
-                    f"the prompt of row {row} is not what its text encodes to again (they differ at token {at}), so "
-                    "the members' own prompts cannot be made from it; pass `member_input_ids`"
+                    f"the prompt of row {row} changes if it is decoded and encoded again (from token {at} on), so the "
+                    "members' own prompts cannot be made from it; pass `member_input_ids`"
                 )
             texts.append(text)
         return texts

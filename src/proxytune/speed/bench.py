@@ -502,9 +502,9 @@ def run_bench(
     if "shared" in settings.arms and not any(subject.shares for subject in subjects):
         result.notes.append("no members share weights, so there is no arm `shared`: it would be `composite`")
     if "base_lookup" in settings.arms and max(settings.batches) > 1:
-        result.notes.append("`base_lookup` is measured at batch 1: transformers drafts by prompt lookup for no more")
+        result.notes.append("`base_lookup` is measured at batch 1 only: transformers does prompt lookup for one row")
     if "base_lookup" in settings.arms and any(subject.compiled for subject in subjects):
-        result.notes.append("`base_lookup` is not measured compiled: transformers drafts over no static cache")
+        result.notes.append("`base_lookup` is not measured compiled: transformers cannot draft with a static cache")
     rng = random.Random(settings.seed)
     begin = time.perf_counter()
     largest, warmed = 1, 0.0  # the most prompt tokens of a batch so far, and the seconds of its warm-up

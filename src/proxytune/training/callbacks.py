@@ -64,7 +64,7 @@ class Resuming(TrainerCallback):  # type: ignore[misc]
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
         if not best.is_dir():
             raise ProxyTuneError(
-                f"the checkpoint with the lowest validation loss is missing: {best}; train anew in another directory"
+                f"the checkpoint with the lowest validation loss is missing: {best}; train again in another directory"
             )
         state.best_model_checkpoint = str(best)
 

@@ -144,7 +144,7 @@ def _row(row: Any, prompt: str | None, completion: str | None) -> tuple[str, dic
         name = "messages" if "messages" in row else "conversations"
         messages = _messages(row[name], name)
         if messages[-1]["role"] != "assistant":
-            raise ProxyTuneError("its last message is not the assistant's, so there is nothing to learn behind it")
+            raise ProxyTuneError("its last message is not the assistant's, so there is nothing to learn")
         if len(messages) == 1:
             raise ProxyTuneError("it has no message before the assistant's")
         return "messages", {"messages": messages}
@@ -201,7 +201,7 @@ def _filled(template: str, row: Mapping[str, Any]) -> str:
         if name is None:
             continue
         if spec or conversion:
-            raise ProxyTuneError(f"the template {template!r} has a format behind {name!r}; write the name alone")
+            raise ProxyTuneError(f"the template {template!r} has a format after {name!r}; write only the name")
         if name not in row:
             raise ProxyTuneError(f"it has no column {name!r}; it has {', '.join(map(str, row)) or 'none'}")
         if not isinstance(row[name], (str, int, float)):

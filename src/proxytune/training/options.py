@@ -197,7 +197,7 @@ class TrainingOptions:
         if self.recipe is not None:
             check_place(self.recipe)
         if out.is_file():
-            raise ProxyTuneError(f"{str(out)!r} is a file; give a directory to be made")
+            raise ProxyTuneError(f"{str(out)!r} is a file; give the name of a new directory")
         inside = {path.name for path in out.iterdir()} if out.is_dir() else set()
         if not inside or (inside == {"training"} and not has_begun(out)):
             return

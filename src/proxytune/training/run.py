@@ -178,7 +178,7 @@ def train(
     except Exception as error:
         if isinstance(error, OSError) or any(said in str(error) for said in FULL_DISK):
             raise ProxyTuneError(
-                f"{out} cannot be written: {first_line(error)}; --resume goes on from there"
+                f"{out} cannot be written: {first_line(error)}; --resume continues from there"
             ) from error
         raise
 
@@ -386,8 +386,8 @@ def _begin(folder: Path, arguments: dict[str, Any], begun: bool) -> None:
         if differing := [name for name in now if name not in FREE and before.get(name) != now[name]]:
             named = ", ".join(COMPARED.get(name) or _flag(name) for name in differing)
             raise ProxyTuneError(
-                f"this differs from the run that was begun here: {named}; repeat that run's command with --resume, or "
-                "begin anew in another directory"
+                f"the run in this directory was started with other options ({named}); repeat that run's command with "
+                "--resume, or start again in another directory"
             )
         return
     if not is_main():

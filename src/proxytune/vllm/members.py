@@ -192,8 +192,8 @@ def _refuse_part(fitted: Fitted, dtype: torch.dtype) -> None:
     if wanted not in (None, "auto") and getattr(torch, wanted) != dtype:
         served = str(dtype).removeprefix("torch.")
         raise MemberError(
-            f"{who} is to be {wanted} by the recipe, but vLLM serves all members in one dtype, {served}; say --dtype "
-            f"{wanted}, or take the dtype out of the recipe"
+            f"{who} is to be {wanted} by the recipe, but vLLM serves all members in one dtype, {served}; use --dtype "
+            f"{wanted}, or remove the dtype from the recipe"
         )
     if part.member.device_map is not None:
         logger.warning("the recipe's device_map of %s is for transformers; vLLM places weights itself", part.owner)

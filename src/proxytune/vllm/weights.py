@@ -55,7 +55,7 @@ class Adapter:
             refuse(self.owner, terms.refused)
         kind = str(getattr(self.config.peft_type, "value", self.config.peft_type))
         if kind != "LORA":
-            raise MemberError(f"the adapter of {self.owner} is {kind}; vLLM serves LoRA adapters alone")
+            raise MemberError(f"the adapter of {self.owner} is {kind}; vLLM serves only LoRA adapters")
         if others := [name for name in terms.options if name != "modules_to_save"]:
             reason = APART.get(others[0], f"it sets {others[0]}")
             raise MemberError(f"the adapter of {self.owner} is not merged, because {reason}; merge it with PEFT")
