@@ -20,12 +20,13 @@ Rows = Sequence[list[int]]
 
 
 class ProxyTunedCache(Cache):
-    """The states of all lanes; what ``generate`` does to the whole (crop, reorder, repeat) happens to each.
+    """The cache of a steered model: it holds the cache of every member. What ``generate`` does to it (crop, reorder,
+    repeat) is done to each member's.
 
     Attributes:
-        states: of each lane, from the first call on.
-        n_columns: columns of the outer ``input_ids`` that all members have read.
-        prompt_length: columns in whose place some members have read prompts of their own.
+        states: one per lane, from the first call on.
+        n_columns: how many columns of ``input_ids`` all members have read.
+        prompt_length: how many of these columns are prompt, which members with prompts of their own have replaced.
 
     Example:
         >>> import torch

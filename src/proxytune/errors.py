@@ -23,7 +23,8 @@ __all__ = ["AlphaError", "MemberError", "PromptError", "ProxyTuneError", "Recipe
 
 
 class ProxyTuneError(ValueError):
-    """Base of all errors raised on purpose; a ``ValueError``, because all of them are bad input.
+    """The base class of all errors that proxytune raises on purpose. It is a ``ValueError``, because the cause is
+    always bad input.
 
     Example:
         >>> import proxytune
@@ -58,7 +59,7 @@ class MemberError(ProxyTuneError):
 
 
 class VocabularyError(ProxyTuneError):
-    """Members disagree about which token an id stands for.
+    """Members have different tokens under the same id.
 
     Example:
         >>> from proxytune import ProxyTunedForCausalLM

@@ -103,12 +103,12 @@ class SpeculationStats:
 
 @dataclass
 class TracedOutput(GenerateDecoderOnlyOutput):
-    """What ``generate(..., return_trace=True)`` returns: the sequences, and why each new token was chosen.
+    """The result of ``generate(..., return_trace=True)``: the sequences, and why each new token was chosen.
 
     Attributes:
-        sequences: token ids, the prompt's first, padded on the right, (n_batch, n_columns), int64.
-        traces: of each sequence, a record for each of its new tokens, in order, its end token included. No padding.
-        scores, logits, past_key_values: as in transformers, where ``return_dict_in_generate`` asks for them.
+        sequences: ids of prompt and answer, padded on the right, shape = (n_batch, n_columns), int64.
+        traces: per sequence a list with one record per new token, in order, the end token included, padding left out.
+        scores, logits, past_key_values: as in transformers, if ``return_dict_in_generate`` asks for them.
 
     Example:
         >>> import torch
@@ -311,33 +311,36 @@ class SteeredGenerationMixin(GenerationMixin):
         trace_top_k: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' ``generate``, with every option of its own, steered.
+        """Write text with the steered model. It takes every option of transformers' ``generate``, and the following.
 
-        What the call leaves open of ``alpha``, ``"alpha.NAME"``, ``speculate`` and ``seed`` is taken from the
-        generation config, if that has such attributes.
+        ``alpha``, ``"alpha.NAME"``, ``speculate`` and ``seed`` may also be attributes of the generation config.
+        Arguments of the call come first.
 
         Args:
-            alpha: see :func:`recipe.alpha.alpha_rows`: a number, one a row, one an expert, or by name. An
-                argument called ``"alpha.NAME"`` sets one expert's, as in the requests that servers take.
-            member_input_ids: member name -> its own prompt: a list of lists of ids, or a left-padded tensor of
-                shape (n_batch, its width). By default made from the text of ``input_ids``, by the recipe.
-            member_attention_mask: member name -> the mask of such a tensor.
-            negative_prompt: what members read whose prompt is a negative one: a text, in which ``{prompt}`` stands
-                for the prompt; its ids; or a list of these with one entry for each row, None for the recipe's own. A
-                row for which neither the call nor the recipe has one is not guided.
-            speculate: ``"auto"``: let a member draft, in greedy decoding and sampling, where that is predicted to pay;
-                False: never; a number: always draft so many tokens. By default what was given at load. Greedy
-                output is the same; samples have the same distribution, but torch's seed gives other ones.
-            seed: sample each row from noise of its own: a number, or one for each sequence drawn. A row's tokens then
-                depend on its seed and its text alone: not on the batch, and not on drafts; see
-                :mod:`proxytune.decoding.noise`. By default torch's generator decides, as elsewhere in transformers.
-            return_trace: return a :class:`TracedOutput`, whose ``traces`` say why each new token was chosen. Drafts and
-                tokens are the same as without; each token costs some more time.
+            alpha: the strength of steering: a number, a list with one per row (for a single expert), a list with one
+                per expert, a list of such lists with one per row, or a mapping by expert name. ``**{"alpha.NAME":
+                0.5}`` sets it for one expert, as requests to servers do.
+            member_input_ids: member name -> its own prompt: a list of lists of ids, or a left-padded tensor of shape
+                (n_batch, its width). By default they are made from the text of ``input_ids``, as the recipe says.
+            member_attention_mask: member name -> the mask of such a tensor, 0 at padding.
+            negative_prompt: the negative prompt instead of the recipe's: a text, which may contain ``{prompt}``; its
+                ids; or a list of these with one entry per row, where None means the recipe's. A row without any
+                negative prompt is not guided.
+            speculate: drafting. ``"auto"`` drafts where it is predicted to pay, False never drafts, a number always
+                drafts that many tokens. By default the value given at loading. Greedy output stays the same. Samples
+                keep their distribution, but the same torch seed gives different ones.
+            seed: a seed for sampling, or a list with one per sequence. Each row then draws random numbers of its own,
+                so its tokens depend on its seed and its text only, not on the batch and not on drafts. Without it
+                torch's generator draws, as elsewhere in transformers.
+            return_trace: return a :class:`TracedOutput`, whose ``traces`` say why each new token was chosen. The tokens
+                are the same as without; each one takes a few per cent longer.
             trace_top_k: how many of the most probable tokens of each distribution a trace lists; 5 by default.
 
         Raises:
-            PromptError: a prompt that is empty, longer than the shortest member's context, or that cannot be made.
-            TypeError: for an argument that neither transformers nor a recipe knows.
+            PromptError: if a prompt is empty, is longer than the shortest member's context, or cannot be made for a
+                member.
+            AlphaError: if alpha is not finite or has the wrong shape.
+            TypeError: for an unknown argument.
 
         Example:
             >>> from proxytune import ProxyTunedForCausalLM

@@ -74,8 +74,8 @@ class ProxyTunedOutput(CausalLMOutputWithPast):
 
     Attributes:
         logits: the mixture, float32, shape = (n_batch, n_positions, n_vocab of the base).
-        member_logits: member name -> float logits, shape = (n_batch, n_positions, n_vocab of the member); None where
-            the call did not ask for them.
+        member_logits: member name -> logits, shape = (n_batch, n_positions, n_vocab of the member); None unless the
+            call set ``output_member_logits``.
 
     Example:
         >>> import torch
@@ -175,9 +175,10 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
 
     # -- the parts ------------------------------------------------------------------------------------------
     def member(self, name: str) -> PreTrainedModel:
-        """The model of member ``name`` by itself (``base``, ``NAME.expert``, ``NAME.anti_expert``).
+        """The model of member ``name`` (``base``, ``NAME.expert``, ``NAME.anti_expert``), without steering.
 
-        Members of one set of weights share it; of those with adapters on it each has modules of its own over it.
+        Members with the same weights share them in memory. Each member with an adapter gets its own modules on top of
+        the shared weights.
 
         Raises:
             MemberError: if there is no such member.
@@ -226,7 +227,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
 
     @cached_property
     def recipe_tokenizer(self) -> Any:
-        """The recipe's own tokenizer, or its base's where it has none; None where neither has one."""
+        """The recipe's own tokenizer, or the base's if the recipe has none; None if neither has one."""
         own = load_recipe_tokenizer(self.config, self._loading)
         return self.tokenizer if own is None else own
 
@@ -286,7 +287,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ProxyTunedOutput | tuple[Any, ...]:
-        """Run every member and mix their logits.
+        """Read columns with every member and mix the logits. To write text, use :meth:`generate`.
 
         Args:
             input_ids: shape = (n_batch, n_columns), the columns not yet in the cache.
@@ -295,20 +296,21 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             past_key_values: made by an earlier call, or by :meth:`new_cache`.
             logits_to_keep: how many of the last positions to compute, 0 for all.
             labels: shape = (n_batch, n_columns); the loss is transformers' causal LM loss on the mixed logits.
-            alpha: as in :meth:`generate`; the recipe's by default.
+            alpha: the strength of steering, as in :meth:`generate`; by default the recipe's.
             member_input_ids: member name -> its own prompt, shape = (n_batch, its width), left-padded.
-            member_attention_mask: member name -> mask of that shape; all ones by default.
-            prompt_length: how many columns of the whole outer sequence are prompt; needed with own prompts.
+            member_attention_mask: member name -> mask of the same shape, 0 at padding; by default all ones.
+            prompt_length: how many columns of the whole sequence are prompt; needed if members have prompts of their
+                own.
             output_member_logits: also return each member's own logits.
-            speculate, seed, trace_top_k: only for :meth:`generate`; a number of drafts, a seed and a trace are refused
-                here.
+            speculate, seed, trace_top_k: for :meth:`generate` only; values that ask for something are refused here.
 
         Returns:
-            float32 logits, shape = (n_batch, n_positions, n_vocab of the base). With own prompts the positions
-            begin with the last prompt token: before it the members read different texts.
+            float32 logits, shape = (n_batch, n_positions, n_vocab of the base). If members have prompts of their own,
+            the positions begin with the last prompt token, because before it the members read different texts.
 
         Raises:
-            PromptError: own prompts without a boundary. AlphaError: see ``alpha``.
+            PromptError: if members have prompts of their own and the call does not give them or ``prompt_length``.
+            AlphaError: if alpha is not finite or has the wrong shape.
         """
         alpha = take_alpha(kwargs, self.expert_names, alpha)
         self._refuse(kwargs)
@@ -454,7 +456,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             raise unknown_arguments(self.forward, unknown)
 
     def new_cache(self, capacity: int | None = None) -> ProxyTunedCache:
-        """An empty cache for all members; one that grows, or a static one for ``capacity`` columns."""
+        """An empty cache for all members, to pass as ``past_key_values``. It grows; with ``capacity`` it is static and
+        holds that many columns."""
         return ProxyTunedCache(self.lanes, capacity)
 
     # -- making one -----------------------------------------------------------------------------------------
@@ -473,18 +476,19 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         tokenizers: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> ProxyTunedForCausalLM:
-        """Compose models that are in memory, on disk or on the hub.
+        """Combine models into a steered model. Each may be in memory, on disk or on the hub.
 
         Args:
             base, expert, anti_expert: a transformers model (or PeftModel), a :class:`Member`, a path or a hub id.
-            alpha: the strength of the one expert.
-            experts: instead of ``expert``, ``anti_expert`` and ``alpha``: several, each a mapping with ``name``,
-                ``expert``, ``anti_expert`` and ``alpha``, whose sides may be models too;
-                ``expert_prompt`` and ``anti_expert_prompt`` are what these are shown.
+            alpha: the strength of steering.
+            experts: several experts, instead of ``expert``, ``anti_expert`` and ``alpha``. Each is a mapping with
+                ``name``, ``expert``, ``anti_expert`` and ``alpha``; ``expert_prompt`` and ``anti_expert_prompt`` say
+                what the two read.
             plausibility, renamed_tokens: see :class:`ProxyTuneConfig`.
-            tokenizer, tokenizers: the base's, and by member name those of members in memory; needed to compare
-                vocabularies and to make own prompts.
-            **kwargs: what :meth:`from_pretrained` takes for members that are loaded (``dtype``, ``device_map``, ...).
+            tokenizer, tokenizers: the base's tokenizer, and member name -> tokenizer for members in memory. They are
+                needed to compare vocabularies and to make prompts for members.
+            **kwargs: how to load members that are not in memory, as in :meth:`from_pretrained` (``dtype``,
+                ``device_map``, ...).
         """
         if experts is None:
             experts = [{"expert": expert, "anti_expert": anti_expert, "alpha": alpha}]
@@ -506,19 +510,23 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         """Load a recipe: a directory, a hub id, or ``"demo"``.
 
         Args:
-            alpha: in place of the recipe's: a number, a list in its order, or a mapping by name; ``"alpha.NAME"``
-                sets one expert's.
-            dtype, device_map, quantization_config, attn_implementation: for members whose entry leaves it open.
-            member_trust_remote_code: run code that a *member's* repository brings. ``trust_remote_code``, which
-                lets a recipe be loaded without importing proxytune first, does not reach the members.
-            share: False loads LoRA members with weights of their own.
-            speculate: what :meth:`generate` does where it is not told, ``"auto"`` by default.
-            pack: lay the members' weights out for fast inference on a CPU, see :func:`proxytune.lanes.kernels.pack`.
-            compile: compile the members, see :func:`proxytune.lanes.kernels.compile_model`: True, or a mode of
-                ``torch.compile``.
+            alpha: the strength of steering instead of the recipe's: a number for all experts, a list with one per
+                expert, or a mapping by name. ``**{"alpha.NAME": 0.5}`` sets it for one expert.
+            dtype, device_map, quantization_config, attn_implementation: for members that set none in the recipe.
+            member_trust_remote_code: run code from the *members'* repositories. ``trust_remote_code`` is different: it
+                lets a recipe be loaded without importing proxytune first, and is not passed on to the members.
+            share: False loads a copy of the weights for each LoRA member: more memory, to compare with.
+            speculate: the default of ``speculate`` in :meth:`generate`; ``"auto"`` unless given.
+            pack: rearrange the weights for the CPU: several times faster there, for float32 and bfloat16. Loading takes
+                longer.
+            compile: compile the members with ``torch.compile``: True, or one of its modes. The first calls then take
+                minutes.
 
         Raises:
-            RecipeError, MemberError, VocabularyError, AlphaError: each one sentence.
+            RecipeError: if there is no such recipe.
+            MemberError: if a member cannot be loaded.
+            VocabularyError: if members have different vocabularies.
+            AlphaError: if alpha does not fit the experts.
         """
         if model_args:
             raise TypeError(f"from_pretrained() takes one argument by position, the recipe, not {model_args[0]!r} too")
@@ -577,16 +585,19 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         token: str | bool | None = None,
         **others: Any,
     ) -> None:
-        """Write the recipe; see :func:`proxytune.saving.save_model`.
+        """Write the recipe to a directory. Members that were in memory or were trained here are saved in
+        ``directory/members``; the others stay where they are.
 
         Args:
-            is_main_process: where it is False nothing is written.
-            state_dict: as trainers pass it on: the weights that the model has.
-            push_to_hub: upload it too, to ``repo_id`` or the directory's name, with what :meth:`push_to_hub` takes.
-            bundle: save every member, which makes the directory portable.
+            is_main_process: if False, nothing is written.
+            state_dict: trainers pass it; it must hold the weights that the model has.
+            push_to_hub: also upload it, to ``repo_id`` or under the directory's name; other arguments as in
+                :meth:`push_to_hub`.
+            bundle: save every member in the directory, so that it works on any machine. It is then as large as all
+                members.
 
         Raises:
-            ProxyTuneError: for transformers' other arguments where they ask for what a recipe cannot be.
+            ProxyTuneError: for arguments of transformers that a recipe does not support.
         """
         for name in others.keys() & SAVED_AS_EVER.keys():
             if (value := others.pop(name)) != SAVED_AS_EVER[name]:
@@ -617,7 +628,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         revision: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """Upload the recipe with a model card; see :func:`proxytune.saving.push_model`."""
+        """Upload the recipe to the hub with a model card that names its members and their licences. Returns the address
+        of the commit."""
         place: Any = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
         return push_model(self, repo_id, bundle=bundle, commit_message=commit_message, **place)
 

@@ -41,20 +41,22 @@ def explain(
     seed: int = Sampling.seed,
     trace_top_k: int = TOP_K,
 ) -> Explanation:
-    """Answer a prompt, and show why each token was chosen; a notebook shows it as a page.
+    """Answer a prompt and explain why each token was chosen. A notebook shows the result as a page.
 
     Args:
         recipe, alpha, max_new_tokens, chat, system, negative_prompt, temperature, top_p, top_k, min_p, seed: as in
             :func:`proxytune.generate`.
         prompt: one text.
-        trace_top_k: candidates of each distribution.
+        trace_top_k: how many of each model's most probable tokens to record.
 
     Returns:
-        The answer, which is that of :func:`proxytune.generate`, its trace, and what the base and each expert answer
-        alone. ``html()`` gives a page that needs nothing else.
+        The answer that :func:`proxytune.generate` gives, its trace, and the answers of the base and of each expert
+        alone. ``html()`` gives a page that needs no network and no other file.
 
     Raises:
-        PromptError: for a prompt that is empty or too long. ProxyTuneError: for another value that makes no sense.
+        PromptError: if the prompt is empty or too long.
+        AlphaError: if alpha does not fit the experts.
+        ProxyTuneError: for another value that is not allowed.
 
     Example:
         >>> import proxytune

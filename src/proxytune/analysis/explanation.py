@@ -1,4 +1,4 @@
-"""An answer and why each of its tokens was chosen: what all views of it (terminal, page, notebook) show.
+"""An explanation: an answer and why each of its tokens was chosen. Terminal, page and notebook show it.
 
 Tokens are the objects of the trace schema (``docs/python.md``). What is None or missing there is unknown, never 0.
 """
@@ -59,10 +59,11 @@ class Totals:
     """What steering did to the answer as a whole.
 
     Attributes:
-        n_tokens: of the answer, without those that were given. kinds: how many of each kind.
-        kl: the mean KL(mixture || base), in nats; None where it is unknown.
-        promoted, demoted: the tokens that gained and lost the most probability, summed over all places among the
-            candidates, in points from 0 to 1 a place, most first.
+        n_tokens: number of tokens of the answer, without given ones.
+        kinds: kind -> number of tokens.
+        kl: the mean KL(mixture || base), in nats; None if it is unknown.
+        promoted, demoted: the tokens that gained and lost the most probability, summed over all places at which they
+            were candidates, largest first. One place counts from 0 to 1.
     """
 
     n_tokens: int
@@ -77,13 +78,13 @@ class Explanation:
     """An answer and why each of its tokens was chosen. A notebook shows it as a page.
 
     Attributes:
-        prompt: what was asked; None where that is unknown. text: the answer.
-        alpha: by expert; empty where the answer is another program's.
-        tokens: why each was chosen, as the objects of a trace; see the documentation of traces. ``texts`` of a token
-            holds, by id, the texts of the tokens that its flips name.
-        own: the answers of the members alone: ``base``, and each expert by name.
-        n_given: how many tokens at the beginning were given and not chosen.
-        command: the words of the command that gives this answer; empty where there is none.
+        prompt: the prompt; None if it is unknown. text: the answer.
+        alpha: expert name -> alpha; empty if another program wrote the answer.
+        tokens: one object per token, as in a trace (see the documentation of traces). ``texts`` of a token: id -> text,
+            for the tokens that its flips name.
+        own: what ``base`` and each expert, by name, answer alone.
+        n_given: how many tokens at the beginning were given, not chosen.
+        command: the words of the command that gives this answer; empty if there is none.
 
     Example:
         >>> import proxytune
@@ -108,7 +109,7 @@ class Explanation:
         return bool(self.alpha)
 
     def kind(self, at: int) -> str:
-        """What steering did to a token: one of :data:`KINDS`."""
+        """What steering did to a token: ``changed``, ``strengthened``, ``kept`` or ``given``."""
         return "given" if at < self.n_given else kind_of(self.tokens[at])
 
     @cached_property
@@ -117,7 +118,8 @@ class Explanation:
         return list(_pieces(self.text, [str(token["token"]) for token in self.tokens]))
 
     def moves(self, k: int) -> list[int]:
-        """The k tokens that steering moved furthest (by KL), or, where that is unknown, the least probable ones."""
+        """The places of the k tokens that steering moved furthest (by KL); if that is unknown, of the least probable
+        ones."""
 
         def far(at: int) -> float:
             token = self.tokens[at]
@@ -149,7 +151,7 @@ class Explanation:
         )
 
     def html(self) -> str:
-        """One page that needs nothing else: no network, no other file."""
+        """The explanation as one HTML page that needs no network and no other file."""
         from proxytune.analysis.page import page
 
         return page(self)

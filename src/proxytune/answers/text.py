@@ -102,30 +102,32 @@ def generate(
     seed: int = Sampling.seed,
     batch_size: int = JobOptions.batch_size,
 ) -> str | list[str]:
-    """Continue prompts with a steered model: texts in, texts out, as the command ``proxytune generate`` does.
+    """Continue prompts with a steered model: texts in, texts out, like the command ``proxytune generate``.
 
     Decoding is greedy unless ``temperature``, ``top_p``, ``top_k`` or ``min_p`` is given. Those that are not given are
-    off, also if the recipe's generation config sets them.
+    off, even if the recipe's generation config sets them.
 
     Args:
-        recipe: a directory, a hub id or ``"demo"``, which is loaded for this call; or a loaded model, which is faster
-            for several calls.
+        recipe: a directory, a hub id or ``"demo"``, which is loaded for this call; or a loaded model, which saves the
+            loading time of each further call.
         prompts: one text, or a list of texts.
         alpha: the strength, instead of the recipe's: a number, a list with one per expert, a mapping by name or, for a
             list of prompts, a list with one per prompt.
-        max_new_tokens: most new tokens of an answer.
+        max_new_tokens: maximum number of new tokens per answer.
         chat: put each prompt into the recipe's chat template, as the user's turn.
-        system: a system prompt for it; needs ``chat``.
-        negative_prompt: in place of the recipe's, for a recipe whose members read one.
+        system: a system prompt for the chat templates; needs ``chat``.
+        negative_prompt: a negative prompt instead of the recipe's, for recipes that have one.
         temperature, top_p, top_k, min_p: how the next token is sampled; temperature 0 is greedy.
-        seed: of the sampling. An answer depends on it and on the prompt's place in the list, not on the batch.
-        batch_size: prompts at once.
+        seed: for sampling. An answer depends on it and on the prompt's place in the list, not on the batch.
+        batch_size: prompts per batch.
 
     Returns:
-        The new text without special tokens; a list of them, in order, for a list of prompts.
+        The new text without special tokens; for a list of prompts a list of texts in the same order.
 
     Raises:
-        PromptError: for a prompt that is empty or too long. ProxyTuneError: for another value that makes no sense.
+        PromptError: if a prompt is empty or too long.
+        AlphaError: if alpha does not fit the experts or the prompts.
+        ProxyTuneError: for another value that is not allowed.
 
     Example:
         >>> import proxytune

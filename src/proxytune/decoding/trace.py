@@ -1,6 +1,6 @@
-"""Why each token was chosen: what the base and the experts gave it, and what else could have been chosen.
+"""Traces: why each token was chosen, what the base and the experts gave it, and what else could have been chosen.
 
-All numbers are of the vocabulary that the members share, before logits processors, in float32. Logarithms are natural.
+All numbers cover the vocabulary that the members share, before logits processors, in float32. Logarithms are natural.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ class Candidate:
     """A token that could have been chosen.
 
     Attributes:
-        id: of the token. base_logprob, mixture_logprob: its log-probability in the base and in the mixture.
-        expert_logprob: by expert, its log-probability in the expert; an expert with an anti-expert alone has no entry.
-        delta: by expert, the log-probability in the expert minus that in the anti-expert; a missing side counts as 0.
-        masked: whether the plausibility mask cut it.
+        id: the token's id. base_logprob, mixture_logprob: its log-probability in the base and in the mixture.
+        expert_logprob: expert name -> its log-probability in that expert. Experts that have only an anti-expert have no
+            entry.
+        delta: expert name -> the log-probability in the expert minus that in the anti-expert. A missing side counts as
+            0.
+        masked: whether the plausibility mask excluded it.
     """
 
     id: int
@@ -60,17 +62,17 @@ class TokenTrace:
     """Why one token was chosen.
 
     Attributes:
-        id: of the token. base_logprob, mixture_logprob: its log-probability in the base and in the mixture.
+        id: the token's id. base_logprob, mixture_logprob: its log-probability in the base and in the mixture.
         base_rank: its rank in the base; 1 is the most probable.
-        base_entropy, entropy: of the base and of the mixture, in nats. kl: KL(mixture || base), in nats.
-        changed: whether the most probable token of the mixture is not that of the base.
-        origin: ``drafted`` by a member or ``copied`` from the text, and accepted; ``corrected``: chosen where a draft
-            was rejected; ``plain``: chosen without a draft.
-        offsets: by expert, alpha times its ``delta`` for this token.
-        candidates: the most probable tokens of the base, of the mixture, and of every expert and anti-expert, those
-            that the mixture likes best first.
-        flips: by expert, what greedy decoding would choose here for each alpha of it from 0 to 3, with the other
-            experts as they are: pairs of the alpha from which on an id is chosen, and the id.
+        base_entropy, entropy: the entropy of the base and of the mixture, in nats. kl: KL(mixture || base), in nats.
+        changed: True if the mixture and the base have different most probable tokens.
+        origin: ``drafted`` (an accepted draft of an expert), ``copied`` (an accepted draft that was copied from the
+            text), ``corrected`` (chosen where a draft was rejected) or ``plain`` (chosen without a draft).
+        offsets: expert name -> alpha times its ``delta`` for this token.
+        candidates: the most probable tokens of the base, of the mixture, and of every expert and anti-expert, sorted by
+            their probability in the mixture.
+        flips: expert name -> what greedy decoding would choose here at any alpha of that expert from 0 to 3, with the
+            other experts unchanged: pairs (alpha, id), where the id is chosen from that alpha on.
 
     Example:
         >>> import torch

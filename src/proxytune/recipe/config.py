@@ -1,4 +1,4 @@
-"""The recipe: which models take part, what each one is shown, and how strongly each expert steers.
+"""The recipe: which models take part, what each one reads, and how strongly each expert steers.
 
 A recipe is a Hugging Face model directory whose ``config.json`` has ``"model_type": "proxytune"``:
 
@@ -43,16 +43,16 @@ class ProxyTuneConfig(PreTrainedConfig):
     """A recipe as a transformers config.
 
     Args:
-        base: the model that is steered (:class:`Member`, or its JSON form).
-        experts: one :class:`Expert` (or JSON form) per steering term, in order.
+        base: the model to steer (:class:`Member`, or its JSON form).
+        experts: a list with one :class:`Expert` (or its JSON form) per steering term, in order.
         plausibility: only tokens with ``p_base(x) >= plausibility * max p_base`` may be chosen
             (2210.15097, eq. 3); in (0, 1], or None for no mask.
-        renamed_tokens: id -> the names that its token has in different members, ``{"151643": ["<|endoftext|>",
-            "<|end_of_text|>"]}``. These differences of vocabularies are accepted, and no other.
-        description: what the recipe is for, in a sentence or two. It changes no prediction.
-        examples: prompts to try it with, a list of texts. They change no prediction.
-        text_config: the base's own config, kept so that a recipe says what it is without loading the base; where a
-            recipe that is read has none, it is taken from the base if that is on this machine.
+        renamed_tokens: id -> the names of its token in different members, ``{"151643": ["<|endoftext|>",
+            "<|end_of_text|>"]}``. Loading accepts these differences between vocabularies, and no others.
+        description: what the recipe is for, in a sentence or two. It does not change the output.
+        examples: prompts to try, a list of texts. They do not change the output.
+        text_config: a copy of the base's config, so that tools can read it without loading the base. If it is missing,
+            it is read from the base, if the base is on this machine.
 
     Raises:
         RecipeError: for an unknown field or a bad value. AlphaError: for an alpha that is not finite.

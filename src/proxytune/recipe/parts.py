@@ -1,6 +1,6 @@
-"""The parts of a recipe: members, what each is shown, and experts; frozen, validated, and read from JSON.
+"""The parts of a recipe: members, what each one reads, and experts; frozen, validated, and read from JSON.
 
-Nothing here imports torch or transformers, so that a command can refuse a recipe or an alpha at once.
+Nothing here imports torch or transformers, so that a command can refuse a recipe or an alpha without delay.
 """
 
 from __future__ import annotations
@@ -44,21 +44,22 @@ def _refuse_types(part: Prompt | Member, what: str, kinds: Any, names: Sequence[
 
 @dataclass(frozen=True)
 class Prompt:
-    """What one member is shown in place of the raw prompt; the continuation is shared by all members.
+    """What one member reads in place of the raw prompt. All members share the continuation.
 
-    - ``raw``: the very ids that the caller gave.
-    - ``chat``: the member's own chat template around ``system`` and the prompt as the user's turn, which begins with
-      ``user_prefix`` (the paper's chat models read ``Complete the following:`` before a ToxiGen prompt).
+    - ``raw``: the ids that the caller gave, unchanged.
+    - ``chat``: the member's own chat template, with ``system`` as the system prompt and the prompt as the user's turn.
+      ``user_prefix`` is put before the prompt (the paper's chat models read ``Complete the following:`` before a
+      ToxiGen prompt).
     - ``template``: any text with one ``{prompt}`` in it.
-    - ``negative``: a negative prompt, of classifier-free guidance (2306.17806): the text of ``template`` in place of
-      the prompt. It may contain ``{prompt}``. A call may give another one. Where neither does, the member reads the
-      raw prompt.
+    - ``negative``: a negative prompt for classifier-free guidance (2306.17806). The member reads the text of
+      ``template``, which may contain ``{prompt}``. A call can replace it. Without a template and without one from the
+      call, the member reads the raw prompt.
 
-    ``examples`` are pairs of a prompt and its answer that stand before the prompt: as turns of the conversation where
-    the kind is ``chat``, otherwise as plain text, with a blank line behind each.
+    ``examples`` are pairs of a prompt and its answer. They are put before the prompt: as turns of the conversation if
+    the kind is ``chat``, otherwise as plain text, with a blank line after each.
 
-    ``response_prefix`` is put where the answer begins; where the raw prompt ends with it, it is moved there
-    (the paper moves ``Answer:`` behind ``[/INST]``), so that all members continue from the same words.
+    ``response_prefix`` is put where the answer begins. If the raw prompt ends with it, it is moved there (the paper
+    moves ``Answer:`` to after ``[/INST]``). So all members continue from the same words.
 
     Example:
         >>> from proxytune import Prompt
@@ -142,8 +143,8 @@ class Prompt:
 class Member:
     """One model of the recipe.
 
-    ``model`` is a hub id, a local directory, or a ``.gguf`` file; ``None`` stands for a model that was given
-    in memory and has no place on disk yet. ``adapter`` is a LoRA (PEFT) directory or hub id on top of it.
+    ``model`` is a hub id, a local directory, or a ``.gguf`` file. ``None`` means a model in memory that is not on disk
+    yet. ``adapter`` is the directory or hub id of a LoRA adapter (PEFT) on top of it.
 
     Example:
         >>> from proxytune import Member
@@ -191,8 +192,8 @@ class Member:
 class Expert:
     """One steering term, ``alpha * (expert - anti_expert)`` (2401.08565, eq. 1; DExperts 2105.03023, eq. 2).
 
-    Either side may be missing: without an anti-expert the term is ``alpha * expert``, without an expert it is
-    ``-alpha * anti_expert`` (contrastive decoding). A negative alpha steers away.
+    Either side may be missing. Without an anti-expert the term is ``alpha * expert``. Without an expert it is
+    ``-alpha * anti_expert`` (contrastive decoding). A negative alpha steers away from the expert.
 
     Example:
         >>> from proxytune import Expert, Member

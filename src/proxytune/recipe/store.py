@@ -39,12 +39,14 @@ AUTO_MAP = {"AutoConfig": f"{SHIM_NAME}.ProxyTuneConfig", "AutoModelForCausalLM"
 
 
 def load_recipe(recipe: str | Path, **hub: Any) -> ProxyTuneConfig:
-    """Read a recipe's ``config.json``: a directory, a hub id, or the name of one that a package brings (``demo``).
+    """Read a recipe's ``config.json`` from a directory, a hub id, or the name of an embedded recipe (``demo``). It
+    loads no weights.
 
-    A package offers one by an entry point in the group ``proxytune.recipes``: a function that gives the directory.
+    Other packages can add named recipes: an entry point in the group ``proxytune.recipes``, a function that returns the
+    directory.
 
     Raises:
-        RecipeError: if there is none, or it is not a recipe.
+        RecipeError: if there is no recipe at that place.
 
     Example:
         >>> import proxytune
@@ -87,9 +89,10 @@ def write_recipe(
     tokenizer: Any = None,
     generation_config: GenerationConfig | None = None,
 ) -> Path:
-    """Write a recipe directory: config.json, the shim, the base's tokenizer and generation config.
+    """Write a recipe directory: config.json, the base's tokenizer and generation config, and a file for tools that load
+    remote code.
 
-    Relative member paths are said anew from ``directory``. The weights stay where they are.
+    Relative paths of members are rewritten so that they start at ``directory``. The weights stay where they are.
 
     Raises:
         RecipeError: if it cannot be written.
