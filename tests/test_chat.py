@@ -297,7 +297,7 @@ def test_an_example_of_several_lines_is_shown_as_it_is_typed(shelf, tmp_path):
 def test_another_file_is_not_overwritten(recipe, tmp_path):
     (tmp_path / "notes").write_text("mine")
     result = run("chat", recipe, "-n", "2", input=f"hi\n/save {tmp_path}/notes\n")
-    assert "is there already, and is no conversation" in result.stderr
+    assert "exists and is not a conversation" in result.stderr
     assert (tmp_path / "notes").read_text() == "mine"
 
 

@@ -128,9 +128,9 @@ def test_names_make_a_mapping_and_leave_the_callers_alone():
         (
             {"alpha.b": 1.0, "alpha.a": 1.0},
             torch.ones(1, 2),
-            "beside 'alpha.b', alpha must be a number, a list in order or a mapping",
+            "together with 'alpha.b', alpha must be a number, a list in order or a mapping",
         ),
-        ({"alpha.a": 1.0}, "x", "beside 'alpha.a', alpha must be a number, a list in order or a mapping"),
+        ({"alpha.a": 1.0}, "x", "together with 'alpha.a', alpha must be a number, a list in order or a mapping"),
     ],
     ids=repr,
 )

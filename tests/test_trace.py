@@ -338,7 +338,7 @@ def test_a_job_of_hostile_prompts(shelf, tmp_path):
     assert [trace["line"] for trace in lines_of(tmp_path / "trace.jsonl")] == [1, 2, 3, 4, 5]
     assert "was written for another recipe, input or options" in fails(*job[:-1], "2")
     cut("trace.jsonl", 1)
-    assert "has the answer to line 2 already, and" in fails(*job)
+    assert "already has the answer to line 2, but" in fails(*job)
 
 
 def test_trace_files_that_are_refused(shelf, tmp_path):
