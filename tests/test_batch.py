@@ -285,6 +285,8 @@ def test_an_answer_ends_where_the_context_does(model, tokenizer):
         ({"top_p": 0.0}, "top-p"),
         ({"top_k": 0}, "top-k"),
         ({"min_p": 1.5}, "min-p"),
+        ({"temperature": 0, "top_p": 0.9}, "temperature 0 is greedy, so top-p has no effect"),
+        ({"temperature": 0.0, "min_p": 0.1}, "temperature 0 is greedy, so min-p has no effect"),
     ],
 )
 def test_bad_sampling_options_are_refused(values, message):
@@ -293,7 +295,7 @@ def test_bad_sampling_options_are_refused(values, message):
 
 
 def test_temperature_zero_is_greedy():
-    assert Sampling(temperature=0.0, top_p=0.5).greedy
+    assert Sampling(temperature=0.0).greedy
     assert not Sampling(top_p=0.5).greedy
 
 

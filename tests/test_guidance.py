@@ -222,6 +222,15 @@ def test_generate_takes_negative_prompts(recipe, shelf, tmp_path):
     )
 
 
+@pytest.mark.parametrize("command", ["explain", "limit"])
+def test_a_negative_prompt_that_nobody_reads_is_refused_before_loading(command, shelf, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"proxytune.cli.{command}.load_model", lambda *_: pytest.fail("the models were loaded"))
+    (tmp_path / "gold.jsonl").write_text('{"prompt": "the fox", "completion": " jumps"}\n')
+    asked = {"explain": ["hi"], "limit": ["--input", tmp_path / "gold.jsonl"]}[command]
+    said = fails(command, shelf / "recipe", *asked, "--negative-prompt", "x")
+    assert "no member that reads a negative prompt" in said
+
+
 def test_in_the_chat_template_the_negative_prompt_is_the_question(recipe, tokenizer):
     model = ProxyTunedForCausalLM.from_pretrained(recipe)
     encoded = encode(model, tokenizer, "the fox", chat=True, system="the rules", negative_prompt="not {prompt}")

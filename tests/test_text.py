@@ -83,6 +83,8 @@ def test_members_in_memory_need_a_tokenizer(trio, tokenizer):
         (ProxyTuneError, {"batch_size": 0}, "batch_size must be at least 1, not 0"),
         (ProxyTuneError, {"system": "x"}, "a system prompt needs chat"),
         (ProxyTuneError, {"temperature": -1}, "temperature must be a finite number"),
+        (ProxyTuneError, {"seed": 1}, "seed is for sampling; give temperature"),
+        (ProxyTuneError, {"seed": 0, "temperature": 0}, "seed is for sampling; give temperature"),
     ],
     ids=str,
 )

@@ -38,7 +38,7 @@ def explain(
     top_p: float | None = None,
     top_k: int | None = None,
     min_p: float | None = None,
-    seed: int = Sampling.seed,
+    seed: int | None = None,
     trace_top_k: int = TOP_K,
 ) -> Explanation:
     """Answer a prompt and explain why each token was chosen. A notebook shows the result as a page.
@@ -67,7 +67,7 @@ def explain(
         5
     """
     options = AnswerOptions(max_new_tokens=max_new_tokens, chat=chat, system=system, negative_prompt=negative_prompt)
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+    sampling = Sampling.of_call(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     if not isinstance(prompt, str):
         raise PromptError("the prompt must be a text")
     model, tokenizer = loaded(recipe)

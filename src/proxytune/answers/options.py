@@ -111,11 +111,26 @@ class Sampling:
             raise ProxyTuneError(f"top-k must be at least 1, not {self.top_k!r}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ProxyTuneError(f"min-p must lie in [0, 1], not {self.min_p!r}")
+        others = {"top-p": self.top_p, "top-k": self.top_k, "min-p": self.min_p}
+        if self.temperature == 0 and (idle := [name for name, value in others.items() if value is not None]):
+            raise ProxyTuneError(f"temperature 0 is greedy, so {idle[0]} has no effect; leave one of the two out")
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken (temperature 0 says so too)."""
+        """Whether decoding takes the most probable token, as it also does at temperature 0."""
         return self.temperature == 0 or (self.temperature, self.top_p, self.top_k, self.min_p) == (None,) * 4
+
+    @classmethod
+    def of_call(cls, *, seed: int | None, **chosen: Any) -> Sampling:
+        """The sampling that a Python call asks for; ``seed`` is None where the call gives none.
+
+        Raises:
+            ProxyTuneError: for a seed without sampling, and for values that are not allowed.
+        """
+        sampling = cls(**chosen) if seed is None else cls(**chosen, seed=seed)
+        if seed is not None and sampling.greedy:
+            raise ProxyTuneError("seed is for sampling; give temperature, top_p, top_k or min_p, or leave seed out")
+        return sampling
 
 
 def _another_seed() -> int:

@@ -99,7 +99,7 @@ def generate(
     top_p: float | None = None,
     top_k: int | None = None,
     min_p: float | None = None,
-    seed: int = Sampling.seed,
+    seed: int | None = None,
     batch_size: int = JobOptions.batch_size,
 ) -> str | list[str]:
     """Continue prompts with a steered model: texts in, texts out, like the command ``proxytune generate``.
@@ -118,7 +118,7 @@ def generate(
         system: a system prompt for the chat templates; needs ``chat``.
         negative_prompt: a negative prompt instead of the recipe's, for recipes that have one.
         temperature, top_p, top_k, min_p: how the next token is sampled; temperature 0 is greedy.
-        seed: for sampling. An answer depends on it and on the prompt's place in the list, not on the batch.
+        seed: for sampling; 0 by default. An answer depends on it and on its place in the list, not on the batch.
         batch_size: prompts per batch.
 
     Returns:
@@ -138,7 +138,7 @@ def generate(
         2
     """
     options = AnswerOptions(max_new_tokens=max_new_tokens, chat=chat, system=system, negative_prompt=negative_prompt)
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+    sampling = Sampling.of_call(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     if batch_size < 1:
         raise ProxyTuneError(f"batch_size must be at least 1, not {batch_size!r}")
     texts = [prompts] if isinstance(prompts, str) else prompts

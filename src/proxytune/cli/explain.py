@@ -124,9 +124,11 @@ def _made(
     from proxytune.analysis.explain import explain_branch, explain_prompt, own_answers
     from proxytune.decoding.trace import TOP_K
     from proxytune.recipe.alpha import resolve_alpha
+    from proxytune.recipe.prompts import refuse_unread
     from proxytune.recipe.store import load_recipe
 
     config = load_recipe(recipe)
+    refuse_unread(options.negative_prompt, (member.prompt for _, member in config.members()))
     names = [expert.name for expert in config.expert_list]
     alphas = resolve_alpha(options.alpha, names, config.alphas)
     model, tokenizer = load_model(config, loading)

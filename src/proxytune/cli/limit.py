@@ -44,6 +44,7 @@ def limit(
     from proxytune.analysis.references import read_references
     from proxytune.answers.generation import Sampling
     from proxytune.recipe.alpha import resolve_alpha
+    from proxytune.recipe.prompts import refuse_unread
     from proxytune.recipe.store import load_recipe
 
     references, broken = read_references(lines)
@@ -52,6 +53,7 @@ def limit(
     if not references:
         raise ProxyTuneError(f"{options.input} holds no gold answers")
     config = load_recipe(recipe)
+    refuse_unread(answers.negative_prompt, (member.prompt for _, member in config.members()))
     alphas = resolve_alpha(answers.alpha, [expert.name for expert in config.expert_list], config.alphas)
     model, tokenizer = load_model(config, loading)
 
