@@ -2,7 +2,7 @@
 
 Importing the package registers recipes with transformers, so that ``AutoModelForCausalLM.from_pretrained`` and
 all that is built on it take a recipe as they take any other model. It does so without importing transformers,
-which takes seconds: the names below are imported when they are asked for, and ``AutoConfig`` is told of recipes
+which takes seconds: the names below are imported when they are asked for, and ``AutoConfig`` learns about recipes
 as soon as somebody else imports it.
 """
 

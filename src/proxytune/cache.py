@@ -1,4 +1,4 @@
-"""One cache for all members of a composite: what each lane has read, behind the face of a transformers cache."""
+"""One cache for all members of a composite: what each lane has read, with the interface of a transformers cache."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ProxyTunedCache(Cache):
             self.n_batch = n_batch
 
     def adopt(self, at: int, state: Any) -> None:
-        """Let a lane go on from a copy of what a lane of the same weights and seats has read in another cache."""
+        """Let a lane continue from a copy of what a lane of the same weights and seats has read in another cache."""
         self.states[at] = copy.deepcopy(state, {id(state.lane): self.lanes[at]})
         self._show_layers()
 
@@ -103,7 +103,7 @@ class ProxyTunedCache(Cache):
             read, wanted: of each lane, the ids of each seat's row. prompt_length: of the outer ``input_ids``.
 
         Returns:
-            how many tokens of the first lane's first seat were not read again; 0: nothing was done, begin anew.
+            how many tokens of the first lane's first seat were not read again; 0: nothing was done, begin again.
         """
         new, surplus = [], []
         for before, after in zip(read, wanted):

@@ -69,7 +69,7 @@ class SpeculationStats:
         cycles: passes of M after the prompt's. emitted: new tokens, the prompt's own pass included.
         drafted, accepted: tokens that a member drafted, and how many of them were accepted.
         looked_up, lookups_accepted: the same of drafts copied from the text so far, in ``lookup_cycles`` of the cycles.
-        judged: drafts of both kinds that were held against the mixture: all but those behind a rejected one.
+        judged: drafts of both kinds that were compared with the mixture: all but those after a rejected one.
     """
 
     cycles: int = 0
@@ -97,7 +97,7 @@ class SpeculationStats:
 
     @property
     def acceptance(self) -> float | None:
-        """The share of judged drafts that was accepted (the α of 2211.17192), or None where nothing was drafted."""
+        """The share of judged drafts that was accepted (the α of 2211.17192), or None if nothing was drafted."""
         return (self.accepted + self.lookups_accepted) / self.judged if self.judged else None
 
 
@@ -122,11 +122,11 @@ class TracedOutput(GenerateDecoderOnlyOutput):
         (['expert'], 'plain')
     """
 
-    # Typed as what it is made with: dataclass fields behind those with a default need one too.
+    # Typed as what it is made with: dataclass fields after those with a default need one too.
     traces: list[list[TokenTrace]] = None  # type: ignore[assignment]
 
 
-# ---- what drafts may be held against ---------------------------------------------------------------------------
+# ---- what drafts may be compared with ---------------------------------------------------------------------------
 def _classes(names: str) -> tuple[type, ...]:
     return tuple(getattr(generation, name) for name in names.split())
 
@@ -180,7 +180,7 @@ def obstacle_of(
 def together_because(
     cache: ProxyTunedCache, criteria: StoppingCriteriaList, config: GenerationConfig, streamer: BaseStreamer | None
 ) -> str | None:
-    """Why the rows of a batch must stay side by side, those that have ended too; None where they need not."""
+    """Why the rows of a batch must stay side by side, those that have ended too; None if they need not."""
     for each in filter(_whole_batch, criteria):
         return f"{type(each).__name__} needs all rows of a batch at once"
     if streamer is not None:
@@ -642,11 +642,11 @@ class SteeredGenerationMixin(GenerationMixin):
 
     @property
     def init_continuous_batching(self) -> Any:
-        # Paged attention has one cache, not one a member. Servers ask with hasattr(), and then serve without it.
+        # Paged attention has one cache, not one per member. Servers ask with hasattr(), and then serve without it.
         raise AttributeError("a recipe cannot be served with transformers' continuous batching")
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: transformers' continuous batching keeps one paged cache, not one a member."""
+        """Refused: transformers' continuous batching keeps one paged cache, not one per member."""
         raise ProxyTuneError("generate_batch() does not fit several members' caches; use generate()")
 
 

@@ -186,7 +186,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         return self._lane_of(name).alone(name)
 
     def context_of(self, name: str) -> int | None:
-        """How many tokens member ``name`` can read, or None where its config sets no limit.
+        """How many tokens member ``name`` can read, or None if its config sets no limit.
 
         Raises:
             MemberError: if there is no such member.
@@ -642,7 +642,7 @@ def _same_weights(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> boo
 
 
 def _refuse_positions(position_ids: Tensor, attention_mask: Tensor | None, n_cached: int, n_columns: int) -> None:
-    """Behind a cache a token's position is the number of tokens before it: what ``generate`` says too."""
+    """After a cache a token's position is the number of tokens before it: what ``generate`` says too."""
     mask = torch.ones(1, n_cached + n_columns) if attention_mask is None else attention_mask
     mask = mask.to(position_ids.device).long()
     expected = (mask.cumsum(dim=1) - 1)[:, -n_columns:]

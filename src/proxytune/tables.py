@@ -20,7 +20,7 @@ class Table:
     Attributes:
         heads: of the columns. A column without any text in its rows is left out.
         rows: cells as text. Columns of numbers are aligned to the right.
-        title: printed bold. about: printed behind the title.
+        title: printed bold. about: printed after the title.
         bold: which rows are printed bold, from 0.
         legend: heads and cells that need an explanation -> the explanation; others of it are left out.
         notes: sentences.

@@ -1,9 +1,8 @@
-"""Jobs of many prompts: JSON lines in, JSON lines out, in order, and whole again after a kill.
+"""Jobs of many prompts: JSON lines in, JSON lines out, in order. A killed job can be continued.
 
-Each result names the input line it was made from (``line``, counted from 1) and the settings it was made with
-(``run``). A batch of results is written and synced to disk before the next one is begun, so after a kill at any
-moment the output holds whole results in order, and at most one torn line at its end, which is cut off when the job
-goes on.
+Each result names its input line (``line``, counted from 1) and its settings (``run``). A batch of results is written
+and synced to disk before the next one starts. So after a kill at any moment the output holds complete results in order,
+and at most one incomplete line at its end. That line is removed when the job continues.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ class Item:
     """One prompt of a job.
 
     Attributes:
-        line: its place in the input, from 1: its line, or its number in a JSON list.
-        alphas: one value an expert, in the recipe's order.
-        negative_prompt: in place of the recipe's; None for that.
-        extra: fields of its line that are passed through to the result.
-        where: its place for people: ``line 3``; "" where it was not read.
+        line: its place in the input, from 1: the number of its line, or of its entry in a JSON list.
+        alphas: one value per expert, in the recipe's order.
+        negative_prompt: used instead of the recipe's; None for the recipe's.
+        extra: other fields of its line, which are copied to the result.
+        where: its place in words, ``line 3``; "" if it was not read from a file.
     """
 
     line: int
@@ -53,11 +52,12 @@ def read_items(
 ) -> tuple[list[Item], list[Row]]:
     """Read ``{"prompt": ..., "alpha": ..., ...}`` lines, or one JSON list of such objects.
 
-    Blank lines are skipped, broken ones are returned.
+    Blank lines are skipped. Broken lines are returned separately.
 
     Args:
-        names: the recipe's experts, whose alphas may stand under ``"alpha.NAME"`` too.
-        default: their alphas, where a line gives none. negative_prompt: where a line gives none.
+        names: the recipe's experts. A line may also set their alphas as ``"alpha.NAME"``.
+        default: their alphas, if a line gives none.
+        negative_prompt: used if a line gives none.
     """
     items, broken = [], []
     for row in json_rows(lines, finite=True):
@@ -91,22 +91,23 @@ def _item(row: Row, names: Sequence[str], default: Sequence[float], negative_pro
 
 
 def fingerprint(config: ProxyTuneConfig, settings: dict[str, Any]) -> str:
-    """Twelve hex digits that differ where a recipe's members or a job's settings do (alpha is each result's own)."""
+    """Twelve hex digits that differ if a recipe's members or a job's settings differ. (Alpha is not part of them: each
+    result has its own.)"""
     experts = [{key: value for key, value in expert.items() if key != "alpha"} for expert in config.experts]
     said = [config.base, experts, config.plausibility, settings]
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def shown_alpha(alphas: Sequence[float], names: Sequence[str]) -> float | dict[str, float]:
-    """The JSON form: a number where there is one expert, otherwise an object by name."""
+    """Alpha as JSON: a number if there is one expert, otherwise an object by name."""
     return alphas[0] if len(names) == 1 else dict(zip(names, alphas))
 
 
 def result(item: Item, answer: Answer, names: Sequence[str], run: str | None = None) -> dict[str, Any]:
-    """The object that is written for one prompt; its line is said where it was read from a file, and in a job.
+    """The object that is written for one prompt. It has its line number if the prompt was read from a file or in a job.
 
     Args:
-        names: the recipe's experts. run: the job's :func:`fingerprint`, where it is said.
+        names: the recipe's experts. run: the job's :func:`fingerprint`; None leaves it out.
     """
     return {
         **({"line": item.line} if item.where or run else {}),
@@ -122,10 +123,10 @@ def result(item: Item, answer: Answer, names: Sequence[str], run: str | None = N
 
 
 class Output(Journal):
-    """The file that results are appended to; read or opened, it knows which lines are done.
+    """The file that results are appended to. Once read or opened, it knows which lines are done.
 
     Args:
-        path: the file, made where it is missing.
+        path: the file; it is created if it is missing.
         items: the job. run: its :func:`fingerprint`. names: the recipe's experts.
     """
 
@@ -140,7 +141,7 @@ class Output(Journal):
         return [item for item in self.items if item.line not in self.done]
 
     def check(self) -> None:
-        """Hold what was read against the job."""
+        """Compare what was read with the job."""
         self.done = set()
         known = {item.line: item for item in self.items}
         for number, value in enumerate(self.lines, start=1):

@@ -1,9 +1,9 @@
 """A conversation with a steered model, its cache carried from turn to turn.
 
-Each turn is the whole transcript by the chat template; what of it the cache already holds is not read again. The
-transcript is text between the turns, so a turn's tokens may differ from those that were generated: the cache is cut
-back to what both have in common. Each member with a prompt of its own goes on from that, so a negative prompt is read
-once.
+Each turn renders the whole transcript with the chat template. What the cache already holds is not read again. Between
+turns the transcript is text, so its tokens may differ from those that were generated. Then the cache is cut back to the
+part that both have in common. Members with prompts of their own continue from their own part, so a negative prompt is
+read only once.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class Conversation:
 
     Args:
         model: the steered model. tokenizer: the recipe's.
-        alphas: one value an expert; may be set anew between turns, since no cache depends on it.
+        alphas: one value per expert; may be changed between turns, since no cache depends on it.
         system: a system prompt for the recipe's chat template, and for members that have none of their own.
-        negative_prompt: in place of the recipe's; may be set anew between turns.
+        negative_prompt: used instead of the recipe's; may be changed between turns.
 
     Attributes:
-        messages: what was said so far.
+        messages: the conversation so far.
         read: the ids that the cache holds.
         reused: how many of them the last turn did not have to read again.
-        last: the last answer with its trace, and the alphas that it was given with; None where there is none.
+        last: the last answer with its trace, and its alphas; None if there is none.
     """
 
     def __init__(
@@ -63,22 +63,23 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was said, but for the system prompt."""
+        """Forget the conversation, except the system prompt."""
         self.messages = [{"role": "system", "content": self.system}] if self.system is not None else []
         self.last: tuple[Answer, tuple[float, ...]] | None = None
         self._forget()
 
     def set_system(self, system: str | None) -> None:
-        """Put another system prompt before what was said; None for none."""
+        """Change the system prompt; None removes it."""
         said = [message for message in self.messages if message["role"] != "system"]
         self.system = system
         self.messages = [{"role": "system", "content": system}, *said] if system is not None else said
 
     def set_negative(self, text: str | None) -> None:
-        """Take another negative prompt; None for the recipe's.
+        """Change the negative prompt; None goes back to the recipe's.
 
         Raises:
-            PromptError: if no member reads one. RecipeError: if it is none.
+            PromptError: if no member reads one.
+            RecipeError: if it is not a valid negative prompt.
         """
         refuse_unread(text, (prompt for prompt, _ in self.model.prompter.own.values()))
         if text is not None:
@@ -86,10 +87,10 @@ class Conversation:
         self.negative_prompt = text
 
     def load(self, messages: Sequence[Message]) -> None:
-        """Go on from another conversation.
+        """Continue from another conversation.
 
         Raises:
-            ProxyTuneError: if its turns are not the user's and the model's in alternation.
+            ProxyTuneError: if its turns do not alternate between user and assistant.
         """
         first = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
         turns = list(messages[first is not None :])
@@ -101,7 +102,7 @@ class Conversation:
         self.set_system(first)
 
     def take_back(self) -> str:
-        """Forget the last question and its answer; the question.
+        """Forget the last question and its answer, and return the question.
 
         Raises:
             ProxyTuneError: if nothing has been said.
@@ -114,7 +115,7 @@ class Conversation:
         return question
 
     def compare(self, alphas: Sequence[Sequence[float]], stopped: Callable[[], bool] | None = None) -> list[Answer]:
-        """The last question answered at each of the ``alphas``, in one batch; the conversation stays as it is.
+        """Answer the last question at each of the ``alphas``, in one batch. The conversation does not change.
 
         Raises:
             ProxyTuneError: if nothing has been said.
@@ -129,17 +130,17 @@ class Conversation:
             alphas,
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling,
-            rows=[self.n_turns] * len(alphas),  # the same random numbers: what differs, alpha has done
+            rows=[self.n_turns] * len(alphas),  # the same random numbers, so all differences come from alpha
             stopped=stopped,
             stop_strings=self._stops(),
         )
         return [replace(each, text=self._own(each.text)) for each in made]
 
     def say(self, text: str, write: Callable[[str], Any], stopped: Callable[[], bool] | None = None) -> Answer:
-        """Answer ``text``; the answer's pieces are handed to ``write``, and ``stopped`` may end it.
+        """Answer ``text``. The answer is passed to ``write`` piece by piece, and ``stopped`` may end it.
 
         Raises:
-            PromptError: if the transcript cannot be rendered or is too long; nothing has been said then.
+            PromptError: if the transcript cannot be rendered or is too long; the conversation is then unchanged.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         encoded = self.encode(messages)
@@ -160,7 +161,7 @@ class Conversation:
                 stop_strings=self._stops(),
                 trace_top_k=TOP_K,
             )[0]
-        except BaseException:  # in the middle of a forward some members have read a token that others have not
+        except BaseException:  # interrupted in the middle of a forward, some members may have read a token that others have not
             self._forget()
             raise
         continued = made.tokens[: self.cache.n_columns - len(encoded.ids)]
@@ -172,7 +173,7 @@ class Conversation:
         return replace(made, text=said, trace=None)
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
-        """The transcript as each member reads it; a negative prompt is the only question of its conversation."""
+        """The transcript as each member reads it. A negative prompt is the only question of its own conversation."""
 
         def ids_of(messages: Sequence[Message]) -> list[int]:
             if self.tokenizer.chat_template:
@@ -186,7 +187,7 @@ class Conversation:
         return with_room(self.model.contexts, ids, own)
 
     def _stops(self) -> list[str]:
-        """What ends an answer in a plain transcript: the user's next turn."""
+        """The strings that end an answer in a plain transcript: the user's next turn."""
         return [] if self.tokenizer.chat_template else [f"\n{NAMES['user']}:"]
 
     def _own(self, text: str) -> str:
@@ -202,7 +203,7 @@ class Conversation:
         self.reused = 0
 
     def _prompts(self, encoded: Encoded) -> list[list[list[int]]]:
-        """Of each lane, the ids of each seat's prompt."""
+        """For each lane, the ids of each seat's prompt."""
         lanes = zip(self.model.lanes, self.model.own_prompts)
         return [
             [encoded.own.get(seat.names[0], encoded.ids) if own else encoded.ids for seat in lane.seats]
@@ -210,7 +211,8 @@ class Conversation:
         ]
 
     def _cut_back(self, encoded: Encoded) -> None:
-        """Cut the cache back to what it has in common with a prompt, of which one token at least is left to be read."""
+        """Cut the cache back to the part that it has in common with a prompt. At least one token of the prompt is left
+        to read."""
         ids = encoded.ids
         if any(self.model.own_prompts):
             with torch.inference_mode():
@@ -223,7 +225,7 @@ class Conversation:
         if surplus:
             try:
                 self.cache.crop(-surplus)
-            except RuntimeError:  # a sliding window has already let go of what would have to come back
+            except RuntimeError:  # a sliding window has already dropped what would have to come back
                 common = 0
         if common == 0:
             self._forget()

@@ -1,7 +1,7 @@
-"""Reading the data files that users give: rows with their places, and one sentence for what is broken.
+"""Reading data files from users: rows with their places, and one clear sentence for each error.
 
-JSON is read as objects, one a line, or as one list of them, however it is laid out; which of the two it is shows in the
-first character. CSV and TSV have their columns' names in the first line. ``.gz`` is read through.
+JSON is read as objects, one per line, or as one list of objects in any layout; the first character decides which. CSV
+and TSV have the names of their columns in the first line. ``.gz`` files are unpacked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from proxytune.errors import ProxyTuneError, first_line
 __all__ = ["SUFFIXES", "Row", "half_surrogate", "json_rows", "read_json", "read_rows", "read_text_lines"]
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-_LARGE_FIELDS = threading.Lock()  # csv's limit is one for the whole process
+_LARGE_FIELDS = threading.Lock()  # csv has one limit for the whole process
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,11 @@ class Row:
     """One row of a file.
 
     Attributes:
-        number: from 1, of its line; of an entry of a JSON list and of a Parquet file's row among their like.
-        where: its place in the file, for people: ``line 3``, ``entry 2 (line 5)``, ``row 3``.
-        value: what stands there.
-        broken: why it cannot be read, or None; ``value`` is then None.
+        number: the number of its line, from 1; in a JSON list the number of its entry, in a Parquet file that of its
+            row.
+        where: its place in the file in words: ``line 3``, ``entry 2 (line 5)``, ``row 3``.
+        value: the row's value; None if it is broken.
+        broken: why it cannot be read, or None.
     """
 
     number: int
@@ -45,7 +46,7 @@ class Row:
 
 # -- whole files ----------------------------------------------------------------------------------------------
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file, which its name says how to read; the first that is broken, or no text, is an error."""
+    """The rows of a file, read according to its suffix. The first broken row raises an error."""
     name = path.name.lower().removesuffix(".gz")
     if name.endswith(".parquet"):
         rows = _parquet_rows(path)
@@ -64,7 +65,8 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def read_json(path: Path) -> Iterator[Row]:
-    """The values of a file of JSON lines, or of one JSON list, whatever its name; the first broken one is an error."""
+    """The values of a file of JSON lines, or of one JSON list, whatever its suffix. The first broken one raises an
+    error."""
     for row in json_rows(_lines(path)):
         if row.broken is not None:
             raise ProxyTuneError(f"{row.where} of {path}: {row.broken}")
@@ -72,7 +74,7 @@ def read_json(path: Path) -> Iterator[Row]:
 
 
 def read_text_lines(path: Path) -> Iterator[Row]:
-    """The lines of a text file without their ends, blank ones too; one that is not UTF-8 is an error."""
+    """The lines of a text file without line ends, blank lines included. A line that is not UTF-8 raises an error."""
     for number, raw in enumerate(_lines(path), start=1):
         try:
             yield Row(number, f"line {number}", _text(raw, number).rstrip("\r\n"))
@@ -81,7 +83,7 @@ def read_text_lines(path: Path) -> Iterator[Row]:
 
 
 def half_surrogate(value: Any) -> str | None:
-    """The field of a value that has half a surrogate pair, which no encoding can write; None where none has."""
+    """The field of a value that has half a surrogate pair, which no encoding can write; None if none has."""
     if isinstance(value, dict):
         found = (repr(key) for key, part in value.items() if half_surrogate([key, part]) is not None)
         return next(found, None)
@@ -91,7 +93,7 @@ def half_surrogate(value: Any) -> str | None:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, unpacked where its name ends in ``.gz``."""
+    """The lines of a file; unpacked if its name ends in ``.gz``."""
     try:
         with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
             yield from file
@@ -100,7 +102,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _text(raw: bytes, number: int) -> str:
-    """What the bytes say, which begin on line ``number`` of their file."""
+    """Bytes as text; they begin on line ``number`` of their file."""
     return raw.decode("utf-8-sig" if number == 1 else "utf-8")
 
 
@@ -109,9 +111,9 @@ _SPREAD_OUT = "it starts an object that spans several lines; write one object pe
 
 
 def json_rows(lines: Iterable[bytes], *, finite: bool = False) -> Iterator[Row]:
-    """The values of JSON lines, or of one JSON list that the lines hold together; what is broken is a row that says so.
+    """The values of JSON lines, or of one JSON list over all lines. A broken one is a row with ``broken`` set.
 
-    Blank lines are skipped. Behind its first mistake a list is not read on.
+    Blank lines are skipped. A list is read up to its first error.
 
     Args:
         finite: refuse NaN and infinities, which Python writes and JSON does not have.
@@ -183,7 +185,7 @@ def _why(error: Exception) -> str:
         return f"it is not JSON ({error.msg} at column {error.colno})"
     if isinstance(error, ProxyTuneError):
         return str(error)
-    return "it cannot be read as JSON"  # a number of thousands of digits, brackets within brackets
+    return "it cannot be read as JSON"  # a number with thousands of digits, or deeply nested brackets
 
 
 # -- tables ---------------------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
-"""From prompts to answers: what ``proxytune generate`` and ``proxytune chat`` share.
+"""From prompts to answers: the code that ``proxytune generate`` and ``proxytune chat`` share.
 
-A prompt is encoded for every member, a batch of them goes through the model's own ``generate``, and what comes
-back is cut to each row's own tokens. Sampling draws every row from noise of its own (see decoding.noise), so
-that a row's answer does not depend on which other rows it shares a batch with, on where a job was interrupted, or on
-drafts.
+A prompt is encoded for every member, a batch goes through the model's own ``generate``, and each row is cut to its own
+tokens. Sampling gives every row random numbers of its own (see decoding.noise). So a row's answer does not depend on
+the other rows of its batch, on where a job was interrupted, or on drafts.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ class Encoded:
 
     Attributes:
         ids: what members with a raw prompt read.
-        own: member name -> the ids of its own prompt.
-        room: how many new tokens the shortest context leaves, or None where no member sets a limit.
+        own: member name -> the ids of its own prompt, if it has one.
+        room: how many new tokens the shortest context leaves, or None if no member sets a limit.
     """
 
     ids: list[int]
@@ -50,14 +49,14 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one prompt was answered.
+    """The answer to one prompt.
 
     Attributes:
         text: the new text, without special tokens.
-        tokens: the new ids in order, the end-of-sequence token included where the model chose it, no padding.
-        finish: ``stop`` if the model ended the text itself (or wrote a stop string), ``length`` if the limit of new
-            tokens or a member's context did, ``interrupt`` if the caller did.
-        trace: why each of ``tokens`` was chosen, where that was asked for.
+        tokens: the new ids in order, with the end-of-sequence token if the model chose it, without padding.
+        finish: what ended the text: ``stop`` (the model, or a stop string), ``length`` (the limit of new tokens, or a
+            member's context) or ``interrupt`` (the caller).
+        trace: why each of ``tokens`` was chosen, if the call asked for a trace.
     """
 
     text: str
@@ -79,13 +78,14 @@ def encode(
     """Encode one prompt for every member.
 
     Args:
-        chat: put the prompt, as the user's turn, into the chat template of the recipe's tokenizer. Members with a
-            prompt of their own are shown theirs all the same.
+        chat: put the prompt, as the user's turn, into the chat template of the recipe's tokenizer. Members with prompts
+            of their own still read those.
         system: a system prompt for that template, and for members with the prompt kind `chat` that have none.
-        negative_prompt: in place of the recipe's; in the chat template too where the prompt is.
+        negative_prompt: used instead of the recipe's. With ``chat`` it is put into the chat template too.
 
     Raises:
-        PromptError: if the prompt is empty, cannot be rendered, or leaves some member no room for a token.
+        PromptError: if the prompt is empty, cannot be rendered, or leaves no room for a new token in some member's
+            context.
     """
     if not prompt.strip():
         raise PromptError("the prompt is empty")
@@ -103,14 +103,14 @@ def encode(
 
 
 def with_room(contexts: Mapping[str, int | None], ids: list[int], own: dict[str, list[int]]) -> Encoded:
-    """Count what the members' contexts leave for new tokens; the last new token is never read back.
+    """Count how many new tokens the members' contexts leave room for. (The last new token is never read.)
 
     Args:
         contexts: member name -> how many tokens it can read, None for any number.
-        ids: what members read. own: member name -> what it reads in their place.
+        ids: the prompt. own: member name -> what that member reads instead.
 
     Raises:
-        PromptError: for no ids, and for more than a member can read.
+        PromptError: if there are no ids, or more than a member can read.
     """
     if not ids:
         raise PromptError("the prompt is empty: its text gives no token")
@@ -148,18 +148,18 @@ def answer(
     """Answer a batch of prompts.
 
     Args:
-        alphas: one tuple a prompt, one value an expert; None for the model's own.
-        rows: what each row's random numbers are drawn from, together with the seed; its place by default.
-        streamer: is given the tokens of a single prompt as they come.
-        stopped: asked after every token; True ends all rows.
+        alphas: one tuple per prompt, one value per expert; None for the model's own.
+        rows: determines each row's random numbers, together with the seed; by default the row's place.
+        streamer: gets the tokens of a single prompt as they are written.
+        stopped: called after every token; True ends all rows.
         past_key_values: a cache of the first columns.
-        n_shared: how many tokens all prompts begin with; they are the first columns, and padding stands behind them.
-        stop_strings: end an answer, besides those of the generation config; they are part of it.
-        processors, criteria: more of transformers' own, before the choice of a token and after it.
-        trace_top_k: trace the answers, with so many candidates of each distribution; None: no trace.
+        n_shared: how many tokens all prompts begin with. They are the first columns; padding follows them.
+        stop_strings: strings that end an answer and are part of it, besides those of the generation config.
+        processors, criteria: additional logits processors and stopping criteria of transformers.
+        trace_top_k: trace the answers, with that many candidates per distribution; None: no trace.
     """
     rows = range(len(prompts)) if rows is None else rows
-    ids, mask = left_pad([prompt.ids[n_shared:] for prompt in prompts])  # (n_batch, n_columns), behind what is shared
+    ids, mask = left_pad([prompt.ids[n_shared:] for prompt in prompts])  # (n_batch, n_columns), after what is shared
     shared = torch.tensor(prompts[0].ids[:n_shared], dtype=torch.long).expand(len(prompts), -1)
     ids, mask = torch.cat([shared, ids], dim=1), torch.cat([torch.ones_like(shared), mask], dim=1)
     limits = [max_new_tokens if p.room is None else min(max_new_tokens, p.room) for p in prompts]
@@ -169,10 +169,10 @@ def answer(
     config.stop_strings = stops or None
     limit_rows = RowLimit(ids.shape[1], limits, stopped)
     criteria = StoppingCriteriaList(criteria)
-    if stopped is not None or len(set(limits)) > 1:  # what looks at a whole batch keeps it from being drafted for
+    if stopped is not None or len(set(limits)) > 1:  # anything that looks at a whole batch prevents drafts
         criteria.append(limit_rows)
     own = {name: [prompt.own[name] for prompt in prompts] for name in prompts[0].own}
-    if not sampling.greedy:  # what is off is said so: generate() fills in what is None
+    if not sampling.greedy:  # generate() fills in what is None, so "off" must be explicit
         config.do_sample = True
         config.temperature, config.min_p = sampling.temperature or 1.0, sampling.min_p
         config.top_k, config.top_p = sampling.top_k or 0, sampling.top_p or 1.0
@@ -214,7 +214,7 @@ def answer_batches(
     batch_size: int,
     **options: Any,
 ) -> Iterator[list[Answer]]:
-    """Answer prompts in batches, in order: each batch's answers as they are there; see :func:`answer`."""
+    """Answer prompts in batches, in order, and yield each batch's answers; see :func:`answer`."""
     for at in range(0, len(prompts), batch_size):
         these = slice(at, at + batch_size)
         yield answer(model, tokenizer, prompts[these], alphas[these], rows=rows[these], **options)
@@ -246,7 +246,7 @@ def _cut(
 
 
 class RowLimit(StoppingCriteria):
-    """Ends each row at its own number of new tokens, or all of them when ``stopped`` says so."""
+    """Ends each row at its own number of new tokens, or all rows when ``stopped`` returns True."""
 
     def __init__(self, n_prompt: int, limits: Sequence[int], stopped: Callable[[], bool] | None) -> None:
         self.n_prompt, self.limits, self.stopped = n_prompt, torch.tensor(limits), stopped
@@ -264,7 +264,7 @@ class RowLimit(StoppingCriteria):
 def new_text(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:
     """The text of ``new`` as it continues ``prompt``.
 
-    Decoded behind the end of the prompt, since SentencePiece drops the space of a text's first word.
+    Decoded after the end of the prompt, since SentencePiece drops the space of a text's first word.
     """
     before = list(prompt[-8:])
     context = _decode(tokenizer, before)
@@ -277,7 +277,7 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 class Printer(BaseStreamer):
-    """Hands a single answer's text to ``write`` piece by piece; the pieces add up to :attr:`Answer.text`."""
+    """Passes a single answer's text to ``write`` piece by piece. The pieces add up to :attr:`Answer.text`."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], Any]) -> None:
         self.tokenizer, self.write = tokenizer, write
@@ -286,7 +286,7 @@ class Printer(BaseStreamer):
         self.shown = 0
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, shape (1, n_columns), and then each new token."""
+        """Receive the prompt, shape (1, n_columns), and then each new token."""
         if self.prompt is None:
             self.prompt = value.flatten().tolist()
             return

@@ -1,4 +1,4 @@
-"""JSON-lines files that are appended to, whole again after a kill at any moment, and read without being touched."""
+"""JSON-lines files that are appended to, that can be continued after a kill, and that reading does not change."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Kind = TypeVar("Kind", bound="Journal")
 
 
 class Journal:
-    """A file of JSON objects, one a line.
+    """A file of JSON objects, one per line.
 
-    :meth:`read` reads it and changes nothing. Opened (``with``), it is made where it is missing, and it is this
-    process's alone; a last line that a kill has torn is cut off, and one that lacks only its newline gets it. What is
-    appended is on disk when :meth:`append` returns.
+    :meth:`read` reads it and changes nothing. Opened (``with``), it is created if it is missing, and locked for other
+    processes. An incomplete last line that a kill left is removed; one that lacks only its newline gets it. When
+    :meth:`append` returns, the lines are on disk.
 
     Attributes:
         lines: what the file held when it was read or opened, in order.
 
     Raises:
-        ProxyTuneError: on reading and opening, if a line is no JSON object; on opening, if another process is writing
-            the file.
+        ProxyTuneError: on reading and opening, if a line is not a JSON object; on opening, if another process is
+            writing the file.
         OSError: if it cannot be opened, read or written.
     """
 
@@ -45,14 +45,14 @@ class Journal:
         self._file: IO[bytes] | None = None
 
     def read(self: Kind) -> Kind:
-        """Read the file without locking, making or changing it; where it is missing, there are no lines."""
-        if self.path.is_file():  # a device or a pipe has nothing to read back
+        """Read the file without locking, creating or changing it. A missing file has no lines."""
+        if self.path.is_file():  # a device or a pipe cannot be read back
             self._parse(self.path.read_bytes())
             self.check()
         return self
 
     def __enter__(self: Kind) -> Kind:
-        # Unbuffered: after a failed write nothing is left that closing the file would try to write again.
+        # Unbuffered: otherwise closing the file after a failed write would try to write again.
         self._file = self.path.open("a+b", buffering=0)
         try:
             self._lock()
@@ -73,7 +73,7 @@ class Journal:
         self._file.close()
 
     def check(self) -> None:
-        """Raise :class:`ProxyTuneError` if the lines are not this job's; for kinds of journals to say."""
+        """Raise :class:`ProxyTuneError` if the lines do not belong to this job. Subclasses define it."""
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write some lines and return when they are on disk."""
@@ -92,19 +92,19 @@ class Journal:
         assert self._file is not None
         try:
             locked = lock_descriptor(self._file.fileno(), blocking=False)
-        except OSError:  # a file system without locks: two processes at once are then the user's to avoid
+        except OSError:  # a file system without locks: the user must then avoid two processes at once
             return
         if not locked:
             raise ProxyTuneError(f"{self.path} is being written by another process")
 
     def _parse(self, raw: bytes) -> tuple[int, bool]:
-        """Take the whole lines; how many bytes they are, and whether the last one has its newline."""
+        """Read the complete lines; return how many bytes they are, and whether the last one has its newline."""
         self.lines, at = [], 0
         for number, line in enumerate(raw.splitlines(keepends=True), start=1):
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                # A torn line is the beginning of an object, which is never JSON itself.
+                # An incomplete line is the beginning of an object, which is never valid JSON.
                 if line.startswith(b"{") and at + len(line) == len(raw) and not line.endswith(b"\n"):
                     return at, True
                 raise ProxyTuneError(self._foreign(number)) from error
@@ -126,7 +126,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def json_line(value: Mapping[str, Any]) -> str:
-    """One object as one line of UTF-8, whatever its reader takes for the end of a line."""
+    """One object as one line of UTF-8, with all characters escaped that some readers take for the end of a line."""
     line = json.dumps(value, ensure_ascii=False).translate(ESCAPED)
     try:
         line.encode()

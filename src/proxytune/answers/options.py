@@ -1,4 +1,4 @@
-"""The options of answers: what is shown and asked of a recipe, and how tokens are chosen."""
+"""The options of answers: prompts, strength, length, sampling, and where answers go."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MOST: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """What is asked of a recipe besides the prompt."""
+    """Options of an answer, besides the prompt."""
 
     alpha: float | Mapping[str, float] | None = option(None, **ALPHA)
     max_new_tokens: int = option(256, **MOST)
@@ -60,13 +60,13 @@ class AnswerOptions:
 
     @property
     def shown(self) -> dict[str, Any]:
-        """What :func:`proxytune.answers.generation.encode` takes besides the prompt."""
+        """The arguments of :func:`proxytune.answers.generation.encode` besides the prompt."""
         return {"chat": self.chat, "system": self.system, "negative_prompt": self.negative_prompt}
 
 
 @dataclass(frozen=True)
 class ChatOptions(AnswerOptions):
-    """What is asked of it in a conversation, which is always in the chat template."""
+    """Options of a conversation, which always uses the chat template."""
 
     max_new_tokens: int = option(512, **MOST)
     chat: bool = True
@@ -81,7 +81,8 @@ class ChatOptions(AnswerOptions):
 class Sampling:
     """How the next token is chosen: greedy unless one of the first four is given.
 
-    What is not given is off (temperature 1, no top-p, top-k or min-p), whatever the recipe's generation_config says.
+    Options that are not given are off (temperature 1, no top-p, top-k or min-p), whatever the recipe's
+    generation_config says.
     """
 
     temperature: float | None = option(None, "Sample at this temperature; 0 is greedy.", metavar="T", panel="Sampling")
@@ -139,7 +140,7 @@ def _another_seed() -> int:
 
 @dataclass(frozen=True)
 class ChatSampling(Sampling):
-    """The same in a conversation."""
+    """How the next token is chosen in a conversation: as in :class:`Sampling`, with a random seed by default."""
 
     seed: int = option(
         _another_seed, "Seed for sampling; by default a different one each time.", metavar="N", panel="Sampling"

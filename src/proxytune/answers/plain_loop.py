@@ -1,10 +1,9 @@
-"""The reference implementation's loop: three models, three forwards a token, nothing shared (2401.08565, section 3).
+"""The reference implementation's loop: three models, three forwards per token, nothing shared (2401.08565, section 3).
 
-What proxy-tuning costs without this package, and the yardstick of ``proxytune bench``. It does what the authors'
-own loop does (github.com/alisawuffles/proxy-tuning): every model prepares its inputs and keeps a cache of its own at
-every step, the logits are mixed, and each new token is concatenated to the whole prefix. Where today's ``generate``
-has become better than it was then, so has this: only the last position's logits are asked for, and they are mixed in
-float32.
+It shows what proxy-tuning costs without this package; ``proxytune bench`` compares with it. It does the same as the
+authors' loop (github.com/alisawuffles/proxy-tuning): every model prepares its inputs and keeps a cache of its own at
+every step, the logits are mixed, and each new token is concatenated to the whole prefix. Improvements that ``generate``
+has made since then are included: only the last position's logits are computed, and they are mixed in float32.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from proxytune.decoding.mixing import mix
 
 __all__ = ["plain_loop"]
 
-Side = Any  # a transformers model, or None where the recipe has no such side
+Side = Any  # a transformers model, or None if the recipe has no such side
 
 
 @torch.no_grad()
@@ -34,15 +33,15 @@ def plain_loop(
     logits_processor: LogitsProcessorList | None = None,
     temperature: float | None = None,
 ) -> tuple[Tensor, list[Any]]:
-    """Proxy-tuning of a batch whose rows are equally long, without an end but ``max_new_tokens``.
+    """Proxy-tuning of a batch with rows of equal length. Only ``max_new_tokens`` ends it.
 
     Args:
         base: the model that is steered.
-        experts: (expert or None, anti-expert or None, alpha) each; a LoRA expert is merged before it comes here.
+        experts: (expert or None, anti-expert or None, alpha) each. LoRA experts must be merged before.
         input_ids: shape = (n_batch, n_prompt), read by every model.
         plausibility: see :func:`proxytune.decoding.mixing.mix`.
         logits_processor: applied to the mixed logits, shape = (n_batch, n_vocab).
-        temperature: of sampling; None is greedy.
+        temperature: for sampling; None is greedy.
 
     Returns:
         The prompt and the new tokens, shape = (n_batch, n_prompt + max_new_tokens), and each model's cache.

@@ -1,8 +1,8 @@
-"""What ``proxytune check --run`` does: a loaded recipe tries itself against the plain loop, on the user's own models.
+"""``proxytune check --run``: compares the answers of a loaded recipe with the plain loop, on the user's own models.
 
-The yardstick is the paper's loop (2401.08565, section 3): every member reads the whole text by itself, without a cache,
-and the logits are mixed. A text that was written greedily is held against it position by position. Where two tokens
-are as good as each other within the rounding of the members' dtype, either is right.
+The reference is the paper's loop (2401.08565, section 3): every member reads the whole text by itself, without a cache,
+and the logits are mixed. A greedily written text is compared with it position by position. If two tokens are equally
+good within the rounding of the members' dtype, both are accepted.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ __all__ = ["Trial", "run_trials"]
 TEXTS = ("The capital of France is", "Question: how many legs do three spiders and two ants have? Answer:")
 N_NEW = 16
 N_DRAFTS = 4
-# How much likelier another token may be by the plain loop, in standard deviations of its logits.
+# By how much another token may lead in the plain loop, in standard deviations of its logits.
 EXACT, TOLERANCE = (torch.float64, torch.float32), 1e-3
 ROUNDED = 0.25  # float16 and bfloat16, and quantized members
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One thing that was tried.
+    """The result of one comparison.
 
     Attributes:
-        name: what must hold. passed: whether it does; None where it does not apply to this recipe.
-        detail: what was seen.
+        name: what must hold. passed: whether it holds; None if it does not apply to this recipe.
+        detail: what was found.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Trial:
 
 @torch.no_grad()
 def run_trials(model: ProxyTunedForCausalLM) -> Iterator[Trial]:
-    """Try a loaded recipe, one trial after another."""
+    """Run all trials on a loaded recipe, one after another."""
     trials = _Trials(model)
     yield trials.run("alpha 0 writes what the base alone writes", trials.alpha_zero)
     yield trials.run("the recipe writes what the plain loop writes", trials.plain)
@@ -59,11 +59,11 @@ def run_trials(model: ProxyTunedForCausalLM) -> Iterator[Trial]:
 
 
 Tokens = Sequence[int]
-Texts = Iterator[tuple[Any, ...]]  # what :meth:`_Trials.difference` is given
+Texts = Iterator[tuple[Any, ...]]  # the arguments of :meth:`_Trials.difference`
 
 
 class _DoesNotApply(Exception):
-    """A trial that this recipe cannot have; the message says why."""
+    """The trial does not apply to this recipe; the message says why."""
 
 
 class _Trials:
@@ -80,20 +80,20 @@ class _Trials:
         self.tolerance = TOLERANCE if exact else ROUNDED
 
     def run(self, name: str, tried: Callable[[], Texts], more: str = "") -> Trial:
-        """Make one trial; what it raises is its outcome."""
+        """Run one trial. An error that it raises is its result."""
         try:
             with self._plain_generation():
                 differences = [self.difference(*texts) for texts in tried()]
         except _DoesNotApply as error:
             return Trial(name, None, str(error))
-        except Exception as error:  # a trial is there to find out
+        except Exception as error:  # finding errors is what a trial is for
             return Trial(name, False, f"{type(error).__name__}: {first_line(error)}")
         found = next(filter(None, differences), None)
         return Trial(name, found is None, found or f"{len(self.prompts)} prompts, {N_NEW} tokens each{more}")
 
     @contextmanager
     def _plain_generation(self) -> Iterator[None]:
-        """Without what the models' generation configs ask for: it would be tried too."""
+        """Leave out what the models' generation configs ask for; otherwise it would be tested too."""
         with ExitStack() as stack:
             for holder in (self.model, *map(self.model.member, self.model.seats)):
                 stack.callback(setattr, holder, "generation_config", holder.generation_config)
@@ -140,7 +140,8 @@ class _Trials:
         return {name: own[name][0] if name in own else prompt for name in self.model.seats}
 
     def _reference(self, prompt: Tokens, tokens: Tokens, alpha: float | None) -> Tensor:
-        """The plain loop's logits of each of ``tokens``, (n_tokens, n_vocab): every member alone, without a cache."""
+        """The plain loop's logits for each of ``tokens``, (n_tokens, n_vocab): every member by itself, without a
+        cache."""
         model, logits = self.model, {}
         for name, own in self._shown(prompt).items():
             member = model.member(name)
@@ -154,9 +155,10 @@ class _Trials:
     def difference(
         self, prompt: Tokens, tokens: Tokens, wanted: Tokens | None = None, alpha: float | None = None
     ) -> str | None:
-        """Where two texts first differ, if the plain loop finds one of the two tokens there worse than the best.
+        """The first difference between two texts, if in the plain loop one of the two tokens there is worse than the
+        best.
 
-        Without ``wanted`` that is asked of each token: the plain loop should have chosen it.
+        Without ``wanted`` every token is checked: the plain loop should have chosen it.
         """
         if tokens == wanted:
             return None
@@ -170,7 +172,7 @@ class _Trials:
                     f"token {at + 1} after a prompt of {len(prompt)} is {token}, not {other}; in the plain loop one of "
                     f"them lies {behind:.3g} standard deviations of the logits below the best"
                 )
-            if wanted is not None:  # behind a tie the texts go their own ways
+            if wanted is not None:  # after a tie the texts may differ
                 break
         return None
 

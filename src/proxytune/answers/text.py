@@ -29,7 +29,7 @@ def load(config: ProxyTuneConfig, loading: LoadingOptions) -> tuple[ProxyTunedFo
 
 
 def loaded(recipe: str | Path | ProxyTunedForCausalLM) -> tuple[ProxyTunedForCausalLM, Any]:
-    """A recipe as :func:`load` gives it; one that is loaded already stays as it is."""
+    """The result of :func:`load`; a recipe that is already loaded stays as it is."""
     if isinstance(recipe, ProxyTunedForCausalLM):
         return recipe, _tokenizer_of(recipe)
     return load(load_recipe(recipe), LoadingOptions())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from proxytune.answers.journal import Journal
 from proxytune.errors import ProxyTuneError
 
-if TYPE_CHECKING:  # what reads traces needs no torch
+if TYPE_CHECKING:  # code that reads traces needs no torch
     from proxytune.answers.batch import Item
     from proxytune.answers.generation import Answer
 
@@ -20,7 +20,8 @@ SCHEMA = "proxytune.trace/1"
 
 
 def token_texts(tokenizer: Any) -> Callable[[int], str]:
-    """From an id to its text in the middle of a text, special tokens too; half a character is U+FFFD."""
+    """A function from an id to its text in the middle of a text. It includes special tokens; half a character is
+    U+FFFD."""
 
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -46,8 +47,8 @@ def trace_line(
     """The object that is written for one traced answer; see ``docs/python.md``.
 
     Args:
-        alpha: by expert. text_of: from an id to its text.
-        key: what names the answer in its job. run: of a job that can be resumed.
+        alpha: expert name -> alpha. text_of: gives the text of an id.
+        key: fields that identify the answer in its job. run: the fingerprint of a job that can be resumed.
     """
 
     def with_text(value: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def trace_line(
 
 
 def is_trace(value: Any, **key: type) -> bool:
-    """Whether a value of JSON is a trace of this version, with the fields of ``key``, each of its type."""
+    """Whether a JSON value is a trace of this version and has the fields of ``key``, each with its type."""
     return (
         isinstance(value, Mapping)
         and value.get("schema") == SCHEMA
@@ -78,21 +79,22 @@ def is_trace(value: Any, **key: type) -> bool:
 
 
 class ChatTraceFile(Journal):
-    """The file that a conversation's traces are appended to, behind those that it has already."""
+    """The file that the traces of a conversation are appended to."""
 
     def check(self) -> None:
-        """Refuse a file that holds anything but traces."""
+        """Refuse a file that holds anything else than traces."""
         for number, value in enumerate(self.lines, start=1):
             if not is_trace(value):
                 raise ProxyTuneError(f"line {number} of {self.path} is not a trace; choose another --trace")
 
 
 class TraceFile(Journal):
-    """The file that traces are appended to. Beside a job's output it goes on where that goes on; else it begins empty.
+    """The file that traces are appended to. In a job with an output it continues where the output continues; otherwise
+    it must be empty.
 
     Args:
-        path: the file, made where it is missing.
-        items: the job. run: the fingerprint of one that can be resumed, else None. names: the recipe's experts.
+        path: the file; it is created if it is missing.
+        items: the job. run: its fingerprint if it can be resumed, otherwise None. names: the recipe's experts.
     """
 
     def __init__(self, path: Path, items: Sequence[Item], run: str | None, names: Sequence[str]) -> None:
@@ -102,7 +104,7 @@ class TraceFile(Journal):
         self.traced: set[int] = set()
 
     def check(self) -> None:
-        """Hold what was read against the job."""
+        """Compare what was read with the job."""
         if self.run is None and self.lines:
             raise ProxyTuneError(f"{self.path} is not empty; remove it, or choose another --trace")
         self.traced = set()
@@ -119,7 +121,8 @@ class TraceFile(Journal):
             self.traced.add(line)
 
     def refuse_missing(self, done: set[int], output: Path) -> None:
-        """Refuse a job whose output has answers without a trace: lines ``done`` are not answered again."""
+        """Refuse a job whose output has answers without a trace, because the lines in ``done`` are not answered
+        again."""
         if missing := sorted(done - self.traced):
             raise ProxyTuneError(
                 f"{output} already has the answer to line {missing[0]}, but {self.path} has no trace of it; choose "

@@ -41,7 +41,7 @@ class Command(TyperCommand):
                 formatter.write_dl(records)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the words behind the command."""
+        """Read the words after the command."""
         words = self._with_new_spellings(ctx, args)
         given, _, _ = self.make_parser(ctx).parse_args(list(words))
         if given.get("config"):
@@ -74,7 +74,7 @@ class Command(TyperCommand):
 
 
 def without_types(parameters: list[Any]) -> list[Any]:
-    """Parameters as the help shows them: no <bool> behind an option without a value, no <str> behind RECIPE."""
+    """Parameters as the help shows them: no <bool> after an option without a value, no <str> after RECIPE."""
     for each in parameters:
         if getattr(each, "is_flag", False) and each.metavar is None:
             each.metavar = ""
@@ -163,7 +163,7 @@ def _read_config(path: Path) -> Mapping[str, Any]:
 
 
 def _texts(value: Any) -> list[str] | None:
-    """A value as the command line takes it, or None where it is too deep for one."""
+    """A value as the command line takes it, or None if it is too deep for one."""
     named = isinstance(value, Mapping)
     values = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
     if any(isinstance(one, (Mapping, list)) for one in values):

@@ -60,7 +60,7 @@ def explain(
     have written there. --html writes all of it as one page for the browser, with the candidates of every token, a
     slider for alpha, and the answers of the base and the experts alone.
 
-    --branch 3:TOKEN keeps the first two tokens of the answer, puts TOKEN behind them, and continues from there:
+    --branch 3:TOKEN keeps the first two tokens of the answer, puts TOKEN after them, and continues from there:
     steered, or with --branch-alpha 0 unsteered.
 
     A FILE is what `proxytune generate --trace` writes, or JSON of OpenAI's chat completions or completions with

@@ -330,7 +330,7 @@ def _duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def resumable(kept: str, *, add: str = "") -> Iterator[None]:
-    """Within it Ctrl-C says that work is kept, and the command that goes on with it.
+    """Within it Ctrl-C says that work is kept, and the command that continues with it.
 
     Args:
         kept: what is kept, and where. add: an option that the command needs in order to go on.

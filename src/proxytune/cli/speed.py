@@ -207,7 +207,7 @@ PLAN_LEGEND = {
 
 
 def plan_tables(plan: Plan) -> list[Table | str]:
-    """What ``plan`` predicts: the sets of weights, memory, the predictions, and what they are held against."""
+    """What ``plan`` predicts: the sets of weights, memory, the predictions, and what they are compared with."""
     from proxytune.tables import Table
 
     lanes = Table(

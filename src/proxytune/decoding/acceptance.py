@@ -27,15 +27,15 @@ def accept_greedy(drafts: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
 def accept_sampled(drafts: Tensor, p: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
     """Accept drafts so that the outcome is distributed as ``p``, whatever ``q`` is (2211.17192, section 2.3).
 
-    A draft x, drawn from q, is accepted with probability min(1, p(x) / q(x)); in place of the first one rejected
-    stands a draw from norm(max(0, p − q)).
+    A draft x, drawn from q, is accepted with probability min(1, p(x) / q(x)); the first rejected one is replaced by a
+    draw from norm(max(0, p − q)).
 
     Args:
         drafts: shape = (n_batch, γ).
         p: the mixture's distribution at the positions of the drafts, after all logits processors,
             (n_batch, γ, n_vocab), float32.
-        q: the distributions that the drafts were drawn from, of p's shape; None where they were not drawn but
-            looked up, which is a distribution with all its mass on the draft.
+        q: the distributions that the drafts were drawn from, of p's shape; None if they were copied from the text,
+            which counts as a distribution with all its mass on the draft.
 
     Returns:
         As :func:`accept_greedy`.
@@ -51,6 +51,6 @@ def accept_sampled(drafts: Tensor, p: Tensor, q: Tensor | None) -> tuple[Tensor,
         rest = p_at.scatter(1, drafts.gather(1, at), 0.0)
     else:
         rest = (p_at - q.take_along_dim(at[:, :, None], dim=1).squeeze(1)).clamp_(min=0)
-    # Nothing is left only where p and q agree to the last bit, and then nothing is rejected but by rounding.
+    # Nothing is left only if p and q agree to the last bit. Then only rounding can reject anything.
     rest = torch.where(rest.sum(dim=1, keepdim=True) > 0, rest, p_at)
     return n_accepted, torch.multinomial(rest, num_samples=1).squeeze(1)

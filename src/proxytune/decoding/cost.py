@@ -1,10 +1,10 @@
 """What a token costs: the cost model of steered and of speculative decoding, as pure arithmetic.
 
-A forward of one set of weights costs ``fixed + per_row * rows``: the weights are read once, whatever the rows, and
-each row (a token of a sequence) adds its share of arithmetic. At small batches the first term rules, which is why
-verifying several drafted tokens in one pass costs little more than one token (2211.17192, section 3).
+A forward of one set of weights costs ``fixed + per_row * rows``: the weights are read once, whatever the rows, and each
+row (a token of a sequence) adds its share of arithmetic. At small batches the first term dominates, so verifying
+several drafted tokens in one pass costs little more than one token (2211.17192, section 3).
 
-The unit is free (bytes, seconds, base steps), as long as one calculation keeps to one.
+The unit is free (bytes, seconds, base steps), as long as each calculation uses only one.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ __all__ = [
 
 MAX_DRAFTS = 12  # of one cycle; beyond, acceptance has decayed for any realistic expert
 
-# What a layer costs besides its weights: launching its kernels, as the bytes that could be read in that time.
-# Orders of magnitude of eager PyTorch, enough to choose a number of drafts; `proxytune plan --probe` measures.
+# The cost of launching a layer's kernels, as the number of bytes that could be read in that time. Orders of magnitude
+# of eager PyTorch, enough to choose a number of drafts; `proxytune plan --probe` measures.
 LAYER_BYTES = {"cpu": 8e6, "cuda": 2e8}
 # Arithmetic of one more row, as a share of the time that reading the weights takes. On the CPU measured: 16 rows of the
 # demo's base take 1.9 times as long as one; on a GPU an order of magnitude.
 ROW_SHARE = {"cpu": 0.1, "cuda": 0.004}
-# What each row of a batch adds to a cycle of drafts besides its forwards, as bytes: rows of unequal length are moved in
-# their caches, go through the processors one by one, and end at different times, while all are computed to the last. On
-# the CPU set by the demo: drafting pays there at two rows (1.34 times the speed without) and not at four (0.82).
+# What each row of a batch adds to a cycle of drafts, besides its forwards, in bytes. Rows of unequal length are moved
+# in their caches, go through the processors one by one, and end at different times, while all are computed to the end.
+# On the CPU set by the demo: drafting pays there at two rows (1.34 times the speed without) and not at four (0.82).
 APART_BYTES = {"cpu": 3e8, "cuda": 2e8}
-# PyTorch's CPU `linear` lays weights out anew in each call with more than one row (see kernels.py).
+# PyTorch's CPU `linear` rearranges its weights in each call with more than one row (see kernels.py).
 UNPACKED_CPU = 1.6
 # What the quick head of a drafting lane reads, of its own float32 head's bytes (kernels.QuickHead).
 QUICK_HEAD = 0.25
-# The rows up to which it is quicker: with more, arithmetic counts and no longer the bytes.
+# The quick head is faster up to this number of rows. With more rows, arithmetic takes the time, not reading.
 QUICK_ROWS = 8
 
 
@@ -48,7 +48,8 @@ class Cost:
     """One forward of a lane (a set of weights) over ``rows`` rows, in any unit.
 
     Attributes:
-        fixed: whatever the rows. per_row: of each row. several: the factor on ``fixed`` where there are several rows.
+        fixed: independent of the rows. per_row: for each row. several: the factor on ``fixed`` if there are several
+            rows.
     """
 
     fixed: float
@@ -61,7 +62,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Costs:
-    """The lanes of a recipe, as far as speed goes.
+    """The costs of a recipe's lanes.
 
     Attributes:
         base: the lane that holds the base. draft: the lane that drafts, with ``draft_seats`` members in it.
@@ -94,7 +95,7 @@ class Costs:
 
     def cycle(self, n_drafts: float, acceptance: float, n_batch: int = 1) -> float:
         """One cycle: the drafting steps, the verifying pass, and the drafting lane's step on the last draft, which is
-        only taken where some row accepted all of them. No drafts: plain decoding.
+        needed only if some row accepted all of them. Without drafts it is plain decoding.
         """
         last = 1 - (1 - acceptance**n_drafts) ** n_batch
         forwards = (n_drafts + last) * self.draft_step(n_batch) + self.verify(n_drafts, n_batch)
@@ -120,7 +121,7 @@ class Costs:
         return min(range(most + 1), key=lambda n: self.per_token(n, acceptance, n_batch))
 
     def drafts_pay(self, acceptance: float, n_batch: int = 1) -> bool:
-        """Whether some number of drafts makes a token cheaper; of copied ones, where no lane drafts."""
+        """Whether some number of drafts makes a token cheaper; copied drafts, if no lane can draft."""
         if self.draft is not None:
             return self.best_drafts(acceptance, n_batch) > 0
         plain = self.cycle(0, 0.0, n_batch)
@@ -142,7 +143,7 @@ def cost_of_weights(n_bytes: float, n_layers: int, device: str = "cuda", *, pack
 
 
 def expected_tokens(acceptance: float, n_drafts: int) -> float:
-    """Tokens a cycle: ``(1 - a^(γ + 1)) / (1 - a)`` (2211.17192, eq. 1), at least the one that M gives itself."""
+    """Tokens per cycle: ``(1 - a^(γ + 1)) / (1 - a)`` (2211.17192, eq. 1), at least the one that M gives itself."""
     if acceptance >= 1:
         return n_drafts + 1.0
     return (1 - acceptance ** (n_drafts + 1)) / (1 - acceptance)

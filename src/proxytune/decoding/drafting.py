@@ -1,7 +1,7 @@
-"""Where drafts come from: the text so far, or the lane that stands in for the mixture.
+"""Where drafts come from: the text so far, or a lane whose guess replaces the mixture.
 
-M+ must be run at every token anyway, and it resembles the mixture. So it runs ahead (2310.12962, section 4.2;
-2211.17192): it drafts γ tokens and keeps its scores, and M reads all of them in one pass.
+M+ must read every token anyway, and it resembles the mixture. So it runs ahead (2310.12962, section 4.2; 2211.17192):
+it drafts γ tokens and keeps its scores, and M reads all of them in one pass.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ class Draft:
 
     Attributes:
         tokens: shape = (n_batch, γ).
-        source: where they come from; None where there are none.
-        q: what they were drawn from, (n_batch, γ, n_vocab), for rejection sampling; None where they were looked up,
-            and elsewhere.
-        scores: the drafting lane's, of the ``n_read`` positions it has read, which are γ, or 1 where it read the newest
-            token and nothing was drafted; None where it has read nothing.
-        confidences: of each row that grows, the largest probability in q at each draft. Not the probability of the
-            draft itself: what decides how far to draft must not look at a draw that it may discard, or it biases what
-            is drawn.
+        source: where they come from; None if there are none.
+        q: the distributions that they were drawn from, (n_batch, γ, n_vocab), for rejection sampling; otherwise, and
+            for copied drafts, None.
+        scores: the drafting lane's scores at the ``n_read`` positions that it has read: γ, or 1 if it read the newest
+            token and drafted nothing. None if it has read nothing.
+        confidences: for each growing row, the largest probability in q at each draft. It is not the probability of the
+            draft itself: a decision about drafting that looks at a draw and may discard it would bias the samples.
     """
 
     tokens: Tensor
@@ -49,12 +48,12 @@ class Draft:
 
 @dataclass(frozen=True)
 class Drafting:
-    """The lane that drafts, and how its members' logits become a guess at the mixture.
+    """The lane that drafts, and how its members' logits give a guess of the mixture.
 
     Attributes:
-        lane: which it is.
-        stand_in: the block of rows that stands in for the base.
-        shifts: for each expert with all its sides in the lane: its column of alpha, and the blocks of its sides.
+        lane: its number.
+        stand_in: the block of rows that is used in place of the base.
+        shifts: for each expert whose sides are all in the lane: its column of alpha, and the blocks of its sides.
     """
 
     lane: int
@@ -65,13 +64,13 @@ class Drafting:
 def choose_drafting(
     read_bytes: Sequence[int], seats: Mapping[str, tuple[int, int]], experts: Sequence[str]
 ) -> Drafting | None:
-    """The cheapest lane besides the base's, of equals the one with more members; None where there is none.
+    """The cheapest lane besides the base's, of equals the one with more members; None if there is none.
 
-    M- stands in for M where it sits in the lane: the guess is M- + alpha (M+ - M-), which is M+ at alpha 1 and M- at
-    alpha 0, and holds for several experts on one M-. Otherwise the expert speaks for itself.
+    If M- is in the lane, it is used in place of M: the guess is M- + alpha (M+ - M-), which is M+ at alpha 1 and M- at
+    alpha 0. This also works for several experts on one M-. Otherwise the guess is the expert itself.
 
     Args:
-        read_bytes: of each lane, what a forward reads of its weights.
+        read_bytes: for each lane, the bytes of weights that a forward reads.
         seats: member name -> (lane, block of rows in it).
         experts: their names, in the recipe's order.
     """
@@ -99,8 +98,8 @@ def costs_by_role(
 
     Args:
         base: the lane that holds the base.
-        lane_costs, n_seats: of each lane; the drafting one's cost with its quick head, where it has one.
-        head: of that lane's own head, which then reads all drafts once a step.
+        lane_costs, n_seats: one per lane; for the drafting lane the cost with its quick head, if it has one.
+        head: the cost of that lane's own head, which then reads all drafts once per step.
     """
     draft = None if drafting is None else drafting.lane
     others = [(lane_costs[at], n_seats[at]) for at in range(len(n_seats)) if at not in (base, draft)]
@@ -116,7 +115,7 @@ def costs_by_role(
 
 
 class Drafter:
-    """Proposes the drafts of one call's steps."""
+    """Proposes the drafts of each step of one call."""
 
     def __init__(
         self,
@@ -132,8 +131,8 @@ class Drafter:
     ) -> None:
         """
         Args:
-            drafting: who drafts, if anybody. lanes, states: all of the call's.
-            sampler: draws the drafts, as it will draw tokens. pace: how far.
+            drafting: the lane that drafts, or None. lanes, states: all those of the call.
+            sampler: draws the drafts, in the same way as tokens. pace: decides how many.
             n_vocab: of the base. n_shared: ids below it are in every member's vocabulary.
         """
         self.drafting, self.text, self.sampler, self.pace = drafting, text, sampler, pace
@@ -142,7 +141,7 @@ class Drafter:
         self.runtime, self.state = lanes[self.lane], states[self.lane]
 
     def propose(self, newest: Tensor, alpha: Tensor) -> Draft:
-        """Drafts behind the newest tokens, (n_batch, 1), as many as promise to pay and as the text has room for."""
+        """Drafts after the newest tokens, (n_batch, 1): as many as are expected to pay, and as fit the text."""
         none = Draft(newest[:, :0])
         if self.pace.fixed == 0 or (room := self.text.room) <= 0:
             return none
@@ -182,7 +181,7 @@ class Drafter:
         draft.scores = Scores(read if quick is None else cast(QuickLane, self.runtime).head(read))
         draft.n_read = len(outputs)
         if draft.tokens.shape[1] == 0:
-            draft.confidences = []  # of a draft that was never made there is nothing to learn
+            draft.confidences = []  # a draft that was never made teaches nothing
             return draft
         draft.source = "lane"
         if self.sampler.rejecting:
@@ -192,7 +191,7 @@ class Drafter:
     def _guess(self, output: Tensor, quick: Callable[[Tensor], Tensor] | None, alpha: Tensor) -> Tensor:
         """The drafting lane's guess at the mixture, (n_batch, 1, n_vocab of the base); see :func:`choose_drafting`.
 
-        ``output`` are its logits, or hidden states that ``quick`` is a head for: a head is linear, so that these are
+        ``output`` holds its logits, or the hidden states for the head ``quick``. A head is linear, so hidden states are
         mixed in the same way.
         """
         assert self.drafting is not None
@@ -212,7 +211,7 @@ class Drafter:
         return torch.nn.functional.pad(scores, (0, missing), value=-torch.inf) if missing else scores
 
     def _look_up(self, growing: Sequence[int], room: int) -> Tensor | None:
-        """Drafts copied from each row's text, of one length, or None where some row has none or they do not pay."""
+        """Drafts copied from each row's text, all of one length; None if some row has none, or if they do not pay."""
         if self.pace.fixed is not None:
             return None
         found = {row: self.text.lookups[row].find(min(room, MAX_DRAFTS)) for row in growing}

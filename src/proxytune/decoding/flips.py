@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["MAX_ALPHA", "best", "contenders", "flips", "top"]
 
-MAX_ALPHA = 3.0  # up to where flips are looked for
+MAX_ALPHA = 3.0  # flips are searched up to this alpha
 CHUNK = 64  # ids that are looked at together
 
 
@@ -23,16 +23,16 @@ def contenders(start: Tensor, slope: Tensor, end: float = MAX_ALPHA) -> tuple[Te
 
     Args:
         start: each token's logit at alpha 0, (n_rows, n_vocab), float32, -inf where it can't be chosen.
-        slope: what alpha 1 adds to it, of that shape; -inf where every alpha above 0 excludes the token.
+        slope: what alpha 1 adds to it, same shape; -inf where every alpha above 0 excludes the token.
 
     Returns:
-        Ids, starts and slopes, (n_rows, 1 + n_lines) each; the first is the token that leads at alpha 0, of equals the
-        one with the lowest id. Others may be among them that never lead.
+        Ids, starts and slopes, (n_rows, 1 + n_lines) each. The first is the token that leads at alpha 0; among equals,
+        the one with the lowest id. Some of the others may never lead.
     """
     leader = best(start)
     above = (slope * 0.0).nan_to_num_(nan=-torch.inf).add_(start)  # the starts of lines that alphas above 0 allow
     # A line lies below `first` at 0 and below `last` at the far end. If it is above both anywhere, it is so where they
-    # cross. The far end lies behind `end`, so that a line that is reached just there counts.
+    # cross. The far end lies after `end`, so that a line that is reached just there counts.
     far = 1.001 * end
     first, last = best(above), best(torch.add(above, slope, alpha=far))
     pair = torch.cat([first, last], dim=1)
@@ -52,8 +52,8 @@ def flips(
     """Which line is highest for each alpha from 0 to ``end``, of one row of :func:`contenders`.
 
     Returns:
-        Pairs: the alpha from which on another token leads, ascending from 0, and its id. A token that leads at 0 alone
-        is followed by another one at 0.
+        Pairs (alpha, id): from this alpha on, this token leads; ascending from 0. A token that leads only at 0 is
+        followed by another pair at 0.
     """
     steps = [(0.0, int(ids[0]))]
     lines = [(start, slope, -id_) for id_, start, slope in zip(ids, starts, slopes) if start + slope > -math.inf]
@@ -68,7 +68,7 @@ def flips(
         at = min(meets)
         if at > end:
             break
-        # Of several that meet there the steepest leads on.
+        # If several lines meet there, the steepest one leads from then on.
         leading = max((line[1], line[2], line) for line, meet in zip(steeper, meets) if meet == at)[2]
         steps.append((at, int(-leading[2])))
     return tuple(steps)
@@ -76,7 +76,7 @@ def flips(
 
 # -- the largest of many, without a pass that costs as much as a sort -------------------------------------------
 def best(values: Tensor) -> Tensor:
-    """The id of each row's largest value, of equals the lowest, (n_rows, n_vocab) -> (n_rows, 1)."""
+    """The id of each row's largest value; among equals, the lowest id. (n_rows, n_vocab) -> (n_rows, 1)."""
     chunks = _chunks(values)
     at = chunks.amax(dim=-1).argmax(dim=-1, keepdim=True)
     inside = chunks.gather(1, at[..., None].expand(-1, -1, CHUNK)).argmax(dim=-1)
@@ -96,7 +96,7 @@ def top(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(values: Tensor) -> Tensor:
-    """(n_rows, n_vocab) -> (n_rows, n_chunks, CHUNK), with -inf behind the last id."""
+    """(n_rows, n_vocab) -> (n_rows, n_chunks, CHUNK), with -inf after the last id."""
     missing = -values.shape[-1] % CHUNK
     if missing:
         values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)

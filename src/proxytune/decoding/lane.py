@@ -1,4 +1,4 @@
-"""The lane contract: all that the decoding loop and the composite know of where members run.
+"""The lane contract: everything that the decoding loop and the composite know about the place where members run.
 
 A lane is one set of weights and the members that are computed with it. Its *state* is what it has read for the rows of
 one call. Rows are stacked by seat: a lane of ``n_seats`` seats holds ``n_seats * n_batch`` rows, seat by seat. Every
@@ -22,13 +22,13 @@ __all__ = ["Lane", "LaneState", "QuickLane", "QuickState", "Scores", "part", "st
 
 @dataclass(frozen=True)
 class Scores:
-    """What a lane says of the token that follows each position.
+    """A lane's scores of the token that follows each position.
 
     Attributes:
-        values: logits of the whole vocabulary, shape = (n_rows, n_positions, n_vocab); or, where ``ids`` are given,
-            log-probabilities of these alone, (n_rows, n_positions, n_known).
-        ids: which tokens ``values`` are of, (n_rows, n_positions, n_known); None: of all, in order.
-        bound: no token that is not in ``ids`` has a larger log-probability, (n_rows, n_positions); None where all are.
+        values: logits of the whole vocabulary, shape = (n_rows, n_positions, n_vocab); or, if ``ids`` are given,
+            log-probabilities of these ids only, (n_rows, n_positions, n_known).
+        ids: the tokens that ``values`` belong to, (n_rows, n_positions, n_known); None: all, in order.
+        bound: no token outside ``ids`` has a larger log-probability, (n_rows, n_positions); None if all are given.
     """
 
     values: Tensor
@@ -43,7 +43,7 @@ class LaneState(Protocol):
 
     Attributes:
         n_batch: rows of each seat. n_columns: columns that are kept.
-        forgets: whether :meth:`keep` can leave out columns that were read, row by row.
+        forgets: whether :meth:`keep` can drop columns that were read, for each row separately.
     """
 
     n_batch: int
@@ -53,14 +53,14 @@ class LaneState(Protocol):
     def forgets(self) -> bool: ...
 
     def begin_drafts(self, room: int | None = None) -> None:
-        """From now on columns that are read may be taken back, even those that have left a sliding window.
+        """From now on, columns that are read may be taken back, even columns that have left a sliding window.
 
-        ``room``: how many more columns can be kept; what is read beyond them needs no position of its own.
+        ``room``: how many more columns can be kept. Columns that are read beyond them need no positions of their own.
         """
         ...
 
     def end_drafts(self) -> None:
-        """What is read from now on is kept."""
+        """From now on, all columns that are read are kept."""
         ...
 
     def read(
@@ -69,27 +69,27 @@ class LaneState(Protocol):
         """Read the next columns of every row.
 
         Args:
-            ids: shape = (n_batch, k) where all seats read the same, else (n_rows, k).
-            mask: of the shape of ``ids``, 0 at padding; None where there is none. Padding stands at the left of a row.
-            positions: of how many of the last columns scores are wanted; 0: of all k.
-            want: ids that must be among the scored ones, (n_wanted,); for lanes that do not score all.
+            ids: shape = (n_batch, k) if all seats read the same, otherwise (n_rows, k).
+            mask: same shape as ``ids``, 0 at padding, which is on the left; None if there is no padding.
+            positions: how many of the last columns to score; 0: all k.
+            want: ids that must be scored, (n_wanted,); for lanes that do not score all ids.
         """
         ...
 
     def keep(self, counts: Sequence[int] | None = None) -> None:
-        """Of the columns read since the last call keep each row's first ``counts``, and forget the rest.
+        """Keep the first ``counts`` columns of each row that were read since the last call, and drop the rest.
 
-        ``counts`` has one number for each batch row, or, where seats keep unequal numbers, one for each of the
-        ``n_rows``. None keeps all columns. Rows that keep less than the longest are moved to the right, behind padding.
+        ``counts`` has one number per batch row, or one for each of the ``n_rows`` if seats keep different numbers. None
+        keeps all columns. Rows that keep less than the longest are moved to the right, after padding.
         """
         ...
 
     def crop(self, n_columns: int) -> None:
-        """Forget the last ``n_columns`` of the columns kept, in all rows."""
+        """Drop the last ``n_columns`` of the kept columns, in all rows."""
         ...
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these batch rows, (n_selected,), in any number and order: reorder, repeat or drop."""
+        """Continue with these batch rows, (n_selected,), in any number and order: reorder, repeat or drop."""
         ...
 
 
@@ -98,12 +98,12 @@ class Lane(Protocol):
 
     Attributes:
         seats: the blocks of rows; each has ``names``, the members that it serves.
-        n_vocab: how many ids it scores. context: how many columns it can read; None where nothing limits them.
+        n_vocab: how many ids it scores. context: how many columns it can read; None if nothing limits them.
         complete: whether it scores the whole vocabulary.
-        tolerance: how far the logits of two ways to read one text may lie apart, as a share of their largest.
-        cost: of a pass. head_cost: of its own head, where it has a quick one.
-        quick_head: what guesses logits from hidden states at less cost, for drafts alone; None where there is none. A
-            lane that has one is a :class:`QuickLane`, and its states are :class:`QuickState`.
+        tolerance: how far logits may differ if one text is read in two ways, as a share of the largest.
+        cost: the cost of a pass. head_cost: the cost of its own head, if it has a quick one.
+        quick_head: guesses logits from hidden states at less cost, for drafts only; None if there is none. A lane that
+            has one is a :class:`QuickLane`, and its states are :class:`QuickState`.
     """
 
     @property
@@ -136,7 +136,8 @@ class Lane(Protocol):
     def open(self, n_batch: int, capacity: int | None = None) -> LaneState:
         """A state that has read nothing, for ``n_batch`` rows of each seat.
 
-        ``capacity``: with room for that many columns from the start, and of one shape; None: it grows.
+        ``capacity``: the state has room for that many columns from the start, and its shape never changes. None: it
+        grows.
         """
         ...
 
@@ -145,7 +146,7 @@ class QuickLane(Lane, Protocol):
     """A lane that can guess logits at less cost than its own."""
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Its own logits of hidden states, (n_rows, k, n_hidden) -> (n_rows, k, n_vocab)."""
+        """The logits of its own head for hidden states, (n_rows, k, n_hidden) -> (n_rows, k, n_vocab)."""
         ...
 
 
@@ -153,12 +154,13 @@ class QuickState(LaneState, Protocol):
     """A state of such a lane."""
 
     def read_hidden(self, ids: Tensor) -> Tensor:
-        """As :meth:`read`, but the hidden states that the lane's head makes logits of, (n_rows, k, n_hidden)."""
+        """Like :meth:`read`, but returns the hidden states that the lane's head turns into logits, (n_rows, k,
+        n_hidden)."""
         ...
 
 
 def stacked(tensor: Tensor, n_rows: int) -> Tensor:
-    """Rows for every seat: (n_batch, k), which all seats share, becomes (n_rows, k); what has n_rows stays."""
+    """Rows for every seat: (n_batch, k), shared by all seats, becomes (n_rows, k); (n_rows, k) stays as it is."""
     return tensor if tensor.shape[0] == n_rows else tensor.repeat(n_rows // tensor.shape[0], 1)
 
 

@@ -1,10 +1,10 @@
 """The decoding loop: propose, read, mix, accept, keep, yield.
 
-Exact speculation is part of it, and no drafts are its plainest case: what is drafted is held against the *mixture*
-(2211.17192), so that greedy output is the same tokens, and sampled output has the same distribution, as without drafts.
+Exact speculation is part of it, and no drafts is its simplest case. Drafts are verified against the *mixture*
+(2211.17192), so that greedy output has the same tokens, and sampled output the same distribution, as without drafts.
 
-Rows of a batch accept different numbers of drafts. What a row rejected is dropped from its states, and the row is moved
-to the right, so that a batch stays what it was: left-padded, its newest tokens in one column.
+Rows of a batch accept different numbers of drafts. Rejected drafts are dropped from the states, and rows are moved to
+the right, so that the batch stays left-padded with its newest tokens in one column.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ Mix = Callable[[Sequence[Scores], Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """What one pass of the base brought.
+    """The result of one pass of the base.
 
     Attributes:
-        tokens: of each row that was in the batch, what was appended to it. rows: the caller's numbers of these rows.
-        n_written: tokens that went to rows which had not ended.
-        n_drafts: of each row. source: where they came from, None where there were none.
-        n_accepted: of each growing row, how many of its drafts were accepted.
-        logits, scores: the mixture and what processors made of it at the positions of the tokens, (n_batch, n_tokens,
-            n_vocab), where they are remembered.
-        of_prompt: whether it is the first, from what was read of the prompt.
-        trace: of each row, why each of its tokens was chosen, where that is traced; nothing of rows that had ended.
+        tokens: the tokens appended to each row of the batch. rows: the caller's numbers of these rows.
+        n_written: how many tokens went to rows that had not ended.
+        n_drafts: drafts per row. source: where they came from; None if there were none.
+        n_accepted: for each growing row, how many of its drafts were accepted.
+        logits, scores: the mixture before and after the processors, at the positions of the tokens, (n_batch, n_tokens,
+            n_vocab), if they are kept.
+        of_prompt: whether it is the first step, which uses the prompt's logits.
+        trace: for each row, why each of its tokens was chosen, if the call is traced; empty for rows that had ended.
     """
 
     tokens: list[list[int]]
@@ -65,15 +65,15 @@ def decode(
     leave: bool,
     tracer: Tracer | None = None,
 ) -> Iterator[Step]:
-    """Write tokens behind a prompt that all lanes have read, until every row has ended.
+    """Write tokens after a prompt that all lanes have read, until every row has ended.
 
     Args:
-        prompt: the mixture's logits behind the prompt, (n_batch, 1, n_vocab).
-        states: of each lane, where it stands.
-        mix: from all lanes' scores and alpha to the mixture, (n_batch, n_positions, n_vocab), float32.
+        prompt: the mixture's logits after the prompt, (n_batch, 1, n_vocab).
+        states: one per lane.
+        mix: computes the mixture, (n_batch, n_positions, n_vocab), float32, from all lanes' scores and alpha.
         alpha: shape = (n_batch, n_experts).
         leave: whether rows that have ended leave the states.
-        tracer: records why each token was chosen; it has seen the prompt's logits.
+        tracer: records why each token was chosen; it already has the prompt's logits.
     """
 
     def mixture(scores: Sequence[Scores]) -> Tensor:
@@ -109,7 +109,7 @@ def decode(
             accepted, tokens = sampler.accept(draft.tokens, draft.q, mixture(part(scores, 0, n_drafts)))
             complete = accepted == n_drafts
             if bool(complete.any()):
-                # The position behind the last draft is of use only here: the drafting lane has not read it yet.
+                # The position after the last draft is of use only here: the drafting lane has not read it yet.
                 if drafted_by is not None:
                     scores[drafted_by] = states[drafted_by].read(draft.tokens[:, -1:])
                     draft.n_read += 1
@@ -143,7 +143,8 @@ def _write(
     draft: Draft,
     n_accepted: Sequence[int],
 ) -> Step:
-    """Append what was chosen, (n_batch, γ + 1): of each row ``counts`` drafts and a token, as far as rows go on."""
+    """Append the chosen tokens, (n_batch, γ + 1): for each row ``counts`` drafts and one token, unless the row ends
+    before."""
     rows, n_drafts = list(text.rows), draft.tokens.shape[1]
     ended = list(text.done)
     tokens, n_written = text.append(chosen, [n + 1 for n in counts], sampler.scores_so_far)

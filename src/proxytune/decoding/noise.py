@@ -1,11 +1,11 @@
-"""Sampling that a seed, a row and a position decide, and nothing else.
+"""Sampling that depends on a seed, a row and a position, and on nothing else.
 
 A draw from p is a race: with e ~ Exp(1) for each token, ``argmax p / e`` is distributed as p. Here the noise e belongs
 to a row and a position of its text, so a row's tokens depend neither on the batch it is in, nor on where a job was
 interrupted, nor on drafts: a draft is ``argmax q / e``, the token that is written is ``argmax p / e``, and the draft is
-accepted where both agree. No decision about drafting can change what is drawn. The price is acceptance: two draws from
-one e agree with a probability of at least (1 − TV) / (1 + TV), where rejection sampling accepts 1 − TV (TV: the total
-variation distance between p and q; 2408.07978 calls this drafter-invariant speculative decoding).
+accepted where both agree. So no decision about drafting can change the samples. The price is acceptance: two draws with
+the same e agree with a probability of at least (1 − TV) / (1 + TV), while rejection sampling accepts with 1 − TV (TV:
+the total variation distance between p and q; 2408.07978 calls this drafter-invariant speculative decoding).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def row_seed(seed: int, row: int | str) -> int:
 
 
 def row_seeds(seed: Any, n_rows: int) -> list[int]:
-    """One seed for each row, from one number for all of them or a list of one number a row.
+    """One seed for each row, from one number for all of them or a list of one number per row.
 
     Raises:
         ProxyTuneError: for anything else.
@@ -52,11 +52,11 @@ def row_seeds(seed: Any, n_rows: int) -> list[int]:
 class Noise:
     """The noise of each row and position.
 
-    Each row's is one stream, read in order of position, of which the last positions are kept: as many as one cycle of
-    drafts looks at.
+    Each row has one stream, read in order of position. The last positions are kept: as many as one cycle of drafts
+    needs.
 
     Args:
-        seeds: one a row.
+        seeds: one per row.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -65,7 +65,7 @@ class Noise:
         self.kept: list[deque[Tensor]] = [deque(maxlen=MAX_DRAFTS + 1) for _ in seeds]
 
     def at(self, row: int, position: int, like: Tensor) -> Tensor:
-        """The noise of one row at one position of its new text, shape = (n_vocab,) as the last of ``like``."""
+        """The noise of one row at one position of its new text, shape = (n_vocab,), the last dimension of ``like``."""
         while self.n_drawn[row] <= position:
             e = torch.empty(like.shape[-1]).exponential_(generator=self.generators[row])
             self.kept[row].append(e.clamp_(min=torch.finfo(e.dtype).tiny).to(like.device))  # 0 / 0 would win a race
@@ -73,7 +73,7 @@ class Noise:
         return self.kept[row][position - self.n_drawn[row]]
 
     def select(self, rows: Sequence[int]) -> None:
-        """Go on with some rows alone."""
+        """Continue with some rows alone."""
         for name in ("generators", "n_drawn", "kept"):
             setattr(self, name, [getattr(self, name)[row] for row in rows])
 
@@ -82,7 +82,7 @@ class Noise:
 
         Args:
             p: distributions, shape = (n_rows, k, n_vocab), float32.
-            positions: of each row, the position that its first distribution is for; the others follow.
+            positions: for each row, the position of its first distribution; the others follow.
         """
         return torch.stack(
             [
@@ -93,10 +93,10 @@ class Noise:
 
 
 class RowSampler(LogitsProcessor):
-    """The same draws in transformers' own greedy loop: scores whose argmax is the draw. Called once a token.
+    """The same draws in transformers' own greedy loop: scores whose argmax is the draw. Called once per token.
 
     Args:
-        seeds: one a row.
+        seeds: one per row.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:

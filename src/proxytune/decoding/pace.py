@@ -1,4 +1,5 @@
-"""How far to draft: a policy that looks at distributions and at the past, never at a draw that may be discarded."""
+"""How many tokens to draft: a policy that looks at distributions and at the past, never at a draw that may be
+discarded."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ Speculate = Literal["auto"] | bool | int
 
 
 def parse_speculate(value: Any) -> Speculate:
-    """``"auto"``, False (off), or a number of drafts from 1 to 12, as it was given; else :class:`ProxyTuneError`."""
+    """Return ``"auto"``, False (off) or a number of drafts from 1 to 12 unchanged; raise :class:`ProxyTuneError` for
+    anything else."""
     if value == "auto" or value is False or (value == 0 and isinstance(value, int)):
         return "auto" if value == "auto" else False
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_DRAFTS:
@@ -30,7 +32,7 @@ def parse_speculate(value: Any) -> Speculate:
 
 @dataclass
 class Estimate:
-    """A running estimate of acceptance: begins at ``prior``, and forgets with a horizon of about 50 drafts."""
+    """A running estimate of acceptance. It starts at ``prior`` and covers about the last 50 drafts."""
 
     prior: float
     weight: float = 4.0
@@ -47,17 +49,17 @@ class Estimate:
 
 
 class Pace:
-    """Decides how far to draft: as long as another draft is expected to bring more than its cost.
+    """Decides how many tokens to draft: as long as another draft is expected to gain more than it costs.
 
-    A first draft is all but free, since its logits are part of the mixture. For each further one the drafting lane
-    must read the last, which it would otherwise do only if all were accepted. That is worth it while the tokens to
-    be gained, at the price that a token has had so far, outweigh it (the marginal value theorem). How likely a draft
-    is to be accepted is learnt, for sure and for unsure drafts separately.
+    The first draft is almost free, since its logits are part of the mixture. For each further one, the drafting lane
+    must read the draft before it, which it would otherwise do only if all were accepted. This pays while the expected
+    tokens, at the average cost of a token so far, are worth more (the marginal value theorem). The probability that a
+    draft is accepted is learned, separately for confident and unconfident drafts.
 
     Nothing here reads a clock: the same seed gives the same drafts, and so the same samples.
     """
 
-    PROBE_EVERY = 24  # steps without drafts after which one is tried again
+    PROBE_EVERY = 24  # after so many steps without drafts, one is tried again
     LEVELS = 8  # of confidence
 
     def __init__(self, speculate: Speculate, costs: Costs, n_batch: int) -> None:
@@ -71,7 +73,7 @@ class Pace:
         self.idle = 0
 
     def resize(self, n_batch: int) -> None:
-        """Go on with fewer rows: what a token costs is theirs."""
+        """Continue with fewer rows, whose tokens have other costs."""
         self.n_batch, self.plain = n_batch, self.costs.cycle(0, 0.0, n_batch)
 
     def chance(self, confidence: float) -> float:
@@ -102,7 +104,8 @@ class Pace:
         return n_drafts < MAX_DRAFTS and self._price(len(chances)) * a * sum(chances) > more
 
     def _price(self, n_growing: int) -> float:
-        """What a token has cost so far, or costs without drafts where that is less: bad drafts make none dear."""
+        """The average cost of a token so far, but at most its cost without drafts: bad drafts must not justify more
+        drafts."""
         return min(self.spent / self.earned, self.plain / n_growing)
 
     @staticmethod
@@ -114,7 +117,7 @@ class Pace:
         return 1 - none
 
     def from_lookup(self, found: int) -> int:
-        """How many of ``found`` looked-up tokens to use: 0 where the drafting lane promises more."""
+        """How many of ``found`` copied tokens to use; 0 if the drafting lane is expected to gain more."""
         if self.fixed is not None or found == 0:
             return 0
         a = self.by_lookup.value
@@ -122,7 +125,7 @@ class Pace:
         return n_drafts if price < self._price(self.n_batch) * self.n_batch else 0
 
     def learn(self, draft: Draft, n_accepted: Sequence[int]) -> None:
-        """Learn from a step: its drafts, and how many of them each growing row accepted."""
+        """Learn from the drafts of a step, and how many of them each growing row accepted."""
         if self.fixed is not None:
             return
         n_drafts = draft.tokens.shape[1]

@@ -1,4 +1,4 @@
-"""From the mixture's logits to tokens: processors, the draw, and what becomes of drafts."""
+"""From the mixture's logits to tokens: processors, draws, and the acceptance of drafts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ __all__ = ["Sampler"]
 class Sampler:
     """Chooses the tokens of one call.
 
-    By rejection, drafts are judged by what they were drawn from; in greedy decoding, and from given noise, by what
-    would stand in their place.
+    Rejection sampling judges drafts by the distribution that they were drawn from. Greedy decoding and given noise
+    compare them with the token that would be chosen without them.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class Sampler:
         """
         Args:
             processors: transformers' logits processors. context_free: whether they look at one row's scores alone.
-            sample: draw, instead of taking the best. noise: what draws are made from; None: torch's generator.
-            remember: keep a step's logits and scores, for callers who want to see them.
-            show_scores: show stopping criteria the scores of all new tokens; only where they are remembered.
+            sample: draw, instead of taking the best token. noise: the source of draws; None: torch's generator.
+            remember: keep the logits and scores of each step, for callers that ask for them.
+            show_scores: give stopping criteria the scores of all new tokens; needs ``remember``.
         """
         self.text, self.context_free, self.plain = text, context_free, not processors
         self.processors = cast(Callable[[Tensor, Tensor], Tensor], processors)  # theirs takes narrower types
@@ -51,7 +51,7 @@ class Sampler:
     def process(self, scores: Tensor, offset: int) -> Tensor:
         """Put scores, (n_batch, k, n_vocab), through the logits processors.
 
-        Position j of a row follows its text and ``offset + j`` drafts, which have been written behind the text.
+        Position j of a row follows its text and ``offset + j`` drafts, which have been written after the text.
         """
         if self.plain:
             return scores
@@ -76,7 +76,7 @@ class Sampler:
         return self.draw(self._weigh(mixed, offset), offset)
 
     def accept(self, drafts: Tensor, q: Tensor | None, mixed: Tensor) -> tuple[Tensor, Tensor]:
-        """How many drafts each row accepts, and what stands in place of the first rejected; both (n_batch,).
+        """How many drafts each row accepts, and the token that replaces the first rejected one; both (n_batch,).
 
         Args:
             drafts: shape = (n_batch, γ). q: what they were drawn from, see :func:`accept_sampled`.
@@ -88,28 +88,29 @@ class Sampler:
         return accept_greedy(drafts, self._race(scores, offset=0))
 
     def _race(self, scores: Tensor, offset: int) -> Tensor:
-        """Scores whose argmax is the choice; each row's first position lies ``offset`` behind its text."""
+        """Scores whose argmax is the choice; each row's first position lies ``offset`` after its text."""
         if self.noise is None:
             return scores
         starts = [length - self.text.n_prompt + offset for length in self.text.length]
         return self.noise.race(scores.softmax(dim=-1), starts)
 
     def _weigh(self, mixed: Tensor, offset: int) -> Tensor:
-        """The mixture after all processors, remembered where the caller of ``generate`` wants to see it."""
+        """The mixture after all processors, kept if the caller of ``generate`` asks for it."""
         if not self.remember:
             return self.process(mixed, offset)
         self.weighed.append((mixed, self.process(mixed.clone(), offset)))
         return self.weighed[-1][1]
 
     def scores_so_far(self, n_tokens: int) -> tuple[Tensor, ...] | None:
-        """What criteria are shown: the scores of each new token, (n_batch, n_vocab), with ``n_tokens`` of this step."""
+        """The scores that criteria get: those of each new token, (n_batch, n_vocab), including ``n_tokens`` of this
+        step."""
         if not self.show_scores:
             return None
         newest = torch.cat([scores for _, scores in self.weighed], dim=1)[:, :n_tokens]
         return (*self.before, *newest.unbind(dim=1))
 
     def settle(self, n_tokens: int) -> tuple[Tensor, Tensor] | None:
-        """End a step: its logits and scores at the positions that became text, (n_batch, n_tokens, n_vocab)."""
+        """End a step; return its logits and scores at the positions that became text, (n_batch, n_tokens, n_vocab)."""
         if not self.remember:
             return None
         logits, scores = (torch.cat(parts, dim=1)[:, :n_tokens] for parts in zip(*self.weighed))
@@ -119,6 +120,6 @@ class Sampler:
         return logits, scores
 
     def select(self, rows: Tensor) -> None:
-        """Go on with some rows of the batch alone."""
+        """Continue with only some rows of the batch."""
         if self.noise is not None:
             self.noise.select(rows.tolist())

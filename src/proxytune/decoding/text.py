@@ -1,7 +1,7 @@
 """The rows of text that a call of generate writes: their tokens, how long they are, and whether they have ended.
 
-Rows that are drafted for grow unequally, and finished ones leave. Where that cannot be (``aligned``), all rows grow by
-one token a step, and finished ones by padding, as in transformers' own loop.
+With drafts, rows grow at different speeds, and finished rows leave. If that is not possible (``aligned``), all rows
+grow by one token per step, finished ones by padding, as in transformers' own loop.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from proxytune.decoding.cost import MAX_DRAFTS
 __all__ = ["Lookup", "Text"]
 
 ScoresSoFar = Callable[[int], tuple[Tensor, ...] | None]
-GROWTH = 512  # columns by which the buffer grows: seldom enough to cost nothing
+GROWTH = 512  # columns by which the buffer grows: rarely enough to cost nothing
 
 
 @dataclass
 class Lookup:
-    """Drafts copied from the text so far: what followed the last tokens when they stood there before (2304.04487)."""
+    """Drafts copied from the text so far: what followed the last tokens at an earlier place (2304.04487)."""
 
     tokens: list[int]
     sizes: tuple[int, ...] = (3, 2)
@@ -32,7 +32,7 @@ class Lookup:
     indexed: int = 0
 
     def find(self, most: int) -> list[int]:
-        """``most`` tokens that may come next, or none. A copy that reaches the end of the text goes on with itself."""
+        """Up to ``most`` tokens that may come next. A copy that reaches the end of the text continues with itself."""
         tokens = self.tokens
         for end in range(self.indexed + 1, len(tokens)):  # the n-gram that ends the text is no place to copy from
             for size in self.sizes:
@@ -49,8 +49,8 @@ class Text:
     """The rows of one call.
 
     Attributes:
-        ids: shape = (n_batch, width or more): each row's text, what drafts stand behind it, and room.
-        length: of each row's text, the prompt included. done: whether it has ended.
+        ids: shape = (n_batch, width or more): each row's text, its drafts, and free room.
+        length: the length of each row's text, with the prompt. done: whether it has ended.
         rows: which of the caller's rows still grow. n_prompt: columns of the prompt.
         aligned: whether rows stay side by side.
     """
@@ -62,7 +62,7 @@ class Text:
         Args:
             prompt: shape = (n_batch, n_prompt), left-padded.
             criteria: transformers' stopping criteria, which say when a row has ended.
-            pad: what rows that have ended are filled with; has_eos: whether they are.
+            pad: the token that fills rows that have ended; has_eos: whether they are filled.
         """
         self.criteria, self.pad, self.has_eos, self.aligned = criteria, pad, has_eos, aligned
         self.n_batch, self.n_prompt = prompt.shape
@@ -85,11 +85,11 @@ class Text:
 
     @property
     def room(self) -> int:
-        """How many drafts the shortest growing row can take, and one token behind them."""
+        """How many drafts the shortest growing row can take, and one token after them."""
         return cast(int, self.criteria.max_length) - min(self.length[row] for row in self.growing) - 1
 
     def make_room(self) -> None:
-        """Let the buffer hold another step, and the drafts that stand in it before they are judged."""
+        """Make room in the buffer for another step, and for its drafts before they are judged."""
         if self.ids.shape[1] < max(self.length) + MAX_DRAFTS + 1:
             self.ids = torch.nn.functional.pad(self.ids, (0, GROWTH), value=self.pad)
 
@@ -100,7 +100,7 @@ class Text:
         return self.ids.gather(1, torch.tensor(self.length, device=self.ids.device)[:, None] - 1)
 
     def write_drafts(self, drafts: Tensor) -> None:
-        """Write drafts, (n_batch, γ), behind the text, where processors will look for them."""
+        """Write drafts, (n_batch, γ), after the text, where processors will look for them."""
         for row, length in enumerate(self.length):
             self.ids[row, length : length + drafts.shape[1]] = drafts[row]
 
@@ -114,14 +114,14 @@ class Text:
         return [(group, length) for length, group in groups.items()]
 
     def append(self, tokens: Tensor, counts: Sequence[int], scores_so_far: ScoresSoFar) -> tuple[list[list[int]], int]:
-        """Append tokens to each row until one of them ends it. The device is waited for once a token and length.
+        """Append tokens to each row until one of them ends it. This waits for the device once per token and length.
 
         Args:
             tokens: shape = (n_batch, k), of which each row takes its first ``counts``.
-            scores_so_far: what stopping criteria are shown besides the text, given how many of the k tokens there are.
+            scores_so_far: gives the scores for the stopping criteria, for a number of the k tokens.
 
         Returns:
-            What each row took, and how many tokens were written to rows that had not ended.
+            The tokens that each row took, and how many tokens were written to rows that had not ended.
         """
         taken: list[list[int]] = [[] for _ in counts]
         n_written = 0
@@ -144,7 +144,7 @@ class Text:
         return taken, n_written
 
     def let_go(self) -> Tensor | None:
-        """Take out the rows that have ended; the indices of those that are left, or None where nothing changes."""
+        """Remove the rows that have ended; return the indices of the others, or None if nothing changes."""
         left = [row for row, done in enumerate(self.done) if not done]
         if len(left) in (0, self.n_batch):
             return None

@@ -117,12 +117,12 @@ class TokenTrace:
 
 
 def json_number(value: float) -> float | None:
-    """A number as JSON has it, six digits after the point; None where it is infinite or undefined."""
+    """A number as JSON has it, six digits after the point; None if it is infinite or undefined."""
     return round(value, DIGITS) if math.isfinite(value) else None
 
 
 class Tracer:
-    """Traces the tokens of one call: it sees what the members gave at each step, and which tokens came of it."""
+    """Traces the tokens of one call: it gets the members' logits at each step, and the tokens that were chosen."""
 
     def __init__(
         self,
@@ -137,17 +137,17 @@ class Tracer:
     ) -> None:
         """
         Args:
-            prompt: the members' logits behind the prompt, and ``mixed``, their mixture, (n_batch, 1, n_vocab) each.
-            members: from all lanes' scores to the members' logits. names: of the experts.
-            top_k: candidates of each distribution. plausibility: see :func:`proxytune.decoding.mixing.mix`.
+            prompt: the members' logits after the prompt, and ``mixed``, their mixture, (n_batch, 1, n_vocab) each.
+            members: gives the members' logits from all lanes' scores. names: the experts' names.
+            top_k: candidates per distribution. plausibility: see :func:`proxytune.decoding.mixing.mix`.
             n_shared: ids below it are in every member's vocabulary.
         """
         self.members, self.names, self.top_k = members, list(names), min(top_k, n_shared)
         self.plausibility, self.n_shared = plausibility, n_shared
-        self.seen = [(prompt, mixed.clone())]  # this step's, position behind position
+        self.seen = [(prompt, mixed.clone())]  # this step's, position after position
 
     def see(self, scores: Sequence[Scores], mixed: Tensor) -> None:
-        """Take all lanes' scores at the next positions of this step, and their mixture."""
+        """Record all lanes' scores at the next positions of this step, and their mixture."""
         self.seen.append((self.members(scores), mixed.clone()))  # logits processors may write on it
 
     def settle(
@@ -158,11 +158,12 @@ class Tracer:
         source: Literal["lane", "lookup"] | None,
         alpha: Tensor,
     ) -> list[list[TokenTrace]]:
-        """End a step: the traces of the tokens that each row took.
+        """End a step; return the traces of the tokens that each row took.
 
         Args:
-            tokens: of each row in the batch, none where it had ended before. counts: how many drafts each accepted.
-            n_drafts, source: of the drafts, see :class:`proxytune.decoding.loop.Step`.
+            tokens: the tokens of each row in the batch; empty if it had ended before. counts: how many drafts each
+                accepted.
+            n_drafts, source: see :class:`proxytune.decoding.loop.Step`.
             alpha: shape = (n_batch, n_experts).
         """
         seen, self.seen = self.seen, []
@@ -198,8 +199,8 @@ class Tracer:
     ) -> list[TokenTrace]:
         """The traces of n_tokens tokens, of any rows and positions.
 
-        Over the whole vocabulary go float operations alone: PyTorch's comparisons that give booleans, and what takes
-        them, cost several times as much on a CPU.
+        Only float operations run over the whole vocabulary. PyTorch's boolean comparisons, and operations on their
+        results, cost several times as much on a CPU.
 
         Args:
             base, mixed, experts: logits, shape = (n_tokens, n_shared) each, float32.
@@ -208,7 +209,7 @@ class Tracer:
         of_base, of_mixed = _Distribution(base), _Distribution(mixed)
         sides = [[None if side is None else side.log_softmax(dim=-1) for side in pair] for pair in experts]
 
-        # Of each distribution the top k; where fewer tokens are possible at all, -1 fills up.
+        # The top k of each distribution; filled with -1 if fewer tokens are possible.
         tops = [top(each, self.top_k) for each in (base, mixed, *(s for pair in sides for s in pair if s is not None))]
         candidates = torch.cat([ids_.where(values > -torch.inf, -1) for values, ids_ in tops], dim=1)
         known = ids < self.n_shared  # a logits processor may force one that not every member has
@@ -304,11 +305,11 @@ class Tracer:
 
 
 class _Distribution:
-    """What logits, (n_tokens, n_shared), give each token.
+    """The probabilities that logits, (n_tokens, n_shared), give each token.
 
     Attributes:
-        p: probabilities. below: the logits minus their largest one, finite. rest: what those are above the
-            log-probabilities, (n_tokens, 1).
+        p: probabilities. below: the logits minus the largest one, finite. rest: ``below`` minus the log-probabilities,
+            (n_tokens, 1).
     """
 
     def __init__(self, logits: Tensor) -> None:
@@ -318,7 +319,7 @@ class _Distribution:
         self.rest = -self.p.amax(dim=-1, keepdim=True).log()
 
     def log_p(self, ids: Tensor) -> Tensor:
-        """Log-probabilities of some ids, of their shape, (n_tokens, n_ids)."""
+        """The log-probabilities of some ids, (n_tokens, n_ids)."""
         return self.logits.gather(1, ids) - self.largest - self.rest
 
     def entropy(self) -> Tensor:
@@ -332,7 +333,7 @@ class _Distribution:
 
 
 def _origin(at: int, n_accepted: int, n_drafts: int, source: Literal["lane", "lookup"] | None) -> Origin:
-    """Of a row's token number ``at`` in a step."""
+    """The origin of a row's token number ``at`` in a step."""
     if at < n_accepted:
         return "copied" if source == "lookup" else "drafted"
     return "corrected" if at < n_drafts else "plain"

@@ -194,7 +194,7 @@ class DemoResult:
         return "\n".join([*found, f"{self.seconds:.0f} s: {parts}."])
 
     def try_next(self) -> list[str]:
-        """Commands that go on from here."""
+        """Commands that continue from here."""
         recipe = self.task.recipe
         example = shlex.quote(
             next(iter(load_recipe(self.place / self.task.folder).examples), self.problems[0].question)

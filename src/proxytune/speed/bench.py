@@ -5,14 +5,14 @@ The arms, all greedy (or all sampling), all with the same prompts and the same n
     base          transformers' own ``generate`` of the base alone
     base_lookup   the same with prompt-lookup drafts (batch 1: transformers has no more), so that text which repeats
                   itself does not count as a gain of ours
-    plain_loop    the reference implementation's loop: three models, three forwards a token
+    plain_loop    the reference implementation's loop: three models, three forwards per token
     composite     the recipe without sharing and without speculation
     shared        the recipe with members of one set of weights in one forward, without speculation
     speculative   the recipe as it is loaded by default, ``speculate="auto"`` unless a number of drafts is asked for
     traced        the same with ``return_trace=True``
 
 A *case* is a batch size, a prompt length and an output length. Its arms warm up and then take turns, round by round, in
-an order that is drawn anew; every round has prompts of its own, the same for all arms. Options of the members (dtype,
+an order that is drawn again; every round has prompts of its own, the same for all arms. Options of the members (dtype,
 packed weights, compiled) are on for every arm or for none.
 """
 
@@ -73,9 +73,9 @@ NEAR_TIE = 1e-3  # float32 logits closer than this may be ordered either way by 
 # -- what comes out -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Agreement:
-    """One steered row of tokens held against the reference's (the plain loop's, where it is measured).
+    """One steered row of tokens compared with the reference's (the plain loop's, where it is measured).
 
-    ``differs_at`` is the first new token that differs, None where all are the same; ``gap`` the difference there of
+    ``differs_at`` is the first new token that differs, None if all are the same; ``gap`` the difference there of
     the mixed logits of the two tokens chosen, ``near_tie`` whether rounding may decide between them.
     """
 
@@ -98,7 +98,7 @@ class BenchResult:
             forward included; ``low`` and ``high`` are the slowest and the fastest round. Ratios are in tokens a second,
             within the same options: more is better. ``ratio_to_untraced``, of the arm traced, is the median over rounds
             of its speed by that of the arm speculative in the same round. ``acceptance`` is the share of drafts that
-            were accepted of those held against the mixture, ``speculation`` all :class:`SpeculationStats`, both over
+            were accepted of those compared with the mixture, ``speculation`` all :class:`SpeculationStats`, both over
             all rounds. ``peak_memory_bytes`` is as the machine's ``memory`` says.
         overheads: what a decoding step of ``generate`` costs beyond the forwards in it: the median over rounds of
             (a step of ``generate``) / (the lanes' bare forwards on the same tokens and caches, without masks, mixing or
@@ -165,7 +165,7 @@ def texts_of_file(path: Path) -> Texts:
 def prompts(texts: Texts, tokenizer: Any, case: Case) -> Tensor:
     """One batch of prompts of exactly ``case.prompt`` tokens, (n_batch, n_prompt).
 
-    Each is as many consecutive texts as it takes, cut at the left, behind the token that the tokenizer begins with.
+    Each is as many consecutive texts as it takes, cut at the left, after the token that the tokenizer begins with.
     """
     bos = tokenizer.bos_token_id
     lead = [bos] if bos is not None and case.prompt > 1 and tokenizer("").input_ids[:1] == [bos] else []
@@ -251,7 +251,7 @@ class Sample:
         tokens: the new ones, (n_batch, n_new).
         memory: bytes that it held at most.
         stats: of the speculative arm.
-        forwards: seconds a step of the bare forwards on its tokens, where they were timed.
+        forwards: seconds per step of the bare forwards on its tokens, where they were timed.
     """
 
     seconds: float
@@ -514,7 +514,7 @@ def run_bench(
         for index, case in enumerate(cases):
             seconds = None
             if settings.budget is not None and (case.lengths, case.batch) != MAIN:
-                # The cheap cases come first and leave what they do not need to the dear ones.
+                # The cheap cases come first and leave what they do not need to the expensive ones.
                 seconds = max(settings.budget - (time.perf_counter() - begin), 0.0) / (len(cases) - index)
                 if warmed * max(case.batch * case.prompt / largest, 1.0) > seconds:
                     result.notes.append(f"{case} is left out: the budget of {settings.budget:.0f} s is used up")

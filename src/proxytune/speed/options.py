@@ -147,7 +147,7 @@ class BenchOptions:
         }
 
     def cases(self) -> list[Case]:
-        """Every batch size with every length pair; the main case first, then the cheap before the dear."""
+        """Every batch size with every length pair; the main case first, then the cheap before the expensive."""
         found = []
         for text in self.lengths:
             prompt, slash, output = text.partition("/")

@@ -42,7 +42,7 @@ PROBE_SECONDS = 10.0
 COLUMNS = (1, 2, 4, 8)  # tokens of a row in the forwards that are timed
 CACHED = 64  # tokens that they find in the cache
 PROBE_TOKENS, PROBE_DRAFTS = 20, 3  # of the calls of `generate` that are timed
-MEASURED_OUTPUT = 32  # new tokens of a bench's row; with fewer it measures the prompt, and is not held against a plan
+MEASURED_OUTPUT = 32  # new tokens of a bench's row; with fewer it measures the prompt, and is not compared with a plan
 
 
 # -- what comes out -------------------------------------------------------------------------------------------
@@ -73,10 +73,10 @@ class Prediction:
     """One batch size at one acceptance. Costs are of one more token of every row; the base alone costs 1.
 
     Attributes:
-        naive: one forward for every member. shared: one for every set of weights. speculative: with ``n_drafts``
-            drafts a cycle, the number that makes it cheapest; 0, and the cost of ``shared``, where drafting cannot pay.
+        naive: one forward for every member. shared: one for every set of weights. speculative: with ``n_drafts`` drafts
+            per cycle, the number that makes it cheapest; 0, and the cost of ``shared``, where drafting cannot pay.
         ratio_to_base, ratio_to_naive: of speculative decoding, in tokens a second; more is better.
-        base_seconds: of one token by the base alone; None where nothing was measured.
+        base_seconds: of one token by the base alone; None if nothing was measured.
     """
 
     batch: int
@@ -370,11 +370,11 @@ def probe(subject: Subject, batches: Sequence[int]) -> dict[int, RecipeCosts]:
     return costs
 
 
-# -- held against a bench -------------------------------------------------------------------------------------
+# -- compared with a bench -------------------------------------------------------------------------------------
 def compare_with_bench(
     costs: Mapping[int, RecipeCosts], subject: Subject, bench: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Hold a probe's costs against the rows of a bench that have the same options and batch sizes.
+    """Compare a probe's costs with the rows of a bench that have the same options and batch sizes.
 
     The speculative row is predicted from the drafts that it had, by kind: how many the text will offer to copy, no
     plan can know.

@@ -19,7 +19,7 @@ __all__ = ["Progress", "Reporting", "Resuming", "Stopping"]
 class Progress:
     """What the run is doing: ``step`` of ``steps``, and after each step its mean loss and learning rate.
 
-    ``validation`` is the validation loss, in nats a token, where it was just measured; ``loss`` is None then.
+    ``validation`` is the validation loss, in nats per token, where it was just measured; ``loss`` is None then.
     """
 
     doing: str

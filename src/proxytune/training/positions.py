@@ -28,7 +28,7 @@ def last_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor
 
 @torch.no_grad()
 def has_plain_head(model: Any) -> bool:
-    """Whether the logits are what the head makes of the last hidden states, with no soft cap or scale behind it."""
+    """Whether the logits are what the head makes of the last hidden states, with no soft cap or scale after it."""
     if model.base_model is model or model.get_output_embeddings() is None:
         return False
     training = model.training
@@ -68,7 +68,7 @@ class TokenMeanTrainer(SFTTrainer):
     validation_tokens: int
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """transformers looks whether all steps are done after each step, so a run that was killed behind its last one
+        """transformers looks whether all steps are done after each step, so a run that was killed after its last one
         would resume with another."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)

@@ -4,7 +4,7 @@
     OUT/expert/              M+: a LoRA adapter on M-, or the whole model
     OUT/training/            arguments.json, logs (TensorBoard), manifest.json; checkpoints while it runs
 
-Everything is written so that a kill at any moment leaves what ``resume`` goes on from. Of several processes
+Everything is written so that a kill at any moment leaves what ``resume`` continues from. Of several processes
 (:mod:`proxytune.processes`) the main one writes.
 """
 
@@ -536,7 +536,7 @@ def make_trainer(run: Run) -> tuple[Any, list[str], dict[str, Any]]:
     from torch.utils.tensorboard import SummaryWriter
 
     checkpoint = run.checkpoint
-    purge = None if checkpoint is None else _step(checkpoint) + 1  # what a killed run logged behind it
+    purge = None if checkpoint is None else _step(checkpoint) + 1  # what a killed run logged after it
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     if is_main():
@@ -606,7 +606,7 @@ def _fit(trainer: Any, run: Run, data: Rows, dataset: Any) -> tuple[Any, list[st
     """Cut TRL's tokenized rows at ``max_length``; say how many, and refuse to lose a whole completion.
 
     (TRL would cut them silently, and drop those of which nothing is left to learn.) Rows are numbered, those of
-    validation behind those of training.
+    validation after those of training.
     """
     notes = []
     validates = data is run.validation
@@ -622,7 +622,7 @@ def _fit(trainer: Any, run: Run, data: Rows, dataset: Any) -> tuple[Any, list[st
             lost.append(place)
         elif max(learned) >= run.shared:
             raise ProxyTuneError(f"{place}: its completion has token {max(learned)}, which not all members have")
-        ended = ended or any(label in ends for label in learned[-2:])  # a template may put a newline behind it
+        ended = ended or any(label in ends for label in learned[-2:])  # a template may put a newline after it
     if lost:
         raise ProxyTuneError(
             f"{lost[0]}: the prompt fills all {longest} tokens, so nothing of the completion would be learned "
@@ -652,7 +652,7 @@ def _with_rows(collate: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 # -- after the training ---------------------------------------------------------------------------------------
 def _validated(state: Any) -> dict[str, Any]:
-    """What the validation losses were, in nats a token, and which checkpoint is kept."""
+    """What the validation losses were, in nats per token, and which checkpoint is kept."""
     losses = [{"step": e["step"], "loss": e["eval_loss"]} for e in state.log_history if "eval_loss" in e]
     best = {"step": state.best_global_step, "loss": state.best_metric}
     return {"losses": losses, "best": best, "stopped_early": state.global_step < state.max_steps}

@@ -3,7 +3,7 @@
 A request says ``extra_args`` (``vllm_xargs`` in the OpenAI API), which hold scalars and flat lists alone:
 
     {"alpha": 0.5}                   for all experts
-    {"alpha": [0.5, 1.0]}            one an expert, in the recipe's order
+    {"alpha": [0.5, 1.0]}            one per expert, in the recipe's order
     {"alpha.math": 0.5}              for one expert by name; others keep the recipe's, or what "alpha" says
 
 The transformers engine takes the same (:func:`proxytune.recipe.alpha.take_alpha`).
