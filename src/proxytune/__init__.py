@@ -1,9 +1,9 @@
 """Steer a language model at decoding time with two small ones (proxy-tuning, 2401.08565).
 
 Importing the package registers recipes with transformers, so that ``AutoModelForCausalLM.from_pretrained`` and
-all that is built on it take a recipe as they take any other model. It does so without importing transformers,
-which takes seconds: the names below are imported when they are asked for, and ``AutoConfig`` learns about recipes
-as soon as somebody else imports it.
+everything built on it load a recipe like any other model. It does this without importing transformers, which takes
+seconds: the names below are imported on first use, and recipes are registered with ``AutoConfig`` as soon as other code
+imports it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for."""
+    """Import a public name on first use."""
     for module, names in _HOME.items():
         if name in names:
             globals()[name] = getattr(importlib.import_module(f"proxytune.{module}"), name)

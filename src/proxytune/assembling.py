@@ -1,4 +1,4 @@
-"""From a recipe, or from members in memory, to the lanes and tokenizers that a composite is made of."""
+"""From a recipe, or from members in memory, to the lanes and tokenizers of a composite."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 def config_of_members(
     base: Any, experts: Sequence[Expert | Mapping[str, Any]], own: Mapping[str, Any]
 ) -> tuple[ProxyTuneConfig, dict[str, Any]]:
-    """The recipe of members that are in memory, on disk or on the hub; and, by name, those in memory.
+    """Make a recipe of members that are in memory, on disk or on the hub; return it, and the members in memory by name.
 
-    ``base`` and ``experts`` are those of ``from_members``; ``own`` are fields of the recipe itself.
+    ``base`` and ``experts`` are arguments of ``from_members``; ``own`` are fields of the recipe itself.
     """
     given: dict[str, Any] = {}
     listed = []
@@ -47,10 +47,10 @@ def config_of_members(
 def load_parts(
     config: ProxyTuneConfig, loading: Loading, given: Mapping[str, Any], tokenizers: dict[str, Any]
 ) -> list[TransformersLane]:
-    """Load all members but those ``given`` in memory, once their vocabularies are known to be the same.
+    """Load all members except those ``given`` in memory, after checking that their vocabularies are the same.
 
-    ``config`` is told the base's config where it does not say it, and ``tokenizers``, by member name, those that the
-    caller did not give.
+    If ``config`` has no config of its base, it gets one. ``tokenizers``, by member name, gets those that the caller did
+    not give.
 
     Raises:
         MemberError, VocabularyError: naming what does not fit.
@@ -77,13 +77,13 @@ def load_parts(
     if config.text_config is None:
         base = next(lane for lane in lanes if any("base" in seat.names for seat in lane.seats))
         config.text_config = copy.deepcopy(base.model.config)
-        config.text_config.name_or_path = ""  # where it lay on this machine is not the recipe's to tell
+        config.text_config.name_or_path = ""  # the recipe must not contain paths of this machine
         config.vocab_size = widths["base"]
     return lanes
 
 
 def _placeholder(value: Any, name: str, given: dict[str, Any], prompt: Any) -> Member | None:
-    """A member for the recipe; a model in memory is put into ``given``."""
+    """A member of the recipe; a model in memory is added to ``given``."""
     if value is None:
         if prompt is not None:
             raise RecipeError(f"a prompt is given for {name}, but no model; name one")
@@ -102,7 +102,7 @@ def _placeholder(value: Any, name: str, given: dict[str, Any], prompt: Any) -> M
 
 
 def loading_of_call(called: Callable[..., Any], config: ProxyTuneConfig, kwargs: dict[str, Any]) -> Loading:
-    """Sort what ``called``, from_pretrained or from_members, was given; an option that nothing reads is an error."""
+    """Sort the arguments of ``called``, from_pretrained or from_members. An option that nothing reads is an error."""
     not_ours = ("_from_auto", "_from_pipeline", "_commit_hash", "trust_remote_code", "adapter_kwargs", "code_revision")
     kwargs = {key: value for key, value in kwargs.items() if value is not None and key not in (*not_ours, *PLACE)}
     loading = Loading(

@@ -41,7 +41,7 @@ class ProxyTunedCache(Cache):
         2
     """
 
-    is_compileable = False  # members are compiled, each for itself; their views say so
+    is_compileable = False  # each member is compiled by itself; its own view says so
 
     def __init__(self, lanes: Sequence[Lane], capacity: int | None = None) -> None:
         """
@@ -60,7 +60,7 @@ class ProxyTunedCache(Cache):
         self.n_batch = self.n_columns = self.prompt_length = 0
 
     def begin(self, n_batch: int) -> None:
-        """Open the lanes' states for ``n_batch`` rows, where nothing has been read yet."""
+        """Open the lanes' states for ``n_batch`` rows, if nothing has been read yet."""
         if not self.states:
             self.states = [lane.open(n_batch, self.capacity) for lane in self.lanes]
             self._show_layers()
@@ -74,7 +74,7 @@ class ProxyTunedCache(Cache):
         self._show_layers()
 
     def _show_layers(self) -> None:
-        """What holds keys and values of transformers' kind shows them, so that its tools find them."""
+        """Make keys and values of transformers' kind visible, so that its tools find them."""
         self.layers = [layer for state in self.states for layer in getattr(state, "layers", [])]
 
     def activate_past_recording(self) -> None:
@@ -95,15 +95,18 @@ class ProxyTunedCache(Cache):
         self.n_columns += tokens_to_remove
 
     def go_on_with(self, read: Sequence[Rows], wanted: Sequence[Rows], prompt_length: int) -> int:
-        """Bring each seat's row of a batch of one from the ids that it has read to all but the last of its new prompt.
+        """Change each seat's row, in a batch of one, from the ids that it has read to its new prompt without the last
+        token.
 
-        What all rows of a lane have in common with their new prompts at the beginning is not read again.
+        The beginning that all rows of a lane have in common with their new prompts is not read again.
 
         Args:
-            read, wanted: of each lane, the ids of each seat's row. prompt_length: of the outer ``input_ids``.
+            read, wanted: for each lane, the ids of each seat's row, old and new.
+            prompt_length: columns of the prompt in ``input_ids``.
 
         Returns:
-            how many tokens of the first lane's first seat were not read again; 0: nothing was done, begin again.
+            How many tokens of the first lane's first seat were not read again; 0: nothing was done, so start with a new
+            cache.
         """
         new, surplus = [], []
         for before, after in zip(read, wanted):
@@ -112,7 +115,7 @@ class ProxyTunedCache(Cache):
             if surplus[-1] >= min(map(len, before)):
                 return 0
             new.append([row[len(old) - surplus[-1] : -1] for old, row in zip(before, after)])
-        # A sliding window has let go of what a row that is moved would need.
+        # A sliding window has dropped columns that a moved row would need.
         if not all(state.forgets for state in self.states) or any(layer.is_sliding for layer in self.layers):
             return 0
         for state, n, rows in zip(self.states, surplus, new):
@@ -131,7 +134,7 @@ class ProxyTunedCache(Cache):
         self.reorder_cache(torch.arange(self.n_batch).repeat_interleave(repeats))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Carry on with these rows, in any number and order."""
+        """Continue with these rows, in any number and order."""
         for state in self.states:
             state.select(beam_idx)
         self.n_batch = len(beam_idx)

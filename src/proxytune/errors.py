@@ -92,15 +92,16 @@ class AlphaError(ProxyTuneError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says first: its first line with text, or its kind."""
+    """The first line with text of another library's error, or its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def unknown_arguments(function: Callable[..., Any], given: Iterable[str], more: Iterable[str] = ()) -> TypeError:
-    """The error for arguments that a function with ``**kwargs`` does not take: the first of them, and what was meant.
+    """The error for arguments that a function with ``**kwargs`` does not take. It names the first one, and a similar
+    name.
 
     Args:
-        function: what was called. given: the names that it does not take. more: names that it takes by ``**kwargs``.
+        function: the function. given: the names that it does not take. more: names that it takes through ``**kwargs``.
     """
     name = min(given)
     named = [each.name for each in inspect.signature(function).parameters.values() if each.kind != each.VAR_KEYWORD]
@@ -110,10 +111,10 @@ def unknown_arguments(function: Callable[..., Any], given: Iterable[str], more: 
 
 
 def need(what: str, extra: str, *packages: str) -> None:
-    """Look whether the packages of an extra are installed, before work begins that would be lost without them.
+    """Check that the packages of an extra are installed, before any work starts.
 
     Raises:
-        ProxyTuneError: with the install command, where one is not.
+        ProxyTuneError: with the install command, if one is missing.
     """
     if missing := [name for name in packages if find_spec(name) is None]:
         raise ProxyTuneError(f"{what} needs {', '.join(missing)}: pip install 'proxytune[{extra}]'")

@@ -1,6 +1,6 @@
-"""``generate`` of a composite: its hooks, and greedy decoding and sampling handed to the loop.
+"""``generate`` of a composite: its hooks, and the call of the loop for greedy decoding and sampling.
 
-Here it is decided whether drafts are possible at all; :mod:`proxytune.decoding` does the rest.
+This module decides whether drafts are possible; :mod:`proxytune.decoding` does the rest.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from proxytune.recipe.prompts import Prompter
 __all__ = ["NO_TRACE", "SpeculationStats", "SteeredGenerationMixin", "TracedOutput", "last_call"]
 
 SPARE_COLUMNS = 64  # of a static cache: rejected drafts, and padding before a row of a batch has been moved
-WORDS = ("alpha", "seed", "speculate")  # words of ours that a generation config may hold, besides "alpha.NAME"
+WORDS = ("alpha", "seed", "speculate")  # our own fields of a generation config, besides "alpha.NAME"
 NO_TRACE = "a trace needs greedy decoding or sampling by generate() with a cache, without beams or an assistant"
-HOPED_FOR = 0.75  # the acceptance, the demo's, at which drafting must pay for "auto" to try it
+HOPED_FOR = 0.75  # "auto" tries drafts if they would pay at this acceptance, which is the demo's
 OF_ONE_MEMBER = ("inputs_embeds", "output_attentions", "output_hidden_states")
 
 
@@ -57,19 +57,19 @@ def _last_calls() -> weakref.WeakKeyDictionary[Any, SpeculationStats]:
 
 
 def last_call(model: Any) -> SpeculationStats:
-    """What the model's last greedy or sampling call in this thread drafted; of all zeros before the first."""
+    """The drafts of the model's last greedy or sampling call in this thread; all zeros before the first call."""
     return _last_calls().get(model) or SpeculationStats()
 
 
 @dataclass
 class SpeculationStats:
-    """What one call of ``generate`` drafted. Counts are of tokens, summed over the rows that were not yet finished.
+    """The drafts of one call of ``generate``. Counts are numbers of tokens, summed over unfinished rows.
 
     Attributes:
-        cycles: passes of M after the prompt's. emitted: new tokens, the prompt's own pass included.
+        cycles: passes of M after the prompt's. emitted: new tokens, including that of the prompt's pass.
         drafted, accepted: tokens that a member drafted, and how many of them were accepted.
-        looked_up, lookups_accepted: the same of drafts copied from the text so far, in ``lookup_cycles`` of the cycles.
-        judged: drafts of both kinds that were compared with the mixture: all but those after a rejected one.
+        looked_up, lookups_accepted: the same for drafts copied from the text, in ``lookup_cycles`` of the cycles.
+        judged: drafts of both kinds that the mixture checked: all but those after a rejected one.
     """
 
     cycles: int = 0
@@ -97,7 +97,7 @@ class SpeculationStats:
 
     @property
     def acceptance(self) -> float | None:
-        """The share of judged drafts that was accepted (the α of 2211.17192), or None if nothing was drafted."""
+        """The share of checked drafts that were accepted (the α of 2211.17192); None if nothing was drafted."""
         return (self.accepted + self.lookups_accepted) / self.judged if self.judged else None
 
 
@@ -122,11 +122,11 @@ class TracedOutput(GenerateDecoderOnlyOutput):
         (['expert'], 'plain')
     """
 
-    # Typed as what it is made with: dataclass fields after those with a default need one too.
+    # None only because dataclass fields after those with a default need one too.
     traces: list[list[TokenTrace]] = None  # type: ignore[assignment]
 
 
-# ---- what drafts may be compared with ---------------------------------------------------------------------------
+# ---- when drafts are possible -------------------------------------------------------------------------------
 def _classes(names: str) -> tuple[type, ...]:
     return tuple(getattr(generation, name) for name in names.split())
 
@@ -136,9 +136,9 @@ CONTEXT_FREE = _classes(
     """EpsilonLogitsWarper EtaLogitsWarper InfNanRemoveLogitsProcessor LogitNormalization MinPLogitsWarper
     SuppressTokensLogitsProcessor TemperatureLogitsWarper TopKLogitsWarper TopPLogitsWarper TypicalLogitsWarper"""
 )
-# Those, and processors and criteria that are functions of one row's text and scores: drafts may ask them about texts
-# that are thrown away, and rows of unequal lengths can be given to them one by one. Anything else (a class of the
-# user's, one with a state, one that counts rows) sees each token once and the whole batch, undrafted.
+# Those, and processors and criteria that are functions of one row's text and scores: drafts may call them with texts
+# that are discarded, and rows of different lengths can be passed one by one. Anything else (a user's class, one with a
+# state, one that counts rows) gets each token once and the whole batch, without drafts.
 ROW_BY_ROW = CONTEXT_FREE + _classes(
     """ExponentialDecayLengthPenalty ForcedEOSTokenLogitsProcessor MinLengthLogitsProcessor
     MinNewTokensLengthLogitsProcessor NoBadWordsLogitsProcessor NoRepeatNGramLogitsProcessor
@@ -148,7 +148,7 @@ ROW_BY_ROW = CONTEXT_FREE + _classes(
 
 
 def _whole_batch(each: Any) -> bool:
-    """Whether a processor or criterion may need all rows of a batch, as far as is known."""
+    """Whether a processor or criterion may need all rows of a batch. True unless it is known not to."""
     return type(each) not in ROW_BY_ROW and not getattr(type(each), "row_by_row", False)
 
 
@@ -159,9 +159,9 @@ def obstacle_of(
     together: str | None,
     speculate: Speculate,
 ) -> str | None:
-    """Why nothing can be drafted in this call, or None; ``together``: why rows must stay side by side.
+    """Why nothing can be drafted in this call, or None. ``together`` says why rows must stay side by side.
 
-    Where no lane can draft, ``"auto"`` still copies drafts from the text.
+    If no lane can draft, ``"auto"`` still copies drafts from the text.
     """
     if model.drafting is None and speculate != "auto":
         return "no member with weights of its own can draft for the base"
@@ -180,7 +180,7 @@ def obstacle_of(
 def together_because(
     cache: ProxyTunedCache, criteria: StoppingCriteriaList, config: GenerationConfig, streamer: BaseStreamer | None
 ) -> str | None:
-    """Why the rows of a batch must stay side by side, those that have ended too; None if they need not."""
+    """Why all rows of a batch must stay side by side, including those that have ended; None if they need not."""
     for each in filter(_whole_batch, criteria):
         return f"{type(each).__name__} needs all rows of a batch at once"
     if streamer is not None:
@@ -198,7 +198,7 @@ def _has_eos(criteria: StoppingCriteriaList) -> bool:
 
 @contextmanager
 def _drafting(cache: ProxyTunedCache, room: int | None) -> Iterator[None]:
-    """Let states expect drafts, which leave room for so many columns; None: no drafts."""
+    """Prepare states for drafts, with room for that many columns; None: no drafts."""
     if room is None:
         yield
         return
@@ -206,15 +206,15 @@ def _drafting(cache: ProxyTunedCache, room: int | None) -> Iterator[None]:
         state.begin_drafts(room)
     try:
         yield
-    finally:  # the cache outlives the call, whatever ends it
+    finally:  # the cache outlives the call, even after an error
         for state in cache.states:
             state.end_drafts()
 
 
 class SteeredGenerationMixin(GenerationMixin):
-    """The hooks of ``generate``: what is asked of it, its cache, and our loop in the place of transformers' own."""
+    """The hooks of ``generate``: its arguments, its cache, and our loop in place of transformers' own."""
 
-    if TYPE_CHECKING:  # what the composite is made of
+    if TYPE_CHECKING:  # the parts of the composite
         config: ProxyTuneConfig
         lanes: Sequence[TransformersLane]
         tokenizer: Any
@@ -401,7 +401,7 @@ class SteeredGenerationMixin(GenerationMixin):
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        """transformers' own, which would take our arguments for the config's where it has fields of their names."""
+        """transformers' own method, which would confuse our arguments with fields of the same names in the config."""
         ours = {name: kwargs.pop(name) for name in WORDS if name in kwargs}
         config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)  # type: ignore[misc]
         for name in _words_of(config):
@@ -427,7 +427,7 @@ class SteeredGenerationMixin(GenerationMixin):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Greedy decoding and sampling: our loop, or transformers' own where ours has no place."""
+        """Greedy decoding and sampling: our loop, or transformers' own for calls that ours does not support."""
         seed = model_kwargs.pop("seed", None)
         seeds = None if seed is None else row_seeds(seed, input_ids.shape[0])
         if seeds is not None and not generation_config.do_sample:
@@ -475,13 +475,13 @@ class SteeredGenerationMixin(GenerationMixin):
         noise: Noise | None,
         trace_top_k: int | None,
     ) -> Any:
-        """Greedy decoding or sampling, with drafts where they pay; what ``generate`` returns.
+        """Greedy decoding or sampling, with drafts where they pay. Returns the result of ``generate``.
 
-        ``model_kwargs`` are what ``generate`` has prepared: the cache, mask, positions, alpha, own prompts. Without
+        ``model_kwargs`` hold what ``generate`` has prepared: the cache, mask, positions, alpha, own prompts. Without
         ``noise`` torch's generator draws, and drafts are accepted by rejection sampling.
 
         Raises:
-            ProxyTuneError: if a number of drafts was asked for that this call cannot have.
+            ProxyTuneError: if the call asks for a number of drafts, but drafts are not possible.
         """
         stats = _last_calls()[self] = SpeculationStats()
         if trace_top_k is not None:
@@ -502,7 +502,7 @@ class SteeredGenerationMixin(GenerationMixin):
             )
         del outputs  # the prompt's logits are large
         n_batch, n_prompt = input_ids.shape
-        limit = cast(int, criteria.max_length)  # without one transformers' own loop runs
+        limit = cast(int, criteria.max_length)  # without a cache transformers' own loop runs
 
         together = together_because(cache, criteria, config, streamer)
         obstacle = obstacle_of(self, cache, processors, together, speculate)
@@ -543,10 +543,10 @@ class SteeredGenerationMixin(GenerationMixin):
         def mixture(scores: Sequence[Scores], alpha: Tensor) -> Tensor:
             return self.mix_lanes([each.values for each in scores], alpha)
 
-        # On the device of the logits: a copy to it at each step would wait for all that the device has still to do.
+        # On the device of the logits: copying it there at each step would wait for all pending work of the device.
         alpha = self.alpha_rows(model_kwargs.get("alpha"), n_batch).to(prompt.device)
-        # Rows that have ended leave, where nothing may look at the whole batch: in static caches no shape may change,
-        # and torch's generator draws for all rows at once.
+        # Rows that have ended leave, if nothing may look at the whole batch. In static caches no shape may change, and
+        # torch's generator draws for all rows at once.
         free = together is None and not any(map(_whole_batch, processors)) and not sampler.rejecting
         leave = cache.capacity is None and (free or not text.aligned)
         steps = decode(prompt, cache.states, mixture, alpha, text, sampler, drafter, leave=leave, tracer=tracer)
@@ -576,7 +576,8 @@ class SteeredGenerationMixin(GenerationMixin):
     def _check_prompts(
         self, input_ids: Tensor, attention_mask: Tensor | None, own: Mapping[str, Tensor] | None
     ) -> None:
-        """Each member can read its prompt: no id beyond its vocabulary, no more tokens than its context."""
+        """Check that each member can read its prompt: every id is in its vocabulary, and the prompt fits its
+        context."""
         for name in self.seats:
             ids, mask = (own[name], None) if own and name in own else (input_ids, attention_mask)
             self._check_ids(name, ids, mask)
@@ -588,7 +589,7 @@ class SteeredGenerationMixin(GenerationMixin):
                 )
 
     def _check_ids(self, name: str, ids: Tensor, mask: Tensor | None) -> None:
-        """Member ``name`` has every id that is not masked."""
+        """Check that member ``name`` has every id that is not masked."""
         width = self.lanes[self.seats[name][0]].n_vocab
         read = ids if mask is None else ids.masked_fill(mask[:, -ids.shape[1] :] == 0, 0)
         if (highest := int(read.max())) >= width or int(read.min()) < 0:
@@ -635,7 +636,7 @@ class SteeredGenerationMixin(GenerationMixin):
             cache.activate_past_recording()
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:  # type: ignore[override]
-        # An assistant is another model: what steers this one means nothing to it.
+        # An assistant is another model, which does not know our arguments.
         ours = (*OURS, "prompt_length", "output_member_logits", "seed", "trace_top_k")
         plain = {key: value for key, value in model_kwargs.items() if key not in ours}
         return super()._get_candidate_generator(*args, model_kwargs=plain, **kwargs)  # type: ignore[misc]
@@ -651,10 +652,10 @@ class SteeredGenerationMixin(GenerationMixin):
 
 
 def refuse_of_one_member(arguments: Mapping[str, Any]) -> None:
-    """Refuse what only one member can take or give.
+    """Refuse arguments that make sense only for one member.
 
     Raises:
-        ProxyTuneError: naming the first of the arguments that is asked for.
+        ProxyTuneError: names the first of these arguments that was given.
     """
     for name in OF_ONE_MEMBER:
         if (value := arguments.get(name)) is not None and value is not False:
@@ -662,11 +663,11 @@ def refuse_of_one_member(arguments: Mapping[str, Any]) -> None:
 
 
 def _words_of(*configs: GenerationConfig | None) -> dict[str, Any]:
-    """What generation configs say in our words, the first of them first: some tools can pass on a config alone."""
+    """Our own fields in generation configs; the first config comes first. (Some tools can pass on only a config.)"""
     found: dict[str, Any] = {}
     for config in filter(None, configs):
         words = {name: value for name, value in vars(config).items() if name in WORDS or name.startswith(NAMED)}
-        if any(name.startswith("alpha") for name in found):  # one config's alphas are not mixed with another's
+        if any(name.startswith("alpha") for name in found):  # alphas of several configs are not combined
             words = {name: value for name, value in words.items() if not name.startswith("alpha")}
         found = {**words, **found}
     return found

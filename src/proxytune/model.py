@@ -1,11 +1,11 @@
 """The transformers composite: a proxy-tuned model is just a model.
 
-Its one hot path is :meth:`ProxyTunedForCausalLM.forward`: each lane (a set of weights) reads its members' rows, and the
-members' logits are mixed. Beams, assistants, lm_eval and training call it; greedy decoding and sampling read the lanes
-in a loop of their own, see :mod:`proxytune.generation_mixin`.
+Its central method is :meth:`ProxyTunedForCausalLM.forward`: each lane (a set of weights) reads its members' rows, and
+the members' logits are mixed. Beams, assistants, lm_eval and training call it. Greedy decoding and sampling read the
+lanes in a loop of their own, see :mod:`proxytune.generation_mixin`.
 
-The outer world sees one sequence: ``input_ids``, as the base reads it. A member with a prompt of its own reads
-``own prompt + continuation``, where the continuation is what follows column ``prompt_length`` of ``input_ids``.
+From outside there is one sequence: ``input_ids``, as the base reads it. A member with a prompt of its own reads ``own
+prompt + continuation``, where the continuation is what follows column ``prompt_length`` of ``input_ids``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ __all__ = ["ProxyTunedForCausalLM", "ProxyTunedOutput"]
 
 logger = logging.getLogger(__name__)
 PUSHED_ALONG = {"commit_message", "private", "revision", "create_pr"}  # by save_pretrained(push_to_hub=True)
-# What transformers' save_pretrained takes besides, and the values that ask for nothing.
+# Further arguments of transformers' save_pretrained, and the values that have no effect.
 SAVED_AS_EVER = {
     "variant": None,
     "distributed_checkpoint": False,
@@ -64,7 +64,7 @@ SAVED_AS_EVER = {
     "save_original_format": True,
     "safe_serialization": True,
 }
-# What transformers hands to a forward besides its own arguments: to the loss, and from generate().
+# Arguments that transformers passes to a forward: for the loss, and from generate().
 PASSED_ALONG = ("num_items_in_batch", "ignore_index", "shift_labels", "tokenizer", "assistant_tokenizer")
 
 
@@ -87,7 +87,7 @@ class ProxyTunedOutput(CausalLMOutputWithPast):
         True
     """
 
-    # Typed as what a call asks for: whoever reads them has asked.
+    # Typed as the value that a call asks for: only callers that asked read it.
     logits: Tensor = None  # type: ignore[assignment]
     past_key_values: ProxyTunedCache | None = None
     member_logits: dict[str, Tensor] = None  # type: ignore[assignment]
@@ -109,7 +109,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
     """
 
     config: ProxyTuneConfig
-    _loading = Loading()  # what from_pretrained was asked: it finds the recipe's tokenizer too
+    _loading = Loading()  # the arguments of from_pretrained, which also find the recipe's tokenizer
     config_class = ProxyTuneConfig
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -126,7 +126,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
     ) -> None:
         if lanes is None:
             raise RecipeError("a recipe has no weights of its own; use from_pretrained or from_members")
-        config = copy.deepcopy(config)  # the caller's is left as it is
+        config = copy.deepcopy(config)  # do not change the caller's
         super().__init__(config)
         self.lanes = cast(Any, nn.ModuleList(lanes))
         self.tokenizers = dict(tokenizers or {})  # member name -> its tokenizer, where one is known
@@ -167,7 +167,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         self.costs = replace(costs, apart=APART_BYTES.get(self.device.type, APART_BYTES["cuda"]))
         self.speculate = parse_speculate(speculate)
         self.unlike_in_pieces = unlike_in_pieces(lanes)
-        self.cache_implementation = "dynamic"  # where a call of generate() does not name one
+        self.cache_implementation = "dynamic"  # used if a call of generate() gives none
         self._is_stateful = any(getattr(lane.model, "_is_stateful", False) for lane in lanes)
         contexts = self.contexts
         self.shortest = min(contexts, key=lambda name: contexts[name] or float("inf"))
@@ -186,7 +186,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         return self._lane_of(name).alone(name)
 
     def context_of(self, name: str) -> int | None:
-        """How many tokens member ``name`` can read, or None if its config sets no limit.
+        """How many tokens member ``name`` can read; None if its config sets no limit.
 
         Raises:
             MemberError: if there is no such member.
@@ -233,11 +233,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
 
     @property
     def speculation_stats(self) -> SpeculationStats:
-        """Of the last greedy or sampling call of :meth:`generate` in this thread."""
+        """The drafts of the last greedy or sampling call of :meth:`generate` in this thread."""
         return last_call(self)
 
     def compile_members(self, how: bool | str = True) -> None:
-        """Compile what members decode with, see lanes.kernels.compile_model; static caches go with it."""
+        """Compile the members' decoding, see lanes.kernels.compile_model. It uses static caches."""
         for lane in self.lanes:
             compile_model(lane.model, how)
             lane.compiled = True
@@ -323,7 +323,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         if seed is not None:
             raise ProxyTuneError("seed is for sampling by generate(), without beams or an assistant; leave it out")
         n_batch, n_columns = input_ids.shape
-        rows = self.alpha_rows(alpha, n_batch)  # before a member reads anything: a bad alpha leaves the cache whole
+        rows = self.alpha_rows(alpha, n_batch)  # first, so that a bad alpha does not change the cache
         if use_cache is None:
             use_cache = not self.training
         if use_cache and past_key_values is None:
@@ -345,7 +345,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             n_shared = n_columns - max(prompt_length - n_cached, 0) + (n_cached < prompt_length)
             logits_to_keep = comparable(logits_to_keep, n_shared)
 
-        logits: list[Tensor] = []  # of each lane, (n_seats * n_batch, n_positions, n_vocab)
+        logits: list[Tensor] = []  # one per lane, (n_seats * n_batch, n_positions, n_vocab)
         if cache is None:
             for lane, (ids, mask) in zip(self.lanes, columns):
                 inputs = self._inputs(lane, ids, mask, position_ids, n_batch)
@@ -379,7 +379,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
     def _inputs(
         self, lane: TransformersLane, ids: Tensor, mask: Tensor | None, positions: Tensor | None, n_batch: int
     ) -> dict[str, Tensor | None]:
-        """What a lane reads in a call without a cache."""
+        """The inputs of a lane in a call without a cache."""
         if mask is not None and reads_its_own(lane):
             positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
         elif positions is not None:
@@ -408,7 +408,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         return {name: self.member_logits(name, lane_logits) for name in self.seats}
 
     def paired(self, logits: Mapping[str, Tensor]) -> Members:
-        """The members' logits as :func:`mix` takes them."""
+        """The members' logits in the form of :func:`mix`'s arguments."""
         names = self.expert_names
         return logits["base"], [(logits.get(f"{name}.expert"), logits.get(f"{name}.anti_expert")) for name in names]
 
@@ -426,7 +426,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         member_attention_mask: Mapping[str, Tensor] | None,
         prompt_length: int | None,
     ) -> tuple[list[tuple[Tensor, Tensor | None]], int]:
-        """The new ids and their mask, as each lane reads them; and where the continuation of own prompts begins."""
+        """The new ids and their mask for each lane, and the column at which the continuation of own prompts begins."""
         if not any(self.own_prompts):
             if member_input_ids:
                 raise PromptError("`member_input_ids` were given, but every member of the recipe reads the raw prompt")
@@ -449,7 +449,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         return [(input_ids, mask)] * len(self.lanes), 0 if cache is None else cache.prompt_length
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
-        """No option is accepted and ignored."""
+        """Refuse options that would have no effect."""
         refuse_of_one_member(kwargs)
         known = (*PASSED_ALONG, *OF_ONE_MEMBER)
         if unknown := [name for name, value in kwargs.items() if value is not None and name not in known]:
@@ -642,7 +642,8 @@ def _same_weights(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> boo
 
 
 def _refuse_positions(position_ids: Tensor, attention_mask: Tensor | None, n_cached: int, n_columns: int) -> None:
-    """After a cache a token's position is the number of tokens before it: what ``generate`` says too."""
+    """Refuse other positions than the default. With a cache, a token's position is the number of tokens before it, as
+    in ``generate``."""
     mask = torch.ones(1, n_cached + n_columns) if attention_mask is None else attention_mask
     mask = mask.to(position_ids.device).long()
     expected = (mask.cumsum(dim=1) - 1)[:, -n_columns:]

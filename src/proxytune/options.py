@@ -1,6 +1,6 @@
-"""How an option is declared: a field of a frozen dataclass, with its help and what a command line needs to know.
+"""How an option is declared: a field of a frozen dataclass, with its help and details for the command line.
 
-The command line (:mod:`proxytune.cli.flags`) is generated from these fields; this module knows nothing of it.
+The command line (:mod:`proxytune.cli.flags`) is generated from these fields. This module does not depend on it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> A
     """A field with its help.
 
     Args:
-        default: left out where the option must be given; a function where it is another each time.
+        default: leave it out if the option is required; a function is called for each default.
         help: what the option does, in a sentence.
         **more: flag (``--name``, or ``--name -n``; the field's name by default; ``--no-…`` switches off what is on),
-            metavar, panel (the heading that it stands under), min, envvar, many (may be given several times), and
-            parse, which makes the field's value of the text that was given, or of the texts.
+            metavar, panel (its heading in the help), min, envvar, many (may be given several times), and parse, which
+            turns the given text or texts into the field's value.
     """
     unknown = more.keys() - {"flag", "metavar", "panel", "min", "envvar", "many", "parse"}
     if unknown:
@@ -32,12 +32,12 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> A
 
 
 def words(text: str) -> tuple[str, ...]:
-    """``a,b``: what stands between the commas."""
+    """``a,b``: the parts between the commas."""
     return tuple(part.strip() for part in text.split(","))
 
 
 def numbers(flag: str, example: str, kind: type = int) -> Callable[[str], tuple[Any, ...]]:
-    """Reads ``1,16``; the ``flag`` and an ``example`` are for the message where that is not what was given."""
+    """A parser for ``1,16``. The ``flag`` and an ``example`` are used in its error message."""
 
     def read(text: str) -> tuple[Any, ...]:
         try:

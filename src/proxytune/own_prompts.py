@@ -1,4 +1,4 @@
-"""Prompts of their own: what members read in place of ``input_ids``, and where the shared continuation begins."""
+"""Members with prompts of their own: what they read, and where the shared continuation begins."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["as_tensors", "comparable", "first_columns", "last_columns", "negativ
 
 
 def reads_its_own(lane: Lane) -> bool:
-    """Whether a lane reads prompts of its own. It does as soon as one of its seats does: its rows must stay aligned."""
+    """Whether a lane reads prompts of its own. It does if any of its seats does, because its rows must stay aligned."""
     return any(seat.prompt.kind != "raw" for seat in lane.seats)
 
 
@@ -28,10 +28,10 @@ def first_columns(
     member_attention_mask: Mapping[str, Tensor] | None,
     prompt_length: int | None,
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """The ids and the mask that each lane reads in a call that begins with own prompts.
+    """The ids and the mask that each lane reads in the first call with own prompts.
 
     A lane with prompts of its own reads (n_rows, n_columns): its members' prompts, and ``input_ids`` from
-    ``prompt_length`` on. Others read what the call gives, (n_batch, n_columns).
+    ``prompt_length`` on. Other lanes read the arguments of the call, (n_batch, n_columns).
     """
     if prompt_length is None or member_input_ids is None:
         raise PromptError(
@@ -75,7 +75,8 @@ def first_columns(
 def last_columns(
     lanes: Sequence[Lane], input_ids: Tensor, member_input_ids: Mapping[str, Tensor]
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """The last column of every prompt, where a cache holds all before it; as :func:`first_columns` gives them."""
+    """The last column of every prompt, for a cache that holds all columns before it; same form as
+    :func:`first_columns`."""
     last = input_ids[:, -1:]
     return [
         (torch.cat([member_input_ids.get(seat.names[0], last)[:, -1:].to(last.device) for seat in lane.seats]), None)
@@ -86,7 +87,7 @@ def last_columns(
 
 
 def comparable(logits_to_keep: int | Tensor, n_positions: int) -> int:
-    """How many positions to compute where members have read different prompts: those of the shared columns."""
+    """How many positions to compute if members have read different prompts: those of the shared columns."""
     if not isinstance(logits_to_keep, int) or logits_to_keep > n_positions:
         raise PromptError(
             f"members have prompts of their own, so only the last {n_positions} positions can be mixed; "
@@ -109,10 +110,10 @@ def as_tensors(
 
 
 def negative_rows(negative: Any, n_batch: int) -> list[Negative] | None:
-    """The negative prompt of each row, of what ``generate`` takes: one for all rows, or a list of one for each.
+    """The negative prompt of each row, from the argument of ``generate``: one for all rows, or a list with one per row.
 
     Raises:
-        PromptError: for another number of them, and what is neither a text nor ids.
+        PromptError: for a list of the wrong length, and for a value that is neither a text nor ids.
     """
     if negative is None:
         return None

@@ -12,7 +12,7 @@ from proxytune.errors import ProxyTuneError
 
 __all__ = ["check_launch", "is_main", "n_processes"]
 
-# What accelerate sets for its ways to share a model out; here every process holds the whole model.
+# Variables that accelerate sets to split a model over processes; here every process holds the whole model.
 SHARED_OUT = {
     "FSDP": "ACCELERATE_USE_FSDP",
     "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
@@ -32,11 +32,11 @@ def is_main() -> bool:
 
 
 def check_launch() -> None:
-    """Refuse what a launcher can ask for and was not tried.
+    """Refuse what a launcher can ask for but was not tested.
 
     Raises:
-        ProxyTuneError: for several machines, for a model that is shared out among processes, and where something else
-            than a launcher has set ``WORLD_SIZE``.
+        ProxyTuneError: for several machines, for a model that is split over processes, and if ``WORLD_SIZE`` was not
+            set by a launcher.
     """
     if n_processes() > 1 and not {"RANK", "LOCAL_RANK"} <= os.environ.keys():
         raise ProxyTuneError(

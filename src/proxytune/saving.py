@@ -1,4 +1,4 @@
-"""A loaded composite written back: its recipe, the weights that lie nowhere else, and the hub."""
+"""Saving a loaded composite: its recipe, the weights that are stored nowhere else, and uploads to the hub."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["push_model", "save_model"]
 
 
 def save_model(model: Any, directory: Path, *, bundle: bool = False, max_shard_size: int | str = "50GB") -> None:
-    """Write a composite's recipe, and the weights that lie nowhere else.
+    """Write a composite's recipe, and the weights that are stored nowhere else.
 
-    A member that was given in memory, or that is or was trained here, is saved under ``directory/members``; the
-    others stay where they are. ``bundle=True`` saves every member there, which makes the directory portable.
+    A member that was given in memory, or that is or was trained here, is saved in ``directory/members``. The others
+    stay where they are. ``bundle=True`` saves every member there, so that the directory works on any machine.
 
     Raises:
         RecipeError: before anything is written, for a member that transformers cannot write.
@@ -54,7 +54,7 @@ def save_model(model: Any, directory: Path, *, bundle: bool = False, max_shard_s
         )
 
     config = model.config.with_members(placed)
-    config.name_or_path = ""  # all paths are said from the new directory: write_recipe moves none
+    config.name_or_path = ""  # all paths already start at the new directory, so write_recipe changes none
     write_recipe(config, directory, tokenizer=model.tokenizer, generation_config=model.generation_config)
 
 
@@ -62,7 +62,7 @@ def _save_lane(
     lane: TransformersLane, model: Any, members: Path, max_shard_size: int | str
 ) -> dict[str, tuple[str, str | None]]:
     """Save one lane's weights and adapters; member name -> (model, adapter), relative to the recipe."""
-    # Named after a member that uses the weights as they are, where there is one.
+    # Named after a member that uses the weights without an adapter, if there is one.
     own = min(lane.seats, key=lambda seat: seat.adapter is not None).names[0]
     target = members / own
     lane.model.generation_config = valid_generation_config(lane.model.generation_config)
@@ -92,10 +92,10 @@ def push_model(
     revision: str | None,
     create_pr: bool,
 ) -> str:
-    """Upload a recipe to the hub with a card that names its members and their licences; the commit's address.
+    """Upload a recipe to the hub with a card that names its members and their licences; return the commit's address.
 
     Raises:
-        RecipeError: if a member lies on this machine only, and is not bundled.
+        RecipeError: if a member exists only on this machine and is not bundled.
     """
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, Path(folder), bundle=bundle)
@@ -107,7 +107,7 @@ def push_model(
                     f"member {name} lies on this machine ({source.path}), where others cannot load it; "
                     "push with bundle=True"
                 )
-        # The card tells of the members as they were named, not of the copies in the bundle.
+        # The card names the original members, not the copies in the bundle.
         model_card(model.config).save(Path(folder) / "README.md")
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -15,15 +15,15 @@ __all__ = ["Table", "markdown", "rendered"]
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its title and what is to be read under it.
+    """A table with its title and its notes.
 
     Attributes:
-        heads: of the columns. A column without any text in its rows is left out.
+        heads: the heads of the columns. A column without any text in its rows is left out.
         rows: cells as text. Columns of numbers are aligned to the right.
         title: printed bold. about: printed after the title.
         bold: which rows are printed bold, from 0.
-        legend: heads and cells that need an explanation -> the explanation; others of it are left out.
-        notes: sentences.
+        legend: head or cell -> its explanation. Entries that the table does not contain are left out.
+        notes: sentences below the table.
     """
 
     heads: Sequence[str]
@@ -44,7 +44,7 @@ class Table:
         return any(cell[0].isdigit() or cell[0] in "+-–" for cell in cells)
 
     def remarks(self) -> list[str]:
-        """The legend of what the table has, and the notes."""
+        """The entries of the legend that the table contains, and the notes."""
         words = {*(self.heads[at] for at in self.columns()), *(cell for row in self.rows for cell in row)}
         return [*(f"{word}: {text}." for word, text in self.legend.items() if word in words), *self.notes]
 
@@ -76,7 +76,7 @@ def _markdown(table: Table) -> str:
 
 
 def rendered(table: Table, width: int) -> RenderableType:
-    """A table for a rich console of so many columns: text is broken between words, numbers are not broken at all."""
+    """A table for a rich console of that width. Text is broken between words; numbers are never broken."""
     from rich import box
     from rich.console import Group
     from rich.table import Table as RichTable
@@ -87,7 +87,7 @@ def rendered(table: Table, width: int) -> RenderableType:
     if table.title:
         parts.append(Text.assemble((table.title, "bold"), table.about))
     if table.rows:
-        gap = 1 if width >= 100 else 0  # besides a column's own blank
+        gap = 1 if width >= 100 else 0  # besides the blanks of a column itself
         shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0), show_edge=False, header_style="bold")
         for at in table.columns():
             head, right = table.heads[at], table.is_numeric(at)

@@ -161,7 +161,7 @@ class Conversation:
                 stop_strings=self._stops(),
                 trace_top_k=TOP_K,
             )[0]
-        except BaseException:  # interrupted in the middle of a forward, some members may have read a token that others have not
+        except BaseException:  # some members may have read a token that others have not
             self._forget()
             raise
         continued = made.tokens[: self.cache.n_columns - len(encoded.ids)]

@@ -1,5 +1,4 @@
-"""How many tokens to draft: a policy that looks at distributions and at the past, never at a draw that may be
-discarded."""
+"""How many tokens to draft, decided from distributions and the past, never from a draw that may be discarded."""
 
 from __future__ import annotations
 
