@@ -62,7 +62,7 @@ def generate(
     top_p: float | None = ...,
     top_k: int | None = ...,
     min_p: float | None = ...,
-    seed: int = ...,
+    seed: int | None = ...,
     batch_size: int = ...,
 ) -> str: ...
 
@@ -81,7 +81,7 @@ def generate(
     top_p: float | None = ...,
     top_k: int | None = ...,
     min_p: float | None = ...,
-    seed: int = ...,
+    seed: int | None = ...,
     batch_size: int = ...,
 ) -> list[str]: ...
 

@@ -1,7 +1,7 @@
 """The command line: ``proxytune new``, ``train``, ``check``, ``generate``, ``chat``, ``serve``, ``demo``, ``eval`` …
 
-Thin on purpose: each command reads its options, calls the module that does the work, and shows what comes back.
-Results go to stdout, everything else to stderr. An expected failure is one sentence, with status 2.
+Kept thin: each command reads its options, calls the module that does the work, and shows the result. Results go to
+stdout, everything else to stderr. An expected failure prints one sentence and exits with status 2.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from proxytune.errors import ProxyTuneError
 
 __all__ = ["COMMANDS", "app", "main"]
 
-# Name -> where its function is, and what the list of commands says of it. A command's module is imported when it runs.
+# Name -> the place of its function, and its line in the list of commands. A command's module is imported when it runs.
 COMMANDS: dict[str, tuple[str, str]] = {
     "new": ("recipes:new", "Make a recipe: a model directory that names its members and how they mix."),
     "presets": ("recipes:presets", "List the recipes that `new --preset` starts from."),
@@ -49,16 +49,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 class Commands(TyperGroup):
-    """The commands, imported when they are asked for. Every foreseen failure is one sentence."""
+    """The commands, each imported on use. Every expected failure prints one sentence."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The options before the command, as the help shows them."""
         return without_types(super().get_params(ctx))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that the words begin with, or an error that names the nearest."""
+        """The command that the words begin with, or an error that names the most similar one."""
         if args and args[0] not in COMMANDS:
-            self.commands = {name: Command(name) for name in COMMANDS}  # what the error looks for names in
+            self.commands = {name: Command(name) for name in COMMANDS}  # the names that the error suggests from
         return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -80,14 +80,14 @@ class Commands(TyperGroup):
         super().format_help(ctx, formatter)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that was asked for."""
+        """Run the command."""
         try:
             value = super().invoke(ctx)
             sys.stdout.flush()  # here, where a full disk can still be reported
             return value
         except ProxyTuneError as error:
             fail(str(error))
-        except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        except BrokenPipeError:  # the reader has closed the pipe, as in `| head`
             drop_stdout()
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
@@ -128,8 +128,8 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line (the entry point ``proxytune``)."""
     for name in LIBRARIES:
-        os.environ.setdefault(name, "error")  # their advice on options that we set ourselves is not the user's concern
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars too; ours replace them
+        os.environ.setdefault(name, "error")  # users need no advice on options that we set ourselves
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also transformers' bars, which ours replace
     app()
 
 

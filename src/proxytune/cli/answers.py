@@ -1,4 +1,4 @@
-"""``proxytune generate``, ``serve`` and ``demo``: prompts answered."""
+"""``proxytune generate``, ``serve`` and ``demo``: commands that answer prompts."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def generate(
     with contextlib.ExitStack() as stack:
         remaining, sink, traces = items, None, None
         if job.output is not None:
-            sink = Output(job.output, items, run, names).read()  # what is finished is not touched
+            sink = Output(job.output, items, run, names).read()  # a finished output is not opened
         if job.trace is not None:
             traces = TraceFile(job.trace, items, traced_run, names).read()
             if sink is not None:
@@ -154,7 +154,7 @@ def generate(
             for_run = None if sink is None else run
             pairs = list(zip(made, answered_items))
             results = [result(item, one, names, for_run) for one, item in pairs]
-            if traces is not None:  # before the results: an answer that is done has its trace
+            if traces is not None:  # before the results, so that every finished answer has its trace
                 new = [(one, item) for one, item in pairs if item.line not in traces.traced]
                 traces.append(
                     [

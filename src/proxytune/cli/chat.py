@@ -1,4 +1,4 @@
-"""``proxytune chat``: a conversation at the terminal, and what its lines that begin with ``/`` do."""
+"""``proxytune chat``: a conversation at the terminal, and its commands, which begin with ``/``."""
 
 from __future__ import annotations
 
@@ -115,13 +115,13 @@ def _chat(
 
 
 def _to_try(example: str) -> str:
-    """An example prompt as it can be copied: one of several lines has these for itself."""
+    """An example prompt in a form that can be copied: a prompt of several lines is shown on lines of its own."""
     return f"try:\n{example}" if "\n" in example else f"try: {example}"
 
 
 # -- the terminal ---------------------------------------------------------------------------------------------
 def _reader(examples: Sequence[str]) -> Callable[[], str]:
-    """Reads what is said next. At a terminal lines can be edited, pasted whole, recalled, and completed by TAB."""
+    """Reads the next message. At a terminal, lines can be edited, pasted, recalled, and completed with TAB."""
     if not sys.stdin.isatty():
         return input
     from platformdirs import user_state_path
@@ -138,7 +138,7 @@ def _reader(examples: Sequence[str]) -> Callable[[], str]:
         event.current_buffer.insert_text("\n")
 
     history: History = InMemoryHistory()
-    with contextlib.suppress(OSError):  # a home that cannot be written keeps no history
+    with contextlib.suppress(OSError):  # no history if the home directory cannot be written
         place = user_state_path("proxytune", ensure_exists=True) / "chat_history"
         place.touch(mode=0o600)
         history = FileHistory(str(place))
@@ -160,7 +160,7 @@ class WordWrap:
         write: takes the text. width: of a line, in cells.
     """
 
-    HELD = 30  # cells of a word that are held back at most: some scripts put no spaces between words
+    HELD = 30  # hold back at most so many cells of a word: some scripts put no spaces between words
 
     def __init__(self, write: Callable[[str], Any], width: int) -> None:
         self.write, self.width = write, width
@@ -202,7 +202,8 @@ class WordWrap:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Within it Ctrl-C makes ``stopped()`` true, so that a forward is never torn; a second one interrupts at once."""
+    """While it is active, Ctrl-C makes ``stopped()`` true, so that a forward is never interrupted. A second Ctrl-C
+    interrupts immediately."""
     asked = False
 
     def ask(number: int, frame: Any) -> None:
@@ -247,10 +248,10 @@ class Talk:
         self.conversation, self.names, self.examples, self.traces = conversation, names, examples, traces
 
     def take(self, line: str) -> None:
-        """Do what one line asks for.
+        """Run one line: a message or a command.
 
         Raises:
-            ProxyTuneError: in one sentence, where it cannot be done; the conversation is as it was then.
+            ProxyTuneError: if it cannot be done; the conversation then does not change.
         """
         if not line.startswith("/"):
             self.answer(line)
@@ -261,7 +262,7 @@ class Talk:
         COMMANDS[word][1](self, rest.strip())
 
     def answer(self, text: str) -> None:
-        """Say ``text`` and show what comes back."""
+        """Send ``text`` and show the answer."""
         with interruptible() as stopped:
             if sys.stdout.isatty():
                 from rich.console import Console
@@ -453,7 +454,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Talk, str], None]]] = {
 
 
 def _value(name: str, text: str) -> Any:
-    """A setting's value, as it was typed."""
+    """The value of a setting, from its text."""
     if text in ("off", "none") and name not in ("seed", "max-new-tokens"):
         return None
     try:
@@ -473,7 +474,7 @@ def _file(rest: str, command: str) -> Path:
 
 @contextlib.contextmanager
 def _as_sentence(path: Path) -> Iterator[None]:
-    """A file that cannot be read or written, told in one sentence."""
+    """Turn errors of reading or writing a file into one sentence."""
     try:
         yield
     except OSError as error:
@@ -481,7 +482,7 @@ def _as_sentence(path: Path) -> Iterator[None]:
 
 
 def _saved(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where it holds anything else."""
+    """The JSON object in a file; empty if the file holds anything else."""
     try:
         found = json.loads(path.read_bytes())
     except ValueError:

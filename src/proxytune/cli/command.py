@@ -1,4 +1,4 @@
-"""A command as typer runs it: old spellings are accepted, and ``--config`` is read as options."""
+"""The class of typer's commands: it accepts old spellings, and reads ``--config`` as options."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Command(TyperCommand):
         return super().parse_args(ctx, words)
 
     def _with_new_spellings(self, ctx: Any, args: list[str]) -> list[str]:
-        """The words with today's names in place of old ones; a notice is printed for each."""
+        """Replace old option names by today's, and print a note for each."""
         options = {flag for each in self.params if _is_option(each) for flag in each.opts}
         file = "--json-file" if "--json-file" in options else "--output"
         now = "results.json in the output directory" if file == "--json-file" else "written by --output FILE"
@@ -62,7 +62,7 @@ class Command(TyperCommand):
                 words[at] = RENAMED[name] + equals + value
                 say(f"note: {name} is now {RENAMED[name]}")
             elif name == "--json" and name in options and file in options:
-                # It took a FILE once. Where a word more was given than the command has arguments, that is the file.
+                # It once took a FILE. If there is one word more than the command has arguments, that word is the file.
                 rest, behind = [*words[:at], *words[at + 1 :]], words[at + 1 : at + 2]
                 if equals or (behind and not behind[0].startswith("-") and self._unused(ctx, rest)):
                     words[at] = file + equals + value
@@ -93,7 +93,7 @@ def flag_of(option: Any) -> str:
 
 
 def option_names(command: Any) -> dict[str, Any]:
-    """The names that a config file knows -> the command's parameters: flags without their dashes, and arguments.
+    """The names in a config file -> the command's parameters: flags without their dashes, and arguments.
 
     An option that the flag ``--no-NAME`` switches off is called NAME, and is true unless it is switched off.
     """
@@ -107,10 +107,10 @@ def option_names(command: Any) -> dict[str, Any]:
 
 
 def _words_of_config(command: Any, path: Path, given: Mapping[str, Any]) -> list[str]:
-    """The options in a config file as words of a command line, without those that are given there already.
+    """The options in a config file as words of a command line, without options that the command line already gives.
 
     Raises:
-        ProxyTuneError: for a file that is no mapping of the command's options, naming what is wrong.
+        ProxyTuneError: if the file is not a mapping of the command's options; it names what is wrong.
         OSError: if the file cannot be read.
     """
     options, arguments = [], []
@@ -143,12 +143,12 @@ def _words_of_config(command: Any, path: Path, given: Mapping[str, Any]) -> list
 
 
 def _is_given(value: Any) -> bool:
-    """Whether the parser found a value; what it says of an argument that is missing depends on its version."""
+    """Whether the parser found a value. The result for a missing argument depends on the parser's version."""
     return isinstance(value, (str, bool)) or (isinstance(value, (list, tuple)) and bool(value))
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
-    """What the file says: YAML, JSON, or what a manifest says under ``config``."""
+    """The options in the file: YAML, JSON, or a manifest's entry ``config``."""
     import yaml
 
     try:
@@ -163,7 +163,7 @@ def _read_config(path: Path) -> Mapping[str, Any]:
 
 
 def _texts(value: Any) -> list[str] | None:
-    """A value as the command line takes it, or None if it is too deep for one."""
+    """A value in the form of the command line; None if it is nested too deeply."""
     named = isinstance(value, Mapping)
     values = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
     if any(isinstance(one, (Mapping, list)) for one in values):

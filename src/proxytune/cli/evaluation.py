@@ -1,4 +1,4 @@
-"""``proxytune tasks``, ``eval``, ``sweep`` and ``score``: answers measured."""
+"""``proxytune tasks``, ``eval``, ``sweep`` and ``score``: commands that measure answers."""
 
 from __future__ import annotations
 
@@ -162,7 +162,8 @@ def sweep(
 
 
 def _harness() -> Any:
-    """The module that evaluates, if all that it needs is installed: the plots too, which come last."""
+    """The module for evaluation, after checking that everything it needs is installed, including matplotlib for the
+    plots."""
     need("evaluating", "eval", "lm_eval", "datasets", "matplotlib")
     from proxytune.evaluation import run
 
@@ -179,7 +180,7 @@ def _run(
     judges: JudgeOptions,
     settings: Settings,
 ) -> Iterator[tuple[ProxyTuneConfig, Path, dict[str, Any]]]:
-    """A run's recipe, where it goes, and how it scores each task and tells what it does."""
+    """A run's recipe, its directory, and its functions for scoring tasks and for progress."""
     from proxytune.evaluation.scoring import CODE, JUDGED, scorer_options
     from proxytune.evaluation.tasks.utils import problems_file
     from proxytune.recipe.store import load_recipe
@@ -199,7 +200,8 @@ def _run(
 
 
 def _end(found: dict[str, Any], place: Path, results: ResultOptions, tables: list[Table]) -> None:
-    """Show the results, where they are, and what was left out: with status 2, or 3 where the same command goes on."""
+    """Show the results, their place, and what was left out. Then the exit status is 2, or 3 if the same command can
+    continue."""
     results.give(found, *tables)
     for left_out in found["left_out"]:
         what = f"{left_out['arm']} is left out of" if left_out["arm"] else "there are no scores of"
@@ -212,7 +214,7 @@ def _end(found: dict[str, Any], place: Path, results: ResultOptions, tables: lis
 
 @contextlib.contextmanager
 def _judged(kept: str) -> Iterator[None]:
-    """A judge that does not answer ends the command with status 3; ``kept`` says what is kept of it, and where."""
+    """End the command with status 3 if a judge does not answer; ``kept`` says what was saved, and where."""
     try:
         yield
     except ProxyTuneError as error:
@@ -286,7 +288,7 @@ def score(
 
 
 def scores_table(result: Scores) -> Table:
-    """A task's figures: the headline with its interval, then the others."""
+    """A table of a task's figures: the main one with its interval, then the others."""
     from proxytune.evaluation.results import LEGEND, metric_text, spread_of
     from proxytune.tables import Table
 

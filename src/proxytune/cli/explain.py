@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["explain", "show_explanation"]
 
-OF_VIEW = ("--html", "--moves", "--quiet", "--verbose")  # they change nothing of the answer
+OF_VIEW = ("--html", "--moves", "--quiet", "--verbose")  # options that do not change the answer
 
 
 def _placed(source: str) -> str:
-    """Refuse what is neither a file nor can be a recipe at once: the modules that load one take seconds to import."""
+    """Refuse a source that is neither a file nor a recipe, before importing modules that take seconds."""
     if os.path.isfile(source):
         return source
     if source.endswith((".json", ".jsonl")) and not os.path.isdir(source):
@@ -93,7 +93,7 @@ def explain(
 
 
 def _read(file: str, number: int | None) -> Explanation:
-    """An answer of a file."""
+    """Read one answer from a file."""
     from proxytune.analysis.reading import read_explanations
 
     answers = read_explanations(Path(file))
@@ -113,7 +113,7 @@ def _made(
     loading: LoadingOptions,
     given: Given,
 ) -> Explanation:
-    """An answer of a recipe; with what the base and the experts answer alone where it becomes a page."""
+    """Make an answer with a recipe. For a page it also has the answers of the base and the experts alone."""
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().rstrip("\n")
     if prompt is None or not prompt.strip():
@@ -142,7 +142,7 @@ def _made(
             why = replace(why, own=own_answers(model, tokenizer, prompt, options, sampling))
     words = [word for flag, words in given.items() if flag not in OF_VIEW for word in words]
     rest = [recipe, prompt]
-    # A prompt that begins with a dash is no option.
+    # A prompt that begins with a dash must not be read as an option.
     command = [*words, "--", *rest] if any(word.startswith("-") for word in rest) else [*rest, *words]
     return replace(why, command=["proxytune", "explain", *command])
 

@@ -1,4 +1,4 @@
-"""From options classes to flags: a command that takes dataclasses whole, as typer takes it.
+"""From options classes to flags: commands take whole dataclasses, and typer gets one parameter per flag.
 
 A parameter that is annotated with an options class is replaced by the class's fields. With
 ``Annotated[Options, only("name", …)]`` only those have flags, and the others have their defaults. A field that is
@@ -24,11 +24,11 @@ __all__ = ["Given", "Settings", "flat", "only"]
 
 
 class Settings(dict[str, Any]):
-    """All that a command was asked, by the names that ``--config`` reads and ``--print-config`` prints."""
+    """All options of a call, by the names that ``--config`` reads and ``--print-config`` prints."""
 
 
 class Given(dict[str, list[str]]):
-    """The options that were given: flag -> the words that give it again."""
+    """The options on the command line: flag -> the words that repeat it."""
 
 
 def only(*names: str) -> frozenset[str]:
@@ -37,7 +37,8 @@ def only(*names: str) -> frozenset[str]:
 
 
 def flat(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with one parameter a flag; when called it makes the options and hands them over whole."""
+    """The command with one parameter per flag. It builds the options objects and passes them to the original
+    command."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {}
     taken: list[inspect.Parameter] = []
@@ -55,7 +56,7 @@ def flat(command: Callable[..., None]) -> Callable[..., None]:
             words = parameter.name
         else:
             taken.append(parameter.replace(annotation=hint, kind=parameter.KEYWORD_ONLY))
-    takes_context = any(each.annotation is typer.Context for each in taken)  # its other options are another program's
+    takes_context = any(each.annotation is typer.Context for each in taken)  # its other options are for another program
     taken += [] if takes_context else [_added("quiet", QUIET), _added("verbose", VERBOSE)]
     if settings or words:
         taken.append(inspect.Parameter("_context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
@@ -105,7 +106,7 @@ def _added(name: str, option: Any, kind: Any = bool, default: Any = False) -> in
 
 
 def _given(context: Any) -> Given:
-    """What the command line said, as :class:`Given`."""
+    """The options on the command line, as :class:`Given`."""
     found = Given()
     for parameter in context.command.params:
         source = context.get_parameter_source(parameter.name)
@@ -117,7 +118,7 @@ def _given(context: Any) -> Given:
 
 
 def _settings(command: Any, given: Mapping[str, Any]) -> Settings:
-    """What was asked, defaults included, as plain values."""
+    """All options, including defaults, as plain values."""
     said = Settings()
     for name, parameter in option_names(command).items():
         value = given.get(parameter.name)
@@ -133,7 +134,8 @@ def _settings(command: Any, given: Mapping[str, Any]) -> Settings:
 def _parameters(
     kind: Any, name: str, shown: frozenset[str] | None = None, outer: Field[Any] | None = None
 ) -> Iterator[inspect.Parameter]:
-    """The flags of an options class; as parameters their names follow ``name``. ``outer`` is the field it is in."""
+    """The flags of an options class. Parameter names begin with ``name``. ``outer`` is the field that holds the
+    class."""
     types = get_type_hints(kind)
     for field in fields(kind):
         if _nested(field, types):
@@ -143,7 +145,7 @@ def _parameters(
 
 
 def _made(kind: Any, name: str, given: dict[str, Any]) -> Any:
-    """The options, of what typer was given for them; what was not given has its default."""
+    """Build the options from typer's values; options that are not given have their defaults."""
     types, values = get_type_hints(kind), {}
     for field in fields(kind):
         own = f"{name}_{field.name}"
@@ -160,12 +162,12 @@ def _nested(field: Field[Any], types: Mapping[str, Any]) -> bool:
 
 
 def _off(field: Field[Any]) -> bool:
-    """Whether the flag switches off what is on."""
+    """Whether the flag switches off something that is on by default."""
     return field.default is True
 
 
 def _parameter(name: str, field: Field[Any], kind: Any, outer: Field[Any] | None) -> inspect.Parameter:
-    """The flag of a field, as a parameter that typer understands."""
+    """The flag of a field, as a parameter for typer."""
     said = dict(field.metadata)
     flags = said.pop("flag", "--" + field.name.replace("_", "-")).split()
     if outer is not None:

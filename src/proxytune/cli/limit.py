@@ -27,10 +27,11 @@ def limit(
 ) -> None:
     """Show which gold answers steering can reach, and where the base cannot say them.
 
-    Gold answers are read token by token, each token after the gold tokens before it. For each token you see whether
-    greedy decoding chooses it at the recipe's alpha, and whether it would at another strength: some factor, from 0 on,
-    on the alphas of all experts. Where no factor reaches a token, the base cannot say it with these experts. This is a
-    bound for exactly these tokens: another wording of the same answer may be within reach.
+    A gold answer is an answer that you consider right. It is read token by token, each token after the gold tokens
+    before it. For each token you see whether greedy decoding chooses it at the recipe's alpha, and whether it would at
+    another strength: some factor, from 0 on, on the alphas of all experts. If no factor reaches a token, the base
+    cannot say it with these experts. This is a bound for exactly these tokens: another wording of the same answer may
+    be within reach.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""``proxytune new``, ``presets`` and ``check``: recipes made, and looked at."""
+"""``proxytune new``, ``presets`` and ``check``: commands that make and check recipes."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def new(
 
 
 def _solved(path: Path) -> list[tuple[str, str]]:
-    """The prompts of a file, each with its answer.
+    """Read the prompts of a file, each with its answer.
 
     Raises:
-        ProxyTuneError: if it cannot be read, or some row is not one prompt and one answer.
+        ProxyTuneError: if the file cannot be read, or a row is not one prompt and one answer.
     """
     if not path.is_file():
         raise ProxyTuneError(f"there is no file {path}")
@@ -167,7 +167,7 @@ def check(
 
 
 def show_report(report: Report, recipe: str, console: Console) -> None:
-    """Print what ``check`` found of ``recipe``: a table of the members, the totals, and what is wrong."""
+    """Print the result of ``check`` for ``recipe``: a table of the members, the totals, and what is wrong."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -175,7 +175,7 @@ def show_report(report: Report, recipe: str, console: Console) -> None:
         console.print(escape(report.description), highlight=False)
     for example in report.examples:
         command = ["proxytune", "generate", recipe, *(["--"] if example.startswith("-") else []), example]
-        write_out(f"try: {shlex.join(command)}\n")  # not wrapped, tabs kept: it is there to be copied
+        write_out(f"try: {shlex.join(command)}\n")  # not wrapped, tabs kept, so that it can be copied
     if report.description or report.examples:
         console.print()
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -206,7 +206,7 @@ def show_report(report: Report, recipe: str, console: Console) -> None:
     if not report.problems:
         memory = f"weights {size(report.weight_bytes)}"
         if report.kv_bytes_per_token is not None:
-            memory += f", cache {size(report.kv_bytes_per_token)} a token"
+            memory += f", cache {size(report.kv_bytes_per_token)} per token"
             if report.context is not None:
                 memory += f" ({size(report.kv_bytes_per_token * report.context)} for the whole context)"
         console.print(f"memory: {memory}", highlight=False)

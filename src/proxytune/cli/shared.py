@@ -1,4 +1,4 @@
-"""What several commands share: arguments of theirs, loading, and how things are shown."""
+"""Code that several commands share: arguments, loading, and output."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ PATIENCE = 30.0  # seconds
 
 
 def _placed(recipe: str) -> str:
-    """Refuse a recipe that is not there at once: the modules that load one take seconds to import."""
+    """Refuse a recipe that does not exist, before importing modules that take seconds."""
     check_place(recipe)
     return recipe
 
@@ -69,7 +69,7 @@ Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe directory,
 
 
 def check_seed(sampling: Sampling, given: Mapping[str, Any]) -> None:
-    """Refuse a seed that nothing draws with, where it is among the ``given`` flags."""
+    """Refuse ``--seed`` among the ``given`` flags if nothing is sampled."""
     if "--seed" in given and sampling.greedy:
         raise ProxyTuneError(
             "these answers are greedy, so --seed would change nothing; sample with --temperature T, or leave --seed out"
@@ -78,7 +78,7 @@ def check_seed(sampling: Sampling, given: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class ResultOptions:
-    """Where a command's results go, besides the tables that it prints."""
+    """Where a command's results go, besides the printed tables."""
 
     json: bool = option(False, "Print one JSON object instead of tables.", panel="Results")
     output: Path | None = option(
@@ -88,7 +88,7 @@ class ResultOptions:
     def __post_init__(self) -> None:
         if self.output is not None:
             there = self.output.exists()
-            self.output.open("a").close()  # now, not after an hour, is when to say that it cannot be written
+            self.output.open("a").close()  # find out now, not after an hour, that it cannot be written
             if not there:
                 self.output.unlink()
 
@@ -110,7 +110,8 @@ _QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 
 @contextlib.contextmanager
 def talking(*, quiet: bool, verbose: bool) -> Iterator[None]:
-    """Within it a command prints results and errors only (``quiet``), or also what libraries report (``verbose``)."""
+    """Set what a command prints: only results and errors (``quiet``), or also the reports of libraries
+    (``verbose``)."""
     before = {name: os.environ.get(name) for name in LIBRARIES}
     if verbose:
         import logging
@@ -138,7 +139,8 @@ def is_quiet() -> bool:
 
 
 def say(message: str) -> None:
-    """Print what is neither a result nor an error, unless --quiet was given; of several processes the main one does."""
+    """Print a message that is neither a result nor an error, unless --quiet was given. With several processes only the
+    main one prints."""
     if is_main() and not _QUIET.get():
         typer.echo(message, err=True)
 
@@ -150,7 +152,7 @@ def complain(message: str) -> None:
 
 def fail(message: str) -> NoReturn:
     """Print an error and leave with status 2."""
-    if not is_main():  # the main process meets the same error and prints it; then the launcher ends this one
+    if not is_main():  # the main process has the same error and prints it; then the launcher ends this process
         time.sleep(PATIENCE)
     complain(message)
     raise typer.Exit(FAILED)
@@ -180,7 +182,7 @@ def number_text(value: float | None) -> str:
 
 
 def drop_stdout() -> None:
-    """Let what is still buffered go nowhere, so that leaving does not fail on it a second time."""
+    """Discard buffered output, so that exiting does not fail on it a second time."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -216,7 +218,7 @@ def read_lines(path: str) -> list[bytes]:
 
 
 def load_model(config: ProxyTuneConfig, loading: LoadingOptions) -> tuple[ProxyTunedForCausalLM, Any]:
-    """The model, and the recipe's tokenizer (the base's where the recipe has none)."""
+    """Load the model and the recipe's tokenizer (the base's if the recipe has none)."""
     from proxytune.answers.text import load
 
     with spinner("loading the members"):
@@ -237,7 +239,7 @@ def spinner(text: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """How many of ``total`` prompts are done; yields a function that adds a number of prompts."""
+    """A bar of the prompts that are done, of ``total``. Yields a function that adds a number of prompts."""
     if not shown or total < 2:
         yield lambda n: None
         return
@@ -261,7 +263,7 @@ def counted_bar() -> Iterator[Callable[[str, int, int], None]]:
 
         def report(what: str, done: int, total: int) -> None:
             nonlocal began, first, of
-            if total != of:  # another job; what an interrupted run has left of it is not counted in the rate
+            if total != of:  # another job; prompts of an interrupted run do not count in the rate
                 began, first, of = time.monotonic(), done, total
             rate = f", {(done - first) / (time.monotonic() - began):.2g}/s" if done > first else ""
             bar(f"{what} {done}/{total}{rate}", done / max(total, 1))
@@ -270,13 +272,13 @@ def counted_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def draws_bars() -> bool:
-    """Whether stderr is a terminal that progress is drawn on, by the main process alone."""
+    """Whether to draw progress: stderr is a terminal, and this is the main process."""
     return is_main() and not _QUIET.get() and sys.stderr.isatty()
 
 
 @contextlib.contextmanager
 def share_bar() -> Iterator[Callable[[str, float], None]]:
-    """A progress bar on stderr, or a line each half minute where that is no terminal.
+    """A progress bar on stderr; if that is not a terminal, a line every half minute.
 
     Yields a function that takes what is being done and the share that is done.
     """
@@ -288,7 +290,7 @@ def share_bar() -> Iterator[Callable[[str, float], None]]:
 
     share, text = TextColumn("{task.percentage:.0f} %"), TextColumn("{task.description}")
     columns = (BarColumn(), share, TimeElapsedColumn(), TimeRemainingColumn(), text)
-    # Never let rich redirect stdout: it carries the results.
+    # Never let rich redirect stdout, which carries the results.
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=True) as bar:
         task, before = bar.add_task("", total=1.0), 0.0
@@ -304,15 +306,15 @@ def share_bar() -> Iterator[Callable[[str, float], None]]:
 
 
 def _lines(every: float = 30.0) -> Callable[[str, float], None]:
-    """Tells what is being done in lines, ``every`` so many seconds."""
+    """Prints progress as lines, one ``every`` so many seconds."""
     began = told = moving = time.monotonic()
-    first: float | None = None  # a run that goes on does not begin at 0
+    first: float | None = None  # a continued run does not begin at 0
 
     def tell(said: str, share: float) -> None:
         nonlocal told, first, moving
         now = time.monotonic()
         first = share if first is None else first
-        if share <= first:  # loading tells nothing of how fast the rest will be
+        if share <= first:  # the time for loading does not predict the rest
             moving = now
         if now - told < every:
             return
@@ -330,17 +332,17 @@ def _duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def resumable(kept: str, *, add: str = "") -> Iterator[None]:
-    """Within it Ctrl-C says that work is kept, and the command that continues with it.
+    """On Ctrl-C, say which work is kept, and which command continues it.
 
     Args:
-        kept: what is kept, and where. add: an option that the command needs in order to go on.
+        kept: what is kept, and where. add: an option that the command needs to continue.
     """
     try:
         yield
     except KeyboardInterrupt:
         words = ["proxytune", *sys.argv[1:], *([add] if add and add not in sys.argv else [])]
         command = f"this command continues from there: {shlex.join(words)}"
-        if n_processes() > 1:  # whose launcher is not known here
+        if n_processes() > 1:  # the launcher's command is not known here
             command = f"the same command with {add} continues from there"
         say(f"interrupted; {kept}, and {command}")
         raise typer.Exit(130) from None

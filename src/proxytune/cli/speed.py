@@ -73,7 +73,7 @@ BENCH_LEGEND = {
 
 
 def bench_tables(result: BenchResult) -> list[Table | str]:
-    """What ``bench`` found: the machine, a table of each case, the overhead, the outputs."""
+    """The results of ``bench`` as tables: the machine, one table per case, the overhead, the outputs."""
     from proxytune.tables import Table
 
     machine = result.machine
@@ -145,7 +145,7 @@ def bench_tables(result: BenchResult) -> list[Table | str]:
 
 
 def _drafts(options: str, of: dict[str, int]) -> str:
-    """How many tokens were drafted, and what became of them."""
+    """A sentence on how many tokens were drafted and accepted."""
     drafted, accepted = of["drafted"] + of["looked_up"], of["accepted"] + of["lookups_accepted"]
     return (
         f"Drafts ({options}): {drafted}, of which {of['drafted']} by an expert and {of['looked_up']} copied from the "
@@ -155,7 +155,7 @@ def _drafts(options: str, of: dict[str, int]) -> str:
 
 
 def _traced(row: dict[str, Any]) -> str:
-    """What tracing costs."""
+    """A sentence on the cost of tracing."""
     return (
         f"Traced ({row['options']}): {row['ratio_to_untraced']:.2f} of the speed without a trace, the median of the "
         "rounds' ratios."
@@ -207,7 +207,8 @@ PLAN_LEGEND = {
 
 
 def plan_tables(plan: Plan) -> list[Table | str]:
-    """What ``plan`` predicts: the sets of weights, memory, the predictions, and what they are compared with."""
+    """The results of ``plan`` as tables: the sets of weights, memory, the predictions, and a comparison with a
+    bench."""
     from proxytune.tables import Table
 
     lanes = Table(

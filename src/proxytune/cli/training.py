@@ -1,4 +1,4 @@
-"""``proxytune train``: its options, and what it shows while it runs."""
+"""``proxytune train``: its options, and its progress."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def train(
 
 
 def _losses(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """How the losses of a run began and ended."""
+    """The first and last losses of a run, in words."""
     if (loss := manifest["loss"]) is not None:
         yield f"loss {loss['first']:.4f} -> {loss['last']:.4f} in {manifest['steps']} steps"
     if (validated := manifest.get("validation")) is not None:
@@ -60,7 +60,7 @@ def _losses(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _shown() -> Iterator[Callable[[Progress], None]]:
-    """A bar on a terminal's stderr; elsewhere a line for each twentieth of the steps."""
+    """A progress bar on stderr; if that is not a terminal, one line per twentieth of the steps."""
     with _quiet_libraries():
         if not draws_bars():
             yield _line
@@ -71,7 +71,7 @@ def _shown() -> Iterator[Callable[[Progress], None]]:
             def report(now: Progress) -> None:
                 for name, loss in (("loss", now.loss), ("validation loss", now.validation)):
                     if loss is not None:
-                        losses[name] = f", {name} {loss:.3f}"  # the last of each stays to be seen
+                        losses[name] = f", {name} {loss:.3f}"  # the last line of each kind stays visible
                 shown = "".join((now.doing, *losses.values())) if now.doing == "training" else now.doing
                 bar(shown, now.step, now.steps)
 
@@ -90,12 +90,12 @@ def _line(now: Progress) -> None:
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """No bars of datasets' own, and none of the libraries' advice on options that we set ourselves."""
+    """Hide the bars of datasets, and the libraries' advice on options that we set ourselves."""
     import warnings
 
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
-        with contextlib.suppress(ImportError):  # what is missing is told by the run
+        with contextlib.suppress(ImportError):  # the run reports what is missing
             from datasets import disable_progress_bars, enable_progress_bars
 
             disable_progress_bars()

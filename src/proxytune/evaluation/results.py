@@ -42,7 +42,7 @@ _SHOWN = {"base_few_shot": "few_shot", "base_many_shot": "many_shot", "base_own_
 LEGEND: Mapping[str, str] = {
     "right": "examples that count as right, of all",
     "p to proxy-tuned": "the chance of a difference as large as this one if there were none, paired by example",
-    "examples/s": "of generating alone",
+    "examples/s": "of generating only, without loading and scoring",
     "nothing_else": "right, and no word before or after the two lines of an answer",
     "valid": "an object of the right form, with any of the options",
     "acc": "of the answers that have a letter",

@@ -1,4 +1,5 @@
-"""``proxytune train``: M+ made from M- with TRL's ``SFTTrainer``, alone or inside the mixture, and a recipe of it."""
+"""``proxytune train``: trains M+ from M- with TRL's ``SFTTrainer``, alone or inside the mixture, and makes a recipe of
+it."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ __all__ = ["Trained", "TrainingOptions", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: the command line only needs to know the options."""
+    """Import a public name on first use: the command line needs only the options."""
     if name in __all__:
         return getattr(importlib.import_module("proxytune.training.run"), name)
     raise AttributeError(f"module 'proxytune.training' has no attribute {name!r}")

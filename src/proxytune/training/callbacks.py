@@ -1,4 +1,4 @@
-"""What is done between the steps of a run: progress, the best checkpoint found again, and stopping early."""
+"""Callbacks between the steps of a run: progress, finding the best checkpoint after a move, and early stopping."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["Progress", "Reporting", "Resuming", "Stopping"]
 
 @dataclass(frozen=True)
 class Progress:
-    """What the run is doing: ``step`` of ``steps``, and after each step its mean loss and learning rate.
+    """The progress of a run: ``step`` of ``steps``, and after each step its mean loss and learning rate.
 
-    ``validation`` is the validation loss, in nats per token, where it was just measured; ``loss`` is None then.
+    ``validation`` is the validation loss, in nats per token, if it was just measured; then ``loss`` is None.
     """
 
     doing: str
@@ -31,7 +31,7 @@ class Progress:
 
 
 class Reporting(TrainerCallback):  # type: ignore[misc]
-    """Reports each step and each validation loss. A loss that is no number ends the run."""
+    """Reports each step and each validation loss. A loss that is not a number ends the run."""
 
     def __init__(self, report: Callable[[Progress], None]) -> None:
         self.report = report
@@ -54,10 +54,11 @@ class Reporting(TrainerCallback):  # type: ignore[misc]
 
 
 class Resuming(TrainerCallback):  # type: ignore[misc]
-    """What transformers takes from a checkpoint, but a resumed run may have otherwise."""
+    """Corrects what transformers takes from a checkpoint, but may differ in a resumed run."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The steps between checkpoints are this command's; the best checkpoint lies where the run lies now."""
+        """Use this command's steps between checkpoints, and look for the best checkpoint in the run's present
+        directory."""
         state.compute_steps(args, state.max_steps)
         if state.best_global_step is None:
             return
@@ -70,9 +71,9 @@ class Resuming(TrainerCallback):  # type: ignore[misc]
 
 
 class Stopping(EarlyStoppingCallback):  # type: ignore[misc]
-    """transformers' early stopping, which leaves no checkpoint where it stops.
+    """transformers' early stopping, but without a checkpoint at the step where it stops.
 
-    A run that is killed after it stopped would go on training from that checkpoint. From the one before, it comes to
+    From such a checkpoint, a run that is killed after stopping would continue training. From the one before, it reaches
     the same evaluation and stops again.
     """
 

@@ -1,13 +1,12 @@
 """The expert trained inside the mixture (Consistent Proxy Tuning, 2407.01155).
 
-Plain training teaches M+ alone; what decodes is ``base + alpha * (expert - anti_expert)``. Here that is what the loss
-is taken of: with y the next token, and only M+ trained,
+Plain training trains M+ by itself, but decoding uses ``base + alpha * (expert - anti_expert)``. Here the loss is that
+of the mixture. With y the next token, and only M+ trained:
 
     loss = -log softmax(base + alpha * (expert - anti_expert))[y]        # summed over the learned positions
 
-Base and anti-expert never change, so what they say of the data can be computed once: their last hidden states at the
-learned positions (much smaller than logits) are kept on disk, and the heads, which are kept in memory, make logits
-of them.
+Base and anti-expert never change, so their outputs can be computed once. Their last hidden states at the learned
+positions (much smaller than logits) are kept on disk. The heads, which stay in memory, turn them into logits.
 """
 
 from __future__ import annotations
@@ -57,8 +56,8 @@ class HiddenStates:
     """Hidden states of the learned positions of all rows, (n_positions, width), in a memory-mapped file.
 
     Args:
-        file: where they lie; made where it is missing.
-        counts: learned positions of each row, which lie one row after another.
+        file: the file with the states; it is created if it is missing.
+        counts: the number of learned positions per row; rows follow one another.
     """
 
     def __init__(self, file: Path, counts: Sequence[int], width: int, dtype: torch.dtype) -> None:
@@ -74,11 +73,11 @@ class HiddenStates:
         self.states = torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(-1, width)
 
     def rows(self, rows: Sequence[int]) -> Tensor:
-        """The states of some rows' positions, one row after another."""
+        """The states of the positions of some rows, one row after another."""
         return torch.cat([self.states[self.offsets[row] : self.offsets[row + 1]] for row in rows])
 
     def fill(self, batches: Sequence[Sequence[int]], compute: Callable[[Sequence[int]], Tensor]) -> Iterator[int]:
-        """Compute every batch of rows that an earlier, killed run has not; yields how many are done."""
+        """Compute every batch of rows that an earlier, killed run has not computed; yields how many are done."""
         done = self.file.with_suffix(".done")
         n_done = int(done.read_text()) if done.exists() else 0
         for number, rows in enumerate(batches[n_done:], start=n_done + 1):
@@ -97,7 +96,7 @@ class Frozen:
     """A frozen member: its hidden states at the learned positions, computed or read, and its head.
 
     Args:
-        model: the member. Its hidden states may be asked for in another way, see ``hidden``.
+        model: the member.
         hidden: from (input_ids, attention_mask) to the last hidden states; the model's own by default.
     """
 
@@ -110,12 +109,12 @@ class Frozen:
 
     @torch.no_grad()
     def hidden(self, input_ids: Tensor, attention_mask: Tensor, learned: Tensor) -> Tensor:
-        """The states where ``learned``, (n_batch, n_columns - 1), says the next token is learned: (n, width)."""
+        """The states at positions whose next token is ``learned``, (n_batch, n_columns - 1): shape (n, width)."""
         states = self._hidden(input_ids, attention_mask)[:, :-1]
         return states[learned.to(states.device)]
 
     def at(self, rows: Sequence[int], input_ids: Tensor, attention_mask: Tensor, learned: Tensor) -> Tensor:
-        """The same, read where they are kept; on the head's device."""
+        """The same states read from the file, on the head's device."""
         if self.kept is None:
             return self.hidden(input_ids, attention_mask, learned)
         return self.kept.rows(rows).to(next(self.head.parameters()).device)
@@ -155,21 +154,21 @@ class ConsistentTrainer(PositionsTrainer):
             self.expert.train(training)
 
     def keep_hidden(self, directory: Path, report: Callable[[str, int, int], None]) -> None:
-        """Compute the frozen members' hidden states of all rows, once, or find them where an earlier run left them.
+        """Compute the frozen members' hidden states for all rows once, or find those of an earlier run.
 
-        Rows of validation are among them. They lie under a hash of the rows and of the member's weights, so that they
-        are never those of others.
+        This includes the rows of validation. The files are named by a hash of the rows and of the member's weights, so
+        that they never belong to other ones.
 
         Args:
-            report: called with the member, and how many batches of how many are done.
+            report: called with the member, the number of finished batches and the number of all batches.
         """
         dataset: Any = self.train_dataset
-        if self.eval_dataset is not None:  # its rows are numbered on from those
+        if self.eval_dataset is not None:  # the numbers of its rows continue those
             dataset = concatenate_datasets([dataset, cast(Any, self.eval_dataset)])
         ids, labels = dataset["input_ids"], dataset["labels"]
         counts = [sum(label != -100 for label in row[1:]) for row in labels]
         size = self.args.per_device_train_batch_size
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # of like length: little padding
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # similar lengths, so little padding
         batches = [order[start : start + size] for start in range(0, len(order), size)]
 
         def compute(frozen: Frozen, rows: Sequence[int]) -> Tensor:
@@ -190,15 +189,16 @@ class ConsistentTrainer(PositionsTrainer):
                 report(frozen.name, done, len(batches))
             frozen.kept = kept
             if frozen.model is not self.expert:
-                frozen.model = None  # its body is needed no more
+                frozen.model = None  # its body is no longer needed
 
     @property
     def kept_dtype(self) -> torch.dtype | None:
-        """The heads multiply in it under mixed precision, so nothing is lost; None for the states' own."""
+        """The dtype in which the heads multiply under mixed precision, so nothing is lost; None for that of the
+        states."""
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision))
 
     def total_loss(self, hidden: Tensor, targets: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """The mixture's; see :class:`PositionsTrainer`."""
+        """The loss of the mixture; see :class:`PositionsTrainer`."""
         rows, learned = inputs["row"].tolist(), inputs["labels"][:, 1:] != -100
         base, anti = (frozen.at(rows, inputs["input_ids"], inputs["attention_mask"], learned) for frozen in self.frozen)
         heads = (self.frozen[0].head, self.expert.get_output_embeddings(), self.frozen[1].head)
@@ -206,7 +206,7 @@ class ConsistentTrainer(PositionsTrainer):
 
 
 def _hash_weights(digest: Any, model: nn.Module) -> None:
-    """Every weight, byte for byte: little work beside one pass over the data.
+    """A hash of every weight, byte for byte: little work compared with one pass over the data.
 
     An adapter's weights are left out: they are turned off in a frozen member.
     """

@@ -1,7 +1,7 @@
-"""Training data: from a file or a data set's name to rows that TRL takes, each one checked, the broken line named.
+"""Training data: from a file or the name of a data set to checked rows for TRL. Errors name the broken line.
 
-TRL's own conventions say what a row is: ``prompt`` and ``completion``, both strings or both lists of messages, or
-``messages`` (``conversations`` with ``from`` and ``value`` too). Columns of another name become those by templates:
+A row follows TRL's conventions: ``prompt`` and ``completion``, both strings or both lists of messages, or ``messages``
+(``conversations`` with ``from`` and ``value`` too). Templates make these columns from columns with other names:
 ``Rows.read("gsm8k.csv", prompt="Question: {question}\\nAnswer:", completion=" {answer}")``.
 """
 
@@ -35,8 +35,8 @@ class Rows:
         kind: ``text`` (prompt and completion are strings), ``chat`` (both are lists of messages) or ``turns``
             (``messages`` in which the assistant speaks more than once).
         rows: ``{"prompt", "completion"}`` or ``{"messages"}`` each, and nothing else.
-        places: where each row stands, for people: ``line 3 of FILE``.
-        sha256: of the file, or, of a data set, of its rows as JSON lines.
+        places: the place of each row in words: ``line 3 of FILE``.
+        sha256: hash of the file; for a data set, of its rows as JSON lines.
     """
 
     source: str
@@ -52,10 +52,10 @@ class Rows:
         """Read a JSONL, JSON, CSV, TSV or Parquet file, or a data set (``NAME`` or ``NAME:CONFIG``) with TRL's columns.
 
         Args:
-            split: of a data set. prompt, completion: templates with column names in braces; both or neither.
+            split: the split of a data set. prompt, completion: templates with column names in braces; both or neither.
 
         Raises:
-            ProxyTuneError: if it cannot be read, is empty, or some row is broken; the row is named.
+            ProxyTuneError: if it cannot be read, is empty, or has a broken row, which the message names.
         """
         if (prompt is None) != (completion is None):
             raise ProxyTuneError("--prompt and --completion go together: give both templates, or neither")
@@ -89,7 +89,7 @@ class Rows:
         """These rows as validation data: in the form of the training rows.
 
         Raises:
-            ProxyTuneError: where they are of another kind, or are the training rows themselves.
+            ProxyTuneError: if they are of another kind, or are the training rows themselves.
         """
         if self.sha256 == training.sha256:
             raise ProxyTuneError("the validation data are the training data; give rows that are not trained on")
@@ -108,7 +108,7 @@ def data_file(source: str) -> Path | None:
     """The file that ``source`` names; None for the name or the folder of a data set.
 
     Raises:
-        ProxyTuneError: where it is plainly a path and nothing lies there.
+        ProxyTuneError: if it is clearly a path but does not exist.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -120,7 +120,8 @@ def data_file(source: str) -> Path | None:
 
 
 def _kind(rows: list[dict[str, Any]]) -> tuple[Kind, list[dict[str, Any]]]:
-    """What the rows are. Where the assistant speaks once, and last, messages are a prompt and a completion."""
+    """The kind of the rows. Messages in which the assistant speaks once, at the end, count as a prompt and a
+    completion."""
     if "messages" not in rows[0]:
         return ("text" if isinstance(rows[0]["prompt"], str) else "chat"), rows
     if any(sum(m["role"] == "assistant" for m in row["messages"]) > 1 for row in rows):
@@ -130,7 +131,7 @@ def _kind(rows: list[dict[str, Any]]) -> tuple[Kind, list[dict[str, Any]]]:
 
 # -- one row --------------------------------------------------------------------------------------------------
 def _row(row: Any, prompt: str | None, completion: str | None) -> tuple[str, dict[str, Any]]:
-    """One row in TRL's columns alone, and which of its forms that is."""
+    """One row with only TRL's columns, and its form."""
     if not isinstance(row, Mapping):
         raise ProxyTuneError("it is not an object with columns")
     row = {name: value for name, value in row.items() if value is not None}
@@ -217,5 +218,5 @@ def _dataset_rows(source: str, split: str) -> list[Any]:
     name, _, config = source.partition(":")
     try:
         return list(load_dataset(name, config or None, split=split))
-    except Exception as error:  # unknown, unreachable, without that split: each raises something of its own
+    except Exception as error:  # an unknown or unreachable data set, or a missing split, raises an error of its own
         raise ProxyTuneError(f"the data set {source!r} cannot be loaded: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""The options of a training run. The defaults are the paper's for its task experts, but for the LoRA."""
+"""The options of a training run. The defaults are those of the paper's task experts, except for the LoRA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from proxytune.training.data import data_file
 
 __all__ = ["TrainingOptions", "has_begun"]
 
-# The headings that the options stand under.
+# The headings of the options in the help.
 _data, _members, _trained, _how, _run = (
     partial(option, panel=panel) for panel in ("Data", "Members", "What is trained", "How", "The run")
 )
@@ -166,7 +166,7 @@ class TrainingOptions:
 
     @property
     def validates(self) -> bool:
-        """Whether there are validation data."""
+        """Whether the options name validation data."""
         return self.validation is not None or self.validation_split is not None
 
     @property
@@ -175,10 +175,10 @@ class TrainingOptions:
         return self.validation or self.data, self.validation_split or "validation"
 
     def check(self, out: Path) -> None:
-        """Look at the data, the members and the directory, as far as that takes no import of seconds.
+        """Check the data, the members and the directory, as far as this needs no slow imports.
 
         Raises:
-            ProxyTuneError: in one sentence, for what cannot be there, and for a directory that is in use.
+            ProxyTuneError: if something does not exist, or the directory is in use.
         """
         self._check_processes()
         data_file(self.data)
@@ -226,6 +226,7 @@ class TrainingOptions:
 
 
 def has_begun(out: Path) -> bool:
-    """Whether there is something to resume: a checkpoint, or what a whole run leaves. Before, options may change."""
+    """Whether there is something to resume: a checkpoint, or the files of a finished run. Before that, options may
+    change."""
     folder = out / "training"
     return any((folder / "checkpoints").glob("checkpoint-*")) or (folder / "manifest.json").exists()

@@ -1,7 +1,7 @@
-"""TRL's trainer, made to project only the positions that are learned, and to weigh them alike in validation.
+"""TRL's trainer, changed to project only the learned positions, and to weight them equally in validation.
 
-On GPUs TRL does that itself. Elsewhere it projects every position through the head, which for a small model with a
-large vocabulary is most of the work; and where answers are short, most of that is thrown away.
+On GPUs TRL does this itself. Elsewhere it projects every position through the head. For a small model with a large
+vocabulary this is most of the work, and with short answers most of it is wasted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHUNK = 1024  # positions whose logits are in memory at once
 
 
 def last_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """What the model's head is given, shape = (n_batch, n_columns, width)."""
+    """The input of the model's head, shape = (n_batch, n_columns, width)."""
     device = model.device
     output = model.base_model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
     return output.last_hidden_state  # type: ignore[no-any-return]
@@ -28,7 +28,7 @@ def last_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor
 
 @torch.no_grad()
 def has_plain_head(model: Any) -> bool:
-    """Whether the logits are what the head makes of the last hidden states, with no soft cap or scale after it."""
+    """Whether the logits are the head's output for the last hidden states, without a soft cap or scale after it."""
     if model.base_model is model or model.get_output_embeddings() is None:
         return False
     training = model.training
@@ -41,12 +41,13 @@ def has_plain_head(model: Any) -> bool:
 
 
 def summed(loss: Callable[..., Tensor], *positions: Tensor) -> Tensor:
-    """``loss`` of all positions, float32, a scalar: ``CHUNK`` at a time, and made again for the gradient.
+    """``loss`` summed over all positions, a float32 scalar. It is computed ``CHUNK`` positions at a time, and again for
+    the gradient.
 
     Args:
-        positions: what ``loss`` takes, each of shape (n_positions, ...).
+        positions: the arguments of ``loss``, each of shape (n_positions, ...).
     """
-    if 0 < len(positions[0]) <= CHUNK:  # all fit at once: nothing needs to be made again
+    if 0 < len(positions[0]) <= CHUNK:  # all fit at once, so nothing is computed twice
         return loss(*positions)
     total = torch.zeros((), device=positions[0].device)
     for start in range(0, len(positions[0]), CHUNK):
@@ -68,19 +69,20 @@ class TokenMeanTrainer(SFTTrainer):
     validation_tokens: int
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """transformers looks whether all steps are done after each step, so a run that was killed after its last one
-        would resume with another."""
+        """transformers checks only after each step whether all steps are done, so a run that was killed after its last
+        step would resume with another one."""
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
-        """The summed loss over the tokens that so many rows have on average: the mean over rows is that over tokens."""
+        """The summed loss divided by the average number of tokens of these rows, so that the mean over rows is the mean
+        over tokens."""
         inputs = self._prepare_inputs(inputs)
         rows: Any = self.eval_dataset
         tokens = len(inputs["labels"]) * self.validation_tokens / len(rows)
-        # A mixture of experts has a loss of balance besides, which is not the text's.
+        # A mixture-of-experts model adds a load-balancing loss, which is not part of the text's loss.
         balanced, self.aux_loss_enabled = self.aux_loss_enabled, False
         try:
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -89,15 +91,15 @@ class TokenMeanTrainer(SFTTrainer):
                 )
         finally:
             self.aux_loss_enabled = balanced
-        return loss / self.accelerator.num_processes, None, None  # TRL multiplies by it, for the mean of gradients
+        return loss / self.accelerator.num_processes, None, None  # TRL multiplies by it, for the mean of the gradients
 
 
 class PositionsTrainer(TokenMeanTrainer):
-    """TRL's trainer with the same loss, of the learned positions alone; for a model with a plain head."""
+    """TRL's trainer with the same loss, but computed only at the learned positions; for a model with a plain head."""
 
     @property
     def expert(self) -> Any:
-        """The transformers model that is trained, without PEFT around it."""
+        """The transformers model that is trained, without PEFT's wrapper."""
         model: Any = self.model
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -108,7 +110,7 @@ class PositionsTrainer(TokenMeanTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The mean loss over the learned positions, of all of them in this optimiser step."""
+        """The mean loss over all learned positions of this optimiser step."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         learned = inputs["labels"][:, 1:] != -100  # (n_batch, n_columns - 1): is the next token learned
         targets = inputs["labels"][:, 1:][learned]
