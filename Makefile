@@ -77,7 +77,7 @@ types: install  ## mypy, strict
 docs: install  ## the pages, warnings are errors
 	$(BIN)/sphinx-build --quiet --fail-on-warning --builder html docs site
 
-linkcheck: install  ## whether the links of the pages to other sites work; needs the network
+linkcheck: install  ## links of the pages to other sites; needs the network, and fails for each site that it cannot reach
 	$(BIN)/sphinx-build --quiet --builder linkcheck docs site/linkcheck
 
 dist: install  ## wheel and sdist, in dist/

@@ -246,7 +246,7 @@ def broken(change):
     [
         (lambda t: t.update(schema="proxytune.trace/9"), "its traces are proxytune.trace/9, and this version"),
         (lambda t: t.update(schema="x"), "object 1 is neither a trace of `generate --trace` nor an OpenAI response"),
-        (lambda t: t.update(alpha={}), "answer 1: its alpha is not a number for each expert"),
+        (lambda t: t.update(alpha={"expert": "1"}), "answer 1: its alpha is not a number for each expert"),
         (lambda t: t.update(prompt=None), "answer 1: its prompt is not a text"),
         (lambda t: t.update(tokens=3), "answer 1: the trace: tokens is not a list"),
         (lambda t: t["tokens"][2].pop("id"), "tokens[2] must have an id (a number from 0)"),

@@ -21,7 +21,7 @@ __all__ = ["Reference", "gold_ids", "read_gold", "read_references"]
 
 @dataclass(frozen=True)
 class Reference:
-    """A prompt and its gold answers; where: its place in a file, for people."""
+    """A prompt and its gold answers; where: its place in a file, in words."""
 
     prompt: str
     completions: tuple[str, ...]
@@ -29,7 +29,7 @@ class Reference:
 
 
 def read_references(lines: Iterable[bytes]) -> tuple[list[Reference], list[str]]:
-    """Read ``{"prompt": TEXT, "completion": TEXT or a list of texts}`` lines; what is broken is named."""
+    """Read ``{"prompt": TEXT, "completion": TEXT or a list of texts}`` lines. Broken lines are returned as messages."""
     references, broken = [], []
     for row in json_rows(lines):
         value = row.value if isinstance(row.value, dict) else {}
@@ -38,19 +38,19 @@ def read_references(lines: Iterable[bytes]) -> tuple[list[Reference], list[str]]
         if row.broken is not None:
             broken.append(f"{row.where}: {row.broken}")
         elif not isinstance(prompt, str) or not prompt.strip():
-            broken.append(f'{row.where}: it has no "prompt" that is a text')
+            broken.append(f'{row.where}: its "prompt" is missing or is not a text')
         elif not texts or not all(isinstance(text, str) and text for text in texts):
-            broken.append(f'{row.where}: it has no "completion" that is a text, or a list of texts')
+            broken.append(f'{row.where}: its "completion" is missing, or is neither a text nor a list of texts')
         else:
             references.append(Reference(prompt, texts, row.where))
     return references, broken
 
 
 def gold_ids(tokenizer: Any, encoded: Encoded, text: str) -> list[int]:
-    """The ids of a gold answer behind a prompt, encoded apart from it, without an end token.
+    """The ids of a gold answer, encoded separately from its prompt, without an end token.
 
     Raises:
-        ProxyTuneError: for a text without a token, and for one that no member has room for.
+        ProxyTuneError: for a text without a token, and for one that does not fit the members' contexts.
     """
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
@@ -65,7 +65,7 @@ def read_gold(model: ProxyTunedForCausalLM, encoded: Encoded, ids: Sequence[int]
     """Every member's logits at the places of gold ``ids``, (1, n_tokens, n_vocab) each, from one pass of each.
 
     Args:
-        encoded: the prompt. ids: of the gold answer, at least one; each is read behind those before it.
+        encoded: the prompt. ids: the gold answer, at least one id; each is read after those before it.
     """
     read = torch.tensor([[*encoded.ids, *ids[:-1]]], device=model.device)
     own = {name: torch.tensor([row], device=model.device) for name, row in encoded.own.items()}

@@ -11,17 +11,17 @@ __all__ = ["cache_root", "demo_recipe", "materialize", "run_demo", "word_problem
 
 
 def demo_recipe(cache_dir: Path | None = None) -> Path:
-    """The directory of the embedded recipe ``demo``, its members beside it; made in the cache on first use."""
+    """The directory of the embedded recipe ``demo``, beside its members. It is made in the cache on first use."""
     return materialize(cache_dir) / FACTS.recipe
 
 
 def word_problems_recipe(cache_dir: Path | None = None) -> Path:
-    """The same of the embedded recipe ``demo-word-problems``: the same base and anti-expert, and another expert."""
+    """The directory of the embedded recipe ``demo-word-problems``: same base and anti-expert, another expert."""
     return materialize(cache_dir) / WORD_PROBLEMS.recipe
 
 
 def __getattr__(name: str) -> Any:
-    """``run_demo``, imported when it is asked for: it needs torch's and rich's weight."""
+    """Import ``run_demo`` on first use, because it imports torch and rich."""
     if name == "run_demo":
         from proxytune.demo.run import run_demo
 

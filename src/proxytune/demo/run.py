@@ -1,8 +1,8 @@
 """The demo: an evaluation of held-out problems, shown live.
 
-The arms, their greedy answers, the counts, intervals and tests are those of ``proxytune eval`` for the same task. What
-is the demo's own: some problems are shown with their answers side by side, the table grows, and it ends when the
-evidence suffices or a minute is over. Within the minute, a control that is clear already is not asked any further.
+The arms, their greedy answers, the counts, intervals and tests are those of ``proxytune eval`` for the same task. In
+addition the demo shows some problems with their answers side by side, and a growing table. It ends when the evidence is
+clear or a minute is over. Within the minute, a control whose result is already clear gets no more problems.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["DemoResult", "run_demo"]
 
 SECONDS = 60.0
 CLEAR = 20.0  # the e-value at which two arms differ at the level of 5 %
-FIRST, BATCH, SMALLEST = 8, 32, 4  # problems at once: the first (there is soon something to see), at most, at least
+FIRST, BATCH, SMALLEST = 8, 32, 4  # problems per batch: the first (small, to show something soon), at most, at least
 LEGEND = {
     "and nothing else": WORDS["nothing_else"],
     "won : lost": "problems that only the proxy-tuned base has right, and that only this arm has right",
@@ -55,9 +55,9 @@ class Comparison(NamedTuple):
     """The proxy-tuned base against another arm.
 
     Attributes:
-        won, lost: problems that only the proxy-tuned base solved, and that only the other arm did.
-        p: McNemar's, which holds where the number of problems was given and not where the minute chose it.
-        e: the highest e-value so far, which holds whenever one stops.
+        won, lost: problems that only the proxy-tuned base solved, and that only the other arm solved.
+        p: McNemar's p. It is valid if the number of problems was given, but not if the minute determined it.
+        e: the highest e-value so far. It is valid whenever the run stops.
     """
 
     arm: str
@@ -72,9 +72,9 @@ class DemoResult:
     """Every arm's predictions, each list in the order of the problems.
 
     Attributes:
-        asked: how many problems were asked for, or all of them; None: what fits a minute.
-        place: where the models are.
-        parts: what was done -> for how many seconds. seconds: of all.
+        asked: the number of problems that was asked for, or all; None: what fits a minute.
+        place: the directory of the models.
+        parts: activity -> seconds. seconds: in total.
     """
 
     task: DemoTask
@@ -91,12 +91,12 @@ class DemoResult:
 
     @property
     def timed(self) -> bool:
-        """Whether it ends with the minute, or when the evidence suffices."""
+        """Whether the run ends with the minute, or when the evidence is clear."""
         return self.asked is None
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the seconds that are spent within as those of a part."""
+        """Count the seconds spent inside as those of a part."""
         began = time.monotonic()
         yield
         self.parts[name] = self.parts.get(name, 0.0) + time.monotonic() - began
@@ -107,12 +107,12 @@ class DemoResult:
         return len(self.lines["proxy_tuned"])
 
     def asked_next(self) -> list[str]:
-        """The arms that are asked further problems: in the minute a control is not, once it is clear."""
+        """The arms that get further problems. Within the minute, a control gets none once its result is clear."""
         left_out = set(self.clear()) - set(SIDE_BY_SIDE) if self.timed else ()
         return [arm for arm in self.lines if arm not in left_out]
 
     def scores(self) -> dict[str, Any]:
-        """What results.json of an evaluation says of the task."""
+        """The scores in the form of an evaluation's results.json."""
         return task_results(self.task.plan(()).name, self.lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class DemoResult:
         }
 
     def right(self, arm: str, rule: Callable[[str, Any], bool] | None = None) -> list[bool]:
-        """Whether each answer of an arm is right, by the task's rule or another."""
+        """Whether each answer of an arm is right, by the task's rule or by another one."""
         rule = rule or self.task.is_correct
         return [rule(str(line["model_output"]), of) for line, of in zip(self.lines[arm], self.problems)]
 
@@ -140,7 +140,7 @@ class DemoResult:
         return self.right(arm, self.task.is_exact)
 
     def comparisons(self) -> list[Comparison]:
-        """The proxy-tuned base against every other arm, on the problems that both have answered."""
+        """Comparisons of the proxy-tuned base with every other arm, on the problems that both have answered."""
 
         def against(arm: str, right: Callable[[str], list[bool]], name: str = "") -> Comparison:
             both = right("proxy_tuned"), right(arm)
@@ -153,16 +153,16 @@ class DemoResult:
         return found
 
     def clear(self) -> list[str]:
-        """The arms that have been found to be clearly apart from the proxy-tuned base."""
+        """The arms that clearly differ from the proxy-tuned base."""
         return [of.arm for of in self.comparisons() if of.e >= CLEAR]
 
     def unclear(self) -> list[str]:
-        """The arms that have not."""
+        """The arms that do not clearly differ from it."""
         return [of.arm for of in self.comparisons() if of.arm in self.lines and of.e < CLEAR]
 
     # -- what is shown at the end ---------------------------------------------------------------------------
     def table(self) -> Table:
-        """The counts, and how far they tell the arms apart."""
+        """The table of counts and comparisons."""
         against = {of.arm: of for of in self.comparisons()}
         heads = ["arm", "right", "95 % interval", "and nothing else", "won : lost", "e"]
         rows = []
@@ -177,7 +177,7 @@ class DemoResult:
         return Table(heads, rows, self.task.name, about, bold, LEGEND)
 
     def notes(self) -> str:
-        """What the counts do not tell, and where the time went."""
+        """Notes on what the counts do not show, and on the time."""
         found = []
         if unclear := self.unclear():
             whole = not isinstance(self.asked, int) and self.n_answered == len(self.problems)
@@ -194,7 +194,7 @@ class DemoResult:
         return "\n".join([*found, f"{self.seconds:.0f} s: {parts}."])
 
     def try_next(self) -> list[str]:
-        """Commands that continue from here."""
+        """Commands to try next."""
         recipe = self.task.recipe
         example = shlex.quote(
             next(iter(load_recipe(self.place / self.task.folder).examples), self.problems[0].question)
@@ -220,7 +220,7 @@ def _evidence(value: float) -> str:
 
 
 def answers(arm: Arm, plan: TaskPlan, batch: slice, read: dict[str, Any]) -> list[dict[str, Any]]:
-    """An arm's predictions for some of the problems, in their order; ``read``: of arms that are shown the same."""
+    """An arm's predictions for some of the problems, in order. ``read`` holds caches of arms with the same prompts."""
     shots = shots_of(arm.name)
     jobs = plan.jobs[shots][batch]
     shared = read if shots == "raw" and arm.name not in ALONE else None
@@ -243,14 +243,14 @@ def run_demo(
     """Show proxy-tuning at work on held-out problems, and count.
 
     Args:
-        problems: the first so many, or all of the task's set; by default until the evidence suffices, see
-            :func:`proxytune.evaluation.statistics.e_value`, for a minute at most, loading included.
-        seed: of the problems and their order.
-        json_path: where the counts go, after every batch.
-        console: where progress and some answers are shown; the tables are the caller's to print.
+        problems: the first so many, or all of the task's set. By default the run ends when the evidence is clear (see
+            :func:`proxytune.evaluation.statistics.e_value`), at the latest after a minute, loading included.
+        seed: for the problems and their order.
+        json_path: a file for the counts, written after every batch.
+        console: shows progress and some answers. The caller prints the tables.
         cache_dir, assets: see :func:`proxytune.demo.materialize`.
-        split: of the problems.
-        began: when the minute began, by ``time.monotonic()``; by default now.
+        split: the split of the problems.
+        began: the start of the minute, by ``time.monotonic()``; by default now.
 
     Raises:
         ProxyTuneError: if a file cannot be written, the task has fewer problems, or the base model is not installed.
@@ -259,7 +259,7 @@ def run_demo(
     console = console or Console(highlight=False)
     result = DemoResult(task, task.choose(split, problems if isinstance(problems, int) else None, seed), seed, problems)
     result.parts["imports"] = now - began
-    _save(result, json_path)  # an unwritable place is found before the work, not after it
+    _save(result, json_path)  # find out before the work that the file cannot be written
 
     with quiet_transformers():
         with console.status("Unpacking the models (only the first time takes long)"), result.part("unpacking"):
@@ -285,7 +285,7 @@ def run_demo(
                         lines[name] = answers(arms[name], plan, batch, read)
                     if set(lines) == set(SIDE_BY_SIDE):
                         console.print(_side_by_side(result, plan, arms["proxy_tuned"], batch, lines, console))
-                for name, new in lines.items():  # all at once: every count is of the same problems
+                for name, new in lines.items():  # all at once, so that all counts are over the same problems
                     result.lines[name] += new
                 result.seconds = time.monotonic() - began
                 _save(result, json_path)
@@ -296,7 +296,7 @@ def run_demo(
 
 
 def _batches(result: DemoResult, began: float) -> Iterator[slice]:
-    """Which problems are asked together; in the minute as many as are likely to end within it."""
+    """Which problems are asked together. Within the minute: as many as will probably be done in time."""
     at, size = 0, FIRST
     while size := min(size, len(result.problems) - at):
         start = time.monotonic()
@@ -319,7 +319,7 @@ def _counts(result: DemoResult, width: int) -> list[RenderableType]:
 
 @torch.inference_mode()
 def steered_tokens(arm: Arm, contexts: Sequence[str], texts: Sequence[str]) -> list[list[tuple[str, bool]]]:
-    """The tokens of proxy-tuned answers, each with whether the base alone would have chosen another."""
+    """The tokens of proxy-tuned answers, each with a flag whether the base alone would have chosen another one."""
     prompts, written = ([arm.tokenizer(text).input_ids for text in each] for each in (contexts, texts))
     rows = [prompt + answer for prompt, answer in zip(prompts, written)]
     width = max(map(len, rows))
@@ -370,7 +370,7 @@ def _side_by_side(
 
 
 def _on_one_line(text: Text) -> Text:
-    """A text without blanks around it, its line ends shown as a sign."""
+    """A text without blanks around it, with a sign for each line end."""
     lines = [line for line in text.split("\n") if line.plain.strip()]
     joined = Text.assemble((" ⏎ ", "dim")).join(lines)
     return (

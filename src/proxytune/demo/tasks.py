@@ -1,4 +1,4 @@
-"""What the demo asks: its tasks, each with problems, prompts, arms and the rule for a right answer."""
+"""The tasks of the demo, each with problems, prompts, arms and the rule for a right answer."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ __all__ = ["FACTS", "TASKS", "WORD_PROBLEMS", "DemoTask", "plan_of", "plan_of_fa
 
 @dataclass(frozen=True)
 class DemoTask:
-    """One thing that the demo shows.
+    """One task of the demo.
 
     Attributes:
-        name: of ``--task``. recipe: the one that steers, as commands know it.
-        folder: the recipe's, in what :func:`proxytune.demo.materialize` makes.
-        problems: (split, how many or None for the whole set, seed) -> the problems. Each has its ``question``, and a
-            ``completion``, of which the last line counts.
-        plan: of problems, for the arms.
-        minute: the arms that are shown where no number of problems is given. arms: all of them.
+        name: the name for ``--task``. recipe: the recipe's name for commands.
+        folder: the recipe's folder in the directory that :func:`proxytune.demo.materialize` makes.
+        problems: (split, number or None for the whole set, seed) -> the problems. Each has a ``question`` and a
+            ``completion``, whose last line counts.
+        plan: makes the plan for the arms from problems.
+        minute: the arms that are used if no number of problems is given. arms: all arms.
         is_correct: whether a text answers a problem.
-        is_exact: the stricter question, where there is one: right, and nothing else.
-        titles: arm -> its title, where :data:`proxytune.evaluation.results.ARMS` is too general.
+        is_exact: the stricter rule, if there is one: right, and nothing else.
+        titles: arm -> its title, if that in :data:`proxytune.evaluation.results.ARMS` is too general.
     """
 
     name: str
@@ -46,14 +46,14 @@ class DemoTask:
     titles: Mapping[str, str] = field(default_factory=dict)
 
     def title(self, arm: str) -> str:
-        """How tables call an arm."""
+        """The title of an arm in tables."""
         return self.titles.get(arm) or ARMS[arm]
 
     def choose(self, split: Split, count: int | None, seed: int) -> Sequence[Any]:
         """The first ``count`` problems of a split, or the whole set.
 
         Raises:
-            ProxyTuneError: if there are not so many.
+            ProxyTuneError: if there are fewer.
         """
         if count is not None and count < 1:
             raise ProxyTuneError(f"the demo needs at least one problem, not {count}")
@@ -66,7 +66,7 @@ class DemoTask:
 
 
 def _plan(name: str, problems: Sequence[Any], shown: Mapping[str, str], fields: list[str], **options: Any) -> TaskPlan:
-    """A task of ours as lm_eval would ask it; ``shown``: what stands before the prompt for each kind of context."""
+    """One of our tasks in the form of lm_eval; ``shown``: the text before the prompt, for each kind of context."""
     rows = [problem.row(index) for index, problem in enumerate(problems)]
     jobs = {
         kind: [Job(row["id"], 0, before + problem.prompt, row, options) for row, problem in zip(rows, problems)]

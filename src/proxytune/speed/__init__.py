@@ -1,3 +1,3 @@
-"""What steering costs: measured, and planned."""
+"""The cost of steering, measured and predicted."""
 
 __all__: list[str] = []

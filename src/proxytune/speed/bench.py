@@ -11,9 +11,9 @@ The arms, all greedy (or all sampling), all with the same prompts and the same n
     speculative   the recipe as it is loaded by default, ``speculate="auto"`` unless a number of drafts is asked for
     traced        the same with ``return_trace=True``
 
-A *case* is a batch size, a prompt length and an output length. Its arms warm up and then take turns, round by round, in
-an order that is drawn again; every round has prompts of its own, the same for all arms. Options of the members (dtype,
-packed weights, compiled) are on for every arm or for none.
+A *case* is a batch size, a prompt length and an output length. Its arms warm up and then take turns, in a new random
+order in each round. Every round has prompts of its own, the same for all arms. Options of the members (dtype, packed
+weights, compiled) are on for every arm or for none.
 """
 
 from __future__ import annotations
@@ -60,23 +60,23 @@ __all__ = [
 ]
 
 STEERED = ("plain_loop", "composite", "shared", "speculative", "traced")
-ASKED: Mapping[str, Mapping[str, Any]] = {  # of `generate`, in the arms that are not what it does by default
+ASKED: Mapping[str, Mapping[str, Any]] = {  # options of `generate` in arms that do not use its defaults
     "base_lookup": {"prompt_lookup_num_tokens": 10},  # transformers' own example
     "composite": {"speculate": False},
     "shared": {"speculate": False},
     "traced": {"return_trace": True},
 }
 WARM_UP = 8  # new tokens of a warm-up
-NEAR_TIE = 1e-3  # float32 logits closer than this may be ordered either way by another kernel
+NEAR_TIE = 1e-3  # another kernel may order float32 logits that are closer than this differently
 
 
 # -- what comes out -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Agreement:
-    """One steered row of tokens compared with the reference's (the plain loop's, where it is measured).
+    """One steered row of tokens, compared with the reference (the plain loop, if it is measured).
 
-    ``differs_at`` is the first new token that differs, None if all are the same; ``gap`` the difference there of
-    the mixed logits of the two tokens chosen, ``near_tie`` whether rounding may decide between them.
+    ``differs_at`` is the first new token that differs, None if all are the same. ``gap`` is the difference between the
+    mixed logits of the two tokens there, ``near_tie`` whether rounding may decide between them.
     """
 
     arm: str
@@ -90,7 +90,7 @@ class Agreement:
 
 @dataclass
 class BenchResult:
-    """All that was measured, also where it was interrupted.
+    """All measurements; after an interruption those made before it.
 
     Attributes:
         rows: one arm in one case each, medians of its rounds. ``options`` is the members' dtype and what else is on in
@@ -100,9 +100,9 @@ class BenchResult:
             of its speed by that of the arm speculative in the same round. ``acceptance`` is the share of drafts that
             were accepted of those compared with the mixture, ``speculation`` all :class:`SpeculationStats`, both over
             all rounds. ``peak_memory_bytes`` is as the machine's ``memory`` says.
-        overheads: what a decoding step of ``generate`` costs beyond the forwards in it: the median over rounds of
-            (a step of ``generate``) / (the lanes' bare forwards on the same tokens and caches, without masks, mixing or
-            choosing) - 1, and the median seconds of both.
+        overheads: the cost of a decoding step of ``generate`` beyond its forwards: the median over rounds of (a step of
+            ``generate``) / (the lanes' bare forwards on the same tokens and caches, without masks, mixing or choosing)
+            - 1, and the median seconds of both.
     """
 
     machine: dict[str, Any]
@@ -115,11 +115,11 @@ class BenchResult:
     interrupted: bool = False
 
     def mismatches(self) -> list[Agreement]:
-        """The steered rows that differ where no near tie explains it."""
+        """The steered rows that differ without a near tie as the reason."""
         return [one for one in self.agreements if one.differs_at is not None and not one.near_tie]
 
     def outputs(self) -> dict[str, Any]:
-        """The count of steered rows that were compared, and how they came out."""
+        """The number of compared steered rows, by result."""
         return {
             "compared": len(self.agreements),
             "identical": sum(one.differs_at is None for one in self.agreements),
@@ -142,7 +142,7 @@ class BenchResult:
 
 
 # -- prompts --------------------------------------------------------------------------------------------------
-Texts = Iterator[tuple[str, str]]  # endless: a text, as it stands before another one, and as the end of a prompt
+Texts = Iterator[tuple[str, str]]  # endless: a text before another one, and at the end of a prompt
 
 
 def problem_texts(seed: int) -> Texts:
@@ -165,7 +165,7 @@ def texts_of_file(path: Path) -> Texts:
 def prompts(texts: Texts, tokenizer: Any, case: Case) -> Tensor:
     """One batch of prompts of exactly ``case.prompt`` tokens, (n_batch, n_prompt).
 
-    Each is as many consecutive texts as it takes, cut at the left, after the token that the tokenizer begins with.
+    Each consists of as many consecutive texts as needed, cut on the left, after the tokenizer's first token.
     """
     bos = tokenizer.bos_token_id
     lead = [bos] if bos is not None and case.prompt > 1 and tokenizer("").input_ids[:1] == [bos] else []
@@ -187,10 +187,10 @@ class Subject:
     """A recipe in memory, with one set of member options.
 
     Attributes:
-        options: as rows name them.
-        separate: the recipe with weights of its own for every adapter: the arms base, plain_loop and composite.
-        default: the recipe as it is loaded by default: shared and speculative. The same object where no members
-            could share.
+        options: their name in rows.
+        separate: the recipe with separate weights for every adapter, for the arms base, plain_loop and composite.
+        default: the recipe as it is loaded by default, for shared and speculative. It is the same object if no members
+            can share weights.
     """
 
     options: str
@@ -199,7 +199,7 @@ class Subject:
 
     def __post_init__(self) -> None:
         eos = self.default.generation_config.eos_token_id
-        for model in (self.separate.base, self.separate, self.default):  # what else a checkpoint sets is no arm's
+        for model in (self.separate.base, self.separate, self.default):  # no other settings of the checkpoint
             model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=0)
 
     @property
@@ -211,18 +211,19 @@ class Subject:
         return self.default.cache_implementation == "static"
 
     def asked(self, arm: str) -> Mapping[str, Any]:
-        """What ``generate`` is asked in an arm. Compiled, the base alone gets a static cache too."""
+        """The arguments of ``generate`` in an arm. If compiled, the base alone gets a static cache too."""
         return {**ASKED.get(arm, {}), **({"cache_implementation": "static"} if arm == "base" and self.compiled else {})}
 
     def model(self, arm: str) -> Any:
-        """The model that an arm runs."""
+        """The model of an arm."""
         if arm in ("base", "base_lookup"):
             return self.separate.base
         return self.default if arm in ("shared", "speculative", "traced") else self.separate
 
 
 def load_subject(config: ProxyTuneConfig, options: MemberOptions, loading: LoadingOptions) -> Subject:
-    """Load a recipe as often as the arms need it, the base once; of ``loading`` counts where, and whose code is run."""
+    """Load a recipe as often as the arms need it, but the base only once. ``loading`` gives the devices, and whether
+    remote code may run."""
     loading = replace(loading, dtype=options.dtype or "auto", pack=options.pack)
     wanted = {**loading.of_model(), "compile": options.compile}
     separate = ProxyTunedForCausalLM.from_pretrained(str(config.name_or_path), config=config, share=False, **wanted)
@@ -247,11 +248,11 @@ class Sample:
     """One run.
 
     Attributes:
-        seconds: of the whole call. first: until the first token can be chosen.
-        tokens: the new ones, (n_batch, n_new).
-        memory: bytes that it held at most.
-        stats: of the speculative arm.
-        forwards: seconds per step of the bare forwards on its tokens, where they were timed.
+        seconds: the time of the whole call. first: the time until the first token can be chosen.
+        tokens: the new tokens, (n_batch, n_new).
+        memory: the peak number of bytes.
+        stats: drafts of the speculative arm.
+        forwards: seconds per step of the bare forwards on its tokens, if they were timed.
     """
 
     seconds: float
@@ -269,9 +270,9 @@ class Sample:
 
 @contextmanager
 def _first_forwards(modules: Iterable[nn.Module], device: torch.device) -> Iterator[list[float]]:
-    """Notes the time when each of ``modules`` has run once: what is left to do for the first token is to choose it.
+    """Records the time when each of ``modules`` has run once. Then the first token can be chosen.
 
-    A stopping criterion or a streamer would see the token itself, and keep ``generate`` from drafting for a batch.
+    A stopping criterion or a streamer could see the token itself, but would prevent drafts for a batch.
     """
     waiting, at = set(modules), list[float]()
 
@@ -287,8 +288,8 @@ def _first_forwards(modules: Iterable[nn.Module], device: torch.device) -> Itera
 
 
 def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int, asked: Mapping[str, Any] | None = None) -> Sample:
-    """Continue ``ids``, shape = (n_batch, n_prompt), by ``n_new`` tokens; ``asked`` of ``generate`` besides what the
-    arm asks."""
+    """Continue ``ids``, shape = (n_batch, n_prompt), by ``n_new`` tokens. ``asked`` are further arguments of
+    ``generate``."""
     model: Any = subject.model(arm)
     plain, ids = arm == "plain_loop", ids.to(model.device)
     wanted = {"do_sample": False, **subject.asked(arm), **(asked or {}), "min_new_tokens": n_new}
@@ -303,7 +304,7 @@ def run_arm(subject: Subject, arm: str, ids: Tensor, n_new: int, asked: Mapping[
         if plain:
             sequences, caches = _plain(model, ids, n_new, wanted.get("temperature"))
         elif isinstance(model, ProxyTunedForCausalLM):
-            # A batch that is to return its cache could not be drafted for, so ours is caught where it is made.
+            # A batch that returns its cache cannot have drafts, so we catch the cache where it is made.
             with _caches_of(model) as caches:
                 output = model.generate(ids, **_own_prompts(model, ids), **wanted)
             sequences = output.sequences if arm == "traced" else output
@@ -340,7 +341,7 @@ def _plain(model: ProxyTunedForCausalLM, ids: Tensor, n_new: int, temperature: f
 
 @contextmanager
 def _caches_of(model: ProxyTunedForCausalLM) -> Iterator[list[Any]]:
-    """The caches that a composite makes within it."""
+    """Collect the caches that a composite makes inside it."""
     made: list[Any] = []
     make = model.new_cache
 
@@ -356,13 +357,13 @@ def _caches_of(model: ProxyTunedForCausalLM) -> Iterator[list[Any]]:
 
 
 def _own_prompts(model: ProxyTunedForCausalLM, ids: Tensor) -> dict[str, Any]:
-    """Members with prompts of their own read the same tokens as the base, so that lengths are what they are said."""
+    """Let members with prompts of their own read the same tokens as the base, so that the lengths are right."""
     names = [name for name, member in model.config.members() if member.prompt.kind != "raw"]
     return {"member_input_ids": dict.fromkeys(names, ids)} if names else {}
 
 
 def tensor_bytes(holders: Iterable[Any]) -> int:
-    """Of the tensors that modules, or layers of caches, hold themselves; each storage counts once."""
+    """The bytes of the tensors in modules or layers of caches; each storage counts once."""
     storages = {}
     for holder in holders:
         tensors = [*vars(holder).values()]  # packed weights are neither parameters nor buffers
@@ -378,7 +379,7 @@ def tensor_bytes(holders: Iterable[Any]) -> int:
 
 
 def now(device: torch.device) -> float:
-    """Seconds of a clock, read when the device has done all that it was asked to."""
+    """The time in seconds, after the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -386,8 +387,8 @@ def now(device: torch.device) -> float:
 
 @torch.no_grad()
 def bare_forwards(subject: Subject, arm: str, ids: Tensor, tokens: Tensor) -> float:
-    """Seconds a step of the arm's forwards alone, each lane with a cache of its own, on the prompt ``ids``,
-    (n_batch, n_prompt), and all but the last of the new ``tokens``, (n_batch, n_new), that a run gave."""
+    """Seconds per step of only the arm's forwards, each lane with a cache of its own, on the prompt ``ids``, (n_batch,
+    n_prompt), and on the new ``tokens`` of a run, (n_batch, n_new), except the last one."""
     alone = arm == "base"
     model: Any = subject.separate if alone else subject.model(arm)
     lanes = [model.lanes[model.seats["base"][0]]] if alone else model.lanes
@@ -409,7 +410,7 @@ def bare_forwards(subject: Subject, arm: str, ids: Tensor, tokens: Tensor) -> fl
 
 # -- are the outputs the same? --------------------------------------------------------------------------------
 def compare_tokens(subject: Subject, case: Case, ids: Tensor, found: Mapping[str, Tensor]) -> list[Agreement]:
-    """Hold each steered arm's tokens, (n_batch, n_new), against the first one's, row by row."""
+    """Compare each steered arm's tokens, (n_batch, n_new), with those of the first arm, row by row."""
     arms = [arm for arm in STEERED if arm in found]
     agreements = []
     for arm in arms[1:]:
@@ -427,7 +428,7 @@ def compare_tokens(subject: Subject, case: Case, ids: Tensor, found: Mapping[str
 
 
 def _gap(model: ProxyTunedForCausalLM, prefix: Tensor, ours: int, theirs: int) -> tuple[float, float]:
-    """How far apart the mixed logits of two tokens are after ``prefix``, (1, n_columns); and the greater magnitude."""
+    """The difference of the mixed logits of two tokens after ``prefix``, (1, n_columns), and the larger magnitude."""
     prefix = prefix.to(model.device)
     own = _own_prompts(model, prefix)
     if own:
@@ -441,7 +442,7 @@ def _gap(model: ProxyTunedForCausalLM, prefix: Tensor, ours: int, theirs: int) -
 # -- the whole ------------------------------------------------------------------------------------------------
 @dataclass
 class Run:
-    """One arm of a subject in one case: the seconds that a round should take, and the rounds."""
+    """One arm of a subject in one case: the expected seconds per round, and the rounds."""
 
     case: Case
     arm: str
@@ -455,7 +456,7 @@ class Run:
 
     @property
     def speeds(self) -> list[float]:
-        """Tokens a second of each round."""
+        """Tokens per second of each round."""
         return [self.case.batch * self.case.output / sample.seconds for sample in self.samples]
 
 
@@ -480,13 +481,13 @@ def run_bench(
     compare: bool = True,
     progress: Callable[[str, float], None] = lambda said, share: None,
 ) -> BenchResult:
-    """Measure every case; an interruption (KeyboardInterrupt) ends it with what was measured so far.
+    """Measure every case. An interruption (KeyboardInterrupt) ends it and keeps what was measured so far.
 
     Args:
         subjects: the recipe with each set of member options.
-        texts: where prompts come from. tokenizer: makes tokens of them; the base's by default.
-        compare: whether the steered arms must write the same tokens (never asked of samples).
-        progress: told what is being done, and the share of the whole that is done.
+        texts: the source of prompts. tokenizer: encodes them; by default the base's.
+        compare: whether to check that the steered arms write the same tokens (never done for samples).
+        progress: called with the current activity, and the share of all work that is done.
     """
     model = subjects[0].separate
     tokenizer = tokenizer or model.tokenizer
@@ -507,14 +508,14 @@ def run_bench(
         result.notes.append("`base_lookup` is not measured compiled: transformers cannot draft with a static cache")
     rng = random.Random(settings.seed)
     begin = time.perf_counter()
-    largest, warmed = 1, 0.0  # the most prompt tokens of a batch so far, and the seconds of its warm-up
+    largest, warmed = 1, 0.0  # the largest number of prompt tokens in a batch so far, and the seconds of its warm-up
     progress(f"{cases[0]}: prompts", 0.0)
     share = _Share(settings.budget, len(cases), begin)
     try:
         for index, case in enumerate(cases):
             seconds = None
             if settings.budget is not None and (case.lengths, case.batch) != MAIN:
-                # The cheap cases come first and leave what they do not need to the expensive ones.
+                # The cheap cases come first, and leave the time that they do not need to the expensive ones.
                 seconds = max(settings.budget - (time.perf_counter() - begin), 0.0) / (len(cases) - index)
                 if warmed * max(case.batch * case.prompt / largest, 1.0) > seconds:
                     result.notes.append(f"{case} is left out: the budget of {settings.budget:.0f} s is used up")
@@ -539,11 +540,11 @@ def run_bench(
 
 @dataclass
 class _Share:
-    """The share of a bench that is done: of its cases, or of the time that they may take, whichever is more.
+    """The finished share of a bench: of its cases, or of its time limit, whichever is larger.
 
     Attributes:
-        budget: seconds for all cases, None is no limit. n_cases: how many there are.
-        begin: of the first one, as the clock says. warmed: the last time that a case was in its warm-ups.
+        budget: seconds for all cases; None is no limit. n_cases: the number of cases.
+        begin: the start of the first case, by the clock. warmed: the last time that a case was warming up.
     """
 
     budget: float | None
@@ -552,14 +553,14 @@ class _Share:
     warmed: float = 0.0
 
     def done(self, index: int, part: float, *, main: bool) -> float:
-        """Where ``part`` of the case ``index`` is done, the main one or another."""
+        """Report that ``part`` of the case ``index`` is done."""
         now, share = time.perf_counter(), (index + part) / self.n_cases
         if part == 0:
             self.warmed = now
         if self.budget is None:
             return share
         end = self.begin + self.budget
-        if main and part:  # it takes its time, budget or not
+        if main and part:  # the main case ignores the budget
             end = max(end, self.warmed + (now - self.warmed) / part)
         return max(share, min((now - self.begin) / (end - self.begin), 1.0))
 
@@ -576,7 +577,7 @@ def _measure_case(
     compare: bool,
     progress: Callable[[str, float], None],
 ) -> float:
-    """Measure one case into ``result``, as many rounds as ``seconds`` allow; the seconds of its warm-up."""
+    """Measure one case into ``result``, with as many rounds as ``seconds`` allow; return the seconds of its warm-up."""
     settings, begin, ids = result.settings, time.perf_counter(), draw()
     runs = []
     for subject, arm in itertools.product(subjects, settings.arms):
@@ -585,7 +586,7 @@ def _measure_case(
         if arm == "base_lookup" and (case.batch > 1 or subject.compiled):
             continue
         progress(f"warm-up, {arm}", 0.0)
-        if subject.compiled:  # in as many tokens as it takes to see all shapes: some compile for minutes
+        if subject.compiled:  # enough tokens to meet all shapes: some compile for minutes
             run_arm(subject, arm, ids, case.output, settings.asked(arm))
         warm = run_arm(subject, arm, ids, min(case.output, WARM_UP), settings.asked(arm))
         runs.append(Run(case, arm, subject, warm.first + warm.step * (case.output - 1)))
@@ -604,7 +605,7 @@ def _measure_case(
             for subject in subjects if compare else ():
                 found = {run.arm: run.samples[-1].tokens for run in runs if run.subject is subject}
                 result.agreements += compare_tokens(subject, case, ids, found)
-    finally:  # what an interruption leaves is told too
+    finally:  # results before an interruption are reported too
         runs = [run for run in runs if run.samples]
         result.rows += _rows(runs)
         result.overheads += _overheads(runs)
@@ -612,7 +613,8 @@ def _measure_case(
 
 
 def _cut(result: BenchResult, case: Case, runs: list[Run], seconds: float | None) -> tuple[list[Run], int]:
-    """What of a case fits ``seconds``: all rounds, or those of the last set of options alone, or fewer of these."""
+    """The part of a case that fits ``seconds``: all rounds, or only those of the last set of options, or fewer of
+    these."""
     costs: dict[str, float] = defaultdict(float)  # options -> seconds of a round of their arms
     for run in runs:
         costs[run.subject.options] += run.round_seconds
@@ -674,7 +676,7 @@ def _overheads(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on, and what is meant by memory."""
+    """A description of the machine, and what the column memory means."""
     found = {
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

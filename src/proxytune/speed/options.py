@@ -41,7 +41,7 @@ class Case:
 
 @dataclass(frozen=True)
 class MemberOptions:
-    """What is on in every member of an arm: a dtype (None: what the recipe says), packed weights, compiled layers."""
+    """Options of every member of an arm: a dtype (None: the recipe's), packed weights, compiled layers."""
 
     dtype: str | None = None
     pack: bool = False
@@ -78,7 +78,7 @@ def _speculate(text: str) -> Speculate:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What is measured: every batch size with every pair of lengths is a case, and all arms run it."""
+    """Options of a bench. Every batch size with every pair of lengths is a case, and all arms run it."""
 
     batches: tuple[int, ...] = option((1, 4, 16), **BATCHES)
     lengths: tuple[str, ...] = option(
@@ -130,7 +130,7 @@ class BenchOptions:
         if self.temperature is not None and not self.temperature > 0:
             raise ProxyTuneError(f"a temperature is greater than 0, not {self.temperature}; leave it out for greedy")
         if self.prompts is not None:
-            self.prompts.open("rb").close()  # now, not after the models are loaded, is when to say that it is missing
+            self.prompts.open("rb").close()  # find out now, not after loading the models, that it is missing
         self.cases()
 
     @property
@@ -139,7 +139,7 @@ class BenchOptions:
         return 60.0 * self.minutes or None
 
     def asked(self, arm: str) -> dict[str, Any]:
-        """What a run of ``arm`` is asked besides what the arm is."""
+        """Further arguments of ``generate`` in a run of ``arm``."""
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
         return {
             **({} if self.temperature is None else sampling),
@@ -166,7 +166,7 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What is predicted, and from what."""
+    """Options of a plan."""
 
     acceptances: tuple[float, ...] = option(
         (0.7,),

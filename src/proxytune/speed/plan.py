@@ -1,11 +1,11 @@
-"""``proxytune plan``: what steering will cost beside the base alone, before anything is loaded.
+"""``proxytune plan``: predicts the cost of steering compared with the base alone, before anything is loaded.
 
-The arithmetic is that of decoding.cost, which also chooses the drafts while decoding. It is fed with one of two:
+The arithmetic is that of decoding.cost, which also chooses the drafts while decoding. Its input is one of:
 
-- the members' shapes and dtypes, counted without storage: a step costs the bytes that it moves, and each further row
-  a stated share of them. That is what large models come to; launching kernels is not in it, so small ones are slower.
-- a probe of about ten seconds, where the models are at hand (:func:`probe`): each lane's forward is timed at several
-  numbers of rows, and what ``generate`` adds to the forwards is what is left of a few tokens that it makes.
+- the members' shapes and dtypes, counted without storage: a step costs the bytes that it moves, and each further row a
+  fixed share of them. This fits large models. The cost of launching kernels is missing, so small models are slower.
+- a probe of about ten seconds, if the models are on this machine (:func:`probe`): each lane's forward is timed for
+  several numbers of rows. The time of ``generate`` for a few tokens, minus the forwards, is its overhead.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from proxytune.speed.options import PlanOptions
 __all__ = ["Plan", "plan_recipe"]
 
 PROBE_SECONDS = 10.0
-COLUMNS = (1, 2, 4, 8)  # tokens of a row in the forwards that are timed
-CACHED = 64  # tokens that they find in the cache
-PROBE_TOKENS, PROBE_DRAFTS = 20, 3  # of the calls of `generate` that are timed
+COLUMNS = (1, 2, 4, 8)  # tokens per row in the timed forwards
+CACHED = 64  # tokens in the cache before them
+PROBE_TOKENS, PROBE_DRAFTS = 20, 3  # new tokens of the timed calls of `generate`
 MEASURED_OUTPUT = 32  # new tokens of a bench's row; with fewer it measures the prompt, and is not compared with a plan
 
 
 # -- what comes out -------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class LaneShape:
-    """One set of weights, as far as speed and memory go.
+    """The size of one set of weights.
 
     Attributes:
-        members: who is computed with it, in ``n_seats`` blocks of rows.
-        weight_bytes: of its members, with the quick head that packing gives to a float32 lane which drafts.
-        read_bytes: of weights that a forward reads, adapters included.
-        quick_head_bytes: of that quick head, 0 where there is none; see :class:`proxytune.lanes.kernels.QuickHead`.
-        kv_bytes_per_token: of cache for all seats, None if unknown.
+        members: the members computed with it, in ``n_seats`` blocks of rows.
+        weight_bytes: bytes of all its weights, with the quick head that packing gives to a drafting float32 lane.
+        read_bytes: bytes of weights that a forward reads, adapters included.
+        quick_head_bytes: bytes of that quick head, 0 if there is none; see :class:`proxytune.lanes.kernels.QuickHead`.
+        kv_bytes_per_token: bytes of cache for all seats; None if unknown.
     """
 
     members: tuple[str, ...]
@@ -70,13 +70,14 @@ class LaneShape:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One batch size at one acceptance. Costs are of one more token of every row; the base alone costs 1.
+    """The prediction for one batch size and one acceptance. Costs are those of one more token in every row; the base
+    alone costs 1.
 
     Attributes:
         naive: one forward for every member. shared: one for every set of weights. speculative: with ``n_drafts`` drafts
             per cycle, the number that makes it cheapest; 0, and the cost of ``shared``, where drafting cannot pay.
-        ratio_to_base, ratio_to_naive: of speculative decoding, in tokens a second; more is better.
-        base_seconds: of one token by the base alone; None if nothing was measured.
+        ratio_to_base, ratio_to_naive: ratios of speculative decoding, in tokens per second; more is better.
+        base_seconds: seconds per token of the base alone; None if nothing was measured.
     """
 
     batch: int
@@ -92,12 +93,12 @@ class Prediction:
 
 @dataclass(frozen=True)
 class RecipeCosts:
-    """What a step costs at one batch size, in one unit.
+    """The costs of a step at one batch size, in one unit.
 
     Attributes:
         base_alone: transformers' own ``generate`` of the base. naive: a forward of every member.
-        steered: the recipe as it is loaded by default, with what ``generate`` adds to a plain step.
-        cycle_overhead: in place of ``steered.overhead``, what a cycle of drafting and verifying adds.
+        steered: the recipe as it is loaded by default, with the overhead of ``generate`` per plain step.
+        cycle_overhead: the overhead of a cycle of drafting and verifying, in place of ``steered.overhead``.
     """
 
     base_alone: float
@@ -110,14 +111,14 @@ class RecipeCosts:
         return replace(self.steered, overhead=self.cycle_overhead)
 
     def speculative(self, acceptance: float, n_batch: int) -> tuple[float, int]:
-        """The cost of a token with the best number of drafts, and that number."""
+        """The cost of a token with the best number of drafts, and this number."""
         plain = self.steered.cycle(0, acceptance, n_batch)
         n_drafts = self.drafting.best_drafts(acceptance, n_batch)
         cost = self.drafting.per_token(n_drafts, acceptance, n_batch)
         return (cost, n_drafts) if n_drafts and cost < plain else (plain, 0)
 
     def of_cycles(self, stats: Mapping[str, int], n_batch: int) -> float:
-        """The cost of the cycles that were counted (``SpeculationStats``), each kind at its mean number of drafts."""
+        """The cost of counted cycles (``SpeculationStats``), each kind with its mean number of drafts."""
         copying, others = stats["lookup_cycles"], stats["cycles"] - stats["lookup_cycles"]
         n_copied = stats["looked_up"] / max(1, copying) / n_batch
         n_drafts = stats["drafted"] / max(1, others) / n_batch
@@ -128,10 +129,10 @@ class RecipeCosts:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was predicted, and from what.
+    """The predictions, and their basis.
 
     Attributes:
-        basis: what the predictions rest on, in words.
+        basis: the basis of the predictions, in words.
         weight_bytes, kv_bytes_per_token: ``base`` alone, ``naive`` (every member apart), ``shared``.
         compared: rows of a bench, with the ``predicted`` and the ``measured`` seconds of a step after the prompt, and
             ``error``, predicted / measured - 1.
@@ -162,7 +163,7 @@ def predict(costs: Mapping[int, RecipeCosts], acceptances: Sequence[float], *, t
 
 
 def plan_recipe(config: ProxyTuneConfig, options: PlanOptions, loading: LoadingOptions | None = None) -> Plan:
-    """Predict from the members' configs alone, or, if asked, from the recipe's forwards, timed.
+    """Predict from only the members' configs or, with ``probe``, from the timed forwards of the recipe.
 
     Without ``probe`` neither weights nor tokenizers need to exist.
 
@@ -212,7 +213,7 @@ def _estimated(
     base: int,
     drafting: Drafting | None,
 ) -> tuple[dict[int, RecipeCosts], str]:
-    """The costs by the bytes that a step moves, and what they rest on."""
+    """The costs by the bytes that a step moves, and their basis."""
     device, pack = options.device or ("cuda" if torch.cuda.is_available() else "cpu"), options.members.pack
 
     def cost(n_bytes: float, dtype: str) -> Cost:
@@ -238,7 +239,7 @@ def _estimated(
 def _lane_shapes(
     config: ProxyTuneConfig, loading: Loading, members: Sequence[MemberReport]
 ) -> tuple[list[LaneShape], int, Drafting | None]:
-    """The lanes as they would be loaded, which of them would hold the base, and who would draft."""
+    """The lanes as they would be loaded, the lane of the base, and the lane that would draft."""
     reports = {one.name: one for one in members}
     lanes: list[LaneShape] = []
     blocks: dict[str, tuple[int, int]] = {}
@@ -273,7 +274,7 @@ def _cache_bytes(members: Sequence[MemberReport]) -> int | None:
 # -- from a probe ---------------------------------------------------------------------------------------------
 @dataclass
 class _Forward:
-    """A forward that is timed: seconds by (n_batch, n_columns)."""
+    """A timed forward: (n_batch, n_columns) -> seconds."""
 
     lane: Any
     call: Callable[[Any, Tensor, DynamicCache], Any]
@@ -304,21 +305,21 @@ def _read(lane: Any, ids: Tensor, cache: DynamicCache) -> None:
 
 
 def _draft(lane: Any, ids: Tensor, cache: DynamicCache) -> None:
-    """A step of drafting, which ends in the lane's quick head."""
+    """A step of drafting, which ends with the lane's quick head."""
     hidden = lane.hidden(ids, past_key_values=cache, use_cache=True)
     lane.quick_head(hidden[: len(ids) // len(lane.seats)])
 
 
 def _head(lane: Any, ids: Tensor, cache: DynamicCache) -> None:
-    """The lane's own head alone."""
+    """Only the lane's own head."""
     lane.head(torch.zeros(*ids.shape, lane.quick_head.in_features))
 
 
 def cost_of_forwards(seconds: Mapping[int, float]) -> Cost:
-    """The line through forwards, rows -> seconds; one row alone is taken as it was measured."""
+    """A line fitted to forwards, rows -> seconds. The value for one row is the measured one."""
     points = {rows: each for rows, each in seconds.items() if rows > 1}
     taken = np.array([*points.values()])
-    # Errors count relative to the time, so that few rows, which most forwards have, are met as well as many.
+    # Relative errors count, so that few rows, which most forwards have, fit as well as many.
     per_row, fixed = np.polyfit([*points], taken, 1, w=1 / taken).tolist()
     if per_row < 0:
         fixed, per_row = statistics.geometric_mean(taken), 0.0
@@ -328,8 +329,8 @@ def cost_of_forwards(seconds: Mapping[int, float]) -> Cost:
 
 @torch.no_grad()
 def probe(subject: Subject, batches: Sequence[int]) -> dict[int, RecipeCosts]:
-    """Time the lanes of a recipe in memory, and what ``generate`` adds to them, for about :data:`PROBE_SECONDS`: the
-    costs in seconds by batch size."""
+    """Time the lanes of a recipe in memory, and the overhead of ``generate``, for about :data:`PROBE_SECONDS`. Returns
+    the costs in seconds by batch size."""
     separate, default = subject.separate, subject.default
     lanes: list[Any] = list(default.lanes)
     forwards = {lane: _Forward(lane, _read) for lane in (*lanes, *separate.lanes)}
@@ -376,8 +377,8 @@ def compare_with_bench(
 ) -> list[dict[str, Any]]:
     """Compare a probe's costs with the rows of a bench that have the same options and batch sizes.
 
-    The speculative row is predicted from the drafts that it had, by kind: how many the text will offer to copy, no
-    plan can know.
+    The speculative row is predicted from the drafts that it had, by kind, because no plan can know how many drafts the
+    text will offer to copy.
     """
     compared = []
     for row in bench["rows"]:
@@ -398,7 +399,7 @@ def compare_with_bench(
 
 
 def read_bench(path: Path) -> dict[str, Any]:
-    """What ``proxytune bench --output`` wrote."""
+    """Read the file that ``proxytune bench --output`` wrote."""
     try:
         found = json.loads(path.read_text("utf-8"))
     except ValueError:

@@ -1,8 +1,8 @@
 """A recipe in vLLM, without a fork: ``vllm serve RECIPE``.
 
-vLLM calls :func:`register` in each of its processes (entry point ``vllm.general_plugins``). It makes known the
-composite (:mod:`proxytune.vllm.model`), the rules that are checked at start (:mod:`proxytune.vllm.members`), and
-nothing else; the two wrapped methods are in :mod:`proxytune.vllm.hooks`.
+vLLM calls :func:`register` in each of its processes (entry point ``vllm.general_plugins``). It registers the composite
+(:mod:`proxytune.vllm.model`) and the rules that are checked at start (:mod:`proxytune.vllm.members`), and nothing else.
+The two wrapped methods are in :mod:`proxytune.vllm.hooks`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from proxytune.errors import ProxyTuneError
 
 __all__ = ["SUPPORTED", "check_version", "installed_version", "register"]
 
-# What the hooks were written against and the tests ran with. A newer minor version is tried before it is let in.
+# The version that the hooks were written for and tested with. A newer minor version must be tested before it is
+# allowed.
 SUPPORTED = "0.32"
 ARCHITECTURE = "ProxyTunedForCausalLM"
 
@@ -29,7 +30,7 @@ def installed_version() -> str | None:
 
 
 def check_version(found: str | None) -> None:
-    """Raise :class:`ProxyTuneError` unless ``found`` is a vLLM that recipes are served by."""
+    """Raise :class:`ProxyTuneError` unless ``found`` is a supported version of vLLM."""
     if found is None:
         raise ProxyTuneError("vLLM is not installed; pip install 'proxytune[vllm]' (Python 3.11 or newer)")
     if not f"{found}.".startswith(f"{SUPPORTED}."):
@@ -39,10 +40,10 @@ def check_version(found: str | None) -> None:
 
 
 def register() -> None:
-    """Make recipes known to vLLM; harmless where no recipe is served, and may be called again.
+    """Register recipes with vLLM. It has no effect on other models, and may be called several times.
 
-    With a vLLM out of range nothing is registered but a stand-in, which says so as soon as a recipe is served: other
-    models must go on working.
+    With an unsupported vLLM only a placeholder is registered, which raises an error when a recipe is served. Other
+    models must continue to work.
     """
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 

@@ -1,10 +1,9 @@
-"""Alpha per request: what a request may say, and the columns in which it travels with the hidden states.
+"""Alpha per request: its forms in a request, and the columns that carry it beside the hidden states.
 
-A request says ``extra_args`` (``vllm_xargs`` in the OpenAI API), which hold scalars and flat lists alone:
+A request has ``extra_args`` (``vllm_xargs`` in the OpenAI API), which can hold only scalars and flat lists:
 
-    {"alpha": 0.5}                   for all experts
-    {"alpha": [0.5, 1.0]}            one per expert, in the recipe's order
-    {"alpha.math": 0.5}              for one expert by name; others keep the recipe's, or what "alpha" says
+    {"alpha": 0.5}                   for all experts {"alpha": [0.5, 1.0]}            one per expert, in the recipe's
+    order {"alpha.math": 0.5}              for one expert by name; others use "alpha" or the recipe's
 
 The transformers engine takes the same (:func:`proxytune.recipe.alpha.take_alpha`).
 """
@@ -21,11 +20,11 @@ from proxytune.recipe.alpha import resolve_alpha, take_alpha
 
 __all__ = ["PIECES", "join", "requested", "split"]
 
-PIECES = 3  # three bfloat16 of 8 bits each hold a float32's 24 exactly
+PIECES = 3  # three bfloat16 with 8 bits each hold the 24 bits of a float32 exactly
 
 
 def requested(extra_args: Mapping[str, Any] | None, names: Sequence[str], default: Sequence[float]) -> list[float]:
-    """The alpha of each expert for one request; keys of ``extra_args`` that are not ours are left to others.
+    """The alpha of each expert for one request. Other keys of ``extra_args`` are ignored.
 
     Raises:
         AlphaError: for a value that is not finite, a list of another length, or an unknown name.

@@ -1,4 +1,4 @@
-"""``proxytune serve --engine vllm``: the command that serves a recipe, said in full; needs no vLLM to be imported."""
+"""``proxytune serve --engine vllm``: the full command that serves a recipe. Importing this module needs no vLLM."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ def serve_command(
     """The words of the command that serves the recipe.
 
     Args:
-        options: vLLM's own, passed on as they are.
-        draft: the expert that drafts for the mixture; vLLM holds and runs it a second time for that.
-        draft_tokens: how many tokens it drafts at a time.
+        options: vLLM's own options, passed on unchanged.
+        draft: the expert that drafts for the mixture; vLLM loads and runs it a second time.
+        draft_tokens: number of tokens per draft.
 
     Raises:
-        ProxyTuneError: no vLLM, or one out of range. PromptError, MemberError: see :func:`proxytune.vllm.plan.refuse`.
+        ProxyTuneError: if vLLM is missing or not supported.
+        PromptError, MemberError: see :func:`proxytune.vllm.plan.refuse`.
     """
     drafting = [] if draft is None else ["--speculative-config", json.dumps(_draft(config, draft, draft_tokens))]
     refuse(config)
@@ -40,7 +41,7 @@ def server_of(model: str) -> list[str]:
     """The words that serve ``model``, a recipe or any other."""
     try:
         version("vllm")
-    except PackageNotFoundError:  # PyPI's CPU build has the script too, but it looks for a distribution of this name
+    except PackageNotFoundError:  # PyPI's CPU build: its script looks for this name
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     return [shutil.which("vllm", path=str(Path(sys.executable).parent)) or "vllm", "serve", model]
 

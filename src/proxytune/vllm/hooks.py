@@ -1,9 +1,9 @@
-"""Where vLLM is touched at all: the alphas of a batch, the check of a request, the gather of logits.
+"""All changes to vLLM itself: the alphas of a batch, the check of a request, the gathering of logits.
 
-Written against vLLM 0.32 (see ``SUPPORTED``); the tests hold the interfaces named here. Two methods are
-wrapped: ``GPUModelRunner._model_forward`` of the V1 runner, which is told nothing of requests otherwise (the V2 runner
-asks the model for a class that it tells of each request), and ``BaseRenderer.validate_token_ids``, the one place where
-a prompt's ids are checked.
+Written for vLLM 0.32 (see ``SUPPORTED``); tests check the interfaces named here. Two methods are wrapped:
+``GPUModelRunner._model_forward`` of the V1 runner, which otherwise knows nothing about requests (the V2 runner asks the
+model for a class that gets each request), and ``BaseRenderer.validate_token_ids``, the only place where a prompt's ids
+are checked.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Recipe:
         self.alphas = config.alphas
 
     def alphas_of(self, sampling_params: Any) -> list[float]:
-        """The alphas of a request that the frontend let pass.
+        """The alphas of a request that the frontend accepted.
 
         Nothing is raised here: an exception in a worker ends the engine for all requests.
         """
@@ -51,12 +51,12 @@ class Recipe:
             return self.alphas
 
 
-# -- the frontend: what is bad is answered with 400 -----------------------------------------------------------
+# -- the frontend: bad requests are answered with 400 -----------------------------------------------------------
 _frontend: tuple[Recipe, str, int] | None = None  # the recipe, the member with the fewest ids, and how many
 
 
 def serve(config: ProxyTuneConfig, widths: Mapping[str, int]) -> None:
-    """Remember the recipe that this process takes requests for (one engine a process, as vLLM has it).
+    """Remember the recipe that this process serves. (vLLM has one engine per process.)
 
     ``widths``: member -> how many ids it has.
     """
@@ -66,7 +66,7 @@ def serve(config: ProxyTuneConfig, widths: Mapping[str, int]) -> None:
 
 
 def _wrap_id_check() -> None:
-    """Check the ids of prompts, which vLLM holds against the tokenizer, against every member."""
+    """Check the ids of prompts with every member; vLLM checks them only with the tokenizer."""
     original = BaseRenderer.validate_token_ids
     if getattr(original, "asks_members", False):
         return
@@ -85,10 +85,10 @@ def _wrap_id_check() -> None:
 
 
 class AlphaCheck(V1LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]
-    """Checks a request's alphas where requests come in (entry point ``vllm.logits_processors``).
+    """Checks a request's alphas when it arrives (entry point ``vllm.logits_processors``).
 
-    It changes no logits; a logits processor is how vLLM lets a plugin refuse a request. It inherits the interfaces of
-    both runners, since each refuses a class of the other's. Where no recipe is served it lets everything pass.
+    It changes no logits: a logits processor is vLLM's way for a plugin to refuse a request. It inherits the interfaces
+    of both runners, since each runner refuses classes of the other one. If no recipe is served, it accepts everything.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -115,7 +115,7 @@ class AlphaCheck(V1LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]
 
 # -- the V1 runner --------------------------------------------------------------------------------------------
 def wrap_v1_runner() -> None:
-    """Tell composites the alphas of each batch before it is computed."""
+    """Give composites the alphas of each batch before it is computed."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     original = GPUModelRunner._model_forward
@@ -142,11 +142,11 @@ def wrap_v1_runner() -> None:
 # -- the V2 runner --------------------------------------------------------------------------------------------
 @functools.cache
 def alpha_state_class() -> Any:
-    """The ``ModelState`` that the V2 runner tells of requests and batches."""
+    """The ``ModelState`` class that the V2 runner informs about requests and batches."""
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
     class AlphaState(DefaultModelState):  # type: ignore[misc]
-        """Keeps each request's alphas in its slot, and sets them for the batch that is about to be computed."""
+        """Keeps each request's alphas in its slot, and sets them for the next batch."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -168,7 +168,8 @@ def alpha_state_class() -> Any:
 
 # -- tensor parallelism ---------------------------------------------------------------------------------------
 def shards_of(model: Any) -> tuple[Any, int] | None:
-    """The ``LogitsProcessor`` that gathers a model's logits, and how many ids a rank has; None for an unusual head."""
+    """The ``LogitsProcessor`` that gathers a model's logits, and the number of ids per rank; None for an unusual
+    head."""
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 

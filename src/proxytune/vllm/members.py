@@ -1,7 +1,7 @@
-"""The recipe's members as vLLM configs, and what is checked before an engine starts.
+"""The recipe's members as vLLM configs, and the checks before an engine starts.
 
-Each part gets a ``ModelConfig`` of its own, made by vLLM from the member's own directory, so that its context, its
-quantization and its sliding window are its own and nothing of the base's leaks in.
+Each part gets a ``ModelConfig`` of its own, which vLLM makes from the member's directory. So it has its own context,
+quantization and sliding window, and nothing from the base.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["Fitted", "RecipeArchitecture", "RecipeRules", "fit", "part_config"]
 
 logger = init_logger(__name__)
 
-SPECULATORS = ("ngram", "ngram_gpu", "suffix", "draft_model")  # the others read one model's hidden states
+SPECULATORS = ("ngram", "ngram_gpu", "suffix", "draft_model")  # other methods read the hidden states of one model
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def fit(model_config: Any) -> list[Fitted]:
 
 @contextmanager
 def naming(part: Part) -> Iterator[None]:
-    """Turn what vLLM raises of a member into one sentence that names it."""
+    """Turn vLLM's errors about a member into one sentence that names it."""
     try:
         yield
     except ProxyTuneError:
@@ -87,15 +87,15 @@ def naming(part: Part) -> Iterator[None]:
 def part_config(vllm_config: Any, fitted: Fitted) -> Any:
     """The ``VllmConfig`` that a part is built under.
 
-    vLLM reads much of a model from where the parent's is kept: the sliding window from the cache config, the
-    quantization from the quant config, and the compile cache's key from ``additional_config``.
+    vLLM reads much about a model from the parent's configs: the sliding window from the cache config, the quantization
+    from the quant config, and the key of the compile cache from ``additional_config``.
     """
     config = fitted.config
-    config.is_submodel_config = True  # the parent's checks were made once, and are not made again for this view
+    config.is_submodel_config = True  # the parent's checks have run already, and do not run again for this view
     config.max_model_len = vllm_config.model_config.max_model_len
     config.maybe_untie_word_embeddings()
     cache_config = copy.copy(vllm_config.cache_config)
-    kinds = getattr(config.hf_text_config, "layer_types", None)  # vLLM's own rule, from where engines are configured
+    kinds = getattr(config.hf_text_config, "layer_types", None)  # vLLM's own rule, from its configuration of engines
     slides = kinds is None or all(kind == "sliding_attention" for kind in kinds)
     cache_config.sliding_window = config.get_sliding_window() if slides else None
     return replace(
@@ -108,10 +108,10 @@ def part_config(vllm_config: Any, fitted: Fitted) -> Any:
 
 
 class RecipeArchitecture(ModelArchConfigConvertorBase):  # type: ignore[misc]
-    """A recipe's shape as vLLM asks for it: the base's, but for the vocabulary, which all members must share."""
+    """A recipe's shape for vLLM: the base's, except for the vocabulary, which all members must share."""
 
     def __new__(cls, hf_config: Any, hf_text_config: Any, *args: Any, **kwargs: Any) -> Any:
-        # Some families tell their shape by a rule of their own, kept under the base's model type.
+        # Some families have a rule of their own for their shape, registered under the base's model type.
         own = MODEL_ARCH_CONFIG_CONVERTORS.get(getattr(hf_text_config, "model_type", None), None)
         if own is None or own is cls:
             return super().__new__(cls)
@@ -138,11 +138,11 @@ def shared_widths(config: ProxyTuneConfig) -> list[int]:
 
 
 class RecipeRules(VerifyAndUpdateConfig):  # type: ignore[misc]
-    """What vLLM does once it has read a recipe, in the process that takes requests: check it, or refuse to start."""
+    """The checks after vLLM has read a recipe, in the process that takes requests. A failure stops the start."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Check the members; set the context to the shortest of theirs."""
+        """Check the members, and set the context to the shortest one among them."""
         recipe = model_config.hf_config
         refuse(recipe)
         if model_config.enable_prompt_embeds:
@@ -155,7 +155,7 @@ class RecipeRules(VerifyAndUpdateConfig):  # type: ignore[misc]
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Check how the engine is to run."""
+        """Check the options of the engine."""
         loading = vllm_config.load_config.load_format
         if loading not in ("auto", "hf", "safetensors", "pt", "dummy"):
             raise ProxyTuneError(f"--load-format {loading} does not load a recipe's members; leave it out")
@@ -223,7 +223,7 @@ def _set_context(model_config: Any, fitted: list[Fitted]) -> None:
 
 
 def _check_vocabularies(recipe: ProxyTuneConfig) -> dict[str, int]:
-    """The width of each part's vocabulary, by its owner, where all tokens are the same."""
+    """Check that all tokens are the same; return the width of each part's vocabulary, by its owner."""
     widths = dict(zip((part.owner for part in parts_of(recipe)), shared_widths(recipe)))
     members = dict(recipe.members())
     report = compare(

@@ -1,8 +1,8 @@
 """The vLLM composite: every member a submodel, one batch for all, their logits mixed.
 
-vLLM finds the members' attention layers by themselves, so that all of them live in its paged KV cache. ``forward``
-returns the members' hidden states side by side with each token's alphas: whatever rows vLLM then picks (last tokens,
-drafts to be verified, prompt log-probabilities), ``compute_logits`` finds in them all that it needs.
+vLLM finds the attention layers of all members, so all of them are in its paged KV cache. ``forward`` returns the
+members' hidden states side by side with each token's alphas. Whichever rows vLLM then picks (last tokens, drafts to
+verify, prompt log-probabilities), they contain everything that ``compute_logits`` needs.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         self.make_empty_intermediate_tensors = self._make_empty_intermediate_tensors
         self.gather = self._one_gather()
 
-        # The alphas of the batch's tokens, split so that they survive the dtype of hidden states. One buffer for ever:
-        # a CUDA graph reads it where it was when it was captured.
+        # The alphas of the batch's tokens, split so that they survive the dtype of hidden states. The buffer never
+        # moves: a CUDA graph reads it at the address where it was captured.
         self.n_columns = PIECES * len(self.recipe.names)
         default = split(torch.tensor([self.recipe.alphas], dtype=torch.float32), self.dtype)
         n_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.scheduler_config.max_num_seqs)
         self.register_buffer("alphas", default.repeat(n_tokens, 1), persistent=False)
-        self.default_alphas = True  # whether the buffer holds the recipe's for all tokens
+        self.default_alphas = True  # whether the buffer holds the recipe's alphas for all tokens
 
     def part(self, name: str) -> Any:
         """The submodel of that name."""
@@ -75,7 +75,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
 
     # -- the batch ------------------------------------------------------------------------------------------
     def set_alphas(self, rows: Sequence[Sequence[float]], n_tokens: np.ndarray[Any, Any]) -> None:
-        """Say the alphas of the batch that is computed next: a row for each request, which has so many tokens in it."""
+        """Set the alphas of the next batch: one row per request, with the number of its tokens."""
         alphas = cast(Tensor, self.alphas)
         if all(row is self.recipe.alphas for row in rows):
             if not self.default_alphas:
@@ -88,7 +88,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         self.default_alphas = False
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """The base's embeddings; vLLM asks every model for them, though a recipe reads ids alone."""
+        """The base's embeddings. vLLM asks every model for them, although a recipe reads only ids."""
         return self.part("base").embed_input_ids(input_ids)  # type: ignore[no-any-return]
 
     def forward(
@@ -99,15 +99,15 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | IntermediateTensors:
-        """All members over one batch: shape = (n_tokens, sum of hidden sizes + PIECES * n_experts).
+        """Run all members on one batch: shape = (n_tokens, sum of hidden sizes + PIECES * n_experts).
 
         On all but the last pipeline stage, what the members pass to the next, side by side.
         """
         outputs: dict[str, Any] = {}
         received = None if intermediate_tensors is None else self._taken_apart(intermediate_tensors)
         for name, vocab in zip(self.parts, self.vocabs):
-            # An id that a member lacks is never chosen, and refused in a prompt; if one came, it must not read out of
-            # bounds, which would end the engine.
+            # An id that a member lacks is never chosen, and refused in a prompt. If one came, it must not be read out
+            # of bounds, which would end the engine.
             ids = input_ids if input_ids is None or vocab == max(self.vocabs) else input_ids.clamp(max=vocab - 1)
             own = None if received is None else IntermediateTensors(received[name])
             outputs[name] = self.part(name)(ids, positions, own, None)
@@ -117,9 +117,9 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         return torch.cat([*outputs.values(), cast(Tensor, self.alphas)[:n_tokens]], dim=-1)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """The mixture's logits, float32, shape = (n_rows, ids that all members share), of rows from :meth:`forward`.
+        """The mixture's logits for rows from :meth:`forward`: float32, shape = (n_rows, ids that all members share).
 
-        None on ranks that vLLM gathers nothing to.
+        None on ranks that gather nothing.
         """
         *states, columns = hidden_states.split([*self.widths, self.n_columns], dim=-1)
         logits = {name: self.part(name).compute_logits(state.contiguous()) for name, state in zip(self.parts, states)}
@@ -146,24 +146,24 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         ).squeeze(1)
 
     def _one_gather(self) -> Any:
-        """Under tensor parallelism: mix each rank's part of the vocabulary and gather once, where the parts agree.
+        """With tensor parallelism: mix each rank's part of the vocabulary and gather once, if the parts agree.
 
-        They agree where all heads are split alike. A plausibility mask needs the largest logit of all ranks, so there
-        each member is gathered.
+        They agree if all heads are split in the same way. A plausibility mask needs the largest logit of all ranks, so
+        with one each member is gathered.
         """
         if get_tensor_model_parallel_world_size() == 1 or self.config.plausibility is not None:
             return None
         heads = [head for name in self.parts if (head := hooks.shards_of(self.part(name))) is not None]
         if len(heads) < len(self.parts) or len({width for _, width in heads}) > 1:
             return None
-        gather = heads[0][0]._gather_logits  # gives None on ranks that nothing is gathered to
-        for processor, _ in heads:  # from now on compute_logits returns this rank's ids alone
+        gather = heads[0][0]._gather_logits  # returns None on ranks that gather nothing
+        for processor, _ in heads:  # from now on compute_logits returns only this rank's ids
             processor._gather_logits = lambda logits: logits
         return gather
 
     # -- weights and pipeline stages ------------------------------------------------------------------------
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load every member from where it lies. ``weights`` are the recipe's own, of which there are none."""
+        """Load every member from its own place. ``weights`` are the recipe's own, and there are none."""
         loader = get_model_loader(self.load_config)
         if not isinstance(loader, DefaultModelLoader):
             raise MemberError(f"--load-format {self.load_config.load_format} does not load a recipe's members")
@@ -206,8 +206,8 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
 def side_by_side(outputs: Mapping[str, Any]) -> IntermediateTensors:
     """What the members pass to the next pipeline stage, tensors of one name joined along their last dimension.
 
-    The next stage so gets no more tensors than of one model: vLLM's shared-memory channel between CPU workers carries
-    only a few at a time.
+    So the next stage gets only as many tensors as from one model. vLLM's shared-memory channel between CPU workers
+    carries only a few at a time.
     """
     joined: dict[str, list[Tensor]] = {}
     for output in outputs.values():

@@ -1,7 +1,7 @@
-"""Which models vLLM must hold for a recipe, and what it cannot serve; needs no vLLM.
+"""The models that vLLM must load for a recipe, and the recipes that it cannot serve. It needs no vLLM.
 
-In vLLM all members read one sequence of tokens, so two entries of the recipe that name the same weights are one model
-(the anti-expert that several experts share is held, and run, once).
+In vLLM all members read one sequence of tokens, so two entries of the recipe that name the same weights are one model.
+(An anti-expert of several experts is loaded and run once.)
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Part:
     """One model of the composite.
 
     Attributes:
-        name: of the submodule, and of its weights and KV cache in vLLM. vLLM takes any number between dots for a
-            layer's, so it is never made of what the user called an expert.
+        name: the name of the submodule, and of its weights and KV cache in vLLM. vLLM reads any number between dots as
+            the number of a layer, so the name never contains an expert's name from the user.
         owner: the first member that it computes, for messages.
         names: all members that it computes.
     """
@@ -53,11 +53,11 @@ def parts_of(config: ProxyTuneConfig) -> list[Part]:
 
 
 def refuse(config: ProxyTuneConfig) -> None:
-    """Raise, with the reason in one sentence, if vLLM cannot serve the recipe for what it says.
+    """Raise an error if vLLM cannot serve the recipe because of its contents.
 
     Raises:
-        PromptError: a member has a prompt of its own.
-        MemberError: GGUF, quantization on the fly, members in folders of a hub repository.
+        PromptError: if a member has a prompt of its own.
+        MemberError: for GGUF files, quantization during loading, and members in folders of a hub repository.
     """
     for name, member in config.members():
         if member.prompt.kind != "raw":

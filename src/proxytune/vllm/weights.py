@@ -1,7 +1,8 @@
-"""A member's weights as vLLM reads them: its checkpoint's own names, a LoRA adapter merged in on the way.
+"""A member's weights for vLLM: with the names in its checkpoint, and with a LoRA adapter merged while reading.
 
-Merging at load, and not vLLM's own LoRA, because a recipe's adapter never changes: merged it costs nothing per token,
-works under every kind of parallelism, and needs no adapter slots. The price is a second copy of the small model.
+Adapters are merged at loading instead of using vLLM's own LoRA, because a recipe's adapter never changes. Merged, it
+costs nothing per token, works with every kind of parallelism, and needs no adapter slots. The price is a second copy of
+the small model.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PREFIX = "base_model.model."
 
 
 class Adapter:
-    """A LoRA adapter, read: what is added to which tensor of the checkpoint.
+    """A LoRA adapter: what it adds to which tensor of the checkpoint.
 
     Raises:
         MemberError: for what cannot be merged into plain weights.
@@ -61,7 +62,7 @@ class Adapter:
             raise MemberError(f"the adapter of {self.owner} is not merged, because {reason}; merge it with PEFT")
 
     def touches_vocabulary(self, vocab_size: int) -> bool:
-        """Whether it changes the embeddings or the head: what has a row for each token."""
+        """Whether it changes the embeddings or the head, which have one row per token."""
         tensors = [pair["B"] for pair in self.pairs.values()] + list(self.whole.values())
         return bool(self.embeddings) or any(tensor.shape[0] == vocab_size for tensor in tensors)
 
@@ -76,7 +77,7 @@ class Adapter:
         return float(alpha / math.sqrt(rank) if self.config.use_rslora else alpha / rank)
 
     def delta(self, module: str, like: Tensor) -> Tensor:
-        """What is added to ``module.weight``, float32, of the shape of ``like``."""
+        """The tensor to add to ``module.weight``, float32, with the shape of ``like``."""
         down, up = (self.pairs[module][side].float() for side in "AB")
         delta = (up @ down) * self.scaling(module)  # (n_out, n_in); of an embedding (n_dim, n_vocab)
         if module in self.embeddings or self.config.fan_in_fan_out:
@@ -102,7 +103,7 @@ def with_adapter(weights: Iterable[tuple[str, Tensor]], adapter: Adapter) -> Ite
     """The weights with the adapter merged in: ``W + s B A``, computed in float32.
 
     Raises:
-        MemberError: at the end, if some tensor of the adapter met no weight.
+        MemberError: at the end, if some tensor of the adapter belongs to no weight.
     """
     left = set(adapter.pairs) | set(adapter.whole)
     for name, tensor in weights:
