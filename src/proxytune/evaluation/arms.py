@@ -78,7 +78,7 @@ class Reader:
             encoded = with_room(self.contexts, own.pop("", raw[cut:]), own)
             if encoded.room is not None and len(scored) > encoded.room:
                 raise ProxyTuneError(
-                    f"a continuation has {len(scored)} tokens, but after its prompt there is room for {encoded.room}"
+                    f"behind its prompt a continuation has {len(scored)} tokens, but there is room for {encoded.room}"
                 )
             pairs.append(Pair(encoded, scored, cut))
         return pairs
@@ -159,7 +159,7 @@ def _encoded_as_lm_eval(
     requests = [Instance("loglikelihood", {}, (context, text), at) for at, text in enumerate(continuations)]
     pairs = TemplateLM.loglikelihood(encoder, requests, disable_tqdm=True)
     if not all(scored for _, scored in pairs):
-        raise ProxyTuneError("a continuation adds no token to its context")
+        raise ProxyTuneError("a continuation has no token of its own behind its context")
     # A context of white space alone has moved into the continuation; lm_eval has no rule for what is left.
     return [(list(ids) or [encoder.prefix_token_id], list(scored)) for ids, scored in pairs]
 
@@ -331,8 +331,8 @@ def tuned_prompt(config: ProxyTuneConfig) -> Prompt:
     first = next(iter(prompts.values()), Prompt())
     if other := next((name for name, prompt in prompts.items() if prompt != first), None):
         raise ProxyTuneError(
-            f"the tuned model reads the expert's prompt, but {next(iter(prompts))} and {other} have different prompts; "
-            "evaluate it with a recipe whose experts have one, or leave --tuned out"
+            f"the tuned model is shown what the expert is shown, but {next(iter(prompts))} and {other} have different "
+            "prompts; evaluate it with a recipe whose experts have one, or leave --tuned out"
         )
     return first
 
