@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +15,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from proxytune.decoding.lane import stacked
+from proxytune.decoding.certificate import bounded
+from proxytune.decoding.lane import Scores, stacked
+from proxytune.lanes.completions import Known
 from proxytune.lanes.fake import FakeLane, hashed_logits
+from proxytune.lanes.remote import RemoteLane, RemoteState
 from proxytune.lanes.transformers import TransformersLane
 from proxytune.recipe.layout import Seat
-from proxytune.recipe.parts import Prompt
+from proxytune.recipe.parts import ApiBase, Prompt
 from support import tiny
 
 N_VOCAB = 40
@@ -49,8 +53,36 @@ def tabled():
     return TransformersLane(tiny.gpt2("mini", 3), BOTH)
 
 
-RUNTIMES = {each.__name__: cache(each) for each in (fake, llama, twice, windowed, tabled)}
-CAPACITIES = {name: [None] if name == "fake" else [None, 96] for name in RUNTIMES}
+class Asked:
+    """What a server that knows all tokens answers, without the server."""
+
+    n, complete, offer = N_VOCAB, True, SimpleNamespace(lists=True)
+
+    def top(self, texts, n):
+        logits = [hashed_logits(N_VOCAB, 1)(text).log_softmax(dim=-1).tolist() for text in texts]
+        return [Known(dict(enumerate(row)), -20.0, n) for row in logits]
+
+    def each(self, ask, items):
+        return [ask(item) for item in items]
+
+
+class Dense(RemoteState):
+    """Scores of all tokens in order, as the laws look at them."""
+
+    def read(self, *args, **kwargs):
+        scores = super().read(*args, **kwargs)
+        return Scores(bounded(scores, N_VOCAB))
+
+
+def remote():
+    """A base behind an API."""
+    lane = RemoteLane(ApiBase("m", api="http://h/v1", tokenizer="t"), Asked(), N_VOCAB)
+    lane.open = lambda n_batch, capacity=None: Dense(lane, n_batch)
+    return lane
+
+
+RUNTIMES = {each.__name__: cache(each) for each in (fake, llama, twice, windowed, tabled, remote)}
+CAPACITIES = {name: [None] if name in ("fake", "remote") else [None, 96] for name in RUNTIMES}
 
 
 @pytest.fixture(params=[(name, capacity) for name in RUNTIMES for capacity in CAPACITIES[name]], ids=str)
@@ -330,7 +362,13 @@ class Ragged(RuleBasedStateMachine):
 
 @pytest.mark.parametrize(
     ("name", "capacity"),
-    [("fake", None), ("twice", None), ("windowed", None), pytest.param("twice", 96, marks=pytest.mark.slow)],
+    [
+        ("fake", None),
+        ("remote", None),
+        ("twice", None),
+        ("windowed", None),
+        pytest.param("twice", 96, marks=pytest.mark.slow),
+    ],
 )
 def test_any_order(name, capacity):
     machine = type("Machine", (Ragged,), {"lane": RUNTIMES[name](), "capacity": capacity}).TestCase

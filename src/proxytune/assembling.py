@@ -12,15 +12,18 @@ from typing import Any
 from torch import nn
 
 from proxytune.errors import MemberError, RecipeError, unknown_arguments
+from proxytune.lanes.completions import Budget, Endpoint
 from proxytune.lanes.loading import load_lanes
+from proxytune.lanes.remote import RemoteLane
+from proxytune.lanes.spelling import Spelling
 from proxytune.lanes.transformers import TransformersLane
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.members import Loading, load_config, load_tokenizer, refuse_unfit
-from proxytune.recipe.parts import Expert, Member, Prompt
+from proxytune.recipe.parts import ApiBase, Expert, Member, Prompt, parse_base
 from proxytune.recipe.store import HUB_ARGUMENTS, PLACE
 from proxytune.recipe.vocabulary import compare
 
-__all__ = ["config_of_members", "load_parts", "loading_of_call"]
+__all__ = ["ask_server", "config_of_members", "load_parts", "loading_of_call"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +58,19 @@ def load_parts(
     Raises:
         MemberError, VocabularyError: naming what does not fit.
     """
+    base = config.base_member
+    if not isinstance(base, ApiBase):
+        for option in ("way", "max_calls", "max_tokens"):
+            if getattr(loading, option) is not None:
+                flag = option.replace("_", "-")
+                raise RecipeError(
+                    f"--{flag} is for a base behind an API, and this recipe's base is a model; leave it out"
+                )
     widths, seen = {}, {}
     for name, member in config.members():
+        if isinstance(member, ApiBase):
+            tokenizers[name] = tokenizers.get(name) or load_tokenizer(config, name, member, loading)
+            continue
         if name in given:
             widths[name] = given[name].config.get_text_config(decoder=True).vocab_size
             tokenizers.setdefault(name, None)
@@ -69,17 +83,40 @@ def load_parts(
             if place not in seen:
                 seen[place] = load_tokenizer(config, name, member, loading)
             tokenizers[name] = seen[place]
+    if isinstance(base, ApiBase):
+        # How many ids its head scores is not known here; what the members here can read is what can be mixed.
+        widths = {"base": max(len(tokenizers["base"]), min(widths.values())), **widths}
     vocabulary = compare({"base": tokenizers["base"], **tokenizers}, widths, config.renamed_tokens)
     vocabulary.raise_for_mismatch()
     for note in vocabulary.notes:
         logger.warning(note)
     lanes = load_lanes(config, loading, given)
+    if isinstance(base, ApiBase):
+        config.vocab_size = widths["base"]
+        endpoint = ask_server(config, loading, tokenizers["base"], widths["base"])
+        elsewhere: Any = RemoteLane(base, endpoint, widths["base"], loading.way or "auto")
+        return [elsewhere, *lanes]
     if config.text_config is None:
-        base = next(lane for lane in lanes if any("base" in seat.names for seat in lane.seats))
-        config.text_config = copy.deepcopy(base.model.config)
+        its = next(lane for lane in lanes if any("base" in seat.names for seat in lane.seats))
+        config.text_config = copy.deepcopy(its.model.config)
         config.text_config.name_or_path = ""  # the recipe must not contain paths of this machine
         config.vocab_size = widths["base"]
     return lanes
+
+
+def ask_server(
+    config: ProxyTuneConfig, loading: Loading, tokenizer: Any = None, n_vocab: int | None = None
+) -> Endpoint:
+    """The server of a base behind an API, once it was asked what it offers.
+
+    Args:
+        tokenizer: the declared one, where it is loaded already. n_vocab: of the base; that tokenizer's by default.
+    """
+    base = config.base_member
+    assert isinstance(base, ApiBase)
+    tokenizer = tokenizer or load_tokenizer(config, "base", base, loading)
+    budget = Budget(loading.max_calls, loading.max_tokens)
+    return Endpoint(base, Spelling(tokenizer, n_vocab or len(tokenizer)), tokenizer, budget)
 
 
 def _placeholder(value: Any, name: str, given: dict[str, Any], prompt: Any) -> Member | None:
@@ -89,7 +126,8 @@ def _placeholder(value: Any, name: str, given: dict[str, Any], prompt: Any) -> M
             raise RecipeError(f"a prompt is given for {name}, but no model; name one")
         return None
     if isinstance(value, (Member, str, Path, Mapping)):
-        member = Member.parse(str(value) if isinstance(value, Path) else value)
+        parse = parse_base if name == "base" else Member.parse
+        member = parse(str(value) if isinstance(value, Path) else value)
         if prompt is None:
             return member
         if member.prompt not in (Prompt(), Prompt.parse(prompt)):
@@ -114,6 +152,9 @@ def loading_of_call(called: Callable[..., Any], config: ProxyTuneConfig, kwargs:
         trust_remote_code=bool(kwargs.pop("member_trust_remote_code", False)),
         share=bool(kwargs.pop("share", True)),
         pack=bool(kwargs.pop("pack", False)),
+        way=kwargs.pop("way", None),
+        max_calls=kwargs.pop("max_calls", None),
+        max_tokens=kwargs.pop("max_tokens", None),
         hub={key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs},
     )
     if kwargs:

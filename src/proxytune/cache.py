@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from proxytune.decoding.lane import Lane, LaneState
+from proxytune.decoding.lane import Lane, LaneState, Scores
 from proxytune.errors import PromptError
 from proxytune.recipe.prompts import n_common
 
@@ -51,6 +51,7 @@ class ProxyTunedCache(Cache):
         super().__init__(layers=[])
         self.lanes, self.capacity = list(lanes), capacity
         self._is_user_defined = False
+        self.prompt_scores: list[Scores] | None = None  # of a prompt, where `generate` mixes them itself
         self.rolls_back = False
         self.reset()
 

@@ -21,9 +21,10 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from proxytune.cache import ProxyTunedCache
+from proxytune.decoding.certificate import Certifier
 from proxytune.decoding.cost import Costs
 from proxytune.decoding.drafting import Drafter, Drafting
-from proxytune.decoding.lane import Scores
+from proxytune.decoding.lane import Scores, part
 from proxytune.decoding.loop import Step, decode
 from proxytune.decoding.mixing import Members
 from proxytune.decoding.noise import Noise, RowSampler, row_seeds
@@ -32,6 +33,7 @@ from proxytune.decoding.sampling import Sampler
 from proxytune.decoding.text import Text
 from proxytune.decoding.trace import TOP_K, TokenTrace, Tracer
 from proxytune.errors import PromptError, ProxyTuneError, unknown_arguments
+from proxytune.lanes.remote import Count, RemoteLane, RemoteState
 from proxytune.lanes.transformers import TransformersLane
 from proxytune.own_prompts import as_tensors, negative_rows
 from proxytune.recipe.alpha import NAMED, take_alpha
@@ -39,7 +41,15 @@ from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import FIELDS, OURS, refuse_fields
 from proxytune.recipe.prompts import Prompter
 
-__all__ = ["NO_TRACE", "SpeculationStats", "SteeredGenerationMixin", "TracedOutput", "last_call"]
+__all__ = [
+    "NO_TRACE",
+    "Asked",
+    "SpeculationStats",
+    "SteeredGenerationMixin",
+    "TracedOutput",
+    "last_asked",
+    "last_call",
+]
 
 SPARE_COLUMNS = 64  # of a static cache: rejected drafts, and padding before a row of a batch has been moved
 WORDS = ("alpha", "seed", "speculate")  # our own fields of a generation config, besides "alpha.NAME"
@@ -54,6 +64,11 @@ _THREAD = threading.local()
 def _last_calls() -> weakref.WeakKeyDictionary[Any, SpeculationStats]:
     """The statistics of each model's last call in this thread."""
     return vars(_THREAD).setdefault("of", weakref.WeakKeyDictionary())
+
+
+def last_asked(model: Any) -> Asked | None:
+    """How the model's last call in this thread asked its base, where that is behind an API."""
+    return vars(_THREAD).get("asked", {}).get(model)
 
 
 def last_call(model: Any) -> SpeculationStats:
@@ -99,6 +114,21 @@ class SpeculationStats:
     def acceptance(self) -> float | None:
         """The share of checked drafts that were accepted (the α of 2211.17192); None if nothing was drafted."""
         return (self.accepted + self.lookups_accepted) / self.judged if self.judged else None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How one call of ``generate`` asked a base behind an API.
+
+    Attributes:
+        way: see :class:`proxytune.lanes.remote.RemoteLane`.
+        certified: of each row, whether each new token is known to be the one that the whole mixture would choose.
+        calls: of each row, the requests that were made for it.
+    """
+
+    way: str
+    certified: list[list[bool]]
+    calls: list[int]
 
 
 @dataclass
@@ -484,6 +514,10 @@ class SteeredGenerationMixin(GenerationMixin):
             ProxyTuneError: if the call asks for a number of drafts, but drafts are not possible.
         """
         stats = _last_calls()[self] = SpeculationStats()
+        remote = self._remote(config, speculate, trace_top_k)
+        if remote is not None:
+            model_kwargs["past_key_values"].prompt_scores = []
+            speculate = speculate if remote.way == "verify" else False
         if trace_top_k is not None:
             model_kwargs["output_member_logits"] = True
         outputs = cast(Any, self)._prefill(input_ids, config, model_kwargs)
@@ -502,6 +536,24 @@ class SteeredGenerationMixin(GenerationMixin):
             )
         del outputs  # the prompt's logits are large
         n_batch, n_prompt = input_ids.shape
+        certifier, calls = None, []
+        if remote is not None:
+            lane = self.seats["base"][0]
+            state = cast(RemoteState, cache.states[lane])
+            certifier = Certifier(
+                lane,
+                state,
+                remote.n_vocab,
+                n_batch,
+                asks=remote.way != "pull",
+                exact=not processors and not config.do_sample,
+                whole=remote.complete,
+                needs_best=self.config.plausibility is not None,
+            )
+            rows, calls = self.alpha_rows(model_kwargs.get("alpha"), n_batch), list(state.calls)
+            read = part(cast("list[Scores]", cache.prompt_scores), -1, None)
+            prompt = certifier.mix(read, lambda values: self.mix_lanes(values, rows))
+            cache.prompt_scores = None
         limit = cast(int, criteria.max_length)  # without a cache transformers' own loop runs
 
         together = together_because(cache, criteria, config, streamer)
@@ -541,6 +593,8 @@ class SteeredGenerationMixin(GenerationMixin):
         )
 
         def mixture(scores: Sequence[Scores], alpha: Tensor) -> Tensor:
+            if certifier is not None:
+                return certifier.mix(scores, lambda values: self.mix_lanes(values, alpha))
             return self.mix_lanes([each.values for each in scores], alpha)
 
         # On the device of the logits: copying it there at each step would wait for all pending work of the device.
@@ -555,6 +609,8 @@ class SteeredGenerationMixin(GenerationMixin):
         with _drafting(cache, None if speculate is False else limit - n_prompt - 1):
             for step in steps:
                 stats.count(step)
+                if certifier is not None:
+                    certifier.settle(step)
                 for row, trace in zip(step.rows, step.trace or ()):
                     traces[row] += trace
                 if streamer is not None:
@@ -562,6 +618,9 @@ class SteeredGenerationMixin(GenerationMixin):
                         streamer.put(torch.tensor(column))
                 for name in kept:
                     kept[name] += getattr(step, name).unbind(dim=1)
+        if certifier is not None and remote is not None:
+            _THREAD.asked = weakref.WeakKeyDictionary({self: Asked(remote.way, certifier.marks, [n.n for n in calls])})
+            state.calls = [Count() for _ in state.calls]
         if streamer is not None:
             streamer.end()
         cache.n_columns += text.length[0] - n_prompt - 1  # the newest token is read by the next call
@@ -572,6 +631,28 @@ class SteeredGenerationMixin(GenerationMixin):
         if tracer is not None:
             return TracedOutput(sequences=cast(Any, sequences), past_key_values=cache, traces=traces, **seen)
         return GenerateDecoderOnlyOutput(sequences=cast(Any, sequences), past_key_values=cache, **seen)
+
+    def _remote(self, config: GenerationConfig, speculate: Speculate, trace_top_k: int | None) -> RemoteLane | None:
+        """The lane of a base behind an API, or None where the base has its weights here.
+
+        Raises:
+            ProxyTuneError: for what cannot be had of it.
+        """
+        lane: Any = self.lanes[self.seats["base"][0]]
+        if not isinstance(lane, RemoteLane):
+            return None
+        n = lane.endpoint.n
+        if config.do_sample and not lane.complete:
+            raise ProxyTuneError(
+                f"sampling needs the base's probabilities of all tokens, and its server gives {n}; decode greedily"
+            )
+        if trace_top_k is not None and not lane.complete:
+            raise ProxyTuneError(
+                f"a trace needs the base's probabilities of all tokens, and its server gives {n}; leave the trace out"
+            )
+        if lane.way != "verify" and speculate not in ("auto", False):
+            raise ProxyTuneError(f"speculate={speculate} needs the way verify, and the base is asked by {lane.way}")
+        return lane
 
     def _check_prompts(
         self, input_ids: Tensor, attention_mask: Tensor | None, own: Mapping[str, Tensor] | None

@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from proxytune.assembling import config_of_members, load_parts, loading_of_call
 from proxytune.cache import ProxyTunedCache
+from proxytune.decoding.certificate import bounded, known_ids
 from proxytune.decoding.cost import APART_BYTES
 from proxytune.decoding.drafting import choose_drafting, costs_by_role
-from proxytune.decoding.lane import stacked
+from proxytune.decoding.lane import Scores, stacked
 from proxytune.decoding.mixing import Members, mix
 from proxytune.decoding.pace import parse_speculate
 from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError, unknown_arguments
@@ -217,10 +218,10 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._base_lane.model.dtype
+        return torch.float32 if self._base_lane.model is None else self._base_lane.model.dtype
 
     def get_input_embeddings(self) -> nn.Module:
-        return self._base_lane.model.get_input_embeddings()
+        return self.base.get_input_embeddings()
 
     def get_output_embeddings(self) -> None:
         return None  # the mixture's head is spread over the members
@@ -239,8 +240,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
     def compile_members(self, how: bool | str = True) -> None:
         """Compile the members' decoding, see lanes.kernels.compile_model. It uses static caches."""
         for lane in self.lanes:
-            compile_model(lane.model, how)
-            lane.compiled = True
+            if lane.model is not None:
+                compile_model(lane.model, how)
+                lane.compiled = True
         self.cache_implementation = "static"
 
     # -- the hot path ---------------------------------------------------------------------------------------
@@ -355,10 +357,15 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
                 _refuse_positions(position_ids, attention_mask, n_cached, n_columns)
             cache.begin(n_batch)
             n_last = logits_to_keep if isinstance(logits_to_keep, int) else 0
+            read = []
             for state, (ids, mask) in zip(cache.states, columns):
-                values = state.read(ids, mask, positions=n_last).values
+                read.append(state.read(ids, mask, positions=n_last))
                 state.keep()
-                logits.append(values if isinstance(logits_to_keep, int) else values[:, logits_to_keep])
+            logits = self._whole(read, refuse=cache.prompt_scores is None)
+            if cache.prompt_scores is not None:
+                cache.prompt_scores = read
+            if not isinstance(logits_to_keep, int):
+                logits = [values[:, logits_to_keep] for values in logits]
             cache.n_columns = n_cached + n_columns
         mixed = self.mix_lanes(logits, rows)
         loss = None
@@ -391,6 +398,26 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         return {
             name: None if value is None else stacked(value, n_rows).to(lane.device) for name, value in inputs.items()
         }
+
+    def _whole(self, read: Sequence[Scores], *, refuse: bool) -> list[Tensor]:
+        """Logits of whole vocabularies; where a lane knows some tokens alone, -inf for the others.
+
+        Raises:
+            ProxyTuneError: with ``refuse``, for such a lane.
+        """
+        whole = []
+        for scores, lane in zip(read, self.lanes):
+            values = scores.values
+            if scores.ids is not None:
+                if refuse and not lane.complete:
+                    raise ProxyTuneError(
+                        "this needs the base's probabilities of all tokens, and its server gives "
+                        f"{scores.ids.shape[-1]}; greedy decoding by generate() does without the others"
+                    )
+                known = known_ids(scores, lane.n_vocab)
+                values = bounded(scores, lane.n_vocab).masked_fill(~known, -torch.inf)
+            whole.append(values)
+        return whole
 
     def member_logits(self, name: str, lane_logits: Sequence[Tensor]) -> Tensor:
         """The rows of one member in its lane's logits: (n_batch, n_positions, n_vocab of the member)."""
@@ -559,8 +586,10 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         lanes = load_parts(config, loading, given, tokenizers)
         model = cls(config, lanes, tokenizers=tokenizers, speculate=speculate)
         model._loading = loading
-        own = base_generation_config(config, loading, base="base" not in given)
-        generation = own or model._base_lane.model.generation_config
+        elsewhere = model._base_lane.model is None
+        own = base_generation_config(config, loading, base="base" not in given and not elsewhere)
+        ends = {"eos_token_id": model.tokenizer.eos_token_id} if elsewhere else {}
+        generation = own or (GenerationConfig(**ends) if elsewhere else model._base_lane.model.generation_config)
         model.generation_config, notes = adapted(generation, model._base_lane.n_vocab, "the generation config")
         for note in notes:
             logger.warning(note)

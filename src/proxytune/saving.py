@@ -14,7 +14,7 @@ from proxytune.lanes.transformers import TransformersLane
 from proxytune.recipe.adapters import plain_weights, save_adapter
 from proxytune.recipe.generation_config import valid_generation_config
 from proxytune.recipe.members import member_source
-from proxytune.recipe.parts import Member
+from proxytune.recipe.parts import ApiBase, Member
 from proxytune.recipe.store import load_recipe, model_card, moved_member, write_recipe
 
 __all__ = ["push_model", "save_model"]
@@ -31,7 +31,8 @@ def save_model(model: Any, directory: Path, *, bundle: bool = False, max_shard_s
     """
     places: dict[str, tuple[str, str | None]] = {}  # member name -> (model, adapter)
     lanes: Sequence[TransformersLane] = model.lanes
-    saved = [lane for lane in lanes if lane.source is None or lane.changed or bundle]
+    here = [lane for lane in lanes if lane.model is not None]
+    saved = [lane for lane in here if lane.source is None or lane.changed or bundle]
     for lane in saved:
         quantizer = getattr(lane.model, "hf_quantizer", None)
         if quantizer is not None and not quantizer.is_serializable():
@@ -101,7 +102,10 @@ def push_model(
         save_model(model, Path(folder), bundle=bundle)
         written = load_recipe(folder)
         for name, member in written.members():
-            source, _ = member_source(written, name, member)
+            if isinstance(member, ApiBase):
+                source = written.locate(member.tokenizer)
+            else:
+                source, _ = member_source(written, name, member)
             if source.is_local and not Path(source.path).is_relative_to(folder):
                 raise RecipeError(
                     f"member {name} lies on this machine ({source.path}), where others cannot load it; "

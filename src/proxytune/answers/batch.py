@@ -24,7 +24,7 @@ from proxytune.recipe.parts import refuse_negative
 
 __all__ = ["Item", "Output", "fingerprint", "read_items", "result"]
 
-RESULT_FIELDS = ("line", "text", "tokens", "finish", "run")
+RESULT_FIELDS = ("line", "text", "tokens", "finish", "run", "certified", "calls", "way")
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ def result(item: Item, answer: Answer, names: Sequence[str], run: str | None = N
         "tokens": answer.tokens,
         "alpha": shown_alpha(item.alphas, names),
         "finish": answer.finish,
+        **({} if answer.way is None else {name: getattr(answer, name) for name in ("certified", "calls", "way")}),
         **({"run": run} if run else {}),
     }
 

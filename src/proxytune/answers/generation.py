@@ -21,6 +21,7 @@ from proxytune.answers.options import Sampling
 from proxytune.decoding.noise import row_seed
 from proxytune.decoding.trace import TokenTrace
 from proxytune.errors import PromptError
+from proxytune.generation_mixin import last_asked
 from proxytune.recipe.generation_config import ends_of, fields_of, plain_generation_config
 from proxytune.recipe.prompts import last_turn, left_pad, render_chat
 
@@ -57,12 +58,17 @@ class Answer:
         finish: what ended the text: ``stop`` (the model, or a stop string), ``length`` (the limit of new tokens, or a
             member's context) or ``interrupt`` (the caller).
         trace: why each of ``tokens`` was chosen, if the call asked for a trace.
+        certified: of each of ``tokens``, whether it is known to be the whole mixture's choice; way: how the base was
+            asked; calls: the requests made for this answer. All three for a base behind an API alone.
     """
 
     text: str
     tokens: list[int]
     finish: Finish
     trace: list[TokenTrace] | None = None
+    certified: list[bool] | None = None
+    calls: int | None = None
+    way: str | None = None
 
 
 # -- prompts --------------------------------------------------------------------------------------------------
@@ -199,6 +205,11 @@ def answer(
         _cut(tokenizer, prompt.ids, new, limit, ends, stops, limit_rows.interrupted)
         for prompt, new, limit in zip(prompts, sequences[:, ids.shape[1] :].tolist(), limits)
     ]
+    if (asked := last_asked(model)) is not None:
+        answers = [
+            replace(one, certified=marks[: len(one.tokens)], calls=calls, way=asked.way)
+            for one, marks, calls in zip(answers, asked.certified, asked.calls)
+        ]
     if trace_top_k is None:
         return answers
     return [replace(one, trace=trace[: len(one.tokens)]) for one, trace in zip(answers, output.traces)]

@@ -13,6 +13,7 @@ from proxytune.cli.flags import only
 from proxytune.cli.shared import FAILED, Recipe, ResultOptions, complain, count, load_model, say, size, write_out
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.options import ComposeOptions, LoadingOptions
+from proxytune.recipe.parts import ApiBase
 from proxytune.recipe.place import check_target
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def new(
         proxytune new mine --preset llama2-13b-chat --offline
         proxytune new french --base ./big --small ./small --expert-system "Answer only in French."
         proxytune new guided --base ./big --negative-prompt "Write a boring story." --guidance 1.5
+        proxytune new remote --base-api https://host/v1 --base-model big --base-tokenizer ./big-tokenizer \\
+            --base-key BIG_API_KEY --expert ./small-tuned --anti-expert ./small
     """
     check_target(directory, force)
     from proxytune.recipe.check import check_recipe
@@ -133,6 +136,9 @@ def check(
     alpha 0, at the recipe's alpha, without a cache, with and without drafts, and as a batch. The exit status is 0 if
     nothing is wrong, else 2.
 
+    Where the base is behind an API, its server is asked a few times what it offers: which log-probabilities, how many,
+    and for which prompts.
+
     Examples:
 
         proxytune check demo
@@ -147,10 +153,18 @@ def check(
     from proxytune.recipe.store import load_recipe
 
     config = load_recipe(recipe)
-    report = check_recipe(config, Loading.of(loading))
-    console = Console()
+    console, server = Console(), None
+    report = check_recipe(config, Loading.of(loading), asked=True)
+    if isinstance(config.base_member, ApiBase) and not report.problems:
+        from proxytune.assembling import ask_server
+
+        if run:
+            raise ProxyTuneError("--run compares with the base's own forward, and this base is behind an API")
+        server = ask_server(config, Loading.of(loading)).findings()
     if not results.json:
         show_report(report, recipe, console)
+        for what, value in (server or {}).items():
+            console.print(f"the base's server: {escape(what)}: {escape(str(value))}", highlight=False)
     trials = []
     if run and not report.problems:
         from proxytune.answers.selftest import run_trials
@@ -161,7 +175,11 @@ def check(
             if not results.json:
                 word = {True: "[green]ok[/green]", False: "[red]failed[/red]", None: "[yellow]left out[/yellow]"}
                 console.print(f"{word[trial.passed]} {trial.name}: {escape(trial.detail)}", highlight=False)
-    results.give(report.to_json() | ({"trials": [asdict(trial) for trial in trials]} if run else {}))
+    results.give(
+        report.to_json()
+        | ({} if server is None else {"server": server})
+        | ({"trials": [asdict(trial) for trial in trials]} if run else {})
+    )
     if report.problems or any(trial.passed is False for trial in trials):
         raise typer.Exit(FAILED)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from proxytune.decoding.cost import Cost
 from proxytune.recipe.layout import Seat
 
-__all__ = ["Lane", "LaneState", "QuickLane", "QuickState", "Scores", "part", "stacked"]
+__all__ = ["AskedState", "Lane", "LaneState", "QuickLane", "QuickState", "Scores", "part", "stacked"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Scores:
     Attributes:
         values: logits of the whole vocabulary, shape = (n_rows, n_positions, n_vocab); or, if ``ids`` are given,
             log-probabilities of these ids only, (n_rows, n_positions, n_known).
-        ids: the tokens that ``values`` belong to, (n_rows, n_positions, n_known); None: all, in order.
+        ids: the tokens that ``values`` belong to, (n_rows, n_positions, n_known), -1 where a position has fewer; None:
+            all, in order.
         bound: no token outside ``ids`` has a larger log-probability, (n_rows, n_positions); None if all are given.
     """
 
@@ -156,6 +157,25 @@ class QuickState(LaneState, Protocol):
     def read_hidden(self, ids: Tensor) -> Tensor:
         """Like :meth:`read`, but returns the hidden states that the lane's head turns into logits, (n_rows, k,
         n_hidden)."""
+        ...
+
+
+class AskedState(LaneState, Protocol):
+    """A state of a lane that is not complete: it can be asked for more than it has said."""
+
+    def behind(self, start: int, n_positions: int) -> Tensor:
+        """The drafts that stand behind positions, (n_batch, n_positions); -1 where there is none. ``start``: as in
+        :meth:`ask`.
+        """
+        ...
+
+    def ask(self, start: int, rivals: Tensor) -> Scores | None:
+        """Ask more about positions at which some tokens are to be known; None where nothing more is said.
+
+        Args:
+            start: how many of the columns read since the last ``keep`` stand before the first position and in it.
+            rivals: which tokens, (n_batch, n_positions, n_vocab), bool.
+        """
         ...
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from proxytune.decoding.cost import Cost
-from proxytune.decoding.lane import Scores, stacked
+from proxytune.decoding.lane import Scores
+from proxytune.lanes.texts import TextState
 from proxytune.recipe.layout import Seat
 from proxytune.recipe.parts import Prompt
 
@@ -60,55 +61,23 @@ class FakeLane:
         return FakeState(self, n_batch)  # a list has room for any number of columns
 
 
-class FakeState:
-    """The texts that a :class:`FakeLane` has read, a list of ids for each row; see :mod:`proxytune.decoding.lane`."""
-
-    forgets = True
+class FakeState(TextState):
+    """The texts that a :class:`FakeLane` has read, scored anew at each position."""
 
     def __init__(self, lane: FakeLane, n_batch: int) -> None:
-        self.lane, self.n_batch, self.n_columns = lane, n_batch, 0
-        self.texts: list[list[int]] = [[] for _ in range(n_batch * len(lane.seats))]
-        self.pending: list[list[list[int]]] = []  # columns read since the last `keep`: for each, what each row read
+        super().__init__(len(lane.seats), n_batch)
+        self.lane = lane
 
     def read(
         self, ids: Tensor, mask: Tensor | None = None, *, positions: int = 0, want: Tensor | None = None
     ) -> Scores:
         """See :class:`proxytune.decoding.lane.LaneState`; all is scored, whatever is wanted."""
-        ids = stacked(ids, len(self.texts))
-        shown = torch.ones_like(ids) if mask is None else stacked(mask, len(self.texts))
-        rows, k = ids.shape
-        scores = []
-        for column in range(k):
-            self.pending.append([[int(ids[row, column])] if shown[row, column] else [] for row in range(rows)])
-            if positions == 0 or column >= k - positions:
-                scores.append(torch.stack([self._score(row) for row in range(rows)]))
-        return Scores(torch.stack(scores, dim=1))
+        self.take(ids, mask)
+        k = ids.shape[1]
+        ahead = range(len(self.pending) - (min(positions, k) or k) + 1, len(self.pending) + 1)
+        rows = range(len(self.texts))
+        return Scores(torch.stack([torch.stack([self._score(row, at) for row in rows]) for at in ahead], dim=1))
 
-    def _score(self, row: int) -> Tensor:
+    def _score(self, row: int, ahead: int) -> Tensor:
         self.lane.n_computed += 1
-        text = self.texts[row] + [token for column in self.pending for token in column[row]]
-        return self.lane.logits_of[row // self.n_batch](text)
-
-    def begin_drafts(self, room: int | None = None) -> None:
-        """Nothing: a list can always be cut."""
-
-    def end_drafts(self) -> None:
-        """Nothing, too."""
-
-    def keep(self, counts: Sequence[int] | None = None) -> None:
-        counts = [len(self.pending)] * self.n_batch if counts is None else counts
-        for row, text in enumerate(self.texts):
-            text.extend(token for column in self.pending[: counts[row % len(counts)]] for token in column[row])
-        self.pending = []
-        self.n_columns += max(counts, default=0)
-
-    def crop(self, n_columns: int) -> None:
-        for text in self.texts:
-            del text[max(len(text) - n_columns, 0) :]
-        self.n_columns -= n_columns
-
-    def select(self, rows: Tensor) -> None:
-        n_seats = len(self.lane.seats)
-        chosen = [seat * self.n_batch + row for seat in range(n_seats) for row in rows.tolist()]
-        self.texts = [list(self.texts[row]) for row in chosen]
-        self.n_batch = len(rows)
+        return self.lane.logits_of[row // self.n_batch](self.text(row, ahead))

@@ -25,7 +25,7 @@ from proxytune.recipe.checkpoints import Fit, fit_of, fit_of_gguf, read_header
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.layout import group_by_weights, seats_of
 from proxytune.recipe.members import Loading, adapter_directory, adapter_source, loading_of, opened, refuse_unfit
-from proxytune.recipe.parts import Member
+from proxytune.recipe.parts import ApiBase, Member
 
 __all__ = ["forget_gguf", "load_lanes", "load_member", "load_model"]
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_lanes(config: ProxyTuneConfig, loading: Loading, given: Mapping[str, Any]) -> list[TransformersLane]:
-    """Load every member of the recipe, each set of weights once.
+    """Load every member of the recipe that has weights here, each set of weights once.
 
     ``given``: member name -> a model in memory (a PeftModel too); its weights are used, its modules stay as they are.
 
@@ -44,7 +44,9 @@ def load_lanes(config: ProxyTuneConfig, loading: Loading, given: Mapping[str, An
     for name, member in config.members():
         if name in given:
             in_memory.setdefault(id(_bare(given[name])), []).append((name, member))
-    named = [(name, member) for name, member in config.members() if name not in given]
+    named = [
+        (name, member) for name, member in config.members() if name not in given and not isinstance(member, ApiBase)
+    ]
     groups, reasons = group_by_weights(config, named, loading)
     for name, reason in reasons.items():
         _warn_apart(name, reason)

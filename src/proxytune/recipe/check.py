@@ -37,7 +37,7 @@ from proxytune.recipe.members import (
     opened,
     refuse_unfit,
 )
-from proxytune.recipe.parts import Member
+from proxytune.recipe.parts import ApiBase, Member
 from proxytune.recipe.prompts import render
 from proxytune.recipe.source import Source
 from proxytune.recipe.vocabulary import compare
@@ -135,16 +135,27 @@ class _Found:
         return getattr(self.config, "quantization_config", None)
 
 
-def check_recipe(config: ProxyTuneConfig, loading: Loading | None = None) -> Report:
-    """Check a recipe without loading a weight."""
+def check_recipe(config: ProxyTuneConfig, loading: Loading | None = None, *, asked: bool = False) -> Report:
+    """Check a recipe without loading a weight.
+
+    Args:
+        asked: whether the caller asks the server of a base behind an API what it offers.
+    """
     check = _Check(config, loading)
     for name, member in config.members():
+        if isinstance(member, ApiBase):
+            with check.telling():
+                check.declared = load_tokenizer(config, name, member, check.loading)
+            if not asked:
+                check.unchecked.append(f"what the server of the base offers ({member.api}): loading asks it")
+            continue
         with check.telling():
             own = check.config_of(name, member)
             check.refuse_without_weights(name, member)
             check.found[name] = _Found(member, own)
             check.found[name].tokenizer = load_tokenizer(config, name, member, check.loading)
-    shared = check.vocabulary() if len(check.found) == len(list(config.members())) else None
+    n_found = len(check.found) + (check.declared is not None)
+    shared = check.vocabulary() if n_found == len(list(config.members())) else None
     check.prompts()
     check.generation()
     check.parts()
@@ -176,6 +187,8 @@ def count_recipe(config: ProxyTuneConfig, loading: Loading | None = None) -> tup
     """
     check = _Check(config, loading)
     for name, member in config.members():
+        if isinstance(member, ApiBase):
+            raise MemberError("the base runs behind an API, so what it needs is not known here")
         check.found[name] = _Found(member, check.config_of(name, member))
     members = check.count(files=False)
     if check.problems:
@@ -189,6 +202,7 @@ class _Check:
     def __init__(self, config: ProxyTuneConfig, loading: Loading | None) -> None:
         self.config, self.loading = config, loading or Loading()
         self.found: dict[str, _Found] = {}
+        self.declared: Any = None  # the tokenizer of a base behind an API
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.unchecked: list[str] = []
@@ -215,11 +229,12 @@ class _Check:
 
     def vocabulary(self) -> int:
         """The ids that are mixed: those below it."""
-        report = compare(
-            {name: one.tokenizer for name, one in self.found.items()},
-            {name: one.text.vocab_size for name, one in self.found.items()},
-            self.config.renamed_tokens,
-        )
+        tokenizers = {name: one.tokenizer for name, one in self.found.items()}
+        widths = {name: one.text.vocab_size for name, one in self.found.items()}
+        if self.declared is not None:
+            tokenizers = {"base": self.declared, **tokenizers}
+            widths = {"base": max(len(self.declared), min(widths.values())), **widths}
+        report = compare(tokenizers, widths, self.config.renamed_tokens)
         with self.telling():
             report.raise_for_mismatch()
         self.notes += report.notes
@@ -230,7 +245,7 @@ class _Check:
         return report.shared
 
     def prompts(self) -> None:
-        base = self.found["base"].tokenizer if "base" in self.found else None
+        base = self.found["base"].tokenizer if "base" in self.found else self.declared
         for name, one in self.found.items():
             if one.member.prompt.kind not in ("raw", "negative"):  # a negative prompt is read as the raw one is
                 with self.telling(f"the prompt of {name} cannot be made: "):

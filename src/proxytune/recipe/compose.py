@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import adapted, ends_of, read_generation_config
 from proxytune.recipe.members import Loading, adapter_source, load_config, load_tokenizer, member_source
 from proxytune.recipe.options import ComposeOptions, MemberChoice
-from proxytune.recipe.parts import Expert, Member, Prompt
+from proxytune.recipe.parts import ApiBase, Expert, Member, Prompt
 from proxytune.recipe.place import check_target
 from proxytune.recipe.presets import PRESETS
 from proxytune.recipe.store import moved_member, write_recipe
@@ -109,7 +109,7 @@ def configure(options: ComposeOptions, examples: Sequence[tuple[str, str]] = ())
     preset, name, alpha = options.preset, options.name, options.alpha
     start = ProxyTuneConfig(**PRESETS[preset]) if preset is not None else None
     first = start.expert_list[0] if start is not None else None
-    made_base = _over(options.base, start.base_member if start is not None else None, "the base")
+    made_base = _api_base(options) or _over(options.base, start.base_member if start is not None else None, "the base")
     if made_base is None:
         raise RecipeError("no base is given; name the model to steer with --base, or use --preset")
     expert_choice, anti_choice = (
@@ -153,6 +153,13 @@ def configure(options: ComposeOptions, examples: Sequence[tuple[str, str]] = ())
     if towards is None:
         raise RecipeError("--expert-system and --expert-examples need an expert; add --expert or --small")
     return _with_expert_texts(config, options, examples)
+
+
+def _api_base(options: ComposeOptions) -> ApiBase | None:
+    """The base behind an API that the options name, or None where they name none."""
+    named = {f.name.removeprefix("api_"): getattr(options, f.name) for f in fields(options) if f.name.startswith("api")}
+    given = {name: value for name, value in named.items() if value is not None}
+    return ApiBase(**given) if given else None
 
 
 def _guidance(base: Member, negative: str | None, guidance: float | None) -> Expert:
@@ -228,19 +235,23 @@ def compose(
     check_target(directory, force)
     loading = Loading(trust_remote_code=trust_remote_code, hub={"local_files_only": True} if offline else {})
     for name, one in config.members():
+        if isinstance(one, ApiBase):
+            config.locate(one.tokenizer)
+            continue
         member_source(config, name, one)  # a path that does not exist is refused now, not when the recipe is used
         adapter_source(config, one)
     notes: list[str] = []
     text_config, tokenizer, generation = None, None, None
     try:
-        text_config = load_config(config, "base", config.base_member, loading)
-        if text_config.model_type == ProxyTuneConfig.model_type:
-            raise RecipeError(
-                f"the base {config.base_member.model!r} is itself a recipe; name the models in it instead"
-            )
-        text_config.name_or_path = ""  # where it lay on this machine is not the recipe's to tell
+        if not isinstance(config.base_member, ApiBase):
+            text_config = load_config(config, "base", config.base_member, loading)
+            if text_config.model_type == ProxyTuneConfig.model_type:
+                raise RecipeError(
+                    f"the base {config.base_member.model!r} is itself a recipe; name the models in it instead"
+                )
+            text_config.name_or_path = ""  # where it lay on this machine is not the recipe's to tell
         tokenizer = load_tokenizer(config, "base", config.base_member, loading)
-        generation = _generation_config(config, text_config, loading, notes)
+        generation = _generation_config(config, text_config, tokenizer, loading, notes)
     except MemberError as error:
         if not offline:
             raise MemberError(f"{error} (--offline writes the recipe without the base's files)") from error
@@ -268,7 +279,7 @@ def compose(
 
 
 def _generation_config(
-    config: ProxyTuneConfig, text_config: PreTrainedConfig, loading: Loading, notes: list[str]
+    config: ProxyTuneConfig, text_config: PreTrainedConfig | None, tokenizer: Any, loading: Loading, notes: list[str]
 ) -> GenerationConfig:
     """The base's, without what a recipe cannot do, and with the ends of the experts that are steered towards."""
 
@@ -280,8 +291,11 @@ def _generation_config(
             notes.append(f"the generation config of {name} {reason}, so its end-of-sequence tokens are not known")
             return None
 
-    generation = own("base", config.base_member) or GenerationConfig.from_model_config(text_config)
-    width = text_config.get_text_config(decoder=True).vocab_size
+    if text_config is None:  # behind an API, where the tokenizer alone says how texts end
+        generation, width = GenerationConfig(eos_token_id=tokenizer.eos_token_id), len(tokenizer)
+    else:
+        generation = own("base", config.base_member) or GenerationConfig.from_model_config(text_config)
+        width = text_config.get_text_config(decoder=True).vocab_size
     generation, left_out = adapted(generation, width, "the base's generation config")
     notes += left_out
     ends = ends_of(generation)

@@ -26,7 +26,7 @@ from transformers import AutoConfig, PreTrainedConfig
 import proxytune
 from proxytune.errors import RecipeError
 from proxytune.recipe.alpha import resolve_alpha
-from proxytune.recipe.parts import RECIPE_FIELDS, Expert, Member, parse_experts, unknown_field
+from proxytune.recipe.parts import RECIPE_FIELDS, ApiBase, Expert, Member, parse_base, parse_experts, unknown_field
 from proxytune.recipe.place import MODEL_TYPE
 from proxytune.recipe.source import Source, resolve
 
@@ -88,7 +88,7 @@ class ProxyTuneConfig(PreTrainedConfig):
                 raise RecipeError(unknown_field("the recipe", key, RECIPE_FIELDS))
         if self.base is None:
             raise RecipeError("the recipe names no `base`; name the model to steer")
-        base = Member.parse(self.base)
+        base = parse_base(self.base)
         experts = parse_experts(self.experts)
         if self.plausibility is not None and not (
             isinstance(self.plausibility, (int, float))
@@ -118,7 +118,7 @@ class ProxyTuneConfig(PreTrainedConfig):
     # -- the parsed view ------------------------------------------------------------------------------------
     @property
     def base_member(self) -> Member:
-        return Member.parse(self.base)
+        return parse_base(self.base)
 
     @property
     def expert_list(self) -> list[Expert]:
@@ -217,7 +217,7 @@ def _shown_text(value: Any, what: str) -> str:
 
 def _config_at_hand(base: Member, recipe: str) -> PreTrainedConfig | None:
     """The base's own config if it can be read without the network and without its code, or None."""
-    if base.model is None or base.gguf_file is not None or base.model.endswith(".gguf"):
+    if isinstance(base, ApiBase) or base.model is None or base.gguf_file is not None or base.model.endswith(".gguf"):
         return None
     try:
         source = resolve(base.model, recipe, base.revision)

@@ -17,7 +17,7 @@ from proxytune.errors import MemberError, first_line
 from proxytune.recipe.checkpoints import find_file, whole_gguf
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.options import LoadingOptions
-from proxytune.recipe.parts import Member
+from proxytune.recipe.parts import ApiBase, Member
 from proxytune.recipe.source import Source
 
 __all__ = [
@@ -49,6 +49,9 @@ class Loading:
     trust_remote_code: bool = False
     share: bool = True
     pack: bool = False
+    way: str | None = None  # these three are for a base behind an API
+    max_calls: int | None = None
+    max_tokens: int | None = None
     hub: dict[str, Any] = field(default_factory=dict)  # token, cache_dir, local_files_only, force_download
 
     @classmethod
@@ -59,6 +62,9 @@ class Loading:
             device_map=options.device_map,
             trust_remote_code=options.trust_remote_code,
             pack=options.pack,
+            way=options.way,
+            max_calls=options.max_calls,
+            max_tokens=options.max_tokens,
             hub=hub,
         )
 
@@ -95,6 +101,11 @@ def _adapted_model(source: Source, loading: Loading) -> str | None:
 
 def load_tokenizer(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> Any:
     """One member's tokenizer, or None where its directory has none."""
+    if isinstance(member, ApiBase):
+        declared = load_tokenizer(config, f"the tokenizer of {name}", Member(member.tokenizer), loading)
+        if declared is None:
+            raise MemberError(f"there is no tokenizer at {member.tokenizer!r}, which the base behind an API names")
+        return declared
     source, gguf_file = member_source(config, name, member)
     with opened(config, name, member, loading, with_data=False) as (path, place):
         if gguf_file is None and not any(find_in(source, file, loading) for file in TOKENIZER_FILES):
@@ -139,6 +150,8 @@ def find_in(source: Source, name: str, loading: Loading) -> str | None:
 
 def member_source(config: ProxyTuneConfig, name: str, member: Member) -> tuple[Source, str | None]:
     """Where a member lies, and the GGUF file in that place if it is one."""
+    if isinstance(member, ApiBase):
+        raise MemberError(f"{name} runs behind an API ({member.api}), so none of its files are at hand")
     if member.model is None:
         raise MemberError(f"{name} was a model in memory when this recipe was made; save it and name its directory")
     source = config.locate(member.model, member.revision)

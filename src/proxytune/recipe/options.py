@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,23 @@ class LoadingOptions:
         panel="Speed",
         parse=_drafts,
     )
+    way: str | None = option(
+        None,
+        "How a base behind an API is asked: verify (drafts scored in one request), ask (again where a choice is open), "
+        "pull (the top tokens alone), or auto, what its server offers first.",
+        metavar="auto|verify|ask|pull",
+        panel="Base behind an API",
+    )
+    max_calls: int | None = option(
+        None, "Stop before this many requests are exceeded.", metavar="N", min=1, panel="Base behind an API"
+    )
+    max_tokens: int | None = option(
+        None,
+        "Stop before this many tokens, of prompts and answers, are exceeded.",
+        metavar="N",
+        min=1,
+        panel="Base behind an API",
+    )
     pack: bool = option(
         False,
         "Rearrange the weights for the CPU when loading: several times faster there, for float32 and bfloat16.",
@@ -74,6 +91,9 @@ class LoadingOptions:
             "member_trust_remote_code": self.trust_remote_code,
             "speculate": self.speculate,
             "pack": self.pack,
+            "way": self.way,
+            "max_calls": self.max_calls,
+            "max_tokens": self.max_tokens,
         }
 
 
@@ -110,6 +130,45 @@ class ComposeOptions:
     )
     name: str | None = option(None, "Name of the expert; `expert` by default.", metavar="NAME", panel="Mixing")
     base: MemberChoice = option(MemberChoice(), "The large model to steer.")
+    api: str | None = option(
+        None,
+        "A base that a server runs: the URL of its OpenAI-compatible API, up to /v1. In place of --base.",
+        flag="--base-api",
+        metavar="URL",
+        panel="Base behind an API",
+    )
+    api_model: str | None = option(
+        None, "Name of the base at that server.", flag="--base-model", metavar="NAME", panel="Base behind an API"
+    )
+    api_tokenizer: str | None = option(
+        None,
+        "Tokenizer of the server's model: a hub id or a directory.",
+        flag="--base-tokenizer",
+        metavar="MODEL",
+        panel="Base behind an API",
+    )
+    api_key: str | None = option(
+        None,
+        "NAME of the environment variable that holds the API key. The key itself is written nowhere.",
+        flag="--base-key",
+        metavar="NAME",
+        panel="Base behind an API",
+    )
+    api_top_logprobs: int | None = option(
+        None,
+        "Most probable tokens that each request asks for; 20 by default.",
+        flag="--base-top-logprobs",
+        metavar="N",
+        min=1,
+        panel="Base behind an API",
+    )
+    api_server: str | None = option(
+        None,
+        "Program that answers; by default this is found out by trying.",
+        flag="--base-server",
+        metavar="auto|openai|vllm|llama.cpp",
+        panel="Base behind an API",
+    )
     expert: MemberChoice = option(MemberChoice(), "The small model after finetuning: steer towards it.")
     anti_expert: MemberChoice = option(MemberChoice(), "The small model before finetuning: steer away from it.")
     small: str | None = option(
@@ -188,7 +247,8 @@ class ComposeOptions:
     def __post_init__(self) -> None:
         if self.preset is not None and self.preset not in PRESETS:
             raise RecipeError(f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}")
-        if self.preset is None and self.base.model is None:
+        self._check_api()
+        if self.preset is None and self.base.model is None and self.api is None:
             raise RecipeError("no base is given; name the model to steer with --base, or use --preset")
         if self.small is not None:
             given = {"--expert": self.expert.model, "--anti-expert": self.anti_expert.model}
@@ -202,6 +262,21 @@ class ComposeOptions:
                 )
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise RecipeError(f"--guidance must be a finite number, not {self.guidance}")
-        for model in (self.base.model, self.expert.model, self.anti_expert.model, self.small):
+        for model in (self.base.model, self.expert.model, self.anti_expert.model, self.small, self.api_tokenizer):
             if model is not None:
                 resolve(model, None)
+
+    def _check_api(self) -> None:
+        """A base behind an API is named whole, and nothing else is said of a base."""
+        of_api = {f.metadata["flag"]: getattr(self, f.name) for f in fields(self) if f.name.startswith("api")}
+        if self.api is None:
+            if given := next((flag for flag, value in of_api.items() if value is not None), None):
+                raise RecipeError(f"{given} is for a base behind an API; give its URL with --base-api")
+            return
+        for flag in ("--base-model", "--base-tokenizer"):
+            if of_api[flag] is None:
+                raise RecipeError(f"a base behind an API needs {flag} too")
+        if self.base != MemberChoice():
+            raise RecipeError("--base-api says where the base runs; leave --base and its dtype, device and prompt out")
+        if self.negative_prompt is not None or self.guidance is not None:
+            raise RecipeError("a negative prompt needs a base on this machine; leave --base-api out")

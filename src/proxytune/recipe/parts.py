@@ -7,17 +7,31 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from proxytune.errors import RecipeError
 from proxytune.recipe.alpha import finite_alpha
 from proxytune.recipe.options import DTYPES
 
-__all__ = ["RECIPE_FIELDS", "Expert", "Member", "Prompt", "parse_experts", "refuse_negative", "unknown_field"]
+__all__ = [
+    "RECIPE_FIELDS",
+    "ApiBase",
+    "Expert",
+    "Member",
+    "Prompt",
+    "parse_base",
+    "parse_experts",
+    "refuse_negative",
+    "unknown_field",
+]
 
+SERVERS = ("auto", "openai", "vllm", "llama.cpp")
+API_FIELDS = ("api", "model", "tokenizer", "top_logprobs", "key", "server")
 PROMPT_KINDS = ("raw", "chat", "template", "negative")
 RECIPE_FIELDS = ("base", "experts", "plausibility", "renamed_tokens", "description", "examples")
 
@@ -179,6 +193,8 @@ class Member:
             return value
         if isinstance(value, (str, os.PathLike)):
             return cls(model=os.fspath(value))
+        if isinstance(value, Mapping) and "api" in value:
+            raise RecipeError("only the base may run behind an API; an expert needs a model on this machine")
         if not isinstance(value, Mapping) or "model" not in value:
             raise RecipeError(f"a member must be a string or an object with `model`, not {value!r}")
         known = _known_fields(cls, value, f"member {value['model']!r}")
@@ -186,6 +202,78 @@ class Member:
 
     def to_json(self) -> dict[str, Any]:
         return _to_json(self)
+
+
+@dataclass(frozen=True)
+class ApiBase(Member):
+    """A base that somebody else's server runs. It reads the raw prompt.
+
+    ``model`` is its name at the server. The server speaks OpenAI's completions route.
+
+    Attributes:
+        api: the URL, up to and with ``/v1``.
+        tokenizer: a hub id or a directory: the tokenizer that the server's model has.
+        top_logprobs: how many of the most probable tokens each request asks for.
+        key: the *name* of the environment variable that holds the API key; None: no key is sent.
+        server: which program answers, for what only that one understands; ``auto`` finds out by trying.
+
+    Example:
+        >>> from proxytune.recipe.parts import ApiBase
+        >>> base = ApiBase("big", api="https://host/v1", tokenizer="owner/big", key="BIG_KEY")
+        >>> base.to_json()
+        {'model': 'big', 'api': 'https://host/v1', 'tokenizer': 'owner/big', 'key': 'BIG_KEY'}
+    """
+
+    api: str = ""
+    tokenizer: str = ""
+    top_logprobs: int = 20
+    key: str | None = None
+    server: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("api", "model", "tokenizer"):
+            if not _is_text(getattr(self, name)):
+                raise RecipeError(f"a base behind an API needs `{name}`, a text, not {getattr(self, name)!r}")
+        try:
+            url = urlsplit(self.api)
+        except ValueError as error:
+            raise RecipeError("`api` of the base is no URL") from error
+        if url.username or url.password or url.query or url.fragment:
+            raise RecipeError(
+                "`api` of the base must be a plain URL without user, password or query; put the key into an "
+                "environment variable and name that as `key`"
+            )
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise RecipeError(f"`api` of the base must begin with http:// or https://, not {self.api!r}")
+        n = self.top_logprobs
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise RecipeError(f"`top_logprobs` of the base must be a whole number of at least 1, not {n!r}")
+        if self.key is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", str(self.key)):  # keys have small letters
+            raise RecipeError(
+                "`key` of the base must be the name of an environment variable in capitals, such as OPENAI_API_KEY, "
+                "never the key itself"
+            )
+        if self.server not in SERVERS:
+            raise RecipeError(f"`server` of the base is one of {', '.join(SERVERS)}, not {self.server!r}")
+
+    @classmethod
+    def parse(cls, value: Any) -> ApiBase:
+        """Read an object of the fields."""
+        if isinstance(value, ApiBase):
+            return value
+        for key in value:
+            if key not in API_FIELDS:
+                raise RecipeError(
+                    f"a base behind an API has an unknown field {key!r}; known are {', '.join(API_FIELDS)}"
+                )
+        if "model" not in value:
+            raise RecipeError("a base behind an API needs `model`, its name at the server")
+        return cls(**value)
+
+
+def parse_base(value: Any) -> Member:
+    """The ``base`` of a recipe: a :class:`Member`, or an :class:`ApiBase` where it names an ``api``."""
+    return ApiBase.parse(value) if isinstance(value, Mapping) and "api" in value else Member.parse(value)
 
 
 @dataclass(frozen=True)

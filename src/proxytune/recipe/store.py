@@ -17,7 +17,7 @@ from proxytune.errors import MemberError, ProxyTuneError, RecipeError, first_lin
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import valid_generation_config
 from proxytune.recipe.members import member_source
-from proxytune.recipe.parts import Member
+from proxytune.recipe.parts import ApiBase, Member
 from proxytune.recipe.place import check_kind, check_place, named_recipe
 from proxytune.recipe.source import rebase
 
@@ -123,6 +123,8 @@ def write_recipe(
 
 def moved_member(member: Member, old: str | None, new: Path) -> Member:
     """The member with its relative paths, meant from the directory ``old``, said from ``new``."""
+    if isinstance(member, ApiBase):
+        return replace(member, tokenizer=str(rebase(member.tokenizer, old, new)))
     return replace(member, model=rebase(member.model, old, new), adapter=rebase(member.adapter, old, new))
 
 
@@ -157,7 +159,8 @@ def model_card(config: ProxyTuneConfig) -> ModelCard:
     rows = []
     for name, member in config.members():
         adapter = f" + adapter {member.adapter}" if member.adapter else ""
-        rows.append(f"| {name} | {member.model}{adapter} | {licences[name]} |")
+        where = f" behind {member.api}" if isinstance(member, ApiBase) else ""
+        rows.append(f"| {name} | {member.model}{adapter}{where} | {licences[name]} |")
     alphas = ", ".join(f"{expert.name} {expert.alpha:g}" for expert in config.expert_list)
     known = set(licences.values())
     data = ModelCardData(
@@ -180,6 +183,8 @@ def _about(config: ProxyTuneConfig) -> str:
 
 def _licence(config: ProxyTuneConfig, member: Member) -> str:
     """A member's licence as its own card says, or ``unknown``."""
+    if isinstance(member, ApiBase):
+        return "unknown"
     try:
         source, _ = member_source(config, "member", member)
     except (RecipeError, MemberError):

@@ -1,0 +1,136 @@
+"""Which greedy choices are certain where the base's probabilities are known for some tokens alone.
+
+Let S be the tokens whose base log-probability is known, and u a bound on that of all others. What steers, δ, is known
+for every token. So u + δ(v) bounds the mixture of each v outside S, and x in S is the choice of the whole vocabulary
+where
+
+    base(x) + δ(x) > u + max over v outside S of δ(v)
+
+It holds for the mixture itself. What logits processors change afterwards is not covered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from proxytune.decoding.lane import AskedState, Scores
+from proxytune.decoding.loop import Step
+from proxytune.errors import ProxyTuneError
+
+__all__ = ["MARGIN", "Certifier", "bounded", "judge", "known_ids"]
+
+MARGIN = 1e-4  # by how much a choice must win: rounding in float32, here and at the server
+
+
+def known_ids(scores: Scores, n_vocab: int) -> Tensor:
+    """Which tokens scores know, (n_rows, n_positions, n_vocab), bool."""
+    assert scores.ids is not None
+    known = torch.zeros(*scores.ids.shape[:2], n_vocab + 1, dtype=torch.bool, device=scores.ids.device)
+    return known.scatter_(2, scores.ids.where(scores.ids >= 0, n_vocab), True)[..., :n_vocab]
+
+
+def bounded(scores: Scores, n_vocab: int) -> Tensor:
+    """The log-probabilities of the known tokens, and the bound for all others, (n_rows, n_positions, n_vocab)."""
+    assert scores.ids is not None
+    assert scores.bound is not None
+    values = scores.bound[..., None].expand(-1, -1, n_vocab + 1).clone()
+    return values.scatter_(2, scores.ids.where(scores.ids >= 0, n_vocab), scores.values)[..., :n_vocab]
+
+
+def judge(upper: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Which choices are certain, and which tokens stand in the way of the others.
+
+    Args:
+        upper: the mixture of known tokens, and an upper bound for each other one, (n_rows, n_positions, n_vocab).
+        known: which are which, of that shape.
+
+    Returns:
+        (n_rows, n_positions), bool; and the unknown tokens that could win, of ``upper``'s shape, bool.
+    """
+    inside = upper.masked_fill(~known, -torch.inf).topk(min(2, upper.shape[-1]), dim=-1).values
+    best, second = inside[..., :1], inside[..., -1:]
+    rivals = ~known & (upper + MARGIN >= best) & (upper > -torch.inf)
+    clear = (best - MARGIN > second) | (second == -torch.inf)
+    return ((best > -torch.inf) & clear)[..., 0] & ~rivals.any(dim=-1), rivals
+
+
+class Certifier:
+    """Mixes what an incomplete base says, asks it for more where that leaves the choice open, and marks each token.
+
+    Attributes:
+        marks: of each of the caller's rows, whether each new token is certain.
+    """
+
+    def __init__(
+        self,
+        lane: int,
+        state: AskedState,
+        n_vocab: int,
+        n_batch: int,
+        *,
+        asks: bool,
+        exact: bool,
+        whole: bool,
+        needs_best: bool,
+    ) -> None:
+        """
+        Args:
+            lane: which lane holds the base; state: its. n_vocab: of the base.
+            asks: whether the base is asked again. exact: whether the choice is the best of the mixture: no logits
+                processors, no sampling. whole: whether the base knows all tokens, so that any choice is certain.
+            needs_best: whether the mixture depends on the base's most probable token, as the plausibility mask does.
+        """
+        self.lane, self.state, self.n_vocab = lane, state, n_vocab
+        self.asks, self.exact, self.whole, self.needs_best = asks, exact, whole, needs_best
+        self.marks: list[list[bool]] = [[] for _ in range(n_batch)]
+        self.seen: list[Tensor] = []  # this step's, (n_batch, n_positions) each
+        self.start = 0  # columns that stand before this step's first position, and in it
+
+    def mix(self, scores: Sequence[Scores], mix: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
+        """The mixture, (n_batch, n_positions, n_vocab), -inf where the base is not known.
+
+        Args:
+            mix: from the logits of all lanes to their mixture.
+
+        Raises:
+            ProxyTuneError: where no token that is known can be chosen.
+        """
+        values = [each.values for each in scores]
+        base = scores[self.lane]
+        start = self.start + sum(seen.shape[1] for seen in self.seen)
+        while True:
+            values[self.lane] = bounded(base, self.n_vocab)
+            known, upper = known_ids(base, self.n_vocab), mix(values)
+            certain, rivals = judge(upper, known)
+            if self.needs_best:
+                assert base.bound is not None
+                certain &= base.values.amax(dim=-1) >= base.bound
+            if not self.asks:
+                break
+            # Behind a draft that is rejected nothing is written, so nothing is asked.
+            kept = upper.masked_fill(~known, -torch.inf).argmax(dim=-1) == self.state.behind(start, upper.shape[1])
+            reached = kept.cumprod(dim=1).bool().roll(1, dims=1).index_fill(1, torch.tensor([0]), True)
+            rivals &= reached[..., None]
+            more = self.state.ask(start, rivals) if bool(rivals.any()) else None
+            if more is None:
+                break
+            base = more
+        mixed = upper.masked_fill(~known, -torch.inf)
+        if bool((mixed.amax(dim=-1) == -torch.inf).any()):
+            raise ProxyTuneError(
+                "none of the tokens that the base's server names can be chosen here; raise the recipe's top_logprobs"
+            )
+        if not self.exact:
+            certain = ~(~known & (upper > -torch.inf)).any(dim=-1) & self.whole
+        self.seen.append(certain)
+        return mixed
+
+    def settle(self, step: Step) -> None:
+        """Take the marks of the tokens that a step wrote."""
+        certain = torch.cat(self.seen, dim=1).tolist()
+        for row, taken, own in zip(step.rows, step.tokens, certain):
+            self.marks[row] += own[: len(taken)]
+        self.seen, self.start = [], 1

@@ -1,0 +1,504 @@
+"""A server that speaks OpenAI's completions route: what it is asked, and what its replies say for certain.
+
+Each request asks for one token behind one prompt, or behind each of several, with the log-probabilities of the most
+probable tokens. Nothing in a reply is trusted that can be checked; a reply that contradicts itself or the request is
+asked for again, and after some tries the run ends.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from proxytune.errors import MemberError, ProxyTuneError, VocabularyError, need
+from proxytune.lanes.spelling import Spelling
+from proxytune.recipe.parts import ApiBase
+
+__all__ = ["BadReply", "Budget", "Endpoint", "Known", "Offer", "known_of"]
+
+RETRIES = 6  # of a request that failed, and of one whose reply is wrong
+TIMEOUT = 60.0  # seconds
+PAUSE = 0.2  # seconds before a wrong reply is asked for again; it doubles
+AT_ONCE = 8  # requests under way
+MOST_IDS = 128  # that vLLM scores by name in one request
+MISSING = -9998.0  # at and below it a log-probability stands for "not known"
+ROUNDING = 1e-4  # how far the probabilities in a reply may be off, all together
+TOO_FAR = 1e-2  # log-probabilities of one token that lie farther apart are not of one model
+
+Entry = tuple[tuple[int, ...], float]  # the ids that it can mean, and its log-probability
+T = TypeVar("T")
+
+
+class BadReply(Exception):
+    """A reply that contradicts itself or the request."""
+
+
+class Refused(Exception):
+    """The server does not do what it was asked (a status of 4xx)."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a reply says of the token behind a text.
+
+    Attributes:
+        logprobs: id -> log-probability, of those that are known for certain.
+        bound: no other id has a larger log-probability.
+        asked: how many were asked for.
+    """
+
+    logprobs: dict[int, float]
+    bound: float
+    asked: int = 0
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a server was seen to do.
+
+    Attributes:
+        ids: takes token ids as the prompt; else texts. lists: answers several prompts in one request.
+        numbered: writes tokens as ids. named: scores ids that are named (vLLM's ``logprob_token_ids``).
+        echoes: says which prompt it has read, as ids. temperature: at which its log-probabilities are the model's own.
+    """
+
+    ids: bool
+    lists: bool
+    numbered: bool
+    named: bool
+    echoes: bool
+    temperature: float
+
+
+@dataclass
+class Budget:
+    """How much may be asked of a server, and how much was.
+
+    Attributes:
+        max_calls, max_tokens: requests, and tokens in prompts and answers; None: any number.
+    """
+
+    max_calls: int | None = None
+    max_tokens: int | None = None
+    calls: int = 0
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def take(self, tokens: int) -> None:
+        """Count one request with so many tokens.
+
+        Raises:
+            ProxyTuneError: where it would go beyond what is allowed; nothing is counted then.
+        """
+        with self.lock:
+            for what, used, most, flag in (
+                ("requests", self.calls + 1, self.max_calls, "--max-calls"),
+                ("tokens", self.tokens + tokens, self.max_tokens, "--max-tokens"),
+            ):
+                if most is not None and used > most:
+                    raise ProxyTuneError(
+                        f"the budget of {most} {what} is spent; give a larger {flag} to go on from what is finished"
+                    )
+            self.calls, self.tokens = self.calls + 1, self.tokens + tokens
+
+
+def known_of(entries: Sequence[Entry], asked: int, given: float | None = None) -> Known:
+    """What a list of log-probabilities says for certain.
+
+    Every id that is not in the list has at most the k-th largest probability where the list is the true top k, and at
+    most the probability that the list leaves over. An entry that can mean several ids may be any of them; and a list
+    that is keyed by text may have lost others of that text.
+
+    Args:
+        entries: in any order. asked: how many were asked for.
+        given: the log-probability of the token that the server drew, where that need not be among the top k.
+
+    Raises:
+        BadReply: for what cannot be log-probabilities of one distribution.
+    """
+    usable = [(ids, value) for ids, value in entries if not math.isnan(value) and value > MISSING]
+    if any(value > ROUNDING for _, value in usable):
+        raise BadReply("it has a log-probability above 0")
+    mass = math.fsum(math.exp(value) for _, value in usable)
+    if mass > 1 + 10 * ROUNDING:
+        raise BadReply(f"its probabilities sum to {mass:.3f}")
+    if len(usable) > asked + 1:
+        raise BadReply(f"it has {len(usable)} log-probabilities where {asked} were asked for")
+    rest = math.log(max(1 - mass, 0.0) + ROUNDING)
+    ordered = sorted((value for _, value in usable), reverse=True)
+    bound = rest
+    if len(ordered) == asked + 1:  # one more: the drawn token lies below the top k
+        if given is not None and given > ordered[-1] + ROUNDING:
+            raise BadReply(f"it has {len(ordered)} log-probabilities, and the token that it drew is not the last")
+        bound = min(rest, ordered[-2])
+    elif len(ordered) == asked:
+        lowest = ordered[-1]
+        if given is not None and given <= lowest + ROUNDING:  # it may have taken the place of the k-th
+            lowest = ordered[-2] if asked > 1 else 0.0
+        bound = min(rest, lowest)
+    logprobs: dict[int, float] = {}
+    for ids, value in usable:
+        if len(ids) != 1:
+            bound = max(bound, value, rest)
+        elif ids[0] in logprobs:
+            raise BadReply(f"it has token {ids[0]} twice")
+        else:
+            logprobs[ids[0]] = value
+    return Known(logprobs, min(bound, 0.0), asked)
+
+
+class Endpoint:
+    """The server of a base, asked through the official client.
+
+    Raises:
+        MemberError: where it cannot be asked at all. ProxyTuneError: where it fails for good, or a budget is spent.
+    """
+
+    def __init__(self, base: ApiBase, spelling: Spelling, tokenizer: Any, budget: Budget) -> None:
+        need("a base behind an API", "api", "openai")
+        import openai
+
+        self.base, self.spelling, self.tokenizer, self.budget = base, spelling, tokenizer, budget
+        self.secret = "none"
+        if base.key is not None:
+            self.secret = os.environ.get(base.key, "").strip()
+            if not self.secret:
+                raise MemberError(
+                    f"the base's API key is read from the environment variable {base.key}, which is empty; set it"
+                )
+        self.client: Any = openai.OpenAI(
+            base_url=base.api,
+            api_key=self.secret,
+            max_retries=RETRIES,
+            timeout=TIMEOUT,
+            # What the environment says of an account elsewhere is not for this server.
+            default_headers={"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()},  # type: ignore[dict-item]
+        )
+        self.pool = ThreadPoolExecutor(AT_ONCE)
+        weakref.finalize(self, self.client.close)
+        weakref.finalize(self, self.pool.shutdown, wait=False)
+        self.model: str | None = None  # as the first reply calls it
+        self.most: int | None = None  # log-probabilities that it gives at most, once it has given fewer than asked
+        self.offer = Offer(True, False, False, False, False, 0.0)
+        self.offer = self._probe()
+
+    # -- what it offers -----------------------------------------------------------------------------------------
+    def _probe(self) -> Offer:
+        ids = list(self.tokenizer("The answer to 7 + 5 is")["input_ids"])
+        n = self.n = self.base.top_logprobs
+        offer = Offer(True, False, True, self.base.server in ("auto", "vllm"), True, 0.0)
+        if self.base.server in ("openai", "llama.cpp"):
+            offer = replace(offer, numbered=False, named=False, echoes=False)
+        try:
+            self.offer = offer
+            reply = self._ask([ids], n)[0]
+        except Refused:  # of words that only vLLM knows, or of ids
+            self.offer = offer = replace(offer, numbered=False, named=False, echoes=False)
+            try:
+                reply = self._ask([ids], n)[0]
+            except Refused:
+                self.offer = offer = replace(offer, ids=False)
+                try:
+                    reply = self._ask([ids], n)[0]
+                except Refused as error:
+                    raise MemberError(f"the server of the base {self._name} refuses to be asked: {error}") from error
+        numbered = offer.numbered and reply.numbered
+        offer = replace(offer, numbered=numbered, echoes=reply.echoes, named=offer.named and reply.echoes)
+        if not reply.entries:
+            raise MemberError(f"the server of the base {self._name} gives no log-probabilities; steering needs them")
+        strange = [token for token, (meant, _) in zip(reply.tokens, reply.entries) if not meant]
+        if strange:
+            shown = ", ".join(map(repr, strange[:3]))
+            raise VocabularyError(
+                f"the server of the base {self._name} has tokens that the tokenizer {self.base.tokenizer!r} lacks: "
+                f"{shown}; name the tokenizer of the server's model"
+            )
+        self.offer = offer
+        if len(reply.entries) < n:  # a limit of its own; asked for so many, it gives the most probable ones
+            n = self.n = len(reply.entries)
+            reply = self._ask([ids], n)[0]
+        # At temperature 0 some servers give the drawn token all probability. At 1 no server changes anything.
+        self.offer = replace(offer, temperature=1.0)
+        warm = self._ask([ids], n)[0]
+        cold_known, warm_known = reply.known, warm.known
+        apart = [abs(cold_known.logprobs[i] - x) for i, x in warm_known.logprobs.items() if i in cold_known.logprobs]
+        offer = replace(offer, temperature=0.0 if apart and max(apart) < TOO_FAR else 1.0)
+        self.offer = replace(offer, lists=True)
+        try:
+            self._ask([ids, ids[:-1]], n)
+        except (Refused, ProxyTuneError):
+            self.offer = offer
+        self.complete = len(cold_known.logprobs) >= self.spelling.n_vocab
+        if self.offer.named:
+            try:
+                some = sorted(warm_known.logprobs)[:2]
+                named = self.of_ids(ids, some)
+                if any(abs(named[i] - warm_known.logprobs[i]) > TOO_FAR for i in some):
+                    raise BadReply("other values")
+            except (Refused, BadReply, KeyError, ProxyTuneError):
+                self.offer = replace(self.offer, named=False)
+        return self.offer
+
+    @property
+    def _name(self) -> str:
+        return f"{self.base.model} at {self.base.api}"
+
+    def findings(self) -> dict[str, Any]:
+        """What the server offers and what it is told, in words."""
+        offer = self.offer
+        return {
+            "answers as": self.model,
+            "log-probabilities of a token": self.n,
+            "all tokens": self.complete,
+            "takes token ids": offer.ids,
+            "writes token ids": offer.numbered,
+            "several prompts in one request": offer.lists,
+            "scores tokens by name": offer.named,
+            "says which prompt it read": offer.echoes,
+            "log-probabilities are the model's own at temperature": offer.temperature,
+            "it sees": "the prompt and the answer so far, at each token"
+            + (", and the ids of tokens that steering could choose" if offer.named else ""),
+        }
+
+    # -- questions ----------------------------------------------------------------------------------------------
+    def top(self, texts: Sequence[Sequence[int]], n: int) -> list[Known]:
+        """The ``n`` most probable tokens behind each of several texts, in one request where the server does that."""
+        if len(texts) > 1 and not self.offer.lists:
+            return [known for each in self.each(lambda text: self.top([text], n), texts) for known in each]
+        return [reply.known for reply in self._certain(texts, n)]
+
+    def more(self, text: Sequence[int], known: Known, rivals: Sequence[int]) -> Known | None:
+        """What is known behind a text once the server was asked for ``rivals`` too; None where it tells no more."""
+        if self.offer.named and len(rivals) <= MOST_IDS:
+            try:
+                return replace(known, logprobs={**known.logprobs, **self.of_ids(text, rivals)})
+            except (Refused, KeyError):
+                return None
+        n = min(4 * known.asked, self.spelling.n_vocab, self.most or self.spelling.n_vocab)
+        if n <= known.asked:
+            return None
+        try:
+            found = self.top([text], n)[0]
+        except ProxyTuneError as error:
+            if not isinstance(error.__cause__, Refused):
+                raise
+            self.most = known.asked
+            return None
+        if len(found.logprobs) <= len(known.logprobs):
+            self.most = known.asked
+            return None
+        return found
+
+    def of_ids(self, text: Sequence[int], ids: Sequence[int]) -> dict[int, float]:
+        """The log-probabilities of these ids behind a text (vLLM alone)."""
+        reply = self._ask([text], len(ids), {"logprob_token_ids": list(ids)})[0]
+        found = {meant[0]: value for meant, value in reply.entries if len(meant) == 1 and value > MISSING}
+        return {index: found[index] for index in ids}
+
+    def each(self, ask: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
+        """Ask about several things at once."""
+        return [ask(items[0])] if len(items) == 1 else list(self.pool.map(ask, items))
+
+    def _certain(self, texts: Sequence[Sequence[int]], n: int) -> list[Reply]:
+        try:
+            return self._ask(texts, n)
+        except Refused as error:
+            raise ProxyTuneError(f"the server of the base {self._name} refuses: {error}") from error
+
+    def _ask(self, texts: Sequence[Sequence[int]], n: int, more: dict[str, Any] | None = None) -> list[Reply]:
+        prompts: list[Any] = [list(text) for text in texts] if self.offer.ids else [self._text(text) for text in texts]
+        temperature = self.offer.temperature
+        asked: dict[str, Any] = {
+            "model": self.base.model,
+            "prompt": prompts if len(prompts) > 1 else prompts[0],
+            "max_tokens": 1,
+            "temperature": temperature,
+            "top_p": 1.0,
+            "logprobs": n,
+        }
+        extra = {**(more or {})}
+        if self.offer.numbered:
+            extra["return_tokens_as_token_ids"] = True
+        if self.offer.echoes:
+            extra["return_token_ids"] = True
+        for trial in range(RETRIES):
+            try:
+                value = self._post({**asked, "extra_body": extra or None}, sum(map(len, texts)) + len(texts))
+                return self._read(value, texts, n)
+            except BadReply as error:
+                reason = error
+                time.sleep(min(PAUSE * 2**trial, 5.0))
+        raise ProxyTuneError(
+            f"the server of the base {self._name} gave {RETRIES} replies that cannot be right: {reason}"
+        ) from reason
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """The text of a prompt, for servers that take no ids; they must read the same tokens."""
+        kept = list(ids)
+        if self.tokenizer("").get("input_ids") == kept[:1] and kept:  # the server's tokenizer puts it there as well
+            kept = kept[1:]
+        text = str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+        if list(self.tokenizer(text)["input_ids"]) != list(ids):
+            raise ProxyTuneError(
+                f"the server of the base {self._name} takes no token ids, and the text so far would be read as other "
+                "tokens; a server that takes ids is needed here"
+            )
+        return text
+
+    def _post(self, asked: dict[str, Any], tokens: int) -> Any:
+        import openai
+
+        self.budget.take(tokens)
+        try:
+            raw = self.client.completions.with_raw_response.create(**asked)
+            return json.loads(raw.http_response.text, object_pairs_hook=_once)
+        except ValueError as error:
+            raise BadReply("it is no JSON") from error
+        except openai.APIStatusError as error:
+            said = self._without_secret(str(error.message))
+            if error.status_code in (401, 403):
+                which = f"in {self.base.key}" if self.base.key else "(the recipe's base names no `key`)"
+                raise MemberError(f"the server of the base {self._name} refuses the API key {which}") from None
+            if 400 <= error.status_code < 500 and error.status_code not in (408, 409, 429):
+                raise Refused(said) from None
+            raise ProxyTuneError(
+                f"the server of the base {self._name} fails ({error.status_code}) after {RETRIES + 1} tries: {said}"
+            ) from None
+        except openai.APIConnectionError as error:
+            cause = type(error.__cause__ or error).__name__
+            raise ProxyTuneError(
+                f"the server of the base {self._name} does not answer ({cause}) after {RETRIES + 1} tries"
+            ) from None
+
+    def _without_secret(self, text: str) -> str:
+        first = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
+        return first if self.base.key is None else first.replace(self.secret, "***")
+
+    # -- replies ------------------------------------------------------------------------------------------------
+    def _read(self, value: Any, texts: Sequence[Sequence[int]], n: int) -> list[Reply]:
+        """The reply to each text, in order.
+
+        Raises:
+            BadReply: for a reply that is not one to this request.
+        """
+        if not isinstance(value, dict) or not isinstance(value.get("choices"), list):
+            raise BadReply("it has no choices")
+        model = value.get("model")
+        if self.model is None:
+            self.model = str(model)
+        elif str(model) != self.model:
+            raise ProxyTuneError(
+                f"the server of the base {self._name} answered as {self.model!r} first and now as {str(model)!r}; its "
+                "model was changed, so the run ends here"
+            )
+        choices = value["choices"]
+        if len(choices) != len(texts) or not all(isinstance(choice, dict) for choice in choices):
+            raise BadReply(f"it has {len(choices)} choices for {len(texts)} prompts")
+        if len(choices) > 1:
+            places = [choice.get("index") for choice in choices]
+            if sorted(places, key=str) != sorted(range(len(texts)), key=str):
+                raise BadReply(f"its choices are numbered {places}")
+            choices = sorted(choices, key=lambda choice: choice["index"])
+        usage = value.get("usage")
+        read = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+        if self.offer.ids and read and read != sum(map(len, texts)):
+            raise BadReply(f"the server read {read} tokens where {sum(map(len, texts))} were sent")
+        return [self._choice(choice, text, n) for choice, text in zip(choices, texts)]
+
+    def _choice(self, choice: dict[str, Any], text: Sequence[int], n: int) -> Reply:
+        echoed = choice.get("prompt_token_ids")
+        if echoed is not None and self.offer.ids and echoed != list(text):
+            raise BadReply("it is the reply to another prompt")
+        tokens, values, tops = _columns(choice.get("logprobs"))
+        if not tokens and choice.get("finish_reason") == "stop":  # an end token, of which the server says no more
+            end = self.tokenizer.eos_token_id
+            return Reply(Known({} if end is None else {end: 0.0}, 0.0, n), [], [], False, echoed is not None)
+        if len(tokens) != 1 or len(values) != 1 or len(tops) != 1:
+            raise BadReply(f"it has log-probabilities of {len(tokens)} tokens where one was asked for")
+        top = tops[0]
+        if not top:
+            return Reply(Known({}, 0.0, n), [], [], False, echoed is not None)
+        entries = [(self._meant(token), value) for token, value in top]
+        drawn, token_drawn = values[0], self._meant(tokens[0])
+        if not isinstance(drawn, float) or math.isnan(drawn):
+            raise BadReply("the token that it drew has no log-probability")
+        at = [value for meant, value in entries if meant == token_drawn]
+        if at and all(abs(value - drawn) > ROUNDING for value in at):
+            if len(token_drawn) == 1:
+                raise BadReply("the token that it drew has two log-probabilities")
+            at = []  # a text of several ids, of which the list has another one
+        best = max((value for _, value in top if not math.isnan(value)), default=-math.inf)
+        if self.offer.temperature == 0 and drawn < best - ROUNDING:
+            raise BadReply("the token that it drew is not the most probable one")
+        if not at:
+            entries.append((token_drawn, drawn))
+        numbered = all(token.startswith("token_id:") for token, _ in top)
+        given = drawn if self.offer.temperature else None
+        return Reply(known_of(entries, n, given), entries, [token for token, _ in top], numbered, echoed is not None)
+
+    def _meant(self, token: Any) -> tuple[int, ...]:
+        return self.spelling.meant(token) if isinstance(token, str) else tuple(token)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One choice of a reply, read.
+
+    Attributes:
+        known: what it says for certain. entries: see :data:`Entry`. tokens: as they were written.
+        numbered: whether as ids. echoes: whether it says which prompt was read.
+    """
+
+    known: Known
+    entries: list[Entry]
+    tokens: list[Any]
+    numbered: bool
+    echoes: bool
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return found
+
+
+def _columns(logprobs: Any) -> tuple[list[Any], list[Any], list[list[tuple[Any, float]]]]:
+    """Of each new token what it is, its log-probability and the most probable ones, in OpenAI's two forms."""
+    if logprobs is None:
+        return [], [], []
+    try:
+        if "content" in logprobs:  # of the chat route, and of llama.cpp
+
+            def token_of(part: dict[str, Any]) -> Any:
+                return f"token_id:{part['id']}" if "id" in part else part["token"]
+
+            parts = logprobs["content"] or []
+            tops = [[(token_of(one), float(one["logprob"])) for one in part["top_logprobs"]] for part in parts]
+            return [token_of(part) for part in parts], [float(part["logprob"]) for part in parts], tops
+        tokens = list(logprobs["tokens"] or [])
+        values = [None if value is None else float(value) for value in logprobs["token_logprobs"] or []]
+        tops = [
+            [] if top is None else [(token, _number(value)) for token, value in top.items()]
+            for top in logprobs["top_logprobs"] or [None] * len(tokens)
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BadReply("its log-probabilities are not in OpenAI's form") from error
+    if not all(isinstance(token, str) for token in tokens):
+        raise BadReply("its tokens are no texts")
+    return tokens, values, tops
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)

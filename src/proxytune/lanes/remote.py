@@ -1,0 +1,188 @@
+"""A base behind an API: a lane whose scores another machine computes, and says for the most probable tokens alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from proxytune.decoding.certificate import known_ids
+from proxytune.decoding.cost import Cost
+from proxytune.decoding.lane import Scores
+from proxytune.errors import MemberError, ProxyTuneError
+from proxytune.lanes.completions import Endpoint, Known
+from proxytune.lanes.texts import TextState
+from proxytune.recipe.layout import Seat
+from proxytune.recipe.parts import ApiBase, Prompt
+
+__all__ = ["WAYS", "RemoteLane", "RemoteState", "Way", "chosen_way"]
+
+Way = Literal["verify", "ask", "pull"]
+WAYS: tuple[Way, ...] = ("verify", "ask", "pull")
+# What a request costs, as the bytes of weights that could be read in that time: far more than any local pass. A further
+# prefix in it costs the server a token that it reads from its prefix cache.
+REQUEST = Cost(2e10, 1e9)
+
+
+def chosen_way(asked: str, endpoint: Endpoint) -> Way:
+    """The way in which a base is asked: ``auto`` takes the first that its server offers.
+
+    Raises:
+        ProxyTuneError: for a way that there is not, or that the server does not offer.
+    """
+    if asked != "auto" and asked not in WAYS:
+        raise ProxyTuneError(f"there is no way {asked!r}; there are auto, {', '.join(WAYS)}")
+    if asked == "verify" and not endpoint.offer.lists:
+        raise ProxyTuneError("the base's server answers one prompt in a request, so drafts cannot be verified there")
+    if asked != "auto":
+        return asked  # type: ignore[return-value]
+    return "verify" if endpoint.offer.lists else "ask"
+
+
+class RemoteLane(nn.Module):
+    """A base that an API serves. It has no weights here, and draws from no distribution that it does not know.
+
+    Attributes:
+        way: ``pull`` asks for the top k behind each token, ``ask`` again where that leaves the choice open, ``verify``
+            for all drafts of a step in one request.
+    """
+
+    model: Any = None
+    adapted: Any = None
+    compiled = changed = packed = narrow = False
+    tolerance = 1e-3
+    context: int | None = None
+    device = torch.device("cpu")
+    quick_head = None
+    read_bytes = 0
+    cost = REQUEST
+    head_cost: Cost | None = None
+
+    def __init__(self, base: ApiBase, endpoint: Endpoint, n_vocab: int, way: str = "auto") -> None:
+        super().__init__()
+        self.source, self.endpoint, self.n_vocab = base, endpoint, n_vocab
+        self.seats = (Seat(("base",), Prompt()),)
+        self.way = chosen_way(way, endpoint)
+        self.complete = endpoint.complete
+
+    def open(self, n_batch: int, capacity: int | None = None) -> RemoteState:
+        return RemoteState(self, n_batch)  # a list has room for any number of columns
+
+    def alone(self, name: str) -> Any:
+        """Refused: there is no model to be had."""
+        raise MemberError(f"{name} runs behind an API ({self.source.api}), so its model is not on this machine")
+
+    def prepare_drafts(self) -> None:
+        """Nothing: it never drafts."""
+
+    def forward(self, **inputs: Any) -> Tensor:
+        raise ProxyTuneError("a base behind an API is read with a cache, and cannot be trained through; use generate()")
+
+
+class RemoteState(TextState):
+    """The texts that a :class:`RemoteLane` has read, and what its server says of them.
+
+    Attributes:
+        calls: of each row, how many requests were made for it.
+    """
+
+    def __init__(self, lane: RemoteLane, n_batch: int) -> None:
+        super().__init__(1, n_batch)
+        self.lane = lane
+        self.known: dict[tuple[int, int], Known] = {}  # row, and how many pending columns stand before the position
+        self.calls = [Count() for _ in range(n_batch)]
+
+    def read(
+        self, ids: Tensor, mask: Tensor | None = None, *, positions: int = 0, want: Tensor | None = None
+    ) -> Scores:
+        """See :class:`proxytune.decoding.lane.LaneState`. Each row is one request, whatever its positions."""
+        self.take(ids, mask)
+        k, endpoint = ids.shape[1], self.lane.endpoint
+        start = len(self.pending) - (min(positions, k) or k) + 1
+        places = range(start, len(self.pending) + 1)
+
+        def ask(row: int) -> list[Known]:
+            texts = [self.text(row, ahead) for ahead in places]
+            shown = [text for text in texts if text]  # before its first token a row has nothing to be asked about
+            self.calls[row].n += 1 if endpoint.offer.lists else len(shown)
+            return [Known({}, 0.0)] * (len(texts) - len(shown)) + endpoint.top(shown, endpoint.n)
+
+        for row, found in enumerate(endpoint.each(ask, range(self.n_batch))):
+            self.known.update({(row, ahead): known for ahead, known in zip(places, found)})
+        scores = self._scores(start, len(places))
+        if want is None:
+            return scores
+        rivals = torch.zeros(self.n_batch, len(places), self.lane.n_vocab, dtype=torch.bool)
+        rivals[..., want] = True
+        return self.ask(start, rivals & ~known_ids(scores, self.lane.n_vocab)) or scores
+
+    def ask(self, start: int, rivals: Tensor) -> Scores | None:
+        """Ask more about positions at which some of ``rivals`` are to be known; None where nothing more is told.
+
+        Args:
+            start: how many of the pending columns stand before the first position.
+            rivals: shape = (n_batch, n_positions, n_vocab), bool.
+        """
+        endpoint = self.lane.endpoint
+        places = [(row, start + at) for row, at in rivals.any(dim=-1).nonzero().tolist()]
+
+        def more(place: tuple[int, int]) -> Known | None:
+            row, ahead = place
+            wanted = rivals[row, ahead - start].nonzero()[:, 0].tolist()
+            self.calls[row].n += 1
+            return endpoint.more(self.text(row, ahead), self.known[place], wanted)
+
+        found = dict(zip(places, endpoint.each(more, places) if places else []))
+        self.known.update({place: known for place, known in found.items() if known is not None})
+        return self._scores(start, rivals.shape[1]) if any(found.values()) else None
+
+    def behind(self, start: int, n_positions: int) -> Tensor:
+        """See :class:`proxytune.decoding.lane.AskedState`."""
+        columns = [[token for (token,) in column] for column in self.pending[start : start + n_positions]]
+        columns += [[-1] * self.n_batch] * (n_positions - len(columns))
+        return torch.tensor(columns).T
+
+    def _scores(self, start: int, n_positions: int) -> Scores:
+        """What is known at some positions."""
+        rows = [[self.known[row, start + at] for at in range(n_positions)] for row in range(self.n_batch)]
+        width = max((len(known.logprobs) for row in rows for known in row), default=0)
+        ids = torch.full((self.n_batch, n_positions, width), -1)
+        values = torch.full(ids.shape, -torch.inf)
+        bound = torch.zeros(self.n_batch, n_positions)
+        for at, row in enumerate(rows):
+            for j, known in enumerate(row):
+                n = len(known.logprobs)
+                ids[at, j, :n] = torch.tensor(list(known.logprobs), dtype=torch.long)
+                values[at, j, :n] = torch.tensor(list(known.logprobs.values()))
+                bound[at, j] = known.bound
+        return Scores(values, ids, bound)
+
+    def keep(self, counts: Sequence[int] | None = None) -> None:
+        kept = [len(self.pending)] * self.n_batch if counts is None else counts
+        super().keep(counts)
+        last = {row: self.known.get((row, n)) for row, n in enumerate(kept)}
+        self.known = {(row, 0): known for row, known in last.items() if known is not None}
+
+    def crop(self, n_columns: int) -> None:
+        super().crop(n_columns)
+        self.known = {}
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        chosen = rows.tolist()
+        self.calls = [self.calls[row] for row in chosen]
+        self.known = {
+            (at, ahead): known
+            for at, old in enumerate(chosen)
+            for (row, ahead), known in self.known.items()
+            if row == old
+        }
+
+
+class Count:
+    """A number that goes along with a row."""
+
+    def __init__(self) -> None:
+        self.n = 0

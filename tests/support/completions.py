@@ -1,0 +1,155 @@
+"""A server that speaks OpenAI's completions route over a tiny model, correct or faulty, and shares no code with us."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+
+KEY = "sk-very-secret"
+
+
+class Served:
+    """What a server does; a test sets what it wants to see.
+
+    Attributes:
+        texts: how it writes tokens: decoded, bytes (where they are no text), raw (the tokenizer's names) or ids.
+        cap: log-probabilities that it gives at most. refuses: words in a request that it answers with 400.
+        faults: from the number of a request (from 0) and its reply to what is sent: a reply, or (status, text).
+        requests: the bodies of all requests. extra: k + 1 log-probabilities where the drawn token is outside.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, **more: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.texts, self.cap, self.refuses, self.faults = "bytes", None, (), None
+        self.ids, self.lists, self.hot, self.usage, self.key = True, True, False, True, None
+        self.requests: list[dict[str, Any]] = []
+        self.name = "tiny"
+        self.lock = threading.Lock()
+        for name, value in more.items():
+            assert hasattr(self, name), name
+            setattr(self, name, value)
+
+    def spell(self, index: int) -> str:
+        raw = self.tokenizer.convert_ids_to_tokens(index)
+        if self.texts == "ids":
+            return f"token_id:{index}"
+        if self.texts == "raw":
+            return raw
+        text = self.tokenizer.decode([index])
+        if self.texts == "bytes" and "�" in text:
+            from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+            table = {character: byte for byte, character in bytes_to_unicode().items()}
+            return "bytes:" + "".join(f"\\x{table[character]:02x}" for character in raw)
+        return text
+
+    @torch.no_grad()
+    def choice(self, index: int, prompt: Any, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        ids = prompt if isinstance(prompt, list) else self.tokenizer(prompt)["input_ids"]
+        logprobs = self.model(torch.tensor([ids])).logits[0, -1].double().log_softmax(dim=-1)
+        for token, bias in (body.get("logit_bias") or {}).items():
+            logprobs[int(token)] += bias
+        temperature = body.get("temperature", 1.0)
+        if temperature == 0:
+            drawn = int(logprobs.argmax())
+            shown = torch.full_like(logprobs, -9999.0).index_fill(0, torch.tensor(drawn), 0.0) if self.hot else logprobs
+        else:
+            drawn = int(torch.multinomial((logprobs / temperature).softmax(dim=-1), 1))
+            shown = logprobs
+        n = min(body["logprobs"], self.cap or body["logprobs"], len(shown))
+        best = shown.topk(n)
+        entries = dict(zip(best.indices.tolist(), best.values.tolist()))
+        entries.setdefault(drawn, float(shown[drawn]))
+        top = {self.spell(token): value for token, value in entries.items()}
+        made = {
+            "index": index,
+            "text": self.tokenizer.decode([drawn]),
+            "finish_reason": "length",
+            "logprobs": {
+                "tokens": [self.spell(drawn)],
+                "token_logprobs": [float(shown[drawn])],
+                "top_logprobs": [top],
+                "text_offset": [0],
+            },
+        }
+        return made, len(ids)
+
+    def reply(self, body: dict[str, Any]) -> Any:
+        prompt = body["prompt"]
+        several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+        prompts = prompt if several else [prompt]
+        if word := next((word for word in self.refuses if word in body), None):
+            return 400, f"unknown field {word}"
+        if not self.ids and not isinstance(prompts[0], str):
+            return 400, "prompt must be a text"
+        if several and not self.lists:
+            return 400, "prompt must not be a list"
+        choices, lengths = zip(*(self.choice(at, one, body) for at, one in enumerate(prompts)))
+        made = {"id": "1", "object": "text_completion", "model": self.name, "choices": list(choices)}
+        if self.usage:
+            made["usage"] = {"prompt_tokens": sum(lengths), "completion_tokens": len(choices)}
+        return made
+
+
+@contextmanager
+def serving(served: Served):
+    """Serve; yields the URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with served.lock:
+                number = len(served.requests)
+                served.requests.append(body)
+                made: Any
+                if served.key is not None and self.headers["Authorization"] != f"Bearer {served.key}":
+                    made = 401, f"Incorrect API key provided: {self.headers['Authorization']}"
+                elif self.path != "/v1/completions":
+                    made = 404, "no such route"
+                else:
+                    made = served.reply(body)
+                if served.faults is not None:
+                    made = served.faults(number, made)
+            if made == "drop":
+                self.close_connection = True
+                return
+            if isinstance(made, tuple) and made[0] == "slow":
+                time.sleep(made[1])
+                made = made[2]
+            status, headers = 200, {}
+            if isinstance(made, tuple):
+                status, text, *rest = made
+                headers = rest[0] if rest else {}
+                made = {"error": {"message": text}} if status != 200 else text
+            data = made.encode() if isinstance(made, str) else json.dumps(made).encode()
+            self.send_response(status)
+            for name, value in {
+                "Content-Type": "application/json",
+                "Content-Length": str(len(data)),
+                **headers,
+            }.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,597 @@
+"""A base behind an API: its marks are right, nothing that is certain lacks its mark, and no fault goes unseen."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxytune import MemberError, ProxyTunedForCausalLM, ProxyTuneError, RecipeError, VocabularyError
+from proxytune.decoding.certificate import judge
+from proxytune.generation_mixin import last_asked
+from proxytune.lanes.completions import BadReply, known_of
+from proxytune.lanes.spelling import Spelling
+from proxytune.recipe.parts import ApiBase, parse_base
+from support import tiny
+from support.commands import fails, run
+from support.completions import KEY, Served, serving
+from support.decoding import near, new_tokens
+from support.oracle import Oracle
+
+ROWS = [[1, 40, 77, 102, 9], [1, 88, 15], [1, 7, 300, 41, 12]]
+N_NEW = 12
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD, "max_new_tokens": N_NEW}
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    base = tiny.llama("base", 1)
+    return Oracle(base, [("expert", near(base, 2), near(base, 3), 1.0)])
+
+
+@pytest.fixture(scope="module")
+def tokens_at(tmp_path_factory):
+    place = tmp_path_factory.mktemp("tokenizer")
+    tiny.tokenizer().save_pretrained(place)
+    return place
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    """Waits between tries are short."""
+    import openai._base_client as client
+
+    monkeypatch.setattr(client, "INITIAL_RETRY_DELAY", 0.001)
+    monkeypatch.setattr(client, "MAX_RETRY_DELAY", 0.002)
+    monkeypatch.setattr("proxytune.lanes.completions.PAUSE", 0.001)
+
+
+@pytest.fixture
+def served(oracle):
+    """A server whose behaviour the test sets, and its URL."""
+    made = Served(oracle.base, tiny.tokenizer())
+    with serving(made) as url:
+        made.url = url
+        yield made
+
+
+@pytest.fixture
+def steered(oracle, served, tokens_at):
+    """From options of the base and of loading to the composite."""
+
+    def load(n=5, *, key=None, server="auto", experts=None, **options):
+        base = {"api": served.url, "model": "tiny", "tokenizer": str(tokens_at), "top_logprobs": n, "server": server}
+        base |= {} if key is None else {"key": key}
+        experts = experts or [{"expert": e, "anti_expert": a, "alpha": alpha} for _, e, a, alpha in oracle.experts]
+        return ProxyTunedForCausalLM.from_members(base, experts=experts, **options)
+
+    return load
+
+
+def answers(model, rows=ROWS, **options):
+    """Each row's new tokens, and their marks."""
+    tokens = new_tokens(model, rows, **{**GREEDY, **options})
+    asked = last_asked(model)
+    assert [len(row) for row in asked.certified] == [len(row) for row in tokens]
+    assert all(n > 0 for n in asked.calls)
+    return tokens, asked
+
+
+def assert_no_mark_is_wrong(oracle, rows, tokens, marks):
+    for row, own, certified in zip(rows, tokens, marks):
+        for at, (token, certain) in enumerate(zip(own, certified)):
+            if certain:
+                assert token == int(oracle.logits(row, own[:at])[-1].argmax()), f"token {at} of {own}"
+
+
+def covered(oracle, row, written, n):
+    """Whether the true top n of the base alone prove what the mixture chooses behind a text, by a clear margin."""
+    logits = oracle.member_logits(row, written)
+    base = logits["base"][-1].double().log_softmax(dim=-1)
+    delta = (logits["expert.expert"][-1] - logits["expert.anti_expert"][-1]).double()
+    best = base.topk(n)
+    inside = set(best.indices.tolist())
+    outside = [index for index in range(len(base)) if index not in inside]
+    rest = max(1 - float(best.values.exp().sum()), 1e-12)
+    bound = min(float(best.values[-1]), math.log(rest)) + max(
+        (float(delta[index]) for index in outside), default=-math.inf
+    )
+    two = (base + delta)[best.indices].topk(2).values
+    return float(two[0]) > bound + 1e-2 and float(two[0] - two[1]) > 1e-3
+
+
+# -- the recipe ---------------------------------------------------------------------------------------------------
+GOOD = {"api": "https://host/v1", "model": "big", "tokenizer": "owner/big"}
+
+
+def test_the_base_reads_and_writes_its_fields():
+    whole = {**GOOD, "top_logprobs": 5, "key": "BIG_KEY", "server": "vllm"}
+    assert parse_base(GOOD).to_json() == GOOD
+    assert parse_base(whole).to_json() == whole
+    assert isinstance(parse_base(whole), ApiBase)
+    assert not isinstance(parse_base("owner/big"), ApiBase)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"dtype": "float32"}, "unknown field 'dtype'"),
+        ({"revision": "main"}, "unknown field 'revision'"),
+        ({"model": None}, "needs `model`"),
+        ({"tokenizer": ""}, "needs `tokenizer`"),
+        ({"api": "ftp://host"}, "must begin with http"),
+        ({"api": "host/v1"}, "must begin with http"),
+        ({"api": f"https://me:{KEY}@host/v1"}, "plain URL"),
+        ({"api": f"https://host/v1?key={KEY}"}, "plain URL"),
+        ({"api": f"https://{KEY}@[host"}, "no URL"),
+        ({"top_logprobs": 0}, "whole number"),
+        ({"top_logprobs": True}, "whole number"),
+        ({"key": KEY}, "the name of an environment variable"),
+        ({"key": "hf_abcDEF"}, "the name of an environment variable"),
+        ({"server": "ollama"}, "is one of auto"),
+    ],
+)
+def test_what_is_wrong_is_refused_and_no_key_is_repeated(fields, said):
+    with pytest.raises(RecipeError, match=said) as caught:
+        parse_base({**GOOD, **fields})
+    assert KEY not in str(caught.value)
+
+
+def test_an_expert_behind_an_api_is_refused():
+    from proxytune import Expert
+
+    with pytest.raises(RecipeError, match="only the base may run behind an API"):
+        Expert.parse({"expert": GOOD})
+
+
+# -- what a list of log-probabilities proves -----------------------------------------------------------------------
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 12), data=st.data())
+def test_no_id_exceeds_its_bound(seed, n, data):
+    """Whatever is left out, merged or unknown in the list of a true distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = (
+        (torch.randn(12, generator=generator) * data.draw(st.sampled_from([0.3, 2.0, 8.0])))
+        .double()
+        .log_softmax(dim=-1)
+    )
+    values, ids = truth.topk(n)
+    named = data.draw(st.sampled_from([1, 3, 12]))  # so many ids share a text
+    entries = {}
+    for index, value in zip(ids.tolist(), values.tolist()):
+        text = index % named if index < 6 else index + 100
+        entries[text] = value  # the last one stands
+    texts = {}
+    for index in range(12):
+        texts.setdefault(index % named if index < 6 else index + 100, []).append(index)
+    listed = [(tuple(texts[text]), value) for text, value in entries.items()]
+    lost = data.draw(st.integers(0, 2))
+    listed = data.draw(st.permutations(listed))
+    listed = [(ids, math.nan) if at < lost else (ids, value) for at, (ids, value) in enumerate(listed)]
+    given_ = None
+    if data.draw(st.booleans()) and lost == 0 and len(listed) == n and n < 12:  # one drawn from below the top n
+        below = int(torch.randint(n, 12, (1,), generator=generator))
+        index = int(truth.argsort(descending=True)[below])
+        given_ = float(truth[index])
+        listed.append(((index,), given_))
+        if len(texts[index % named if index < 6 else index + 100]) > 1:
+            return
+    known = known_of(listed, n, given_)
+    for index in range(12):
+        if index in known.logprobs:
+            assert known.logprobs[index] == pytest.approx(float(truth[index]))
+        else:
+            assert float(truth[index]) <= known.bound + 1e-9
+
+
+def test_the_bound_is_the_smaller_of_two():
+    flat = [((at,), math.log(0.1)) for at in range(5)]
+    assert known_of(flat, 5).bound == pytest.approx(math.log(0.1))  # the k-th
+    steep = [((0,), math.log(0.9)), ((1,), math.log(0.08))]
+    assert known_of(steep, 2).bound == pytest.approx(math.log(0.02), abs=0.01)  # what is left over
+    assert known_of(flat, 20).bound == pytest.approx(math.log(0.5), abs=0.01)  # fewer than asked for: no k-th
+    below = [*flat, ((9,), math.log(0.001))]
+    assert known_of(below, 5, math.log(0.001)).bound == pytest.approx(math.log(0.1))  # k + 1: the last is no k-th
+    instead = known_of(below, 6, math.log(0.001))  # or it stands in the place of the k-th
+    assert instead.bound == pytest.approx(math.log(0.1))
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ([((0,), 0.1)], "above 0"),
+        ([((0,), -0.1), ((1,), -0.1)], "sum to"),
+        ([((0,), -1.0), ((0,), -2.0)], "twice"),
+        ([((at,), -5.0) for at in range(4)], "4 log-probabilities where 2"),
+    ],
+)
+def test_what_is_no_distribution_is_refused(entries, said):
+    with pytest.raises(BadReply, match=said):
+        known_of(entries, 2)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_a_certain_choice_wins_whatever_the_unknown_are(seed):
+    generator = torch.Generator().manual_seed(seed)
+    upper = torch.randn(1, 1, 9, generator=generator)
+    known = torch.rand(1, 1, 9, generator=generator) < 0.6
+    certain, rivals = judge(upper, known)
+    best = upper.masked_fill(~known, -torch.inf).argmax()
+    worst_case = upper.argmax()  # every unknown token at its bound
+    assert bool(certain) == bool(known.any() and worst_case == best)
+    assert not bool((rivals & known).any())
+    assert bool(rivals.any()) == (not bool(certain))
+
+
+# -- spellings ----------------------------------------------------------------------------------------------------
+def test_every_spelling_means_its_id():
+    tokenizer = tiny.tokenizer()
+    spelling = Spelling(tokenizer, tiny.VOCAB)
+    for how in ("ids", "raw", "bytes"):
+        served = Served(None, tokenizer, texts=how)
+        assert all(spelling.meant(served.spell(index)) == (index,) for index in range(tiny.VOCAB)), how
+    assert len(spelling.meant("\ufffd")) == 128
+    assert spelling.meant("token_id:9999") == ()
+    assert spelling.meant("no such token") == ()
+    assert spelling.meant("bytes:\\xC3") == spelling.meant("bytes:\\xc3") != ()
+
+
+# -- answers ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("way", ["pull", "ask", "verify"])
+@pytest.mark.parametrize(("n", "texts"), [(5, "bytes"), (20, "raw"), (20, "decoded"), (tiny.VOCAB, "ids")])
+def test_marks_are_right_and_complete(oracle, served, steered, way, n, texts):
+    served.texts = texts
+    tokens, asked = answers(steered(n, way=way))
+    assert asked.way == way
+    assert_no_mark_is_wrong(oracle, ROWS, tokens, asked.certified)
+    if way == "pull":
+        assert asked.calls == [N_NEW] * len(ROWS)
+    if texts != "decoded":  # there one text has 128 ids
+        for row, own, marks in zip(ROWS, tokens, asked.certified):
+            for at, certain in enumerate(marks):
+                assert certain or not covered(oracle, row, own[:at], n)
+    if n == tiny.VOCAB or (way != "pull" and texts != "decoded"):
+        assert all(map(all, asked.certified))
+        assert tokens == [oracle.greedy(row, N_NEW)[0] for row in ROWS]
+
+
+def test_pull_is_not_certain_of_all(oracle, steered):
+    tokens, asked = answers(steered(5, way="pull"))
+    marks = [mark for row in asked.certified for mark in row]
+    assert 0 < sum(marks) < len(marks)
+    assert tokens != [oracle.greedy(row, N_NEW)[0] for row in ROWS]
+
+
+def test_verify_asks_less_often_than_there_are_tokens(steered):
+    model = steered(tiny.VOCAB, way="verify")
+    _, asked = answers(model, ROWS[:1])
+    assert asked.calls[0] < N_NEW
+    assert model.speculation_stats.accepted > 0
+
+
+def test_auto_takes_what_the_server_offers(served, steered):
+    assert answers(steered(5))[1].way == "verify"
+    served.lists = False
+    assert answers(steered(5))[1].way == "ask"
+    with pytest.raises(ProxyTuneError, match="cannot be verified"):
+        steered(5, way="verify")
+    with pytest.raises(ProxyTuneError, match="there is no way 'push'"):
+        steered(5, way="push")
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        {"ids": False},
+        {"lists": False},
+        {"hot": True},
+        {"usage": False},
+        {"cap": 7},
+        {"refuses": ("return_tokens_as_token_ids",)},
+    ],
+    ids=str,
+)
+def test_servers_of_all_kinds(oracle, served, steered, behaviour):
+    for name, value in behaviour.items():
+        setattr(served, name, value)
+    rows = [tiny.tokenizer()(text)["input_ids"] for text in ("The quick brown", "how many apples")]
+    model, n_new = steered(20), 6
+    if behaviour == {"ids": False}:  # the text so far is none of the tokenizer's own cuts
+        with pytest.raises(ProxyTuneError, match="would be read as other tokens"):
+            answers(model, rows, max_new_tokens=6)
+        rows, n_new = rows[:1], 1
+    tokens, asked = answers(model, rows, max_new_tokens=n_new)
+    assert_no_mark_is_wrong(oracle, rows, tokens, asked.certified)
+    assert any(map(any, asked.certified))
+
+
+def test_plausibility_and_two_experts(oracle, steered):
+    base = oracle.base
+    both = Oracle(base, [("a", near(base, 2), None, 0.2), ("b", near(base, 4), near(base, 5), 0.7)], plausibility=0.1)
+    experts = [
+        {"name": name, **{side: one for side, one in (("expert", e), ("anti_expert", a)) if one}, "alpha": alpha}
+        for name, e, a, alpha in both.experts
+    ]
+    tokens, asked = answers(steered(20, experts=experts, plausibility=0.1))
+    assert_no_mark_is_wrong(both, ROWS, tokens, asked.certified)
+    assert any(map(any, asked.certified))
+
+
+def test_what_needs_all_probabilities_is_refused_or_exact(oracle, steered):
+    model = steered(20)
+    for options in ({"do_sample": True, "seed": 1}, {"num_beams": 2}, {"return_trace": True}):
+        with pytest.raises(ProxyTuneError, match="of all tokens"):
+            new_tokens(model, ROWS[:1], **{**GREEDY, **options})
+    with pytest.raises(ProxyTuneError, match="cannot be trained through"):
+        model(torch.tensor(ROWS[:1]), use_cache=False)
+    with pytest.raises(MemberError, match="runs behind an API"):
+        model.member("base")
+    whole, white = steered(tiny.VOCAB), tiny.compose(oracle)
+    drawn = {**GREEDY, "do_sample": True, "seed": 3}
+    assert new_tokens(whole, ROWS, **drawn) == new_tokens(white, ROWS, **drawn)
+    assert all(map(all, last_asked(whole).certified))
+    torch.testing.assert_close(
+        whole(torch.tensor(ROWS[:1])).logits.softmax(-1), white(torch.tensor(ROWS[:1])).logits.softmax(-1)
+    )
+    beams = {**GREEDY, "num_beams": 2}
+    assert new_tokens(whole, ROWS[:1], **beams) == new_tokens(white, ROWS[:1], **beams)
+
+
+def test_processors_leave_nothing_certain(steered):
+    _, asked = answers(steered(20), repetition_penalty=1.3)
+    assert not any(map(any, asked.certified))
+
+
+def test_an_end_token_without_probabilities(oracle, served, steered, monkeypatch):
+    """Some servers say of an end token that it ends, and nothing more."""
+    ended = served.reply
+
+    def reply(body):
+        made = ended(body)
+        for choice in made["choices"]:
+            if "The" not in choice["text"]:
+                choice |= {"text": "", "finish_reason": "stop"}
+                choice["logprobs"] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        return made
+
+    model = steered(20, way="pull")
+    monkeypatch.setattr(served, "reply", reply)
+    tokens, asked = answers(model, ROWS[:1], eos_token_id=tiny.EOS)
+    assert tokens[0][-1] == tiny.EOS
+    assert asked.certified[0][-1] is False
+
+
+# -- faults -------------------------------------------------------------------------------------------------------
+def spoiled(change):
+    """A reply in which ``change`` was done to the first choice's log-probabilities."""
+
+    def spoil(made):
+        change(made["choices"][0]["logprobs"])
+        return made
+
+    return spoil
+
+
+def top(logprobs):
+    return logprobs["top_logprobs"][0]
+
+
+PASSING = {
+    "drop": lambda made: "drop",
+    "a 500": lambda made: (500, "oops"),
+    "a 503": lambda made: (503, "overloaded"),
+    "a 429": lambda made: (429, "slow down", {"Retry-After": "0.01"}),
+    "no JSON": lambda made: (200, json.dumps(made)[:-20]),
+    "HTML": lambda made: (200, "<html>busy</html>"),
+    "no choices": lambda made: {**made, "choices": []},
+    "an empty object": lambda made: {},
+    "a list": lambda made: [],
+    "a choice too many": lambda made: {**made, "choices": made["choices"] * 2},
+    "another prompt": lambda made: {**made, "usage": {"prompt_tokens": 3}},
+    "no log-probabilities": spoiled(lambda lp: lp.update(tokens=[], token_logprobs=[], top_logprobs=[])),
+    "two tokens": spoiled(lambda lp: lp.update(tokens=lp["tokens"] * 2)),
+    "another token": spoiled(lambda lp: lp.update(tokens=[min(top(lp), key=top(lp).get)])),
+    "other values": spoiled(lambda lp: top(lp).update({token: value / 2 for token, value in top(lp).items()})),
+    "a positive one": spoiled(lambda lp: top(lp).update({next(iter(top(lp))): 1.0})),
+    "too many": spoiled(lambda lp: top(lp).update({"a": -30.0, "b": -30.0, "c": -30.0})),
+    "texts for numbers": spoiled(lambda lp: top(lp).update({next(iter(top(lp))): "high"})),
+}
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_fault_that_passes_changes_nothing(oracle, served, steered, fault):
+    expected = answers(steered(20, way="ask"), ROWS[:1], max_new_tokens=6)
+    model = steered(20, way="ask")
+    began = len(served.requests)
+    served.faults = lambda number, made: PASSING[fault](made) if number - began in (1, 2, 6) else made
+    tokens, asked = answers(model, ROWS[:1], max_new_tokens=6)
+    assert (tokens, asked.certified) == (expected[0], expected[1].certified)
+    assert len(served.requests) - began == sum(asked.calls) + 3
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_fault_that_stays_ends_the_run(served, steered, fault):
+    model = steered(20, way="ask")
+    began = len(served.requests)
+    served.faults = lambda number, made: PASSING[fault](made)
+    with pytest.raises(ProxyTuneError, match="the server of the base tiny"):
+        answers(model, ROWS[:1])
+    assert len(served.requests) - began >= 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lp: top(lp).pop(max(top(lp), key=lambda token: (token not in lp["tokens"], top(lp)[token]))),
+        lambda lp: top(lp).update({min(top(lp), key=top(lp).get): None}),
+        lambda lp: top(lp).update({min(top(lp), key=top(lp).get): -9999.0}),
+        lambda lp: lp.update(top_logprobs=[dict(reversed(top(lp).items()))]),
+        lambda lp: lp.update(top_logprobs=[dict(list(top(lp).items())[:2])]),
+    ],
+    ids=["the second is missing", "one is null", "one is -9999", "reordered", "two of five"],
+)
+def test_a_reply_that_says_less_is_never_too_certain(oracle, served, steered, change):
+    model = steered(5, way="pull")
+    served.faults = lambda number, made: spoiled(change)(made)
+    tokens, asked = answers(model)
+    assert_no_mark_is_wrong(oracle, ROWS, tokens, asked.certified)
+
+
+def test_a_model_that_changes_ends_the_run(served, steered):
+    model = steered(5)
+    served.name = "another"
+    with pytest.raises(ProxyTuneError, match="answered as 'tiny' first and now as 'another'"):
+        answers(model)
+
+
+def test_choices_are_told_apart_by_their_numbers(oracle, served, steered):
+    model = steered(20, way="verify")
+    served.faults = lambda number, made: {**made, "choices": made["choices"][::-1]}
+    tokens, asked = answers(model)
+    assert_no_mark_is_wrong(oracle, ROWS, tokens, asked.certified)
+    assert all(map(all, asked.certified))
+    served.faults = lambda number, made: {**made, "choices": [{**one, "index": 0} for one in made["choices"]]}
+    with pytest.raises(ProxyTuneError, match="its choices are numbered"):
+        answers(model, speculate=2)
+
+
+def test_a_server_that_is_slow_is_waited_for_so_long(served, steered, monkeypatch):
+    monkeypatch.setattr("proxytune.lanes.completions.TIMEOUT", 0.2)
+    model = steered(5)
+    served.faults = lambda number, made: ("slow", 0.5, made)
+    with pytest.raises(ProxyTuneError, match=r"does not answer \(\w+\) after 7 tries"):
+        answers(model, ROWS[:1])
+
+
+def test_a_wrong_tokenizer_is_refused(oracle, served, tmp_path):
+    tokenizer = tiny.tokenizer()
+    kept = {token: index for token, index in tokenizer.get_vocab().items() if index < 280}
+    parsed = json.loads(tokenizer.backend_tokenizer.to_str())
+    parsed["model"]["vocab"], parsed["model"]["merges"] = kept, parsed["model"]["merges"][:20]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(parsed))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    base = {"api": served.url, "model": "tiny", "tokenizer": str(tmp_path), "top_logprobs": 100}
+    with pytest.raises(VocabularyError, match=r"has tokens that the tokenizer .* lacks"):
+        ProxyTunedForCausalLM.from_members(base, tiny.llama("mini", 3, vocab_size=280))
+
+
+# -- keys and budgets ---------------------------------------------------------------------------------------------
+def test_the_key_is_sent_and_never_shown(served, steered, monkeypatch, capsys, caplog, tmp_path):
+    served.key = KEY
+    monkeypatch.delenv("TINY_KEY", raising=False)
+    with pytest.raises(MemberError, match="TINY_KEY, which is empty"):
+        steered(key="TINY_KEY")
+    monkeypatch.setenv("TINY_KEY", "sk-wrong")
+    with pytest.raises(MemberError, match="refuses the API key in TINY_KEY") as caught:
+        steered(key="TINY_KEY")
+    assert "sk-wrong" not in str(caught.value)
+    monkeypatch.setenv("TINY_KEY", KEY)
+    model = steered(key="TINY_KEY")
+    answers(model, ROWS[:1])
+    served.faults = lambda number, made: (400, f"your key {KEY} may not do that")
+    with pytest.raises(ProxyTuneError, match=r"your key \*\*\* may not") as caught:
+        answers(model, ROWS[:1])
+    written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+    assert KEY not in str(caught.value) + written + caplog.text + "".join(capsys.readouterr())
+
+
+def test_budgets_end_a_run(served, steered):
+    model = steered(5, way="pull", max_calls=8)
+    with pytest.raises(ProxyTuneError, match="the budget of 8 requests is spent; give a larger --max-calls"):
+        answers(model, ROWS[:1])
+    assert len(served.requests) <= 8
+    with pytest.raises(ProxyTuneError, match="the budget of 100 tokens is spent; give a larger --max-tokens"):
+        answers(steered(5, way="pull", max_tokens=100), ROWS[:1])
+
+
+def test_options_of_an_api_need_one(shelf):
+    with pytest.raises(RecipeError, match="--max-calls is for a base behind an API"):
+        ProxyTunedForCausalLM.from_pretrained(shelf / "recipe", max_calls=3)
+
+
+# -- commands -----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def recipe(served, tokens_at, oracle, tmp_path):
+    """A recipe made by the command."""
+    for name, model in (("expert", oracle.experts[0][1]), ("anti", oracle.experts[0][2])):
+        model.save_pretrained(tmp_path / name)
+        tiny.tokenizer().save_pretrained(tmp_path / name)
+    where = ["--base-api", served.url, "--base-model", "tiny", "--base-tokenizer", tokens_at, "--base-top-logprobs", 20]
+    members = ["--expert", tmp_path / "expert", "--anti-expert", tmp_path / "anti"]
+    run("new", tmp_path / "recipe", *where, *members)
+    return tmp_path / "recipe"
+
+
+def test_the_commands(recipe, served, oracle, tmp_path, no_progress):
+    found = json.loads(run("check", recipe, "--json").stdout)
+    assert found["works"]
+    assert found["server"]["log-probabilities of a token"] == 20
+    shown = run("check", recipe).stdout
+    assert "several prompts in one request: True" in shown
+    assert "it sees: the prompt and the answer so far" in shown
+
+    prompt = "The quick brown"
+    ids = tiny.tokenizer()(prompt)["input_ids"]
+    result = run("generate", recipe, prompt, "--json", "-n", 8, "--way", "pull")
+    answer = json.loads(result.stdout)
+    assert answer["way"] == "pull"
+    assert answer["calls"] == len(answer["tokens"]) == len(answer["certified"])
+    assert_no_mark_is_wrong(oracle, [ids], [answer["tokens"]], [answer["certified"]])
+    n = sum(answer["certified"])
+    assert f"{n} of {len(answer['tokens'])} tokens are certain" in result.stderr
+
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (prompt, "how many", "the dog")))
+    job = [
+        "generate",
+        recipe,
+        "--input",
+        prompts,
+        "--output",
+        tmp_path / "out.jsonl",
+        "-n",
+        6,
+        "-b",
+        1,
+        "--way",
+        "pull",
+    ]
+    assert "budget of 14 requests is spent" in fails(*job, "--max-calls", 14)
+    kept = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert 0 < len(kept) < 3
+    run(*job)
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [json.dumps(line) for line in lines[: len(kept)]] == [json.dumps(json.loads(line)) for line in kept]
+    assert [line["line"] for line in lines] == [1, 2, 3]
+
+
+def test_a_missing_client_is_named(steered, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ProxyTuneError, match=r"needs openai: pip install 'proxytune\[api\]'"):
+        steered()
+
+
+def test_new_refuses_half_a_base(tmp_path):
+    assert "needs --base-tokenizer too" in fails(
+        "new", tmp_path / "x", "--base-api", "http://h/v1", "--base-model", "m", "--expert", "e"
+    )
+    assert "give its URL with --base-api" in fails(
+        "new", tmp_path / "x", "--base-key", "K", "--base", "b", "--expert", "e"
+    )
+    both = ["--base-api", "http://h/v1", "--base-model", "m", "--base-tokenizer", "t", "--base", "b"]
+    assert "leave --base and its dtype" in fails("new", tmp_path / "x", *both, "--expert", "e")
+
+
+def test_calls_of_many_rows_are_under_way_at_once(served, steered):
+    model = steered(5, way="pull")
+    served.faults = lambda number, made: ("slow", 0.15, made)
+    began = time.monotonic()
+    answers(model, ROWS * 2, max_new_tokens=3)
+    assert time.monotonic() - began < 6 * 3 * 0.15
