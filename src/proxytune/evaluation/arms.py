@@ -220,10 +220,11 @@ class Arms:
                 config: Any = AutoConfig.from_pretrained(self.tuned, trust_remote_code=self.loading.trust_remote_code)
             tokenizer, prompt, limit = self._tuned_tokenizer(), tuned_prompt(self.config), _context(config)
         elif name == "proxy_tuned" or name in MEANS:
-            wanted = [each for each in self.members if name == "proxy_tuned" or not each.endswith(".anti_expert")]
-            prompts = {each: self.members[each].prompt for each in wanted}
-            own = {each: (of, self._tokenizer(each)) for each, of in prompts.items() if of.kind != "raw"}
-            return Reader(name, self.tokenizer, own, {each: self._context(each) for each in wanted})
+            whole = name == "proxy_tuned"
+            sources = {each: each for each in self.members} if whole else self._sources_of_mean()
+            prompts = {each: (self.members[of].prompt, self._tokenizer(of)) for each, of in sources.items()}
+            own = {each: pair for each, pair in prompts.items() if pair[0].kind != "raw"}
+            return Reader(name, self.tokenizer, own, {each: self._context(of) for each, of in sources.items()})
         else:
             member = self._member(name)
             tokenizer, prompt, limit = self._tokenizer(member), self.members[member].prompt, self._context(member)
@@ -279,13 +280,18 @@ class Arms:
         experts = [replace(e, anti_expert=base, alpha=1.0) for e in self.config.expert_list if e.expert is not None]
         config = self.config.with_members(lambda _, member: member)
         config.experts, config.plausibility = [e.to_json() for e in experts], None
-        sources = {"base": "base"}
-        for e in experts:
-            sources |= {f"{e.name}.expert": f"{e.name}.expert", f"{e.name}.anti_expert": "base"}
+        sources = self._sources_of_mean()
         given = {name: self._lane(of).alone(of) for name, of in sources.items()}
         tokenizers = {name: self._tokenizer(of) for name, of in sources.items()}
         options = {**self.loading.of_model(), "speculate": False}
         return ProxyTunedForCausalLM._load(config, given, self.tokenizer, tokenizers, options)
+
+    def _sources_of_mean(self) -> dict[str, str]:
+        """Member of a mean -> the recipe's member that it is."""
+        experts = [name for name in self.members if name.endswith(".expert")]
+        antis = [f"{name.removesuffix('.expert')}.anti_expert" for name in experts]
+        pairs = [pair for expert, anti in zip(experts, antis) for pair in ((expert, expert), (anti, "base"))]
+        return dict([("base", "base"), *pairs])
 
     def _tuned(self) -> Arm:
         assert self.tuned is not None
