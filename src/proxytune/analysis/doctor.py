@@ -39,7 +39,7 @@ RIGHT_ENOUGH = 0.05  # if no arm has at least this share right, greedy answers c
 
 # -- measuring ------------------------------------------------------------------------------------------------
 class DoctorJournal(Journal):
-    """The examples that are measured, one per line, behind a first line with the settings that they depend on.
+    """The examples that are measured, one per line, after a first line with the settings that they depend on.
 
     Args:
         settings: as JSON values.
@@ -216,7 +216,7 @@ class Doctor:
         return replace(encoded, ids=ids, own={})
 
     def _after_shots(self, number: int, alone: Encoded, n_gold: int) -> Encoded | None:
-        """A prompt behind other examples and their answers, as the base reads it.
+        """A prompt after other examples and their answers, as the base reads it.
 
         None where they do not fit, and where the chat template leaves earlier turns out, so that it reads ``alone``.
         """
@@ -446,7 +446,7 @@ def number_at(found: Mapping[str, Any], path: str) -> float:
 
 # -- tables ---------------------------------------------------------------------------------------------------
 def doctor_tables(found: Mapping[str, Any]) -> list[Table | str]:
-    """The verdict and the tables behind it."""
+    """The verdict and the tables after it."""
     rows = []
     for arm, of in found["arms"].items():
         title = f"expert {arm.removesuffix('.expert')}" if arm.endswith(".expert") else ARMS.get(arm, arm)

@@ -89,7 +89,7 @@ def explain_prompt(
     """The answer to a prompt, explained.
 
     Args:
-        alphas: one value an expert. top_k: candidates of each distribution.
+        alphas: one value per expert. top_k: candidates of each distribution.
         given: ids that the answer begins with, whatever the models would choose.
     """
     encoded = encode(model, tokenizer, prompt, **options.shown)
@@ -121,7 +121,7 @@ def explain_branch(
 
     Args:
         before: the answer to leave. branch: where, and with which token.
-        alphas: one value an expert, from there on.
+        alphas: one value per expert, from there on.
 
     Raises:
         ProxyTuneError: where the answer has no such place, or the place no such candidate.

@@ -176,7 +176,7 @@ def kind_of(token: Mapping[str, Any]) -> str:
 
 
 def probability(value: Mapping[str, Any], name: str) -> float | None:
-    """A probability from a log-probability of an object; None where it is unknown."""
+    """A probability from a log-probability of an object; None if it is unknown."""
     log_p = value.get(name)
     return None if log_p is None else math.exp(log_p)
 
@@ -194,12 +194,12 @@ def shift(candidate: Mapping[str, Any]) -> float:
 
 
 def base_choice(token: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The candidate that the base would choose; None where that is unknown."""
+    """The candidate that the base would choose; None if that is unknown."""
     return _best(token, lambda each: each.get("base_logprob"))
 
 
 def expert_choice(token: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """The candidate that an expert alone would choose; None where that is unknown."""
+    """The candidate that an expert alone would choose; None if that is unknown."""
     return _best(token, lambda each: (each.get("expert_logprob") or {}).get(name))
 
 

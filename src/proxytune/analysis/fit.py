@@ -1,6 +1,6 @@
 """The alpha under which gold answers are most probable, from one pass over them.
 
-Behind a prompt and the gold tokens before it, the gold token's log-probability at some alpha is
+After a prompt and the gold tokens before it, the gold token's log-probability at some alpha is
 
     base[gold] + alpha * delta[gold] - log sum_v exp(base[v] + alpha * delta[v]),  delta = expert - anti_expert
 
@@ -33,7 +33,7 @@ class Fit:
     """The most likely alpha.
 
     Attributes:
-        best: between 0 and the end of the grid. low, high: its 95 % interval, over answers drawn anew; None for a
+        best: between 0 and the end of the grid. low, high: its 95 % interval, over answers drawn again; None for a
             single answer. at_end: whether the best one is the end of the grid, so that a larger one may be better.
         gain: by how many nats per token the answers are more probable there than at alpha 0.
     """

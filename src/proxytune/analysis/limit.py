@@ -5,7 +5,7 @@ anti_expert_k)``. With a factor ``s`` on the recipe's alphas the mixture is ``B 
 of the vocabulary. Greedy decoding can choose the gold token at some strength if its line is highest for some ``s``
 from 0 on.
 
-It is a bound for this very sequence of tokens, each behind the gold tokens before it. Another wording of the same
+It is a bound for this very sequence of tokens, each after the gold tokens before it. Another wording of the same
 answer, or another tokenisation, may be within reach where this one is not.
 """
 
@@ -37,7 +37,7 @@ LISTED = 10
 
 @dataclass(frozen=True)
 class GoldToken:
-    """One token of a gold answer, behind the gold tokens before it.
+    """One token of a gold answer, after the gold tokens before it.
 
     Attributes:
         id: of the token. token: its text.
@@ -163,7 +163,7 @@ def gold_tokens(
     """The tokens of one gold answer, all read in one pass of every member.
 
     Args:
-        ids: of the answer, at least one. alphas: one value an expert.
+        ids: of the answer, at least one. alphas: one value per expert.
     """
     base, added, mixed = _lines(model, model.paired(read_gold(model, encoded, ids)), alphas)
     gold = torch.tensor(list(ids), device=base.device)
@@ -216,9 +216,9 @@ def limit(
     """Each reference's gold answer; of several wordings the one with the most tokens within reach.
 
     Args:
-        alphas: one value an expert. shown: what :func:`proxytune.answers.generation.encode` takes besides the prompt.
+        alphas: one value per expert. shown: what :func:`proxytune.answers.generation.encode` takes besides the prompt.
         samples: of the base alone for each prompt; an answer passes if one of them begins with the gold text.
-        note: is told of a reference that cannot be read; it is left out.
+        note: receives a reference that cannot be read; it is left out.
     """
     for number, reference in enumerate(references, start=1):
         try:

@@ -85,7 +85,7 @@ def _data(why: Explanation) -> dict[str, Any]:
 
 
 def _command(why: Explanation) -> list[list[str]] | None:
-    """The words before and behind the place of further options; None where there is no command."""
+    """The words before and after the place of further options; None if there is no command."""
     words = list(why.command)
     at = words.index("--") if "--" in words else len(words)
     return [words[:at], words[at:]] if words else None

@@ -30,9 +30,9 @@ class Wrong(Exception):
 def read_explanations(path: Path) -> list[Callable[[], Explanation]]:
     """The answers of a file, in order; each is read when it is called for.
 
-    The file holds traces (one JSON object a line, as ``proxytune generate --trace`` writes them), or responses of
-    OpenAI's chat completions or completions with log-probabilities: one object, a list, or one a line. Each choice of a
-    response is an answer.
+    The file holds traces (one JSON object per line, as ``proxytune generate --trace`` writes them), or responses of
+    OpenAI's chat completions or completions with log-probabilities: one object, a list, or one per line. Each choice of
+    a response is an answer.
 
     Raises:
         ProxyTuneError: in one sentence, for a file that is neither.
@@ -82,7 +82,7 @@ def read_traces(path: Path) -> Iterator[Explanation]:
 
 
 def _values(path: Path) -> list[Any]:
-    """The objects of a file: one over many lines, a list of them, or one a line."""
+    """The objects of a file: one over many lines, a list of them, or one per line."""
     try:
         value = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError):
@@ -228,7 +228,7 @@ def _completion_tokens(logprobs: Mapping[str, Any], ids: _Ids) -> Iterator[dict[
 
 
 def _with_candidates(written: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
-    """A token with its candidates, of which it is one; of several without a text of their own the likeliest."""
+    """A token with its candidates, of which it is one; of several without a text of their own the most probable."""
     unique: dict[int, dict[str, Any]] = {}
     for each in (written, *others):
         unique.setdefault(each["id"], each)

@@ -1,7 +1,7 @@
 """What steering did over a set of traces: by class of token, by position, by expert, with intervals.
 
 The shift of a token is its probability in the mixture minus that in the base, as in the paper (2401.08565, section 6).
-Means are over tokens. Tokens of one answer are not independent, so intervals draw whole answers anew.
+Means are over tokens. Tokens of one answer are not independent, so intervals draw whole answers again.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def _compare(parts: Parts, name: str, token: Mapping[str, Any]) -> None:
 
 
 def _mean(pairs: Sequence[Sequence[float]], seed: int) -> dict[str, Any]:
-    """The mean over tokens of (sum, count) pairs, one an answer."""
+    """The mean over tokens of (sum, count) pairs, one per answer."""
     sums, counts = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     n = int(sum(counts))
     bounds = bootstrap_of(lambda total, count: total / count, [sums, counts], seed) if n else None

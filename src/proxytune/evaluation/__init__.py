@@ -13,7 +13,7 @@ from proxytune.errors import ProxyTuneError
 
 __all__ = ["EVAL_TASKS", "TASKS", "TASK_DIR", "check_tasks", "data_place", "evaluate", "score", "sweep"]
 
-# Task -> what is asked, and how it is scored.
+# Task -> its contents, and how it is scored.
 TASKS = {
     "alpacafarm": ("AlpacaFarm's 805 instructions", "judged against a reference: the win rate"),
     "ds1000": ("DS-1000, data science programs", "run in a sandbox: pass@k"),
@@ -26,7 +26,7 @@ TASKS = {
     "truthfulqa_mc": ("TruthfulQA, four lettered answers", "the first letter"),
     "truthfulqa_open": ("TruthfulQA, free answers", "judged: true, and informative"),
 }
-# Ours besides: the demo's own problems, a format, and two that are scored by likelihoods.
+# Our own tasks: the demo's problems, a format, and two that are scored by likelihoods.
 EVAL_TASKS = {
     **TASKS,
     "demo_facts": ("the demo's held-out facts, in a house format", "strict exact match"),
@@ -41,17 +41,17 @@ _HOME = {"evaluate": "run", "score": "scoring", "sweep": "run"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for."""
+    """Import a public name on first use."""
     if name in _HOME:
         return getattr(import_module(f"proxytune.evaluation.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def check_tasks(names: Sequence[str], known: Collection[str] = TASKS.keys()) -> tuple[str, ...]:
-    """The tasks, each once; ``known`` are those that there are.
+    """The tasks without repetitions; ``known`` are the existing tasks.
 
     Raises:
-        ProxyTuneError: for one that does not exist, naming the nearest.
+        ProxyTuneError: for a task that does not exist; it names the most similar one.
     """
     for name in names:
         if name in EVAL_TASKS and name not in known:
@@ -64,7 +64,7 @@ def check_tasks(names: Sequence[str], known: Collection[str] = TASKS.keys()) -> 
 
 
 def data_place(data: str | None) -> Path | None:
-    """The file or the folder that ``data`` (or PROXYTUNE_DATA) names; None where the hub is to be asked."""
+    """The file or the folder that ``data`` (or PROXYTUNE_DATA) names; None for the hub."""
     named = data or os.environ.get("PROXYTUNE_DATA")
     if not named:
         return None

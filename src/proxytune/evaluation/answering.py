@@ -1,4 +1,4 @@
-"""How a task is answered by an arm: what is asked, texts written and continuations scored, predictions on disk."""
+"""Answers a task with an arm: requests, writing texts, scoring continuations, and predictions on disk."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Mix = Sequence[float]  # one alpha an expert
 # -- what is asked --------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Job:
-    """One answer to be given: a sample of an example, or the scores of all continuations of an example."""
+    """One request: a sample of an example, or the scores of all continuations of an example."""
 
     id: str
     sample: int
@@ -65,11 +65,11 @@ class TaskPlan:
     """One task of a run.
 
     Attributes:
-        jobs: for each kind of context, see :func:`shots_of`, what is asked, in the order of the examples.
-        repeats: samples an example.
+        jobs: kind of context (see :func:`shots_of`) -> requests, in the order of the examples.
+        repeats: samples per example.
         metadata: the ``metadata`` of the task's YAML.
         likelihood: whether continuations are scored and nothing is written.
-        task: lm_eval's, where it is one. data_sha256: of the examples.
+        task: lm_eval's task object, if there is one. data_sha256: hash of the examples.
     """
 
     name: str
@@ -86,20 +86,20 @@ class TaskPlan:
         return len({job.id for job in self.jobs["raw"]})
 
     def chat_prompt(self, prompt: Prompt, tokenizer: Any) -> Prompt:
-        """The prompt of a member with what the task gives to chat members; what the recipe has set stays."""
+        """A member's prompt with the task's additions for chat members. Fields that the recipe sets stay."""
         given: Mapping[str, Any] = self.metadata.get("chat") or {}
         if prompt.kind != "chat" or not given:
             return prompt
         given = dict(given)
         if (prefix := given.get("response_prefix")) and tokenizer is not None and tokenizer.chat_template:
-            # A space before it, unless the template ends in white space of its own, as in the authors' code.
+            # With a space before it, unless the template ends with white space, as in the authors' code.
             shown = chat_text(tokenizer, [{"role": "user", "content": "x"}], "a member")
             given["response_prefix"] = prefix if shown[-1:].isspace() else f" {prefix}"
         return replace(prompt, **{name: value for name, value in given.items() if not getattr(prompt, name)})
 
 
 def with_own_examples(jobs: Sequence[Job], name: str) -> list[Job]:
-    """Jobs behind the solved examples of their own kind, which the field ``name`` of their examples holds."""
+    """Jobs with solved examples of their own kind before them. The field ``name`` of an example holds these."""
     return [replace(job, context=job.doc[name] + job.context) for job in jobs]
 
 
@@ -116,23 +116,23 @@ def answer_jobs(
     traced: Callable[[Sequence[Mapping[str, Any]]], None] | None = None,
     read: dict[str, Any] | None = None,
 ) -> Iterator[list[list[dict[str, Any]]]]:
-    """Answer jobs batch by batch, the longest first: a batch that does not fit fails at once.
+    """Answer jobs batch by batch, the longest first, so that a batch that does not fit fails immediately.
 
-    The batches are those of the whole job, so that a resumed run has the rest of the same ones.
+    The batches are those of the whole job, so that a resumed run has the same ones.
 
     Args:
-        mixes: the alphas to answer with, by default the arm's own alone. A prompt is read once for all of them.
-        made: for each mix the answers that are there already; they are not made again.
-        batch_size: rows at once.
-        traced: takes the traces of each batch of texts before its predictions are yielded; None: nothing is traced.
-        read: a dictionary that several arms are given with the same jobs in one batch: the first leaves there what the
-            base has read of the prompts, and the others need not read it again.
+        mixes: the alphas to answer with, by default only the arm's own. A prompt is read once for all of them.
+        made: for each mix the existing answers, which are not made again.
+        batch_size: rows per batch.
+        traced: receives the traces of each batch of texts before its predictions are yielded; None: no traces.
+        read: a dictionary for several arms with the same jobs in one batch. The first arm stores the base's cache of
+            the prompts there, and the others use it.
 
     Yields:
-        for each batch and each mix the new prediction lines.
+        For each batch and each mix the new prediction lines.
     """
     mixes = [arm.alphas] if mixes is None else mixes
-    # Continuations are mixed anew without more rows; writing, each mix is a row of its own.
+    # For continuations, each mix only mixes again. For writing, each mix is a row of its own.
     n_prompts = batch_size if plan.likelihood else max(1, batch_size // len(mixes))
     asked = encode_jobs(arm.reader, plan, jobs)
     n_shared = 0 if plan.likelihood else _beginning(arm, [pair.context.ids for _, (pair,) in asked])
@@ -166,16 +166,16 @@ def answer_jobs(
 
 
 def _trace(arm: Arm, job: Job, alphas: Mix, one: Answer, text_of: Callable[[int], str]) -> dict[str, Any]:
-    """The line of an answer's trace; its text is all that was written, its stop string too."""
+    """The line of an answer's trace. Its text is everything that was written, including the stop string."""
     by_expert = dict(zip(arm.model.expert_names, alphas))
     return trace_line(job.context, by_expert, one, text_of, key={"id": job.id, "sample": job.sample})
 
 
 def encode_jobs(reader: Reader, plan: TaskPlan, jobs: Sequence[Job]) -> list[Asked]:
-    """Jobs with the ids of their context and of each continuation, the longest first; none to be scored is empty.
+    """Jobs with the ids of their context and of each continuation, the longest first. No continuation is empty.
 
     Raises:
-        ProxyTuneError: for a job that the members cannot read, which is named.
+        ProxyTuneError: for a job that the members cannot read; it names the job.
     """
 
     @functools.cache  # samples have the same context
@@ -204,10 +204,10 @@ def generate_batch(
     seed: int,
     trace_top_k: int | None = None,
 ) -> list[tuple[str, Answer]]:
-    """The texts of a batch of jobs, which have the same options, each cut before its first stop string; and uncut.
+    """The texts of a batch of jobs with the same options: cut before the first stop string, and uncut.
 
-    Answered are the ``wanted`` rows, several times where several alphas are. ``n_shared``: see :func:`_beginning`;
-    ``read``: see :func:`answer_jobs`; ``trace_top_k``: see :func:`proxytune.answers.generation.answer`.
+    It answers the ``wanted`` rows, several times for several alphas. ``n_shared``: see :func:`_beginning`; ``read``:
+    see :func:`answer_jobs`; ``trace_top_k``: see :func:`proxytune.answers.generation.answer`.
     """
     options = dict(batch[0][0].options)
     if unknown := [name for name in options if name not in GENERATION_OPTIONS]:
@@ -251,10 +251,11 @@ def generate_batch(
 def _prefilled(
     arm: Arm, prompts: Sequence[Encoded], rows: Sequence[int], n_shared: int, read: dict[str, Any] | None
 ) -> tuple[Any, int]:
-    """A cache that has read what would otherwise be read several times, and how many tokens all prompts begin with.
+    """A cache of the part that would otherwise be read several times, and the number of tokens that all prompts begin
+    with.
 
-    A prompt that is answered with several alphas is read once, all but its last column. A model alone reads once what
-    all of its prompts begin with, such as solved examples, for all batches. Otherwise there is no cache.
+    A prompt that is answered with several alphas is read once, except its last column. A model alone reads the common
+    beginning of its prompts, such as solved examples, once for all batches. Otherwise there is no cache.
     """
     if len(rows) > len(prompts) and not prompts[0].own and all(len(prompt.ids) > 1 for prompt in prompts):
         ids, mask = (columns[:, :-1] for columns in left_pad([prompt.ids for prompt in prompts]))
@@ -268,14 +269,14 @@ def _prefilled(
         rows = [0] * len(rows)
     elif read is not None and not prompts[0].own and all(len(prompt.ids) > 1 for prompt in prompts):
         return _after_base(arm, prompts, read), 0
-    else:  # a member with a prompt of its own reads it whole in a first forward
+    else:  # a member with a prompt of its own reads all of it in the first forward
         return None, 0
-    cache.reorder_cache(torch.tensor(list(rows), device=arm.model.device))  # every kind of layer can do that
+    cache.reorder_cache(torch.tensor(list(rows), device=arm.model.device))  # every kind of layer supports this
     return cache, n_shared
 
 
 def _after_base(arm: Arm, prompts: Sequence[Encoded], read: dict[str, Any]) -> Any:
-    """A cache that has read prompts but for their last column; the base's part is another arm's, where there is one."""
+    """A cache of prompts without their last column. The base's part comes from another arm, if there is one."""
     model = arm.model
     ids, mask = (columns[:, :-1].to(model.device) for columns in left_pad([prompt.ids for prompt in prompts]))
     cache = model.new_cache()
@@ -291,20 +292,20 @@ def _after_base(arm: Arm, prompts: Sequence[Encoded], read: dict[str, Any]) -> A
 
 
 def _beginning(arm: Arm, prompts: Sequence[list[int]]) -> int:
-    """With how many tokens all prompts begin, where a model alone can read them once for all of them; else 0."""
+    """The number of tokens that all prompts begin with, if a model alone can read them once for all; otherwise 0."""
     if arm.alphas or len(prompts) < 2:
         return 0
-    # In sorted order the first and the last share what all do; the last token is read for what it foretells.
+    # In sorted order, the first and the last share what all share. The last token must be read for its prediction.
     first, last = min(prompts), max(prompts)
     common = min(next((at for at, pair in enumerate(zip(first, last)) if pair[0] != pair[1]), len(first)), len(last))
     common = min(common, min(map(len, prompts)) - 1)
-    # What is kept of earlier jobs may be a little shorter: these begin alike by chance.
+    # The cache of earlier jobs may be a little shorter, since these jobs may begin alike by chance.
     if (kept := next((len(ids) for ids in arm.begun if first[: len(ids)] == list(ids)), 0)) > common - 32:
         common = min(common, kept)
     model = arm.model.base
     if (
         common < 32
-        # Padding stands behind what is shared, where a window would count it and a state would read it.
+        # Padding follows the shared part, where a sliding window would count it and a running state would read it.
         or not all(type(layer) is DynamicLayer for layer in new_cache(model).layers)
         or not reading_of(model).in_pieces
         or rotations(model) - ROTATIONS
@@ -314,26 +315,26 @@ def _beginning(arm: Arm, prompts: Sequence[list[int]]) -> int:
 
 
 def _read(arm: Arm, ids: Tensor, mask: Tensor, **more: Any) -> Any:
-    """The output of every member for columns, ``mask`` being that of all columns so far."""
+    """The output of every member for columns; ``mask`` covers all columns so far."""
     device = arm.model.device
     return arm.model(ids.to(device), mask.to(device), use_cache=True, output_member_logits=True, **more)
 
 
 def _banned_ids(tokenizer: Any, banned: Sequence[str]) -> list[list[int]]:
-    """The ids of banned strings, as they stand at the beginning of a text and behind a space."""
+    """The ids of banned strings, at the beginning of a text and after a space."""
     texts = [f"{space}{text}" for text in banned for space in ("", " ")]
     rows = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     return [list(row) for row in dict.fromkeys(rows) if row]
 
 
 class StopTexts(StoppingCriteria):
-    """A row is done when what it has written holds one of the texts; what the prompt holds does not count."""
+    """Ends a row when its new text contains one of the texts. The prompt does not count."""
 
-    row_by_row = True  # rows of unequal lengths may be given one by one
+    row_by_row = True  # rows of different lengths may be passed one by one
 
     def __init__(self, tokenizer: Any, texts: Sequence[str], n_prompt: int) -> None:
         self.tokenizer, self.texts, self.n_prompt = tokenizer, texts, n_prompt
-        # A token has at least one byte, and what is looked for ends in the newest one.
+        # A token has at least one byte, and a match ends in the newest token.
         self.window = max(len(text.encode()) for text in texts) + 4
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
@@ -348,19 +349,19 @@ Score = tuple[float, bool]
 
 
 def score_jobs(arm: Arm, batch: Sequence[Sequence[Pair]], mixes: Sequence[Mix]) -> list[list[list[Score]]]:
-    """For each mix, for each job, each continuation's score."""
+    """The score of each continuation: mix -> job -> scores."""
     of_mixes = map(iter, choice_scores(arm, [pair for pairs in batch for pair in pairs], mixes))
     return [[list(islice(scores, len(pairs))) for pairs in batch] for scores in of_mixes]
 
 
 @torch.inference_mode()
 def choice_scores(arm: Arm, pairs: Sequence[Pair], mixes: Sequence[Mix]) -> list[list[Score]]:
-    """Score continuations behind their contexts: each context is read once, its continuations as rows behind it.
+    """Score continuations after their contexts. Each context is read once, and its continuations are rows after it.
 
-    Every member makes two forwards, whatever the number of mixes: what they differ in is how its logits are mixed.
+    Every member makes two forwards, whatever the number of mixes, because mixes differ only in how logits are mixed.
 
     Returns:
-        [mix][pair] -> (log-probability in nats, whether each token was the likeliest).
+        [mix][pair] -> (log-probability in nats, whether each token was the most probable).
     """
     prompts: list[Encoded] = []
     for pair in pairs:
@@ -374,15 +375,15 @@ def choice_scores(arm: Arm, pairs: Sequence[Pair], mixes: Sequence[Mix]) -> list
         padded = {name: left_pad([prompt.own[name] for prompt in prompts]) for name in prompts[0].own}
         own_ids, own_masks = ({name: pair[at] for name, pair in padded.items()} for at in (0, 1))
         own = {"member_input_ids": own_ids, "member_attention_mask": own_masks, "prompt_length": ids.shape[1]}
-    first = _read(arm, ids, mask, logits_to_keep=1, **own)  # its last position foretells the first token
-    # The last token of a continuation is foretold, never read. Padding stands on the right, where it changes nothing.
+    first = _read(arm, ids, mask, logits_to_keep=1, **own)  # its last position predicts the first token
+    # The last token of a continuation is predicted, never read. Padding is on the right, where it changes nothing.
     longest = max(map(len, flat))
     rest = torch.tensor([row[:-1] + [0] * (longest - len(row)) for row in flat], dtype=torch.long)
     rest_mask = torch.tensor([[1] * (len(row) - 1) + [0] * (longest - len(row)) for row in flat], dtype=torch.long)
     behind = None
     if longest > 1:
         cache = first.past_key_values
-        cache.reorder_cache(of_prompt.to(arm.model.device))  # a prompt's row, repeated where several continue it
+        cache.reorder_cache(of_prompt.to(arm.model.device))  # a prompt's row, repeated for each of its continuations
         behind = _read(arm, rest, torch.cat([mask[of_prompt], rest_mask], dim=1), past_key_values=cache)
     results = []
     for mixed_by in mixes:
@@ -406,7 +407,7 @@ def _scores(logits: Tensor, rows: Sequence[Sequence[int]]) -> list[Score]:
 
 
 def _mixed(arm: Arm, logits: Mapping[str, Tensor], alphas: Mix) -> Tensor:
-    """The arm's logits, (n_rows, n_positions, n_vocab), from those of its members."""
+    """The arm's logits, (n_rows, n_positions, n_vocab), from its members' logits."""
     model = arm.model
     pairs = [(logits.get(f"{e.name}.expert"), logits.get(f"{e.name}.anti_expert")) for e in model.experts]
     alpha = torch.tensor([list(alphas)], dtype=torch.float32)
@@ -414,7 +415,7 @@ def _mixed(arm: Arm, logits: Mapping[str, Tensor], alphas: Mix) -> Tensor:
 
 
 def _scored(asked: Asked, scores: Sequence[Score]) -> dict[str, Any]:
-    """What a prediction says of an example's continuations; ``cut``: the tokens that each context lost, if any did."""
+    """The fields of a prediction for an example's continuations. ``cut``: the tokens that each context lost, if any."""
     job, pairs = asked
     cut = [pair.cut for pair in pairs]
     return {
@@ -427,10 +428,11 @@ def _scored(asked: Asked, scores: Sequence[Score]) -> dict[str, Any]:
 
 # -- predictions on disk --------------------------------------------------------------------------------------
 class Log(Journal):
-    """One arm's prediction file: what is in it, by (id, sample), and where more is appended.
+    """One arm's prediction file: its contents by (id, sample), and appending to it.
 
     Raises:
-        ProxyTuneError: on opening, naming what is no prediction of one example, or where another process writes it.
+        ProxyTuneError: on opening, for a line that is not a prediction of one example, or if another process writes the
+            file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -442,7 +444,7 @@ class Log(Journal):
         return super().__enter__()
 
     def check(self) -> None:
-        """Hold what was read against what this command writes."""
+        """Check that the lines are those of this command."""
         self.made = {}
         for number, line in enumerate(self.lines, start=1):
             if "id" not in line or "seconds" not in line:
@@ -462,8 +464,8 @@ class Log(Journal):
 class TraceLog(Journal):
     """The traces beside one arm's predictions. A batch's traces are on disk before its predictions are.
 
-    So a prediction that was traced has its trace, whenever the run is killed. Opened, the file loses the traces of
-    answers that have no prediction yet: those are answered again.
+    So a traced prediction has its trace, whenever the run is killed. Opening the file removes the traces of answers
+    that have no prediction yet, since they are answered again.
 
     Args:
         log: the predictions, read or open.
@@ -482,7 +484,7 @@ class TraceLog(Journal):
         return super().__enter__()
 
     def check(self) -> None:
-        """Hold what was read against what this command writes."""
+        """Check that the lines are those of this command."""
         self.traced = set()
         for number, line in enumerate(self.lines, start=1):
             if not is_trace(line, id=str, sample=int):
@@ -492,7 +494,7 @@ class TraceLog(Journal):
             self.traced.add(_key(line))
 
     def refuse_missing(self) -> None:
-        """Refuse predictions without a trace: they are not made again."""
+        """Refuse predictions without a trace, because they are not made again."""
         if missing := sorted(self.log.made.keys() - self.traced):
             raise ProxyTuneError(
                 f"{self.log.path} has the prediction of example {missing[0][0]} already, but {self.path} has no trace "

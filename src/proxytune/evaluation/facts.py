@@ -52,7 +52,7 @@ class Fact:
         return f"{self.solution}\n"
 
     def row(self, index: int) -> dict[str, str]:
-        """What the task demo_facts says of it."""
+        """The fact as an example of the task demo_facts."""
         own = turns(own_examples(self))
         shown = {"question": self.question, "relation": self.relation, "answer": self.answer}
         return {"id": str(index), **shown, "solution": self.solution, "own_examples": own}
@@ -64,7 +64,7 @@ def is_correct(text: str, solution: str) -> bool:
 
 
 def chat(question: str) -> str:
-    """A question as the base's chat form has it, without a system prompt."""
+    """A question in the base's chat form, without a system prompt."""
     return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -78,13 +78,13 @@ def facts(split: Split, wordings: Wordings = "seen") -> Sequence[Fact]:
 
 
 def training_facts() -> list[Fact]:
-    """Train's facts, each in all the wordings that an expert learns."""
+    """The training facts, each in all wordings that an expert learns."""
     return [_asked(*fact, wording) for fact in _split_facts("train") for wording in _relations()[fact[0]]["seen"]]
 
 
 @cache
 def shown() -> Sequence[Fact]:
-    """One of train's facts for each relation, in the order in which the controls' prompts show them."""
+    """One training fact per relation, in the order of the controls' prompts."""
     first = {fact.relation: fact for fact in reversed(facts("train"))}
     return random.Random(0).sample([first[relation] for relation in _relations()], len(first))
 
@@ -118,7 +118,7 @@ def _split_facts(split: Split) -> list[tuple[str, str, str]]:
 
 
 def split_of(subject: str) -> Split:
-    """The split of everything that is asked about a subject; an article before it does not count."""
+    """The split of all questions about a subject; an article before it does not count."""
     words = subject.casefold().split()
     key = " ".join(words[1:] if words[0] in ("a", "an", "the") and len(words) > 1 else words)
     share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32

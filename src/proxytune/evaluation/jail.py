@@ -1,7 +1,7 @@
 """The process that runs generated programs, one after the other, each in a locked child of its own.
 
-It is started as a script by :mod:`proxytune.evaluation.sandbox`, uses the standard library alone, and speaks JSON
-lines: a job comes in, a verdict goes out. The child of a job locks itself before the program's first instruction:
+:mod:`proxytune.evaluation.sandbox` starts it as a script. It uses only the standard library, reads jobs and writes
+verdicts, as JSON lines. The child of a job locks itself before the program's first instruction:
 
 - rlimits: CPU time, address space, the size of a file, open files, no core dumps;
 - Landlock (where the kernel has it, version 3 or newer): reads below the interpreter and the system's libraries, writes
@@ -9,7 +9,7 @@ lines: a job comes in, a verdict goes out. The child of a job locks itself befor
 - seccomp: a list of system calls that may pass. No process, program, socket, signal to others or new limit is on it.
   Without Landlock no file can be opened for writing either.
 
-This process watches from outside: wall time, output, files, threads. Then it kills the child, whatever it did.
+This process watches from outside: wall time, output, files, threads. In the end it always kills the child.
 """
 
 from __future__ import annotations
@@ -66,15 +66,15 @@ _ALLOWED: _Numbers = {
     "timerfd_settime": (286, 86), "timerfd_gettime": (287, 87), "close_range": (436, 436),
     "copy_file_range": (326, 285), "sendfile": (40, 71), "get_mempolicy": (239, 236), "capget": (125, 90),
 }  # fmt: skip
-# Landlock says which files these may touch; without it they are refused.
+# Landlock limits the files for these calls; without it they are refused.
 _FILES: _Numbers = {
     "open": (2, None), "openat": (257, 56), "unlink": (87, None), "unlinkat": (263, 35), "rename": (82, None),
     "renameat": (264, 38), "renameat2": (316, 276), "ftruncate": (77, 46), "fallocate": (285, 47),
 }  # fmt: skip
-# All that is in no list is EPERM, which Python tells as PermissionError; and from this number on, where calls are newer
-# than these lists, ENOSYS, so that libraries fall back from them (from clone3 to clone).
+# Calls in no list give EPERM, which Python raises as PermissionError. From this number on, calls are newer than these
+# lists and give ENOSYS, so that libraries fall back to older ones (from clone3 to clone).
 _NEWER = 424
-# These pass or not by their arguments: see _seccomp.
+# These are allowed or not depending on their arguments: see _seccomp.
 _CLONE, _KILL, _TGKILL, _PRLIMIT = (56, 220), (62, 129), (234, 131), (302, 261)
 _FCNTL, _IOCTL, _PRCTL = (72, 25), (16, 29), (157, 167)
 _FCNTL_COMMANDS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)  # none that asks for signals to be sent
@@ -90,7 +90,7 @@ _Instructions = list[tuple[int, int, int, int]]
 
 
 def _seccomp(here: int, pid: int, *, threads: bool, landlock: bool) -> bytes:
-    """The filter as BPF: for each call, compare its number, then say what becomes of it."""
+    """The filter as BPF: for each call, compare its number, then return the decision."""
 
     def argument(index: int, high: bool = False) -> tuple[int, int, int, int]:
         return (_LOAD, 0, 0, 16 + 8 * index + 4 * high)
@@ -120,7 +120,7 @@ def _seccomp(here: int, pid: int, *, threads: bool, landlock: bool) -> bytes:
     program += when(_KILL, one_of(0, (pid,))) + when(_TGKILL, one_of(0, (pid,)))  # itself alone: abort() does
     program += when(_FCNTL, one_of(1, _FCNTL_COMMANDS)) + when(_IOCTL, one_of(1, _IOCTL_REQUESTS))
     program += when(_PRCTL, one_of(0, _PRCTL_OPTIONS))
-    # Limits may be asked for (the new limit is a null pointer), not set.
+    # Limits may be read (the new limit is a null pointer), but not set.
     no_new = [argument(2), (_EQUAL, 0, 3, 0), argument(2, high=True), (_EQUAL, 0, 1, 0), (_RETURN, 0, 0, _ALLOW)]
     program += when(_PRLIMIT, [*no_new, (_RETURN, 0, 0, _EPERM)])
     program += [(_AT_LEAST, 0, 1, _NEWER), (_RETURN, 0, 0, _ENOSYS), (_RETURN, 0, 0, _EPERM)]
@@ -154,7 +154,7 @@ def _prctl(option: int, *values: Any) -> None:
 
 
 def landlock_version() -> int:
-    """What the kernel offers; 0 where it has none."""
+    """The version that the kernel has; 0 if it has none."""
     if platform.system() != "Linux":
         return 0
     return max(0, _libc.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
@@ -183,7 +183,7 @@ def _landlock(scratch: str | None) -> None:
 
 
 def _lock(job: dict[str, Any], scratch: str) -> None:
-    """Give up everything that a program must not have; there is no way back."""
+    """Give up everything that a program must not have. This cannot be undone."""
     limits, guarded, space = job["limits"], job["guarded"], 0
     with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as statm:
         space = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -211,9 +211,9 @@ def _lock(job: dict[str, Any], scratch: str) -> None:
 
 
 def _run(program: str) -> tuple[str, str]:
-    """Run a program to its end, in this very process; says what became of it."""
+    """Run a program to its end in this process, and return the result."""
     try:
-        # As the public harnesses do: no name of its own, so `if __name__ == "__main__"` is not taken.
+        # As in the public harnesses: the module has no name, so `if __name__ == "__main__"` does not run.
         exec(compile(program, "<program>", "exec"), {})
     except MemoryError:
         return "out of memory", ""
@@ -271,7 +271,7 @@ def _child(job: dict[str, Any], scratch: str, nonce: str, verdict: int, output: 
 
 # -- what is seen from outside ------------------------------------------------------------------------------------
 def _files_in(scratch: str) -> tuple[int, int]:
-    """How many files a folder holds, and how many bytes they take."""
+    """The number of files in a folder, and their bytes."""
     found = [entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(scratch)]
     return len(found), sum(found)
 
@@ -283,15 +283,15 @@ def _threads_of(pid: int) -> int:
 
 
 def _watch(pid: int, job: dict[str, Any], scratch: str, verdict: int, output: int) -> tuple[str, bytes, int]:
-    """Wait for a child, or for a limit that it passes; then it is dead, and all that it started.
+    """Wait until a child ends or exceeds a limit. Afterwards it and everything that it started is dead.
 
     Returns:
-        the limit that it passed or "", what it sent as its verdict, its wait status.
+        The limit that it exceeded or "", the verdict that it sent, and its wait status.
     """
     limits, waited, last = job["limits"], 0.0, time.monotonic()
     said, written, passed, status = b"", 0, "", None
     poll = select.poll()
-    poll.register(0, 0)  # a hang-up: whoever asked is gone
+    poll.register(0, 0)  # a hang-up: the caller is gone
     poll.register(verdict, select.POLLIN)
     poll.register(output, select.POLLIN)
     ended = -1
@@ -311,7 +311,7 @@ def _watch(pid: int, job: dict[str, Any], scratch: str, verdict: int, output: in
                 written += len(data)
             else:
                 said += data[: 65536 - len(said)]
-        # Where this process itself is held up (a crowded or a suspended machine), the program is not to blame.
+        # If this process itself was delayed (a busy or suspended machine), this is not the program's fault.
         now = time.monotonic()
         waited, last = waited + min(now - last, 0.2), now
         done, ending = os.waitpid(pid, os.WNOHANG)
@@ -331,7 +331,7 @@ def _watch(pid: int, job: dict[str, Any], scratch: str, verdict: int, output: in
     if status is None:
         status = _kill(pid)
     else:
-        with contextlib.suppress(OSError):  # where nothing is locked it may have left children
+        with contextlib.suppress(OSError):  # without a lock it may have left children
             os.killpg(pid, signal.SIGKILL)
     for descriptor, _ in poll.poll(0):  # what was still in the pipes
         if descriptor == verdict:
@@ -358,7 +358,7 @@ def _remove(scratch: str) -> None:
 
 
 def _judge(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one job and say what became of it."""
+    """Run one job and return its verdict."""
     scratch = tempfile.mkdtemp(prefix="proxytune-program-")
     nonce = os.urandom(16).hex()
     started = time.monotonic()
@@ -390,7 +390,7 @@ def _judge(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer jobs until there is no more input. The first line that goes out says what can be guarded here."""
+    """Answer jobs until there is no more input. The first output line says which protections this machine has."""
     sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     for module in json.loads(sys.argv[1]):

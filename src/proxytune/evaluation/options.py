@@ -1,4 +1,4 @@
-"""The options of evaluations: what is evaluated, how programs are run, and who judges."""
+"""The options of evaluations: tasks and arms, running programs, and judges."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["CodeOptions", "EvaluationOptions", "JudgeOptions", "alpha_range"]
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is evaluated."""
+    """Options of an evaluation."""
 
     tasks: tuple[str, ...] = option(
         help="Tasks to evaluate; `proxytune tasks` lists them.", flag="--tasks -t", metavar="NAME,...", parse=words
@@ -74,7 +74,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class CodeOptions:
-    """How generated programs are run and counted."""
+    """Options for running and counting generated programs."""
 
     ks: tuple[int, ...] = option(
         (1, 10),
@@ -108,7 +108,7 @@ class CodeOptions:
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """Who judges answers: models here, or models behind an endpoint."""
+    """Options for judges of answers: local models, or models behind an endpoint."""
 
     names: tuple[str, ...] = option(
         (),
@@ -152,7 +152,7 @@ def alpha_range(text: str) -> tuple[str | None, list[float]]:
     """Read ``[NAME=]START:STOP:STEP`` (both ends belong to it) or ``[NAME=]A,B,…``: the expert's name, the alphas.
 
     Raises:
-        AlphaError: where it is neither, or has no alphas or more than two hundred.
+        AlphaError: if it is neither, or has no alphas, or more than two hundred.
     """
     name, equals, numbers = text.rpartition("=")
     wrong = AlphaError(f"--alpha is START:STOP:STEP, such as 0:2:0.25, or numbers, such as 0,0.5,1, not {text!r}")

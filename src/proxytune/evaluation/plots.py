@@ -16,7 +16,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "svg.hashsalt": "proxytune",  # the same figures give the same file
+    "svg.hashsalt": "proxytune",  # so that the same numbers give the same file
 }
 
 
@@ -24,9 +24,9 @@ def plot_arms(tasks: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str],
     """One panel a task: each arm's share with its 95 % interval, the proxy-tuned base in colour.
 
     Args:
-        tasks: as in results.json, those that have a score.
-        titles: arm -> what it is called.
-        path: without a suffix; .png and .svg are written.
+        tasks: the tasks with a score, as in results.json.
+        titles: arm -> its title.
+        path: path without a suffix; .png and .svg are written.
     """
     n_arms = sum(len(task["arms"]) for task in tasks.values())
     with mpl.rc_context(STYLE):

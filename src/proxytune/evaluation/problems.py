@@ -1,8 +1,8 @@
 """Short math word problems: the task of the demo, its three splits, and its strict scorer.
 
-A template is an operation, a story and a question. Train, dev and test have templates of their own: no
-template, and no question once names, numbers and things are masked, occurs in two splits, and neither do
-the things counted. Train teaches the expert, dev decides every choice, test is for the tables.
+A template is an operation, a story and a question. Train, dev and test have templates of their own: no template, and no
+question once names, numbers and things are masked, occurs in two splits, and neither do the things counted. The expert
+is trained on train, all choices are made on dev, and test is for the tables.
 
     Question: Nora has 5 plums. Eli gives Nora 7 more plums. How many plums does Nora have now?
     Answer: 5 + 7 = 12
@@ -48,7 +48,7 @@ class Problem:
         return f" {self.equation} = {self.answer}\n#### {self.answer}"
 
     def row(self, index: int) -> dict[str, str]:
-        """What the task demo_math says of it."""
+        """The problem as an example of the task demo_math."""
         solution = self.completion.removeprefix(" ")
         return {"id": str(index), "question": self.question, "answer": str(self.answer), "solution": solution}
 
@@ -60,7 +60,7 @@ def is_correct(text: str, problem: Problem) -> bool:
 
 
 def is_exact(text: str, problem: Problem) -> bool:
-    """The stricter question: the right answer in its two lines, ended by the model itself, and nothing behind them."""
+    """The stricter rule: the right answer in its two lines, ended by the model itself, and nothing after them."""
     return re.fullmatch(rf" ?[^\n]+ = {problem.answer}\n#### {problem.answer}\n?", text) is not None
 
 
@@ -233,7 +233,7 @@ TEMPLATES: dict[Split, tuple[Template, ...]] = {
     ),
 }
 
-# The four problems that the few-shot control shows the base: one of each operation, from train's templates.
+# The four examples of the few-shot control: one of each operation, from the training templates.
 FEW_SHOT: tuple[Problem, ...] = tuple(
     next(problem for problem in make_problems("train", 200, seed=1234) if f" {operation} " in problem.equation)
     for operation in "+-*/"

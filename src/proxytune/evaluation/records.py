@@ -1,8 +1,8 @@
-"""Prediction lines: what a task's line holds, read and checked.
+"""Prediction lines: the fields of each task, reading and checking.
 
-A prediction file is JSON lines, one a sample. A line has its task's fields under the names of the public proxy-tuning
-repository (:data:`FIELDS`), so its files can be read too. Lines of ours also say ``id``, ``sample`` and ``prompt``.
-Fields that a task does not know are kept.
+A prediction file is JSON lines, one per sample. A line has its task's fields under the names of the public proxy-tuning
+repository (:data:`FIELDS`), so its files can be read too. Our own lines also have ``id``, ``sample`` and ``prompt``.
+Unknown fields are kept.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _CODE = {"task_id": "key", "completion": "text"}
 # The public repository's DS-1000 files have one line a problem, with all of its samples.
 _PUBLIC_DS1000 = {"lib": "text", "problem_id": "key", "output": "texts"}
 
-# Each task's fields and their kinds: text, texts (a list of them), key (text or a whole number), or text where null
-# stands for the empty text, as pandas writes it.
+# Each task's fields and their kinds: text, texts (a list of them), key (text or a whole number), or text in which null
+# means the empty text, as pandas writes it.
 FIELDS: dict[str, dict[str, str]] = {
     "alpacafarm": {"instruction": "text", "output": "text"},
     "ds1000": _CODE,
@@ -46,10 +46,10 @@ class Prediction:
     """One sample of one example.
 
     Attributes:
-        id: of the example: the line's ``id``, else its ``task_id``, else the number of the line.
-        sample: its ``sample``, else how many of the example came before.
-        line: where it stands in the file, from 1; in a JSON list, which entry it is.
-        where: the same for people: ``line 3``.
+        id: the example's id: the line's ``id``, otherwise its ``task_id``, otherwise the number of the line.
+        sample: its ``sample``, otherwise the number of earlier samples of the example.
+        line: its line in the file, from 1; in a JSON list, its entry.
+        where: the same in words: ``line 3``.
         fields: the whole line, with the task's fields under their first names.
     """
 
@@ -74,7 +74,7 @@ def read(path: str | Path) -> list[Line]:
     """The lines of a prediction file, or the entries of a JSON list.
 
     Raises:
-        ProxyTuneError: for a line that is no JSON object (it is named), or a file without any.
+        ProxyTuneError: for a line that is not a JSON object, which it names, or a file without lines.
     """
     found = []
     for row in read_json(Path(path)):
@@ -91,7 +91,7 @@ def parse(task: str, lines: Iterable[Mapping[str, Any]]) -> list[Prediction]:
     """Lines of a task as predictions, in order.
 
     Raises:
-        ProxyTuneError: for a line of another task, one that lacks a field or has a wrong one (both named), and for two
+        ProxyTuneError: for a line of another task, for a missing or wrong field (it names line and field), and for two
             lines of one sample.
     """
     found: dict[tuple[str, int], Prediction] = {}
@@ -143,7 +143,7 @@ def _values(task: str, line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _find(task: str, name: str, line: Mapping[str, Any]) -> str | None:
-    """The name that a line has a field under."""
+    """The name of a field in a line."""
     return next((there for there in (name, _ALIASES.get((task, name))) if there in line), None)
 
 

@@ -1,4 +1,4 @@
-"""From predictions to what they say: each task's scores, intervals, comparisons of the arms, and the tables."""
+"""From predictions to results: each task's scores, intervals, comparisons of the arms, and the tables."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ ARMS: Mapping[str, str] = {
     "weighted_mean": "control: base + w · expert",
     "base_own_examples": "oracle: base, examples of the same kind shown",
 }
-# The arms of a task that says nothing else: `tuned` and `weighted_mean` need a model and a weight.
+# The default arms of a task: `tuned` and `weighted_mean` need a model and a weight.
 DEFAULT_ARMS = ("base", "anti_expert", "expert", "proxy_tuned", "base_few_shot", "mean_logits")
-# Arms that are shown solved examples before a question -> which of a task's contexts; all others are shown it `raw`.
+# Arms that read solved examples before a question -> the kind of context; all others read it `raw`.
 _SHOWN = {"base_few_shot": "few_shot", "base_many_shot": "many_shot", "base_own_examples": "own_examples"}
-# What the tables' words mean, for those that do not say it themselves.
+# The meaning of words in the tables that need an explanation.
 LEGEND: Mapping[str, str] = {
     "right": "examples that count as right, of all",
     "p to proxy-tuned": "the chance of a difference as large as this one if there were none, paired by example",
@@ -51,14 +51,14 @@ LEGEND: Mapping[str, str] = {
     "byte_probability": "the geometric mean of the probability of a byte",
     "bits_per_byte": "of all texts together; fewer are better",
 }
-NO_SHARES = ("bits_per_byte",)  # every other metric that is no count lies between 0 and 1
+NO_SHARES = ("bits_per_byte",)  # every other metric that is not a count is between 0 and 1
 NOT_SCORED = "not scored: needs a judge"
 Lines = Sequence[Mapping[str, Any]]
 Name = TypeVar("Name", str, float)
 
 
 def shots_of(arm: str) -> str:
-    """Which of a task's contexts an arm is shown: ``raw``, ``few_shot``, ``many_shot`` or ``own_examples``."""
+    """The kind of context that an arm reads: ``raw``, ``few_shot``, ``many_shot`` or ``own_examples``."""
     return _SHOWN.get(arm, "raw")
 
 
@@ -108,7 +108,7 @@ def sweep_results(
     options: Mapping[str, Any] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """One task's part of a sweep's results; ``lines``: alpha -> its predictions. See :func:`task_results`."""
+    """The results of one task of a sweep; ``lines``: alpha -> its predictions. See :func:`task_results`."""
     scores = _scored(task, lines, options, note)
     points = [{"alpha": alpha, **_measured(of, lines[alpha])} for alpha, of in scores.items()]
     return {**_about(scores, lines, samples), "points": points}
@@ -117,7 +117,7 @@ def sweep_results(
 def _scored(
     task: str, lines: Mapping[Name, Lines], options: Mapping[str, Any] | None, note: Callable[[str], None]
 ) -> dict[Name, Scores]:
-    """The scores of each arm or alpha; none of any where there is no judge."""
+    """The scores of each arm or alpha; empty if a judge is missing."""
     try:
         return {name: score_lines(task, of, **(options or {})) for name, of in lines.items()}
     except NeedsJudge as error:
@@ -134,7 +134,7 @@ def _about(scores: Mapping[Name, Scores], lines: Mapping[Name, Lines], samples: 
 
 
 def _measured(scores: Scores, lines: Lines) -> dict[str, Any]:
-    """What tables and figures say of an arm or an alpha."""
+    """The values of an arm or an alpha for tables and figures."""
     spread = spread_of(scores, compared_metric(scores))
     return {
         "value": spread.value,
@@ -152,8 +152,7 @@ def _measured(scores: Scores, lines: Lines) -> dict[str, Any]:
 def spread_of(scores: Scores, metric: str) -> Interval:
     """A metric and its 95 % interval: of the mean of the examples, or of ``acc``, the share of the valid answers.
 
-    Where every example is 0 or 1 it is Wilson's; otherwise (pass@k, several samples) the examples are what is drawn
-    at random, so it is the bootstrap over them.
+    If every example is 0 or 1 it is Wilson's. Otherwise (pass@k, several samples) it is a bootstrap over the examples.
     """
     if metric == compared_metric(scores):
         return interval(scores.examples)
@@ -176,7 +175,7 @@ def compared_metric(scores: Scores) -> str:
 
 
 def _paired(*scores: Scores) -> list[list[float]]:
-    """The arms' examples in one order: those that all of them have (a judge or a parser may leave some out)."""
+    """The examples that all arms have, in one order. (A judge or a parser may leave some out.)"""
     by_id = [dict(zip(of.ids, of.examples)) for of in scores]
     shared = [name for name in scores[0].ids if all(name in of for of in by_id)]
     return [[of[name] for name in shared] for of in by_id]
@@ -184,7 +183,7 @@ def _paired(*scores: Scores) -> list[list[float]]:
 
 # -- tables ---------------------------------------------------------------------------------------------------
 def results_tables(results: Mapping[str, Any]) -> list[Table]:
-    """The results: a table a task."""
+    """The results as tables, one per task."""
     tables = []
     for name, task in results["tasks"].items():
         samples = f", {task['samples']} samples each" if task["samples"] > 1 else ""
@@ -229,7 +228,7 @@ def _cut_notes(measured: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def sweep_tables(results: Mapping[str, Any]) -> list[Table]:
-    """A sweep's results: a table a task."""
+    """A sweep's results as tables, one per task."""
     tables = []
     for name, task in results["tasks"].items():
         about = f" ({task['examples']} examples)"
@@ -244,9 +243,9 @@ def sweep_tables(results: Mapping[str, Any]) -> list[Table]:
 
 
 def _columns(headline: str, measured: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """What was measured: the heads of its columns, and the cells of each arm or alpha.
+    """The measured values: the heads of the columns, and the cells of each arm or alpha.
 
-    Left out are counts that the table has already, and a metric's parts, such as one a group.
+    Counts that the table already has, and parts of a metric, such as one per group, are left out.
     """
     names = dict.fromkeys(name for of in measured for name in of["metrics"])
     left_out = (headline, "samples", "total")
@@ -268,7 +267,7 @@ def _percent(share: float) -> str:
 
 
 def metric_text(name: str, value: float | None) -> str:
-    """A metric as tables show it: counts as they are, shares in per cent, bits as a number."""
+    """A metric as text for tables: counts unchanged, shares in per cent, bits as a number."""
     if value is None:
         return ""
     if isinstance(value, int):

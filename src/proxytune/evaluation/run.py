@@ -1,4 +1,4 @@
-"""An evaluation and an alpha sweep: the plan, the predictions, their scores, and what they say together.
+"""An evaluation and an alpha sweep: the plan, the predictions, their scores, and the results.
 
     DIR/manifest.json           what decides the predictions, and the versions that made them
     DIR/TASK/ARM.jsonl          one line a prediction, appended as it comes
@@ -6,8 +6,8 @@
     DIR/results.json, .md       scores, intervals, comparisons
     DIR/results.png, .svg       the bars; for a sweep DIR/TASK.png, .svg, the curve
 
-What is in the prediction files is not made again, so a killed run goes on where it was, and arms or tasks can be
-added to a finished one.
+Predictions in the files are not made again. So a killed run continues where it stopped, and arms or tasks can be added
+to a finished one.
 """
 
 from __future__ import annotations
@@ -79,24 +79,24 @@ def evaluate(
     progress: Progress = lambda said, done, total: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Answer the tasks with every arm, score and compare; what results.json holds.
+    """Answer the tasks with every arm, score and compare; return the contents of results.json.
 
-    An arm or a task that cannot be had (a prompt too long for a member, a judge that does not answer) is left out, with
-    the reason under ``left_out``; all others are written.
+    An arm or a task that is not possible (a prompt too long for a member, a judge that does not answer) is left out,
+    with the reason under ``left_out``. All others are written.
 
     Args:
         settings: the command's own options, for the manifest: ``proxytune eval --config`` takes it.
-        scoring: what a task's scorer takes besides the predictions (a judge, the sandbox's limits …).
-        progress: is told what is being done, and how many of all predictions of the run are made.
-        note: is told what the user should know.
+        scoring: the scorers' arguments besides the predictions (a judge, the sandbox's limits …).
+        progress: called with the current activity, and how many predictions of the run are done.
+        note: called with messages for the user.
 
     Raises:
-        ProxyTuneError: for an unknown task or arm, missing or malformed data, and a run begun otherwise; and where
-            nothing at all is left.
+        ProxyTuneError: for an unknown task or arm, missing or malformed data, a run that was started with other
+            settings, and if nothing is left to do.
     """
     started = time.monotonic()
     plans = load_plans(options)
-    judging = {plan.name: scoring(plan.name) for plan in plans}  # a judge that is not there is known before the answers
+    judging = {plan.name: scoring(plan.name) for plan in plans}  # find out before the answers that a judge is missing
     names = arms_of(config, options, plans, note)
     if options.trace:
         refuse_untraceable(plans, names, out)
@@ -108,7 +108,7 @@ def evaluate(
     arms = Arms(config, (), loading, alphas=alphas, tuned=options.tuned, mean_weight=weight)
     left_out = unreadable(arms, asked, tally, note)
     left = [name for name in names if any(tally.missing(name, plan) for plan in asked[name])]
-    arms.names = left  # the recipe is loaded whole only where it is asked for
+    arms.names = left  # the whole recipe is loaded only if an arm needs it
     for name in left:
         answer_tasks(arms, name, asked[name], files[name], options, tally, left_out)
     arms.close()
@@ -131,7 +131,7 @@ def refuse_untraceable(plans: Sequence[TaskPlan], arms: Sequence[str], out: Path
     """Refuse tasks that write nothing, and predictions that were made without a trace.
 
     Raises:
-        ProxyTuneError: naming the task, or the example.
+        ProxyTuneError: names the task, or the example.
     """
     if scored := [plan.name for plan in plans if plan.likelihood]:
         raise ProxyTuneError(
@@ -143,16 +143,16 @@ def refuse_untraceable(plans: Sequence[TaskPlan], arms: Sequence[str], out: Path
 
 
 def _traces_of(file: Path) -> Path:
-    """Where the traces of a prediction file are."""
+    """The file with the traces of a prediction file."""
     return file.with_suffix(".trace.jsonl")
 
 
 def unreadable(
     arms: Arms, asked: Mapping[str, Sequence[TaskPlan]], tally: Tally, note: Callable[[str], None]
 ) -> list[LeftOut]:
-    """The tasks that an arm cannot read, known before any weights are loaded and before the first token.
+    """The tasks that an arm cannot read. This is found out before any weights are loaded.
 
-    Every prompt that is still to be answered is encoded and held against the contexts.
+    Every open prompt is encoded and compared with the contexts.
     """
     left_out: list[LeftOut] = []
     for name, plans in asked.items():
@@ -169,10 +169,10 @@ def unreadable(
 
 
 class Tally:
-    """How far a run is.
+    """The progress of a run.
 
     Args:
-        progress: is told. parts: (task, arm, its files) of all that the run asks for.
+        progress: the function to call. parts: (task, arm, its files) for all parts of the run.
     """
 
     def __init__(self, progress: Progress, parts: Sequence[tuple[TaskPlan, str, Sequence[Path]]]) -> None:
@@ -188,11 +188,11 @@ class Tally:
             self.n_parts += missing > 0
 
     def missing(self, arm: str, plan: TaskPlan) -> int:
-        """How many predictions there were not when the run began."""
+        """How many predictions were missing when the run began."""
         return self.left[arm, plan.name]
 
     def leave_out(self, arm: str, task: str) -> None:
-        """An arm's part of a task will not be had."""
+        """Leave out an arm's part of a task."""
         self.total -= self.left[arm, task]
         self.left[arm, task] = 0
         self.n_parts -= 1
@@ -204,7 +204,7 @@ class Tally:
         self.add(0)
 
     def add(self, n: int) -> None:
-        """So many predictions more are made."""
+        """Count so many more predictions."""
         self.done += n
         self.progress(self.said, self.done, self.total)
 
@@ -219,11 +219,11 @@ def answer_tasks(
     left_out: list[LeftOut],
     mixes: Sequence[Mix] | None = None,
 ) -> None:
-    """One arm's predictions for all tasks, those alone that are not there yet; the arm is loaded only for them.
+    """Make one arm's missing predictions for all tasks. The arm is loaded only if there are any.
 
     Args:
-        files: of each task, one for each of the ``mixes`` (by default the arm's own).
-        left_out: is told the tasks that the arm cannot answer.
+        files: for each task one file for each of the ``mixes`` (by default the arm's own).
+        left_out: called with the tasks that the arm cannot answer.
     """
     arm: Arm | None = None
     for plan in (plan for plan in plans if tally.missing(name, plan)):
@@ -244,7 +244,7 @@ def answer_tasks(
 
 
 class LeftOut(TypedDict):
-    """What a run could not do: an arm's part of a task, or (``arm`` is None) a task's scores.
+    """Something that a run could not do: an arm's part of a task or, if ``arm`` is None, a task's scores.
 
     ``resumes``: a judge did not answer; the same command continues from there.
     """
@@ -257,7 +257,7 @@ class LeftOut(TypedDict):
 
 @contextlib.contextmanager
 def _left_out(told: list[LeftOut], task: str, arm: str | None = None) -> Iterator[None]:
-    """What cannot be done within it is told, and the run goes on."""
+    """Report an error inside it as left out, and continue the run."""
     try:
         yield
     except ProxyTuneError as error:
@@ -278,19 +278,19 @@ def sweep(
     progress: Progress = lambda said, done, total: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """The recipe at each alpha: what results.json holds.
+    """Evaluate the recipe at each alpha; return the contents of results.json.
 
-    Each prompt is read once by every member, whatever the number of alphas: its cache is repeated for them, or, where
-    continuations are scored, its logits are mixed anew. Members with prompts of their own read them once an alpha.
+    Every member reads each prompt once, whatever the number of alphas. Its cache is repeated for them or, for scored
+    continuations, its logits are mixed again. Members with prompts of their own read them once per alpha.
 
     Args:
-        values: the alphas. expert: whose they are; the other experts keep theirs. None for all.
+        values: the alphas. expert: the expert that they are for; the other experts keep theirs. None for all.
     """
     if options.trace:
         raise ProxyTuneError("a sweep writes no traces; leave trace out, or evaluate the recipe at one alpha")
     started = time.monotonic()
     plans = load_plans(options)
-    judging = {plan.name: scoring(plan.name) for plan in plans}  # a judge that is not there is known before the answers
+    judging = {plan.name: scoring(plan.name) for plan in plans}  # find out before the answers that a judge is missing
     names = [each.name for each in config.expert_list]
     if expert is not None and expert not in names:
         raise AlphaError(f"no expert is called {expert!r}; the recipe has {', '.join(names)}")
@@ -339,7 +339,7 @@ def _write_results(
 
 # -- the plan -------------------------------------------------------------------------------------------------
 def load_plans(options: EvaluationOptions) -> list[TaskPlan]:
-    """The tasks with their requests, the data read."""
+    """Read the data; return the tasks with their requests."""
     about = {"seed": options.seed, **({} if options.data is None else {"data": str(options.data)})}
     with _quiet():
         manager = TaskManager(include_path=str(TASK_DIR), include_defaults=False, metadata=about)
@@ -395,7 +395,7 @@ def _requests(task: Any, chosen: Sequence[int], shots: int, repeats: int) -> lis
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm_eval's advice on options that we set ourselves, and without bars of datasets' own."""
+    """Hide lm_eval's advice on options that we set ourselves, and the bars of datasets."""
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
@@ -426,11 +426,11 @@ def arms_of(
     given = {"tuned": options.tuned, "weighted_mean": options.mean_weight}
     wanted += [arm for arm, value in given.items() if value is not None and arm not in wanted]
     if "tuned" in wanted:
-        tuned_prompt(config)  # now, not after the other arms, is when to say that it is not known
+        tuned_prompt(config)  # find out now, not after the other arms, that it is unknown
     for arm in wanted:
         if some := lacking.get(arm):
             note(f"no solved examples to show for {', '.join(some)}: no {arm} there")
-    # The tuned model is last: everything else is let go before it is loaded.
+    # The tuned model is last: everything else is released before it is loaded.
     return sorted(expand_arms(wanted, config), key=lambda arm: arm == "tuned")
 
 
@@ -447,7 +447,7 @@ def manifest_of(
     what: Mapping[str, Any],
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a run is: ``decides`` and ``tasks`` decide its predictions, the rest is for the record.
+    """The description of a run: ``decides`` and ``tasks`` determine its predictions, the rest is for the record.
 
     ``config`` is the command's options, as --config reads them.
     """
@@ -487,7 +487,7 @@ def manifest_of(
 
 
 def _data_hash(requests: Sequence[Instance]) -> str:
-    """Of the examples that are asked, in order."""
+    """A hash of the examples of the run, in order."""
     digest = hashlib.sha256()
     for instance in requests:
         digest.update(json.dumps([instance.doc, instance.arguments], sort_keys=True, default=str).encode())
@@ -501,13 +501,13 @@ def _versions() -> dict[str, str]:
 
 
 def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
-    """Begin a run in ``out``, or carry on the one there.
+    """Start a run in ``out``, or continue the one there.
 
-    What is predicted fixes the settings that it was predicted with: a task's predictions those of the task, any
-    prediction those of the whole run, the tuned model's predictions which model that is.
+    Existing predictions fix their settings: a task's predictions those of the task, any prediction those of the whole
+    run, and the tuned arm's predictions the name of that model.
 
     Raises:
-        ProxyTuneError: where a setting that is fixed differs; it is named.
+        ProxyTuneError: if a fixed setting differs; it names the setting.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "manifest.json"
@@ -520,7 +520,7 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
         predicted = {name: _predicted(out / name) for name in tasks}
         arms = set().union(*predicted.values())
         tasks = {name: task for name, task in tasks.items() if predicted[name]}
-        for setting, arm in (("tuned", "tuned"), ("mean_weight", "weighted_mean")):  # of one arm, and of no other
+        for setting, arm in (("tuned", "tuned"), ("mean_weight", "weighted_mean")):  # for one arm only
             was = decided.get(setting) if arm in arms else None
             now = manifest["decides"][setting]
             manifest["decides"][setting] = was if now is None else now
@@ -537,7 +537,7 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
 
 
 def _predicted(folder: Path) -> set[str]:
-    """The arms, or the alphas of a sweep, of which a task's folder has a prediction."""
+    """The arms, or the alphas of a sweep, that have a prediction in a task's folder."""
     files = (path for path in folder.glob("*.jsonl") if not path.name.endswith(".trace.jsonl"))
     return {path.stem for path in files if Journal(path).read().lines}
 
@@ -548,7 +548,7 @@ FOLLOWS = {"limit": ("examples", "data_sha256"), "examples": ("data_sha256",), "
 def _refuse_others(out: Path, said: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     differing = []
     changed = {key for key in now if before.get(key) != now[key]}
-    changed -= {result for cause in changed for result in FOLLOWS.get(cause, ())}  # told by what they follow from
+    changed -= {result for cause in changed for result in FOLLOWS.get(cause, ())}
     for key in now:
         if key in changed:
             texts = (json.dumps(value) for value in (before.get(key), now[key]))
@@ -561,6 +561,6 @@ def _refuse_others(out: Path, said: str, before: Mapping[str, Any], now: Mapping
 
 
 def read_lines(plan: TaskPlan, arm: str, path: Path) -> list[dict[str, Any]] | None:
-    """An arm's predictions, in the order of its examples; None where some are missing."""
+    """An arm's predictions, in the order of its examples; None if some are missing."""
     made, jobs = Log(path).read().made, plan.jobs[shots_of(arm)]
     return [made[job.key] for job in jobs] if all(job.key in made for job in jobs) else None

@@ -1,7 +1,7 @@
-"""Generated code under limits: one program and its tests in a process that can hurt nobody.
+"""Runs generated code with limits: one program and its tests in a process that can do no harm.
 
-:class:`Sandbox` keeps a few warm processes (:mod:`proxytune.evaluation.jail`), each of which forks a locked child for a
-program. What is locked, and by what, stands there; docs/evaluation.md says what that guarantees and what it does not.
+:class:`Sandbox` keeps a few warm processes (:mod:`proxytune.evaluation.jail`), each of which forks a locked child per
+program. That module describes the locks; docs/evaluation.md says what they guarantee and what they do not.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from proxytune.errors import ProxyTuneError
 __all__ = ["Limits", "Sandbox", "Verdict", "default_workers"]
 
 _MIB = 1 << 20
-_GRACE = 30.0  # seconds beyond a program's wall time after which its process itself is given up
+_GRACE = 30.0  # after so many seconds beyond a program's wall time, its process is given up
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use.
+    """The limits of one program.
 
     Attributes:
-        cpu_seconds: of CPU time, in whole seconds; the public harness's 3 s, without its dependence on the load.
-        wall_seconds: from its start to its end, without the moments in which its watcher too was kept waiting.
+        cpu_seconds: CPU time in whole seconds; the public harness's 3 s, but independent of the load.
+        wall_seconds: time from start to end, without the time in which its watcher had to wait too.
         memory: bytes of address space beyond the interpreter's own.
         output: bytes written to stdout and stderr.
-        file_size: bytes of one file. disk: bytes of all files in its scratch folder. files: how many there may be.
-        open_files: how many at once.
-        threads: how many at once, where threads are allowed at all.
+        file_size: bytes of one file. disk: bytes of all files in its scratch folder. files: number of files.
+        open_files: number of open files.
+        threads: number of threads, if threads are allowed.
     """
 
     cpu_seconds: float = 3.0
@@ -59,14 +59,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a program.
+    """The result of a program.
 
     Attributes:
         outcome: ``passed``, ``failed`` (an exception, or an early end), ``timed out``, ``out of memory``, ``forbidden``
             (a file, a process or the network was refused, and it did not catch that), ``too much output``,
             ``too much disk``, ``too many files``, ``too many threads`` or ``crashed``.
-        detail: the exception or the signal.
-        seconds: of wall time.
+        detail: the exception or the signal. seconds: wall time.
     """
 
     outcome: str
@@ -75,7 +74,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Did it run to the end of its tests."""
+        """Whether it ran to the end of its tests."""
         return self.outcome == "passed"
 
 
@@ -85,14 +84,14 @@ def default_workers() -> int:
 
 
 class Sandbox:
-    """Runs programs, several at once.
+    """Runs programs, several at the same time.
 
     Args:
-        workers: how many at once.
-        scratch: may a program write files, into a folder that is empty before and gone after it.
-        threads: may it start threads (processes it may never).
-        preload: modules to import before programs run, those that are there.
-        unguarded: run programs where this system cannot lock them up. They then may do whatever this user may do,
+        workers: number of parallel programs.
+        scratch: whether a program may write files, in a folder that is empty before and removed afterwards.
+        threads: whether it may start threads. (It can never start processes.)
+        preload: modules to import before programs run, if they are installed.
+        unguarded: run programs even if this system cannot sandbox them. They can then do whatever this user can do,
             within the limits of time, memory and output.
 
     Raises:
@@ -113,7 +112,7 @@ class Sandbox:
         self.limits = limits or Limits()
         self.workers = workers or default_workers()
         self.scratch, self.threads, self.preload, self.unguarded = scratch, threads, tuple(preload), unguarded
-        self._landlock = True  # tests switch it off, to see what holds without it
+        self._landlock = True  # tests switch it off, to test the rest without it
         self._guarded, self._closed = True, False
         self._all: list[_Jail] = []
         self._free: queue.SimpleQueue[_Jail] = queue.SimpleQueue()
@@ -203,7 +202,7 @@ class _Jail:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            # No secret of ours is in its environment, and Ctrl-C is ours to handle.
+            # Its environment has no secrets, and this process handles Ctrl-C.
             env={name: os.environ[name] for name in keep if name in os.environ} | threads | fixed,
             start_new_session=True,
         )
@@ -226,7 +225,7 @@ class _Jail:
         return json.loads(line) if line.endswith(b"\n") else None
 
     def end(self) -> None:
-        """End it: it kills what it runs when its input ends."""
+        """End it. It kills its program when its input ends."""
         with suppress(OSError):
             self.process.stdin.close()
         try:
@@ -236,6 +235,6 @@ class _Jail:
             self.process.wait()
 
     def close(self) -> None:
-        """End it, and let go of its answers: nobody may be waiting for one."""
+        """End it and close its output. Nobody may be waiting for an answer."""
         self.end()
         self.process.stdout.close()

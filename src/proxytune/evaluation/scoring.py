@@ -1,8 +1,8 @@
-"""From predictions to the paper's figures: one scorer a task.
+"""From predictions to the paper's figures: one scorer per task.
 
 The rules are those of the public proxy-tuning repository, so that its published prediction files give its published
-figures. Text tasks are scored by pure functions here. Code is run in :mod:`proxytune.evaluation.sandbox`, and answers
-that need a judge are given to one of :mod:`proxytune.evaluation.judges`.
+figures. Pure functions here score text tasks. Code runs in :mod:`proxytune.evaluation.sandbox`, and answers that need a
+judge go to one of :mod:`proxytune.evaluation.judges`.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Scores:
     Attributes:
         metrics: the headline first; shares as fractions, counts as ints.
         headline: the metric that tables compare.
-        ids: of the examples (not their samples), in order of first appearance.
-        examples: what each is worth, in [0, 1]. Their mean is the headline, except in multiple choice, where the
-            headline leaves invalid answers out, as the paper does, and they are worth 0 here.
-        outcomes: of programs: how many samples passed, failed, timed out, and so on.
+        ids: the ids of the examples (not of samples), in order of first appearance.
+        examples: the score of each, in [0, 1]. Their mean is the headline. In multiple choice the headline leaves
+            invalid answers out, as the paper does, but here they score 0.
+        outcomes: for programs: how many samples passed, failed, timed out, and so on.
     """
 
     task: str
@@ -52,35 +52,35 @@ class Scores:
 
 
 CODE = ("humaneval", "mbpp", "ds1000")  # their answers are programs
-THRESHOLD = 0.5  # a judge's yes, from this probability on
+THRESHOLD = 0.5  # from this probability on, a judge's answer counts as yes
 
 # -- GSM8K ----------------------------------------------------------------------------------------------------
-_NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")  # so the sign of a whole number is no part of it
+_NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")  # so the sign of a whole number is not part of it
 _THOUSANDS = re.compile(r"(\d),(\d)")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def trim_gsm8k(output: str) -> str:
-    """What comes before the output begins a new problem or a comment."""
+    """The part before the output begins a new problem or a comment."""
     for beginning in ("Answer the following question", "Question:", "Comment:"):
         output = output.split(beginning, maxsplit=1)[0]
     return output
 
 
 def gsm8k_answer(output: str) -> str:
-    """The last number of an output without thousands commas; the output itself where there is none."""
+    """The last number of an output without thousands commas; the output itself if it has no number."""
     output = _THOUSANDS.sub(r"\1\2", trim_gsm8k(output))
     numbers: list[str] = _NUMBER.findall(output)
     return numbers[-1] if numbers else output
 
 
 def gsm8k_reference(answer: str) -> str:
-    """The reference, from a data set's whole solution (``… #### 1,000``) or from what it ends with."""
+    """The reference answer, from a whole solution (``… #### 1,000``) or from its last part."""
     return _THOUSANDS.sub(r"\1\2", answer.split("####")[1].strip() if "####" in answer else answer)
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Are they the same but for case and punctuation (a sign and a decimal point are punctuation too)."""
+    """Whether they are the same except for case and punctuation. (A sign and a decimal point are punctuation too.)"""
     return prediction.lower().translate(_NO_PUNCTUATION) == reference.lower().translate(_NO_PUNCTUATION)
 
 
@@ -100,13 +100,13 @@ def choice_letter(output: str, letters: str = "ABCD") -> str | None:
 
 # -- TriviaQA -------------------------------------------------------------------------------------------------
 def triviaqa_match(output: str, answers: Iterable[str]) -> bool:
-    """Is the output one of the aliases, whatever the case."""
+    """Whether the output is one of the aliases, ignoring case."""
     return output.strip().lower() in {answer.strip().lower() for answer in answers}
 
 
 # -- from predictions to scores -------------------------------------------------------------------------------
 def mean(values: Sequence[float]) -> float:
-    """0 where there are none."""
+    """The mean of some values; 0 if there are none."""
     return sum(values) / len(values) if values else 0.0
 
 
@@ -178,7 +178,7 @@ def _json(task: str, predictions: Sequence[Prediction]) -> Scores:
 
 
 def _likeliest(task: str, predictions: Sequence[Prediction]) -> Scores:
-    """Whether the right continuation is the likeliest."""
+    """Whether the right continuation is the most probable."""
     likeliest = (one["loglikelihoods"].index(max(one["loglikelihoods"])) for one in predictions)
     return _scores(task, "acc", predictions, (at == int(one["gold"]) for at, one in zip(likeliest, predictions)))
 
@@ -191,7 +191,7 @@ def _likelihood(task: str, predictions: Sequence[Prediction]) -> Scores:
     return _scores(task, "byte_probability", predictions, each, bits_per_byte=bits)
 
 
-# The tasks that need nothing but the predictions: the public ones, and ours.
+# The tasks that need only the predictions: the public ones, and ours.
 SCORERS: dict[str, Callable[[str, Sequence[Prediction]], Scores]] = {
     "gsm8k": _gsm8k,
     "realtimeqa": _multiple_choice,
@@ -208,7 +208,7 @@ SCORERS: dict[str, Callable[[str, Sequence[Prediction]], Scores]] = {
 
 # -- with a verdict on each prediction ------------------------------------------------------------------------
 def _recorded(task: str, one: Prediction) -> Any:
-    """The verdict that a line carries, or None."""
+    """The verdict in a line, or None."""
     if task in CODE:
         from proxytune.evaluation.sandbox import Verdict
 
@@ -224,7 +224,7 @@ def _recorded(task: str, one: Prediction) -> Any:
 
 
 def _number(one: Prediction, name: str, most: float) -> float | None:
-    """A number from 0 to ``most``, or a truth value."""
+    """A number from 0 to ``most``, or a Boolean."""
     value = one.fields.get(name)
     return float(value) if isinstance(value, (int, float)) and 0 <= value <= most else None
 
@@ -254,7 +254,7 @@ def _open(task: str, predictions: Sequence[Prediction], found: Sequence[tuple[fl
 
 
 def _wins(task: str, predictions: Sequence[Prediction], found: Sequence[float]) -> Scores:
-    # alpaca_eval's preference: 1 is the reference, 2 the answer, 0 and 1.5 a draw; what lies between is in part.
+    # alpaca_eval's preference: 1 is the reference, 2 the answer, 0 and 1.5 a draw; values between count in part.
     won = (0.5 if value == 0 else min(max(value - 1, 0.0), 1.0) for value in found)
     return _scores(task, "win_rate", predictions, won)
 
@@ -269,7 +269,7 @@ JUDGED: dict[str, Callable[[str, Sequence[Prediction], Sequence[Any]], Scores]] 
 def scorer_options(
     task: str, code: CodeOptions, judges: JudgeOptions, *, data: str | Path | None, kept: Path
 ) -> dict[str, Any]:
-    """What :func:`score` takes besides the predictions; ``data`` are a code task's problems, or a judge's reference."""
+    """Further arguments of :func:`score`; ``data`` are a code task's problems, or a judge's reference."""
     found: dict[str, Any] = {"kept": kept}
     if task in CODE:
         from proxytune.evaluation.code import limits_of
@@ -299,23 +299,24 @@ def score(
 ) -> Scores:
     """Score the lines of a prediction file.
 
-    A line that carries its verdict is not judged again: ``passed`` (code), ``is_toxic`` (toxigen), ``preference``
+    A line that already has a verdict is not judged again: ``passed`` (code), ``is_toxic`` (toxigen), ``preference``
     (alpacafarm), ``GPT-true`` and ``GPT-info``, or ``true`` and ``informative`` (truthfulqa_open).
 
     Args:
-        lines: as :func:`proxytune.evaluation.records.read` reads them.
+        lines: the result of :func:`proxytune.evaluation.records.read`.
         judge: for truthfulqa_open a judge of truth and one of information (one alone is asked both), for toxigen a
             classifier, for alpacafarm a function that compares answers.
-        limits: of a program. data: the code tasks' problems, a file or a hub data set. ks: pass@k is told for those
-            that the samples allow. workers: programs at once. unguarded: run code where it cannot be sandboxed.
-        rerun: judge lines too that carry a verdict.
-        kept: the file that judges' verdicts are kept in, for a later call to go on from.
-        progress: told of each sample that is judged.
+        limits: the limits of a program. data: the code tasks' problems, a file or a hub data set.
+        ks: pass@k is reported for those that the samples allow.
+        workers: number of parallel programs. unguarded: run code even if it cannot be sandboxed.
+        rerun: also judge lines that already have a verdict.
+        kept: the file for judges' verdicts, from which a later call continues.
+        progress: called for each judged sample.
 
     Raises:
-        ProxyTuneError: for a task that does not exist, for a line that cannot be scored (it is named), and where
-            problems, a sandbox or a judge cannot be had.
-        JudgeDown: if the judge did not answer; what it said before is kept.
+        ProxyTuneError: for a task that does not exist, for a line that cannot be scored, which it names, and if
+            problems, a sandbox or a judge are not available.
+        JudgeDown: if the judge did not answer; its earlier verdicts are kept.
     """
     check_tasks([task])
     predictions = parse(task, lines)
@@ -352,7 +353,7 @@ def score(
 
 
 def score_lines(task: str, lines: Sequence[Mapping[str, Any]], **options: Any) -> Scores:
-    """The scores of predictions of ours, of any task; ``options`` are :func:`score`'s."""
+    """The scores of our own predictions, for any task; ``options`` are those of :func:`score`."""
     if task in TASKS:
         return score(task, lines, **options)
     predictions = [Prediction(str(line["id"]), 0, at, "", dict(line)) for at, line in enumerate(lines, start=1)]

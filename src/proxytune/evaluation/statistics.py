@@ -1,6 +1,6 @@
 """How far counts and means can be trusted: Wilson's interval, exact McNemar, e-values, paired bootstrap, gap closed.
 
-Pure functions of numbers, by scipy's tests; whatever is drawn at random is drawn from a seed.
+Pure functions of numbers, with scipy's tests. All random draws use a seed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 DRAWS = 10_000
-ROUNDING = 1e-12  # a difference of means below it is none
+ROUNDING = 1e-12  # a smaller difference of means counts as none
 Floats = NDArray[np.float64]
 
 
@@ -48,7 +48,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Gap:
-    """Gap closed with its 95 % interval; None where the tuned model is not clearly apart from the base."""
+    """Gap closed with its 95 % interval; None if the tuned model is not clearly apart from the base."""
 
     value: float | None
     low: float | None
@@ -76,7 +76,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, fl
 
 
 def e_value(won: int, lost: int) -> float:
-    """How strongly discordant pairs speak against two arms being equal; valid whenever one stops to look.
+    """The evidence of discordant pairs against two arms being equal. It is valid at any stopping time.
 
     Of n = won + lost problems that only one of two paired arms solved, each is as likely to be won as lost if the arms
     are equal. The e-value is the likelihood ratio of a win rate drawn uniformly from [0, 1] against a rate of 1/2::
@@ -89,7 +89,7 @@ def e_value(won: int, lost: int) -> float:
     Game-theoretic statistics and safe anytime-valid inference, 2210.01948.)
 
     Returns:
-        a number above 0, at most the largest float. It is symmetric: which arm is ahead the two counts say.
+        A number above 0, at most the largest float. It is symmetric; the two counts show which arm is ahead.
 
     Raises:
         ValueError: for a negative count.
@@ -103,8 +103,8 @@ def e_value(won: int, lost: int) -> float:
 def highest_e_value(first: Sequence[bool], second: Sequence[bool]) -> float:
     """The highest :func:`e_value` of two arms along the problems, in the order in which they were answered.
 
-    It too reaches 1 / level with a chance of at most the level: that is what Ville's inequality says. So what was clear
-    once stays clear.
+    It too reaches 1 / level with a probability of at most the level, by Ville's inequality. So a clear result stays
+    clear.
 
     Raises:
         ValueError: if the arms have answered different numbers of problems.
@@ -125,7 +125,7 @@ def interval(examples: Sequence[float], seed: int = 0) -> Interval:
 
 
 def bootstrap(examples: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean, over examples drawn anew with replacement."""
+    """The 95 % percentile interval of the mean, over examples resampled with replacement."""
     (means,) = _resampled_means([examples], seed)
     return _percentiles(means)
 
@@ -133,17 +133,18 @@ def bootstrap(examples: Sequence[float], seed: int = 0) -> tuple[float, float]:
 def bootstrap_of(
     statistic: Callable[..., Floats], columns: Sequence[Sequence[float]], seed: int = 0
 ) -> tuple[float, float] | None:
-    """The 95 % percentile interval of a statistic of means, over examples drawn anew, all columns of one together.
+    """The 95 % percentile interval of a statistic of means, over resampled examples; all columns of an example stay
+    together.
 
-    With sums and counts of several values an example, ``lambda total, count: total / count`` is the mean of the values,
-    and its interval knows that the values of one example are not independent.
+    With sums and counts of several values per example, ``lambda total, count: total / count`` is the mean of the
+    values, and its interval knows that the values of one example are not independent.
 
     Args:
-        statistic: of arrays (n_draws,), one a column. Draws for which it is not finite are left out.
+        statistic: of arrays (n_draws,), one per column. Draws for which it is not finite are left out.
         columns: (n_columns, n_examples).
 
     Returns:
-        None for fewer than two examples, and where it is never finite.
+        None for fewer than two examples, and if it is never finite.
     """
     if len(columns[0]) < 2:
         return None
@@ -167,7 +168,7 @@ def paired_bootstrap(first: Sequence[float], second: Sequence[float], seed: int 
 
 
 def compare(first: Sequence[float], second: Sequence[float], seed: int = 0) -> tuple[float, str]:
-    """The two-sided p-value of a difference, and the test: exact McNemar where all examples are 0 or 1."""
+    """The two-sided p-value of a difference, and the test: exact McNemar if all examples are 0 or 1."""
     if zero_or_one(first) and zero_or_one(second):
         return mcnemar([bool(v) for v in first], [bool(v) for v in second])[2], "exact McNemar"
     return paired_bootstrap(first, second, seed)[2], "paired bootstrap"
@@ -176,8 +177,8 @@ def compare(first: Sequence[float], second: Sequence[float], seed: int = 0) -> t
 def gap_closed(base: Sequence[float], steered: Sequence[float], tuned: Sequence[float], seed: int = 0) -> Gap:
     """(steered - base) / (tuned - base) of the means, with a paired 95 % bootstrap interval (2401.08565, section 4).
 
-    The ratio means nothing where tuned and base are equal, so there the value is None; and there is no interval
-    where more than 2.5 % of the draws put the tuned model on the other side of the base.
+    The ratio has no meaning if tuned and base are equal; then the value is None. There is no interval if more than 2.5
+    % of the draws put the tuned model on the other side of the base.
     """
     apart = float(np.mean(tuned) - np.mean(base)) if len(base) else 0.0
     if apart == 0:

@@ -1,7 +1,7 @@
-"""Static caches that speculation can take tokens back from: buffers that stay where they are while text is written.
+"""Static caches for speculation: buffers that stay in place, and from which rejected tokens can be removed.
 
-A compiled model wants its cache at one place and of one shape. transformers' own static layers are that, but forget
-nothing and move no row; these do both, in place.
+A compiled model needs a cache at one address and with one shape. transformers' own static layers have this, but they
+cannot drop tokens or move rows. These can, in place.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ __all__ = ["BufferLayer", "buffer_cache", "can_roll_back"]
 class BufferLayer(StaticLayer):
     """One layer's keys and values, (n_rows, n_heads, capacity, n_values); the first ``get_seq_length()`` are read.
 
-    A sliding window is left to the mask: its layer keeps all columns, so that any of them can come back into view.
+    The mask handles sliding windows: the layer keeps all columns, so that any of them can return to the window.
     """
 
     keys: Any  # tensors, once the first columns have come
     values: Any
-    cumulative_length: Any  # a tensor of one number, which compiled code can change in place
+    cumulative_length: Any  # a tensor with one number, which compiled code can change in place
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` columns."""
@@ -50,7 +50,7 @@ def buffer_cache(view: Cache, capacity: int) -> Cache:
     """A static cache in place of a dynamic one, with room for ``capacity`` columns.
 
     Raises:
-        ProxyTuneError: where a layer is something else than keys and values (a state space, an index).
+        ProxyTuneError: if a layer holds something else than keys and values (a state space, an index).
     """
     if not can_roll_back(view):
         raise ProxyTuneError("static caches are for attention layers, and a member has others; use 'dynamic'")

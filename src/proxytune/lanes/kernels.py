@@ -1,11 +1,10 @@
-"""Linear layers whose weights lie in memory as oneDNN wants them: several times faster on a CPU at decoding's sizes.
+"""Linear layers with weights in oneDNN's own layout: several times faster on a CPU at decoding's sizes.
 
-PyTorch's float32 ``linear`` on a CPU lays the weight out anew in each call as soon as there are two rows, which
-makes a pass over a few drafted tokens as slow as several single ones. A weight that is reordered once is read at
-memory speed, whatever the number of rows. It is the layout that ``torch.compile`` with freezing would choose, without
-compiling anything.
+PyTorch's float32 ``linear`` on a CPU rearranges the weight in each call with two or more rows, which makes a pass over
+a few drafted tokens as slow as several single ones. A weight that is rearranged once is read at memory speed, whatever
+the number of rows. It is the layout that ``torch.compile`` with freezing would choose, without compiling anything.
 
-:class:`QuickHead` is for drafts alone: a head that is nearly right and reads a quarter of the bytes.
+:class:`QuickHead` is for drafts only: a head that is nearly exact and reads a quarter of the bytes.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from proxytune.errors import MemberError
 
 __all__ = ["PackedLinear", "QuickHead", "compile_model", "pack"]
 
-ROWS = 8  # the number of rows the layout is chosen for; any other number works as well
-BLOCK = 32  # the int8 kernel reads whole blocks of weights, without a look at where they end
+ROWS = 8  # the layout is chosen for this number of rows; other numbers work too
+BLOCK = 32  # the int8 kernel reads whole blocks of weights, even beyond their end
 
 
-# A compiled graph cannot hold an opaque tensor, so it names the layer, and finds the weights by that name when it runs.
+# A compiled graph cannot hold an opaque tensor. So it holds a handle, and finds the weights by it when it runs.
 _PACKED: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
 _HANDLES = itertools.count()
 _LIBRARY = torch.library.Library("proxytune", "DEF")
@@ -76,11 +75,11 @@ class PackedLinear(nn.Module):
 
 
 class QuickHead(nn.Module):
-    """A float32 head with its weights rounded to int8, a scale for each token: a guess at the logits.
+    """A float32 head with its weights rounded to int8, one scale per token: it guesses the logits.
 
-    A head is most of what a small member reads in a step. Drafts may be chosen with this one, since whatever they were
-    drawn from, the mixture decides about them; no logits that are mixed come from it. Of a bfloat16 head it would save
-    next to nothing.
+    In a step, a small member mostly reads its head. Drafts may be chosen with this head, since the mixture verifies
+    every draft, whatever it was drawn from. Its logits are never mixed. For a bfloat16 head it would save almost
+    nothing.
     """
 
     def __init__(self, head: PackedLinear) -> None:
@@ -96,7 +95,7 @@ class QuickHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Float32 logits, shape = (..., out_features), of hidden states, (..., in_features)."""
-        rows = x.reshape(-1, self.in_features).to(torch.bfloat16)  # the kernel is fast for this dtype alone
+        rows = x.reshape(-1, self.in_features).to(torch.bfloat16)  # the kernel is fast only for this dtype
         rows = nn.functional.pad(rows, (0, -self.in_features % BLOCK))
         y = torch.ops.aten._weight_int8pack_mm(rows, self.rounded, self.scale)[:, : self.out_features].float()
         y = y if self.bias is None else y + self.bias
@@ -110,7 +109,7 @@ def pack(model: nn.Module) -> None:
     the embeddings gets a copy of its own.
 
     Raises:
-        MemberError: where this PyTorch or machine has no such kernel for the model's device or dtype.
+        MemberError: if this PyTorch or machine has no such kernel for the model's device or dtype.
     """
     found = [
         (parent, name, child)
@@ -125,17 +124,18 @@ def pack(model: nn.Module) -> None:
 
 
 def compile_model(model: Any, how: bool | str) -> None:
-    """Let ``torch.compile`` fuse what lies between a model's linear layers, in place; compiled at the first calls.
+    """Compile a model in place with ``torch.compile``, which fuses the operations between linear layers. The first
+    calls compile.
 
-    The decoder is compiled, with dynamic shapes, and its head is not: a product with nothing to fuse it to. Kernels are
-    made for one token and for several, for one row and for several, when each is first met: seconds to minutes each.
-    A model that is compiled already stays as it is.
+    The decoder is compiled, with dynamic shapes. The head is not: it is a product without anything to fuse. Kernels are
+    made for one token and for several, for one row and for several, at the first call of each kind, which takes seconds
+    to minutes. A model that is already compiled stays as it is.
 
     Args:
         how: True, or one of ``torch.compile``'s modes.
 
     Raises:
-        MemberError: for a mode that there is not, and a PyTorch that would count all members' recompilations together.
+        MemberError: for an unknown mode, and for a PyTorch that would count the recompilations of all members together.
     """
     modes = list(torch._inductor.list_mode_options())
     if how is not True and how not in modes:

@@ -1,7 +1,7 @@
 """LoRA on a block of rows: several adapters, and their model's weights as they are, in one forward.
 
-A batch is stacked from blocks of equal size, one a *seat*. A layer knows each seat's adapter and finds the blocks in
-the rows that it is given. Nothing is kept between calls, so threads do not meet.
+A batch is stacked from blocks of equal size, one per *seat*. A layer knows each seat's adapter and finds the blocks in
+its rows. Nothing is kept between calls, so threads do not interfere.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from proxytune.errors import MemberError
 
 __all__ = ["RowLoRA", "apply_by_rows", "refuse_unlike", "same_weights"]
 
-ROWS, COLUMNS = 3, 5  # of the trial batch: a module that is given part of it can be told by the number
+ROWS, COLUMNS = 3, 5  # rows of the trial batch: a module that gets only some of them is found by the number
 
 
 class RowLoRA(nn.Module):
     """A PEFT LoRA layer whose adapters each touch one block of rows: ``y = W x``, then ``y[block] += s B A x[block]``.
 
-    It is mixed into the class of PEFT's layer, which keeps its names. PEFT's own mixed-adapter batch gathers rows layer
-    by layer; blocks need only views.
+    It is added to the class of PEFT's layer, so all names stay. PEFT's own batches with mixed adapters gather rows in
+    every layer; blocks need only views.
     """
 
     seats: tuple[str | None, ...]  # the adapter of each block of rows, in order
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``x`` has n_seats * n_batch rows, or n_seats * n_batch * n_columns where a model flattens them."""
+        """``x`` has n_seats * n_batch rows, or n_seats * n_batch * n_columns if the model flattens them."""
         layer = cast(Any, self)  # PEFT's side of it
         n_rows = x.shape[0] // len(self.seats)  # no divmod(): a compiled graph would break at it
         if x.shape[0] % len(self.seats):
@@ -60,7 +60,8 @@ def _row_class(layer: type) -> type:
 
 
 def apply_by_rows(model: nn.Module, seats: Sequence[str | None]) -> None:
-    """Let a model's LoRA layers, in place, each pass the blocks of rows through these adapters (None: through none)."""
+    """Change a model's LoRA layers in place, so that each block of rows goes through its adapter (None: through
+    none)."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in model.modules():
@@ -71,20 +72,20 @@ def apply_by_rows(model: nn.Module, seats: Sequence[str | None]) -> None:
 
 
 def same_weights(model: Any) -> Any:
-    """A second module tree over the very parameters and buffers of ``model``, with configs and hooks of its own."""
+    """A second module tree over the same parameters and buffers as ``model``, with its own configs and hooks."""
     weights = [*model.parameters(), *model.buffers()]
     weights += [held for module in model.modules() for held in vars(module).values() if isinstance(held, Tensor)]
     try:
         return copy.deepcopy(model, {id(weight): weight for weight in weights})
-    except Exception as error:  # whatever a model keeps that cannot be copied: locks, open files
+    except Exception as error:  # objects in a model that cannot be copied: locks, open files
         raise MemberError(f"the modules of a {type(model).__name__} in memory cannot be copied: {error}") from error
 
 
 @torch.no_grad()
 def refuse_unlike(model: Any, seats: Sequence[str | None]) -> str | None:
-    """Why adapters on blocks of rows would not be what they are alone, or None; tried on a few tokens.
+    """Why adapters on blocks of rows would give other results than alone, or None. It is tested on a few tokens.
 
-    Some modules are not given whole rows (the experts of a mixture get the tokens that are routed to them).
+    Some modules do not get whole rows (the experts of a mixture-of-experts model get only their own tokens).
     """
     n_rows = ROWS * len(seats)
     vocab_size = model.config.get_text_config(decoder=True).vocab_size

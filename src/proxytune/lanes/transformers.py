@@ -1,8 +1,8 @@
 """Members that run in transformers: one set of weights, and all members that are computed with it.
 
-Members that use the same weights sit in one :class:`TransformersLane` and are computed in one forward, each as a block
-of rows of the batch: the anti-expert and the LoRA expert on top of it, or one model under two prompts. A LoRA
-adapter then touches only its own block, so the shared weights are read once for all of them.
+Members that use the same weights share one :class:`TransformersLane` and are computed in one forward, each as a block
+of rows of the batch: the anti-expert and the LoRA expert on top of it, or one model under two prompts. A LoRA adapter
+then touches only its own block, so the shared weights are read once for all of them.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from proxytune.recipe.parts import Member
 
 __all__ = ["CannotShare", "TransformersLane", "TransformersState"]
 
-GROWTH = 512  # columns by which masks grow: seldom enough to cost nothing
+GROWTH = 512  # columns by which masks grow: rarely enough to cost nothing
 
 
 class TransformersLane(nn.Module):
     """One set of weights and the seats that are computed with it.
 
-    A forward takes the seats' rows stacked, shape = (n_seats * n_batch, n_columns), block by block; it is for training.
-    Otherwise a lane is read through :meth:`open`, see :mod:`proxytune.decoding.lane`.
+    A forward takes the seats' rows stacked, shape = (n_seats * n_batch, n_columns), block by block. It is for training;
+    otherwise a lane is read through :meth:`open`, see :mod:`proxytune.decoding.lane`.
     """
 
     complete = True
@@ -49,21 +49,21 @@ class TransformersLane(nn.Module):
     ) -> None:
         """
         Args:
-            model: a module tree that is the lane's own.
-            source: where it lies; None for a model that was given in memory.
-            adapted: the ``PeftModel`` around ``model``, where its layers have adapters.
+            model: a module tree that belongs to the lane.
+            source: its place; None for a model that was given in memory.
+            adapted: the ``PeftModel`` around ``model``, if its layers have adapters.
         """
         super().__init__()
         self.model: Any = model.eval()
         self.seats = tuple(seats)
         self.source = source
-        vars(self)["adapted"] = adapted  # no submodule: its modules are the model's
-        self._alone: dict[str | None, Any] = {}  # adapter -> the model under it alone
+        vars(self)["adapted"] = adapted  # not a submodule: its modules belong to the model
+        self._alone: dict[str | None, Any] = {}  # adapter -> the model with only this adapter
         self.packed = any(isinstance(module, PackedLinear) for module in model.modules())
         self.read_bytes = _bytes_read(model)
         self.quick_head: QuickHead | None = None
         self.compiled = False
-        self.narrow = False  # whether others have ids that it lacks
+        self.narrow = False  # whether other lanes have ids that it lacks
         self.reading = reading_of(model)
         if self.reading.obstacle is not None:
             names = ", ".join(name for seat in seats for name in seat.names)
@@ -79,7 +79,7 @@ class TransformersLane(nn.Module):
 
     @property
     def changed(self) -> bool:
-        """Whether the weights are trained, or are no longer those that were loaded."""
+        """Whether the weights are trainable, or have changed since loading."""
         marks = _marks(self.model)
         if any(p.requires_grad for p in self.model.parameters()) or marks.keys() != self._as_loaded.keys():
             return True
@@ -104,7 +104,7 @@ class TransformersLane(nn.Module):
 
     @property
     def cost(self) -> Cost:
-        """Of a forward, from the bytes that it reads; with the quick head where there is one."""
+        """The cost of a forward, from the bytes that it reads; with the quick head, if there is one."""
         fast = self.packed or self.model.dtype != torch.float32
         n_bytes = self.read_bytes - (0 if self.quick_head is None else (1 - QUICK_HEAD) * self.head_bytes)
         layers = getattr(self.config, "num_hidden_layers", 1)
@@ -112,7 +112,7 @@ class TransformersLane(nn.Module):
 
     @property
     def head_cost(self) -> Cost | None:
-        """Of its own head, where a quick one guesses."""
+        """The cost of its own head, if there is a quick head."""
         return None if self.quick_head is None else cost_of_weights(self.head_bytes, 0, self.device.type)
 
     @property
@@ -122,26 +122,27 @@ class TransformersLane(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """How many tokens it can read, or None where its config sets no limit."""
+        """How many tokens it can read; None if its config sets no limit."""
         return getattr(self.config, "max_position_embeddings", None)
 
     @property
     def tolerance(self) -> float:
-        """How far two ways to read one text may lie apart, as a share of the largest logit."""
+        """How far logits may differ if one text is read in two ways, as a share of the largest logit."""
         return {torch.float32: 1e-4, torch.float64: 1e-4}.get(self.model.dtype, 0.1)
 
     def open(self, n_batch: int, capacity: int | None = None) -> TransformersState:
         return TransformersState(self, n_batch, capacity)
 
     def pack(self) -> None:
-        """Lay the weights out for fast inference on a CPU; see :func:`proxytune.lanes.kernels.pack`."""
+        """Rearrange the weights for fast inference on a CPU; see :func:`proxytune.lanes.kernels.pack`."""
         pack(self.model)
         self._alone.clear()
         self.packed = True
         self._as_loaded = _marks(self.model)
 
     def prepare_drafts(self) -> None:
-        """Make a quick head for drafting, of a packed float32 head whose very output the logits are."""
+        """Make a quick head for drafting, if the head is packed, float32, and its output is used as logits
+        unchanged."""
         head = self.model.get_output_embeddings()
         quick = isinstance(head, PackedLinear) and head.packed.dtype == torch.float32
         if quick and _ends_with_its_head(self.model, len(self.seats)):
@@ -149,7 +150,7 @@ class TransformersLane(nn.Module):
 
     @property
     def head_bytes(self) -> int:
-        """Of the head, where it is packed; else 0."""
+        """The bytes of the head if it is packed, otherwise 0."""
         head = self.model.get_output_embeddings()
         return head.packed.numel() * head.packed.dtype.itemsize if isinstance(head, PackedLinear) else 0
 
@@ -159,8 +160,8 @@ class TransformersLane(nn.Module):
         return self.model.base_model(input_ids=input_ids, **inputs).last_hidden_state
 
     def _make_masks(self, input_ids: Tensor, inputs: dict[str, Any]) -> None:
-        """Over a static cache the attention's masks are made here, as ``generate`` does: they depend on its contents,
-        which a compiled model cannot look at.
+        """Make the attention masks for a static cache, as ``generate`` does. They depend on the cache's contents, which
+        a compiled model cannot look at.
         """
         cache = inputs.get("past_key_values")
         if cache is None or not cache.is_compileable:
@@ -176,11 +177,11 @@ class TransformersLane(nn.Module):
         )
 
     def head(self, hidden: Tensor) -> Tensor:
-        """The logits of hidden states, as :meth:`forward` gives them; for lanes with a quick head."""
+        """The logits for hidden states, as in :meth:`forward`; for lanes with a quick head."""
         return self.model.get_output_embeddings()(hidden)
 
     def alone(self, name: str) -> Any:
-        """The model of member ``name`` by itself, for calls of its own: the very weights, its adapter on all rows."""
+        """The model of member ``name`` by itself: the same weights, with its adapter on all rows."""
         if not self.by_rows:
             return self.model
         adapter = next(seat.adapter for seat in self.seats if name in seat.names)
@@ -194,7 +195,7 @@ class TransformersLane(nn.Module):
         """Logits of the stacked rows, shape = (n_seats * n_batch, n_kept, n_vocab), in the model's dtype.
 
         Raises:
-            PromptError: for a row with padding, where the model is not exact with it.
+            PromptError: for a row with padding, if the model is not exact with padding.
         """
         if not self.reading.padded and (mask := inputs.get("attention_mask")) is not None and not bool(mask.all()):
             raise PromptError(
@@ -216,9 +217,9 @@ class TransformersState:
     """The state of a :class:`TransformersLane`; see :mod:`proxytune.decoding.lane`.
 
     Attributes:
-        view: the lane's cache, of transformers' own layers.
-        mask: (n_rows, n_columns or more), 0 at padding; None while nothing is padding.
-        position: of the next token, (n_rows, 1).
+        view: the lane's cache, with transformers' own layers.
+        mask: (n_rows, n_columns or more), 0 at padding; None while there is no padding.
+        position: the position of the next token, (n_rows, 1).
     """
 
     def __init__(self, lane: TransformersLane, n_batch: int, capacity: int | None = None) -> None:
@@ -230,13 +231,13 @@ class TransformersState:
         self.n_columns = self.pending = 0
         self.mask: Tensor | None = None
         self.position = torch.zeros(self.n_seats * n_batch, 1, dtype=torch.long, device=lane.device)
-        self.ahead: Tensor | int = 0  # tokens among the columns read since the last `keep`, of each row
-        self.last: Tensor | None = None  # the position beyond which nothing is kept, (n_rows, 1)
+        self.ahead: Tensor | int = 0  # for each row, the tokens among the columns read since the last `keep`
+        self.last: Tensor | None = None  # nothing is kept beyond this position, (n_rows, 1)
         self.rolls_back = False
 
     @property
     def layers(self) -> list[Any]:
-        """The cache's layers, by which transformers' own tools know it."""
+        """The cache's layers, for transformers' own tools."""
         return self.view.layers
 
     @property
@@ -260,21 +261,22 @@ class TransformersState:
     ) -> Scores:
         """See :class:`proxytune.decoding.lane.LaneState`; all is scored, whatever is wanted."""
         rows, inputs = self._inputs(ids, mask)
-        # Prompts come in every length, and are read once: nothing is compiled for them.
+        # Prompts have many lengths and are read once, so nothing is compiled for them.
         eager = self.lane.compiled and self.n_columns + self.pending == ids.shape[1]
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             return Scores(self.lane(rows, **inputs, logits_to_keep=positions))
 
     def read_hidden(self, ids: Tensor) -> Tensor:
-        """As :meth:`read`, but the hidden states that the lane's head makes logits of, (n_rows, k, n_hidden)."""
+        """Like :meth:`read`, but returns the hidden states that the lane's head turns into logits, (n_rows, k,
+        n_hidden)."""
         rows, inputs = self._inputs(ids, None)
         return self.lane.hidden(rows, **inputs)
 
     def _inputs(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
-        """What the model is given for the next columns, and the columns counted."""
+        """The model's arguments for the next columns; it also counts the columns."""
         n_rows, k = self.n_seats * self.n_batch, ids.shape[1]
         before = self.n_columns + self.pending
-        if self.lane.narrow:  # an id that it lacks is never chosen, and refused in a prompt: what is left is padding
+        if self.lane.narrow:  # an id that it lacks is never chosen, and refused in a prompt, so it can only be padding
             ids = ids.clamp(max=self.lane.n_vocab - 1)
         rows = stacked(ids, n_rows).to(self.lane.device)
         if mask is not None and bool(mask.all()):
@@ -282,7 +284,7 @@ class TransformersState:
         width = self.capacity or before + k
         if mask is not None and self.mask is None:
             self.mask = rows.new_ones(n_rows, before)
-        if self.mask is not None and self.mask.shape[1] < width:  # what comes is padding only where it is said
+        if self.mask is not None and self.mask.shape[1] < width:  # new columns are padding only where the mask says so
             self.mask = torch.nn.functional.pad(self.mask, (0, max(GROWTH, width - self.mask.shape[1])), value=1)
         start = self.position + self.ahead
         if mask is None:
@@ -315,7 +317,7 @@ class TransformersState:
         if unequal:
             self._shift(longest - kept)
         if self.rolls_back:
-            self.view.crop(longest - self.pending)  # crop(0) still lets sliding windows forget what lies behind them
+            self.view.crop(longest - self.pending)  # crop(0) still lets sliding windows drop columns outside them
         self.n_columns += longest
         self.pending = self.ahead = 0
         if unequal:
@@ -332,17 +334,18 @@ class TransformersState:
     def select(self, rows: Tensor) -> None:
         rows = rows.to(self.lane.device)
         at = torch.cat([rows + seat * self.n_batch for seat in range(self.n_seats)])
-        self.view.reorder_cache(cast(Any, at))  # every kind of layer can do that, for any number of rows
+        self.view.reorder_cache(cast(Any, at))  # every kind of layer supports this, for any number of rows
         self.position = self.position[at]
         self.last = None if self.last is None else self.last[at]
         self.n_batch = len(rows)
         if self.mask is not None:
             self.mask = self.mask[at]
-            if self.rolls_back:  # rows that were moved apart
+            if self.rolls_back:  # rows that were moved by different amounts
                 self._trim()
 
     def _shift(self, by: Tensor) -> None:
-        """Move each row ``by`` columns to the right; what falls out at the right was rejected, the left is padding."""
+        """Move each row ``by`` columns to the right. The dropped columns on the right were rejected; the new ones on
+        the left are padding."""
         for layer in cast(Sequence[Any], self.view.layers):
             n_heads, width, n_values = layer.keys.shape[1:]
             source = (torch.arange(width, device=by.device) - by[:, None]).clamp_(min=0)[:, None, :, None]
@@ -361,7 +364,7 @@ class TransformersState:
         self.mask[:, : len(columns)] = moved.masked_fill(source < 0, 0)
 
     def _trim(self) -> None:
-        """Drop the columns at the left that have become padding in every row."""
+        """Drop columns on the left that are padding in every row."""
         assert self.mask is not None
         if (surplus := int(self.mask.any(dim=0).long().argmax())) == 0:
             return
@@ -371,7 +374,7 @@ class TransformersState:
             if isinstance(layer, BufferLayer):
                 layer.drop_left(surplus)
                 continue
-            # A sliding window holds the last columns only, and counts the others.
+            # A sliding window holds only the last columns, and counts the others.
             n_held = min(layer.keys.shape[2], self.n_columns)
             layer.keys, layer.values = layer.keys[:, :, -n_held:], layer.values[:, :, -n_held:]
             if layer.is_sliding:
@@ -379,12 +382,13 @@ class TransformersState:
 
 
 def _kept(logits: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """Some positions of logits, by transformers' argument of that name: how many of the last, 0 for all, or which."""
+    """Some positions of logits, as in transformers' ``logits_to_keep``: the number of last ones, 0 for all, or
+    indices."""
     return logits[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else logits[:, logits_to_keep]
 
 
 class CannotShare(MemberError):
-    """An adapter of ``owner`` turns out to need weights of its own, for ``reason``."""
+    """An adapter of ``owner`` needs separate weights, because of ``reason``."""
 
     def __init__(self, owner: str, reason: str) -> None:
         super().__init__(
@@ -395,9 +399,9 @@ class CannotShare(MemberError):
 
 
 def _marks(model: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """What shows that a parameter was written to: PyTorch's count of writes, and a sample of its bits.
+    """Marks of a parameter that show writes to it: PyTorch's count of writes, and a sample of its bits.
 
-    Optimizers that are fused leave the count alone, and change every value.
+    Fused optimizers do not change the count, but change every value.
     """
     marks = {}
     for name, p in model.named_parameters():
@@ -409,7 +413,8 @@ def _marks(model: nn.Module) -> dict[str, tuple[Any, ...]]:
 
 @torch.no_grad()
 def _ends_with_its_head(model: Any, n_rows: int) -> bool:
-    """Whether the logits are what the head gives: some families scale or cap them, or norm what the head reads."""
+    """Whether the logits are the head's output unchanged. Some families scale or cap them, or normalise the head's
+    input."""
     if model.base_model is model:
         return False
     ids = torch.tensor([[0, 1]] * n_rows, device=model.device)
@@ -418,7 +423,7 @@ def _ends_with_its_head(model: Any, n_rows: int) -> bool:
 
 
 def _bytes_read(model: nn.Module) -> int:
-    """What a token's forward reads of the weights: all of them, but of input embeddings only a row."""
+    """The bytes of weights that a token's forward reads: all of them, but only one row of the input embeddings."""
     sizes = {id(p): p.numel() * p.element_size() for p in model.parameters()}
     sizes.pop(id(idle_embeddings(model)), None)
     packed = (module.packed for module in model.modules() if isinstance(module, PackedLinear))

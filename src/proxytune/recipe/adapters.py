@@ -1,7 +1,7 @@
-"""What an adapter may do: share its model's weights, be merged into them, run beside them, or nothing at all.
+"""How an adapter may be used: sharing its model's weights, merged into them, with separate weights, or not at all.
 
-One place decides, for both engines, from an adapter's own config. The lists name what was held against PEFT; what they
-do not name is refused, so the next option of PEFT is refused until it has been looked at.
+This module decides for both engines, from an adapter's own config. The lists name what was compared with PEFT.
+Everything else is refused, so a new option of PEFT is refused until it has been checked.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ __all__ = [
     "unlike_as_loaded",
 ]
 
-# -- the lists ------------------------------------------------------------------------------------------------
-# Options of a LoRA adapter that say where it lies and how large it is. With any values of these it adds s B A x to the
-# outputs of linear layers and embeddings, and does nothing else.
+# -- the lists ------------------------------------------------------------------------------------------------ Options
+# of a LoRA adapter that set its place and size. With any values of these, it adds s B A x to the outputs of linear
+# layers and embeddings, and does nothing else.
 PLAIN = frozenset(
     {
         *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -53,9 +53,9 @@ PLAIN = frozenset(
         *("megatron_core", "qalora_group_size"),  # read with `megatron_config` and `use_qalora` alone
     }
 )
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # of `init_lora_weights`: they leave the weights alone
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # values that keep the weights
 
-# Options with which PEFT's own layers give the right answer, on all rows of a batch alone.
+# Options that work in PEFT's own layers, but only on all rows of a batch.
 APART = {
     "bias": "it trains biases",
     "modules_to_save": "it sets modules_to_save",
@@ -68,18 +68,18 @@ APART = {
     "kasa_config": "it sets kasa_config, which changes the model's weights",
     "velora_config": "it sets velora_config",
 }
-APART_STARTS = ("pissa", "olora", "mica")  # the same at each load; PiSSA and OLoRA change the model's weights
+APART_STARTS = ("pissa", "olora", "mica")  # the same at each loading; PiSSA and OLoRA change the model's weights
 CHANGING_STARTS = ("pissa", "olora")  # of these, those that write to the model's weights
-MERGED = frozenset({"use_dora", "target_parameters", "init_lora_weights"})  # may be merged all the same
+MERGED = frozenset({"use_dora", "target_parameters", "init_lora_weights"})  # may be merged nevertheless
 
-# Options that are refused whatever their adapter's type, and why; those of LoRA that no list names are refused too.
+# Options that are refused for every type of adapter, and why. LoRA's options that no list names are refused too.
 REFUSED = {
     "alora_invocation_tokens": "it acts behind its invocation tokens alone (alora_invocation_tokens)",
     "layer_replication": "it repeats layers of its model (layer_replication)",
     "arrow_config": "it routes between other adapters (arrow_config)",
 }
 
-# Other types of adapters that were held against PEFT. They run in PEFT's own layers, with weights of their own.
+# Other types of adapters that were compared with PEFT. They run in PEFT's own layers, with weights of their own.
 OTHER_TYPES = frozenset(
     {
         *("ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA"),
@@ -95,11 +95,11 @@ UNTRIED = frozenset({"ADAMSS", "BOFT", "FROD", "SHIRA", "UNILORA"})  # of these,
 # -- the rule -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Terms:
-    """On what terms an adapter is used.
+    """The rules for using one adapter.
 
     Attributes:
-        refused: why it is not used at all, or None.
-        apart: why it cannot be applied to a part of a batch, and so needs weights of its own, or None.
+        refused: why it cannot be used at all, or None.
+        apart: why it cannot be applied to a part of a batch, and so needs separate weights, or None.
         merges: whether it may be merged into plain weights that no other module shares.
         options: what it sets beyond a plain LoRA adapter, by the names of PEFT's fields.
     """
@@ -111,7 +111,7 @@ class Terms:
 
 
 def judge(config: Any) -> Terms:
-    """The terms of an adapter with this PEFT config."""
+    """The rules for an adapter with this PEFT config."""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning:
         return Terms(refused=f"its type is {kind}, which puts tokens of its own before each prompt")
@@ -149,7 +149,7 @@ def read_config(owner: str, directory: str | Path) -> Any:
     """The PEFT config in a directory.
 
     Raises:
-        MemberError: for an adapter that is refused. PEFT drops fields that it does not know; here they are a reason.
+        MemberError: for an adapter that is refused. PEFT ignores fields that it does not know; here they are refused.
     """
     import peft
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -168,7 +168,7 @@ def read_config(owner: str, directory: str | Path) -> Any:
 
 
 def refuse(owner: str, reason: str) -> None:
-    """Raise :class:`MemberError` for an adapter that is not used."""
+    """Raise :class:`MemberError` for an adapter that cannot be used."""
     raise MemberError(
         f"the adapter of {owner} cannot be used, because {reason}; name a plain LoRA adapter, or a model that it is "
         "merged into"
@@ -177,11 +177,11 @@ def refuse(owner: str, reason: str) -> None:
 
 # -- loading --------------------------------------------------------------------------------------------------
 def load_adapter(model: Any, owner: str, name: str, directory: str) -> Any:
-    """Load the adapter in ``directory`` under ``name`` onto a model, or beside a ``PeftModel``'s; the ``PeftModel``.
+    """Load the adapter in ``directory`` under ``name`` onto a model or a ``PeftModel``; return the ``PeftModel``.
 
     Raises:
-        MemberError: for an adapter that is refused, and one whose tensors are not exactly those that its config asks
-            for on this model.
+        MemberError: for an adapter that is refused, and if its tensors are not exactly those that its config needs for
+            this model.
     """
     import peft
     from peft.utils import load_peft_weights
@@ -200,10 +200,11 @@ def load_adapter(model: Any, owner: str, name: str, directory: str) -> Any:
 
 
 def try_adapter(owner: str, directory: str, model: Any) -> tuple[int, bool]:
-    """Hold an adapter's file against a model on the meta device, which it changes: no weight is read.
+    """Compare an adapter's file with a model on the meta device, and change this model. No weight is read.
 
     Returns:
-        The adapter's parameters; whether names and shapes were compared, which some types do not allow.
+        The number of the adapter's parameters, and whether names and shapes were compared, which some types do not
+        allow.
 
     Raises:
         MemberError: as :func:`load_adapter`.
@@ -216,7 +217,7 @@ def try_adapter(owner: str, directory: str, model: Any) -> tuple[int, bool]:
         return sum(tensor.numel() for tensor in tensors.values()), False
     before = sum(parameter.numel() for parameter in model.parameters())
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT notes that it is told another path of the model
+        warnings.simplefilter("ignore")  # PEFT warns about the other path of the model
         adapted = get_peft_model(model, config)
         count = sum(parameter.numel() for parameter in adapted.parameters()) - before
         fit_tensors(owner, directory, adapted, "default", tensors)
@@ -232,12 +233,12 @@ def _empty_tensors(owner: str, directory: Path) -> dict[str, Tensor]:
 
 
 def fit_tensors(owner: str, directory: str, adapted: Any, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Fill adapter ``name`` of a ``PeftModel`` with a file's tensors, all of which it must have a place for.
+    """Fill adapter ``name`` of a ``PeftModel`` with a file's tensors. All of them must fit.
 
-    On the meta device this compares names and shapes alone.
+    On the meta device this compares only names and shapes.
 
     Raises:
-        MemberError: naming the first tensor that is missing, left over or of another shape.
+        MemberError: names the first tensor that is missing, unexpected or of another shape.
     """
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from peft.utils import set_peft_model_state_dict
@@ -265,7 +266,7 @@ def fit_tensors(owner: str, directory: str, adapted: Any, name: str, tensors: Ma
 
 @contextmanager
 def _telling(who: str) -> Iterator[None]:
-    """What PEFT raises of tensors that do not fit, in one sentence."""
+    """Turn PEFT's errors about tensors that do not fit into one sentence."""
     try:
         yield
     except KeyError as error:  # PEFT reads some tensors by name
@@ -279,13 +280,14 @@ def _telling(who: str) -> Iterator[None]:
 
 
 def _is_reference(key: str) -> bool:
-    """Whether a layer's tensor is another name of one that the whole adapter shares, which is all that files have."""
+    """Whether a layer's tensor is another name of a tensor that the whole adapter shares. Files have only the shared
+    one."""
     layer = not key.startswith(("base_model.unilora_theta_d.", "base_model.tinylora_v."))
     return layer and (".tinylora_v." in key or ".unilora_theta_d." in key or "vblora_vector_bank" in key)
 
 
 def checksums(weights: Mapping[str, Tensor]) -> dict[str, int]:
-    """A number for each weight that changes with its bits: one pass over memory."""
+    """A checksum for each weight. It takes one pass over memory."""
     sums = {}
     for name, tensor in weights.items():
         whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size())
@@ -295,17 +297,17 @@ def checksums(weights: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def changed_weights(adapted: Any, before: Mapping[str, int]) -> str | None:
-    """The first of a model's own weights whose sum is not that of ``before``, or None."""
+    """The first of a model's own weights whose checksum differs from ``before``, or None."""
     after = checksums(plain_weights(adapted))
     return next((name for name, total in before.items() if after.get(name) != total), None)
 
 
 # -- adapters in memory ---------------------------------------------------------------------------------------
 def active_adapter(owner: str, model: Any) -> str | None:
-    """The adapter that a model in memory answers with, or None where it is no ``PeftModel``.
+    """The active adapter of a model in memory; None if it is not a ``PeftModel``.
 
     Raises:
-        MemberError: for an adapter that is refused, for several at once, and for one that transformers loaded.
+        MemberError: for an adapter that is refused, for several active adapters, and for one that transformers loaded.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise MemberError(
@@ -325,7 +327,7 @@ def active_adapter(owner: str, model: Any) -> str | None:
 def can_be_merged(adapted: Any) -> bool:
     """Whether the one adapter of a ``PeftModel`` can be merged into its model's weights.
 
-    Not where a weight is quantized, and not where another module uses it too: a head that is tied to the embeddings
+    It cannot if a weight is quantized, or if another module uses the weight too: a head that is tied to the embeddings
     would change with them.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -339,7 +341,7 @@ def can_be_merged(adapted: Any) -> bool:
 
 
 def unlike_as_loaded(adapted: Any) -> str | None:
-    """Why the layers of a ``PeftModel`` in memory are not its weights and its adapters side by side, or None."""
+    """Why the layers of a ``PeftModel`` in memory do not compute with plain weights plus adapters, or None."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
@@ -350,7 +352,7 @@ def unlike_as_loaded(adapted: Any) -> str | None:
 
 # -- saving ---------------------------------------------------------------------------------------------------
 def plain_weights(adapted: Any) -> dict[str, Tensor]:
-    """The weights under a ``PeftModel``'s adapters, by the names they have without them."""
+    """The weights under a ``PeftModel``'s adapters, by their names without adapters."""
     from peft.utils.save_and_load import get_base_model_state_dict
 
     return get_base_model_state_dict(adapted)  # type: ignore[no-any-return]
@@ -359,7 +361,8 @@ def plain_weights(adapted: Any) -> dict[str, Tensor]:
 def save_adapter(adapted: Any, name: str, directory: Path) -> None:
     """Save one adapter of a ``PeftModel`` as a PEFT directory of its own.
 
-    The weights are saved beside it as they are now, so an adapter that begins by changing them says so no longer.
+    The present weights are saved beside it, so the config of an adapter that changes weights at the start no longer
+    says so.
     """
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -371,7 +374,7 @@ def save_adapter(adapted: Any, name: str, directory: Path) -> None:
         config.init_lora_weights = True
     directory.mkdir(parents=True, exist_ok=True)
     save_file(
-        {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()},  # clones: none is shared
+        {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()},  # clones: no shared tensor
         directory / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )

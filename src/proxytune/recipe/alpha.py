@@ -10,12 +10,12 @@ from proxytune.errors import AlphaError
 __all__ = ["NAMED", "alpha_of_text", "alpha_rows", "finite_alpha", "resolve_alpha", "take_alpha"]
 
 LARGEST_ALPHA = 3.4e38
-NAMED = "alpha."  # what an expert's name follows in a call
+NAMED = "alpha."  # prefix of an expert's name in a call
 
 
 def finite_alpha(alpha: Any, what: str = "alpha") -> float:
     """Return ``alpha`` as a float; raise :class:`AlphaError` unless it is a finite number."""
-    # Bounded by what float32, in which logits are mixed, can hold; and an int may be too long for a float at all.
+    # The limit is that of float32, in which logits are mixed. An int may also be too large for any float.
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= LARGEST_ALPHA:
         raise AlphaError(f"{what} must be a finite number, not {alpha!r}")
     return float(alpha)
@@ -24,18 +24,18 @@ def finite_alpha(alpha: Any, what: str = "alpha") -> float:
 def alpha_rows(
     alpha: Any, names: Sequence[str], default: Sequence[float], n_rows: int | None
 ) -> list[tuple[float, ...]]:
-    """One alpha an expert for each row, from every form in which it may be given.
+    """One alpha per expert for each row, from all accepted forms.
 
     Args:
-        alpha: a number for all experts; a list in the recipe's order, or, where there is one expert, of one value a
-            row; a list of such lists, one a row; a mapping from an expert's name to a number or to one value a row;
+        alpha: a number for all experts; a list in the recipe's order or, with one expert, with one value per row; a
+            list of such lists, one per row; a mapping from an expert's name to a number or to one value per row;
             tensors and arrays of these shapes; None for ``default``.
-        names: the experts' names, in order. default: the recipe's alphas, which experts left out of a mapping keep.
-        n_rows: of the batch; None for one text alone, where values for each row make no sense.
+        names: the experts' names, in order. default: the recipe's alphas; experts that a mapping leaves out keep them.
+        n_rows: the rows of the batch; None for a single text, for which values per row are refused.
 
     Raises:
         AlphaError: for a value that is not finite, an unknown name, a shape that fits neither rows nor experts, or any
-            value where there are no experts.
+            value if there are no experts.
     """
     n = n_rows or 1
     if alpha is None:
@@ -68,12 +68,12 @@ def alpha_rows(
 
 
 def resolve_alpha(alpha: Any, names: Sequence[str], default: Sequence[float]) -> tuple[float, ...]:
-    """The same for one text."""
+    """One alpha per expert for a single text; see :func:`alpha_rows`."""
     return alpha_rows(alpha, names, default, None)[0]
 
 
 def alpha_of_text(given: Sequence[str] | None) -> float | Mapping[str, float] | None:
-    """Alpha from words of a command line: ``0.5``, or ``NAME=0.5`` for each expert; None where nothing was given."""
+    """Alpha from words of a command line: ``0.5``, or ``NAME=0.5`` per expert; None if nothing was given."""
     if not given:
         return None
     named: dict[str, float] = {}
@@ -92,13 +92,13 @@ def alpha_of_text(given: Sequence[str] | None) -> float | Mapping[str, float] | 
 
 
 def take_alpha(arguments: dict[str, Any], names: Sequence[str], alpha: Any = None) -> Any:
-    """The alpha of a call that may say ``"alpha.NAME"`` too: some callers can send scalars and flat lists alone.
+    """The alpha of a call that may also use ``"alpha.NAME"``, for callers that can send only scalars and flat lists.
 
-    ``"alpha.NAME"`` are taken out of the call's other ``arguments``, and go before ``alpha``, which is for all experts.
-    Where there is one the result is a mapping by name, otherwise ``alpha`` as it is.
+    ``"alpha.NAME"`` are removed from the call's other ``arguments``, and override ``alpha``, which is for all experts.
+    If there are any, the result is a mapping by name, otherwise it is ``alpha`` unchanged.
 
     Raises:
-        AlphaError: for an unknown name, a list of the wrong length, or a tensor beside names.
+        AlphaError: for an unknown name, a list of the wrong length, or a tensor together with names.
     """
     named = {key.removeprefix(NAMED): arguments.pop(key) for key in list(arguments) if key.startswith(NAMED)}
     if not named:

@@ -1,9 +1,9 @@
-"""What ``proxytune check`` computes: will a recipe work, and what memory does it need?
+"""The checks of ``proxytune check``: will a recipe work, and how much memory does it need?
 
-Only configs, tokenizers and the headers of weight files are read. Models are built without storage (the meta device):
-their tensors' names and shapes are held against the headers, their caches are tried, and parameters and the bytes that
-one token adds to a cache are counted on them, which makes all of it right for any architecture. What cannot be told so
-is listed as not checked; :mod:`proxytune.answers.selftest` loads the recipe and tries it.
+Only configs, tokenizers and the headers of weight files are read. Models are built without storage (the meta device).
+Names and shapes of their tensors are compared with the headers, their caches are tested, and parameters and the cache's
+bytes per token are counted. So all of it works for any architecture. What cannot be found out this way is listed as not
+checked; :mod:`proxytune.answers.selftest` loads the recipe and tests it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a model's files hold, held against what the model needs: after loading, and from the files' headers alone.
+"""Compares the tensors in a model's files with those that the model needs, after loading or from the headers only.
 
-transformers draws a weight at random where the files have none, says so in a warning and goes on. Here a weight that
-is missing or of another shape is an error, and so is a tensor that the modules have no place for. A tensor of another
-part (a vision tower, a layer for drafts) is left out, and told.
+If the files lack a weight, transformers fills it at random, prints a warning and continues. Here a weight that is
+missing or has another shape is an error, and so is a tensor without a place in the modules. A tensor of another part (a
+vision tower, a layer for drafts) is left out, with a note.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Fit", "find_file", "fit_of", "fit_of_gguf", "fit_of_header", "parts_
 
 Header = dict[str, Tensor]  # tensor name -> its shape and dtype, on the meta device
 SHOWN = 3  # tensors that a message names
-INDEXED = ("model.safetensors", "pytorch_model.bin")  # as transformers looks for them: alone, else by an index
+INDEXED = ("model.safetensors", "pytorch_model.bin")  # in transformers' order: a single file, otherwise an index
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Fit:
     """How the tensors of a checkpoint fit a model.
 
     Attributes:
-        missing: weights that the checkpoint lacks, by the model's own rules: no tied ones.
-        misshapen: weights of another shape, and both shapes.
-        misplaced: tensors inside the modules that the config describes, which these have no place for.
+        missing: weights that the checkpoint lacks, without tied ones.
+        misshapen: weights with another shape, and both shapes.
+        misplaced: tensors inside the modules of the config, but without a place in them.
         apart: tensors of other parts, which are not loaded.
     """
 
@@ -49,7 +49,7 @@ class Fit:
 
     @property
     def problem(self) -> str | None:
-        """Why the checkpoint is not this model's, as the end of a sentence that begins with the member's name."""
+        """Why the checkpoint does not fit this model, as the end of a sentence that begins with the member's name."""
         if self.missing:
             return f"lacks {_listed(self.missing)}; are all its files there, and is its config its own?"
         if self.misshapen:
@@ -60,7 +60,7 @@ class Fit:
 
     @property
     def note(self) -> str | None:
-        """What of the checkpoint is not used, likewise."""
+        """Which part of the checkpoint is not used, in the same form."""
         return f"has {_listed(self.apart)} of parts that this model does not use" if self.apart else None
 
 
@@ -72,9 +72,9 @@ def _listed(tensors: Sequence[str]) -> str:
 
 
 def fit_of(model: Any, loading_info: Mapping[str, Any], header: Mapping[str, Tensor] | None = None) -> Fit:
-    """How a checkpoint fits, by what transformers says of loading it (``output_loading_info=True``).
+    """How a checkpoint fits, from transformers' report on loading it (``output_loading_info=True``).
 
-    ``header``: its tensors, where they are known: a mask or a table that older versions saved is no weight.
+    ``header``: its tensors, if they are known. A mask or a table that older versions saved does not count as a weight.
     """
     unexpected = sorted(loading_info["unexpected_keys"])
     inside = {name: _is_inside(model, name, unexpected) for name in unexpected if not _is_constant(name, header or {})}
@@ -94,7 +94,7 @@ def _misshapen(name: str, found: Sequence[int], wanted: Sequence[int]) -> str:
 
 def fit_of_header(model: Any, header: Mapping[str, Tensor]) -> Fit:
     """How the tensors in a header fit an empty model, by transformers' own renaming and converting of checkpoints."""
-    with quiet_transformers():  # what is wrong is told by the caller, in a sentence
+    with quiet_transformers():  # the caller reports errors, in one sentence
         loaded, info = type(model).from_pretrained(
             None,
             config=model.config,
@@ -108,7 +108,7 @@ def fit_of_header(model: Any, header: Mapping[str, Tensor]) -> Fit:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No loading bars and no warnings of transformers' own."""
+    """Hide transformers' own loading bars and warnings."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -121,10 +121,10 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _is_inside(model: Any, name: str, others: Sequence[str]) -> bool | None:
-    """Whether a tensor that nothing took belongs to the modules that the config describes; None where it is a buffer.
+    """Whether an unused tensor belongs to the modules that the config describes; None if it is a buffer.
 
-    The trunk (what holds the layers) may have other parts beside the layers, which a config need not tell of. A layer
-    has none: a tensor of a layer, or of one more layer of the same kind, is a part of the model that would be left out.
+    The module that holds the layers may have other parts that the config does not mention. A layer has none: a tensor
+    of a layer, or of one more layer of the same kind, is a part of the model that would be missing.
     """
     quantized = getattr(model, "hf_quantizer", None) is not None
     answers = [_is_inside_of(root, name, others, quantized) for root in dict.fromkeys((model, model.base_model))]
@@ -139,7 +139,7 @@ def _is_inside_of(root: nn.Module, name: str, others: Sequence[str], quantized: 
         del path[0]
     if len(path) == 1 and (path[0] in module._buffers or (quantized and path[0] not in module._parameters)):
         return None  # a quantizer keeps scales beside its weights
-    if isinstance(module, nn.ModuleList) and not in_a_layer:  # one layer more: of the same kind, or for drafts
+    if isinstance(module, nn.ModuleList) and not in_a_layer:  # one more layer: of the same kind, or for drafts
         layer = name.removesuffix(".".join(path)) + path[0] + "."
         parts = {other.removeprefix(layer).split(".")[0] for other in others if other.startswith(layer)}
         return any(parts <= {*each._modules, *each._parameters} for each in module)
@@ -149,7 +149,7 @@ def _is_inside_of(root: nn.Module, name: str, others: Sequence[str], quantized: 
 def _is_constant(name: str, header: Mapping[str, Tensor]) -> bool:
     """Whether a tensor is a mask or a number that older versions saved with the weights, not a weight."""
     own = header.get(name)
-    if own is None:  # the model's names may begin with a prefix more, or less
+    if own is None:  # the model's names may have an additional prefix, or lack one
         own = next((t for other, t in header.items() if other.endswith(f".{name}") or name.endswith(f".{other}")), None)
     if own is None:
         return False
@@ -158,16 +158,16 @@ def _is_constant(name: str, header: Mapping[str, Tensor]) -> bool:
 
 
 # -- headers --------------------------------------------------------------------------------------------------
-Place = Mapping[str, Any]  # what a `from_pretrained` is told of a place besides its path: revision, subfolder, token, …
+Place = Mapping[str, Any]  # arguments of `from_pretrained` for a place, besides its path: revision, subfolder, token, …
 
 
 def read_header(path: str, place: Place) -> Header | None:
     """The names, shapes and dtypes of the tensors in a directory or hub repository; no weight is read or downloaded.
 
-    None where the files are on the hub alone and their headers cannot be read there.
+    None if the files are only on the hub and their headers cannot be read there.
 
     Raises:
-        OSError, ValueError: where a file is missing that an index names, or is no checkpoint.
+        OSError, ValueError: if a file that an index names is missing, or is not a checkpoint.
     """
     place = {**place, "local_files_only": True, "force_download": False}
     for name in INDEXED:
@@ -185,7 +185,7 @@ def read_header(path: str, place: Place) -> Header | None:
 
 
 def find_file(path: str, name: str, place: Place) -> str | None:
-    """The path of a file in a directory or, once downloaded, a hub repository; None where there is none, or offline.
+    """The path of a file in a directory or, once downloaded, a hub repository; None if there is none, or offline.
 
     Raises:
         OSError: if the hub does not give it.
@@ -202,7 +202,7 @@ def _header_on_the_hub(repo_id: str, place: Place) -> Header | None:
         return None  # the hub's reading of headers knows whole repositories only
     try:
         metadata = get_safetensors_metadata(repo_id, revision=place.get("revision"), token=place.get("token"))
-    except Exception:  # no safetensors there, no connection, no permission: nothing is known
+    except Exception:  # no safetensors, no connection or no permission: nothing is known
         return None
     return {
         name: torch.empty(tuple(info.shape), dtype=str_to_torch_dtype.get(info.dtype, torch.float32), device="meta")
@@ -216,20 +216,21 @@ PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # as llama-gguf-split names th
 
 
 def parts_of_gguf(file: str) -> int:
-    """Into how many files a GGUF model is split, by the name of one of them."""
+    """The number of files of a split GGUF model, from the name of one of them."""
     numbers = PART.search(file)
     return int(numbers[2]) if numbers else 1
 
 
 @contextmanager
 def whole_gguf(path: str, place: Place, *, with_data: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A GGUF file in one piece, for loaders that read one file: a split one is put together in a temporary directory.
+    """A GGUF file in one piece, for loaders that read only one file. A split one is joined in a temporary directory.
 
-    Yields its path and place; the ``place`` that is given names any part of a split file. Without ``with_data`` it has
-    holes for weights.
+    Yields its path and place. The given ``place`` may name any part of a split file. Without ``with_data`` the weights
+    are left empty.
 
     Raises:
-        FileNotFoundError: where a part is missing. ValueError: where the parts are not one model's.
+        FileNotFoundError: if a part is missing.
+        ValueError: if the parts belong to different models.
     """
     n_parts = parts_of_gguf(place["gguf_file"])
     if n_parts == 1:
@@ -249,7 +250,7 @@ def whole_gguf(path: str, place: Place, *, with_data: bool = True) -> Iterator[t
 
 
 def _merge(parts: Sequence[str], path: Path, with_data: bool) -> None:
-    """Write the tensors of all parts, and what the first says of the model, into one file."""
+    """Write the tensors of all parts, and the first part's metadata, into one file."""
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
     readers = [GGUFReader(part) for part in parts]
@@ -275,16 +276,16 @@ def _merge(parts: Sequence[str], path: Path, with_data: bool) -> None:
             writer.write_tensor_data(tensor.data, readers[0].endianess)
     writer.close()
     if not with_data:
-        with path.open("ab") as out:  # holes: a reader maps the weights without looking at them
+        with path.open("ab") as out:  # empty: a reader maps the weights without reading them
             size = sum(GGUFWriter.ggml_pad(tensor.data.nbytes, writer.data_alignment) for tensor in tensors)
             out.truncate(out.tell() + writer.data_alignment + size)
 
 
 def fit_of_gguf(model: Any, path: str, place: Place) -> Fit | None:
-    """How the header of a whole GGUF file fits a model, empty or loaded; None where that cannot be told.
+    """How the header of a whole GGUF file fits a model, empty or loaded; None if this is not known.
 
-    transformers' loader drops the tensors that it has no name for, and does not look at shapes. It reads most files by
-    a table of names, which can be asked; where it takes tensors apart or renames them besides, only loading can tell.
+    transformers' loader ignores tensors that it has no name for, and does not check shapes. For most files it uses a
+    table of names, which we can read too. If it also splits or renames tensors, only loading can show how they fit.
     """
     from transformers import modeling_gguf_pytorch_utils as reading
     from transformers.integrations.gguf.reader import GgufHeader
@@ -295,7 +296,7 @@ def fit_of_gguf(model: Any, path: str, place: Place) -> Fit | None:
     by_table = ("TensorProcessor", "LlamaTensorProcessor", "NemotronTensorProcessor", "Gemma2TensorProcessor")
     if is_gguf_arch_supported(header.architecture) or kind.__name__ not in by_table:
         return None
-    with torch.device("meta"):  # loading has put the file's tensors in place, whatever their shapes
+    with torch.device("meta"):  # loading has set the file's tensors, whatever their shapes
         empty = type(model)(model.config)
     names = reading.get_gguf_hf_weights_map(empty, kind(config={}))
     shapes = {name: tensor.shape for name, tensor in empty.state_dict().items()}

@@ -1,4 +1,4 @@
-"""From what ``proxytune new`` is told to a recipe on disk."""
+"""From the options of ``proxytune new`` to a recipe on disk."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Can a model's cache be driven beside other members'? Told by its class and its cache; loading then tries it.
+"""Can a model's cache be used beside other members' caches? Its class and its cache decide; loading tests it.
 
-Members are read column by column through caches that the composite makes. Most families keep keys and values, and are
-exact so. Others keep a state that tokens flow into, keep it where no caller can reach it, or have a decoding step that
-differs from reading the whole text. Nothing here looks at a model's name.
+Members are read column by column through caches that the composite makes. Most families keep keys and values, which
+gives exact results. Others keep a running state, keep it where no caller can reach it, or have a decoding step that
+differs from reading the whole text. Nothing here depends on a model's name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from proxytune.errors import first_line
 
 __all__ = ["idle_embeddings", "keeps_states", "new_cache", "obstacle_of", "read_columns", "unused_cache"]
 
-# Layers whose contents can be cropped, or at least selected and repeated by rows, as the composite needs.
+# Layers that can be cropped, or at least selected and repeated by rows, as the composite needs.
 KNOWN_LAYERS = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -37,12 +37,12 @@ KNOWN_LAYERS = (
 
 
 def keeps_states(config: PreTrainedConfig) -> bool:
-    """Whether some layer keeps a state that tokens flow into, in place of keys and values for each of them."""
+    """Whether some layer keeps one running state in place of keys and values for each token."""
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
 
 
 def obstacle_of(model: Any) -> str | None:
-    """Why a model's cache cannot be driven, as far as its class and its cache's layers tell; None where they do not.
+    """Why a model's cache cannot be used, as far as its class and its cache's layers show; None if they show no reason.
 
     ``model`` may be empty (on the meta device).
     """
@@ -56,7 +56,7 @@ def obstacle_of(model: Any) -> str | None:
         return f"{kind} has a cache of its own kind, which other members cannot be read beside"
     try:
         layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    except Exception as error:  # a type of layer that transformers has no cache for, a config without layers
+    except Exception as error:  # a type of layer without a cache in transformers, or a config without layers
         return f"no cache can be made for {kind} ({first_line(error)})"
     unknown = sorted({type(layer).__name__ for layer in layers if type(layer) not in KNOWN_LAYERS})
     if unknown:
@@ -65,7 +65,7 @@ def obstacle_of(model: Any) -> str | None:
         try:
             cache = new_cache(model)
             answered = read_columns(model, torch.zeros(1, 3, dtype=torch.long, device="meta"), cache=cache)
-        except Exception:  # a model that looks at values: loading it will tell
+        except Exception:  # a model that looks at values: loading it will test this
             return None
         return unused_cache(model, cache, answered, 3)
     return None
@@ -77,7 +77,8 @@ def new_cache(model: Any) -> DynamicCache:
 
 
 def read_columns(model: Any, ids: Tensor, start: int = 0, *, mask: Tensor | None = None, cache: Any = None) -> Any:
-    """A forward as lanes make it, of ids from position ``start`` on; a mask is given where something may be padding."""
+    """A forward in the form that lanes use, of ids from position ``start`` on. The mask is needed if there may be
+    padding."""
     if mask is None:
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
     else:
@@ -87,7 +88,7 @@ def read_columns(model: Any, ids: Tensor, start: int = 0, *, mask: Tensor | None
 
 
 def unused_cache(model: Any, cache: DynamicCache, output: Any, n_read: int) -> str | None:
-    """Why a cache that a model has been given is not what it keeps; None where it is."""
+    """Why a model did not use the cache that it was given; None if it did."""
     attention = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
     lengths = {layer.get_seq_length() for layer in attention if layer.is_initialized}
     if getattr(output, "past_key_values", None) is cache and (lengths == {n_read} or not attention):
@@ -96,6 +97,6 @@ def unused_cache(model: Any, cache: DynamicCache, output: Any, n_read: int) -> s
 
 
 def idle_embeddings(model: Any) -> Tensor | None:
-    """The input embeddings of a model where its head is another weight: a token reads no more of them than a row."""
+    """The input embeddings of a model if its head is another weight. Then a token reads only one row of them."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     return None if weight is getattr(model.get_output_embeddings(), "weight", None) else weight

@@ -1,7 +1,7 @@
-"""Generation configs: what a model's own ``generation_config.json`` asks for, and what of it can be done.
+"""Generation configs: the settings in a model's ``generation_config.json``, and which of them recipes support.
 
-Published models ask for all kinds of things there. What has been tried on a recipe is honoured; of the rest, what a
-file asks for is left out with a note, and what a call of ``generate`` asks for is refused.
+Published models have all kinds of settings there. Settings that were tested with recipes are used. Of the others, those
+in a file are left out with a note, and those in a call of ``generate`` are refused.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ OURS = ("alpha", "member_attention_mask", "member_input_ids", "speculate")
 def read_generation_config(
     config: ProxyTuneConfig, name: str, member: Member, loading: Loading
 ) -> GenerationConfig | None:
-    """A member's own generation config, or None where its directory has none.
+    """A member's own generation config, or None if its directory has none.
 
     Raises:
         MemberError: if there is one that cannot be read. OSError: if the hub cannot be reached.

@@ -1,4 +1,4 @@
-"""A member's config, tokenizer and files, from wherever it lies; no weights."""
+"""A member's config, tokenizer and files, from its place on disk or on the hub; no weights."""
 
 from __future__ import annotations
 

@@ -20,16 +20,16 @@ NAMED_RECIPES = "proxytune.recipes"
 
 
 def named_recipe(name: str) -> Any:
-    """The entry point of a recipe that a package brings (``demo``), or None; called, it gives the directory."""
+    """The entry point of a named recipe of some package (``demo``), or None. Calling it gives the directory."""
     path = os.path.expanduser(name)
     return None if os.path.isdir(path) else next(iter(entry_points(group=NAMED_RECIPES, name=path)), None)
 
 
 def check_place(recipe: str | Path, subfolder: str = "") -> None:
-    """Check that a recipe can be there: a named one, a directory with a recipe's config.json, or a hub id.
+    """Check that ``recipe`` can be one: a named recipe, a directory with a recipe's config.json, or a hub id.
 
     Raises:
-        RecipeError: in one sentence, where it cannot.
+        RecipeError: if it cannot be one.
     """
     if named_recipe(os.fspath(recipe)) is not None:
         return
@@ -47,10 +47,11 @@ def check_place(recipe: str | Path, subfolder: str = "") -> None:
 
 
 def check_alpha(recipe: str | Path, alpha: float | Mapping[str, float] | None) -> None:
-    """Check that an alpha names experts of a recipe that is in a directory; others are checked when they are loaded.
+    """Check that an alpha names experts of a recipe in a directory. Other recipes are checked at loading.
 
     Raises:
-        AlphaError: for an unknown name. RecipeError: where the recipe's experts cannot be read.
+        AlphaError: for an unknown name.
+        RecipeError: if the recipe's experts cannot be read.
     """
     path = os.path.expanduser(os.fspath(recipe))
     if alpha is None or not os.path.isdir(path):
@@ -60,7 +61,7 @@ def check_alpha(recipe: str | Path, alpha: float | Mapping[str, float] | None) -
 
 
 def _read(file: Path, path: str) -> dict[str, Any]:
-    """What the config.json of the recipe at ``path`` says."""
+    """Read the config.json of the recipe at ``path``."""
     try:
         values = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
@@ -71,10 +72,10 @@ def _read(file: Path, path: str) -> dict[str, Any]:
 
 
 def check_kind(values: Mapping[str, Any], path: str) -> None:
-    """Check that a config.json is a recipe's.
+    """Check that a config.json is that of a recipe.
 
     Raises:
-        RecipeError: if it is another model's.
+        RecipeError: if it belongs to another model.
     """
     if (kind := values.get("model_type")) != MODEL_TYPE:
         what = f"a {kind} model" if kind else "a directory whose config.json names no model_type"
@@ -85,7 +86,7 @@ def check_target(directory: Path, force: bool) -> None:
     """Check that a recipe may be written into a directory; ``force`` allows one that is not empty.
 
     Raises:
-        RecipeError: if it may not.
+        RecipeError: if it must not.
     """
     if directory.is_file():
         raise RecipeError(f"{str(directory)!r} is a file; give the name of a new directory")

