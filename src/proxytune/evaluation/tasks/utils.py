@@ -1,5 +1,4 @@
-"""Loads the tasks' data, from the hub or from a local path, and has the functions that the YAML files call with
-``!function``.
+"""Loads the tasks' data, from the hub or a local path, and has the functions that the YAML files call.
 
 Every loader gives lm_eval the splits ``test`` and, where a task has solved examples to show, ``train``; every row has
 an ``id`` that does not depend on how many others are evaluated.
