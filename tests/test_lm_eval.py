@@ -191,7 +191,7 @@ def test_a_continuation_that_cannot_be_scored_names_its_example(shelf):
 
     arm = alone("base", AutoModelForCausalLM.from_pretrained(shelf / "base"), tiny.tokenizer())
     for pairs, said in (
-        ([("how man", "y")], "t, example 0, base: a continuation has no token of its own"),  # both are one token
+        ([("how man", "y")], "t, example 0, base: a continuation adds no token"),  # both are one token
         ([("the dog", "")], "t, example 0, base: a continuation is empty"),
         ([("the dog", " sleeps"), ("fox", LONG)], "t, example 1, base: a continuation has .* can read only 256"),
     ):

@@ -1,4 +1,4 @@
-"""From a recipe and a prompt to an explanation: the answer is traced, and another of its tokens may be tried."""
+"""From a recipe and a prompt to an explanation, and to the explanation of a branch with another token."""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ def explain_prompt(
     top_k: int,
     given: Sequence[int] = (),
 ) -> Explanation:
-    """The answer to a prompt, explained.
+    """Answer a prompt and explain the answer.
 
     Args:
-        alphas: one value per expert. top_k: candidates of each distribution.
+        alphas: one value per expert. top_k: candidates per distribution.
         given: ids that the answer begins with, whatever the models would choose.
     """
     encoded = encode(model, tokenizer, prompt, **options.shown)
@@ -117,14 +117,14 @@ def explain_branch(
     sampling: Sampling,
     top_k: int,
 ) -> Explanation:
-    """Another answer: it begins as ``before`` does, has another token at one place, and goes on by itself.
+    """Another answer: it begins like ``before``, has another token at one place, and continues from there.
 
     Args:
-        before: the answer to leave. branch: where, and with which token.
-        alphas: one value per expert, from there on.
+        before: the answer to branch from. branch: the place and the other token.
+        alphas: one value per expert, from that place on.
 
     Raises:
-        ProxyTuneError: where the answer has no such place, or the place no such candidate.
+        ProxyTuneError: if the answer has no such place, or the place no such candidate.
     """
     assert before.prompt is not None
     if branch.number > len(before.tokens):
@@ -154,9 +154,9 @@ def _chosen(branch: Branch, candidates: Sequence[Mapping[str, Any]], n_shared: i
 
 
 class Given(LogitsProcessor):
-    """Allows, at the first places of the one answer, the given tokens alone."""
+    """At the first places of the answer, allows only the given tokens."""
 
-    row_by_row = True  # it looks at the length of its row alone
+    row_by_row = True  # it depends only on the length of its row
 
     def __init__(self, n_prompt: int, tokens: Sequence[int]) -> None:
         self.n_prompt, self.tokens = n_prompt, list(tokens)
@@ -174,10 +174,10 @@ class Given(LogitsProcessor):
 def explain_answer(
     prompt: str, made: Answer, names: Sequence[str], alphas: Sequence[float], tokenizer: Any
 ) -> Explanation:
-    """The explanation of an answer that was traced; ``names`` are the recipe's experts."""
+    """The explanation of a traced answer; ``names`` are the recipe's experts."""
     text_of = token_texts(tokenizer)
     line = trace_line(prompt, dict(zip(names, alphas)), made, text_of)
-    # What a flip would choose need not be among the candidates, so its text is kept beside them.
+    # A flip may choose a token that is not among the candidates, so its text is kept too.
     tokens = [
         {**token, "texts": {id_: text_of(id_) for steps in token["flips"].values() for _, id_ in steps}}
         for token in line["tokens"]
@@ -188,7 +188,7 @@ def explain_answer(
 def own_answers(
     model: ProxyTunedForCausalLM, tokenizer: Any, prompt: str, options: AnswerOptions, sampling: Sampling
 ) -> dict[str, str]:
-    """What the base and each expert answer alone, each to the prompt that it is shown: name -> text."""
+    """The answers of the base and of each expert alone, each to its own prompt: name -> text."""
     encoded = encode(model, tokenizer, prompt, **options.shown)
     members = {"base": "base", **{name: f"{name}.expert" for name in model.expert_names}}
     return {

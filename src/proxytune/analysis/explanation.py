@@ -24,7 +24,7 @@ __all__ = [
     "shift",
 ]
 
-# What steering did to a token -> what that means. The order is that of legends.
+# Kind of token -> its meaning, in the order of legends.
 KINDS = {
     "changed": "the base's most probable token here is another one",
     "strengthened": "the base's most probable token too, and steering made the written token more probable by at "
@@ -39,12 +39,12 @@ HALF = "\ufffd"  # in the text of a token that is a part of a character
 
 @dataclass(frozen=True)
 class Piece:
-    """Some text of the answer, and the tokens that it is: several where each is only a part of a character.
+    """A piece of the answer's text, and its tokens: several if each is only a part of a character.
 
     Attributes:
-        text: as it is in the answer. first: its first token, from 0. n_tokens: how many.
-        special: whether the text of the answer leaves it out, as it does with an end token.
-        span: where it is in the text of the answer, from and to; of no length where it is not in it.
+        text: its text in the answer. first: its first token, from 0. n_tokens: the number of its tokens.
+        special: whether the text of the answer leaves it out, like an end token.
+        span: its start and end in the text of the answer; empty if it is left out.
     """
 
     text: str

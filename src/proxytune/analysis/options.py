@@ -1,4 +1,4 @@
-"""The options of explanations and analyses: what is shown, where it goes, and which other token is tried."""
+"""The options of explanations and analyses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Branch:
     """Another token at one place of an answer.
 
     Attributes:
-        number: of the token, from 1. text: of the other token; "" where its id is given. id: its id.
+        number: the number of the token, from 1. text: the text of the other token; "" if its id is given. id: its id.
     """
 
     number: int
@@ -48,7 +48,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class ExplainOptions:
-    """What is shown of an answer's trace."""
+    """Options of an explanation."""
 
     moves: int = option(10, "How many of the tokens that steering moved furthest to list.", metavar="K", min=1)
     trace_top_k: int | None = option(
@@ -86,7 +86,7 @@ class ExplainOptions:
 
 @dataclass(frozen=True)
 class AnalyzeOptions:
-    """What is looked at in a set of traces."""
+    """Options of an analysis of traces."""
 
     classes: Path | None = option(
         None,
@@ -106,7 +106,7 @@ class AnalyzeOptions:
 
 @dataclass(frozen=True)
 class LimitOptions:
-    """What gold answers are read, and how often the base is sampled beside them."""
+    """Options of ``limit``: the gold answers, and samples of the base."""
 
     input: str = option(
         "",

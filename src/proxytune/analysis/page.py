@@ -1,4 +1,4 @@
-"""An explanation as one HTML page that needs nothing else: no network, no other file.
+"""An explanation as one HTML page that needs no network and no other file.
 
 The page is page.html with page.css and page.js put into it, and the explanation as JSON. No text of an answer becomes
 HTML: the script reads the JSON and sets text only, and the content security policy allows this script alone.
@@ -30,7 +30,7 @@ def page(why: Explanation) -> str:
         f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    # The data come last: nothing that they hold is replaced.
+    # The data come last, so that nothing in them is replaced.
     for name, text in (("POLICY", policy), ("STYLE", style), ("SCRIPT", script), ("DATA", _json(_data(why)))):
         template = template.replace(f"%{name}%", text, 1)
     return template
@@ -49,12 +49,12 @@ def _part(name: str) -> str:
 
 
 def _digest(text: str) -> str:
-    """What a content security policy calls one script or style by."""
+    """The hash of a script or style for the content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _json(value: Any) -> str:
-    """JSON that ends no script element, whatever it holds."""
+    """JSON that cannot end a script element, whatever it contains."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return re.sub("[<>&\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
@@ -85,14 +85,14 @@ def _data(why: Explanation) -> dict[str, Any]:
 
 
 def _command(why: Explanation) -> list[list[str]] | None:
-    """The words before and after the place of further options; None if there is no command."""
+    """The words before and after the place for further options; None if there is no command."""
     words = list(why.command)
     at = words.index("--") if "--" in words else len(words)
     return [words[:at], words[at:]] if words else None
 
 
 def _texts(tokens: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """Id -> text, of every token that the page names."""
+    """Id -> text, for every token that the page names."""
     found: dict[int, str] = {}
     for token in tokens:
         found |= {each["id"]: each["token"] for each in (token, *(token.get("candidates") or ()))}

@@ -15,7 +15,7 @@ __all__ = ["plot_alpha", "plot_tokens"]
 
 
 def plot_tokens(found: Mapping[str, Any], place: Path) -> list[Path]:
-    """Draw what :func:`proxytune.analysis.tokens.analyze` gives: classes and positions, PNG and SVG each."""
+    """Draw the result of :func:`proxytune.analysis.tokens.analyze`: classes and positions, as PNG and SVG."""
     place.mkdir(parents=True, exist_ok=True)
     classes = [(name.replace("_", " "), of) for name, of in found["classes"].items() if of["tokens"]]
     positions = [(f"{of['from']}–{of['to']}", of) for of in found["positions"]]
@@ -24,7 +24,7 @@ def plot_tokens(found: Mapping[str, Any], place: Path) -> list[Path]:
 
 
 def _bars(rows: Sequence[tuple[str, Mapping[str, Any]]], label: str, path: Path) -> list[Path]:
-    """One bar a mean, the first in colour, each with its 95 % interval."""
+    """One bar per mean with its 95 % interval; the first one in colour."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.5, 0.9 + 0.36 * len(rows)), layout="constrained")
         panel = figure.subplots()

@@ -1,6 +1,6 @@
 """Explanations from files: our traces, and what other programs log in OpenAI's form.
 
-What a log does not know is left out, never set to 0: the views show it as unknown.
+What a log does not record is left out, never set to 0. The views show it as unknown.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from proxytune.errors import ProxyTuneError
 
 __all__ = ["read_explanations", "read_traces"]
 
-UNKNOWN_LOG = -9999.0  # what OpenAI's API gives for a token that is not among the most probable ones
+UNKNOWN_LOG = -9999.0  # OpenAI's value for a token that is not among the most probable ones
 NUMBERS = ("base_logprob", "mixture_logprob", "base_rank", "base_entropy", "entropy", "kl")
 
 
 class Wrong(Exception):
-    """What is wrong with one value; where it is, its caller says."""
+    """What is wrong with one value. The caller adds its place."""
 
 
 def read_explanations(path: Path) -> list[Callable[[], Explanation]]:
-    """The answers of a file, in order; each is read when it is called for.
+    """The answers of a file, in order, as functions that read one answer each.
 
     The file holds traces (one JSON object per line, as ``proxytune generate --trace`` writes them), or responses of
     OpenAI's chat completions or completions with log-probabilities: one object, a list, or one per line. Each choice of
     a response is an answer.
 
     Raises:
-        ProxyTuneError: in one sentence, for a file that is neither.
+        ProxyTuneError: for a file that is neither.
     """
     answers: list[tuple[Callable[[Mapping[str, Any]], Explanation], Mapping[str, Any]]] = []
     for number, value in enumerate(_values(path), start=1):
@@ -70,7 +70,7 @@ def read_traces(path: Path) -> Iterator[Explanation]:
     """The answers of a file of traces, one after another.
 
     Raises:
-        ProxyTuneError: naming the line that is no trace.
+        ProxyTuneError: names the line that is not a trace.
     """
     for row in read_json(path):
         try:
@@ -116,7 +116,7 @@ def _token(value: Any, names: Sequence[str], alpha: Mapping[str, float], where: 
     ]
     known = [each for each in (token["mixture_logprob"], token["base_logprob"], *offsets.values()) if each is not None]
     if len(known) == 2 + len(names):
-        # The mixture is base + the sum of offsets + one number for all tokens, which the written one gives.
+        # The mixture is base + the sum of offsets + one number for all tokens, which follows from the written token.
         constant = known[0] - sum(known[1:])
         for each in candidates:
             _complete(each, alpha, constant)
@@ -139,7 +139,7 @@ def _candidate(value: Any, names: Sequence[str], where: str) -> dict[str, Any]:
 
 
 def _complete(each: dict[str, Any], alpha: Mapping[str, float], constant: float) -> None:
-    """Compute a candidate's log-probability in the mixture, where the trace has none."""
+    """Compute a candidate's log-probability in the mixture, if the trace has none."""
     if "mixture_logprob" in each or each["masked"]:
         return
     parts = [each.get("base_logprob"), *(each["delta"].get(name) for name in alpha)]
@@ -176,7 +176,7 @@ def _of_choice(choice: Mapping[str, Any]) -> Explanation:
 
 
 class _Ids:
-    """Numbers for tokens whose ids a log does not know: one for each text, or each run of bytes."""
+    """Numbers for tokens without ids in a log: one for each text, or each sequence of bytes."""
 
     def __init__(self) -> None:
         self.known: dict[bytes, int] = {}
@@ -185,7 +185,7 @@ class _Ids:
         return {"id": self.known.setdefault(raw, len(self.known)), "token": raw.decode("utf-8", "replace")}
 
     def text(self, tokens: Sequence[Mapping[str, Any]]) -> str:
-        """The text of tokens, whose parts of characters come together."""
+        """The text of tokens, with parts of characters joined."""
         raw = list(self.known)
         return b"".join(raw[token["id"]] for token in tokens).decode("utf-8", "replace")
 
@@ -228,7 +228,8 @@ def _completion_tokens(logprobs: Mapping[str, Any], ids: _Ids) -> Iterator[dict[
 
 
 def _with_candidates(written: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, Any]:
-    """A token with its candidates, of which it is one; of several without a text of their own the most probable."""
+    """A token with its candidates, including itself. Of several candidates with the same text only the most probable is
+    kept."""
     unique: dict[int, dict[str, Any]] = {}
     for each in (written, *others):
         unique.setdefault(each["id"], each)

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = ["legend", "marked", "moves_table", "shaded", "totals_lines"]
 
-MARKS = {"changed": ("⟦", "⟧"), "strengthened": ("⟨", "⟩")}  # where there are no colours
-MAX_ALPHA = 3.0  # a trace has no flips beyond
-LEVELS = (0.5, 1.5)  # nats; from each on the shade is darker
-# Orange and blue can be told apart by people who see no red or no green; bold and underlined by all.
+MARKS = {"changed": ("⟦", "⟧"), "strengthened": ("⟨", "⟩")}  # without colours
+MAX_ALPHA = 3.0  # a trace has no flips beyond this alpha
+LEVELS = (0.5, 1.5)  # nats; from each value on, the shade is darker
+# People who cannot see red or green can distinguish orange and blue; everyone can distinguish bold and underlined.
 STYLES = {
-    # color(16) is black everywhere: what a terminal shows as "black", bold above all, may be grey.
+    # color(16) is black everywhere; a terminal's "black" may be grey, above all in bold.
     "changed": tuple(f"bold color(16) on color({shade})" for shade in (223, 215, 208)),
     "strengthened": tuple(f"underline color(16) on color({shade})" for shade in (153, 117, 75)),
     "given": ("dim",) * 3,
@@ -39,7 +39,7 @@ def marked(why: Explanation) -> str:
 
 
 def shaded(why: Explanation) -> Text:
-    """The answer for a terminal that has styles: the further steering moved a token, the darker it is."""
+    """The answer for a terminal with styles. The further steering moved a token, the darker it is."""
     from rich.text import Text
 
     text = Text()
@@ -51,12 +51,12 @@ def shaded(why: Explanation) -> Text:
 
 
 def visible(text: str) -> str:
-    """Text without control characters, which a terminal would obey."""
+    """Text without control characters, which a terminal would execute."""
     return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def legend(why: Explanation, *, styled: bool) -> str:
-    """What the marks of the answer mean, of those that it has."""
+    """The meaning of the marks in the answer."""
     if not why.steered:
         return "This log does not record what steering did."
     plain = {kind: "".join(pair) for kind, pair in MARKS.items()}
@@ -133,7 +133,7 @@ def totals_lines(why: Explanation) -> str:
 
 # -- cells ----------------------------------------------------------------------------------------------------
 def quoted(text: str) -> str:
-    """A token's text in quotes, with its spaces and line ends to be seen."""
+    """A token's text in quotes, with visible spaces and line ends."""
     return visible(json.dumps(text, ensure_ascii=False))
 
 
@@ -145,11 +145,11 @@ def _choice(each: Mapping[str, Any] | None, field: str, name: str | None = None)
 
 
 def _from_alpha(token: Mapping[str, Any], expert: str, alpha: float) -> str:
-    """From which alpha on the written token is the greedy choice; "" where another one is, as in sampling."""
+    """The alpha from which on the written token is the greedy choice; "" if it is not, as in sampling."""
     steps = [step for step in (token.get("flips") or {}).get(expert, ()) if step[0] <= alpha <= MAX_ALPHA]
     return f"{steps[-1][0]:.2f}" if steps and steps[-1][1] == token["id"] else ""
 
 
 def _short(value: float | None) -> str:
-    """A number, or a dash where it is infinite or unknown."""
+    """A number, or a dash if it is infinite or unknown."""
     return "–" if value is None else f"{value:.2f}"

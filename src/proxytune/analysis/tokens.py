@@ -1,7 +1,7 @@
 """What steering did over a set of traces: by class of token, by position, by expert, with intervals.
 
 The shift of a token is its probability in the mixture minus that in the base, as in the paper (2401.08565, section 6).
-Means are over tokens. Tokens of one answer are not independent, so intervals draw whole answers again.
+Means are over tokens. Tokens of one answer are not independent, so intervals resample whole answers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TokenClass:
     """A class of tokens.
 
     Attributes:
-        about: what it is, for people. pattern: finds its texts. group: the group of the pattern that counts.
+        about: a description. pattern: finds its texts. group: the group of the pattern that counts.
     """
 
     about: str
@@ -42,15 +42,16 @@ class TokenClass:
     group: str | int = 0
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Where in a text its texts are, from and to, in order."""
+        """The start and end of each match in a text, in order."""
         return [match.span(self.group) for match in self.pattern.finditer(text)]
 
 
 def load_classes(more: Path | None = None) -> dict[str, TokenClass]:
-    """The classes by name, with those of a file.
+    """The classes by name, including those of a file.
 
     Raises:
-        ProxyTuneError: naming what is wrong in the file. OSError: where it cannot be read.
+        ProxyTuneError: names what is wrong in the file.
+        OSError: if it cannot be read.
     """
     own = Path(__file__).with_name("classes.yaml")
     classes: dict[str, TokenClass] = {}
@@ -106,16 +107,18 @@ def classes_of(why: Explanation, classes: Mapping[str, TokenClass]) -> list[set[
 
 
 # -- numbers --------------------------------------------------------------------------------------------------
-Parts = dict[Any, list[float]]  # what is averaged -> its sum and its count
+Parts = dict[Any, list[float]]  # name of a mean -> its sum and its count
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What is averaged of one answer.
+    """The sums over one answer.
 
     Attributes:
-        parts: of its tokens. moved: by text, the shift summed over all places at which it was a candidate.
-        written: how often each text was. experts: the recipe's. unknown: tokens without a shift.
+        parts: the sums over its tokens.
+        moved: text -> the shift summed over all places at which it was a candidate.
+        written: how often each text was written. experts: the recipe's experts. unknown: number of tokens without a
+            shift.
     """
 
     parts: Parts
@@ -150,10 +153,10 @@ def measure(why: Explanation, classes: Mapping[str, TokenClass]) -> Measured:
 def analyze(
     answers: Iterable[Measured], classes: Mapping[str, TokenClass], *, top: int = 10, seed: int = 0
 ) -> dict[str, Any]:
-    """What steering did over a set of answers, as JSON. Means have the bounds of their 95 % interval, or None.
+    """What steering did over a set of answers, as JSON. Means have the bounds of their 95 % interval, or None instead.
 
     Args:
-        answers: see :func:`measure`. top: so many promoted and demoted tokens. seed: of the bootstrap.
+        answers: see :func:`measure`. top: the number of promoted and demoted tokens. seed: seed of the bootstrap.
     """
     answers = list(answers)
     each, moved = [of.parts for of in answers], [of.moved for of in answers]
@@ -208,7 +211,7 @@ def _add(parts: Parts, key: Any, value: float | None) -> None:
 
 
 def _compare(parts: Parts, name: str, token: Mapping[str, Any]) -> None:
-    """How sure base and expert are of their own choices where these differ, and which of them was written."""
+    """How sure base and expert are of their own choices if these differ, and which one was written."""
     base, expert = base_choice(token), expert_choice(token, name)
     if base is None or expert is None:
         return
@@ -230,7 +233,7 @@ def _mean(pairs: Sequence[Sequence[float]], seed: int) -> dict[str, Any]:
 
 
 def _difference(pairs: Sequence[Sequence[Sequence[float]]], seed: int) -> dict[str, Any]:
-    """The mean of the first minus that of the second; both are drawn with their answer."""
+    """The mean of the first minus that of the second; both are resampled with their answer."""
     columns = [[side[at] for side in sides] for sides in zip(*pairs) for at in (0, 1)]
     if not columns or not sum(columns[1]) or not sum(columns[3]):
         return {"mean": None, "low": None, "high": None}
@@ -242,7 +245,7 @@ def _difference(pairs: Sequence[Sequence[Sequence[float]]], seed: int) -> dict[s
 
 # -- tables ---------------------------------------------------------------------------------------------------
 def summary_tables(found: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """Tables of what :func:`analyze` gives for a set, and of its ``files`` where there are several."""
+    """Tables of the result of :func:`analyze` for a set, and of its ``files`` if there are several."""
     about = f": {found['answers']} answers, {found['tokens']} tokens"
     rows: list[tuple[str, ...]] = [("all tokens", str(found["shift"]["tokens"]), *_cells(found["shift"]))]
     rows += [(_said(name), str(of["tokens"]), *_cells(of)) for name, of in found["classes"].items() if of["tokens"]]

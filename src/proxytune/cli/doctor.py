@@ -142,7 +142,7 @@ def doctor(
 
 
 def _draw(found: dict[str, object], place: Path) -> None:
-    """The curve of alpha, where matplotlib is installed."""
+    """Draw the curve of alpha, if matplotlib is installed."""
     try:
         from proxytune.analysis.plots import plot_alpha
     except ImportError:

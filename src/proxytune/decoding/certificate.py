@@ -1,12 +1,12 @@
-"""Which greedy choices are certain where the base's probabilities are known for some tokens alone.
+"""Which greedy choices are certain if the base's probabilities are known only for some tokens.
 
-Let S be the tokens whose base log-probability is known, and u a bound on that of all others. What steers, δ, is known
-for every token. So u + δ(v) bounds the mixture of each v outside S, and x in S is the choice of the whole vocabulary
-where
+Let S be the tokens whose base log-probability is known, and u a bound on that of all others. The offsets, δ, are known
+for every token. So u + δ(v) bounds the mixture of each v outside S, and x in S is the choice over the whole vocabulary
+if
 
     base(x) + δ(x) > u + max over v outside S of δ(v)
 
-It holds for the mixture itself. What logits processors change afterwards is not covered.
+It holds for the mixture itself. Changes by logits processors are not covered.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from proxytune.errors import ProxyTuneError
 
 __all__ = ["MARGIN", "Certifier", "bounded", "judge", "known_ids"]
 
-MARGIN = 1e-4  # by how much a choice must win: rounding in float32, here and at the server
+MARGIN = 1e-4  # the margin by which a choice must win: rounding in float32, here and at the server
 
 
 def known_ids(scores: Scores, n_vocab: int) -> Tensor:
-    """Which tokens scores know, (n_rows, n_positions, n_vocab), bool."""
+    """Which tokens are known in scores, (n_rows, n_positions, n_vocab), bool."""
     assert scores.ids is not None
     known = torch.zeros(*scores.ids.shape[:2], n_vocab + 1, dtype=torch.bool, device=scores.ids.device)
     return known.scatter_(2, scores.ids.where(scores.ids >= 0, n_vocab), True)[..., :n_vocab]
@@ -41,7 +41,7 @@ def bounded(scores: Scores, n_vocab: int) -> Tensor:
 
 
 def judge(upper: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Which choices are certain, and which tokens stand in the way of the others.
+    """Which choices are certain, and which unknown tokens could win instead of the others.
 
     Args:
         upper: the mixture of known tokens, and an upper bound for each other one, (n_rows, n_positions, n_vocab).
@@ -58,10 +58,10 @@ def judge(upper: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Certifier:
-    """Mixes what an incomplete base says, asks it for more where that leaves the choice open, and marks each token.
+    """Mixes the scores of an incomplete base, asks it for more if they do not decide the choice, and marks each token.
 
     Attributes:
-        marks: of each of the caller's rows, whether each new token is certain.
+        marks: for each of the caller's rows, whether each new token is certain.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Certifier:
     ) -> None:
         """
         Args:
-            lane: which lane holds the base; state: its. n_vocab: of the base.
+            lane: the number of the base's lane; state: its state. n_vocab: the base's vocabulary.
             asks: whether the base is asked again. exact: whether the choice is the best of the mixture: no logits
                 processors, no sampling. whole: whether the base knows all tokens, so that any choice is certain.
             needs_best: whether the mixture depends on the base's most probable token, as the plausibility mask does.
@@ -87,7 +87,7 @@ class Certifier:
         self.asks, self.exact, self.whole, self.needs_best = asks, exact, whole, needs_best
         self.marks: list[list[bool]] = [[] for _ in range(n_batch)]
         self.seen: list[Tensor] = []  # this step's, (n_batch, n_positions) each
-        self.start = 0  # columns that stand before this step's first position, and in it
+        self.start = 0  # columns before this step's first position, and in it
 
     def mix(self, scores: Sequence[Scores], mix: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
         """The mixture, (n_batch, n_positions, n_vocab), -inf where the base is not known.
@@ -96,7 +96,7 @@ class Certifier:
             mix: from the logits of all lanes to their mixture.
 
         Raises:
-            ProxyTuneError: where no token that is known can be chosen.
+            ProxyTuneError: if no known token can be chosen.
         """
         values = [each.values for each in scores]
         base = scores[self.lane]
@@ -110,7 +110,7 @@ class Certifier:
                 certain &= base.values.amax(dim=-1) >= base.bound
             if not self.asks:
                 break
-            # Behind a draft that is rejected nothing is written, so nothing is asked.
+            # Nothing is written after a rejected draft, so nothing is asked.
             kept = upper.masked_fill(~known, -torch.inf).argmax(dim=-1) == self.state.behind(start, upper.shape[1])
             reached = kept.cumprod(dim=1).bool().roll(1, dims=1).index_fill(1, torch.tensor([0]), True)
             rivals &= reached[..., None]

@@ -37,11 +37,11 @@ AS_IT_IS, RAW = LoadingOptions(), Prompt()
 
 @dataclass(frozen=True)
 class Reader:
-    """How the members of an arm read a prompt, and how much they can; it needs none of their weights.
+    """How the members of an arm read a prompt, and how long it may be. It needs no weights.
 
     Attributes:
-        name: the arm's. tokenizer: of those that are shown the raw text.
-        own: member name -> (its prompt, its tokenizer), of members with a prompt of their own; "" is a model alone.
+        name: the arm's name. tokenizer: the tokenizer for members that read the raw text.
+        own: member name -> (its prompt, its tokenizer), for members with prompts of their own; "" is a model alone.
         contexts: member name -> how many tokens it can read, None for any number.
     """
 
@@ -51,7 +51,7 @@ class Reader:
     contexts: Mapping[str, int | None]
 
     def encode(self, plan: TaskPlan, context: str) -> Encoded:
-        """The ids that each member reads for a context that an answer is written behind."""
+        """The ids that each member reads as the context of an answer."""
         own = self._own_prompts(plan, context)
         ids = own.pop("") if "" in own else self._ids(context)
         return with_room(self.contexts, ids, own)
@@ -59,32 +59,32 @@ class Reader:
     def encode_pairs(self, plan: TaskPlan, context: str, continuations: Sequence[str]) -> list[Pair]:
         """The ids of a context and each of its continuations, as lm_eval's HFLM encodes them.
 
-        White space at the end of the context belongs to the continuation, an empty context is the token that begins a
-        text, and what is longer than the model's context loses its beginning. A prompt of a member's own is made of the
-        context without that white space; it is never cut.
+        White space at the end of the context belongs to the continuation. An empty context becomes the token that
+        begins a text. Texts that are longer than the model's context lose their beginning. A member's own prompt is
+        made from the context without that white space, and is never cut.
 
         Raises:
-            ProxyTuneError: for a continuation without a token, and for texts that no member's context can hold.
+            ProxyTuneError: for a continuation without a token, and for texts that do not fit a member's context.
         """
         pairs = []
         raw_limits = [limit for name, limit in self.contexts.items() if limit is not None and name not in self.own]
-        limit = min(raw_limits, default=None)  # of those shown the raw text
+        limit = min(raw_limits, default=None)  # for members that read the raw text
         for raw, scored in _encoded_as_lm_eval(self.tokenizer, context, continuations):
             own = self._own_prompts(plan, context.rstrip())
-            # The last token is foretold and never read.
+            # The last token is predicted and never read.
             cut = 0 if "" in own or limit is None else max(0, len(raw) + len(scored) - (limit + 1))
             if cut >= len(raw):
                 raise ProxyTuneError(f"a continuation has {len(scored)} tokens, but the model can read only {limit}")
             encoded = with_room(self.contexts, own.pop("", raw[cut:]), own)
             if encoded.room is not None and len(scored) > encoded.room:
                 raise ProxyTuneError(
-                    f"behind its prompt a continuation has {len(scored)} tokens, but there is room for {encoded.room}"
+                    f"a continuation has {len(scored)} tokens, but after its prompt there is room for {encoded.room}"
                 )
             pairs.append(Pair(encoded, scored, cut))
         return pairs
 
     def _own_prompts(self, plan: TaskPlan, text: str) -> dict[str, list[int]]:
-        """Member name -> the ids of its own prompt, of members that have one."""
+        """Member name -> the ids of its own prompt, for members that have one."""
         prompts = {name: (plan.chat_prompt(prompt, of), of) for name, (prompt, of) in self.own.items()}
         messages = [{"role": "user", "content": text}]
         return Prompter(self.tokenizer, prompts).from_messages(messages, self._ids(text), self._ids)
@@ -95,13 +95,13 @@ class Reader:
 
 @dataclass(frozen=True)
 class Arm:
-    """A model, what it is shown, and how its logits are read.
+    """A model, its prompt, and how its logits are used.
 
     Attributes:
         model: a composite: the recipe's, or one without experts, see :func:`alone`.
-        alphas: one value an expert.
-        prompt: of a model alone; a recipe's members have theirs.
-        begun: the ids that its last prompts began with, such as solved examples -> the cache that has read them.
+        alphas: one value per expert.
+        prompt: the prompt of a model alone; a recipe's members have their own.
+        begun: the ids that its last prompts began with, such as solved examples -> a cache that has read them.
     """
 
     name: str
@@ -120,10 +120,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Pair:
-    """A context and a continuation of it that is scored.
+    """A context and a continuation of it to score.
 
     Attributes:
-        context: what the members read before it. continuation: its ids, at least one.
+        context: the prompt before the continuation. continuation: its ids, at least one.
         cut: how many tokens the raw context lost at its beginning.
     """
 
@@ -159,8 +159,8 @@ def _encoded_as_lm_eval(
     requests = [Instance("loglikelihood", {}, (context, text), at) for at, text in enumerate(continuations)]
     pairs = TemplateLM.loglikelihood(encoder, requests, disable_tqdm=True)
     if not all(scored for _, scored in pairs):
-        raise ProxyTuneError("a continuation has no token of its own behind its context")
-    # A context of white space alone has moved into the continuation; lm_eval has no rule for what is left.
+        raise ProxyTuneError("a continuation adds no token to its context")
+    # A context of only white space has moved into the continuation; lm_eval has no rule for the rest.
     return [(list(ids) or [encoder.prefix_token_id], list(scored)) for ids, scored in pairs]
 
 
@@ -168,9 +168,9 @@ class Arms:
     """Makes the arms of a recipe, each set of weights loaded once.
 
     Args:
-        names: the arms that will be asked for; without ``proxy_tuned`` no member is loaded that no arm needs.
-        loading: what is asked of every member, and whether the mixture drafts.
-        alphas: one value an expert in place of the recipe's.
+        names: the arms to make. Without ``proxy_tuned`` only members that some arm needs are loaded.
+        loading: how members are loaded, and whether the mixture drafts.
+        alphas: one value per expert, instead of the recipe's.
         tuned: a path or hub id of the directly tuned model.
         mean_weight: each expert's weight in ``weighted_mean``; the base's is 1.
     """
@@ -192,11 +192,11 @@ class Arms:
         self.members = dict(config.members())
         self.steered: ProxyTunedForCausalLM | None = None
         self.mean: ProxyTunedForCausalLM | None = None  # base and experts, the base in place of the anti-experts
-        self.alone: dict[str, Any] = {}  # member name -> lane, where the recipe is not loaded whole
+        self.alone: dict[str, Any] = {}  # member name -> lane, if the recipe is not loaded completely
         self.tokenizers: dict[str, Any] = {}
 
     def make(self, name: str) -> Arm:
-        """One arm, ready to answer. For ``tuned`` everything else is let go."""
+        """One arm, ready to answer. For ``tuned`` everything else is released."""
         if name == "tuned":
             self.close()
             return self._tuned()
@@ -209,10 +209,10 @@ class Arms:
         return alone(name, model, self._tokenizer(member), self.members[member].prompt)
 
     def reader(self, name: str) -> Reader:
-        """How an arm will read, from configs and tokenizers alone; no weights are loaded for it.
+        """How an arm will read, from only configs and tokenizers; it loads no weights.
 
         Raises:
-            ProxyTuneError: where a config or a tokenizer cannot be loaded.
+            ProxyTuneError: if a config or a tokenizer cannot be loaded.
         """
         if name == "tuned":
             assert self.tuned is not None
@@ -231,17 +231,17 @@ class Arms:
         return Reader(name, tokenizer, {} if prompt.kind == "raw" else {"": (prompt, tokenizer)}, {"base": limit})
 
     def close(self) -> None:
-        """Let go of every model."""
+        """Release every model."""
         self.steered, self.mean, self.alone = None, None, {}
         gc.collect()
 
     @property
     def tokenizer(self) -> Any:
-        """The recipe's, or where it has none the base's."""
+        """The recipe's tokenizer or, if it has none, the base's."""
         return self._tokenizer("base")
 
     def _member(self, arm: str) -> str:
-        """The member that an arm is, of the arms that are one."""
+        """The member of an arm that is one member alone."""
         wanted = "base" if shots_of(arm) != "raw" else arm
         return next(each for each in self.members if each == wanted or each.endswith(f".{wanted}"))
 
@@ -258,7 +258,7 @@ class Arms:
         return self.steered
 
     def _lane(self, member: str) -> Any:
-        """The lane of a member: of the whole recipe where that is loaded or will be, otherwise its own."""
+        """The lane of a member: in the whole recipe if that is or will be loaded, otherwise its own."""
         if self.steered is not None or "proxy_tuned" in self.names:
             steered = self._whole()
             return steered.lanes[steered.seats[member][0]]
@@ -322,23 +322,23 @@ class Arms:
 
 
 def _context(config: Any) -> int | None:
-    """How many tokens a model can read, by its config; None where that sets no limit."""
+    """How many tokens a model can read, from its config; None if it sets no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def alone(name: str, model: Any, tokenizer: Any, prompt: Prompt = RAW) -> Arm:
-    """An arm that is one model: a composite without experts."""
+    """An arm with one model: a composite without experts."""
     return Arm(name, alone_model(model, tokenizer), tokenizer, prompt=prompt)
 
 
 def tuned_prompt(config: ProxyTuneConfig) -> Prompt:
-    """What the directly tuned model is shown: the one prompt that all experts have, or an error."""
+    """The prompt of the directly tuned model: the prompt that all experts have, otherwise an error."""
     prompts = {name: member.prompt for name, member in config.members() if name.endswith(".expert")}
     first = next(iter(prompts.values()), Prompt())
     if other := next((name for name, prompt in prompts.items() if prompt != first), None):
         raise ProxyTuneError(
-            f"the tuned model is shown what the expert is shown, but {next(iter(prompts))} and {other} have different "
-            "prompts; evaluate it with a recipe whose experts have one, or leave --tuned out"
+            f"the tuned model reads the expert's prompt, but {next(iter(prompts))} and {other} have different prompts; "
+            "evaluate it with a recipe whose experts have one, or leave --tuned out"
         )
     return first
 

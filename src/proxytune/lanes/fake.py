@@ -1,7 +1,7 @@
 """A lane with known logits: a function of the text alone, in place of a model. For tests, and as an example.
 
-It keeps the ids that it has read and computes nothing that a reader could not compute by hand, so whatever is built on
-lanes can be held against it without a download.
+It keeps the ids that it has read, and its logits can be computed by hand. So code that uses lanes can be tested with
+it, without a download.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def hashed_logits(n_vocab: int, seed: int = 0, scale: float = 3.0) -> LogitsOf:
 
 
 class FakeLane:
-    """A lane whose members' logits are given.
+    """A lane whose members' logits are given functions.
 
     Args:
         logits_of: for each seat the function from a text, as ids, to the logits of its next token, (n_vocab,).
@@ -55,14 +55,14 @@ class FakeLane:
         self.logits_of = list(logits_of)
         self.seats = tuple(Seat(own, Prompt()) for own in names)
         self.n_vocab = n_vocab
-        self.n_computed = 0  # texts that were scored, so that tests can see what was not
+        self.n_computed = 0  # texts that were scored, for tests
 
     def open(self, n_batch: int, capacity: int | None = None) -> FakeState:
         return FakeState(self, n_batch)  # a list has room for any number of columns
 
 
 class FakeState(TextState):
-    """The texts that a :class:`FakeLane` has read, scored anew at each position."""
+    """The texts that a :class:`FakeLane` has read, scored again at each position."""
 
     def __init__(self, lane: FakeLane, n_batch: int) -> None:
         super().__init__(len(lane.seats), n_batch)

@@ -38,7 +38,7 @@ def load_lanes(config: ProxyTuneConfig, loading: Loading, given: Mapping[str, An
     ``given``: member name -> a model in memory (a PeftModel too); its weights are used, its modules stay as they are.
 
     Raises:
-        MemberError: naming the member that cannot be loaded, and why.
+        MemberError: names the member that cannot be loaded, and why.
     """
     in_memory: dict[int, list[tuple[str, Member]]] = {}
     for name, member in config.members():
@@ -60,7 +60,7 @@ def load_lanes(config: ProxyTuneConfig, loading: Loading, given: Mapping[str, An
 
 
 def load_member(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> TransformersLane:
-    """Load one member alone, its adapter merged where that can be done."""
+    """Load one member by itself, with its adapter merged if possible."""
     lane = _loaded_lane(config, [(name, member)], loading)
     if loading.pack:
         lane.pack()
@@ -73,7 +73,7 @@ def _bare(model: Any) -> Any:
 
 
 def _given_lane(group: list[tuple[str, Member]], given: Mapping[str, Any]) -> TransformersLane:
-    """A lane over the weights of models in memory, in a module tree of its own: the caller's stays as it is."""
+    """A lane over the weights of models in memory, with a module tree of its own. The caller's models do not change."""
     adapters = {name: active_adapter(name, given[name]) for name, _ in group}
     wrappers = {id(given[name]): given[name] for name, adapter in adapters.items() if adapter is not None}
     for name, adapter in adapters.items():
@@ -88,7 +88,7 @@ def _given_lane(group: list[tuple[str, Member]], given: Mapping[str, Any]) -> Tr
 
 
 def _loaded_lanes(config: ProxyTuneConfig, group: list[tuple[str, Member]], loading: Loading) -> list[TransformersLane]:
-    """One lane, or where an adapter turns out to be in the others' way, one for each adapter."""
+    """One lane; if an adapter cannot share it, one lane per adapter."""
     try:
         return [_loaded_lane(config, group, loading)]
     except CannotShare as error:
@@ -120,7 +120,7 @@ def _loaded_lane(config: ProxyTuneConfig, group: list[tuple[str, Member]], loadi
             raise CannotShare(owner, f"it changes the model's own weights ({touched})")
     if adapted is not None:
         if not shared and can_be_merged(adapted):
-            model = adapted.merge_and_unload()  # alone on its weights: merged, it costs nothing
+            model = adapted.merge_and_unload()  # the only user of its weights: merged, it costs nothing
             adapted, adapters = None, dict.fromkeys(adapters)
         else:
             model = adapted.get_base_model()
@@ -167,7 +167,8 @@ def load_model(config: ProxyTuneConfig, name: str, member: Member, loading: Load
 
 
 def forget_gguf(model: Any) -> None:
-    """Drop the note that a model was quantized: transformers dequantizes GGUF, and refuses to save what is noted so."""
+    """Remove the mark that a model was quantized. transformers dequantizes GGUF, but refuses to save models with this
+    mark."""
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

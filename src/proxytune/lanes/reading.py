@@ -1,4 +1,4 @@
-"""How a loaded model is to be read, told by trying: whole or in pieces, with padding or without."""
+"""Tests how a loaded model can be read: whole or in pieces, with padding or without."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from proxytune.recipe.families import new_cache, obstacle_of, read_columns, unus
 
 __all__ = ["Reading", "has_read", "one_by_one", "reading_of", "refuse_unequal_lengths", "rotations", "unlike_in_pieces"]
 
-N_TRIED, N_PREFIX = 14, 11  # tokens that a trial reads, and how many of them at first
-# How far two ways of computing the same logits may lie apart (root mean square), as a share of the logits' spread.
+N_TRIED, N_PREFIX = 14, 11  # tokens that a test reads, and how many of them at first
+# How far two ways of computing the same logits may differ (root mean square), as a share of the logits' spread.
 EXACT = {torch.float32: 2e-4, torch.float64: 2e-4}
 ROUNDED = 0.2  # in half precision and quantized; another prefix gives about 1
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a model is to be read.
+    """How a model can be read.
 
     Attributes:
-        obstacle: why its cache cannot be driven at all; None where it can.
-        in_pieces: whether several tokens can be read at once behind others; else one at a time.
+        obstacle: why its cache cannot be used at all; None if it can.
+        in_pieces: whether several tokens can be read at once after others; otherwise one at a time.
         padded: whether padding on the left changes nothing.
     """
 
@@ -40,7 +40,7 @@ _tried: dict[Any, Reading] = {}  # the answer depends on the class and its confi
 
 @torch.no_grad()
 def reading_of(model: Any) -> Reading:
-    """How a loaded model is to be read, by reading a few tokens in several ways and comparing the logits."""
+    """How a loaded model can be read, found by reading a few tokens in several ways and comparing the logits."""
     if any(parameter.is_meta for parameter in model.parameters()):
         return Reading(obstacle_of(model))
     key = (type(model), model.dtype, model.config.to_json_string())
@@ -85,7 +85,7 @@ def _try(model: Any) -> Reading:
     def tried(read: Callable[[], Tensor], expected: Tensor) -> bool:
         try:
             return agree(read(), expected)
-        except Exception:  # what cannot be done need not be done
+        except Exception:  # errors only show that the model cannot do it
             return False
 
     def piece() -> Tensor:
@@ -106,7 +106,7 @@ def has_read(cache: Any) -> bool:
 
 
 def one_by_one(read: Callable[..., Tensor], ids: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """The logits of columns that are read behind others one at a time, as models must be that are not ``in_pieces``.
+    """The logits of columns after others, read one at a time, for models that are not ``in_pieces``.
 
     ``read`` gives the logits of ids, (n_rows, k), and ``inputs``, in which a mask is (n_rows, n_read + n_columns).
     """
@@ -121,13 +121,13 @@ def one_by_one(read: Callable[..., Tensor], ids: Tensor, inputs: dict[str, Any])
     return torch.cat(parts, dim=1)
 
 
-# Rotations of positions (rope_type) that depend on the position alone. Others ("dynamic", "longrope") depend on the
-# longest position of the call as well, so that a token behind drafts is read differently from one read alone.
+# Rotations of positions (rope_type) that depend only on the position. Others ("dynamic", "longrope") also depend on the
+# longest position of the call, so a token after drafts is read differently from one read alone.
 ROTATIONS = frozenset({"default", "linear", "llama3", "proportional", "yarn"})
 
 
 def unlike_in_pieces(lanes: Iterable[Any]) -> str | None:
-    """Why some lane may read several tokens at once differently from one by one; None where all are known not to."""
+    """Why some lane may read several tokens at once differently from one by one; None if all are known not to."""
     for lane in lanes:
         if lane.model is None:  # it runs elsewhere, where each text is read anew
             continue
@@ -140,7 +140,8 @@ def unlike_in_pieces(lanes: Iterable[Any]) -> str | None:
 
 
 def refuse_unequal_lengths(lane: Any) -> None:
-    """Raise :class:`MemberError` where one pass reads prompts of several lengths with a rotation that depends on it."""
+    """Raise :class:`MemberError` if one pass reads prompts of several lengths with a rotation that depends on the
+    length."""
     if len({seat.prompt for seat in lane.seats}) == 1:
         return
     if kinds := sorted(rotations(lane.model) - ROTATIONS):
@@ -161,7 +162,7 @@ def rotations(model: Any) -> set[str]:
 
 
 def _rope_types(value: Any) -> set[str]:
-    """Those in a rope type, in rope parameters, or in a mapping from kinds of layers to either."""
+    """The rope types in a rope type, in rope parameters, or in a mapping from kinds of layers to either."""
     if isinstance(value, str):
         return {value}
     if not isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""A base behind an API: a lane whose scores another machine computes, and says for the most probable tokens alone."""
+"""A base behind an API: a lane whose scores another machine computes, and returns only for the most probable tokens."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ REQUEST = Cost(2e10, 1e9)
 
 
 def chosen_way(asked: str, endpoint: Endpoint) -> Way:
-    """The way in which a base is asked: ``auto`` takes the first that its server offers.
+    """The way to ask a base: ``auto`` takes the first that its server offers.
 
     Raises:
-        ProxyTuneError: for a way that there is not, or that the server does not offer.
+        ProxyTuneError: for an unknown way, or one that the server does not offer.
     """
     if asked != "auto" and asked not in WAYS:
         raise ProxyTuneError(f"there is no way {asked!r}; there are auto, {', '.join(WAYS)}")
@@ -42,11 +42,11 @@ def chosen_way(asked: str, endpoint: Endpoint) -> Way:
 
 
 class RemoteLane(nn.Module):
-    """A base that an API serves. It has no weights here, and draws from no distribution that it does not know.
+    """A base that an API serves. It has no weights here, and never samples from a distribution that it does not know.
 
     Attributes:
-        way: ``pull`` asks for the top k behind each token, ``ask`` again where that leaves the choice open, ``verify``
-            for all drafts of a step in one request.
+        way: ``pull`` asks for the top k after each token, ``ask`` asks again if that does not decide the choice,
+            ``verify`` asks for all drafts of a step in one request.
     """
 
     model: Any = None
@@ -71,7 +71,7 @@ class RemoteLane(nn.Module):
         return RemoteState(self, n_batch)  # a list has room for any number of columns
 
     def alone(self, name: str) -> Any:
-        """Refused: there is no model to be had."""
+        """Refused: there is no model here."""
         raise MemberError(f"{name} runs behind an API ({self.source.api}), so its model is not on this machine")
 
     def prepare_drafts(self) -> None:
@@ -82,10 +82,10 @@ class RemoteLane(nn.Module):
 
 
 class RemoteState(TextState):
-    """The texts that a :class:`RemoteLane` has read, and what its server says of them.
+    """The texts that a :class:`RemoteLane` has read, and its server's replies.
 
     Attributes:
-        calls: of each row, how many requests were made for it.
+        calls: the number of requests per row.
     """
 
     def __init__(self, lane: RemoteLane, n_batch: int) -> None:
@@ -105,7 +105,7 @@ class RemoteState(TextState):
 
         def ask(row: int) -> list[Known]:
             texts = [self.text(row, ahead) for ahead in places]
-            shown = [text for text in texts if text]  # before its first token a row has nothing to be asked about
+            shown = [text for text in texts if text]  # before its first token there is nothing to ask for a row
             self.calls[row].n += 1 if endpoint.offer.lists else len(shown)
             return [Known({}, 0.0)] * (len(texts) - len(shown)) + endpoint.top(shown, endpoint.n)
 
@@ -119,7 +119,7 @@ class RemoteState(TextState):
         return self.ask(start, rivals & ~known_ids(scores, self.lane.n_vocab)) or scores
 
     def ask(self, start: int, rivals: Tensor) -> Scores | None:
-        """Ask more about positions at which some of ``rivals`` are to be known; None where nothing more is told.
+        """Ask for more at positions at which some of ``rivals`` must be known; None if the server returns nothing more.
 
         Args:
             start: how many of the pending columns stand before the first position.
@@ -145,7 +145,7 @@ class RemoteState(TextState):
         return torch.tensor(columns).T
 
     def _scores(self, start: int, n_positions: int) -> Scores:
-        """What is known at some positions."""
+        """The known scores at some positions."""
         rows = [[self.known[row, start + at] for at in range(n_positions)] for row in range(self.n_batch)]
         width = max((len(known.logprobs) for row in rows for known in row), default=0)
         ids = torch.full((self.n_batch, n_positions, width), -1)
@@ -182,7 +182,7 @@ class RemoteState(TextState):
 
 
 class Count:
-    """A number that goes along with a row."""
+    """A number that stays with its row."""
 
     def __init__(self) -> None:
         self.n = 0

@@ -1,7 +1,7 @@
-"""How servers write tokens: from what stands in a reply to the ids that it can mean.
+"""How servers write tokens: from the texts in a reply to the ids that they can mean.
 
-One id has several spellings (its text, the tokenizer's own name for it, its bytes where these are no text), and one
-spelling may fit several ids. What fits several is no id: the reply leaves open which one it means.
+One id has several spellings (its text, the tokenizer's own name, its bytes if these are not text), and one spelling may
+fit several ids. A spelling that fits several ids is not resolved, because the reply does not say which one it means.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Spelling:
         self.ids = {spelled: tuple(sorted(of)) for spelled, of in found.items()}
 
     def meant(self, token: str) -> tuple[int, ...]:
-        """The ids that a token in a reply can mean: one, several, or none that the tokenizer has."""
+        """The ids that a token in a reply can mean: one, several, or none."""
         if (numbered := AS_ID.fullmatch(token)) is not None:
             index = int(numbered[1])
             return (index,) if index < self.n_vocab else ()
@@ -51,12 +51,12 @@ class Spelling:
         return tuple(sorted({*self.ids.get(token, ()), *self.ids.get(token.encode(), ())}))
 
     def of_bytes(self, values: list[int]) -> tuple[int, ...]:
-        """The ids of a token whose bytes are given."""
+        """The ids of a token with these bytes."""
         return self.ids.get(bytes(values), ())
 
 
 def _bytes_of(tokenizer: Any, names: dict[int, str]) -> dict[int, bytes]:
-    """The bytes of each id, where the tokenizer's own names say them."""
+    """The bytes of each id, if the tokenizer's own names contain them."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     decoder = "" if backend is None or backend.decoder is None else repr(backend.decoder)
     added = set(tokenizer.get_added_vocab())
@@ -75,7 +75,7 @@ def _bytes_of(tokenizer: Any, names: dict[int, str]) -> dict[int, bytes]:
 
 
 def _text(own: bytes | None, decoded: str) -> str:
-    """An id as people read it."""
+    """An id as readable text."""
     try:
         return decoded if own is None else own.decode()
     except UnicodeDecodeError:

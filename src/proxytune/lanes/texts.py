@@ -1,4 +1,4 @@
-"""A state that holds the ids of each row, for lanes that score each text anew: the fake, and a base behind an API."""
+"""A state that holds the ids of each row, for lanes that score each text again: the fake, and a base behind an API."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class TextState:
     A subclass adds ``read``.
 
     Attributes:
-        texts: of each row, what is kept. pending: columns read since the last :meth:`keep`: for each, what each row
-            read, which is nothing where it is padding.
+        texts: the kept ids of each row.
+        pending: columns read since the last :meth:`keep`: for each column the ids of each row, empty for padding.
     """
 
     forgets = True
@@ -29,14 +29,14 @@ class TextState:
         self.pending: list[list[list[int]]] = []
 
     def take(self, ids: Tensor, mask: Tensor | None) -> None:
-        """Add columns, (n_batch or n_rows, k), to those that are pending."""
+        """Add columns, (n_batch or n_rows, k), to the pending ones."""
         rows = stacked(ids, len(self.texts)).tolist()
         shown = [[1] * ids.shape[1]] * len(rows) if mask is None else stacked(mask, len(self.texts)).tolist()
         for column in range(ids.shape[1]):
             self.pending.append([[row[column]] if own[column] else [] for row, own in zip(rows, shown)])
 
     def text(self, row: int, ahead: int) -> list[int]:
-        """What a row has read up to the first ``ahead`` of the pending columns."""
+        """The ids that a row has read, with the first ``ahead`` pending columns."""
         return self.texts[row] + [token for column in self.pending[:ahead] for token in column[row]]
 
     def begin_drafts(self, room: int | None = None) -> None:

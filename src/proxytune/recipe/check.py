@@ -49,17 +49,18 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.pt")
 
 @dataclass(frozen=True)
 class MemberReport:
-    """One member, counted.
+    """The sizes of one member.
 
     Attributes:
-        prompt: its kind. reads: the prompt in words; "" where it is the raw one.
-        parameters: of its weights and its adapter.
-        weight_bytes: in memory, of what it does not share with a member above it.
-        read_bytes: of its weights that a forward reads, shared or not: all but input embeddings that are no head.
-        head_bytes: of its output head.
-        adapter_bytes: of an adapter that is kept apart, because other members use the weights without it.
+        prompt: the kind of its prompt. reads: the prompt in words; "" for the raw prompt.
+        parameters: number of parameters of its weights and its adapter.
+        weight_bytes: bytes in memory that it does not share with a member above it.
+        read_bytes: bytes of its weights that a forward reads, shared or not: all except input embeddings that are not
+            the head too.
+        head_bytes: bytes of its output head.
+        adapter_bytes: bytes of an adapter that is kept separate, because other members use the weights without it.
         layers: decoder layers.
-        kv_bytes_per_token: of cache, where it is not computed together with a member above it; None if unknown.
+        kv_bytes_per_token: bytes of cache per token; 0 if a member above it shares the cache; None if unknown.
         sliding_window: tokens after which (some of) its layers' cache stops growing.
         shares_with: the member above it that has the same weights.
     """
@@ -86,16 +87,17 @@ class MemberReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found.
+    """The result of a check.
 
     Attributes:
-        works: whether the recipe can be loaded and used; None where nothing is wrong that could be checked.
+        works: whether the recipe can be loaded and used; None if no problem was found, but not everything could be
+            checked.
         problems: why not, one sentence each.
-        notes: what is worth knowing all the same.
+        notes: other facts worth knowing.
         unchecked: what could not be checked, one clause each.
         context: the shortest member's, in tokens.
         shared_vocab: ids below it are mixed.
-        description, examples: what the recipe says it is for, and prompts to try; None and [] where it says nothing.
+        description, examples: the recipe's description and its prompts to try; None and [] if it has none.
     """
 
     works: bool | None
@@ -119,7 +121,7 @@ class Report:
 
 @dataclass
 class _Found:
-    """What is known of a member while the report is made."""
+    """What is known about a member while the report is made."""
 
     member: Member
     config: PreTrainedConfig
@@ -127,7 +129,7 @@ class _Found:
 
     @property
     def text(self) -> PreTrainedConfig:
-        """The config of what reads and writes text."""
+        """The config of the part that reads and writes text."""
         return self.config.get_text_config(decoder=True)
 
     @property
@@ -180,7 +182,7 @@ def check_recipe(config: ProxyTuneConfig, loading: Loading | None = None, *, ask
 
 
 def count_recipe(config: ProxyTuneConfig, loading: Loading | None = None) -> tuple[list[MemberReport], list[str]]:
-    """Count a recipe's members from their configs alone, weights or no weights; and what is worth knowing of that.
+    """Count a recipe's members from only their configs, with or without weights. Returns also notes.
 
     Raises:
         MemberError: for the first member that cannot be counted.
@@ -197,7 +199,7 @@ def count_recipe(config: ProxyTuneConfig, loading: Loading | None = None) -> tup
 
 
 class _Check:
-    """A check under way: what is known of the members, and what is to be told (see :class:`Report`)."""
+    """A running check: what is known about the members, and the results so far (see :class:`Report`)."""
 
     def __init__(self, config: ProxyTuneConfig, loading: Loading | None) -> None:
         self.config, self.loading = config, loading or Loading()
@@ -209,7 +211,7 @@ class _Check:
 
     @contextmanager
     def telling(self, beginning: str = "") -> Iterator[None]:
-        """What is raised on purpose becomes a problem."""
+        """Turn expected errors into problems of the report."""
         try:
             yield
         except ProxyTuneError as error:
@@ -228,7 +230,7 @@ class _Check:
             raise MemberError(f"{name} ({member.model}) has no weights in its directory")
 
     def vocabulary(self) -> int:
-        """The ids that are mixed: those below it."""
+        """The number of ids that are mixed: all below it."""
         tokenizers = {name: one.tokenizer for name, one in self.found.items()}
         widths = {name: one.text.vocab_size for name, one in self.found.items()}
         if self.declared is not None:
@@ -247,12 +249,12 @@ class _Check:
     def prompts(self) -> None:
         base = self.found["base"].tokenizer if "base" in self.found else self.declared
         for name, one in self.found.items():
-            if one.member.prompt.kind not in ("raw", "negative"):  # a negative prompt is read as the raw one is
+            if one.member.prompt.kind not in ("raw", "negative"):  # a negative prompt is read like the raw one
                 with self.telling(f"the prompt of {name} cannot be made: "):
                     render(one.member.prompt, one.tokenizer or base, "Hello", f"member {name!r}")
 
     def generation(self) -> None:
-        """What the recipe generates with by default: its own generation config, or the base's."""
+        """Check the default settings of generation: the recipe's own generation config, or the base's."""
         if "base" not in self.found:
             return
         with self.telling():
@@ -279,10 +281,10 @@ class _Check:
             )
 
     def weights(self, name: str, model: PreTrainedModel) -> None:
-        """Hold a member's cache and files against the empty ``model`` that its config describes.
+        """Compare a member's cache and files with the empty ``model`` that its config describes.
 
         Raises:
-            MemberError: for what is wrong with them.
+            MemberError: if something is wrong with them.
         """
         one = self.found[name]
         of = f"{name} ({one.member.model})"
@@ -310,7 +312,7 @@ class _Check:
 
     # -- what does it need? -------------------------------------------------------------------------------------
     def count(self, *, files: bool) -> list[MemberReport]:
-        """Count the members, and, with ``files``, hold their files and caches against their configs."""
+        """Count the members and, with ``files``, compare their files and caches with their configs."""
         reports: list[MemberReport] = []
         own_weights = self._sets_of_weights()
         weights_of: dict[Any, str] = {}  # a set of weights -> the first member that has it
@@ -330,7 +332,7 @@ class _Check:
             idle = idle_embeddings(model)
             head = getattr(model.get_output_embeddings(), "weight", None)
             head_bytes = 0 if head is None else head.numel() * dtype.itemsize
-            copied = head_bytes if self.loading.pack and idle is None else 0  # a packed head is none of the embeddings
+            copied = head_bytes if self.loading.pack and idle is None else 0  # a packed head is separate
             n_adapter, place = 0, None
             with self.telling():
                 if (place := adapter_source(self.config, member)) is not None:
@@ -380,7 +382,7 @@ class _Check:
             return AutoModelForCausalLM.from_config(one.config, trust_remote_code=self.loading.trust_remote_code)
 
     def _dtype(self, name: str) -> torch.dtype:
-        """The dtype that loading gives: what is asked for, or what the config or the checkpoint says."""
+        """The dtype after loading: the requested one, or that of the config or the checkpoint."""
         one = self.found[name]
         said = one.member.dtype or self.loading.dtype
         if said in (None, "auto"):
@@ -395,7 +397,7 @@ class _Check:
         return torch.float32
 
     def _weigh(self, name: str, model: PreTrainedModel, dtype: torch.dtype) -> tuple[int, int]:
-        """A model's parameters and the bytes they take, quantized where the recipe or the checkpoint says so."""
+        """A model's parameters and their bytes; quantized if the recipe or the checkpoint says so."""
         one = self.found[name]
         total = sum(parameter.numel() for parameter in model.parameters())
         quantization = one.member.quantization_config or self.loading.quantization_config or one.quantization
@@ -413,7 +415,7 @@ class _Check:
         return total, (total - inner) * dtype.itemsize + inner * bits // 8
 
     def _try_adapter(self, name: str, place: Source) -> int:
-        """Try the adapter on an empty model: that shows whether it fits, and counts it."""
+        """Put the adapter on an empty model, to check whether it fits, and to count it."""
         one = self.found[name]
         with loading_of(name, one.member.adapter):
             count, tried = try_adapter(name, adapter_directory(name, place, self.loading), self._empty(one))
@@ -423,7 +425,7 @@ class _Check:
 
 
 def _bits(quantization: Mapping[str, Any]) -> int | None:
-    """Bits a weight, or None where the config does not say."""
+    """Bits per weight; None if the config does not say."""
     if quantization.get("load_in_4bit") or quantization.get("_load_in_4bit"):
         return 4
     if quantization.get("load_in_8bit") or quantization.get("_load_in_8bit"):
@@ -434,7 +436,7 @@ def _bits(quantization: Mapping[str, Any]) -> int | None:
 
 
 def _kv_bytes(model: PreTrainedModel, dtype: torch.dtype) -> int | None:
-    """Bytes that one token adds to the cache: what a forward without storage leaves in it."""
+    """The bytes that one token adds to the cache, from a forward without storage."""
     n_tokens = 4
     ids = torch.zeros(1, n_tokens, dtype=torch.long, device="meta")
     try:
@@ -457,7 +459,7 @@ def _kv_bytes_by_config(config: PreTrainedConfig, dtype: torch.dtype) -> int | N
 
 
 def _window(config: PreTrainedConfig) -> int | None:
-    """The sliding window, where some layer has one."""
+    """The sliding window, if some layer has one."""
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)

@@ -62,9 +62,9 @@ def parse_expert(text: str) -> Expert:
 
 
 def _over(choice: MemberChoice, known: Member | None, what: str) -> Member | None:
-    """The member, the choice put in place of what is ``known`` of it, say from a preset.
+    """The member from the options, which replace what is ``known`` about it, for example from a preset.
 
-    Another model keeps the known one's prompt and nothing else. None where there is neither.
+    Another model keeps the known prompt and nothing else. None if there is neither.
     """
     given: dict[str, Any] = {name: value for name, value in vars(choice).items() if value is not None}
     if choice.prompt is not None:
@@ -81,7 +81,7 @@ def _over(choice: MemberChoice, known: Member | None, what: str) -> Member | Non
 def expert_of(
     given: MemberChoice, known: Member | None, anti_expert: Member | None, adapter: str | None
 ) -> Member | None:
-    """The expert: a model, a LoRA adapter on it, or an adapter alone, which stands on the anti-expert's model."""
+    """The expert: a model, a LoRA adapter on it, or only an adapter, which is then on the anti-expert's model."""
     if adapter is None and given.model is not None and _is_adapter(given.model):  # as if it were --expert-adapter
         given, known, adapter = replace(given, model=None), None, given.model
     if adapter is not None and given.model is None and known is None:
@@ -101,7 +101,7 @@ def configure(options: ComposeOptions, examples: Sequence[tuple[str, str]] = ())
     """The recipe that the options describe, with paths as they were given.
 
     Args:
-        examples: what the file ``expert_examples`` holds.
+        examples: the contents of the file ``expert_examples``.
 
     Raises:
         RecipeError: for options that make no recipe.
@@ -173,7 +173,8 @@ def _guidance(base: Member, negative: str | None, guidance: float | None) -> Exp
 def _with_expert_texts(
     config: ProxyTuneConfig, options: ComposeOptions, examples: Sequence[tuple[str, str]]
 ) -> ProxyTuneConfig:
-    """Give the first expert a system prompt and solved examples; of one model with two prompts both become chat."""
+    """Give the first expert a system prompt and solved examples. If both sides are one model, both get the prompt kind
+    chat."""
     name = config.expert_list[0].name
 
     def changed(member: str, one: Member) -> Member:
@@ -222,15 +223,15 @@ def compose(
     offline: bool = False,
     trust_remote_code: bool = False,
 ) -> list[str]:
-    """Write a recipe whose relative paths are meant from the current directory; return notes for the user.
+    """Write a recipe, with relative paths starting at the current directory; return notes for the user.
 
-    The base's config, tokenizer, chat template and generation config are copied into it. The end-of-sequence
-    tokens of the experts that are steered towards join the base's: what a chat expert ends its turns with must
-    end the mixture's.
+    The base's config, tokenizer, chat template and generation config are copied into it. The end-of-sequence tokens of
+    experts with a positive alpha are added to the base's: the token that ends a chat expert's turns must also end the
+    mixture's.
 
     Raises:
         RecipeError: if the directory is in use, or a path does not exist.
-        MemberError: if the base cannot be read; ``offline`` then writes what can be had without it.
+        MemberError: if the base cannot be read; ``offline`` then writes the recipe without its files.
     """
     check_target(directory, force)
     loading = Loading(trust_remote_code=trust_remote_code, hub={"local_files_only": True} if offline else {})
@@ -249,7 +250,7 @@ def compose(
                 raise RecipeError(
                     f"the base {config.base_member.model!r} is itself a recipe; name the models in it instead"
                 )
-            text_config.name_or_path = ""  # where it lay on this machine is not the recipe's to tell
+            text_config.name_or_path = ""  # the recipe must not contain paths of this machine
         tokenizer = load_tokenizer(config, "base", config.base_member, loading)
         generation = _generation_config(config, text_config, tokenizer, loading, notes)
     except MemberError as error:
@@ -281,7 +282,8 @@ def compose(
 def _generation_config(
     config: ProxyTuneConfig, text_config: PreTrainedConfig | None, tokenizer: Any, loading: Loading, notes: list[str]
 ) -> GenerationConfig:
-    """The base's, without what a recipe cannot do, and with the ends of the experts that are steered towards."""
+    """The base's generation config, without unsupported settings, and with the end tokens of experts with a positive
+    alpha."""
 
     def own(name: str, one: Member) -> GenerationConfig | None:
         try:

@@ -32,7 +32,7 @@ from proxytune.recipe.source import Source, resolve
 
 __all__ = ["ProxyTuneConfig"]
 
-# What transformers and this package write into a recipe's config.json besides the recipe's own fields.
+# Fields that transformers and this package write into a recipe's config.json, besides the recipe's own.
 WRITTEN_BY_TRANSFORMERS = {
     *("attn_implementation", "auto_map", "experts_implementation", "max_position_embeddings", "model_type"),
     *("name_or_path", "output_attentions", "tie_word_embeddings"),
@@ -82,8 +82,8 @@ class ProxyTuneConfig(PreTrainedConfig):
     vocab_size: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for key in kwargs.keys() - {"torch_dtype"}:  # what a caller of AutoConfig asks of every model
-            # A word that nobody reads is a mistake. Names that begin with an underscore are other tools' own.
+        for key in kwargs.keys() - {"torch_dtype"}:  # arguments of AutoConfig for every model
+            # An unknown field is a mistake. Names that begin with an underscore belong to other tools.
             if key not in WRITTEN_BY_TRANSFORMERS and not key.startswith("_"):
                 raise RecipeError(unknown_field("the recipe", key, RECIPE_FIELDS))
         if self.base is None:
@@ -99,7 +99,7 @@ class ProxyTuneConfig(PreTrainedConfig):
         self.renamed_tokens = _renamed_tokens(self.renamed_tokens)
         self.description = None if self.description is None else _shown_text(self.description, "`description`")
         self.examples = _examples(self.examples)
-        # The JSON form is what is kept, since a config's attributes are what it serialises.
+        # The JSON form is kept, since a config serialises its attributes.
         self.base = base.to_json()
         self.experts = [expert.to_json() for expert in experts]
         if isinstance(self.text_config, Mapping):
@@ -112,7 +112,7 @@ class ProxyTuneConfig(PreTrainedConfig):
         # `transformers serve` looks the first one up in transformers itself; vLLM takes the one it knows.
         self.architectures = self.architectures or ["AutoModelForCausalLM", "ProxyTunedForCausalLM"]
         super().__post_init__(**kwargs)
-        # Who has a recipe may hand it to AutoModelForCausalLM. That model registers itself; it takes seconds to import.
+        # A recipe may be passed to AutoModelForCausalLM. Its model class registers itself; importing it takes seconds.
         proxytune.register_model()
 
     # -- the parsed view ------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class ProxyTuneConfig(PreTrainedConfig):
         return resolve(path, self.name_or_path, revision, getattr(self, "_commit_hash", None))
 
     def with_members(self, change: Any) -> ProxyTuneConfig:
-        """A copy in which ``change(name, member)`` stands for each member."""
+        """A copy in which ``change(name, member)`` replaces each member."""
         experts = [
             replace(
                 expert,
@@ -167,7 +167,7 @@ class ProxyTuneConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, without what other tools have set on this object and a recipe may not hold."""
+        """As plain values, without attributes that other tools have set and a recipe must not contain."""
         known = {*WRITTEN_BY_TRANSFORMERS, *(f.name for f in fields(self))} - {"dtype"}
         return {key: value for key, value in super().to_dict().items() if key in known or key.startswith("_")}
 
@@ -207,7 +207,7 @@ def _examples(value: Any) -> list[str] | None:
 
 
 def _shown_text(value: Any, what: str) -> str:
-    """A text that is printed as it is: a stranger's recipe must not move the cursor of a terminal."""
+    """Check a text that is printed unchanged: an unknown recipe must not control the terminal."""
     if not isinstance(value, str) or not value.strip():
         raise RecipeError(f"{what} must be a text that is not empty, not {value!r}")
     if any(unicodedata.category(each) in ("Cc", "Cs") and each not in "\n\t" for each in value):
@@ -223,9 +223,9 @@ def _config_at_hand(base: Member, recipe: str) -> PreTrainedConfig | None:
         source = resolve(base.model, recipe, base.revision)
         place = {"revision": source.revision, "subfolder": source.subfolder}
         found = AutoConfig.from_pretrained(source.path, trust_remote_code=False, local_files_only=True, **place)
-    except (OSError, ValueError):  # RecipeError too: what is wrong with the base is said when it is loaded
+    except (OSError, ValueError):  # RecipeError too: errors of the base are reported when it is loaded
         return None
-    found.name_or_path = ""  # where it lay on this machine is not the recipe's to tell
+    found.name_or_path = ""  # the recipe must not contain paths of this machine
     return found  # type: ignore[no-any-return]
 
 

@@ -41,7 +41,8 @@ def _is_text(value: Any) -> bool:
 
 
 def refuse_negative(text: Any) -> None:
-    """Raise :class:`RecipeError` for what is no negative prompt: a text, with ``{prompt}`` in it once at most."""
+    """Raise :class:`RecipeError` unless ``text`` is a negative prompt: a text that contains ``{prompt}`` at most
+    once."""
     if not isinstance(text, str):
         raise RecipeError(f"a negative prompt must be a text, not {text!r}")
     if not text.strip():
@@ -122,7 +123,7 @@ class Prompt:
 
     @property
     def in_words(self) -> str:
-        """What the member is shown, for people; long texts are cut."""
+        """The prompt in words; long texts are cut."""
         parts = {f"{self.kind} prompt": self.template, "system": self.system, "questions begin with": self.user_prefix}
         parts["answers begin with"] = self.response_prefix
         said = [f"{name} {textwrap.shorten(text, 60)!r}" for name, text in parts.items() if text]
@@ -132,7 +133,7 @@ class Prompt:
 
     @property
     def needs_text(self) -> bool:
-        """Whether the text of the raw prompt is needed to make it, and not its ids alone."""
+        """Whether making it needs the text of the raw prompt, and not only its ids."""
         return self.kind in ("chat", "template") or (self.template is not None and "{prompt}" in self.template)
 
     @classmethod
