@@ -75,7 +75,7 @@ def settings(base: Path, small: Path, solved: Path) -> list[Setting]:
         Setting("house", "base", by_base),
         Setting("house", "base, 16 examples in its own prompt", by_base, examples=16),
     ]
-    found += [Setting("house", f"expert: base, 16 examples; alpha {a:g}", by_base, a) for a in (1.0, 2.0)]
+    found += [Setting("house", f"expert: base, 16 examples; alpha {a:g}", by_base, a) for a in (1.0,)]
     found += [Setting("house", f"expert: six layers, 16 examples; alpha {a:g}", by_small, a) for a in (1.0, 2.0)]
     return found
 

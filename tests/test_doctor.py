@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from proxytune import Prompt
 from proxytune.analysis.doctor import Doctor, begins_with, number_at, summarize, verdict
-from proxytune.analysis.fit import ALL, GRID, curves, fit
 from proxytune.analysis.references import Reference
+from proxytune.evaluation.fit import ALL, GRID, curves, fit
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.store import load_recipe
 from support import tiny

@@ -8,9 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from scipy.optimize import minimize_scalar
+from transformers import AutoModelForCausalLM
 
 from support import tiny
+from support.commands import fails, run
 from support.evaldata import write_data
+from support.oracle import Oracle
 
 pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'proxytune[eval]'")
 
@@ -143,3 +147,53 @@ def test_an_expert_that_is_not_there_is_told(shelf, local, tmp_path):
             tmp_path,
             expert="chat",
         )
+
+
+# -- the most likely alpha ------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("no_progress")
+def test_the_most_likely_alpha_is_the_plain_loops(shelf, local, tokenizer, tmp_path):
+    """Of gold answers that are written, and of those among choices; each behind the task's own white space."""
+    words = ("sweep", shelf / "recipe", "--data", local, "--limit", 3, "--alpha", "0,1", "--fit", "--output", tmp_path)
+    shown = run(*words, "--tasks", "triviaqa,truthfulqa_mc1").stdout
+    results = json.loads((tmp_path / "results.json").read_text())["tasks"]
+    base, expert, anti = (AutoModelForCausalLM.from_pretrained(shelf / name) for name in ("base", "expert", "anti"))
+    oracle = Oracle(base, [("expert", expert, anti, 1.0)])
+    rows = [json.loads(line) for line in (tmp_path / "triviaqa" / "alpha=1.jsonl").read_text().splitlines()]
+    ids = tokenizer(" seven", add_special_tokens=False).input_ids
+    n_gold = len(ids)
+    logits = [oracle.member_logits(tokenizer(row["prompt"].rstrip()).input_ids, ids) for row in rows]
+
+    def loss(alpha):
+        of = [oracle.mix(each, [alpha])[:n_gold].log_softmax(dim=-1)[range(n_gold), ids].sum() for each in logits]
+        return -float(sum(of))
+
+    found = results["triviaqa"]["fit"]
+    assert found["best"] == pytest.approx(minimize_scalar(loss, bounds=(0, 3), method="bounded").x, abs=0.02)
+    assert found["gain"] == pytest.approx((loss(0) - min(loss(n / 10) for n in range(31))) / (3 * n_gold), abs=1e-4)
+    assert (found["answers"], found["tokens"]) == (3, 3 * n_gold)
+    assert found["low"] <= found["best"] <= found["high"]
+    assert results["truthfulqa_mc1"]["fit"]["answers"] == 3
+    assert shown.count("The gold answers are most probable at alpha") == 2
+
+
+@pytest.mark.usefixtures("no_progress")
+def test_each_of_several_experts_has_a_most_likely_alpha(shelf, local, tmp_path):
+    pair = {"expert": {"model": str(shelf / "expert")}, "anti_expert": {"model": str(shelf / "anti")}}
+    other = {"expert": {"model": str(shelf / "base")}, "anti_expert": {"model": str(shelf / "anti")}}
+    values = {
+        "base": {"model": str(shelf / "base")},
+        "experts": [{"name": "a", **pair}, {"name": "b", **other, "alpha": 0.5}],
+    }
+    config = load_recipe(tiny.write_recipe_alone(tmp_path / "recipe", values))
+    settings = EvaluationOptions(("triviaqa",), data=str(local), limit=2)
+    whole = sweep(config, settings, [1.0], tmp_path / "all", fit=True)["tasks"]["triviaqa"]["fit"]
+    assert list(whole["by_expert"]) == ["a", "b"]
+    own = sweep(config, settings, [1.0], tmp_path / "own", expert="b", fit=True)["tasks"]["triviaqa"]["fit"]
+    assert own == whole["by_expert"]["b"]
+    assert "fit" not in sweep(config, settings, [1.0], tmp_path / "all")["tasks"]["triviaqa"]
+
+
+@pytest.mark.parametrize("task", ["toxigen", "humaneval"])
+def test_what_has_no_gold_answers_is_not_fitted(task, shelf, local, tmp_path):
+    words = ("sweep", shelf / "recipe", "--data", local, "--tasks", task, "--fit", "--output", tmp_path / "out")
+    assert f"{task} has no gold answers to fit alpha to; leave {task} or --fit out" in fails(*words)

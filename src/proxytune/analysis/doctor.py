@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from proxytune.analysis.fit import ALL, GRID, curves, fit, log_likelihoods
-from proxytune.analysis.references import Reference, gold_ids, read_gold
+from proxytune.analysis.references import Reference
 from proxytune.answers.generation import Encoded, Sampling, answer, batches, encode
 from proxytune.answers.journal import Journal
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.arms import Arm, Arms, expand_arms, has_members
+from proxytune.evaluation.fit import ALL, GRID, curves, fits, gold_ids, log_likelihoods, read_gold
 from proxytune.evaluation.results import ARMS
 from proxytune.evaluation.statistics import bootstrap_of, interval, paired_bootstrap
 from proxytune.recipe.config import ProxyTuneConfig
@@ -287,12 +287,7 @@ def summarize(
         sums = [line["logprob"][STEERED] - line["logprob"][arm] for line in measured]
         return {"correct": right, "logprob": per_token(sums)}
 
-    alpha: dict[str, Any] = {}
-    for name in measured[0]["curves"]:
-        of_name = fit([line["curves"][name] for line in measured], sum(tokens), seed).to_json()
-        alpha |= of_name if name == ALL else {}
-        if name != ALL:
-            alpha.setdefault("by_expert", {})[name] = of_name
+    alpha = fits([line["curves"] for line in measured], sum(tokens), seed)
     alpha["recipe"] = dict(zip(names, alphas))
     alpha["curve"] = [
         {"alpha": at, "logprob": sum(line["curves"][ALL][step] for line in measured) / sum(tokens)}
@@ -459,7 +454,7 @@ def doctor_tables(found: Mapping[str, Any]) -> list[Table | str]:
     facts = [
         ("most likely alpha", _alpha(found), f"the recipe has {', '.join(f'{a:g}' for a in alpha['recipe'].values())}")
     ]
-    for name, of in alpha.get("by_expert", {}).items():
+    for name, of in alpha["by_expert"].items():
         facts.append(
             (f"… of {name}, the others as they are", f"{of['best']:.2f}", f"{of['low']:.2f} to {of['high']:.2f}")
         )

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from proxytune.analysis.references import Reference, gold_ids, read_gold
+from proxytune.analysis.references import Reference
 from proxytune.answers.generation import Encoded, Sampling, answer, encode
 from proxytune.decoding.mixing import Members, mix
 from proxytune.decoding.trace import json_number
 from proxytune.errors import ProxyTuneError
+from proxytune.evaluation.fit import gold_ids, read_gold
 from proxytune.tables import Table
 
 if TYPE_CHECKING:

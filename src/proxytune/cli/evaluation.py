@@ -131,6 +131,14 @@ def sweep(
             help="The alphas to try: a range or A,B,..., for one expert or for all.",
         ),
     ] = "0:2:0.25",
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit",
+            help="Also find the alpha under which the gold answers are most probable, with an interval. It takes one "
+            "pass over them; with several experts there is one alpha for all, and one for each.",
+        ),
+    ] = False,
     output: Output = None,
     results: Annotated[ResultOptions, only("json")],
     json_file: JsonFile = None,
@@ -148,6 +156,7 @@ def sweep(
 
         proxytune sweep demo --tasks demo_facts --alpha 0:2:0.5 --limit 40 --pack
         proxytune sweep mine --tasks gsm8k --alpha code=0,0.5,1 --output runs/curve
+        proxytune sweep mine --tasks gsm8k --fit
     """
     results = replace(results, output=json_file)
     expert, values = alpha_range(alpha)
@@ -157,7 +166,7 @@ def sweep(
 
     loading = replace(loading, speculate=False)
     with _run("sweep", recipe, output, options, code, judges, settings) as (config, place, how):
-        found = run.sweep(config, options, values, place, expert=expert, loading=loading, **how)
+        found = run.sweep(config, options, values, place, expert=expert, fit=fit, loading=loading, **how)
     _end(found, place, results, sweep_tables(found))
 
 

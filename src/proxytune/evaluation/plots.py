@@ -69,13 +69,17 @@ def plot_sweep(name: str, task: Mapping[str, Any], path: Path) -> list[Path]:
             panel.plot(alphas, values, marker="o", markersize=4, color=color, label=_said(metric))
         low, high = ([100 * point[side] for point in points] for side in ("low", "high"))
         panel.fill_between(alphas, low, high, color=LINES[0], alpha=0.18, linewidth=0)
+        if (fit := task.get("fit")) is not None:
+            panel.axvline(fit["best"], color="#333333", linewidth=1, label="most likely alpha")
+            if fit["low"] is not None:
+                panel.axvspan(fit["low"], fit["high"], color=PLAIN, alpha=0.4, linewidth=0)
         panel.set_xlabel("alpha")
         panel.set_ylabel(f"{_said(task['headline'])}, %" if len(metrics) == 1 else "%")
         panel.set_ylim(bottom=0)
         panel.grid(axis="y", color="#e6e6e6")
         panel.set_axisbelow(True)
         panel.set_title(f"{name}, {task['examples']} examples", loc="left", fontweight="bold", fontsize=10)
-        if len(metrics) > 1:
+        if len(metrics) > 1 or fit is not None:
             panel.legend(frameon=False)
         return save(figure, path)
 

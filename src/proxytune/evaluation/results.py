@@ -237,9 +237,23 @@ def sweep_tables(results: Mapping[str, Any]) -> list[Table]:
             continue
         heads, measured = _columns(task["headline"], task["points"])
         rows = [[f"{point['alpha']:g}", *cells] for point, cells in zip(task["points"], measured)]
-        notes = _cut_notes(task["points"])
+        notes = [*_cut_notes(task["points"]), *_fit_notes(task)]
         tables.append(Table(["alpha", *heads], rows, name, about, legend=LEGEND, notes=notes))
     return tables
+
+
+def _fit_notes(task: Mapping[str, Any]) -> list[str]:
+    """What the likelihood of the gold answers says of alpha, beside the best score."""
+    if "fit" not in task:
+        return []
+    fit = task["fit"]
+    bounds = "" if fit["low"] is None else f" (95 % interval {fit['low']:.2f} to {fit['high']:.2f})"
+    best = max(task["points"], key=lambda point: point["value"])
+    at = f"at least {fit['best']:g}" if fit["at_end"] else f"{fit['best']:.2f}"
+    return [
+        f"The gold answers are most probable at alpha {at}{bounds}, by {fit['gain']:.3f} nats per token over alpha 0; "
+        f"the best {task['headline']} is at {best['alpha']:g}."
+    ]
 
 
 def _columns(headline: str, measured: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:

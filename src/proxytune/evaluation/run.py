@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import datasets
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
@@ -45,6 +46,7 @@ from proxytune.evaluation.answering import (
     with_own_examples,
 )
 from proxytune.evaluation.arms import AS_IT_IS, Arm, Arms, Reader, expand_arms, has_members, tuned_prompt
+from proxytune.evaluation.fit import curves, fits, gold_ids, read_gold
 from proxytune.evaluation.judges import JudgeDown
 from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.results import (
@@ -272,6 +274,7 @@ def sweep(
     out: Path,
     *,
     expert: str | None = None,
+    fit: bool = False,
     loading: LoadingOptions = AS_IT_IS,
     settings: Mapping[str, Any] | None = None,
     scoring: Scoring = lambda task: {},
@@ -285,12 +288,15 @@ def sweep(
 
     Args:
         values: the alphas. expert: the expert that they are for; the other experts keep theirs. None for all.
+        fit: also find the alpha under which each task's gold answers are most probable, see :func:`fit_task`.
     """
     if options.trace:
         raise ProxyTuneError("a sweep writes no traces; leave trace out, or evaluate the recipe at one alpha")
     started = time.monotonic()
     plans = load_plans(options)
     judging = {plan.name: scoring(plan.name) for plan in plans}  # find out before the answers that a judge is missing
+    if fit and (lacking := [plan.name for plan in plans if not plan.metadata.get("gold")]):
+        raise ProxyTuneError(f"{lacking[0]} has no gold answers to fit alpha to; leave {lacking[0]} or --fit out")
     names = [each.name for each in config.expert_list]
     if expert is not None and expert not in names:
         raise AlphaError(f"no expert is called {expert!r}; the recipe has {', '.join(names)}")
@@ -305,7 +311,12 @@ def sweep(
     left_out = unreadable(arms, {"proxy_tuned": plans}, tally, note)
     if any(tally.missing("proxy_tuned", plan) for plan in plans):
         answer_tasks(arms, "proxy_tuned", plans, files, options, tally, left_out, alphas)
-        arms.close()
+    fitted = {}
+    for plan in plans if fit else ():
+        progress(f"gold answers of {plan.name}", tally.done, tally.total)
+        with _left_out(left_out, plan.name, "proxy_tuned"):
+            fitted[plan.name] = fit_task(arms.make("proxy_tuned"), plan, options.seed)
+    arms.close()
     tasks = {}
     for plan in plans:
         points = {value: read_lines(plan, "proxy_tuned", file) for value, file in zip(values, files[plan.name])}
@@ -313,6 +324,9 @@ def sweep(
             with _left_out(left_out, plan.name):
                 how = judging[plan.name]
                 tasks[plan.name] = sweep_results(plan.name, whole, samples=plan.repeats, options=how, note=note)
+                if plan.name in fitted:
+                    of_task = fitted[plan.name]
+                    tasks[plan.name]["fit"] = of_task["by_expert"].get(expert, of_task)
     results = _write_results(out, tasks, left_out, started, sweep_tables)
     for name, task in tasks.items():
         if task["points"]:
@@ -320,6 +334,39 @@ def sweep(
 
             plot_sweep(name, task, out / name)
     return results
+
+
+def fit_task(arm: Arm, plan: TaskPlan, seed: int) -> dict[str, Any]:
+    """Find the alpha under which a task's gold answers are most probable, from one pass over them.
+
+    Returns:
+        what :func:`proxytune.evaluation.fit.fits` gives, with the number of ``answers`` and of their ``tokens``.
+
+    Raises:
+        ProxyTuneError: for a gold answer that the members cannot read.
+    """
+    names, config = arm.model.expert_names, arm.model.config
+    masks = {"plausibility": config.plausibility, "vocab_size": arm.model.shared_vocab}
+    found, n_tokens = [], 0
+    for job in plan.jobs["raw"]:
+        if job.sample:
+            continue
+        encoded = arm.reader.encode(plan, job.context.rstrip())
+        ids = gold_ids(arm.tokenizer, encoded, _gold_answer(plan.task, job.doc))
+        members = arm.model.paired(read_gold(arm.model, encoded, ids))
+        gold = torch.tensor(ids, device=members[0].device)
+        found.append(curves(members, gold, names, arm.alphas, **masks))
+        n_tokens += len(ids)
+    return {**fits(found, n_tokens, seed), "answers": len(found), "tokens": n_tokens}
+
+
+def _gold_answer(task: Any, doc: Any) -> str:
+    """An example's gold answer, with the white space that goes before it."""
+    target = task.doc_to_target(doc)
+    if isinstance(target, int):
+        target = task.doc_to_choice(doc)[target]
+    space: str = task.config.target_delimiter
+    return f"{space}{target}"
 
 
 def _write_results(

@@ -10,19 +10,24 @@ answer in place of the logits, and the maximum is that of the parabola through t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from proxytune.answers.generation import Encoded
 from proxytune.decoding.mixing import Members, mix
+from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.statistics import bootstrap_of
 
-__all__ = ["ALL", "GRID", "Fit", "curves", "fit", "log_likelihoods"]
+if TYPE_CHECKING:
+    from proxytune.model import ProxyTunedForCausalLM
+
+__all__ = ["ALL", "GRID", "Fit", "curves", "fit", "fits", "gold_ids", "log_likelihoods", "read_gold"]
 
 GRID = tuple(round(0.1 * step, 1) for step in range(31))  # alphas from 0 to 3
 ALL = "all"  # the curve along which all experts have the same alpha
@@ -47,6 +52,33 @@ class Fit:
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
         return dict(vars(self))
+
+
+def gold_ids(tokenizer: Any, encoded: Encoded, text: str) -> list[int]:
+    """The ids of a gold answer, encoded separately from its prompt, without an end token.
+
+    Raises:
+        ProxyTuneError: for a text without a token, and for one that does not fit the members' contexts.
+    """
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise ProxyTuneError("a completion has no token")
+    if encoded.room is not None and len(ids) > encoded.room:
+        raise ProxyTuneError(f"a completion has {len(ids)} tokens, but there is room for {encoded.room}")
+    return ids
+
+
+@torch.inference_mode()
+def read_gold(model: ProxyTunedForCausalLM, encoded: Encoded, ids: Sequence[int]) -> dict[str, Tensor]:
+    """Every member's logits at the places of gold ``ids``, (1, n_tokens, n_vocab) each, from one pass of each.
+
+    Args:
+        encoded: the prompt. ids: the gold answer, at least one id; each is read after those before it.
+    """
+    read = torch.tensor([[*encoded.ids, *ids[:-1]]], device=model.device)
+    own = {name: torch.tensor([row], device=model.device) for name, row in encoded.own.items()}
+    more: dict[str, Any] = {"member_input_ids": own, "prompt_length": len(encoded.ids)} if own else {}
+    return model(read, output_member_logits=True, use_cache=False, logits_to_keep=len(ids), **more).member_logits
 
 
 def log_likelihoods(members: Members, gold: Tensor, alphas: Sequence[float], **masks: Any) -> Tensor:
@@ -97,6 +129,12 @@ def fit(of_answers: Sequence[Sequence[float]], n_tokens: int, seed: int = 0) -> 
     best = float(_peak(total))
     low, high = bootstrap_of(lambda *means: _peak(np.stack(means)), columns, seed) or (None, None)
     return Fit(best, low, high, best >= GRID[-1], float(total.max() - total[0]) / max(n_tokens, 1))
+
+
+def fits(of_answers: Sequence[Mapping[str, Sequence[float]]], n_tokens: int, seed: int = 0) -> dict[str, Any]:
+    """The :func:`fit` of one alpha that all experts share, as JSON, and under ``by_expert`` that of each of several."""
+    found = {name: fit([each[name] for each in of_answers], n_tokens, seed).to_json() for name in of_answers[0]}
+    return {**found.pop(ALL), "by_expert": found}
 
 
 def _peak(heights: NDArray[np.float64]) -> NDArray[np.float64]:
