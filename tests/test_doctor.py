@@ -323,7 +323,7 @@ def test_a_run_goes_on(shelf, tmp_path, monkeypatch):
     words = ("doctor", shelf / "recipe", "-d", data, "-o", out, "--json")
     monkeypatch.setattr("proxytune.analysis.doctor.BATCH", 2)
     first = run(*words, "--minutes", "1e-9")
-    assert "2 of 6 examples in 1e-09 minutes; the same command goes on" in first.stderr
+    assert "2 of 6 examples in 1e-09 minutes; the same command continues" in first.stderr
     assert json.loads(first.stdout)["examples"] == 2
     whole = json.loads(run(*words).stdout)
     assert (whole["examples"], whole["of"]) == (6, 6)

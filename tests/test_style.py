@@ -28,6 +28,11 @@ INSTEAD = {
     r"\bas ever\b": "as always, or leave it out",
     r"\bof theirs\b": "their",
     r"\bcounted and told\b": "counted",
+    r"\bgo(?:es)? on (?:with|from|where|behind)\b": "continue",
+    r"\bbehind (?:the|a|each|every|its|their|it|them|padding|drafts|this)\b(?! (?:chat )?API)": "after",
+    r"\banew\b": "again",
+    r"\bdear(?:er|est)?\b": "expensive",
+    r"(?<!here )\b(?:is|are) no (?:text|trace|number|JSON|hub id)s?\b": "is not a …",
 }
 CODE = re.compile(r"^```.*?^```$|^ *>>> .*?$|`[^`\n]*`|\]\([^)]*\)|<!--.*?-->", re.MULTILINE | re.DOTALL)
 # Not read: what is generated, the note that quotes what we do not write.

@@ -145,7 +145,7 @@ class DoctorOptions:
     )
     minutes: float = option(
         10.0,
-        "Time limit for the examples. The result is of those that were measured by then, and the same command goes on "
+        "Time limit for the examples. The result covers the examples measured by then, and the same command continues "
         "with the rest. 0 is no limit.",
         metavar="M",
         min=0,
@@ -159,7 +159,7 @@ class DoctorOptions:
     gates: tuple[str, ...] = option(
         (),
         "A condition on a number of the JSON result, such as differences.base.correct.low>=0; may be given several "
-        "times. The exit status is 2 where one does not hold.",
+        "times. The exit status is 2 if one does not hold.",
         flag="--gate",
         metavar="METRIC>=X",
         many=True,

@@ -117,7 +117,7 @@ def doctor(
                 if options.minutes and time.monotonic() - began > 60 * options.minutes:
                     break
     if len(measured) < len(references):
-        say(f"{len(measured)} of {len(references)} examples in {options.minutes:g} minutes; the same command goes on")
+        say(f"{len(measured)} of {len(references)} examples in {options.minutes:g} minutes; the same command continues")
     found = summarize(
         measured,
         names,

@@ -107,7 +107,7 @@ class Budget:
             ):
                 if most is not None and used > most:
                     raise ProxyTuneError(
-                        f"the budget of {most} {what} is spent; give a larger {flag} to go on from what is finished"
+                        f"the budget of {most} {what} is spent; give a larger {flag} to continue from what is finished"
                     )
             self.calls, self.tokens = self.calls + 1, self.tokens + tokens
 
@@ -351,7 +351,7 @@ class Endpoint:
         if list(self.tokenizer(text)["input_ids"]) != list(ids):
             raise ProxyTuneError(
                 f"the server of the base {self._name} takes no token ids, and the text so far would be read as other "
-                "tokens; a server that takes ids is needed here"
+                "tokens; use a server that takes ids"
             )
         return text
 
@@ -363,7 +363,7 @@ class Endpoint:
             raw = self.client.completions.with_raw_response.create(**asked)
             return json.loads(raw.http_response.text, object_pairs_hook=_once)
         except ValueError as error:
-            raise BadReply("it is no JSON") from error
+            raise BadReply("it is not JSON") from error
         except openai.APIStatusError as error:
             said = self._without_secret(str(error.message))
             if error.status_code in (401, 403):
@@ -470,7 +470,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object whose keys differ."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key stands twice in an object")
+        raise ValueError("an object has one key twice")
     return found
 
 
@@ -496,7 +496,7 @@ def _columns(logprobs: Any) -> tuple[list[Any], list[Any], list[list[tuple[Any, 
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadReply("its log-probabilities are not in OpenAI's form") from error
     if not all(isinstance(token, str) for token in tokens):
-        raise BadReply("its tokens are no texts")
+        raise BadReply("its tokens are not texts")
     return tokens, values, tops
 
 

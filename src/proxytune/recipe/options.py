@@ -58,17 +58,17 @@ class LoadingOptions:
     )
     way: str | None = option(
         None,
-        "How a base behind an API is asked: verify (drafts scored in one request), ask (again where a choice is open), "
-        "pull (the top tokens alone), or auto, what its server offers first.",
+        "How to ask a base behind an API: verify (score drafts in one request), ask (again if a choice is open), pull "
+        "(only the top tokens), or auto, the first that its server offers.",
         metavar="auto|verify|ask|pull",
         panel="Base behind an API",
     )
     max_calls: int | None = option(
-        None, "Stop before this many requests are exceeded.", metavar="N", min=1, panel="Base behind an API"
+        None, "Maximum number of requests; stop before exceeding it.", metavar="N", min=1, panel="Base behind an API"
     )
     max_tokens: int | None = option(
         None,
-        "Stop before this many tokens, of prompts and answers, are exceeded.",
+        "Maximum number of tokens in prompts and answers; stop before exceeding it.",
         metavar="N",
         min=1,
         panel="Base behind an API",
@@ -149,7 +149,7 @@ class ComposeOptions:
     )
     api_key: str | None = option(
         None,
-        "NAME of the environment variable that holds the API key. The key itself is written nowhere.",
+        "NAME of the environment variable that holds the API key. The key itself is never written.",
         flag="--base-key",
         metavar="NAME",
         panel="Base behind an API",
@@ -189,7 +189,7 @@ class ComposeOptions:
     )
     negative_prompt: str | None = option(
         None,
-        "Steer the base away from what it would write behind this text, which may hold {prompt} "
+        "Steer the base away from what it would write after this text, which may contain {prompt} "
         "(classifier-free guidance).",
         metavar="TEXT",
         panel="Prompts",
@@ -218,7 +218,7 @@ class ComposeOptions:
     )
     response_prefix: str | None = option(
         None,
-        "First words of every answer, such as 'Answer:'; they are moved behind the members' own prompts.",
+        "First words of every answer, such as 'Answer:'; they are moved to after the members' own prompts.",
         metavar="TEXT",
         panel="Prompts",
     )
