@@ -5,7 +5,7 @@
 Arms: ``base`` (the base alone), ``steered`` (the recipe), and the recipe with drafts: ``ngram`` (copied from the text)
 and ``draft`` (by the model that --draft-model names; of the demo, its expert merged). Loads: N requests at a time, and
 Poisson arrivals at --rate. All arms' servers are up together, and are measured by turns, so that what else the machine
-does meets all of them. An arm that does not start, or breaks, is told of and left out; the others go on. What is
+does meets all of them. An arm that does not start, or breaks, is reported and left out; the others continue. What is
 measured is added to FILE at once, so that a run can be made in pieces; the tables are of all that FILE has.
 
 Requests are answered to the full --new-tokens, also past the end of an answer. What a model writes there often repeats

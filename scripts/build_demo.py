@@ -6,7 +6,7 @@
     python scripts/demo_report.py runs/demo/seed-*.json    # the tables and the figure of docs/demo.md
 
 ``measure`` decodes every arm. ``count`` gives the same counts of right facts, for all mixtures at once and in a
-fraction of the time: greedy decoding writes the right answer where each of its tokens is the best behind those before.
+fraction of the time: greedy decoding writes the right answer where each of its tokens is the best after those before.
 
 ``PROXYTUNE_DATA`` names the folder with ``gsm8k/train.jsonl`` (MIT) and ``flan_cot/*_train.tsv`` (Apache-2.0);
 beside these, training sees only train's facts, problems of our own generator and text written by the base itself.
@@ -65,7 +65,7 @@ class Plan:
     heal_steps: int = 160
     heal_tokens: int = 2048  # a step
     heal_lr: float = 1e-3
-    heal_unused: int = 6000  # tokens outside the corpus, drawn anew each step
+    heal_unused: int = 6000  # tokens outside the corpus, drawn again each step
     hidden: float = 0.3
     tune_facts: tuple[int, int] = (160, 16)  # steps, and examples a step
     tune_problems: tuple[int, int] = (100, 24)
@@ -124,7 +124,7 @@ def chat_texts(seed: int, base: Any, tokenizer: Any) -> list[str]:
 
 @torch.inference_mode()
 def continued(base: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int, **options: Any) -> list[str]:
-    """The prompts and what the base writes behind them."""
+    """The prompts and what the base writes after them."""
     tokenizer.padding_side = "left"
     texts = []
     for start in range(0, len(prompts), 64):
@@ -254,7 +254,7 @@ def kept_layers(plan: Plan, base: Any) -> dict[str, Tensor]:
 # ---- 5. tune -----------------------------------------------------------------------------------------
 
 
-Example = tuple[str, str]  # a prompt, and what M+ is to write behind it
+Example = tuple[str, str]  # a prompt, and what M+ is to write after it
 
 
 def house_examples(plan: Plan, seed: int) -> list[Example]:
@@ -431,7 +431,7 @@ def build(plan: Plan, seed: int, adapter_seed: int, work: Path, out: Path, only_
     if not plan.heal_steps:
         save_file(pack_layers(kept_layers(plan, base)), out / "anti_expert.safetensors")
     else:
-        if not healed.exists():  # other choices behind it need no second healing
+        if not healed.exists():  # other choices after it need no second healing
             whole = corpus(plan, seed, work, base, tokenizer)
             print(f"corpus: {len(whole.ids)} texts, {sum(map(len, whole.ids))} tokens", flush=True)
             save_file(pack_layers(heal(plan, seed, base, whole)), healed)

@@ -56,7 +56,7 @@ def panels(parameters: list[Any]) -> dict[str, list[str]]:
 
 
 def value_of(option: Any) -> str:
-    """What the option takes, as it is shown behind its name."""
+    """What the option takes, as it is shown after its name."""
     return f" {option.metavar}" if option.metavar else ""
 
 

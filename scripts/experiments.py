@@ -43,7 +43,7 @@ class Experiment:
     """What is learned, how, and what it is measured by; the rank and the rates are those of the demo's own expert.
 
     Attributes:
-        rows: drawn anew for each seed.
+        rows: drawn again for each seed.
         experts: the experts that are made for each seed, and how each is trained besides.
         options: of the evaluation.
     """
@@ -85,7 +85,7 @@ def examples(name: str, seed: int) -> Iterator[tuple[str, str]]:
     if name == "format":
         for row in random.Random(seed).sample(rows, of.rows):
             yield task.doc_to_text(row), f" {row['solution']}\n"
-    else:  # MBPP's own training problems, behind the ten that are shown as examples
+    else:  # MBPP's own training problems, after the ten that are shown as examples
         for row in rows[-of.rows :]:
             yield f"{task.doc_to_text(row)}\n", row["code"]
 

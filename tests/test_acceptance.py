@@ -40,7 +40,7 @@ def test_greedy_looks_at_scores_of_any_size():
 
 # -- sampled --------------------------------------------------------------------------------------------------
 def drawn(monkeypatch, number):
-    """Every draft is held against the same number in [0, 1)."""
+    """Every draft is compared with the same number in [0, 1)."""
     monkeypatch.setattr(torch, "rand_like", lambda like: torch.full_like(like, number))
 
 
@@ -52,7 +52,7 @@ Q = torch.tensor([[[0.2, 0.4, 0.2, 0.1, 0.1], [0.3, 0.3, 0.3, 0.1, 0.0], [0.2, 0
 @pytest.mark.parametrize("drafts", list(product(range(N_VOCAB), repeat=2)), ids=str)
 @pytest.mark.parametrize("number", [0.0, 0.28, 0.55, 0.999])
 def test_a_draft_is_accepted_with_probability_p_over_q(monkeypatch, drafts, number, looked_up):
-    """And none behind a rejected one, however likely it is."""
+    """And none after a rejected one, however likely it is."""
     drawn(monkeypatch, number)
     q = None if looked_up else Q
     n_accepted, _ = accept_sampled(torch.tensor([[*drafts, 3]]), P, q)
@@ -64,7 +64,7 @@ def test_a_draft_is_accepted_with_probability_p_over_q(monkeypatch, drafts, numb
     assert n_accepted.tolist() == [expected]
 
 
-def test_each_draft_of_each_row_is_held_against_a_number_of_its_own():
+def test_each_draft_of_each_row_is_compared_with_a_number_of_its_own():
     torch.manual_seed(0)
     rows = 2000
     p = torch.tensor([0.5, 0.5]).expand(rows, 2, 2)
@@ -75,7 +75,7 @@ def test_each_draft_of_each_row_is_held_against_a_number_of_its_own():
 
 
 def rests(monkeypatch):
-    """What is drawn from in place of rejected drafts; the likeliest token is taken."""
+    """What is drawn from in place of rejected drafts; the most probable token is taken."""
     seen = []
 
     def draw(weights, num_samples):
@@ -120,7 +120,7 @@ def test_where_p_and_q_agree_nothing_is_rejected(monkeypatch, looked_up):
     assert tokens.tolist() == p[:, -1].argmax(dim=-1).tolist()
 
 
-def test_a_row_that_rejects_nothing_stands_beside_one_that_does(monkeypatch):
+def test_a_row_that_rejects_nothing_works_beside_one_that_does(monkeypatch):
     """Each row has a rest of its own to draw from."""
     seen = rests(monkeypatch)
     drawn(monkeypatch, 0.999)

@@ -286,7 +286,7 @@ def test_threads_do_not_meet(shelf):
 
 
 def test_gradient_checkpointing_computes_the_same_gradients(trio):
-    """Blocks are computed again in the backward pass, behind the forward that knew about rows."""
+    """Blocks are computed again in the backward pass, after the forward that knew about rows."""
     found = []
     for checkpointing in (False, True):
         adapted = get_peft_model(tiny.qwen2("small", 3), LoraConfig(**LORA))

@@ -114,7 +114,7 @@ def test_no_more_texts_than_asked_for(tmp_path):
         assert [[each["token"] for each in found[side]] for side in ("promoted", "demoted")] == [up, down]
 
 
-def test_each_expert_is_held_against_the_base_by_itself():
+def test_each_expert_is_compared_with_the_base_by_itself():
     """The base would write a; of two experts one too, the other b; written is c."""
     shares = {"a": (0.6, 0.7, 0.2), "b": (0.3, 0.2, 0.7), "c": (0.1, 0.1, 0.1)}  # in the base and in the experts
     candidates = [
@@ -253,7 +253,7 @@ def test_answers_of_a_model_alone_have_a_row_and_no_part_in_the_set(tmp_path):
     assert "there is no trace of a steered answer in" in fails("analyze", base)
 
 
-def test_what_is_no_trace_is_named(tmp_path):
+def test_what_is_not_a_trace_is_named(tmp_path):
     good = write(tmp_path / "good.jsonl", FIRST)
     for line, message in (
         ({"mine": 1}, "it is not a trace (proxytune.trace/1)"),

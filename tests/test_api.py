@@ -211,7 +211,7 @@ def test_the_bound_is_the_smaller_of_two():
         ([((at,), -5.0) for at in range(4)], "4 log-probabilities where 2"),
     ],
 )
-def test_what_is_no_distribution_is_refused(entries, said):
+def test_what_is_not_a_distribution_is_refused(entries, said):
     with pytest.raises(BadReply, match=said):
         known_of(entries, 2)
 
@@ -451,7 +451,7 @@ def test_a_model_that_changes_ends_the_run(served, steered):
         answers(model)
 
 
-def test_choices_are_told_apart_by_their_numbers(oracle, served, steered):
+def test_choices_are_distinguished_by_their_numbers(oracle, served, steered):
     model = steered(20, way="verify")
     served.faults = lambda number, made: {**made, "choices": made["choices"][::-1]}
     tokens, asked = answers(model)

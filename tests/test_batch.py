@@ -60,7 +60,7 @@ def test_lines_are_numbered_and_other_fields_kept():
         (b"\xff\xfe", "it is not UTF-8"),
     ],
 )
-def test_broken_lines_are_named_and_the_rest_goes_on(line, reason):
+def test_broken_lines_are_named_and_the_rest_continues(line, reason):
     items, broken = read('{"prompt": "a"}', line, '{"prompt": "c"}')
     assert [item.line for item in items] == [1, 3]
     assert [one.number for one in broken] == [2]
@@ -212,7 +212,7 @@ def test_a_full_disk_names_the_file():
         o.append(results)
 
 
-def test_passed_on_text_that_is_no_character_is_written_all_the_same():
+def test_passed_on_text_that_is_not_a_character_is_written_all_the_same():
     assert json.loads(json_line({"note": "\ud800"})) == {"note": "\ud800"}
 
 

@@ -227,7 +227,7 @@ def test_prompts_from_a_file(measured, tmp_path):
     assert len(found["rows"]) == 1
 
 
-def test_drafts_and_their_acceptance_are_told_alike():
+def test_drafts_and_their_acceptance_are_reported_alike():
     """The acceptance is of the drafts that were checked, not of all."""
     counts = {"drafted": 55, "accepted": 23, "looked_up": 234, "lookups_accepted": 161, "judged": 216, "cycles": 90}
     assert _drafts("float32", counts) == (
@@ -345,7 +345,7 @@ def test_compiled_members_are_in_every_arm(measured, monkeypatch):
     assert "`base_lookup` is not measured compiled" in made.stdout
 
 
-# -- the outputs are held against each other ------------------------------------------------------------------
+# -- the outputs are compared with each other ------------------------------------------------------------------
 def test_other_tokens_are_an_error(measured, monkeypatch):
     original = bench.run_arm
 

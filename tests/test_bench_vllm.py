@@ -42,7 +42,7 @@ def server(words, memory=0.0):
     return bench_vllm.Server("base", [sys.executable, "-c", words], memory)
 
 
-def test_a_server_that_fails_is_told_by_its_log_and_one_without_memory_is_not_started(monkeypatch):
+def test_a_server_that_fails_is_reported_by_its_log_and_one_without_memory_is_not_started(monkeypatch):
     monkeypatch.setattr(bench_vllm.torch, "cuda", CPU_ONLY)
     monkeypatch.setattr(bench_vllm, "available_memory", lambda: 2 * 2**30)
     failing = server("raise ValueError('no room')")

@@ -42,7 +42,7 @@ def talk(one, *texts):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 def test_the_cache_of_a_conversation_changes_nothing(family, tokenizer):
-    """Greedy answers are those of reading every transcript anew, also beyond a sliding window."""
+    """Greedy answers are those of reading every transcript again, also beyond a sliding window."""
     model = ProxyTunedForCausalLM.from_members(
         tiny.model(family, "base", 1),
         tiny.model(family, "small", 2),
@@ -109,7 +109,7 @@ def test_members_with_prompts_of_their_own_read_the_conversation(tokenizer, shel
     model = ProxyTunedForCausalLM.from_pretrained(made)
     one = conversation(model, tiny.tokenizer(chat_template=None))
     said = talk(one, "the fox", "and the dog")[-1]
-    assert one.reused > 0  # each member goes on from its own prompt, and the answer is that of reading all anew
+    assert one.reused > 0  # each member continues from its own prompt, and the answer is that of reading all again
     again = one.encode(one.messages[:-1])
     options = {"max_new_tokens": 10, "sampling": Sampling(), "stop_strings": one._stops()}
     assert said.tokens == answer(model, one.tokenizer, [again], [(1.0,)], **options)[0].tokens
@@ -158,7 +158,7 @@ def test_chat_takes_commands(recipe):
     assert "forgotten" in result.stderr
 
 
-def test_chat_goes_on_after_a_message_that_is_too_long(recipe):
+def test_chat_works_after_a_message_that_is_too_long(recipe):
     result = run("chat", recipe, "-n", "3", input="the fox " * 300 + "\nthe fox\n")
     assert "can read only 256" in result.stderr
     assert result.stdout
@@ -269,7 +269,7 @@ def test_commands_change_the_conversation(recipe, tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"messages": 3}', '{"messages": [{"role": "user", "content": "a"}]}']
 )
-def test_what_is_no_conversation_is_not_loaded(recipe, tmp_path, text):
+def test_what_is_not_a_conversation_is_not_loaded(recipe, tmp_path, text):
     (tmp_path / "file").write_text(text)
     result = run("chat", recipe, "-n", "2", input=f"/load {tmp_path}/file\n")
     assert result.stderr.splitlines()[-1].startswith("error: ")
@@ -301,7 +301,7 @@ def test_another_file_is_not_overwritten(recipe, tmp_path):
     assert (tmp_path / "notes").read_text() == "mine"
 
 
-def test_a_full_context_is_told_with_its_remedy(recipe):
+def test_a_full_context_is_reported_with_its_remedy(recipe):
     result = run("chat", recipe, "-n", "400", input="the fox\n")
     assert "(the shortest member's context is full; /undo takes back the last turn" in result.stderr
 
@@ -335,7 +335,7 @@ def test_at_a_terminal(recipe, tmp_path):
         timeout=120,
         dimensions=(40, 80),
     )
-    prompt = r">[^>]*\x1b\[\?25h"  # and the cursor shown behind it
+    prompt = r">[^>]*\x1b\[\?25h"  # and the cursor shown after it
     child.expect(prompt)
     child.send("\x1b[200~the fox\nand the dog\x1b[201~\r")  # a paste of two lines is one turn
     child.expect("cut off after 3 tokens")
@@ -364,7 +364,7 @@ def test_each_answer_is_traced(recipe, tmp_path):
     file = tmp_path / "talk.jsonl"
     lines = "the fox\n/compare 0 1\n/alpha 0.5\n/retry\n"
     shown = run("chat", recipe, "-n", "3", "--trace", file, input=lines)
-    run("chat", recipe, "-n", "2", "--trace", file, input="a dog\n")  # behind those that are there
+    run("chat", recipe, "-n", "2", "--trace", file, input="a dog\n")  # after those that are there
     traces = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     assert [(trace["prompt"], trace["alpha"]["expert"], len(trace["tokens"])) for trace in traces] == [
         ("the fox", 1.0, 3),

@@ -1,4 +1,4 @@
-"""What ``proxytune check`` says, held against the models that are then really loaded."""
+"""What ``proxytune check`` says, compared with the models that are then really loaded."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_an_adapter_shares_its_weights(shelf, tmp_path):
     assert expert.parameters > anti_expert.parameters
 
 
-def test_an_adapter_that_cannot_share_is_told(shelf, tmp_path):
+def test_an_adapter_that_cannot_share_is_reported(shelf, tmp_path):
     dora = tiny.write_adapter(tmp_path / "dora", shelf / "anti", use_dora=True)
     experts = [
         {"expert": {"model": str(shelf / "anti"), "adapter": str(dora)}, "anti_expert": str(shelf / "anti")},
@@ -81,7 +81,7 @@ def test_an_adapter_that_cannot_share_is_told(shelf, tmp_path):
     assert any("weights of its own, because it sets use_dora" in note for note in report.notes)
 
 
-def test_a_missing_member_is_told_and_the_others_counted(shelf, tmp_path):
+def test_a_missing_member_is_reported_and_the_others_counted(shelf, tmp_path):
     report = check_recipe(recipe(shelf, tmp_path, experts=[{"expert": "./gone", "anti_expert": str(shelf / "anti")}]))
     assert not report.works
     assert "./gone" in report.problems[0]

@@ -102,7 +102,7 @@ def test_a_tensor_that_the_config_leaves_no_place_for_is_an_error(member, tensor
     ],
     ids=["a vision tower in the body", "a vision tower beside it", "layers for drafts", "one of them in the list"],
 )
-def test_other_parts_are_left_out_and_told(member, tensors, caplog):
+def test_other_parts_are_left_out_and_reported(member, tensors, caplog):
     change(member, add=tensors)
     with caplog.at_level(logging.WARNING, "proxytune"):
         model = load(member)

@@ -423,7 +423,7 @@ def test_ctrl_c_while_it_still_imports(recipe):
     assert "interrupted" in told
 
 
-def test_ctrl_c_says_what_is_kept_and_how_to_go_on(monkeypatch, capsys):
+def test_ctrl_c_says_what_is_kept_and_how_to_continue(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["proxytune", "train", "my out", "--lr", "1"])
     with pytest.raises(typer.Exit) as left, resumable("the checkpoints are kept", add="--resume"):
         raise KeyboardInterrupt
@@ -473,7 +473,7 @@ def test_jobs_without_a_terminal_count_their_prompts(monkeypatch, capsys):
     ]
 
 
-def test_sizes_are_said_as_people_say_them():
+def test_sizes_are_shown_in_common_units():
     assert [size(n) for n in (12, 2048, 5 * 2**20, 26 * 10**9)] == ["12 B", "2.0 KiB", "5.0 MiB", "24.2 GiB"]
     assert [count(n) for n in (12, 47_800, 134_515_008, 13_015_864_320)] == ["12", "47.8 k", "135 M", "13 B"]
 

@@ -152,12 +152,12 @@ def test_problems_come_from_a_file(tmp_path):
         ("humaneval", lambda path: "nobody/nothing", "cannot be loaded from the hub's nobody/nothing"),
     ],
 )
-def test_problems_that_cannot_be_had_are_told(tmp_path, task, make, reason):
+def test_problems_that_are_not_available_are_reported(tmp_path, task, make, reason):
     with pytest.raises(ProxyTuneError, match=reason):
         load_problems(task, make(tmp_path))
 
 
-def test_a_file_that_is_no_json_is_told(tmp_path):
+def test_a_file_that_is_not_json_is_reported(tmp_path):
     (tmp_path / "m.jsonl").write_text("no json\n")
     with pytest.raises(ProxyTuneError, match=r"line 1 of .*m.jsonl: it is not JSON"):
         load_problems("mbpp", tmp_path / "m.jsonl")

@@ -73,7 +73,7 @@ def test_every_example_has_a_line_of_its_own_in_the_help():
         assert len(shown) == len(re.findall(r"^ {4,}proxytune ", commands()[name].help, re.MULTILINE)), name
 
 
-def test_a_misspelt_command_is_told_with_the_nearest():
+def test_a_misspelt_command_is_reported_with_the_nearest():
     assert "Did you mean 'eval'" in run("evl", "demo", status=2).stderr
 
 
@@ -105,7 +105,7 @@ def test_json_with_a_file_still_writes_it(words, first, recipe, tmp_path):
     assert json.loads((tmp_path / "plan.json").read_text())["lanes"]
 
 
-def test_a_recipe_behind_json_is_no_file(recipe, tmp_path, monkeypatch):
+def test_a_recipe_after_the_flag_json_is_not_its_file(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert json.loads(run("plan", "--json", recipe, *PLAN).stdout)["lanes"]
     assert not list(tmp_path.iterdir())

@@ -52,7 +52,7 @@ def same(name):
 def bare(wheel, tmp_path_factory):
     """A Python with the wheel and exactly the packages that its core and the extras demo and eval name.
 
-    Their files are links to those that the tests run with: installing gigabytes anew would test pip.
+    Their files are links to those that the tests run with: installing gigabytes again would test pip.
     """
     place = tmp_path_factory.mktemp("bare")
     venv.create(place / "env", with_pip=True)

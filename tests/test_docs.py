@@ -117,7 +117,7 @@ def test_a_page_runs(page, trio):
 @pytest.mark.parametrize("page", read(REAL))
 def test_a_page_runs_on_the_demo(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if page.name == "lora.md":  # it goes on with the models of the page before
+    if page.name == "lora.md":  # it continues with the models of the page before
         exec(next(block.text for block in blocks(page.with_name("steer.md")) if block.language == "python"), {})
     run_page(page, {}, compared="")
 

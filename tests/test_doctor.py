@@ -318,7 +318,7 @@ def test_the_command(shelf, tmp_path):
     run(*words, "--gate", "examples>=3")
 
 
-def test_a_run_goes_on(shelf, tmp_path, monkeypatch):
+def test_a_run_continues(shelf, tmp_path, monkeypatch):
     data, out = write(tmp_path / "sample.jsonl", [(f"the fox {n}", " jumps") for n in range(6)]), tmp_path / "out"
     words = ("doctor", shelf / "recipe", "-d", data, "-o", out, "--json")
     monkeypatch.setattr("proxytune.analysis.doctor.BATCH", 2)

@@ -378,7 +378,7 @@ def test_completions_are_cleaned_as_the_papers_were(shelf, local, tmp_path, monk
 
 # -- likelihoods ---------------------------------------------------------------------------------------------
 def test_likelihoods_are_those_of_lm_evals_own_model(shelf, local, tokenizer, tmp_path):
-    """The composite through HFLM reads each choice anew; here the prompt is read once."""
+    """The composite through HFLM reads each choice again; here the prompt is read once."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -525,7 +525,7 @@ def test_a_judge_that_is_not_there_is_refused_before_the_first_token(shelf, loca
     assert "takes one judge" in fails(*words, "--tasks", "toxigen", "--judge", "a", "--judge", "b")
 
 
-def test_what_cannot_be_had_is_left_out_and_the_rest_is_written(shelf, local, tmp_path, monkeypatch):
+def test_what_is_not_available_is_left_out_and_the_rest_is_written(shelf, local, tmp_path, monkeypatch):
     """An arm that cannot answer; a task whose judge does not."""
     from proxytune.evaluation.judges import JudgeDown
 
@@ -567,7 +567,7 @@ def test_what_cannot_be_had_is_left_out_and_the_rest_is_written(shelf, local, tm
 
 
 @pytest.mark.parametrize("kind", ["raw", "chat"])
-def test_an_arm_reads_as_it_was_foretold_without_its_weights(shelf, local, tmp_path, monkeypatch, kind):
+def test_an_arm_reads_as_it_was_predicted_without_its_weights(shelf, local, tmp_path, monkeypatch, kind):
     recipe = chat_recipe(shelf, tmp_path, max_position_embeddings=1024) if kind == "chat" else shelf / "recipe"
     names = ["base", "base_few_shot", "expert", "anti_expert", "mean_logits", "weighted_mean", "proxy_tuned", "tuned"]
 
@@ -686,7 +686,7 @@ def test_a_task_without_a_prediction_takes_another_limit(shelf, local, tmp_path,
     assert {name: task["limit"] for name, task in tasks.items()} == {"triviaqa": 2, "realtimeqa": 1}
 
 
-def test_a_difference_is_told_once_without_what_follows_from_it(tmp_path):
+def test_a_difference_is_reported_once_without_what_follows_from_it(tmp_path):
     before = {"limit": None, "examples": 7, "samples": 1, "version": 1, "data_sha256": "a"}
     for changed, told in (
         ({"limit": 6, "examples": 6, "data_sha256": "b"}, "limit null, now 6"),
@@ -726,7 +726,7 @@ def command(*words):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_was(shelf, local, tmp_path):
+def test_a_killed_run_continues_where_it_was(shelf, local, tmp_path):
     """By the real entry point, killed with SIGKILL while it writes."""
     trivia = [{"question": f"{q}, number {n}", "answers": ["seven"]} for n in range(20) for q in QUESTIONS[:2]]
     data = write_lines(tmp_path / "dev.jsonl", trivia)
@@ -838,7 +838,7 @@ def test_lm_evals_command_line_takes_the_directory(shelf, local):
 
 
 # -- what is refused -----------------------------------------------------------------------------------------
-def test_a_task_that_does_not_exist_is_told_with_the_nearest():
+def test_a_task_that_does_not_exist_is_reported_with_the_nearest():
     with pytest.raises(ProxyTuneError, match="there is no task 'gms8k'; did you mean 'gsm8k'"):
         load_plans(EvaluationOptions(("gms8k",)))
 
@@ -886,7 +886,7 @@ def test_a_task_that_does_not_exist_is_told_with_the_nearest():
         ),
     ],
 )
-def test_malformed_data_is_told_with_its_line(task, name, content, said, tmp_path):
+def test_malformed_data_is_reported_with_its_line(task, name, content, said, tmp_path):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ProxyTuneError, match=said):
@@ -932,7 +932,7 @@ def test_a_tuned_model_is_not_shown_one_of_several_prompts_in_silence(shelf, loc
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_data_is_told(tmp_path):
+def test_missing_data_is_reported(tmp_path):
     with pytest.raises(ProxyTuneError, match="does not exist; give a file or a folder"):
         load_plans(EvaluationOptions(("gsm8k",), data=str(tmp_path / "nowhere")))
     with pytest.raises(ProxyTuneError, match=r"has none of gsm8k/test.jsonl"):

@@ -61,7 +61,7 @@ def candidate(id_, text, base, mixture, **more):
 
 # -- numbers --------------------------------------------------------------------------------------------------
 def test_what_members_would_choose_is_what_they_do(why, oracle, tokenizer):
-    """Held against full forwards of every member, behind the answer itself."""
+    """compared with full forwards of every member, after the answer itself."""
     logits = oracle.member_logits(tokenizer("the fox")["input_ids"], [each["id"] for each in why.tokens])
     for at, each in enumerate(why.tokens):
         base, expert = (logits[name][at].log_softmax(dim=-1) for name in ("base", "expert.expert"))
@@ -106,7 +106,7 @@ def test_what_was_given_counts_nowhere():
     assert (totals.promoted, totals.demoted) == ([("b", pytest.approx(0.2))], [])
 
 
-def test_the_five_that_moved_most_are_told_most_first():
+def test_the_five_that_moved_most_are_reported_most_first():
     candidates = [candidate(at, f"up{at}", 0.1, 0.1 + at / 100) for at in range(1, 8)]
     candidates += [candidate(10 + at, f"down{at}", 0.2, 0.2 - at / 100) for at in range(1, 8)]
     totals = Explanation("p", "a", {"expert": 1.0}, [token(candidates=candidates)]).totals
@@ -242,7 +242,7 @@ def test_what_is_refused(words, message, shelf, tmp_path):
 
 # -- another token --------------------------------------------------------------------------------------------
 def continued(model, tokenizer, text, ids, n, **options):
-    """What ``generate`` writes behind a text and these ids."""
+    """What ``generate`` writes after a text and these ids."""
     start = torch.tensor([[*tokenizer(text)["input_ids"], *ids]])
     out = model.generate(start, attention_mask=torch.ones_like(start), **QUIET, max_new_tokens=n, **options)
     return out[0, start.shape[1] :].tolist()
@@ -281,7 +281,7 @@ def test_a_sampled_answer_keeps_what_is_given(model, tokenizer):
     assert [token["id"] for token in made.tokens][:3] == [*ids[:2], 40]
 
 
-def test_the_command_goes_on_from_another_token(shelf, why):
+def test_the_command_continues_from_another_token(shelf, why):
     words = ("explain", shelf / "recipe", "the fox", "-n", "6", "--branch")
     shown = run(*words, "2:#40").stdout
     assert "The first 2 tokens were given." in shown

@@ -349,7 +349,7 @@ def test_a_log_shows_what_it_does_not_know_as_unknown(window, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_candidate_has_a_command_that_goes_on_from_it(window, tmp_path, shelf):
+def test_every_candidate_has_a_command_that_continues_from_it(window, tmp_path, shelf):
     """Each is what the shell would run, whatever the token's text is."""
     prompt = "it's a fox"
     run("explain", shelf / "recipe", prompt, "-n", "4", "--html", tmp_path / "page.html")

@@ -48,7 +48,7 @@ def make(kind, seed, **more):
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_a_family_is_exact_alone_in_a_batch_and_behind_a_cache(kind):
+def test_a_family_is_exact_alone_in_a_batch_and_with_a_cache(kind):
     oracle = Oracle(make(kind, 1, **EXACT[kind]), [("e", make(kind, 2, **EXACT[kind]), tiny.llama("small", 3), 1.0)])
     model = tiny.compose(oracle)
     wanted = [oracle.greedy(row, 8) for row in ROWS]
@@ -57,7 +57,7 @@ def test_a_family_is_exact_alone_in_a_batch_and_behind_a_cache(kind):
     out = model.generate(**tiny.padded(ROWS), **QUIET, max_new_tokens=8)
     for tokens, expected in zip(out[:, len(ROWS[0]) :], wanted):
         assert_same_tokens(tokens, expected)
-    # Rows chosen and repeated, and several columns behind a cache, as likelihoods and conversations read them.
+    # Rows chosen and repeated, and several columns after a cache, as likelihoods and conversations read them.
     cache = model.new_cache()
     model(torch.tensor([ROWS[0], ROWS[0][::-1]]), past_key_values=cache)
     cache.batch_select_indices(torch.tensor([1, 0, 1]))
@@ -81,7 +81,7 @@ def test_states_are_repeated_with_their_rows():
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_family_whose_cache_cannot_be_driven_is_refused_by_check_and_at_loading_alike(kind, tmp_path):
+def test_a_family_whose_cache_cannot_be_used_is_refused_by_check_and_at_loading_alike(kind, tmp_path):
     made = make(kind, 1, **REFUSED[kind])
     with pytest.raises(MemberError, match=rf"^base cannot be used in a recipe: {type(made).__name__} "):
         tiny.compose(Oracle(made, [("e", tiny.llama("small", 2), tiny.llama("small", 3), 1.0)]))
@@ -93,7 +93,7 @@ def test_a_family_whose_cache_cannot_be_driven_is_refused_by_check_and_at_loadin
 
 
 class Forgetful(LlamaForCausalLM):
-    """Its steps behind a cache have lost their positions."""
+    """Its steps after a cache have lost their positions."""
 
     def forward(self, input_ids=None, past_key_values=None, use_cache=None, position_ids=None, **inputs):
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
@@ -108,7 +108,7 @@ def test_a_decoding_step_that_differs_from_reading_is_found():
         tiny.compose(Oracle(tiny.llama(), [("e", wrong.eval(), None, 1.0)]))
 
 
-def test_what_cannot_be_read_in_pieces_or_behind_padding_is_told_apart():
+def test_what_cannot_be_read_in_pieces_or_after_padding_is_distinguished():
     assert reading_of(tiny.llama()) == reading_of(tiny.gemma3())
     assert reading_of(tiny.llama()).in_pieces
     assert not reading_of(make("jamba", 1, **EXACT["jamba"])).in_pieces

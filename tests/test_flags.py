@@ -78,7 +78,7 @@ def test_only_some_fields_have_flags():
     assert "No such option" in given("it", "--needed", "x", "--dtype", "float32", shown=shown).output
 
 
-def test_what_cannot_be_read_is_told():
+def test_what_cannot_be_read_is_reported():
     assert "Missing option" in given("it").output
     assert "--limit" in given("it", "--needed", "x", "--limit", "0").output
     with pytest.raises(ProxyTuneError, match="--size is numbers, such as 1,2, not '1,x'"):

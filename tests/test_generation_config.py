@@ -142,7 +142,7 @@ def test_hybrid_is_dynamic_and_needs_no_note(place, caplog):
     assert not caplog.records
 
 
-def test_what_is_left_out_is_told_once(place, caplog):
+def test_what_is_left_out_is_reported_once(place, caplog):
     publish(place, {"penalty_alpha": 0.6, "cache_implementation": "quantized", "repetition_penalty": 1.2})
     model = load(place)
     said = [record.message for record in caplog.records]
@@ -167,7 +167,7 @@ def test_commands_tell_what_they_leave_out(place, caplog, tokenizer):
 
 
 def test_stop_strings_end_each_row_of_a_batch(place, tokenizer):
-    """The answers are those of the text alone, cut behind the first stop string."""
+    """The answers are those of the text alone, cut after the first stop string."""
     publish(place, {})
     prompts = [[1, 40, 41, 42], [1, 50], [1, 60, 61]]
     asked = {"max_new_tokens": 24, "sampling": Sampling()}
@@ -271,7 +271,7 @@ def test_a_broken_file_of_the_recipe_or_its_base_is_named(place, text):
     ],
     ids=str,
 )
-def test_a_value_that_transformers_cannot_use_is_told_at_loading(place, values):
+def test_a_value_that_transformers_cannot_use_is_reported_at_loading(place, values):
     publish(place, values)
     with pytest.raises(MemberError, match=r"the generation config cannot be used: .*; correct the file"):
         load(place)
@@ -287,7 +287,7 @@ def make(place, out, **options):
     return compose(config, out, **options)
 
 
-def test_an_experts_generation_config_is_read_or_told(place, shelf, tmp_path):
+def test_an_experts_generation_config_is_read_or_reported(place, shelf, tmp_path):
     publish(place, {})
     expert = tmp_path / "expert"
     shutil.copytree(shelf / "expert", expert)

@@ -129,7 +129,7 @@ def test_sequences_that_are_returned_together_have_one_negative_prompt(base, tok
         ("the fox " * 200, "member 'guidance.anti_expert' can read only 256"),
     ],
 )
-def test_what_is_no_negative_prompt(base, tokenizer, negative, message):
+def test_what_is_not_a_negative_prompt(base, tokenizer, negative, message):
     with pytest.raises(PromptError, match=message):
         guided(base, tokenizer).generate(**batch_of(tokenizer), negative_prompt=negative, **GREEDY)
 
@@ -162,7 +162,7 @@ def test_a_conversation_reads_its_negative_prompt_once(base, tokenizer, monkeypa
         assert tokenizer.decode(encoded.own["guidance.anti_expert"]).count("apples") == 3
         fresh = answer(model, tokenizer, [encoded], [(0.5,)], max_new_tokens=10, sampling=Sampling())[0]
         assert said == fresh
-    one.set_negative("the dog")  # another one is read anew
+    one.set_negative("the dog")  # another one is read again
     said = one.say("more", lambda piece: None)
     encoded = one.encode(one.messages[:-1])
     assert said == answer(model, tokenizer, [encoded], [(0.5,)], max_new_tokens=10, sampling=Sampling())[0]

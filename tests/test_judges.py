@@ -323,7 +323,7 @@ def test_an_endpoint_that_is_down_at_first_is_tried_again(server):
     assert len(server.bodies) == 2
 
 
-def test_an_endpoint_that_stays_down_is_told(server):
+def test_an_endpoint_that_stays_down_is_reported(server):
     server.fails = [503] * 9
     with pytest.raises(JudgeDown, match=f"the judge {server.url} m does not answer"):
         Endpoint(server.url, "m", retries=2, at_once=1).ask(["a"])
@@ -341,7 +341,7 @@ def test_an_endpoint_that_refuses_is_not_tried_again(server, status):
     assert len(server.fails) == 4
 
 
-def test_something_else_than_a_completion_is_told(server):
+def test_something_else_than_a_completion_is_reported(server):
     server.answer = lambda body: {"hello": "world"}
     with pytest.raises(ProxyTuneError, match="something that is not a completion"):
         Endpoint(server.url, "m").ask(["a"])

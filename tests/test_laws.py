@@ -97,7 +97,7 @@ def ids_of(n_rows, n_columns, seed=0):
 
 @torch.no_grad()
 def fresh(lane, text):
-    """The logits behind a text, read at once by itself: (n_seats, n_vocab)."""
+    """The logits after a text, read at once by itself: (n_seats, n_vocab)."""
     return lane.open(1).read(torch.tensor([text]), positions=1).values[:, 0]
 
 
@@ -308,7 +308,7 @@ def test_threads_with_states_of_their_own_do_not_meet(runtime):
 
 # -- any order of reads, keeps and selections ---------------------------------------------------------------------
 class Ragged(RuleBasedStateMachine):
-    """What the loop may do to a state, held against the texts that each row then has."""
+    """What the loop may do to a state, compared with the texts that each row then has."""
 
     lane = None
     capacity = None

@@ -157,7 +157,7 @@ def test_pairs_with_a_tokenizer_that_begins_no_text(bos, shelf):
 
 
 def test_every_likelihood_task_gives_lm_evals_figures(shelf, tmp_path):
-    """All that are in the package: a task that is added is held against lm_eval too."""
+    """All that are in the package: a task that is added is compared with lm_eval too."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

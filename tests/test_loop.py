@@ -1,4 +1,4 @@
-"""The loop over lanes with known logits, held against a reader that computes each token by hand."""
+"""The loop over lanes with known logits, compared with a reader that computes each token by hand."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_a_line_goes_through_the_forwards():
 
 
 @pytest.mark.slow
-def test_a_probe_is_held_against_a_bench(lora_recipe, tmp_path, monkeypatch):
+def test_a_probe_is_compared_with_a_bench(lora_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "PROBE_SECONDS", 0.0)
     measured = tmp_path / "bench.json"
     run("bench", lora_recipe, "--batch-size", "1", "--lengths", "6/40,6/5", "--repeats", "1", "--output", measured)

@@ -464,7 +464,7 @@ def test_a_prompt_beside_a_path_is_the_members(shelf):
             ProxyTunedForCausalLM.from_members(str(shelf / "base"), experts=[{**one, **wrong}])
 
 
-def test_ids_of_another_shape_are_told(oracle, tokenizer):
+def test_ids_of_another_shape_are_reported(oracle, tokenizer):
     model = compose(oracle, tokenizer, Prompt(), Prompt())
     for ids, message in (
         (torch.tensor([1, 5]), r"input_ids have shape \(2,\), not \(n_batch, n_columns\)"),

@@ -568,7 +568,7 @@ def test_a_recipe_in_a_recipe_is_refused(own_shelf):
         AutoModelForCausalLM.from_pretrained(own_shelf / "outer")
 
 
-def test_what_is_no_model_is_refused(trio):
+def test_what_is_not_a_model_is_refused(trio):
     with pytest.raises(MemberError, match="base must be a transformers model, a path or a hub id, not int"):
         ProxyTunedForCausalLM.from_members(3, trio.expert)
     with pytest.raises(RecipeError, match="names neither"):
@@ -641,7 +641,7 @@ def test_a_base_with_idle_sampling_flags_can_be_written(tmp_path):
 
 # -- what lies beside a recipe --------------------------------------------------------------------------------
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_recipes_broken_tokenizer_is_told_and_not_replaced(tmp_path, file):
+def test_a_recipes_broken_tokenizer_is_reported_and_not_replaced(tmp_path, file):
     """Absent is fine: the base has one too. Broken is not: the recipe's might have said another thing."""
     recipe = tiny.write_recipe(tmp_path / "recipe")
     loading = Loading()

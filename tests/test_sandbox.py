@@ -421,7 +421,7 @@ def test_where_nothing_can_be_locked_up_it_is_refused(monkeypatch, lacking):
         assert one(box, "import time; time.sleep(10000)").outcome == "timed out"
 
 
-def test_a_system_that_forbids_the_lock_is_told(monkeypatch):
+def test_a_system_that_forbids_the_lock_is_reported(monkeypatch):
     """A container that refuses seccomp: the child says so instead of running anything."""
     kept = sandbox._Jail.ask
 

@@ -39,7 +39,7 @@ def test_the_figures_are_printed_with_counts_and_an_interval_and_written(gsm8k, 
     assert json.loads(out.read_text()) == {"task": "gsm8k", "metrics": {"exact_match": 1 / 3, "total": 3}}
 
 
-def test_a_mean_that_is_no_count_is_not_shown_as_one(tmp_path):
+def test_a_mean_that_is_not_a_count_is_not_shown_as_one(tmp_path):
     lines = [{"task_id": "a", "completion": "", "passed": n < 1} for n in range(4)]
     out = tmp_path / "scores.json"
     shown = run("humaneval", write(tmp_path / "p", *lines), "--k", "1,2", "--output", out).stdout
@@ -93,7 +93,7 @@ def test_the_interval_of_multiple_choice_leaves_invalid_answers_out(tmp_path):
         (["gsm8k", "{file}", "--output", "{file}/x"], "Not a directory"),
     ],
 )
-def test_bad_input_is_told_in_one_sentence(gsm8k, tmp_path, args, reason):
+def test_bad_input_is_reported_in_one_sentence(gsm8k, tmp_path, args, reason):
     places = {
         "file": gsm8k,
         "empty": write(tmp_path / "empty"),
@@ -106,7 +106,7 @@ def test_bad_input_is_told_in_one_sentence(gsm8k, tmp_path, args, reason):
     assert "Traceback" not in said
 
 
-def test_a_judge_that_is_down_is_told_by_the_exit_status_and_gone_on_with(tmp_path, monkeypatch):
+def test_a_judge_that_is_down_is_reported_by_the_exit_status_and_continued(tmp_path, monkeypatch):
     class Judge:
         name, lasts = "judge", 3
 

@@ -263,7 +263,7 @@ def test_a_file_is_lines_or_a_list(tmp_path):
         (b'{\n"a": 1\n}\n', "line 1 of .*: it starts an object that spans several lines; write one object per line"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_told_with_the_line(tmp_path, text, reason):
+def test_a_file_that_cannot_be_read_is_reported_with_the_line(tmp_path, text, reason):
     path = tmp_path / "predictions.jsonl"
     path.write_bytes(text)
     with pytest.raises(ProxyTuneError, match=reason):

@@ -383,7 +383,7 @@ def test_a_processor_of_the_users_own(model, monkeypatch):
 
 
 class Counting(LogitsProcessor):
-    """Keeps a state, as grammar matchers do: it must be called once a token, in order."""
+    """Keeps a state, as grammar matchers do: it must be called once per token, in order."""
 
     def __init__(self):
         self.n_calls = 0
@@ -474,7 +474,7 @@ BY_LENGTH = {
 
 @pytest.mark.parametrize("kind", BY_LENGTH)
 def test_rotations_that_depend_on_the_length_are_not_drafted_for(kind):
-    """Beyond the trained length a token is read differently if drafts stand behind it."""
+    """Beyond the trained length a token is read differently if drafts stand after it."""
 
     def make(size, seed):
         return tiny.llama(size, seed, max_position_embeddings=20, rope_parameters=dict(BY_LENGTH[kind]))
@@ -499,7 +499,7 @@ def test_members_of_one_pass_with_prompts_of_unequal_lengths_and_such_a_rotation
         )
 
 
-def test_rotations_are_found_wherever_they_are_said():
+def test_rotations_are_found_wherever_they_are_set():
     assert rotations(tiny.llama("mini")) == {"default"}
     assert rotations(tiny.gpt2("mini")) == set()
     for said in (
@@ -658,7 +658,7 @@ def test_scores_and_logits_are_those_of_plain_decoding(model, rows):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_cache_goes_on_after_drafts(family):
+def test_a_cache_works_after_drafts(family):
     """As a conversation does: the same cache, a longer prompt, other drafts."""
     oracle = family_oracle(family)
     model = tiny.compose(oracle)
@@ -812,11 +812,11 @@ def test_pace_drafts_further_the_surer_and_the_cheaper():
     assert reach(cheap, 10) > reach(cheap, 7) > reach(cheap, 4) >= 1
     assert reach(cheap, 7) > reach(dear, 7)
     assert reach(cheap, 0) <= 1
-    rows_cost = Costs(Cost(1, 100), Cost(1, 100), 1)  # verifying is as dear as decoding
+    rows_cost = Costs(Cost(1, 100), Cost(1, 100), 1)  # verifying is as expensive as decoding
     assert reach(rows_cost, 4) == 0
 
 
-def test_drafts_that_fail_do_not_make_tokens_dear():
+def test_drafts_that_fail_do_not_make_tokens_expensive():
     """What was spent on rejected drafts must not make the next draft look worth its cost."""
     costs = Costs(Cost(100, 10), Cost(40, 4), 1, apart=40)
     pace = Pace("auto", costs, 4)

@@ -93,10 +93,10 @@ def test_prompts_are_read_once_for_all_alphas(shelf, local, tmp_path, monkeypatc
 
     widths.clear()
     sweep(load_recipe(shelf / "recipe"), replace(settings, tasks=("mbpp_likelihood",)), ALPHAS, tmp_path / "l")
-    assert [rows for rows, _ in widths] == [2, 2]  # the prompts, and what stands behind them: nothing is read thrice
+    assert [rows for rows, _ in widths] == [2, 2]  # the prompts, and what stands after them: nothing is read thrice
 
 
-def test_a_sweep_goes_on_and_takes_more_alphas(shelf, local, tmp_path):
+def test_a_sweep_continues_and_takes_more_alphas(shelf, local, tmp_path):
     config = load_recipe(shelf / "recipe")
     settings = EvaluationOptions(("realtimeqa",), data=str(local), batch_size=6)
     whole = sweep(config, settings, ALPHAS, tmp_path / "whole")
@@ -138,7 +138,7 @@ def test_a_bad_range_is_one_sentence(text):
         alpha_range(text)
 
 
-def test_an_expert_that_is_not_there_is_told(shelf, local, tmp_path):
+def test_an_expert_that_is_not_there_is_reported(shelf, local, tmp_path):
     with pytest.raises(AlphaError, match="no expert is called 'chat'; the recipe has expert"):
         sweep(
             load_recipe(shelf / "recipe"),
@@ -152,7 +152,7 @@ def test_an_expert_that_is_not_there_is_told(shelf, local, tmp_path):
 # -- the most likely alpha ------------------------------------------------------------------------------------
 @pytest.mark.usefixtures("no_progress")
 def test_the_most_likely_alpha_is_the_plain_loops(shelf, local, tokenizer, tmp_path):
-    """Of gold answers that are written, and of those among choices; each behind the task's own white space."""
+    """Of gold answers that are written, and of those among choices; each after the task's own white space."""
     words = ("sweep", shelf / "recipe", "--data", local, "--limit", 3, "--alpha", "0,1", "--fit", "--output", tmp_path)
     shown = run(*words, "--tasks", "triviaqa,truthfulqa_mc1").stdout
     results = json.loads((tmp_path / "results.json").read_text())["tasks"]

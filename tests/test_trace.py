@@ -1,4 +1,4 @@
-"""The trace of a generation, held against the plain loop: three forwards a token, and alphas tried one by one."""
+"""The trace of a generation, compared with the plain loop: three forwards per token, and alphas tried one by one."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_origins_tell_the_drafts():
     assert "dc" in letters
 
 
-def test_copies_are_told_from_drafts(monkeypatch):
+def test_copies_are_distinguished_from_drafts(monkeypatch):
     oracle = of_pair()
     model = tiny.compose(oracle)
     _, new = traced(model, [ROWS[0]], n_new=20)

@@ -242,7 +242,7 @@ def test_broken_rows_are_named(tmp_path, content, said):
         ("t.txt", b"hello", "has none of the known suffixes"),
     ],
 )
-def test_broken_files_are_told(tmp_path, name, content, said):
+def test_broken_files_are_reported(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ProxyTuneError, match=said):
         Rows.read(str(tmp_path / name))
@@ -558,7 +558,7 @@ def test_a_run_that_is_killed_after_its_last_step_resumes_without_another(
         assert file.read_bytes() == (tmp_path / "killed/expert" / file.name).read_bytes(), file.name
 
 
-def test_what_differs_from_the_run_that_was_begun_is_named_as_the_user_names_it(
+def test_what_differs_from_the_run_that_was_started_is_named_as_the_user_names_it(
     shelf, text, held_out, tmp_path, monkeypatch
 ):
     from proxytune.training import run
@@ -630,7 +630,7 @@ def test_the_checkpoint_with_the_lowest_validation_loss_is_kept(shelf, text, hel
     assert f"training 8/40  validation loss {losses[8]:.4f}" in logged
 
 
-def test_losses_are_told_with_the_same_decimals():
+def test_losses_are_shown_with_the_same_decimals():
     validated = {"losses": [{"step": 4, "loss": 1.5}, {"step": 8, "loss": 1.25004}], "stopped_early": True}
     manifest = {"loss": {"first": 2.826, "last": 2.85}, "steps": 8}
     assert list(_losses(manifest)) == ["loss 2.8260 -> 2.8500 in 8 steps"]
@@ -931,7 +931,7 @@ def test_what_several_processes_cannot_do_is_refused(shelf, text, tmp_path, monk
 
 
 # -- bad input ------------------------------------------------------------------------------------------------
-def test_bad_input_is_told_in_one_sentence(shelf, text, tmp_path, monkeypatch):
+def test_bad_input_is_reported_in_one_sentence(shelf, text, tmp_path, monkeypatch):
     members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
     out = tmp_path / "out"
     assert "no data at" in fails(out, *members, "--data", tmp_path / "none.jsonl")
@@ -956,7 +956,7 @@ def test_bad_input_is_told_in_one_sentence(shelf, text, tmp_path, monkeypatch):
     assert "pip install 'proxytune[train]'" in fails(out, *members, "--data", text)
 
 
-def test_a_target_that_is_no_module_is_named_before_the_training(shelf, text, tmp_path):
+def test_a_target_that_is_not_a_module_is_named_before_the_training(shelf, text, tmp_path):
     given = ("--base", shelf / "base", "--anti-expert", shelf / "anti", "--data", text, *FAST)
     there = "there are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     for targets, wrong in (("q_prj,v_proj", "'q_prj'"), ("no,v_proj,nor", "'no', 'nor'"), ("q_proj,", "''")):
@@ -972,7 +972,7 @@ def test_a_target_that_is_no_module_is_named_before_the_training(shelf, text, tm
     assert set(made["target_modules"]) == {"q_proj", "layers.1.self_attn.v_proj"}
 
 
-def test_a_loss_that_is_no_number_ends_the_run(shelf, text, tmp_path):
+def test_a_loss_that_is_not_a_number_ends_the_run(shelf, text, tmp_path):
     members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
     args = (tmp_path / "out", *members, "--data", text, *FAST, "--lr", "1e30")
     result = CliRunner().invoke(app, command(*args))
@@ -983,7 +983,7 @@ def test_a_loss_that_is_no_number_ends_the_run(shelf, text, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_takes_no_more_is_told(shelf, text, tmp_path):
+def test_a_disk_that_takes_no_more_is_reported(shelf, text, tmp_path):
     """The system refuses to let any file grow beyond 8 KiB; the checkpoint is larger."""
     members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
     args = command(tmp_path / "out", *members, "--data", text, *FAST, "--max-steps", 2, "--save-every", 1)
@@ -1157,7 +1157,7 @@ def test_runs_share_hidden_states_of_the_same_data_and_models_only(shelf, text, 
     assert len(list(cache.glob("*.bin"))) == 4
 
 
-def test_a_killed_pass_over_the_data_goes_on_where_it_was(tmp_path):
+def test_a_killed_pass_over_the_data_continues_where_it_was(tmp_path):
     from proxytune.training.consistent import HiddenStates
 
     counts, batches = [2, 1, 3], [[1, 0], [2]]

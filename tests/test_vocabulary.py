@@ -75,7 +75,7 @@ def test_the_first_bad_member_is_named():
         report.raise_for_mismatch()
 
 
-def test_members_without_a_tokenizer_are_taken_on_trust_and_said():
+def test_members_without_a_tokenizer_are_taken_on_trust_with_a_note():
     report = compare({"base": ABCD, "e": None}, {"base": 4, "e": 4, "x": 4})
     assert report.unchecked == ["e", "x"]
 

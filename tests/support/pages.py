@@ -23,7 +23,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Command:
-    """A line behind ``$ ``, with what the page shows below it; "" where it shows nothing."""
+    """A line after ``$ ``, with what the page shows below it; "" where it shows nothing."""
 
     text: str
     output: str = ""

@@ -1,4 +1,4 @@
-"""Traces held against the plain loop: three forwards a token, and alphas tried one by one."""
+"""Traces compared with the plain loop: three forwards per token, and alphas tried one by one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def top(scores, k):
 
 
 def hold(oracle, prompts, trace, alphas=None, k=5):
-    """Hold a row's trace against full forwards of every member."""
+    """Compare a row's trace with full forwards of every member."""
     tokens = [each.id for each in trace]
     logits = oracle.member_logits(prompts, tokens)
     width = min(member.shape[-1] for member in logits.values())
