@@ -1,4 +1,4 @@
-"""Whether a pair of experts pays off for a base: the arms on a sample, and what their differences say.
+"""Whether a pair of experts pays off for a base: the arms on a sample, and their differences.
 
 Each example is a prompt with gold answers. Every arm writes a greedy answer, which is right if it begins with a gold
 one, and gives the first gold answer a log-probability. From the same pass come the alphas under which the gold answers
@@ -32,14 +32,14 @@ from proxytune.tables import Table
 __all__ = ["Doctor", "DoctorJournal", "doctor_tables", "number_at", "summarize", "verdict"]
 
 BASE, STEERED, MEAN, SHOTS = "base", "proxy_tuned", "mean_logits", "base_few_shot"
-SPARE = 4  # new tokens beyond the longest gold answer: the same text may have more tokens
+SPARE = 4  # new tokens beyond the longest gold answer, since the same text may have more tokens
 BATCH = 8
 RIGHT_ENOUGH = 0.05  # if no arm has at least this share right, greedy answers cannot tell the arms apart
 
 
 # -- measuring ------------------------------------------------------------------------------------------------
 class DoctorJournal(Journal):
-    """The examples that are measured, one per line, after a first line with the settings that they depend on.
+    """The measured examples, one per line, after a first line with their settings.
 
     Args:
         settings: as JSON values.
@@ -73,7 +73,7 @@ class Doctor:
     """Measures a recipe on examples.
 
     Args:
-        config: of the recipe. alphas: one value per expert.
+        config: the recipe. alphas: one value per expert.
         references: the examples. chat, system: see :func:`proxytune.answers.generation.encode`.
         shots: how many other examples the arm ``base_few_shot`` reads in front of each prompt; 0: no such arm.
     """
@@ -93,7 +93,7 @@ class Doctor:
         self.shots = min(shots, len(references) - 1) if config.base_member.prompt.kind == "raw" else 0
         names = [name for name in (BASE, "expert", MEAN, STEERED) if has_members(name, config)]
         arms = Arms(config, names, loading, alphas=alphas)
-        made = [arms.make(name) for name in reversed(expand_arms(names, config))]  # the recipe is loaded once, whole
+        made = [arms.make(name) for name in reversed(expand_arms(names, config))]  # the whole recipe is loaded once
         self.arms: dict[str, Arm] = {arm.name: arm for arm in reversed(made)}
         self.steered = self.arms[STEERED]
         self.model, self.tokenizer = self.steered.model, self.steered.tokenizer
@@ -133,7 +133,7 @@ class Doctor:
 
     @torch.inference_mode()
     def _likelihoods(self, encoded: Encoded, shown: Encoded | None, ids: Sequence[int]) -> dict[str, Any]:
-        """What the members give the gold answer; sums over its tokens, in nats."""
+        """The log-probabilities of the gold answer in the members; sums over its tokens, in nats."""
         logits = read_gold(self.model, encoded, ids)
         base, pairs = self.model.paired(logits)
         gold = torch.tensor(list(ids), device=base.device)
@@ -218,7 +218,8 @@ class Doctor:
     def _after_shots(self, number: int, alone: Encoded, n_gold: int) -> Encoded | None:
         """A prompt after other examples and their answers, as the base reads it.
 
-        None where they do not fit, and where the chat template leaves earlier turns out, so that it reads ``alone``.
+        None if they do not fit, or if the chat template leaves out earlier turns, so that the base would read
+        ``alone``.
         """
         others = [self.references[(number + by) % len(self.references)] for by in range(1, self.shots + 1)]
         if not others:
@@ -256,12 +257,12 @@ def summarize(
     speed: Callable[[float], float] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What the examples say together, as JSON. Means have the bounds of their 95 % interval, or None.
+    """The summary of all examples, as JSON. Means have the bounds of their 95 % interval, or None instead.
 
     Args:
-        lines: of :meth:`Doctor.measure`. names, alphas: of the experts. n_examples: that there are in all.
-        warnings: what is known without measuring. speed: predicts the speed relative to the base from the acceptance.
-        seed: of the bootstrap.
+        lines: the lines of :meth:`Doctor.measure`. names, alphas: those of the experts. n_examples: their total number.
+        warnings: warnings that need no measurement. speed: predicts the speed relative to the base from the acceptance.
+        seed: seed of the bootstrap.
     """
     measured = [line for line in lines if "n_tokens" in line]
     if not measured:
@@ -333,7 +334,7 @@ def _bounds(mean: float, bounds: tuple[float, float] | None) -> dict[str, float 
 
 
 def verdict(found: Mapping[str, Any]) -> str:
-    """One sentence: whether to steer with this pair, and how sure that is."""
+    """One sentence: whether to steer with this pair, and how certain that is."""
     metric = found["metric"]
     against = {arm: of[metric] for arm, of in found["differences"].items()}
     of_base = against[BASE]
@@ -387,7 +388,7 @@ def _amount(of: Mapping[str, float], metric: str, n: str) -> str:
 
 
 def _why_worse(found: Mapping[str, Any]) -> str:
-    """What in the numbers explains a loss."""
+    """The part of the numbers that explains a loss."""
     unlearned = [name for name, of in found["learned"].items() if of["low"] is None or of["low"] <= 0]
     if found["learned"] and len(unlearned) == len(found["learned"]):
         return "on these answers the expert is no better than its anti-expert"
@@ -420,15 +421,15 @@ def _alpha(found: Mapping[str, Any]) -> str:
 
 
 def number_at(found: Mapping[str, Any], path: str) -> float:
-    """A number of the results by the names that lead to it, such as ``arms.proxy_tuned.correct.mean``.
+    """A number of the results, by its path of names, such as ``arms.proxy_tuned.correct.mean``.
 
     Raises:
-        ProxyTuneError: where there is none.
+        ProxyTuneError: if there is none.
     """
     value: Any = found
     names = path.split(".")
     while names:
-        # An expert's name may hold dots, so the longest name that is there goes first.
+        # An expert's name may contain dots, so the longest existing name comes first.
         sizes = [n for n in range(len(names), 0, -1) if isinstance(value, Mapping) and ".".join(names[:n]) in value]
         if not sizes:
             known = ", ".join(value) if isinstance(value, Mapping) else "nothing more"

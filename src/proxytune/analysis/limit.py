@@ -1,11 +1,11 @@
-"""What the base can reach: gold answers, token by token, under every strength of steering.
+"""What the base can reach: gold answers, token by token, at every strength of steering.
 
 At one position let ``B`` be the base's logits and ``D`` what the recipe adds to them, ``sum_k alpha_k (expert_k -
 anti_expert_k)``. With a factor ``s`` on the recipe's alphas the mixture is ``B + s D``: a line in ``s`` for each token
 of the vocabulary. Greedy decoding can choose the gold token at some strength if its line is highest for some ``s``
 from 0 on.
 
-It is a bound for this very sequence of tokens, each after the gold tokens before it. Another wording of the same
+It is a bound for exactly this sequence of tokens, each after the gold tokens before it. Another wording of the same
 answer, or another tokenisation, may be within reach where this one is not.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GoldAnswer", "GoldToken", "limit", "limit_tables", "reach", "summary"]
 
-MOST = 64.0  # the largest factor at which the best one is looked for
+MOST = 64.0  # the best factor is searched up to this one
 STEPS = 40  # of bisection
 LISTED = 10
 
@@ -41,14 +41,14 @@ class GoldToken:
     """One token of a gold answer, after the gold tokens before it.
 
     Attributes:
-        id: of the token. token: its text.
-        base_rank, base_logprob: in the base; rank 1 is the most probable.
-        needed: by how many nats it must gain on the base's first choice to pass it; 0 where it is that.
-        given: by how many nats the recipe at its own alphas moves it against that choice.
-        at_recipe_alpha: whether greedy decoding chooses it there.
-        reachable: between which factors on the recipe's alphas greedy decoding can choose it, (low, high), high may be
-            infinite; None: at none from 0 on.
-        best: the factor at which it is most probable; infinite where it only grows.
+        id: the token's id. token: its text.
+        base_rank, base_logprob: its rank and log-probability in the base; rank 1 is the most probable.
+        needed: how many nats it must gain on the base's first choice to pass it; 0 if it is the first choice.
+        given: how many nats it gains on that choice at the recipe's own alphas.
+        at_recipe_alpha: whether greedy decoding chooses it at the recipe's alphas.
+        reachable: (low, high), the factors on the recipe's alphas between which greedy decoding can choose it; high may
+            be infinite. None: at no factor from 0 on.
+        best: the factor at which it is most probable; infinite if it only grows.
     """
 
     id: int
@@ -80,7 +80,7 @@ class GoldAnswer:
     passed: bool | None = None
 
     def share(self, some_alpha: bool) -> float:
-        """The share of its tokens that greedy decoding can choose, at some strength or at the recipe's."""
+        """The share of its tokens that greedy decoding can choose, at some strength or at that of the recipe."""
         return sum(_within(token, some_alpha) for token in self.tokens) / len(self.tokens)
 
     def first_unreachable(self) -> tuple[int, GoldToken] | None:
@@ -113,11 +113,11 @@ def reach(base: Tensor, added: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         base: logits, (n_tokens, n_vocab), -inf where a token can't be chosen at all.
-        added: what s = 1 adds, of that shape; -inf where every s above 0 excludes the token.
+        added: what s = 1 adds, same shape; -inf where every s above 0 excludes the token.
         gold: ids, (n_tokens,).
 
     Returns:
-        low and high, (n_tokens,); low above high: nowhere. A factor of 0 is the base alone.
+        low and high, (n_tokens,); low above high means nowhere. A factor of 0 is the base alone.
     """
     at = gold[:, None]
     own, own_added = base.gather(1, at), added.gather(1, at)
@@ -127,7 +127,7 @@ def reach(base: Tensor, added: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
     low = crossing.where(rivals & (apart > 0), 0.0).amax(dim=-1).clamp(min=0.0)
     high = crossing.where(rivals & (apart < 0), torch.inf).amin(dim=-1)
     never = (rivals & (apart == 0) & (gap > 0)).any(dim=-1) | ~torch.isfinite(own + own_added)[:, 0]
-    # At 0 what the experts exclude can be chosen as well, and keeps others from it.
+    # At 0, tokens that the experts exclude can be chosen too, and compete with the others.
     first = (base.argmax(dim=-1) == gold) & (own[:, 0] > -torch.inf)
     found = ~never & (low <= high) & ((high > 0) | first)
     nowhere = torch.full_like(low, torch.inf).where(~first, 0.0)  # or at 0 alone
@@ -164,7 +164,7 @@ def gold_tokens(
     """The tokens of one gold answer, all read in one pass of every member.
 
     Args:
-        ids: of the answer, at least one. alphas: one value per expert.
+        ids: the answer, at least one id. alphas: one value per expert.
     """
     base, added, mixed = _lines(model, model.paired(read_gold(model, encoded, ids)), alphas)
     gold = torch.tensor(list(ids), device=base.device)
@@ -192,7 +192,8 @@ def gold_tokens(
 
 
 def _lines(model: ProxyTunedForCausalLM, members: Members, alphas: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """The base that can be chosen from, what the recipe adds, and the mixture; (n_tokens, n_vocab) each."""
+    """The base's logits for tokens that can be chosen, the recipe's offsets, and the mixture; (n_tokens, n_vocab)
+    each."""
     base, experts = members
     alpha = torch.tensor([list(alphas)], dtype=torch.float32)
     plausibility, shared = model.config.plausibility, model.shared_vocab
@@ -214,12 +215,13 @@ def limit(
     sampling: Sampling | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Iterator[GoldAnswer]:
-    """Each reference's gold answer; of several wordings the one with the most tokens within reach.
+    """Measure each reference's gold answer. Of several wordings it returns the one with the most tokens within reach.
 
     Args:
         alphas: one value per expert. shown: what :func:`proxytune.answers.generation.encode` takes besides the prompt.
-        samples: of the base alone for each prompt; an answer passes if one of them begins with the gold text.
-        note: receives a reference that cannot be read; it is left out.
+        samples: number of samples of the base alone per prompt; an answer passes if one of them begins with the gold
+            text.
+        note: called for a reference that cannot be read, which is left out.
     """
     for number, reference in enumerate(references, start=1):
         try:
@@ -239,7 +241,7 @@ def limit(
                 tokenizer,
                 [encoded] * samples,
                 [(0.0,) * len(alphas)] * samples,
-                max_new_tokens=longest + 2,  # the same text may have somewhat more tokens
+                max_new_tokens=longest + 2,  # the same text may have a few more tokens
                 sampling=sampling or Sampling(temperature=1.0),
                 rows=[f"{number}/{at}" for at in range(samples)],
             )
@@ -270,7 +272,7 @@ def summary(answers: Sequence[GoldAnswer], samples: int = 0) -> dict[str, Any]:
 
 
 def limit_tables(found: dict[str, Any]) -> list[Table]:
-    """The shares, and the tokens at which answers first leave what can be reached."""
+    """Tables of the shares, and of the first tokens that are out of reach."""
     rows = [
         [name, *(f"{100 * found['reachable'][key][kind]:.1f} %" for kind in ("tokens", "answers"))]
         for name, key in (
