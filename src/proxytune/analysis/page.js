@@ -110,6 +110,11 @@ function show(index, focus = false) {
 }
 
 // -- the card of a token ---------------------------------------------------------------------------------------
+// Where a token came from: the trace's word -> what the card says.
+const DRAFTS = {
+  drafted: "drafted by the expert, accepted", copied: "copied from the text, accepted",
+  corrected: "replaces a rejected draft", plain: "none",
+};
 function drawCard() {
   const token = data.tokens[state.token];
   const [, first, count] = data.pieces.find(([, first, count]) => state.token < first + count);
@@ -125,7 +130,7 @@ function drawCard() {
       data.experts.length > 1 ? `${name} alone` : "expert alone",
       token.choices[k] ? make("span", "", [quoted(token.choices[k][0]), ` ${share(token.choices[k][1])}`]) : "–",
     ]));
-    if (token.origin) facts.push(["origin", token.origin]);
+    if (token.origin) facts.push(["draft", DRAFTS[token.origin] ?? token.origin]);
   } else {
     facts.push(["the base, steering", "unknown: this log does not record them"]);
   }
@@ -164,7 +169,7 @@ function candidates(token) {
   const rows = ranked(token);
   const best = choice(token, state.alpha);
   const title = !data.steered ? "probability" : asRecorded() ? "steered" : `at ${state.alpha.toFixed(2)}`;
-  const heads = ["candidate", ...(data.steered ? ["base", ...data.experts.map((name) => data.experts.length > 1 ? name : "expert pushes")] : []), title];
+  const heads = ["candidate", ...(data.steered ? ["base", ...data.experts.map((name) => data.experts.length > 1 ? name : "expert adds")] : []), title];
   const body = make("tbody");
   const farthest = Math.max(1e-9, ...rows.flatMap(([each]) => each[3].map((delta, k) => Math.abs((delta ?? 0) * alphaOf(k)))));
   for (const [each, p] of rows) {
@@ -193,9 +198,9 @@ function candidates(token) {
   if (!rows.length) notes.push("No candidates were recorded.");
   return make("div", "wide", [table, make("p", "note", notes.join(" "))]);
 }
-// A command that goes on from another candidate, to be copied into a shell.
+// A command that continues from another candidate, to be copied into a shell.
 function tryIt(id) {
-  const button = make("button", "try", "try", { type: "button", "aria-label": `Command that goes on with ${visible(textOf(id))}` });
+  const button = make("button", "try", "try", { type: "button", "aria-label": `Command that continues with ${visible(textOf(id))}` });
   button.addEventListener("click", () => drawCommand(id));
   return button;
 }
