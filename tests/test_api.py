@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -244,7 +245,7 @@ def test_every_spelling_means_its_id():
 
 
 # -- answers ------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("way", ["pull", "ask", "verify"])
+@pytest.mark.parametrize("way", ["pull", "ask", "verify", "push"])
 @pytest.mark.parametrize(("n", "texts"), [(5, "bytes"), (20, "raw"), (20, "decoded"), (tiny.VOCAB, "ids")])
 def test_marks_are_right_and_complete(oracle, served, steered, way, n, texts):
     served.texts = texts
@@ -252,7 +253,7 @@ def test_marks_are_right_and_complete(oracle, served, steered, way, n, texts):
     assert asked.way == way
     assert_no_mark_is_wrong(oracle, ROWS, tokens, asked.certified)
     if way == "pull":
-        assert asked.calls == [N_NEW] * len(ROWS)
+        assert asked.calls == [N_NEW + 1, N_NEW, N_NEW]  # the first prompt is asked about once more at the end
     if texts != "decoded":  # there one text has 128 ids
         for row, own, marks in zip(ROWS, tokens, asked.certified):
             for at, certain in enumerate(marks):
@@ -282,8 +283,52 @@ def test_auto_takes_what_the_server_offers(served, steered):
     assert answers(steered(5))[1].way == "ask"
     with pytest.raises(ProxyTuneError, match="cannot be verified"):
         steered(5, way="verify")
-    with pytest.raises(ProxyTuneError, match="there is no way 'push'"):
+    with pytest.raises(ProxyTuneError, match="there is no way 'guess'"):
+        steered(5, way="guess")
+
+
+@pytest.mark.parametrize("most", [10**6, 300])
+def test_push_lets_the_server_choose(oracle, served, steered, most):
+    served.most_biases = most
+    model = steered(5, way="push")
+    assert model.lanes[0].endpoint.offer.biased == min(most, tiny.VOCAB)
+    tokens, asked = answers(model)
+    assert tokens == [oracle.greedy(row, N_NEW)[0] for row in ROWS]
+    assert all(map(all, asked.certified))
+    assert asked.calls[1] == N_NEW or most == 300
+    for options, said in (
+        ({"do_sample": True, "top_k": 0}, "sampling"),
+        ({"repetition_penalty": 1.3}, "RepetitionPenalty"),
+        ({"return_trace": True}, "a trace"),
+    ):
+        with pytest.raises(ProxyTuneError, match=f"{said}.* is not possible|of all tokens"):
+            new_tokens(model, ROWS, **{**GREEDY, **options})
+
+
+def test_push_needs_fractions(served, steered):
+    served.whole_biases = True
+    with pytest.raises(ProxyTuneError, match="takes no fractions as logit_bias"):
         steered(5, way="push")
+    served.whole_biases, served.refuses = False, ("logit_bias",)
+    with pytest.raises(ProxyTuneError, match="takes no fractions as logit_bias"):
+        steered(5, way="push")
+
+
+def test_offsets_that_cannot_all_be_sent(oracle, steered):
+    """Of those that are not sent the largest stands for all: what wins against it wins."""
+    endpoint = steered(tiny.VOCAB, way="push").lanes[0].endpoint
+    endpoint.offer = replace(endpoint.offer, biased=40)
+    generator = torch.Generator().manual_seed(5)
+    n_sure = 0
+    for _ in range(30):
+        text = torch.randint(4, tiny.VOCAB, (6,), generator=generator).tolist()
+        offsets = torch.randn(tiny.VOCAB, generator=generator) * 3
+        offsets[torch.randint(4, tiny.VOCAB, (9,), generator=generator)] = -torch.inf
+        drawn = endpoint.drawn(text, offsets)
+        base = oracle.member_logits(text, [])["base"][-1]
+        assert drawn is None or drawn == int((base + offsets).argmax())
+        n_sure += drawn is not None
+    assert 0 < n_sure < 30
 
 
 @pytest.mark.parametrize(
@@ -395,6 +440,7 @@ PASSING = {
     "a list": lambda made: [],
     "a choice too many": lambda made: {**made, "choices": made["choices"] * 2},
     "another prompt": lambda made: {**made, "usage": {"prompt_tokens": 3}},
+    "another text": spoiled(lambda lp: lp.update(text_offset=[3])),
     "no log-probabilities": spoiled(lambda lp: lp.update(tokens=[], token_logprobs=[], top_logprobs=[])),
     "two tokens": spoiled(lambda lp: lp.update(tokens=lp["tokens"] * 2)),
     "another token": spoiled(lambda lp: lp.update(tokens=[min(top(lp), key=top(lp).get)])),
@@ -414,6 +460,7 @@ def test_a_fault_that_passes_changes_nothing(oracle, served, steered, fault):
     tokens, asked = answers(model, ROWS[:1], max_new_tokens=6)
     assert (tokens, asked.certified) == (expected[0], expected[1].certified)
     assert len(served.requests) - began == sum(asked.calls) + 3
+    assert asked.calls == expected[1].calls
 
 
 @pytest.mark.parametrize("fault", PASSING)
@@ -451,6 +498,29 @@ def test_a_model_that_changes_ends_the_run(served, steered):
         answers(model)
 
 
+@pytest.mark.parametrize("way", ["pull", "verify", "push"])
+def test_a_model_that_changes_under_its_name_ends_the_run(served, steered, way):
+    model = steered(20, way=way)
+    began, first = len(served.requests), served.model
+
+    def swap(number, made):
+        served.model = tiny.llama("base", 7) if number - began >= 2 else first
+        return made
+
+    served.faults = swap
+    with pytest.raises(ProxyTuneError, match="two different replies to one prompt"):
+        answers(model, ROWS[:1])
+
+
+def test_a_failing_probe_proves_nothing(served, steered):
+    """A server that fails is no server that cannot."""
+    served.faults = lambda number, made: (503, "busy") if number % 3 else made
+    assert steered(5).lanes[0].endpoint.offer.lists
+    served.faults = lambda number, made: (503, "busy") if isinstance(served.requests[-1]["prompt"][0], list) else made
+    with pytest.raises(ProxyTuneError, match=r"fails \(503\) after 7 tries"):
+        steered(5)
+
+
 def test_choices_are_distinguished_by_their_numbers(oracle, served, steered):
     model = steered(20, way="verify")
     served.faults = lambda number, made: {**made, "choices": made["choices"][::-1]}
@@ -482,6 +552,22 @@ def test_a_wrong_tokenizer_is_refused(oracle, served, tmp_path):
         ProxyTunedForCausalLM.from_members(base, tiny.llama("mini", 3, vocab_size=280))
 
 
+def test_a_tokenizer_with_other_ids_is_refused(oracle, served, steered):
+    assert steered().lanes[0].endpoint.same_tokenizer
+    served.tokenizer = tiny.tokenizer(bos=False)  # that no token is put before a text is no other tokenizer
+    assert steered().lanes[0].endpoint.same_tokenizer
+    served.tokenizer = tiny.tokenizer(swap=("w", "k"))
+    with pytest.raises(VocabularyError, match=r"reads text otherwise .*, first at 'k'"):
+        steered()
+
+
+def test_a_limit_of_its_own(served, steered, monkeypatch):
+    """Some refuse to give more than so many, others give fewer."""
+    whole = served.reply
+    monkeypatch.setattr(served, "reply", lambda body: (400, "too many") if body["logprobs"] > 5 else whole(body))
+    assert steered(50).lanes[0].endpoint.n == 5
+
+
 # -- keys and budgets ---------------------------------------------------------------------------------------------
 def test_the_key_is_sent_and_never_shown(served, steered, monkeypatch, capsys, caplog, tmp_path):
     served.key = KEY
@@ -503,12 +589,12 @@ def test_the_key_is_sent_and_never_shown(served, steered, monkeypatch, capsys, c
 
 
 def test_budgets_end_a_run(served, steered):
-    model = steered(5, way="pull", max_calls=8)
-    with pytest.raises(ProxyTuneError, match="the budget of 8 requests is spent; give a larger --max-calls"):
+    model = steered(5, way="pull", max_calls=12)
+    with pytest.raises(ProxyTuneError, match="the budget of 12 requests is spent; give a larger --max-calls"):
         answers(model, ROWS[:1])
-    assert len(served.requests) <= 8
-    with pytest.raises(ProxyTuneError, match="the budget of 100 tokens is spent; give a larger --max-tokens"):
-        answers(steered(5, way="pull", max_tokens=100), ROWS[:1])
+    assert len(served.requests) <= 12
+    with pytest.raises(ProxyTuneError, match="the budget of 900 tokens is spent; give a larger --max-tokens"):
+        answers(steered(5, way="pull", max_tokens=900), [ROWS[0] * 10])
 
 
 def test_options_of_an_api_need_one(shelf):
@@ -542,7 +628,7 @@ def test_the_commands(recipe, served, oracle, tmp_path, no_progress):
     result = run("generate", recipe, prompt, "--json", "-n", 8, "--way", "pull")
     answer = json.loads(result.stdout)
     assert answer["way"] == "pull"
-    assert answer["calls"] == len(answer["tokens"]) == len(answer["certified"])
+    assert answer["calls"] - 1 == len(answer["tokens"]) == len(answer["certified"])
     assert_no_mark_is_wrong(oracle, [ids], [answer["tokens"]], [answer["certified"]])
     n = sum(answer["certified"])
     assert f"{n} of {len(answer['tokens'])} tokens are certain" in result.stderr
@@ -563,7 +649,7 @@ def test_the_commands(recipe, served, oracle, tmp_path, no_progress):
         "--way",
         "pull",
     ]
-    assert "budget of 14 requests is spent" in fails(*job, "--max-calls", 14)
+    assert "budget of 19 requests is spent" in fails(*job, "--max-calls", 19)
     kept = (tmp_path / "out.jsonl").read_text().splitlines()
     assert 0 < len(kept) < 3
     run(*job)

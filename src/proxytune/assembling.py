@@ -14,6 +14,7 @@ from torch import nn
 from proxytune.errors import MemberError, RecipeError, unknown_arguments
 from proxytune.lanes.completions import Budget, Endpoint
 from proxytune.lanes.loading import load_lanes
+from proxytune.lanes.probing import probe
 from proxytune.lanes.remote import RemoteLane
 from proxytune.lanes.spelling import Spelling
 from proxytune.lanes.transformers import TransformersLane
@@ -93,7 +94,7 @@ def load_parts(
     lanes = load_lanes(config, loading, given)
     if isinstance(base, ApiBase):
         config.vocab_size = widths["base"]
-        endpoint = ask_server(config, loading, tokenizers["base"], widths["base"])
+        endpoint = ask_server(config, loading, tokenizers["base"], widths["base"], bias=loading.way == "push")
         elsewhere: Any = RemoteLane(base, endpoint, widths["base"], loading.way or "auto")
         return [elsewhere, *lanes]
     if config.text_config is None:
@@ -105,18 +106,26 @@ def load_parts(
 
 
 def ask_server(
-    config: ProxyTuneConfig, loading: Loading, tokenizer: Any = None, n_vocab: int | None = None
+    config: ProxyTuneConfig,
+    loading: Loading,
+    tokenizer: Any = None,
+    n_vocab: int | None = None,
+    *,
+    bias: bool = True,
 ) -> Endpoint:
     """The server of a base behind an API, once it was asked what it offers.
 
     Args:
         tokenizer: the declared one, where it is loaded already. n_vocab: of the base; that tokenizer's by default.
+        bias: also ask how many tokens a request may push.
     """
     base = config.base_member
     assert isinstance(base, ApiBase)
     tokenizer = tokenizer or load_tokenizer(config, "base", base, loading)
     budget = Budget(loading.max_calls, loading.max_tokens)
-    return Endpoint(base, Spelling(tokenizer, n_vocab or len(tokenizer)), tokenizer, budget)
+    endpoint = Endpoint(base, Spelling(tokenizer, n_vocab or len(tokenizer)), tokenizer, budget)
+    probe(endpoint, bias=bias)
+    return endpoint
 
 
 def _placeholder(value: Any, name: str, given: dict[str, Any], prompt: Any) -> Member | None:

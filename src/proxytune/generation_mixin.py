@@ -514,7 +514,7 @@ class SteeredGenerationMixin(GenerationMixin):
             ProxyTuneError: if the call asks for a number of drafts, but drafts are not possible.
         """
         stats = _last_calls()[self] = SpeculationStats()
-        remote = self._remote(config, speculate, trace_top_k)
+        remote = self._remote(config, speculate, trace_top_k, processors)
         if remote is not None:
             model_kwargs["past_key_values"].prompt_scores = []
             speculate = speculate if remote.way == "verify" else False
@@ -546,6 +546,7 @@ class SteeredGenerationMixin(GenerationMixin):
                 remote.n_vocab,
                 n_batch,
                 asks=remote.way != "pull",
+                draws=remote.way == "push",
                 exact=not processors and not config.do_sample,
                 whole=remote.complete,
                 needs_best=self.config.plausibility is not None,
@@ -553,6 +554,7 @@ class SteeredGenerationMixin(GenerationMixin):
             rows, calls = self.alpha_rows(model_kwargs.get("alpha"), n_batch), list(state.calls)
             read = part(cast("list[Scores]", cache.prompt_scores), -1, None)
             prompt = certifier.mix(read, lambda values: self.mix_lanes(values, rows))
+            again = state.again()
             cache.prompt_scores = None
         limit = cast(int, criteria.max_length)  # without a cache transformers' own loop runs
 
@@ -619,6 +621,7 @@ class SteeredGenerationMixin(GenerationMixin):
                 for name in kept:
                     kept[name] += getattr(step, name).unbind(dim=1)
         if certifier is not None and remote is not None:
+            again()
             _THREAD.asked = weakref.WeakKeyDictionary({self: Asked(remote.way, certifier.marks, [n.n for n in calls])})
             state.calls = [Count() for _ in state.calls]
         if streamer is not None:
@@ -632,7 +635,13 @@ class SteeredGenerationMixin(GenerationMixin):
             return TracedOutput(sequences=cast(Any, sequences), past_key_values=cache, traces=traces, **seen)
         return GenerateDecoderOnlyOutput(sequences=cast(Any, sequences), past_key_values=cache, **seen)
 
-    def _remote(self, config: GenerationConfig, speculate: Speculate, trace_top_k: int | None) -> RemoteLane | None:
+    def _remote(
+        self,
+        config: GenerationConfig,
+        speculate: Speculate,
+        trace_top_k: int | None,
+        processors: LogitsProcessorList,
+    ) -> RemoteLane | None:
         """The lane of a base behind an API, or None where the base has its weights here.
 
         Raises:
@@ -650,6 +659,12 @@ class SteeredGenerationMixin(GenerationMixin):
             raise ProxyTuneError(
                 f"a trace needs the base's probabilities of all tokens, and its server gives {n}; leave the trace out"
             )
+        if lane.way == "push":
+            names = [type(each).__name__ for each in processors]
+            names += ["sampling"] if config.do_sample else ["a trace"] if trace_top_k is not None else []
+            names += ["plausibility"] if self.config.plausibility is not None else []
+            if names:
+                raise ProxyTuneError(f"with the way push the server chooses, so {names[0]} is not possible; use ask")
         if lane.way != "verify" and speculate not in ("auto", False):
             raise ProxyTuneError(f"speculate={speculate} needs the way verify, and the base is asked by {lane.way}")
         return lane

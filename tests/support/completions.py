@@ -27,7 +27,8 @@ class Served:
     def __init__(self, model: Any, tokenizer: Any, **more: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.texts, self.cap, self.refuses, self.faults = "bytes", None, (), None
-        self.ids, self.lists, self.hot, self.usage, self.key = True, True, False, True, None
+        self.ids, self.lists, self.hot, self.usage, self.key, self.offsets = True, True, False, True, None, True
+        self.most_biases, self.whole_biases = 10**6, False
         self.requests: list[dict[str, Any]] = []
         self.name = "tiny"
         self.lock = threading.Lock()
@@ -54,7 +55,7 @@ class Served:
         ids = prompt if isinstance(prompt, list) else self.tokenizer(prompt)["input_ids"]
         logprobs = self.model(torch.tensor([ids])).logits[0, -1].double().log_softmax(dim=-1)
         for token, bias in (body.get("logit_bias") or {}).items():
-            logprobs[int(token)] += bias
+            logprobs[int(token)] += max(-100.0, min(100.0, int(bias) if self.whole_biases else bias))
         temperature = body.get("temperature", 1.0)
         if temperature == 0:
             drawn = int(logprobs.argmax())
@@ -75,7 +76,7 @@ class Served:
                 "tokens": [self.spell(drawn)],
                 "token_logprobs": [float(shown[drawn])],
                 "top_logprobs": [top],
-                "text_offset": [0],
+                "text_offset": [len(self.tokenizer.decode(ids)) if self.offsets else 0],
             },
         }
         return made, len(ids)
@@ -90,6 +91,8 @@ class Served:
             return 400, "prompt must be a text"
         if several and not self.lists:
             return 400, "prompt must not be a list"
+        if len(body.get("logit_bias") or {}) > self.most_biases:
+            return 400, f"logit_bias has more than {self.most_biases} entries"
         choices, lengths = zip(*(self.choice(at, one, body) for at, one in enumerate(prompts)))
         made = {"id": "1", "object": "text_completion", "model": self.name, "choices": list(choices)}
         if self.usage:

@@ -157,10 +157,11 @@ def check(
     report = check_recipe(config, Loading.of(loading), asked=True)
     if isinstance(config.base_member, ApiBase) and not report.problems:
         from proxytune.assembling import ask_server
+        from proxytune.lanes.probing import findings
 
         if run:
             raise ProxyTuneError("--run compares with the base's own forward, and this base is behind an API")
-        server = ask_server(config, Loading.of(loading)).findings()
+        server = findings(ask_server(config, Loading.of(loading)))
     if not results.json:
         show_report(report, recipe, console)
         for what, value in (server or {}).items():

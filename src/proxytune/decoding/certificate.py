@@ -72,6 +72,7 @@ class Certifier:
         n_batch: int,
         *,
         asks: bool,
+        draws: bool,
         exact: bool,
         whole: bool,
         needs_best: bool,
@@ -79,12 +80,14 @@ class Certifier:
         """
         Args:
             lane: the number of the base's lane; state: its state. n_vocab: the base's vocabulary.
-            asks: whether the base is asked again. exact: whether the choice is the best of the mixture: no logits
-                processors, no sampling. whole: whether the base knows all tokens, so that any choice is certain.
+            asks: whether the base is asked again. draws: whether it chooses by itself first, if it is sure.
+            exact: whether the choice is the best of the mixture: no logits processors, no sampling.
+            whole: whether the base knows all tokens, so that any choice is certain.
             needs_best: whether the mixture depends on the base's most probable token, as the plausibility mask does.
         """
         self.lane, self.state, self.n_vocab = lane, state, n_vocab
-        self.asks, self.exact, self.whole, self.needs_best = asks, exact, whole, needs_best
+        self.asks, self.draws = asks, draws
+        self.exact, self.whole, self.needs_best = exact, whole, needs_best
         self.marks: list[list[bool]] = [[] for _ in range(n_batch)]
         self.seen: list[Tensor] = []  # this step's, (n_batch, n_positions) each
         self.start = 0  # columns before this step's first position, and in it
@@ -101,6 +104,11 @@ class Certifier:
         values = [each.values for each in scores]
         base = scores[self.lane]
         start = self.start + sum(seen.shape[1] for seen in self.seen)
+        drawn: dict[int, int] = {}  # row -> the token that the base itself chose
+        if self.draws:
+            values[self.lane] = torch.zeros(*base.values.shape[:2], self.n_vocab)
+            tokens = self.state.draw(start, mix(values)[:, 0])
+            drawn = {row: token for row, token in enumerate(tokens) if token is not None}
         while True:
             values[self.lane] = bounded(base, self.n_vocab)
             known, upper = known_ids(base, self.n_vocab), mix(values)
@@ -114,11 +122,15 @@ class Certifier:
             kept = upper.masked_fill(~known, -torch.inf).argmax(dim=-1) == self.state.behind(start, upper.shape[1])
             reached = kept.cumprod(dim=1).bool().roll(1, dims=1).index_fill(1, torch.tensor([0]), True)
             rivals &= reached[..., None]
+            rivals[list(drawn)] = False
             more = self.state.ask(start, rivals) if bool(rivals.any()) else None
             if more is None:
                 break
             base = more
         mixed = upper.masked_fill(~known, -torch.inf)
+        for row, token in drawn.items():
+            mixed[row] = torch.full_like(mixed[row], -torch.inf).index_fill(1, torch.tensor([token]), 0.0)
+            certain[row] = True
         if bool((mixed.amax(dim=-1) == -torch.inf).any()):
             raise ProxyTuneError(
                 "none of the tokens that the base's server names can be chosen here; raise the recipe's top_logprobs"

@@ -163,6 +163,14 @@ class QuickState(LaneState, Protocol):
 class AskedState(LaneState, Protocol):
     """A state of a lane that is not complete: it can be asked for more than it has said."""
 
+    def draw(self, start: int, offsets: Tensor) -> list[int | None]:
+        """For each row the token that the lane itself chooses behind it, once ``offsets`` were added; None: not sure.
+
+        Args:
+            start: as in :meth:`ask`. offsets: shape = (n_batch, n_vocab).
+        """
+        ...
+
     def behind(self, start: int, n_positions: int) -> Tensor:
         """The drafts that stand behind positions, (n_batch, n_positions); -1 where there is none. ``start``: as in
         :meth:`ask`.

@@ -16,22 +16,26 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from proxytune.errors import MemberError, ProxyTuneError, VocabularyError, need
+from torch import Tensor
+
+from proxytune.errors import MemberError, ProxyTuneError, need
 from proxytune.lanes.spelling import Spelling
 from proxytune.recipe.parts import ApiBase
 
-__all__ = ["BadReply", "Budget", "Endpoint", "Known", "Offer", "known_of"]
+__all__ = ["TOO_FAR", "BadReply", "Budget", "Endpoint", "Known", "NoGoodReply", "Offer", "Refused", "Reply", "known_of"]
 
 RETRIES = 6  # of a request that failed, and of one whose reply is wrong
 TIMEOUT = 60.0  # seconds
 PAUSE = 0.2  # seconds before a wrong reply is asked for again; it doubles
 AT_ONCE = 8  # requests under way
+MOST_BIAS = 100.0  # of one token
 MOST_IDS = 128  # that vLLM scores by name in one request
 MISSING = -9998.0  # at and below it a log-probability stands for "not known"
 ROUNDING = 1e-4  # how far the probabilities in a reply may be off, all together
-TOO_FAR = 1e-2  # log-probabilities of one token that lie farther apart are not of one model
+TOO_FAR = 1e-2  # log-probabilities of one token and one prompt, asked for in two ways, that lie farther apart differ
+MOVES = 0.5  # how far half precision in other batches may move the log-probability of a token
 
 Entry = tuple[tuple[int, ...], float]  # the ids that it can mean, and its log-probability
 T = TypeVar("T")
@@ -43,6 +47,10 @@ class BadReply(Exception):
 
 class Refused(Exception):
     """The server does not do what it was asked (a status of 4xx)."""
+
+
+class NoGoodReply(ProxyTuneError):
+    """All replies to a request were wrong."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +76,18 @@ class Offer:
         ids: takes token ids as the prompt; else texts. lists: answers several prompts in one request.
         numbered: writes tokens as ids. named: scores ids that are named (vLLM's ``logprob_token_ids``).
         echoes: says which prompt it has read, as ids. temperature: at which its log-probabilities are the model's own.
+        biased: how many tokens it lets a request push up or down by fractions (``logit_bias``); 0: none, or not tried.
+        offsets: says how long the prompt was, as text; with special tokens (``whole``) or without (``plain``).
     """
 
     ids: bool
-    lists: bool
-    numbered: bool
-    named: bool
-    echoes: bool
-    temperature: float
+    lists: bool = False
+    numbered: bool = False
+    named: bool = False
+    echoes: bool = False
+    temperature: float = 0.0
+    biased: int = 0
+    offsets: Literal["whole", "plain"] | None = None
 
 
 @dataclass
@@ -158,7 +170,10 @@ def known_of(entries: Sequence[Entry], asked: int, given: float | None = None) -
 
 
 class Endpoint:
-    """The server of a base, asked through the official client.
+    """The server of a base, asked through the official client. What it offers is found out by lanes.probing.
+
+    Attributes:
+        n: log-probabilities that are asked for. offer: see :class:`Offer`.
 
     Raises:
         MemberError: where it cannot be asked at all. ProxyTuneError: where it fails for good, or a budget is spent.
@@ -189,86 +204,14 @@ class Endpoint:
         weakref.finalize(self, self.pool.shutdown, wait=False)
         self.model: str | None = None  # as the first reply calls it
         self.most: int | None = None  # log-probabilities that it gives at most, once it has given fewer than asked
-        self.offer = Offer(True, False, False, False, False, 0.0)
-        self.offer = self._probe()
-
-    # -- what it offers -----------------------------------------------------------------------------------------
-    def _probe(self) -> Offer:
-        ids = list(self.tokenizer("The answer to 7 + 5 is")["input_ids"])
-        n = self.n = self.base.top_logprobs
-        offer = Offer(True, False, True, self.base.server in ("auto", "vllm"), True, 0.0)
-        if self.base.server in ("openai", "llama.cpp"):
-            offer = replace(offer, numbered=False, named=False, echoes=False)
-        try:
-            self.offer = offer
-            reply = self._ask([ids], n)[0]
-        except Refused:  # of words that only vLLM knows, or of ids
-            self.offer = offer = replace(offer, numbered=False, named=False, echoes=False)
-            try:
-                reply = self._ask([ids], n)[0]
-            except Refused:
-                self.offer = offer = replace(offer, ids=False)
-                try:
-                    reply = self._ask([ids], n)[0]
-                except Refused as error:
-                    raise MemberError(f"the server of the base {self._name} refuses to be asked: {error}") from error
-        numbered = offer.numbered and reply.numbered
-        offer = replace(offer, numbered=numbered, echoes=reply.echoes, named=offer.named and reply.echoes)
-        if not reply.entries:
-            raise MemberError(f"the server of the base {self._name} gives no log-probabilities; steering needs them")
-        strange = [token for token, (meant, _) in zip(reply.tokens, reply.entries) if not meant]
-        if strange:
-            shown = ", ".join(map(repr, strange[:3]))
-            raise VocabularyError(
-                f"the server of the base {self._name} has tokens that the tokenizer {self.base.tokenizer!r} lacks: "
-                f"{shown}; name the tokenizer of the server's model"
-            )
-        self.offer = offer
-        if len(reply.entries) < n:  # a limit of its own; asked for so many, it gives the most probable ones
-            n = self.n = len(reply.entries)
-            reply = self._ask([ids], n)[0]
-        # At temperature 0 some servers give the drawn token all probability. At 1 no server changes anything.
-        self.offer = replace(offer, temperature=1.0)
-        warm = self._ask([ids], n)[0]
-        cold_known, warm_known = reply.known, warm.known
-        apart = [abs(cold_known.logprobs[i] - x) for i, x in warm_known.logprobs.items() if i in cold_known.logprobs]
-        offer = replace(offer, temperature=0.0 if apart and max(apart) < TOO_FAR else 1.0)
-        self.offer = replace(offer, lists=True)
-        try:
-            self._ask([ids, ids[:-1]], n)
-        except (Refused, ProxyTuneError):
-            self.offer = offer
-        self.complete = len(cold_known.logprobs) >= self.spelling.n_vocab
-        if self.offer.named:
-            try:
-                some = sorted(warm_known.logprobs)[:2]
-                named = self.of_ids(ids, some)
-                if any(abs(named[i] - warm_known.logprobs[i]) > TOO_FAR for i in some):
-                    raise BadReply("other values")
-            except (Refused, BadReply, KeyError, ProxyTuneError):
-                self.offer = replace(self.offer, named=False)
-        return self.offer
+        self.n = base.top_logprobs
+        self.offer = Offer(ids=True)
+        self.complete = False  # whether it names all tokens
+        self.same_tokenizer: bool | None = None  # whether it reads text as the declared tokenizer; None: not known
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
         return f"{self.base.model} at {self.base.api}"
-
-    def findings(self) -> dict[str, Any]:
-        """What the server offers and what it is told, in words."""
-        offer = self.offer
-        return {
-            "answers as": self.model,
-            "log-probabilities of a token": self.n,
-            "all tokens": self.complete,
-            "takes token ids": offer.ids,
-            "writes token ids": offer.numbered,
-            "several prompts in one request": offer.lists,
-            "scores tokens by name": offer.named,
-            "says which prompt it read": offer.echoes,
-            "log-probabilities are the model's own at temperature": offer.temperature,
-            "it sees": "the prompt and the answer so far, at each token"
-            + (", and the ids of tokens that steering could choose" if offer.named else ""),
-        }
 
     # -- questions ----------------------------------------------------------------------------------------------
     def top(self, texts: Sequence[Sequence[int]], n: int) -> list[Known]:
@@ -288,20 +231,64 @@ class Endpoint:
         if n <= known.asked:
             return None
         try:
-            found = self.top([text], n)[0]
-        except ProxyTuneError as error:
-            if not isinstance(error.__cause__, Refused):
-                raise
+            found = self.ask([text], n)[0].known
+        except Refused:
             self.most = known.asked
             return None
+        self._refuse_unlike(alike(known, found))
         if len(found.logprobs) <= len(known.logprobs):
             self.most = known.asked
             return None
         return found
 
+    def drawn(self, text: Sequence[int], offsets: Tensor) -> int | None:
+        """The token that the server itself chooses behind a text once steering was added to its logits; None: not sure.
+
+        Where not all offsets can be sent, the largest are, less the largest of the others: so these count for too much,
+        and what wins against them all the same is the choice of the whole mixture.
+
+        Args:
+            offsets: what steering adds to each token, (n_vocab,); -inf where it excludes one.
+        """
+        largest = offsets.topk(min(self.offer.biased + 1, len(offsets)))
+        ids, values = largest.indices.tolist(), largest.values
+        sent = ids if len(ids) == len(offsets) <= self.offer.biased else ids[:-1]
+        biases = (values - (values[0] if len(sent) == len(offsets) else values[-1]))[: len(sent)]
+        if not bool(values[len(sent) - 1] > -math.inf) and len(sent) < len(offsets):
+            return None  # tokens that steering excludes would be left as they are
+        if bool(biases.max() > MOST_BIAS):
+            return None
+        bias = dict(zip(map(str, sent), biases.clamp(min=-MOST_BIAS).tolist()))
+        index = self.chosen(text, bias)
+        return index if index in set(sent) and bool(offsets[index] > -math.inf) else None
+
+    def chosen(self, text: Sequence[int], bias: dict[str, float]) -> int | None:
+        """The token that the server chooses under a bias; None where its reply leaves that open."""
+        meant = self.ask([text], 1, {"logit_bias": bias, "temperature": 0.0})[0].drawn
+        return meant[0] if len(meant) == 1 else None
+
+    def confirm(self, text: Sequence[int], known: Known) -> None:
+        """Ask once more what was asked before, since a model may be changed while its name stays.
+
+        Raises:
+            ProxyTuneError: where the reply is another one.
+        """
+        self._refuse_unlike(alike(known, self.top([text], known.asked)[0]))
+
+    def confirm_drawn(self, text: Sequence[int], offsets: Tensor, token: int) -> None:
+        """As :meth:`confirm`, where the server chose ``token`` under ``offsets``."""
+        self._refuse_unlike(self.drawn(text, offsets) == token)
+
+    def _refuse_unlike(self, same: bool) -> None:
+        if not same:
+            raise ProxyTuneError(
+                f"the server of the base {self.name} gave two different replies to one prompt; its model was changed, "
+                "or its replies belong to other prompts"
+            )
+
     def of_ids(self, text: Sequence[int], ids: Sequence[int]) -> dict[int, float]:
         """The log-probabilities of these ids behind a text (vLLM alone)."""
-        reply = self._ask([text], len(ids), {"logprob_token_ids": list(ids)})[0]
+        reply = self.ask([text], len(ids), {"logprob_token_ids": list(ids)})[0]
         found = {meant[0]: value for meant, value in reply.entries if len(meant) == 1 and value > MISSING}
         return {index: found[index] for index in ids}
 
@@ -311,11 +298,21 @@ class Endpoint:
 
     def _certain(self, texts: Sequence[Sequence[int]], n: int) -> list[Reply]:
         try:
-            return self._ask(texts, n)
+            return self.ask(texts, n)
         except Refused as error:
-            raise ProxyTuneError(f"the server of the base {self._name} refuses: {error}") from error
+            raise ProxyTuneError(f"the server of the base {self.name} refuses: {error}") from error
 
-    def _ask(self, texts: Sequence[Sequence[int]], n: int, more: dict[str, Any] | None = None) -> list[Reply]:
+    def ask(
+        self, texts: Sequence[Sequence[int]], n: int, more: dict[str, Any] | None = None, *, tries: int = RETRIES
+    ) -> list[Reply]:
+        """Ask for one token behind each text.
+
+        Args:
+            n: log-probabilities. more: words of the request beside the usual ones. tries: while replies are wrong.
+
+        Raises:
+            Refused: where the server does not do that. NoGoodReply: where every reply was wrong.
+        """
         prompts: list[Any] = [list(text) for text in texts] if self.offer.ids else [self._text(text) for text in texts]
         temperature = self.offer.temperature
         asked: dict[str, Any] = {
@@ -331,16 +328,31 @@ class Endpoint:
             extra["return_tokens_as_token_ids"] = True
         if self.offer.echoes:
             extra["return_token_ids"] = True
-        for trial in range(RETRIES):
+        for trial in range(tries):
             try:
                 value = self._post({**asked, "extra_body": extra or None}, sum(map(len, texts)) + len(texts))
-                return self._read(value, texts, n)
+                return self._read(value, texts, n, biased="logit_bias" in extra)
             except BadReply as error:
                 reason = error
                 time.sleep(min(PAUSE * 2**trial, 5.0))
-        raise ProxyTuneError(
-            f"the server of the base {self._name} gave {RETRIES} replies that cannot be right: {reason}"
+        raise NoGoodReply(
+            f"the server of the base {self.name} gave {tries} replies that cannot be right: {reason}"
         ) from reason
+
+    def ask_text(self, text: str, n: int) -> Known | None:
+        """What is known behind a text that the server cuts into tokens itself; None where it takes no texts."""
+        asked = {"model": self.base.model, "prompt": text, "max_tokens": 1, "temperature": self.offer.temperature}
+        extra = {"return_tokens_as_token_ids": True} if self.offer.numbered else None
+        offer, self.offer = self.offer, replace(self.offer, ids=False, offsets=None)
+        try:
+            value = self._post(
+                {**asked, "top_p": 1.0, "logprobs": n, "extra_body": extra}, len(self.tokenizer(text)["input_ids"]) + 1
+            )
+            return self._read(value, [[]], n)[0].known
+        except (Refused, BadReply):
+            return None
+        finally:
+            self.offer = offer
 
     def _text(self, ids: Sequence[int]) -> str:
         """The text of a prompt, for servers that take no ids; they must read the same tokens."""
@@ -350,7 +362,7 @@ class Endpoint:
         text = str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
         if list(self.tokenizer(text)["input_ids"]) != list(ids):
             raise ProxyTuneError(
-                f"the server of the base {self._name} takes no token ids, and the text so far would be read as other "
+                f"the server of the base {self.name} takes no token ids, and the text so far would be read as other "
                 "tokens; use a server that takes ids"
             )
         return text
@@ -368,16 +380,16 @@ class Endpoint:
             said = self._without_secret(str(error.message))
             if error.status_code in (401, 403):
                 which = f"in {self.base.key}" if self.base.key else "(the recipe's base names no `key`)"
-                raise MemberError(f"the server of the base {self._name} refuses the API key {which}") from None
+                raise MemberError(f"the server of the base {self.name} refuses the API key {which}") from None
             if 400 <= error.status_code < 500 and error.status_code not in (408, 409, 429):
                 raise Refused(said) from None
             raise ProxyTuneError(
-                f"the server of the base {self._name} fails ({error.status_code}) after {RETRIES + 1} tries: {said}"
+                f"the server of the base {self.name} fails ({error.status_code}) after {RETRIES + 1} tries: {said}"
             ) from None
         except openai.APIConnectionError as error:
             cause = type(error.__cause__ or error).__name__
             raise ProxyTuneError(
-                f"the server of the base {self._name} does not answer ({cause}) after {RETRIES + 1} tries"
+                f"the server of the base {self.name} does not answer ({cause}) after {RETRIES + 1} tries"
             ) from None
 
     def _without_secret(self, text: str) -> str:
@@ -385,8 +397,8 @@ class Endpoint:
         return first if self.base.key is None else first.replace(self.secret, "***")
 
     # -- replies ------------------------------------------------------------------------------------------------
-    def _read(self, value: Any, texts: Sequence[Sequence[int]], n: int) -> list[Reply]:
-        """The reply to each text, in order.
+    def _read(self, value: Any, texts: Sequence[Sequence[int]], n: int, *, biased: bool = False) -> list[Reply]:
+        """The reply to each text, in order; under a bias its log-probabilities prove nothing.
 
         Raises:
             BadReply: for a reply that is not one to this request.
@@ -398,7 +410,7 @@ class Endpoint:
             self.model = str(model)
         elif str(model) != self.model:
             raise ProxyTuneError(
-                f"the server of the base {self._name} answered as {self.model!r} first and now as {str(model)!r}; its "
+                f"the server of the base {self.name} answered as {self.model!r} first and now as {str(model)!r}; its "
                 "model was changed, so the run ends here"
             )
         choices = value["choices"]
@@ -413,19 +425,24 @@ class Endpoint:
         read = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         if self.offer.ids and read and read != sum(map(len, texts)):
             raise BadReply(f"the server read {read} tokens where {sum(map(len, texts))} were sent")
-        return [self._choice(choice, text, n) for choice, text in zip(choices, texts)]
+        return [self._choice(choice, text, n, biased) for choice, text in zip(choices, texts)]
 
-    def _choice(self, choice: dict[str, Any], text: Sequence[int], n: int) -> Reply:
+    def _choice(self, choice: dict[str, Any], text: Sequence[int], n: int, biased: bool) -> Reply:
         echoed = choice.get("prompt_token_ids")
         if echoed is not None and self.offer.ids and echoed != list(text):
             raise BadReply("it is the reply to another prompt")
         tokens, values, tops = _columns(choice.get("logprobs"))
         if not tokens and choice.get("finish_reason") == "stop":  # an end token, of which the server says no more
             end = self.tokenizer.eos_token_id
-            return Reply(Known({} if end is None else {end: 0.0}, 0.0, n), [], [], False, echoed is not None)
+            known = Known({} if end is None else {end: 0.0}, 0.0, n)
+            return Reply(known, [], [], False, echoed is not None, drawn=() if end is None else (end,))
         if len(tokens) != 1 or len(values) != 1 or len(tops) != 1:
             raise BadReply(f"it has log-probabilities of {len(tokens)} tokens where one was asked for")
-        top = tops[0]
+        top, offset = tops[0], _offset(choice["logprobs"])
+        if self.offer.offsets is not None and offset != len(self.shown(text, self.offer.offsets)):
+            raise BadReply(f"the server read a prompt of {offset} characters, which is another one")
+        if biased:
+            return Reply(Known({}, 0.0, n), [], [], False, echoed is not None, offset, self._meant(tokens[0]))
         if not top:
             return Reply(Known({}, 0.0, n), [], [], False, echoed is not None)
         entries = [(self._meant(token), value) for token, value in top]
@@ -444,7 +461,14 @@ class Endpoint:
             entries.append((token_drawn, drawn))
         numbered = all(token.startswith("token_id:") for token, _ in top)
         given = drawn if self.offer.temperature else None
-        return Reply(known_of(entries, n, given), entries, [token for token, _ in top], numbered, echoed is not None)
+        return Reply(
+            known_of(entries, n, given), entries, [token for token, _ in top], numbered, echoed is not None, offset
+        )
+
+    def shown(self, ids: Sequence[int], how: str) -> str:
+        """The text of ids, with special tokens (``whole``) or without (``plain``)."""
+        plain = how == "plain"
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=plain, clean_up_tokenization_spaces=False))
 
     def _meant(self, token: Any) -> tuple[int, ...]:
         return self.spelling.meant(token) if isinstance(token, str) else tuple(token)
@@ -456,7 +480,8 @@ class Reply:
 
     Attributes:
         known: what it says for certain. entries: see :data:`Entry`. tokens: as they were written.
-        numbered: whether as ids. echoes: whether it says which prompt was read.
+        numbered: whether as ids. echoes: whether it says which prompt was read. offset: where its token begins.
+        drawn: what that token can be, where a bias chose it.
     """
 
     known: Known
@@ -464,6 +489,22 @@ class Reply:
     tokens: list[Any]
     numbered: bool
     echoes: bool
+    offset: int | None = None
+    drawn: tuple[int, ...] = ()
+
+
+def alike(one: Known, other: Known) -> bool:
+    """Whether two replies to one prompt can be of one model, whose arithmetic may round otherwise each time."""
+    common = one.logprobs.keys() & other.logprobs.keys()
+    far = sum(abs(one.logprobs[index] - other.logprobs[index]) > MOVES for index in common)
+    least = min(len(one.logprobs), len(other.logprobs))
+    return 2 * len(common) >= least and 2 * far <= len(common)
+
+
+def _offset(logprobs: dict[str, Any]) -> int | None:
+    """Where the new token begins in the text, where a reply says it."""
+    offsets = logprobs.get("text_offset")
+    return offsets[0] if isinstance(offsets, list) and offsets and isinstance(offsets[0], int) else None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

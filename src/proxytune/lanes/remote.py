@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,8 +19,8 @@ from proxytune.recipe.parts import ApiBase, Prompt
 
 __all__ = ["WAYS", "RemoteLane", "RemoteState", "Way", "chosen_way"]
 
-Way = Literal["verify", "ask", "pull"]
-WAYS: tuple[Way, ...] = ("verify", "ask", "pull")
+Way = Literal["verify", "push", "ask", "pull"]
+WAYS: tuple[Way, ...] = ("verify", "push", "ask", "pull")
 # What a request costs, as the bytes of weights that could be read in that time: far more than any local pass. A further
 # prefix in it costs the server a token that it reads from its prefix cache.
 REQUEST = Cost(2e10, 1e9)
@@ -36,6 +36,8 @@ def chosen_way(asked: str, endpoint: Endpoint) -> Way:
         raise ProxyTuneError(f"there is no way {asked!r}; there are auto, {', '.join(WAYS)}")
     if asked == "verify" and not endpoint.offer.lists:
         raise ProxyTuneError("the base's server answers one prompt in a request, so drafts cannot be verified there")
+    if asked == "push" and not endpoint.offer.biased:
+        raise ProxyTuneError("the base's server takes no fractions as logit_bias, so offsets cannot be pushed there")
     if asked != "auto":
         return asked  # type: ignore[return-value]
     return "verify" if endpoint.offer.lists else "ask"
@@ -46,7 +48,8 @@ class RemoteLane(nn.Module):
 
     Attributes:
         way: ``pull`` asks for the top k after each token, ``ask`` asks again if that does not decide the choice,
-            ``verify`` asks for all drafts of a step in one request.
+            ``verify`` asks for all drafts of a step in one request, ``push`` sends what steering adds and lets the
+            server choose.
     """
 
     model: Any = None
@@ -93,6 +96,7 @@ class RemoteState(TextState):
         self.lane = lane
         self.known: dict[tuple[int, int], Known] = {}  # row, and how many pending columns stand before the position
         self.calls = [Count() for _ in range(n_batch)]
+        self.drawn: tuple[Tensor, int] | None = None  # of the first row, what was last sent and what it chose
 
     def read(
         self, ids: Tensor, mask: Tensor | None = None, *, positions: int = 0, want: Tensor | None = None
@@ -102,6 +106,9 @@ class RemoteState(TextState):
         k, endpoint = ids.shape[1], self.lane.endpoint
         start = len(self.pending) - (min(positions, k) or k) + 1
         places = range(start, len(self.pending) + 1)
+        if self.lane.way == "push":  # it is asked once the offsets are known
+            self.known.update({(row, ahead): Known({}, 0.0) for row in range(self.n_batch) for ahead in places})
+            return self._scores(start, len(places))
 
         def ask(row: int) -> list[Known]:
             texts = [self.text(row, ahead) for ahead in places]
@@ -130,6 +137,9 @@ class RemoteState(TextState):
 
         def more(place: tuple[int, int]) -> Known | None:
             row, ahead = place
+            if self.known[place].asked == 0:  # nothing was asked yet
+                self.calls[row].n += 1
+                return endpoint.top([self.text(row, ahead)], endpoint.n)[0]
             wanted = rivals[row, ahead - start].nonzero()[:, 0].tolist()
             self.calls[row].n += 1
             return endpoint.more(self.text(row, ahead), self.known[place], wanted)
@@ -137,6 +147,30 @@ class RemoteState(TextState):
         found = dict(zip(places, endpoint.each(more, places) if places else []))
         self.known.update({place: known for place, known in found.items() if known is not None})
         return self._scores(start, rivals.shape[1]) if any(found.values()) else None
+
+    def again(self) -> Callable[[], None]:
+        """What asks about the first row's text once more and raises an error where the reply is another one."""
+        text, known, calls, drawn = self.text(0, 0), self.known[0, 0], self.calls[0], self.drawn
+
+        def ask() -> None:
+            calls.n += 1
+            if drawn is not None:
+                self.lane.endpoint.confirm_drawn(text, *drawn)
+            else:
+                self.lane.endpoint.confirm(text, known)
+
+        return ask
+
+    def draw(self, start: int, offsets: Tensor) -> list[int | None]:
+        """See :class:`proxytune.decoding.lane.AskedState`."""
+
+        def drawn(row: int) -> int | None:
+            self.calls[row].n += 1
+            return self.lane.endpoint.drawn(self.text(row, start), offsets[row])
+
+        found = self.lane.endpoint.each(drawn, range(self.n_batch))
+        self.drawn = None if found[0] is None else (offsets[0], found[0])
+        return found
 
     def behind(self, start: int, n_positions: int) -> Tensor:
         """See :class:`proxytune.decoding.lane.AskedState`."""

@@ -1,0 +1,197 @@
+"""What a server offers, found out by asking it; nothing is concluded from its name.
+
+A capability is missing where the server refuses a request (4xx) or answers something else. Where it fails (5xx, no
+connection) nothing is concluded, and the run ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from proxytune.errors import MemberError, VocabularyError
+from proxytune.lanes.completions import TOO_FAR, Endpoint, Known, NoGoodReply, Offer, Refused, Reply
+
+__all__ = ["findings", "probe"]
+
+# Characters of many kinds, so that another tokenizer cuts them otherwise.
+SAMPLE = (
+    'The answer isn\'t 12: "Zürich" & naïve.\n\tabcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 (+)'
+)
+TRIES = 2  # of a probe whose reply is wrong
+LIMITS = (20, 5)  # of log-probabilities, that servers have
+BIASES = (1024, 300)  # of tokens that a request may push
+
+
+def probe(endpoint: Endpoint, *, bias: bool = False) -> None:
+    """Find out what a server offers, with a few requests, and whether it has the declared tokenizer.
+
+    Args:
+        bias: also how many tokens it lets a request push.
+
+    Raises:
+        MemberError: where it cannot be used at all. VocabularyError: where its tokens are others.
+    """
+    ids = list(endpoint.tokenizer(SAMPLE)["input_ids"])
+    reply = _first(endpoint, ids)
+    if not reply.entries:
+        raise MemberError(f"the server of the base {endpoint.name} gives no log-probabilities; steering needs them")
+    _refuse_strange(endpoint, reply)
+    if len(reply.entries) < endpoint.n:  # a limit of its own; asked for so many, it gives the most probable ones
+        endpoint.n = len(reply.entries)
+        reply = endpoint.ask([ids], endpoint.n)[0]
+    short = endpoint.ask([ids[:-1]], endpoint.n)[0]
+    for how in ("whole", "plain"):
+        if all(one.offset == len(endpoint.shown(text, how)) for one, text in ((reply, ids), (short, ids[:-1]))):
+            endpoint.offer = replace(endpoint.offer, offsets=how)
+    # At temperature 0 some servers give the drawn token all probability. At 1 no server changes anything.
+    cold = endpoint.offer
+    endpoint.offer = replace(cold, temperature=1.0)
+    warm = endpoint.ask([ids], endpoint.n)[0].known
+    if same(reply.known, warm):
+        endpoint.offer, warm = cold, reply.known
+    endpoint.complete = len(warm.logprobs) >= endpoint.spelling.n_vocab
+    _check_tokenizer(endpoint, ids, warm)
+    endpoint.offer = replace(endpoint.offer, lists=_answers_lists(endpoint, ids, warm))
+    if bias:
+        endpoint.offer = replace(endpoint.offer, biased=_takes_bias(endpoint, ids, warm))
+    if endpoint.offer.named:
+        endpoint.offer = replace(endpoint.offer, named=_scores_by_name(endpoint, ids, warm))
+
+
+def _first(endpoint: Endpoint, ids: Sequence[int]) -> Reply:
+    """The first reply, and with it how the server can be asked at all."""
+    server, n = endpoint.base.server, endpoint.n
+    plain = Offer(ids=True)
+    extended = replace(plain, numbered=True, named=True, echoes=True)  # words that only vLLM knows
+    offers = [plain] if server in ("openai", "llama.cpp") else [extended, plain]
+    tried = [(offer, k) for k in (n, *(limit for limit in LIMITS if limit < n)) for offer in offers]
+    tried += [(replace(plain, ids=False), k) for k in (n, *(limit for limit in LIMITS if limit < n))]
+    refusal: Refused | None = None
+    for offer, k in tried:
+        endpoint.offer, endpoint.n = offer, k
+        try:
+            reply = endpoint.ask([ids], k)[0]
+        except Refused as error:
+            refusal = refusal or error
+            continue
+        endpoint.offer = replace(
+            offer,
+            numbered=offer.numbered and reply.numbered,
+            echoes=offer.echoes and reply.echoes,
+            named=offer.named and reply.echoes,
+        )
+        return reply
+    raise MemberError(f"the server of the base {endpoint.name} refuses to be asked: {refusal}") from refusal
+
+
+def same(one: Known, other: Known) -> bool:
+    """Whether two replies have the same log-probabilities."""
+    common = one.logprobs.keys() & other.logprobs.keys()
+    return bool(common) and all(abs(one.logprobs[index] - other.logprobs[index]) < TOO_FAR for index in common)
+
+
+def _refuse_strange(endpoint: Endpoint, reply: Reply) -> None:
+    """Raise :class:`VocabularyError` for tokens that the declared tokenizer does not have."""
+    if strange := [token for token, (meant, _) in zip(reply.tokens, reply.entries) if not meant]:
+        raise VocabularyError(
+            f"the server of the base {endpoint.name} has tokens that the tokenizer {endpoint.base.tokenizer!r} lacks: "
+            f"{', '.join(map(repr, strange[:3]))}; name the tokenizer of the server's model"
+        )
+
+
+def _check_tokenizer(endpoint: Endpoint, ids: Sequence[int], known: Known) -> None:
+    """Let the server read a text by itself, and compare what is ``known`` behind it with what is behind the ids.
+
+    Raises:
+        VocabularyError: naming the first token that it reads otherwise.
+    """
+    if not endpoint.offer.ids:
+        return  # ids and texts cannot be compared there; the number of tokens is, at each request
+    start = endpoint.tokenizer("")["input_ids"]  # what the tokenizer puts before a text, and a server may not
+
+    def agrees(n: int) -> bool | None:
+        text = endpoint.shown(ids[len(start) : n], "whole")
+        by_text = endpoint.ask_text(text, endpoint.n)
+        if by_text is None:
+            return None
+        if same(by_text, known if n == len(ids) else endpoint.ask([ids[:n]], endpoint.n)[0].known):
+            return True
+        return bool(start) and same(by_text, endpoint.ask([ids[len(start) : n]], endpoint.n)[0].known)
+
+    agreed = agrees(len(ids))
+    endpoint.same_tokenizer = agreed
+    if agreed is not False:
+        return
+    low, high = len(start), len(ids)  # up to low all is read alike, up to high it is not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if agrees(middle) else (low, middle)
+    token = endpoint.shown([ids[high - 1]], "whole")
+    raise VocabularyError(
+        f"the server of the base {endpoint.name} reads text otherwise than the tokenizer {endpoint.base.tokenizer!r}, "
+        f"first at {token!r} (id {ids[high - 1]}); name the tokenizer of the server's model"
+    )
+
+
+def _answers_lists(endpoint: Endpoint, ids: Sequence[int], known: Known) -> bool:
+    """Whether several prompts in one request have an answer each."""
+    endpoint.offer = replace(endpoint.offer, lists=True)
+    try:
+        replies = endpoint.ask([ids[:-1], ids], endpoint.n, tries=TRIES)
+    except (Refused, NoGoodReply):
+        return False
+    return same(replies[1].known, known) and not same(replies[0].known, known)
+
+
+def _scores_by_name(endpoint: Endpoint, ids: Sequence[int], known: Known) -> bool:
+    """Whether ids that are named are scored (vLLM's ``logprob_token_ids``)."""
+    some = sorted(known.logprobs)[:2]
+    try:
+        named = endpoint.of_ids(ids, some)
+    except (Refused, NoGoodReply, KeyError):
+        return False
+    return all(abs(named[index] - known.logprobs[index]) < TOO_FAR for index in some)
+
+
+def _takes_bias(endpoint: Endpoint, ids: Sequence[int], known: Known) -> int:
+    """How many tokens a request may push by fractions, with the effect that it should have; 0: none.
+
+    The second most probable token is lifted to a quarter above the first, and to a quarter below it.
+    """
+    (first, best), (second, other) = sorted(known.logprobs.items(), key=lambda item: -item[1])[:2]
+    n_vocab = endpoint.spelling.n_vocab
+    for n in (n_vocab, *(limit for limit in BIASES if limit < n_vocab)):
+        idle = {str(index): 0.0 for index in range(n_vocab) if index != second}
+        padding = dict(list(idle.items())[: n - 1])
+        try:
+            above, below = (
+                endpoint.chosen(ids, {**padding, str(second): best - other + more}) for more in (0.25, -0.25)
+            )
+        except (Refused, NoGoodReply):
+            continue
+        return n if (above, below) == (second, first) else 0
+    return 0
+
+
+def findings(endpoint: Endpoint) -> dict[str, Any]:
+    """What a server offers and what it sees, in words and values."""
+    offer = endpoint.offer
+    sees = "the prompt and the answer so far, at each request"
+    return {
+        "answers as": endpoint.model,
+        "log-probabilities of a token": endpoint.n,
+        "names all tokens": endpoint.complete,
+        "takes token ids": offer.ids,
+        "writes token ids": offer.numbered,
+        "several prompts in one request": offer.lists,
+        "scores tokens by name": offer.named,
+        "tokens that a request can push": offer.biased,
+        "says which prompt it read": offer.echoes or offer.offsets is not None,
+        "temperature of its log-probabilities": offer.temperature,
+        "reads text as the declared tokenizer": endpoint.same_tokenizer,
+        "it sees": sees
+        + (", and the ids of tokens that steering could choose" if offer.named else "")
+        + ("; with push the offsets too" if offer.biased else ""),
+    }
