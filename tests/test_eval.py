@@ -630,7 +630,7 @@ def test_a_run_can_grow_but_not_change(shelf, local, tmp_path):
     assert list(grown["tasks"]["realtimeqa"]["arms"]) == ["base", "expert"]
     assert (tmp_path / "realtimeqa" / "base.jsonl").read_bytes() == made
     for change, named in (
-        ({"limit": 3}, "with realtimeqa: limit 2, now 3; repeat"),  # not also the examples and the data, which follow
+        ({"limit": 3}, "with realtimeqa: limit 2, now 3; use that again"),  # not also the examples and the data, which follow
         ({"seed": 5}, "seed 0, now 5"),
         ({"alpha": 0.5}, 'alpha {"expert": 1.0}, now {"expert": 0.5}'),
     ):
@@ -677,7 +677,7 @@ def test_a_task_without_a_prediction_takes_another_limit(shelf, local, tmp_path,
         patch.setattr("proxytune.evaluation.run.answer_jobs", refusing(tasks=["realtimeqa"]))
         evaluate(config, settings, tmp_path)
     for tasks in (("triviaqa",), ("triviaqa", "realtimeqa")):
-        with pytest.raises(ProxyTuneError, match=r"begun with triviaqa: limit 2, now 1; repeat"):
+        with pytest.raises(ProxyTuneError, match=r"started with triviaqa: limit 2, now 1; use that again"):
             evaluate(config, replace(settings, tasks=tasks, limit=1), tmp_path)
     with pytest.raises(ProxyTuneError, match="seed 0, now 5"):  # which is of all tasks
         evaluate(config, replace(settings, tasks=("realtimeqa",), seed=5), tmp_path)

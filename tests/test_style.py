@@ -31,6 +31,7 @@ INSTEAD = {
     r"\bgo(?:es)? on (?:with|from|where|behind)\b": "continue",
     r"\bbehind (?:the|a|each|every|its|their|it|them|padding|drafts|this)\b(?! (?:chat )?API)": "after",
     r"\banew\b": "again",
+    r"\b(?:objects?|lines?|nats|samples|tokens|rows) an? (?:line|prediction|token|answer|row|step|second)\b": "per",
     r"\bdear(?:er|est)?\b": "expensive",
     r"(?<!here )\b(?:is|are) no (?:text|trace|number|JSON|hub id)s?\b": "is not a …",
 }

@@ -201,7 +201,7 @@ def test_messages_are_a_prompt_and_a_completion_where_the_assistant_speaks_once(
         ('{"prompt": "a", "completion": ["b"]}\n', "line 1 of .* both be text, or both lists"),
         (
             '{"prompt": "a", "completion": "b"}\n{"prompt": "\\ud83d", "completion": "b"}',
-            "line 2 of .* its 'prompt' has half",
+            "line 2 of .* its 'prompt' contains half",
         ),
         (
             '{"messages": [{"role": "user", "content": "\\udc00"}]}\n',
@@ -504,7 +504,7 @@ def test_a_killed_run_resumes_to_the_weights_of_the_unbroken_one(shelf, text, tm
 
     assert "not empty" in fails(*args[1:])
     changed = [*args[1:], "--resume", "--seed", "8"]
-    assert "begun here: --seed; repeat" in fails(*changed)
+    assert "started with other options (--seed); repeat" in fails(*changed)
     logged = trains(shelf, tmp_path / "out", text, *options, "--resume")
     assert "resumed from step" in logged
     assert manifest_of(tmp_path / "out")["resumed_from_step"] in range(3, 19)
@@ -583,11 +583,11 @@ def test_what_differs_from_the_run_that_was_started_is_named_as_the_user_names_i
         assert f"was started with other options ({named}); repeat" in said
     rows = write_rows(tmp_path / "rows.jsonl", TEXT[:6])
     said = fails(*given, "--data", rows, "--validation", held_out, "--resume")
-    assert "begun here: the training data; repeat" in said
+    assert "started with other options (the training data); repeat" in said
     monkeypatch.setattr(run, "n_processes", lambda: 2)
     monkeypatch.setattr(run, "is_main", lambda: True)
     said = fails(*given, "--data", text, "--validation", held_out, "--resume")
-    assert "begun here: the number of processes; repeat" in said
+    assert "started with other options (the number of processes); repeat" in said
 
 
 @pytest.mark.slow
@@ -693,7 +693,7 @@ def test_a_killed_run_with_validation_resumes_to_the_unbroken_one(shelf, text, h
     (tmp_path / "killed").rename(tmp_path / "moved")
     members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
     changed = (tmp_path / "moved", *members, "--data", text, *FAST, *options, "--resume", "--early-stopping", 4)
-    assert "begun here: --early-stopping; repeat" in fails(*changed)
+    assert "started with other options (--early-stopping); repeat" in fails(*changed)
     trains(shelf, tmp_path / "moved", text, *options, "--resume")
     resumed = manifest_of(tmp_path / "moved")
     assert resumed["resumed_from_step"] is not None
@@ -884,7 +884,7 @@ def test_two_processes_that_were_ended_resume_to_what_one_trains(shelf, text, tm
     ended.terminate()  # the launcher ends its processes
     ended.wait()
     assert not (tmp_path / "two/config.json").exists(), "it was done before it could be ended"
-    assert "begun here: the number of processes; repeat" in fails(tmp_path / "two", *given, "--resume")
+    assert "started with other options (the number of processes); repeat" in fails(tmp_path / "two", *given, "--resume")
     done = launched(tmp_path / "two", *given, "--resume")
     assert done.returncode == 0, done.stderr
     assert "resumed from step" in done.stderr

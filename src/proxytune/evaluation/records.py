@@ -21,7 +21,7 @@ __all__ = ["FIELDS", "Line", "Prediction", "parse", "read"]
 
 _CHOICE = {"mc_output": "text", "mc_answer_idx": "text"}
 _CODE = {"task_id": "key", "completion": "text"}
-# The public repository's DS-1000 files have one line a problem, with all of its samples.
+# The public repository's DS-1000 files have one line per problem, with all of its samples.
 _PUBLIC_DS1000 = {"lib": "text", "problem_id": "key", "output": "texts"}
 
 # Each task's fields and their kinds: text, texts (a list of them), key (text or a whole number), or text in which null

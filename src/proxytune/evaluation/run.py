@@ -1,8 +1,8 @@
 """An evaluation and an alpha sweep: the plan, the predictions, their scores, and the results.
 
     DIR/manifest.json           what decides the predictions, and the versions that made them
-    DIR/TASK/ARM.jsonl          one line a prediction, appended as it comes
-    DIR/TASK/ARM.trace.jsonl    with ``trace``: one line an answer, why each of its tokens was chosen
+    DIR/TASK/ARM.jsonl          one line per prediction, appended as it comes
+    DIR/TASK/ARM.trace.jsonl    with ``trace``: one line per answer, why each of its tokens was chosen
     DIR/results.json, .md       scores, intervals, comparisons
     DIR/results.png, .svg       the bars; for a sweep DIR/TASK.png, .svg, the curve
 

@@ -94,12 +94,12 @@ class BenchResult:
 
     Attributes:
         rows: one arm in one case each, medians of its rounds. ``options`` is the members' dtype and what else is on in
-            them, such as ``float32+pack``. Tokens a second are those of all rows, over the whole call, the prompt's
-            forward included; ``low`` and ``high`` are the slowest and the fastest round. Ratios are in tokens a second,
-            within the same options: more is better. ``ratio_to_untraced``, of the arm traced, is the median over rounds
-            of its speed by that of the arm speculative in the same round. ``acceptance`` is the share of drafts that
-            were accepted of those compared with the mixture, ``speculation`` all :class:`SpeculationStats`, both over
-            all rounds. ``peak_memory_bytes`` is as the machine's ``memory`` says.
+            them, such as ``float32+pack``. Tokens per second count all rows over the whole call, including the prompt's
+            forward. ``low`` and ``high`` are the slowest and the fastest round. Ratios are in tokens per second, within
+            the same options: more is better. ``ratio_to_untraced``, of the arm traced, is the median over rounds of its
+            speed by that of the arm speculative in the same round. ``acceptance`` is the share of drafts that were
+            accepted of those compared with the mixture, ``speculation`` all :class:`SpeculationStats`, both over all
+            rounds. ``peak_memory_bytes`` is as the machine's ``memory`` says.
         overheads: the cost of a decoding step of ``generate`` beyond its forwards: the median over rounds of (a step of
             ``generate``) / (the lanes' bare forwards on the same tokens and caches, without masks, mixing or choosing)
             - 1, and the median seconds of both.
