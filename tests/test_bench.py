@@ -359,7 +359,9 @@ def test_other_tokens_are_an_error(measured, monkeypatch):
     monkeypatch.setattr(bench, "WARM_UP", 2)
     found, made = measured(*QUICK, "--arms", "plain_loop,composite", status=2)
     assert [one["differs_at"] for one in found["outputs"]["mismatches"]] == [3, 3]
-    assert made.stderr.startswith("error: composite (float32, 6/5 at batch 1) wrote another token at position 3 than plain_loop")
+    assert made.stderr.startswith(
+        "error: composite (float32, 6/5 at batch 1) wrote another token at position 3 than plain_loop"
+    )
     assert made.stderr.count("\n") == 2
 
 

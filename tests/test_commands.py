@@ -30,7 +30,8 @@ def commands():
 
 def examples():
     for command in commands().values():
-        yield from re.findall(r"^ {4,}(proxytune .*)$", command.help, re.MULTILINE)
+        text = re.sub(r"\\\n +", "", command.help)  # lines that are continued
+        yield from re.findall(r"^ {4,}(proxytune .*)$", text, re.MULTILINE)
 
 
 def parsed(name, words, tmp_path, monkeypatch):

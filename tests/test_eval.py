@@ -630,7 +630,7 @@ def test_a_run_can_grow_but_not_change(shelf, local, tmp_path):
     assert list(grown["tasks"]["realtimeqa"]["arms"]) == ["base", "expert"]
     assert (tmp_path / "realtimeqa" / "base.jsonl").read_bytes() == made
     for change, named in (
-        ({"limit": 3}, "with realtimeqa: limit 2, now 3; use that again"),  # not also the examples and the data, which follow
+        ({"limit": 3}, "with realtimeqa: limit 2, now 3; use that"),  # without the examples and the data, which follow
         ({"seed": 5}, "seed 0, now 5"),
         ({"alpha": 0.5}, 'alpha {"expert": 1.0}, now {"expert": 0.5}'),
     ):
