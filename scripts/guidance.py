@@ -3,8 +3,8 @@
     python scripts/guidance.py --problems 120 --work runs/guidance
 
 Two tasks on the demo's held-out facts. ``terse``: a system prompt asks for one word; a reply keeps to it if it has
-three words at most, and is right if it contains the fact's answer. ``house``: solved examples show the house format; an
-answer is right as in the demo. Greedy, in the base's chat form. What is done is kept in ``--work``.
+three words at most, and is right if it contains the fact's answer. ``house``: solved examples show the house format, a
+code word, a colon and the answer. Greedy, in the base's chat form. What is done is kept in ``--work``.
 """
 
 from __future__ import annotations
@@ -82,20 +82,23 @@ def settings(base: Path, small: Path, solved: Path) -> list[Setting]:
 
 def scores(task: str) -> dict[str, Callable[[str, Fact], bool]]:
     """What is counted of each reply."""
-    if task == "house":
-        return {"right": lambda text, fact: is_correct(text, fact.solution)}
 
     def right(text: str, fact: Fact) -> bool:
         return re.search(rf"\b{re.escape(fact.answer)}\b", text, re.IGNORECASE) is not None
 
-    def short(text: str, _: Fact) -> bool:
+    def keeps(text: str, _: Fact) -> bool:
+        if task == "house":
+            return re.match(r"[a-z]+: \S", text.strip()) is not None
         return 0 < len(text.split()) <= 3
 
-    return {
-        "right": right,
-        "three words at most": short,
-        "both": lambda text, fact: right(text, fact) and short(text, fact),
+    found: dict[str, Callable[[str, Fact], bool]] = {
+        "right answer": right,
+        {"house": "keeps the form", "terse": "three words at most"}[task]: keeps,
+        "both": lambda text, fact: right(text, fact) and keeps(text, fact),
     }
+    if task == "house":
+        found["right code word too"] = lambda text, fact: is_correct(text, fact.solution)
+    return found
 
 
 def measure(setting: Setting, recipe: Path, problems: Sequence[Fact], batch_size: int) -> dict[str, Any]:
@@ -196,7 +199,7 @@ def main() -> None:
             counts = {
                 name: [rule(text, fact) for text, fact in zip(found["texts"], problems)] for name, rule in rules.items()
             }
-            last = list(rules)[-1]
+            last = "both"
             own = [rules[last](text, fact) for text, fact in zip(of[1][1]["texts"], problems)]
             won, lost, p = mcnemar(counts[last], own)
             against = "" if setting is of[1][0] else f"{won} : {lost}, {p:.1g}"
