@@ -374,7 +374,7 @@ def test_what_needs_all_probabilities_is_refused_or_exact(oracle, steered):
     for options in ({"do_sample": True, "seed": 1}, {"num_beams": 2}, {"return_trace": True}):
         with pytest.raises(ProxyTuneError, match="of all tokens"):
             new_tokens(model, ROWS[:1], **{**GREEDY, **options})
-    with pytest.raises(ProxyTuneError, match="cannot be trained through"):
+    with pytest.raises(ProxyTuneError, match="can be read only by generate"):
         model(torch.tensor(ROWS[:1]), use_cache=False)
     with pytest.raises(MemberError, match="runs behind an API"):
         model.member("base")
@@ -656,6 +656,19 @@ def test_the_commands(recipe, served, oracle, tmp_path, no_progress):
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [json.dumps(line) for line in lines[: len(kept)]] == [json.dumps(json.loads(line)) for line in kept]
     assert [line["line"] for line in lines] == [1, 2, 3]
+
+
+def test_chat_and_the_commands_that_need_the_model(recipe, no_progress, tmp_path):
+    talk = run("chat", recipe, "-n", 4, input="Hello\nAnd now?\n/why\n/quit\n")
+    assert len(talk.stdout.splitlines()) >= 2
+    assert "error: the base's server gives only its top tokens" in talk.stderr
+    assert talk.stderr.count("error: ") == 1
+    assert "of all tokens" in run("chat", recipe, "--trace", tmp_path / "talk.jsonl", input="Hello\n", status=2).stderr
+    for command in (["explain", recipe, "hi"], ["generate", recipe, "hi", "--temperature", 1]):
+        assert "of all tokens" in fails(*command)
+    for command in (["bench", recipe], ["plan", recipe], ["serve", recipe, "--engine", "vllm", "--print"]):
+        assert "behind an API" in fails(*command)
+    assert "behind an API" in run("check", recipe, "--run", status=2).stderr
 
 
 def test_a_missing_client_is_named(steered, monkeypatch):

@@ -237,6 +237,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         """The drafts of the last greedy or sampling call of :meth:`generate` in this thread."""
         return last_call(self)
 
+    @property
+    def complete(self) -> bool:
+        """Whether every member scores the whole vocabulary. A base behind an API may score only the top tokens."""
+        return all(lane.complete for lane in self.lanes)
+
     def compile_members(self, how: bool | str = True) -> None:
         """Compile the members' decoding, see lanes.kernels.compile_model. It uses static caches."""
         for lane in self.lanes:

@@ -159,7 +159,7 @@ class Conversation:
                 stopped=stopped,
                 past_key_values=self.cache,
                 stop_strings=self._stops(),
-                trace_top_k=TOP_K,
+                trace_top_k=TOP_K if self.model.complete else None,
             )[0]
         except BaseException:  # some members may have read a token that others have not
             self._forget()

@@ -74,6 +74,8 @@ def _chat(
     names = [expert.name for expert in config.expert_list]
     alphas = resolve_alpha(options.alpha, names, config.alphas)
     model, tokenizer = load_model(config, loading)
+    if traces is not None and not model.complete:
+        raise ProxyTuneError("a trace needs the base's probabilities of all tokens; leave --trace out")
     conversation = Conversation(
         model,
         tokenizer,
@@ -325,6 +327,8 @@ class Talk:
         if talk.last is None:
             raise ProxyTuneError("there is no answer of this session to explain; ask something first")
         made, alphas = talk.last
+        if made.trace is None:
+            raise ProxyTuneError("the base's server gives only its top tokens, so an answer cannot be explained")
         question = talk.messages[-2]["content"]
         show_explanation(explain_answer(question, made, self.names, alphas, talk.tokenizer))
 

@@ -81,7 +81,9 @@ class RemoteLane(nn.Module):
         """Nothing: it never drafts."""
 
     def forward(self, **inputs: Any) -> Tensor:
-        raise ProxyTuneError("a base behind an API is read with a cache, and cannot be trained through; use generate()")
+        raise ProxyTuneError(
+            "a base behind an API can be read only by generate(), and not without a cache or in training"
+        )
 
 
 class RemoteState(TextState):

@@ -46,6 +46,7 @@ from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.layout import group_by_weights
 from proxytune.recipe.members import Loading
 from proxytune.recipe.options import LoadingOptions
+from proxytune.recipe.parts import ApiBase
 from proxytune.speed.options import MAIN, BenchOptions, Case, MemberOptions
 
 __all__ = [
@@ -224,6 +225,8 @@ class Subject:
 def load_subject(config: ProxyTuneConfig, options: MemberOptions, loading: LoadingOptions) -> Subject:
     """Load a recipe as often as the arms need it, but the base only once. ``loading`` gives the devices, and whether
     remote code may run."""
+    if isinstance(config.base_member, ApiBase):
+        raise ProxyTuneError("bench measures models on this machine, and the base of this recipe is behind an API")
     loading = replace(loading, dtype=options.dtype or "auto", pack=options.pack)
     wanted = {**loading.of_model(), "compile": options.compile}
     separate = ProxyTunedForCausalLM.from_pretrained(str(config.name_or_path), config=config, share=False, **wanted)
