@@ -1,0 +1,62 @@
+"""How many greedy tokens are certain if the base's server names its top n: the table of docs/api-base.md.
+
+    python scripts/certified_share.py --prompts 24
+
+It needs no server: the demo answers held-out questions with all its models here, and the certificate is asked what it
+would say of each token if only the base's top n were known.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+import proxytune
+from proxytune.answers.generation import Sampling, answer, encode
+from proxytune.answers.text import loaded
+from proxytune.decoding.certificate import bounded, judge, known_ids
+from proxytune.decoding.lane import Scores
+from proxytune.demo.tasks import TASKS
+from proxytune.lanes.completions import known_of
+from proxytune.tables import Table, markdown
+
+SIZES = (1, 5, 20, 100, 1000, 10_000)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    asked = parser.parse_args()
+    model, tokenizer = loaded("demo")
+    counts = {n: [0, 0] for n in SIZES}  # certain; and the top n's own best token is the choice
+    total = 0
+    for problem in TASKS["facts"].choose("test", asked.prompts, 0):
+        prompt = encode(model, tokenizer, problem.question, chat=True)
+        made = answer(model, tokenizer, [prompt], None, max_new_tokens=asked.max_new_tokens, sampling=Sampling())[0]
+        ids = torch.tensor([prompt.ids + made.tokens[:-1]])
+        output = model(ids, logits_to_keep=len(made.tokens), output_member_logits=True)
+        base = output.member_logits["base"].float().log_softmax(dim=-1)
+        delta = output.logits - output.member_logits["base"].float()
+        total += len(made.tokens)
+        for n in SIZES:
+            top = base.topk(n)
+            bounds = [known_of([((i,), x) for i, x in enumerate(row)], n).bound for row in top.values[0].tolist()]
+            scores = Scores(top.values, top.indices, torch.tensor([bounds]))
+            known, upper = known_ids(scores, base.shape[-1]), bounded(scores, base.shape[-1]) + delta
+            certain, _ = judge(upper, known)
+            chosen = upper.masked_fill(~known, -torch.inf).argmax(dim=-1)[0]
+            counts[n][0] += int(certain.sum())
+            counts[n][1] += int((chosen == torch.tensor(made.tokens)).sum())
+    rows = [
+        (f"{n:,}", f"{100 * sure / total:.1f} %", f"{100 * right / total:.1f} %") for n, (sure, right) in counts.items()
+    ]
+    print(markdown([Table(("n", "certain", "the mixture's choice"), rows)]))
+    print(f"{total} tokens of {asked.prompts} answers, alpha {model.config.alphas}, proxytune {proxytune.__version__}")
+
+
+if __name__ == "__main__":
+    main()
