@@ -219,15 +219,16 @@ class Tracer:
             alpha: shape = (n_tokens, n_experts). ids: shape = (n_tokens,).
         """
         of_base, of_mixed = _Distribution(base), _Distribution(mixed)
-        sides = [[None if side is None else side.log_softmax(dim=-1) for side in pair] for pair in experts]
 
         # The top k of each distribution; filled with -1 if fewer tokens are possible.
-        tops = [top(each, self.top_k) for each in (base, mixed, *(s for pair in sides for s in pair if s is not None))]
+        tops = [
+            top(each, self.top_k) for each in (base, mixed, *(s for pair in experts for s in pair if s is not None))
+        ]
         candidates = torch.cat([ids_.where(values > -torch.inf, -1) for values, ids_ in tops], dim=1)
         known = ids < self.n_shared  # a logits processor may force one that not every member has
         spots = torch.cat([ids.where(known, 0)[:, None], candidates.clamp(min=0)], dim=1)  # the written token's first
         nothing = torch.zeros_like(spots, dtype=torch.float32)
-        sides_at = [[nothing if side is None else side.gather(1, spots) for side in pair] for pair in sides]
+        sides_at = [[nothing if side is None else _log_p(side, spots) for side in pair] for pair in experts]
         deltas = [expert - anti_expert for expert, anti_expert in sides_at]
         base_logs, mixed_logs = of_base.log_p(spots), of_mixed.log_p(spots)
         for values in (base_logs, mixed_logs, *deltas):
@@ -256,7 +257,7 @@ class Tracer:
         # One transfer: float32 holds every id and rank below 2^24.
         lines = iter(torch.cat([block.float() for block in blocks], dim=1).split([b.shape[1] for b in blocks], dim=1))
         told = [line.tolist() for line in lines]
-        present = [expert is not None for expert, _ in sides]
+        present = [expert is not None for expert, _ in experts]
         return [
             self._record(token, [block[row] for block in told], origins[row], present)
             for row, token in enumerate(ids.tolist())
@@ -342,6 +343,11 @@ class _Distribution:
         """KL(this || other) in nats, (n_tokens,), at least 0 in spite of rounding."""
         mean, of_other = (torch.linalg.vecdot(self.p, each.below) - each.rest[:, 0] for each in (self, other))
         return (mean - of_other).clamp(min=0.0)
+
+
+def _log_p(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities of some ids, (n_tokens, n_ids), of logits (n_tokens, n_shared)."""
+    return logits.gather(1, ids) - logits.logsumexp(dim=-1, keepdim=True)
 
 
 def _origin(at: int, n_accepted: int, n_drafts: int, source: Literal["lane", "lookup"] | None) -> Origin:
