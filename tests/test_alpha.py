@@ -68,7 +68,7 @@ def test_a_named_alpha_one_a_row(two):
 
 
 def test_names_beside_a_tensor_are_refused(two):
-    with pytest.raises(AlphaError, match=r"beside 'alpha\.a'"):
+    with pytest.raises(AlphaError, match=r"together with 'alpha\.a'"):
         two.model.generate(torch.tensor([ROWS[0]]), **QUIET, alpha=torch.ones(1, 2), **{"alpha.a": 1.0})
 
 

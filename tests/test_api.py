@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxytune import MemberError, ProxyTunedForCausalLM, ProxyTuneError, RecipeError, VocabularyError
-from proxytune.decoding.certificate import judge
+from proxytune.decoding.certificate import MARGIN, judge
 from proxytune.generation_mixin import last_asked
 from proxytune.lanes.completions import BadReply, known_of
 from proxytune.lanes.spelling import Spelling
@@ -225,10 +225,13 @@ def test_a_certain_choice_wins_whatever_the_unknown_are(seed):
     known = torch.rand(1, 1, 9, generator=generator) < 0.6
     certain, rivals = judge(upper, known)
     best = upper.masked_fill(~known, -torch.inf).argmax()
-    worst_case = upper.argmax()  # every unknown token at its bound
-    assert bool(certain) == bool(known.any() and worst_case == best)
+    first, second = upper[0, 0].topk(2).values  # every unknown token at its bound
+    wins = bool(known.any() and upper.argmax() == best)
+    assert bool(certain) == (wins and bool(first - MARGIN > second))
     assert not bool((rivals & known).any())
-    assert bool(rivals.any()) == (not bool(certain))
+    tie = bool(known.sum() > 1) and float(upper[known].topk(2).values.diff().abs()) <= MARGIN  # no rival decides it
+    assert bool(rivals.any()) != bool(certain) or tie
+    assert not bool(rivals.any() and certain)
 
 
 # -- spellings ----------------------------------------------------------------------------------------------------

@@ -118,6 +118,9 @@ def test_every_number_is_the_plain_loops(sick, lines, models, tokenizer):
         assert line["learned"] == {"expert": pytest.approx(float(learned[range(len(ids)), ids].sum()), abs=1e-3)}
         kl = (logs["base"].exp() * (logs["base"] - logs["expert.anti_expert"])).sum()
         assert line["distance"] == pytest.approx(float(kl), abs=1e-3)
+        draft = logits["expert.anti_expert"] + 0.8 * (logits["expert.expert"] - logits["expert.anti_expert"])
+        mixed = recipe.mix(logits, [0.8])[:-1, : draft.shape[-1]]
+        assert line["agreed"] == int((draft[:-1].argmax(dim=-1) == mixed.argmax(dim=-1)).sum())
         at = {alpha: gold_logprob(recipe.mix(logits, [alpha]), ids) for alpha in (0.0, 0.5, 3.0)}
         assert [line["curves"][ALL][GRID.index(alpha)] for alpha in at] == pytest.approx(list(at.values()), abs=1e-3)
 
@@ -171,6 +174,31 @@ def test_members_with_prompts_of_their_own(shelf, models, tokenizer, tmp_path):
     assert Prompt() != TEMPLATE
 
 
+def test_arms_are_compared_on_what_steering_can_choose(shelf, models, tokenizer, tmp_path):
+    """A plausibility mask excludes gold tokens: no arm counts them, and an answer of them alone is left out."""
+    pair = {"expert": str(shelf / "expert"), "anti_expert": str(shelf / "anti")}
+    recipe = tiny.write_recipe_alone(
+        tmp_path / "r",
+        {"model_type": "proxytune", "base": str(shelf / "base"), "experts": [pair], "plausibility": 0.3},
+    )
+    prompt = tokenizer("the fox").input_ids
+    base = Oracle(models.base)
+    first = base.greedy(prompt, 1)[0]
+    worst = int(base.logits(prompt, [])[-1].argmin())
+    gold = tokenizer.decode([*first, worst])
+    ids = tokenizer(gold, add_special_tokens=False).input_ids
+    logits = base.logits(prompt, ids)[:-1].log_softmax(dim=-1)
+    kept = [at for at, id_ in enumerate(ids) if logits[at, id_] >= logits[at].max() + torch.tensor(0.3).log()]
+    assert 0 < len(kept) < len(ids)
+    references = [Reference("the fox", (gold,), "line 1"), Reference("the fox", (tokenizer.decode([worst]),), "line 2")]
+    sick = Doctor(load_recipe(recipe), LoadingOptions(), (1.0,), references, shots=0)
+    (batch,) = sick.measure([0, 1])
+    assert (batch[0]["n_tokens"], batch[0]["excluded"]) == (len(kept), len(ids) - len(kept))
+    assert batch[0]["logprob"]["base"] == pytest.approx(float(sum(logits[at, ids[at]] for at in kept)), abs=1e-3)
+    assert batch[1] == {"number": 1, "left_out": "line 2: steering excludes every gold token"}
+    assert "Infinity" not in json.dumps(batch)
+
+
 @pytest.mark.parametrize(
     ("text", "gold", "right"),
     [
@@ -212,7 +240,8 @@ def line_of(number, correct, logprob, *, peak=1.0, learned=1.0):
         "curves": {ALL: curve},
         "learned": {"e": learned},
         "distance": 2.0,
-        "drafts": {"judged": 4, "accepted": 3},
+        "excluded": 0,
+        "agreed": 7,
         "seconds": dict.fromkeys(correct, 0.1),
     }
 
@@ -244,7 +273,9 @@ def test_a_pair_that_pays_off():
     assert found["alpha"]["best"] == pytest.approx(1.0)
     assert found["learned"]["e"]["mean"] == pytest.approx(0.1)
     assert found["distance"]["mean"] == pytest.approx(0.2)
-    assert found["speed"] == {"acceptance": 0.75, "to_base": pytest.approx(1.0), "predicted_to_base": 1.75}
+    assert found["speed"]["acceptance"]["mean"] == pytest.approx(0.7)
+    assert found["speed"]["to_base"] == pytest.approx(1.0)
+    assert found["speed"]["predicted_to_base"] == pytest.approx(1.7)
 
 
 def test_a_pair_whose_anti_expert_adds_nothing():

@@ -19,6 +19,8 @@ import torch
 from proxytune.analysis.references import Reference
 from proxytune.answers.generation import Encoded, Sampling, answer, batches, encode
 from proxytune.answers.journal import Journal
+from proxytune.decoding.drafting import guess
+from proxytune.decoding.mixing import mix
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.arms import Arm, Arms, expand_arms, has_members
 from proxytune.evaluation.fit import ALL, GRID, curves, fits, gold_ids, log_likelihoods, read_gold
@@ -97,7 +99,10 @@ class Doctor:
         self.arms: dict[str, Arm] = {arm.name: arm for arm in reversed(made)}
         self.steered = self.arms[STEERED]
         self.model, self.tokenizer = self.steered.model, self.steered.tokenizer
-        self.masks = {"plausibility": self.model.config.plausibility, "vocab_size": self.model.shared_vocab}
+        self.masks: dict[str, Any] = {
+            "plausibility": self.model.config.plausibility,
+            "vocab_size": self.model.shared_vocab,
+        }
 
     def predicted_speed(self, acceptance: float) -> float:
         """Tokens per second of one steered row relative to the base alone, by the cost model that paces the drafts."""
@@ -110,7 +115,8 @@ class Doctor:
 
         A line has the example's ``number``. If the example cannot be read, it has the reason as ``left_out``. Otherwise
         it has ``n_tokens`` of the gold answer; ``logprob`` and ``correct`` by arm; ``curves``; ``learned`` by expert,
-        and ``distance``, summed over tokens, in nats; ``seconds`` per token by arm. A batch's first has ``drafts``.
+        and ``distance``, summed over tokens, in nats; ``excluded`` tokens, which steering
+        cannot choose; ``agreed``, see :meth:`_agreed`; and ``seconds`` per token by arm.
         """
         for batch in batches(numbers, BATCH):
             found, read = [], []
@@ -122,10 +128,10 @@ class Doctor:
                     encoded = encode(self.model, self.tokenizer, reference.prompt, chat=self.chat, system=self.system)
                     ids = [gold_ids(self.tokenizer, encoded, text) for text in reference.completions]
                     shown = self._after_shots(number, encoded, len(ids[0]))
+                    line |= self._likelihoods(encoded, shown, ids[0])
                 except ProxyTuneError as error:
                     line["left_out"] = f"{reference.where}: {error}"
                     continue
-                line |= self._likelihoods(encoded, shown, ids[0])
                 read.append((line, reference, encoded, shown, max(map(len, ids)) + SPARE))
             if read:
                 self._answers(read)
@@ -142,36 +148,52 @@ class Doctor:
         def alone(side: torch.Tensor) -> torch.Tensor:
             return log_likelihoods((side, []), gold, (), **whole)
 
+        arms = {BASE: alone(base)}
+        for name in self.arms.keys() - {BASE, STEERED, MEAN}:
+            arms[name] = alone(logits[next(each for each in logits if each == name or each.endswith(f".{name}"))])
+        if MEAN in self.arms:
+            against = [(expert, base) for expert, _ in pairs if expert is not None]
+            arms[MEAN] = log_likelihoods((base, against), gold, self.arms[MEAN].alphas, **whole)
+        if shown is not None:
+            arms[SHOTS] = alone(read_gold(self.arms[BASE].model, shown, ids)["base"])
+        arms[STEERED] = log_likelihoods((base, pairs), gold, self.alphas, **self.masks)
+        # The arms are compared on the tokens that all of them can choose.
+        possible = torch.stack(list(arms.values())).isfinite().all(dim=0)
+        if not bool(possible.any()):
+            raise ProxyTuneError("steering excludes every gold token")
         learned = {
-            name: float((alone(expert) - alone(anti_expert)).sum())
+            name: float((alone(expert) - alone(anti_expert))[possible].sum())
             for name, (expert, anti_expert) in zip(self.model.expert_names, pairs)
             if expert is not None and anti_expert is not None
         }
-        of_arms = {BASE: base}
-        for name in self.arms.keys() - {BASE, STEERED, MEAN}:
-            of_arms[name] = logits[next(each for each in logits if each == name or each.endswith(f".{name}"))]
-        sums = {name: float(alone(side).sum()) for name, side in of_arms.items()}
-        sums[STEERED] = float(log_likelihoods((base, pairs), gold, self.alphas, **self.masks).sum())
-        if MEAN in self.arms:
-            against = [(expert, base) for expert, _ in pairs if expert is not None]
-            sums[MEAN] = float(log_likelihoods((base, against), gold, self.arms[MEAN].alphas, **whole).sum())
-        if shown is not None:
-            read = read_gold(self.arms[BASE].model, shown, ids)["base"]
-            sums[SHOTS] = float(alone(read).sum())
-        distances = [self._distance(base, anti_expert) for _, anti_expert in pairs if anti_expert is not None]
+        distances = [self._distance(base, anti_expert)[possible] for _, anti_expert in pairs if anti_expert is not None]
         return {
-            "n_tokens": len(ids),
-            "logprob": sums,
+            "n_tokens": int(possible.sum()),
+            "excluded": len(ids) - int(possible.sum()),
+            "logprob": {name: float(of_tokens[possible].sum()) for name, of_tokens in arms.items()},
             "curves": curves((base, pairs), gold, self.model.expert_names, self.alphas, **self.masks),
             "learned": learned,
-            "distance": sum(distances) / len(distances) if distances else None,
+            "distance": float(sum(each.sum() for each in distances)) / len(distances) if distances else None,
+            "agreed": self._agreed(logits, possible),
         }
 
-    def _distance(self, base: torch.Tensor, anti_expert: torch.Tensor) -> float:
-        """KL(base || anti-expert), summed over positions, over the ids that both have."""
+    def _agreed(self, logits: Mapping[str, torch.Tensor], possible: torch.Tensor) -> int | None:
+        """At how many of the tokens a greedy draft would be accepted; None if no lane drafts."""
+        drafting = self.model.drafting
+        if drafting is None:
+            return None
+        alpha = torch.tensor([list(self.alphas)], dtype=torch.float32)
+        blocks = [logits[seat.names[0]] for seat in self.model.lanes[drafting.lane].seats]
+        width = self.model.shared_vocab
+        drafts = guess(drafting, blocks, alpha)[0, :, :width].argmax(dim=-1)
+        mixed = mix(*self.model.paired(logits), alpha, **self.masks)[0, :, :width].argmax(dim=-1)
+        return int((drafts.to(mixed.device) == mixed)[possible].sum())
+
+    def _distance(self, base: torch.Tensor, anti_expert: torch.Tensor) -> torch.Tensor:
+        """KL(base || anti-expert) at each position, over the ids that both have, (n_tokens,)."""
         width = self.model.shared_vocab
         p, q = (side[0, :, :width].float().log_softmax(dim=-1) for side in (base, anti_expert.to(base.device)))
-        return float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
+        return torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(dim=-1)
 
     def _answers(self, read: Sequence[tuple[dict[str, Any], Reference, Encoded, Encoded | None, int]]) -> None:
         """Let every arm answer, and add to each line which arms are right, what was drafted, and the time."""
@@ -198,10 +220,6 @@ class Doctor:
             for (line, reference, _), one in zip(asked, made):
                 line["correct"][name] = begins_with(one.text, reference.completions)
                 line["seconds"][name] = seconds
-            if name == STEERED:
-                stats = arm.model.speculation_stats
-                accepted = stats.accepted + stats.lookups_accepted
-                asked[0][0]["drafts"] = {"judged": stats.judged, "accepted": accepted}
 
     def _prompt(self, name: str, encoded: Encoded, shown: Encoded | None) -> Encoded | None:
         """What an arm reads for a prompt that the recipe reads as ``encoded``."""
@@ -294,9 +312,8 @@ def summarize(
         {"alpha": at, "logprob": sum(line["curves"][ALL][step] for line in measured) / sum(tokens)}
         for step, at in enumerate(GRID)
     ]
-    drafts = [line["drafts"] for line in measured if "drafts" in line]
-    judged = sum(each["judged"] for each in drafts)
-    acceptance = sum(each["accepted"] for each in drafts) / judged if judged else None
+    drafted = [line["agreed"] for line in measured]
+    acceptance = None if None in drafted else per_token(drafted)
     seconds = {arm: sum(line["seconds"][arm] for line in measured) / len(measured) for arm in arms}
     distances = [line["distance"] for line in measured]
     found: dict[str, Any] = {
@@ -305,6 +322,7 @@ def summarize(
         "examples": len(measured),
         "of": n_examples,
         "tokens": sum(tokens),
+        "excluded": sum(line["excluded"] for line in measured),
         "arms": arms,
         "differences": {arm: difference(arm) for arm in arms if arm != STEERED},
         "alpha": alpha,
@@ -313,7 +331,7 @@ def summarize(
         "speed": {
             "acceptance": acceptance,
             "to_base": seconds[BASE] / seconds[STEERED],
-            "predicted_to_base": None if speed is None else speed(acceptance or 0.0),
+            "predicted_to_base": None if speed is None else speed(acceptance["mean"] if acceptance else 0.0),
         },
         "warnings": list(warnings),
         "left_out": [line["left_out"] for line in lines if "left_out" in line],
@@ -464,8 +482,8 @@ def doctor_tables(found: Mapping[str, Any]) -> list[Table | str]:
     if found["distance"] is not None:
         facts.append(("KL(base ‖ anti-expert), nats per token", *_nats(found["distance"])))
     speed = found["speed"]
-    acceptance = "–" if speed["acceptance"] is None else f"{speed['acceptance']:.2f}"
-    facts.append(("acceptance of drafts", acceptance, ""))
+    if speed["acceptance"] is not None:
+        facts.append(("acceptance of greedy drafts", *_nats(speed["acceptance"])))
     predicted = speed["predicted_to_base"]
     facts.append(
         (

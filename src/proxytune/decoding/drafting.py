@@ -20,7 +20,7 @@ from proxytune.decoding.pace import Pace
 from proxytune.decoding.sampling import Sampler
 from proxytune.decoding.text import Text
 
-__all__ = ["Draft", "Drafter", "Drafting", "choose_drafting", "costs_by_role"]
+__all__ = ["Draft", "Drafter", "Drafting", "choose_drafting", "costs_by_role", "guess"]
 
 
 @dataclass
@@ -114,6 +114,21 @@ def costs_by_role(
     )
 
 
+def guess(drafting: Drafting, blocks: Sequence[Tensor], alpha: Tensor) -> Tensor:
+    """The drafting lane's guess of the mixture, (n_batch, n_positions, n_vocab of the lane).
+
+    Args:
+        blocks: the lane's logits by block of rows, (n_batch, n_positions, n_vocab of the lane) each.
+        alpha: shape = (n_batch or 1, n_experts).
+    """
+
+    def block(at: int | None) -> Tensor | None:
+        return None if at is None else blocks[at]
+
+    sides = [(block(expert), block(anti_expert)) for _, expert, anti_expert in drafting.shifts]
+    return mix(blocks[drafting.stand_in], sides, alpha[:, [column for column, _, _ in drafting.shifts]])
+
+
 class Drafter:
     """Proposes the drafts of each step of one call."""
 
@@ -195,17 +210,7 @@ class Drafter:
         mixed in the same way.
         """
         assert self.drafting is not None
-        blocks = output.split(self.text.n_batch)
-
-        def block(at: int | None) -> Tensor | None:
-            return None if at is None else blocks[at]
-
-        shifts = self.drafting.shifts
-        mixed = mix(
-            blocks[self.drafting.stand_in],
-            [(block(expert), block(anti)) for _, expert, anti in shifts],
-            alpha[:, [column for column, _, _ in shifts]],
-        )
+        mixed = guess(self.drafting, output.split(self.text.n_batch), alpha)
         scores = (mixed if quick is None else quick(mixed)).to(self.text.ids.device)[..., : self.n_shared]
         missing = self.n_vocab - scores.shape[-1]
         return torch.nn.functional.pad(scores, (0, missing), value=-torch.inf) if missing else scores

@@ -1,0 +1,111 @@
+"""How well `proxytune limit` predicts which problems a steered model solves: the table of docs/limit.md.
+
+    python scripts/limit_auc.py --problems 100 --assets runs/assets-1 --work runs/limit
+
+For each problem: the share of gold tokens that greedy decoding can choose at the recipe's alpha and at some alpha, and
+whether the steered model's own greedy answer is right. The table has the area under the ROC curve (AUC) of each share,
+with a 95 % bootstrap interval over problems. The recipes are the demo's two, and ``demo`` made of other ``--assets`` of
+scripts/build_demo.py. What is done is kept in ``--work``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from proxytune import load_recipe
+from proxytune.analysis.limit import limit
+from proxytune.analysis.references import Reference
+from proxytune.answers.generation import Sampling, answer_batches, encode
+from proxytune.answers.text import load
+from proxytune.demo import materialize
+from proxytune.demo.tasks import FACTS, WORD_PROBLEMS, DemoTask
+from proxytune.recipe.options import LoadingOptions
+from proxytune.tables import Table, markdown
+
+
+def measure(recipe: Path, task: DemoTask, problems: Sequence[Any]) -> list[dict[str, Any]]:
+    """Of each problem the two shares, and whether it is solved."""
+    model, tokenizer = load(load_recipe(recipe), LoadingOptions(pack=True))
+    jobs = task.plan(problems).jobs["raw"]
+    alphas = tuple(expert.alpha for expert in model.experts)
+    shown = {"chat": False, "system": None, "negative_prompt": None}
+    references = [Reference(job.context, (problem.completion,), job.id) for job, problem in zip(jobs, problems)]
+    reached = list(limit(model, tokenizer, references, alphas, shown=shown))
+    written = answer_batches(
+        model,
+        tokenizer,
+        [encode(model, tokenizer, job.context) for job in jobs],
+        [alphas] * len(jobs),
+        rows=range(len(jobs)),
+        batch_size=16,
+        max_new_tokens=28,
+        sampling=Sampling(),
+        stop_strings=["\n\n"],
+    )
+    texts = [one.text for batch in written for one in batch]
+    return [
+        {"recipe": one.share(False), "some": one.share(True), "solved": task.is_correct(text, problem)}
+        for one, text, problem in zip(reached, texts, problems, strict=True)
+    ]
+
+
+def auc(shares: Sequence[float], solved: Sequence[bool]) -> str:
+    """The area under the curve, with its interval."""
+
+    def area(shares: Any, solved: Any) -> float:
+        right, wrong = np.asarray(shares)[np.asarray(solved)], np.asarray(shares)[~np.asarray(solved)]
+        if not len(right) or not len(wrong):
+            return float("nan")
+        return float(stats.mannwhitneyu(right, wrong).statistic / (len(right) * len(wrong)))
+
+    found = area(shares, solved)
+    if np.isnan(found):
+        return "–"
+    drawn = stats.bootstrap(
+        (np.array(shares), np.array(solved)),
+        area,
+        paired=True,
+        vectorized=False,
+        n_resamples=2000,
+        method="percentile",
+        rng=0,
+    ).bootstrap_distribution
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return f"{found:.2f} ({low:.2f} to {high:.2f})"
+
+
+def main() -> None:
+    """Measure what is not measured yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", type=int, default=100)
+    parser.add_argument("--assets", type=Path, nargs="*", default=[])
+    parser.add_argument("--work", type=Path, default=Path("runs/limit"))
+    asked = parser.parse_args()
+    asked.work.mkdir(parents=True, exist_ok=True)
+    recipes = [(task.recipe, materialize() / task.folder, task) for task in (FACTS, WORD_PROBLEMS)]
+    for assets in asked.assets:
+        recipes.append((assets.name, materialize(asked.work / "cache", assets) / FACTS.folder, FACTS))
+    rows = []
+    for name, recipe, task in recipes:
+        file = asked.work / f"{name}.json"
+        if not file.exists():
+            file.write_text(json.dumps(measure(recipe, task, task.choose("test", asked.problems, 0))))
+        lines = json.loads(file.read_text())
+        solved = [line["solved"] for line in lines]
+        whole = sum(line["some"] == 1 for line in lines)
+        shares = [[line[key] for line in lines] for key in ("some", "recipe")]
+        rows.append([name, f"{sum(solved)}/{len(lines)}", f"{whole}/{len(lines)}", *(auc(of, solved) for of in shares)])
+        print(name, flush=True)
+    heads = ["recipe", "solved", "whole answer reachable", "AUC, some alpha", "AUC, the recipe's alpha"]
+    print(markdown([Table(heads, rows)]))
+
+
+if __name__ == "__main__":
+    main()
