@@ -60,7 +60,8 @@ def auc(shares: Sequence[float], solved: Sequence[bool]) -> str:
     """The area under the curve, with its interval."""
 
     def area(shares: Any, solved: Any) -> float:
-        right, wrong = np.asarray(shares)[np.asarray(solved)], np.asarray(shares)[~np.asarray(solved)]
+        of, was = np.asarray(shares), np.asarray(solved, dtype=bool)
+        right, wrong = of[was], of[~was]
         if not len(right) or not len(wrong):
             return float("nan")
         return float(stats.mannwhitneyu(right, wrong).statistic / (len(right) * len(wrong)))
