@@ -85,7 +85,7 @@ def load_parts(
                 seen[place] = load_tokenizer(config, name, member, loading)
             tokenizers[name] = seen[place]
     if isinstance(base, ApiBase):
-        # How many ids its head scores is not known here; what the members here can read is what can be mixed.
+        # How many ids its head scores is not known here; only those that the members here can read are mixed.
         widths = {"base": max(len(tokenizers["base"]), min(widths.values())), **widths}
     vocabulary = compare({"base": tokenizers["base"], **tokenizers}, widths, config.renamed_tokens)
     vocabulary.raise_for_mismatch()
@@ -113,11 +113,11 @@ def ask_server(
     *,
     bias: bool = True,
 ) -> Endpoint:
-    """The server of a base behind an API, once it was asked what it offers.
+    """The server of a base behind an API, after finding out what it can do.
 
     Args:
-        tokenizer: the declared one, where it is loaded already. n_vocab: of the base; that tokenizer's by default.
-        bias: also ask how many tokens a request may push.
+        tokenizer: the declared tokenizer, if it is loaded. n_vocab: the base's; by default that tokenizer's.
+        bias: also find out how many tokens a request can push.
     """
     base = config.base_member
     assert isinstance(base, ApiBase)

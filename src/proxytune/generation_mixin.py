@@ -67,7 +67,7 @@ def _last_calls() -> weakref.WeakKeyDictionary[Any, SpeculationStats]:
 
 
 def last_asked(model: Any) -> Asked | None:
-    """How the model's last call in this thread asked its base, where that is behind an API."""
+    """How the model's last call in this thread asked its base; None if the base is not behind an API."""
     return vars(_THREAD).get("asked", {}).get(model)
 
 
@@ -122,8 +122,8 @@ class Asked:
 
     Attributes:
         way: see :class:`proxytune.lanes.remote.RemoteLane`.
-        certified: of each row, whether each new token is known to be the one that the whole mixture would choose.
-        calls: of each row, the requests that were made for it.
+        certified: for each row, whether each new token is certain to be the choice of the whole mixture.
+        calls: the number of requests for each row.
     """
 
     way: str
@@ -642,10 +642,10 @@ class SteeredGenerationMixin(GenerationMixin):
         trace_top_k: int | None,
         processors: LogitsProcessorList,
     ) -> RemoteLane | None:
-        """The lane of a base behind an API, or None where the base has its weights here.
+        """The lane of a base behind an API, or None if the base's weights are here.
 
         Raises:
-            ProxyTuneError: for what cannot be had of it.
+            ProxyTuneError: if the call asks for something that such a base cannot give.
         """
         lane: Any = self.lanes[self.seats["base"][0]]
         if not isinstance(lane, RemoteLane):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Table", "markdown", "rendered"]
+__all__ = ["Table", "interval_cells", "markdown", "rendered"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,14 @@ class Table:
         """The entries of the legend that the table contains, and the notes."""
         words = {*(self.heads[at] for at in self.columns()), *(cell for row in self.rows for cell in row)}
         return [*(f"{word}: {text}." for word, text in self.legend.items() if word in words), *self.notes]
+
+
+def interval_cells(of: Mapping[str, float | None], scale: int = 1) -> tuple[str, str]:
+    """The cells of a ``mean`` and of its interval, ``low`` to ``high``; a dash for None. 100 as ``scale``: per cent."""
+    digits = 1 if scale == 100 else 3
+    values = (of[key] for key in ("mean", "low", "high"))
+    mean, low, high = (None if value is None else f"{scale * value:.{digits}f}" for value in values)
+    return mean or "–", "–" if low is None else f"{low} to {high}"
 
 
 def markdown(tables: Iterable[Table]) -> str:

@@ -29,7 +29,7 @@ from proxytune.evaluation.statistics import bootstrap_of, interval, paired_boots
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.prompts import render_chat
-from proxytune.tables import Table
+from proxytune.tables import Table, interval_cells
 
 __all__ = ["Doctor", "DoctorJournal", "doctor_tables", "number_at", "summarize", "verdict"]
 
@@ -97,8 +97,8 @@ class Doctor:
         arms = Arms(config, names, loading, alphas=alphas)
         made = [arms.make(name) for name in reversed(expand_arms(names, config))]  # the whole recipe is loaded once
         self.arms: dict[str, Arm] = {arm.name: arm for arm in reversed(made)}
-        self.steered = self.arms[STEERED]
-        self.model, self.tokenizer = self.steered.model, self.steered.tokenizer
+        self.alone = {name: arms.member(name) for name in self.arms if name not in (MEAN, STEERED)}  # arm -> member
+        self.model, self.tokenizer = self.arms[STEERED].model, self.arms[STEERED].tokenizer
         self.masks: dict[str, Any] = {
             "plausibility": self.model.config.plausibility,
             "vocab_size": self.model.shared_vocab,
@@ -148,9 +148,7 @@ class Doctor:
         def alone(side: torch.Tensor) -> torch.Tensor:
             return log_likelihoods((side, []), gold, (), **whole)
 
-        arms = {BASE: alone(base)}
-        for name in self.arms.keys() - {BASE, STEERED, MEAN}:
-            arms[name] = alone(logits[next(each for each in logits if each == name or each.endswith(f".{name}"))])
+        arms = {name: alone(logits[member]) for name, member in self.alone.items()}
         if MEAN in self.arms:
             against = [(expert, base) for expert, _ in pairs if expert is not None]
             arms[MEAN] = log_likelihoods((base, against), gold, self.arms[MEAN].alphas, **whole)
@@ -230,7 +228,7 @@ class Doctor:
         if name == MEAN:
             own = {each: ids for each, ids in encoded.own.items() if not each.endswith(".anti_expert")}
             return replace(encoded, own=own)
-        ids = next((ids for each, ids in encoded.own.items() if each == name or each.endswith(f".{name}")), encoded.ids)
+        ids = encoded.own.get(self.alone[name], encoded.ids)
         return replace(encoded, ids=ids, own={})
 
     def _after_shots(self, number: int, alone: Encoded, n_gold: int) -> Encoded | None:
@@ -259,7 +257,7 @@ class Doctor:
 
 
 def begins_with(text: str, gold: Sequence[str]) -> bool:
-    """Whether an answer begins with one of the gold ones, and no letter or digit carries the last word on."""
+    """Whether an answer begins with a gold one that no letter or digit follows."""
     written = text.strip()
     return any(written.startswith(one.strip()) and not written[len(one.strip()) :][:1].isalnum() for one in gold)
 
@@ -464,7 +462,7 @@ def doctor_tables(found: Mapping[str, Any]) -> list[Table | str]:
     rows = []
     for arm, of in found["arms"].items():
         title = f"expert {arm.removesuffix('.expert')}" if arm.endswith(".expert") else ARMS.get(arm, arm)
-        rows.append((title, *_percent(of["correct"]), *_nats(of["logprob"])))
+        rows.append((title, *interval_cells(of["correct"], 100), *interval_cells(of["logprob"])))
     about = f", {found['examples']} of {found['of']} examples, {found['tokens']} gold tokens"
     heads = ("arm", "right, %", "95 % interval", "log-probability per token", "95 % interval")
     legend = {"right": "the greedy answer begins with a gold one"}
@@ -478,12 +476,12 @@ def doctor_tables(found: Mapping[str, Any]) -> list[Table | str]:
             (f"… of {name}, the others as they are", f"{of['best']:.2f}", f"{of['low']:.2f} to {of['high']:.2f}")
         )
     for name, of in found["learned"].items():
-        facts.append((f"{name}: expert beyond anti-expert, nats per token", *_nats(of)))
+        facts.append((f"{name}: expert beyond anti-expert, nats per token", *interval_cells(of)))
     if found["distance"] is not None:
-        facts.append(("KL(base ‖ anti-expert), nats per token", *_nats(found["distance"])))
+        facts.append(("KL(base ‖ anti-expert), nats per token", *interval_cells(found["distance"])))
     speed = found["speed"]
     if speed["acceptance"] is not None:
-        facts.append(("acceptance of greedy drafts", *_nats(speed["acceptance"])))
+        facts.append(("acceptance of greedy drafts", *interval_cells(speed["acceptance"])))
     predicted = speed["predicted_to_base"]
     facts.append(
         (
@@ -495,12 +493,3 @@ def doctor_tables(found: Mapping[str, Any]) -> list[Table | str]:
     tables.append(Table(("what", "value", "95 % interval, or beside it"), facts, "why"))
     tables += [f"Note: {text}" for text in (*found["warnings"], *found["left_out"])]
     return tables
-
-
-def _percent(of: Mapping[str, float]) -> tuple[str, str]:
-    return f"{100 * of['mean']:.1f}", f"{100 * of['low']:.1f} to {100 * of['high']:.1f}"
-
-
-def _nats(of: Mapping[str, float | None]) -> tuple[str, str]:
-    mean = f"{of['mean']:.3f}"
-    return mean, "–" if of["low"] is None else f"{of['low']:.3f} to {of['high']:.3f}"

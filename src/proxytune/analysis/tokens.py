@@ -19,7 +19,7 @@ from proxytune.analysis.explanation import Explanation, base_choice, expert_choi
 from proxytune.analysis.terminal import quoted
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.statistics import bootstrap_of
-from proxytune.tables import Table
+from proxytune.tables import Table, interval_cells
 
 __all__ = ["Measured", "TokenClass", "analyze", "load_classes", "measure", "summary_tables"]
 
@@ -247,11 +247,13 @@ def _difference(pairs: Sequence[Sequence[Sequence[float]]], seed: int) -> dict[s
 def summary_tables(found: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     """Tables of the result of :func:`analyze` for a set, and of its ``files`` if there are several."""
     about = f": {found['answers']} answers, {found['tokens']} tokens"
-    rows: list[tuple[str, ...]] = [("all tokens", str(found["shift"]["tokens"]), *_cells(found["shift"]))]
-    rows += [(_said(name), str(of["tokens"]), *_cells(of)) for name, of in found["classes"].items() if of["tokens"]]
+    rows: list[tuple[str, ...]] = [("all tokens", str(found["shift"]["tokens"]), *interval_cells(found["shift"]))]
+    rows += [
+        (_said(name), str(of["tokens"]), *interval_cells(of)) for name, of in found["classes"].items() if of["tokens"]
+    ]
     difference = found["left_minus_right"]
     if difference["mean"] is not None:
-        rows.append(("left minus right hand side", "", *_cells(difference)))
+        rows.append(("left minus right hand side", "", *interval_cells(difference)))
     notes = [
         "Shift: a written token's probability in the mixture minus that in the base. Intervals draw whole answers."
     ]
@@ -261,20 +263,20 @@ def summary_tables(found: Mapping[str, Any], files: Mapping[str, Mapping[str, An
     tables = [
         Table(("class", "tokens", "mean shift", "95 % interval"), rows, "Shift by class", about, (0,), legend, notes)
     ]
-    rows = [("all", str(found["changed"]["tokens"]), *_cells(found["changed"], 100))]
+    rows = [("all", str(found["changed"]["tokens"]), *interval_cells(found["changed"], 100))]
     for of in found["positions"]:
-        rows.append((_range(of), str(of["tokens"]), *_cells(of, 100)))
+        rows.append((_range(of), str(of["tokens"]), *interval_cells(of, 100)))
     heads: tuple[str, ...] = ("token of the answer", "tokens", "changed, %", "95 % interval")
     tables.append(Table(heads, rows, "Changed choices by position", bold=(0,)))
     for name in ("promoted", "demoted"):
-        rows = [(quoted(of["token"]), str(of["written"]), *_cells(of)) for of in found[name]]
+        rows = [(quoted(of["token"]), str(of["written"]), *interval_cells(of)) for of in found[name]]
         note = "Per answer: probability in the mixture minus that in the base, over all places."
         heads = ("token", "written", "per answer", "95 % interval")
         tables.append(Table(heads, rows, f"Most {name} tokens", notes=[note] if rows else ["None."]))
     rows = []
     for name, of in found["experts"].items():
         for what, key in EXPERT_ROWS.items():
-            rows.append((name, what, str(of[key]["tokens"]), *_cells(of[key])))
+            rows.append((name, what, str(of[key]["tokens"]), *interval_cells(of[key])))
     if rows:
         heads = ("expert", "where base and expert choose differently", "tokens", "mean", "95 % interval")
         tables.append(Table(heads, rows, "Base and experts"))
@@ -285,10 +287,10 @@ def summary_tables(found: Mapping[str, Any], files: Mapping[str, Mapping[str, An
                 name,
                 str(of["answers"]),
                 str(of["tokens"]),
-                *_cells(of["shift"]),
-                _cells(of["changed"], 100)[0],
-                *(_cells(of["classes"].get(side, NOTHING))[0] for side in (LEFT, RIGHT)),
-                _cells(of["left_minus_right"])[0],
+                *interval_cells(of["shift"]),
+                interval_cells(of["changed"], 100)[0],
+                *(interval_cells(of["classes"].get(side, NOTHING))[0] for side in (LEFT, RIGHT)),
+                interval_cells(of["left_minus_right"])[0],
             )
             for name, of in files.items()
         ]
@@ -304,12 +306,6 @@ EXPERT_ROWS = {
     "the base's best was written": "took_base",
 }
 NOTHING = {"mean": None, "low": None, "high": None}
-
-
-def _cells(of: Mapping[str, Any], scale: int = 1) -> tuple[str, str]:
-    digits = 1 if scale == 100 else 3
-    mean, low, high = (None if of[key] is None else f"{scale * of[key]:.{digits}f}" for key in ("mean", "low", "high"))
-    return mean or "–", "–" if low is None else f"{low} to {high}"
 
 
 def _range(of: Mapping[str, Any]) -> str:

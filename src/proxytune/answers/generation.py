@@ -58,8 +58,8 @@ class Answer:
         finish: what ended the text: ``stop`` (the model, or a stop string), ``length`` (the limit of new tokens, or a
             member's context) or ``interrupt`` (the caller).
         trace: why each of ``tokens`` was chosen, if the call asked for a trace.
-        certified: of each of ``tokens``, whether it is known to be the whole mixture's choice; way: how the base was
-            asked; calls: the requests made for this answer. All three for a base behind an API alone.
+        certified: for each of ``tokens``, whether it is certain to be the whole mixture's choice. way: how the base was
+            asked. calls: the number of requests for this answer. All three only for a base behind an API.
     """
 
     text: str

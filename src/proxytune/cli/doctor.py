@@ -18,12 +18,12 @@ from proxytune.cli.shared import (
     ResultOptions,
     complain,
     progress_bar,
+    read_gold,
     read_lines,
     resumable,
     say,
     spinner,
 )
-from proxytune.errors import ProxyTuneError
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.place import check_alpha
 
@@ -64,7 +64,6 @@ def doctor(
     check_alpha(recipe, answers.alpha)
     lines = read_lines(options.data)  # before the seconds that the imports take
     from proxytune.analysis.doctor import Doctor, DoctorJournal, doctor_tables, number_at, summarize
-    from proxytune.analysis.references import read_references
     from proxytune.answers.journal import write_whole
     from proxytune.recipe.alpha import resolve_alpha
     from proxytune.recipe.check import check_recipe
@@ -72,11 +71,7 @@ def doctor(
     from proxytune.recipe.store import load_recipe
     from proxytune.tables import markdown
 
-    references, broken = read_references(lines)
-    for why in broken:
-        say(f"{options.data}, {why}")
-    if not references:
-        raise ProxyTuneError(f"{options.data} holds no gold answers")
+    references, broken = read_gold(options.data, lines)
     config = load_recipe(recipe)
     names = [expert.name for expert in config.expert_list]
     alphas = resolve_alpha(answers.alpha, names, config.alphas)

@@ -22,6 +22,7 @@ from proxytune.processes import is_main, n_processes
 from proxytune.recipe.place import check_place
 
 if TYPE_CHECKING:
+    from proxytune.analysis.references import Reference
     from proxytune.answers.options import Sampling
     from proxytune.model import ProxyTunedForCausalLM
     from proxytune.recipe.config import ProxyTuneConfig
@@ -44,6 +45,7 @@ __all__ = [
     "load_model",
     "number_text",
     "progress_bar",
+    "read_gold",
     "read_lines",
     "resumable",
     "say",
@@ -215,6 +217,22 @@ def read_lines(path: str) -> list[bytes]:
         return sys.stdin.buffer.readlines()
     with open(path, "rb") as file:
         return file.readlines()
+
+
+def read_gold(path: str, lines: list[bytes]) -> tuple[list[Reference], list[str]]:
+    """The prompts and gold answers in the ``lines`` of a file, and what is wrong with the others, which is printed.
+
+    Raises:
+        ProxyTuneError: if there are none.
+    """
+    from proxytune.analysis.references import read_references
+
+    references, broken = read_references(lines)
+    for why in broken:
+        say(f"{path}, {why}")
+    if not references:
+        raise ProxyTuneError(f"{path} holds no gold answers")
+    return references, broken
 
 
 def load_model(config: ProxyTuneConfig, loading: LoadingOptions) -> tuple[ProxyTunedForCausalLM, Any]:

@@ -161,10 +161,10 @@ class QuickState(LaneState, Protocol):
 
 
 class AskedState(LaneState, Protocol):
-    """A state of a lane that is not complete: it can be asked for more than it has said."""
+    """A state of a lane that does not score all tokens. It can be asked for more."""
 
     def draw(self, start: int, offsets: Tensor) -> list[int | None]:
-        """For each row the token that the lane itself chooses behind it, once ``offsets`` were added; None: not sure.
+        """For each row, the token that the lane itself chooses if ``offsets`` are added; None if that is not sure.
 
         Args:
             start: as in :meth:`ask`. offsets: shape = (n_batch, n_vocab).
@@ -172,17 +172,15 @@ class AskedState(LaneState, Protocol):
         ...
 
     def behind(self, start: int, n_positions: int) -> Tensor:
-        """The drafts that stand behind positions, (n_batch, n_positions); -1 where there is none. ``start``: as in
-        :meth:`ask`.
-        """
+        """The draft after each position, (n_batch, n_positions); -1 if there is none. ``start``: as in :meth:`ask`."""
         ...
 
     def ask(self, start: int, rivals: Tensor) -> Scores | None:
-        """Ask more about positions at which some tokens are to be known; None where nothing more is said.
+        """Ask for more at positions at which some tokens must be known; None if nothing more is returned.
 
         Args:
-            start: how many of the columns read since the last ``keep`` stand before the first position and in it.
-            rivals: which tokens, (n_batch, n_positions, n_vocab), bool.
+            start: how many of the columns read since the last ``keep`` precede the first position, it included.
+            rivals: these tokens, (n_batch, n_positions, n_vocab), bool.
         """
         ...
 

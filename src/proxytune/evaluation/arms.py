@@ -204,7 +204,7 @@ class Arms:
             return self._mean(name)
         if name == "proxy_tuned":
             return Arm(name, self._whole(), self.tokenizer, self.alphas)
-        member = self._member(name)
+        member = self.member(name)
         model = self._lane(member).alone(member)
         return alone(name, model, self._tokenizer(member), self.members[member].prompt)
 
@@ -226,7 +226,7 @@ class Arms:
             own = {each: pair for each, pair in prompts.items() if pair[0].kind != "raw"}
             return Reader(name, self.tokenizer, own, {each: self._context(of) for each, of in sources.items()})
         else:
-            member = self._member(name)
+            member = self.member(name)
             tokenizer, prompt, limit = self._tokenizer(member), self.members[member].prompt, self._context(member)
         return Reader(name, tokenizer, {} if prompt.kind == "raw" else {"": (prompt, tokenizer)}, {"base": limit})
 
@@ -240,7 +240,7 @@ class Arms:
         """The recipe's tokenizer or, if it has none, the base's."""
         return self._tokenizer("base")
 
-    def _member(self, arm: str) -> str:
+    def member(self, arm: str) -> str:
         """The member of an arm that is one member alone."""
         wanted = "base" if shots_of(arm) != "raw" else arm
         return next(each for each in self.members if each == wanted or each.endswith(f".{wanted}"))
@@ -288,10 +288,11 @@ class Arms:
 
     def _sources_of_mean(self) -> dict[str, str]:
         """Member of a mean -> the recipe's member that it is."""
-        experts = [name for name in self.members if name.endswith(".expert")]
-        antis = [f"{name.removesuffix('.expert')}.anti_expert" for name in experts]
-        pairs = [pair for expert, anti in zip(experts, antis) for pair in ((expert, expert), (anti, "base"))]
-        return dict([("base", "base"), *pairs])
+        sources = {"base": "base"}
+        for name in self.members:
+            if name.endswith(".expert"):
+                sources |= {name: name, f"{name.removesuffix('.expert')}.anti_expert": "base"}
+        return sources
 
     def _tuned(self) -> Arm:
         assert self.tuned is not None

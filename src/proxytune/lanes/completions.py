@@ -1,8 +1,8 @@
-"""A server that speaks OpenAI's completions route: what it is asked, and what its replies say for certain.
+"""A server with OpenAI's completions route: the requests, and what its replies prove.
 
-Each request asks for one token behind one prompt, or behind each of several, with the log-probabilities of the most
-probable tokens. Nothing in a reply is trusted that can be checked; a reply that contradicts itself or the request is
-asked for again, and after some tries the run ends.
+Each request asks for one token after one prompt, or after each of several, with the log-probabilities of the most
+probable tokens. Everything in a reply that can be checked is checked. If a reply contradicts itself or the request, the
+request is repeated; after some tries the run ends.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class BadReply(Exception):
 
 
 class Refused(Exception):
-    """The server does not do what it was asked (a status of 4xx)."""
+    """The server rejects a request (status 4xx)."""
 
 
 class NoGoodReply(ProxyTuneError):
@@ -55,12 +55,12 @@ class NoGoodReply(ProxyTuneError):
 
 @dataclass(frozen=True)
 class Known:
-    """What a reply says of the token behind a text.
+    """What a reply proves about the token after a text.
 
     Attributes:
-        logprobs: id -> log-probability, of those that are known for certain.
+        logprobs: id -> log-probability, for the ids that are certain.
         bound: no other id has a larger log-probability.
-        asked: how many were asked for.
+        asked: how many log-probabilities the request asked for.
     """
 
     logprobs: dict[int, float]
@@ -70,14 +70,15 @@ class Known:
 
 @dataclass(frozen=True)
 class Offer:
-    """What a server was seen to do.
+    """What a server can do, found out by trying.
 
     Attributes:
-        ids: takes token ids as the prompt; else texts. lists: answers several prompts in one request.
-        numbered: writes tokens as ids. named: scores ids that are named (vLLM's ``logprob_token_ids``).
-        echoes: says which prompt it has read, as ids. temperature: at which its log-probabilities are the model's own.
-        biased: how many tokens it lets a request push up or down by fractions (``logit_bias``); 0: none, or not tried.
-        offsets: says how long the prompt was, as text; with special tokens (``whole``) or without (``plain``).
+        ids: it takes token ids as the prompt; otherwise texts. lists: it answers several prompts in one request.
+        numbered: it writes tokens as ids. named: it scores the ids that a request names (vLLM's ``logprob_token_ids``).
+        echoes: it returns the prompt that it read, as ids. temperature: the temperature at which its log-probabilities
+            are the model's own.
+        biased: how many tokens a request can push up or down by fractions (``logit_bias``); 0: none, or not tried.
+        offsets: it returns the length of the prompt's text, with special tokens (``whole``) or without (``plain``).
     """
 
     ids: bool
@@ -92,7 +93,7 @@ class Offer:
 
 @dataclass
 class Budget:
-    """How much may be asked of a server, and how much was.
+    """The limits of a run's requests to a server, and what was used so far.
 
     Attributes:
         max_calls, max_tokens: requests, and tokens in prompts and answers; None: any number.
@@ -110,7 +111,7 @@ class Budget:
         """Count one request with so many tokens.
 
         Raises:
-            ProxyTuneError: where it would go beyond what is allowed; nothing is counted then.
+            ProxyTuneError: if that exceeds a limit; it is then not counted.
         """
         with self.lock:
             for what, used, most, flag in (
@@ -125,18 +126,18 @@ class Budget:
 
 
 def known_of(entries: Sequence[Entry], asked: int, given: float | None = None) -> Known:
-    """What a list of log-probabilities says for certain.
+    """What a list of log-probabilities proves.
 
-    Every id that is not in the list has at most the k-th largest probability where the list is the true top k, and at
-    most the probability that the list leaves over. An entry that can mean several ids may be any of them; and a list
-    that is keyed by text may have lost others of that text.
+    An id outside the list has at most the probability that the list leaves over, and, if the list is the true top k, at
+    most the k-th largest one. An entry that can mean several ids may be any of them, and a list that is keyed by text
+    may lack other ids with the same text.
 
     Args:
-        entries: in any order. asked: how many were asked for.
-        given: the log-probability of the token that the server drew, where that need not be among the top k.
+        entries: in any order. asked: how many log-probabilities the request asked for.
+        given: the log-probability of the token that the server drew, if it need not be among the top k.
 
     Raises:
-        BadReply: for what cannot be log-probabilities of one distribution.
+        BadReply: if these cannot be log-probabilities of one distribution.
     """
     usable = [(ids, value) for ids, value in entries if not math.isnan(value) and value > MISSING]
     if any(value > ROUNDING for _, value in usable):
@@ -170,13 +171,13 @@ def known_of(entries: Sequence[Entry], asked: int, given: float | None = None) -
 
 
 class Endpoint:
-    """The server of a base, asked through the official client. What it offers is found out by lanes.probing.
+    """The server of a base, asked through the official client; lanes.probing finds out what it can do.
 
     Attributes:
-        n: log-probabilities that are asked for. offer: see :class:`Offer`.
+        n: how many log-probabilities each request asks for. offer: see :class:`Offer`.
 
     Raises:
-        MemberError: where it cannot be asked at all. ProxyTuneError: where it fails for good, or a budget is spent.
+        MemberError: if the server cannot be used. ProxyTuneError: if it keeps failing, or a budget is spent.
     """
 
     def __init__(self, base: ApiBase, spelling: Spelling, tokenizer: Any, budget: Budget) -> None:
@@ -215,13 +216,13 @@ class Endpoint:
 
     # -- questions ----------------------------------------------------------------------------------------------
     def top(self, texts: Sequence[Sequence[int]], n: int) -> list[Known]:
-        """The ``n`` most probable tokens behind each of several texts, in one request where the server does that."""
+        """The ``n`` most probable tokens after each of several texts, in one request if the server can do that."""
         if len(texts) > 1 and not self.offer.lists:
             return [known for each in self.each(lambda text: self.top([text], n), texts) for known in each]
         return [reply.known for reply in self._certain(texts, n)]
 
     def more(self, text: Sequence[int], known: Known, rivals: Sequence[int]) -> Known | None:
-        """What is known behind a text once the server was asked for ``rivals`` too; None where it tells no more."""
+        """What is known after a text once the server was also asked for ``rivals``; None if it returns nothing more."""
         if self.offer.named and len(rivals) <= MOST_IDS:
             try:
                 return replace(known, logprobs={**known.logprobs, **self.of_ids(text, rivals)})
@@ -242,10 +243,10 @@ class Endpoint:
         return found
 
     def drawn(self, text: Sequence[int], offsets: Tensor) -> int | None:
-        """The token that the server itself chooses behind a text once steering was added to its logits; None: not sure.
+        """The token that the server chooses after a text if steering is added to its logits; None if that is not sure.
 
-        Where not all offsets can be sent, the largest are, less the largest of the others: so these count for too much,
-        and what wins against them all the same is the choice of the whole mixture.
+        If a request cannot hold all offsets, it holds the largest, each minus the largest of the rest. The rest then
+        count for too much, so a token that still wins is the choice of the whole mixture.
 
         Args:
             offsets: what steering adds to each token, (n_vocab,); -inf where it excludes one.
@@ -263,20 +264,20 @@ class Endpoint:
         return index if index in set(sent) and bool(offsets[index] > -math.inf) else None
 
     def chosen(self, text: Sequence[int], bias: dict[str, float]) -> int | None:
-        """The token that the server chooses under a bias; None where its reply leaves that open."""
+        """The token that the server chooses under a bias; None if its reply does not say which."""
         meant = self.ask([text], 1, {"logit_bias": bias, "temperature": 0.0})[0].drawn
         return meant[0] if len(meant) == 1 else None
 
     def confirm(self, text: Sequence[int], known: Known) -> None:
-        """Ask once more what was asked before, since a model may be changed while its name stays.
+        """Repeat an earlier request, because a model may be replaced under the same name.
 
         Raises:
-            ProxyTuneError: where the reply is another one.
+            ProxyTuneError: if the reply differs.
         """
         self._refuse_unlike(alike(known, self.top([text], known.asked)[0]))
 
     def confirm_drawn(self, text: Sequence[int], offsets: Tensor, token: int) -> None:
-        """As :meth:`confirm`, where the server chose ``token`` under ``offsets``."""
+        """Like :meth:`confirm`, if the server chose ``token`` under ``offsets``."""
         self._refuse_unlike(self.drawn(text, offsets) == token)
 
     def _refuse_unlike(self, same: bool) -> None:
@@ -287,13 +288,13 @@ class Endpoint:
             )
 
     def of_ids(self, text: Sequence[int], ids: Sequence[int]) -> dict[int, float]:
-        """The log-probabilities of these ids behind a text (vLLM alone)."""
+        """The log-probabilities of these ids after a text (vLLM only)."""
         reply = self.ask([text], len(ids), {"logprob_token_ids": list(ids)})[0]
         found = {meant[0]: value for meant, value in reply.entries if len(meant) == 1 and value > MISSING}
         return {index: found[index] for index in ids}
 
     def each(self, ask: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
-        """Ask about several things at once."""
+        """Call ``ask`` for several items at once."""
         return [ask(items[0])] if len(items) == 1 else list(self.pool.map(ask, items))
 
     def _certain(self, texts: Sequence[Sequence[int]], n: int) -> list[Reply]:
@@ -305,32 +306,23 @@ class Endpoint:
     def ask(
         self, texts: Sequence[Sequence[int]], n: int, more: dict[str, Any] | None = None, *, tries: int = RETRIES
     ) -> list[Reply]:
-        """Ask for one token behind each text.
+        """Ask for one token after each text.
 
         Args:
-            n: log-probabilities. more: words of the request beside the usual ones. tries: while replies are wrong.
+            n: how many log-probabilities. more: further fields of the request. tries: how often a wrong reply is asked
+                for again.
 
         Raises:
-            Refused: where the server does not do that. NoGoodReply: where every reply was wrong.
+            Refused: if the server rejects the request. NoGoodReply: if every reply was wrong.
         """
         prompts: list[Any] = [list(text) for text in texts] if self.offer.ids else [self._text(text) for text in texts]
-        temperature = self.offer.temperature
-        asked: dict[str, Any] = {
-            "model": self.base.model,
-            "prompt": prompts if len(prompts) > 1 else prompts[0],
-            "max_tokens": 1,
-            "temperature": temperature,
-            "top_p": 1.0,
-            "logprobs": n,
-        }
-        extra = {**(more or {})}
-        if self.offer.numbered:
-            extra["return_tokens_as_token_ids"] = True
+        prompt = prompts if len(prompts) > 1 else prompts[0]
+        extra = dict(more or {})
         if self.offer.echoes:
             extra["return_token_ids"] = True
         for trial in range(tries):
             try:
-                value = self._post({**asked, "extra_body": extra or None}, sum(map(len, texts)) + len(texts))
+                value = self._post(prompt, n, sum(map(len, texts)) + len(texts), extra)
                 return self._read(value, texts, n, biased="logit_bias" in extra)
             except BadReply as error:
                 reason = error
@@ -340,14 +332,10 @@ class Endpoint:
         ) from reason
 
     def ask_text(self, text: str, n: int) -> Known | None:
-        """What is known behind a text that the server cuts into tokens itself; None where it takes no texts."""
-        asked = {"model": self.base.model, "prompt": text, "max_tokens": 1, "temperature": self.offer.temperature}
-        extra = {"return_tokens_as_token_ids": True} if self.offer.numbered else None
+        """What is known after a text that the server itself splits into tokens; None if it takes no texts."""
         offer, self.offer = self.offer, replace(self.offer, ids=False, offsets=None)
         try:
-            value = self._post(
-                {**asked, "top_p": 1.0, "logprobs": n, "extra_body": extra}, len(self.tokenizer(text)["input_ids"]) + 1
-            )
+            value = self._post(text, n, len(self.tokenizer(text)["input_ids"]) + 1, {})
             return self._read(value, [[]], n)[0].known
         except (Refused, BadReply):
             return None
@@ -355,11 +343,11 @@ class Endpoint:
             self.offer = offer
 
     def _text(self, ids: Sequence[int]) -> str:
-        """The text of a prompt, for servers that take no ids; they must read the same tokens."""
+        """The text of a prompt, for servers that take no ids; its tokens must be the prompt's."""
         kept = list(ids)
         if self.tokenizer("").get("input_ids") == kept[:1] and kept:  # the server's tokenizer puts it there as well
             kept = kept[1:]
-        text = str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+        text = self.shown(kept, "whole")
         if list(self.tokenizer(text)["input_ids"]) != list(ids):
             raise ProxyTuneError(
                 f"the server of the base {self.name} takes no token ids, and the text so far would be read as other "
@@ -367,12 +355,23 @@ class Endpoint:
             )
         return text
 
-    def _post(self, asked: dict[str, Any], tokens: int) -> Any:
+    def _post(self, prompt: Any, n: int, tokens: int, extra: dict[str, Any]) -> Any:
+        """Send one request for one token with ``n`` log-probabilities; ``tokens`` are counted against the budget."""
         import openai
 
+        if self.offer.numbered:
+            extra = {**extra, "return_tokens_as_token_ids": True}
         self.budget.take(tokens)
         try:
-            raw = self.client.completions.with_raw_response.create(**asked)
+            raw = self.client.completions.with_raw_response.create(
+                model=self.base.model,
+                prompt=prompt,
+                max_tokens=1,
+                temperature=self.offer.temperature,
+                top_p=1.0,
+                logprobs=n,
+                extra_body=extra or None,
+            )
             return json.loads(raw.http_response.text, object_pairs_hook=_once)
         except ValueError as error:
             raise BadReply("it is not JSON") from error
@@ -398,10 +397,10 @@ class Endpoint:
 
     # -- replies ------------------------------------------------------------------------------------------------
     def _read(self, value: Any, texts: Sequence[Sequence[int]], n: int, *, biased: bool = False) -> list[Reply]:
-        """The reply to each text, in order; under a bias its log-probabilities prove nothing.
+        """The reply to each text, in order. Log-probabilities under a bias prove nothing and are left out.
 
         Raises:
-            BadReply: for a reply that is not one to this request.
+            BadReply: if it does not answer this request.
         """
         if not isinstance(value, dict) or not isinstance(value.get("choices"), list):
             raise BadReply("it has no choices")
@@ -476,12 +475,12 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Reply:
-    """One choice of a reply, read.
+    """One choice of a reply, parsed.
 
     Attributes:
-        known: what it says for certain. entries: see :data:`Entry`. tokens: as they were written.
-        numbered: whether as ids. echoes: whether it says which prompt was read. offset: where its token begins.
-        drawn: what that token can be, where a bias chose it.
+        known: what it proves. entries: see :data:`Entry`. tokens: the tokens as the server wrote them.
+        numbered: whether these are ids. echoes: whether it returned the prompt. offset: where its token begins.
+        drawn: the ids that the chosen token can mean, if there was a bias.
     """
 
     known: Known
@@ -494,7 +493,7 @@ class Reply:
 
 
 def alike(one: Known, other: Known) -> bool:
-    """Whether two replies to one prompt can be of one model, whose arithmetic may round otherwise each time."""
+    """Whether two replies to one prompt can come from one model, whose rounding may differ from call to call."""
     common = one.logprobs.keys() & other.logprobs.keys()
     far = sum(abs(one.logprobs[index] - other.logprobs[index]) > MOVES for index in common)
     least = min(len(one.logprobs), len(other.logprobs))
@@ -502,13 +501,13 @@ def alike(one: Known, other: Known) -> bool:
 
 
 def _offset(logprobs: dict[str, Any]) -> int | None:
-    """Where the new token begins in the text, where a reply says it."""
+    """Where the new token begins in the text; None if a reply does not say."""
     offsets = logprobs.get("text_offset")
     return offsets[0] if isinstance(offsets, list) and offsets and isinstance(offsets[0], int) else None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys differ."""
+    """A JSON object; :class:`ValueError` if a key occurs twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("an object has one key twice")
@@ -516,7 +515,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _columns(logprobs: Any) -> tuple[list[Any], list[Any], list[list[tuple[Any, float]]]]:
-    """Of each new token what it is, its log-probability and the most probable ones, in OpenAI's two forms."""
+    """The new tokens, their log-probabilities and the most probable tokens at each place, from OpenAI's two forms."""
     if logprobs is None:
         return [], [], []
     try:

@@ -1,7 +1,7 @@
-"""What a server offers, found out by asking it; nothing is concluded from its name.
+"""Find out what a server can do by trying it; its name is not used.
 
-A capability is missing where the server refuses a request (4xx) or answers something else. Where it fails (5xx, no
-connection) nothing is concluded, and the run ends.
+A capability is missing if the server rejects the request (4xx) or answers something else. If the server fails (5xx, no
+connection), that proves nothing, and the run ends.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from proxytune.lanes.completions import TOO_FAR, Endpoint, Known, NoGoodReply, O
 
 __all__ = ["findings", "probe"]
 
-# Characters of many kinds, so that another tokenizer cuts them otherwise.
+# Characters of many kinds, so that another tokenizer splits them differently.
 SAMPLE = (
     'The answer isn\'t 12: "Zürich" & naïve.\n\tabcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 (+)'
 )
@@ -25,13 +25,13 @@ BIASES = (1024, 300)  # of tokens that a request may push
 
 
 def probe(endpoint: Endpoint, *, bias: bool = False) -> None:
-    """Find out what a server offers, with a few requests, and whether it has the declared tokenizer.
+    """Find out with a few requests what a server can do, and whether it has the declared tokenizer.
 
     Args:
-        bias: also how many tokens it lets a request push.
+        bias: also find out how many tokens a request can push.
 
     Raises:
-        MemberError: where it cannot be used at all. VocabularyError: where its tokens are others.
+        MemberError: if the server cannot be used. VocabularyError: if its tokens differ.
     """
     ids = list(endpoint.tokenizer(SAMPLE)["input_ids"])
     reply = _first(endpoint, ids)
@@ -61,7 +61,7 @@ def probe(endpoint: Endpoint, *, bias: bool = False) -> None:
 
 
 def _first(endpoint: Endpoint, ids: Sequence[int]) -> Reply:
-    """The first reply, and with it how the server can be asked at all."""
+    """The first good reply; it also shows which kind of request the server takes."""
     server, n = endpoint.base.server, endpoint.n
     plain = Offer(ids=True)
     extended = replace(plain, numbered=True, named=True, echoes=True)  # words that only vLLM knows
@@ -102,10 +102,10 @@ def _refuse_strange(endpoint: Endpoint, reply: Reply) -> None:
 
 
 def _check_tokenizer(endpoint: Endpoint, ids: Sequence[int], known: Known) -> None:
-    """Let the server read a text by itself, and compare what is ``known`` behind it with what is behind the ids.
+    """Send a text, and compare the reply with what is ``known`` after the same text as ids.
 
     Raises:
-        VocabularyError: naming the first token that it reads otherwise.
+        VocabularyError: names the first token that the server reads differently.
     """
     if not endpoint.offer.ids:
         return  # ids and texts cannot be compared there; the number of tokens is, at each request
@@ -124,7 +124,7 @@ def _check_tokenizer(endpoint: Endpoint, ids: Sequence[int], known: Known) -> No
     endpoint.same_tokenizer = agreed
     if agreed is not False:
         return
-    low, high = len(start), len(ids)  # up to low all is read alike, up to high it is not
+    low, high = len(start), len(ids)  # the first low ids are read the same, the first high are not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if agrees(middle) else (low, middle)
@@ -136,7 +136,7 @@ def _check_tokenizer(endpoint: Endpoint, ids: Sequence[int], known: Known) -> No
 
 
 def _answers_lists(endpoint: Endpoint, ids: Sequence[int], known: Known) -> bool:
-    """Whether several prompts in one request have an answer each."""
+    """Whether the server answers several prompts in one request."""
     endpoint.offer = replace(endpoint.offer, lists=True)
     try:
         replies = endpoint.ask([ids[:-1], ids], endpoint.n, tries=TRIES)
@@ -146,7 +146,7 @@ def _answers_lists(endpoint: Endpoint, ids: Sequence[int], known: Known) -> bool
 
 
 def _scores_by_name(endpoint: Endpoint, ids: Sequence[int], known: Known) -> bool:
-    """Whether ids that are named are scored (vLLM's ``logprob_token_ids``)."""
+    """Whether the server scores the ids that a request names (vLLM's ``logprob_token_ids``)."""
     some = sorted(known.logprobs)[:2]
     try:
         named = endpoint.of_ids(ids, some)
@@ -156,9 +156,9 @@ def _scores_by_name(endpoint: Endpoint, ids: Sequence[int], known: Known) -> boo
 
 
 def _takes_bias(endpoint: Endpoint, ids: Sequence[int], known: Known) -> int:
-    """How many tokens a request may push by fractions, with the effect that it should have; 0: none.
+    """How many tokens a request can push by fractions; 0 if that has not the right effect.
 
-    The second most probable token is lifted to a quarter above the first, and to a quarter below it.
+    The second most probable token is pushed to 0.25 above the first, and to 0.25 below it.
     """
     (first, best), (second, other) = sorted(known.logprobs.items(), key=lambda item: -item[1])[:2]
     n_vocab = endpoint.spelling.n_vocab
@@ -176,7 +176,7 @@ def _takes_bias(endpoint: Endpoint, ids: Sequence[int], known: Known) -> int:
 
 
 def findings(endpoint: Endpoint) -> dict[str, Any]:
-    """What a server offers and what it sees, in words and values."""
+    """What a server can do and what it sees, by name, for people."""
     offer = endpoint.offer
     sees = "the prompt and the answer so far, at each request"
     return {

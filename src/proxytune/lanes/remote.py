@@ -98,7 +98,7 @@ class RemoteState(TextState):
         self.lane = lane
         self.known: dict[tuple[int, int], Known] = {}  # row, and how many pending columns stand before the position
         self.calls = [Count() for _ in range(n_batch)]
-        self.drawn: tuple[Tensor, int] | None = None  # of the first row, what was last sent and what it chose
+        self.drawn: tuple[Tensor, int] | None = None  # for the first row: the offsets last sent, and the token chosen
 
     def read(
         self, ids: Tensor, mask: Tensor | None = None, *, positions: int = 0, want: Tensor | None = None
@@ -139,11 +139,10 @@ class RemoteState(TextState):
 
         def more(place: tuple[int, int]) -> Known | None:
             row, ahead = place
+            self.calls[row].n += 1
             if self.known[place].asked == 0:  # nothing was asked yet
-                self.calls[row].n += 1
                 return endpoint.top([self.text(row, ahead)], endpoint.n)[0]
             wanted = rivals[row, ahead - start].nonzero()[:, 0].tolist()
-            self.calls[row].n += 1
             return endpoint.more(self.text(row, ahead), self.known[place], wanted)
 
         found = dict(zip(places, endpoint.each(more, places) if places else []))
@@ -151,7 +150,7 @@ class RemoteState(TextState):
         return self._scores(start, rivals.shape[1]) if any(found.values()) else None
 
     def again(self) -> Callable[[], None]:
-        """What asks about the first row's text once more and raises an error where the reply is another one."""
+        """A function that asks about the first row's text again, and raises an error if the reply differs."""
         text, known, calls, drawn = self.text(0, 0), self.known[0, 0], self.calls[0], self.drawn
 
         def ask() -> None:

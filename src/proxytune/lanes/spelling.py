@@ -31,7 +31,6 @@ class Spelling:
         ids = sorted(names)
         texts = dict(zip(ids, tokenizer.batch_decode([[index] for index in ids], clean_up_tokenization_spaces=False)))
         own = _bytes_of(tokenizer, names)
-        self.texts = {index: _text(own.get(index), texts[index]) for index in ids}
         found: dict[str | bytes, set[int]] = {}
         for index in ids:
             for spelled in (names[index], texts[index], own.get(index)):
@@ -49,10 +48,6 @@ class Spelling:
             own = self.ids.get(ESCAPE.sub(lambda match: bytes([int(match[1], 16)]), escaped), ())
             return own or self.ids.get(token, ())
         return tuple(sorted({*self.ids.get(token, ()), *self.ids.get(token.encode(), ())}))
-
-    def of_bytes(self, values: list[int]) -> tuple[int, ...]:
-        """The ids of a token with these bytes."""
-        return self.ids.get(bytes(values), ())
 
 
 def _bytes_of(tokenizer: Any, names: dict[int, str]) -> dict[int, bytes]:
@@ -72,11 +67,3 @@ def _bytes_of(tokenizer: Any, names: dict[int, str]) -> dict[int, bytes]:
         elif "▁" in decoder:
             own[index] = name.replace("▁", " ").encode()
     return own
-
-
-def _text(own: bytes | None, decoded: str) -> str:
-    """An id as readable text."""
-    try:
-        return decoded if own is None else own.decode()
-    except UnicodeDecodeError:
-        return decoded

@@ -1,4 +1,4 @@
-"""A state that holds the ids of each row, for lanes that score each text again: the fake, and a base behind an API."""
+"""A state that holds the ids of each row, for lanes that score whole texts: the fake, and a base behind an API."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TextState:
         """Nothing: a list can always be cut."""
 
     def end_drafts(self) -> None:
-        """Nothing, too."""
+        """Nothing: see :meth:`begin_drafts`."""
 
     def keep(self, counts: Sequence[int] | None = None) -> None:
         counts = [len(self.pending)] * self.n_batch if counts is None else counts

@@ -207,16 +207,16 @@ class Member:
 
 @dataclass(frozen=True)
 class ApiBase(Member):
-    """A base that somebody else's server runs. It reads the raw prompt.
+    """A base that runs on a server, which is asked over its API. It reads the raw prompt.
 
     ``model`` is its name at the server. The server speaks OpenAI's completions route.
 
     Attributes:
-        api: the URL, up to and with ``/v1``.
-        tokenizer: a hub id or a directory: the tokenizer that the server's model has.
+        api: the URL, including ``/v1``.
+        tokenizer: a hub id or a directory: the tokenizer of the server's model.
         top_logprobs: how many of the most probable tokens each request asks for.
         key: the *name* of the environment variable that holds the API key; None: no key is sent.
-        server: which program answers, for what only that one understands; ``auto`` finds out by trying.
+        server: the server's program, for fields that only it knows; ``auto`` finds out by trying.
 
     Example:
         >>> from proxytune.recipe.parts import ApiBase
@@ -273,7 +273,7 @@ class ApiBase(Member):
 
 
 def parse_base(value: Any) -> Member:
-    """The ``base`` of a recipe: a :class:`Member`, or an :class:`ApiBase` where it names an ``api``."""
+    """The ``base`` of a recipe: a :class:`Member`, or an :class:`ApiBase` if it has an ``api``."""
     return ApiBase.parse(value) if isinstance(value, Mapping) and "api" in value else Member.parse(value)
 
 
