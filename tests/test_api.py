@@ -494,6 +494,41 @@ def test_a_reply_that_says_less_is_never_too_certain(oracle, served, steered, ch
     assert_no_mark_is_wrong(oracle, ROWS, tokens, asked.certified)
 
 
+def padded(made):
+    """The reply without all tokens but the drawn one, which is what vLLM sends if a batch mixes kinds of requests."""
+    for choice in made["choices"]:
+        top(choice["logprobs"]).update({token: -9999.0 for token in list(top(choice["logprobs"]))[1:]})
+    return made
+
+
+def first_two(made):
+    """The reply without all tokens but two, as if the others had the same texts."""
+    for choice in made["choices"]:
+        choice["logprobs"]["top_logprobs"] = [dict(list(top(choice["logprobs"]).items())[:2])]
+    return made
+
+
+@pytest.mark.parametrize(("short", "passing"), [(padded, (0, 1, 2, 3, 4, 8)), (first_two, (0, 3))])
+def test_a_short_reply_is_asked_for_again(served, steered, short, passing):
+    expected = answers(steered(20, way="ask"), ROWS[:1], max_new_tokens=6)
+    model = steered(20, way="ask")
+    began = len(served.requests)
+    served.faults = lambda number, made: short(made) if number - began in passing else made
+    tokens, asked = answers(model, ROWS[:1], max_new_tokens=6)
+    assert (tokens, asked.certified, asked.calls) == (expected[0], expected[1].certified, expected[1].calls)
+    assert len(served.requests) - began == sum(asked.calls) + len(passing)
+
+
+@pytest.mark.parametrize("short", [padded, first_two])
+def test_a_reply_that_stays_short_is_accepted(oracle, served, steered, short):
+    model = steered(20, way="ask")
+    served.faults = lambda number, made: short(made)
+    tokens, asked = answers(model, ROWS[:1], max_new_tokens=6)
+    assert_no_mark_is_wrong(oracle, ROWS[:1], tokens, asked.certified)
+    served.faults = None
+    assert answers(model, ROWS[:1], max_new_tokens=6)[1].certified == [[True] * 6]  # nothing of it is remembered
+
+
 def test_a_model_that_changes_ends_the_run(served, steered):
     model = steered(5)
     served.name = "another"

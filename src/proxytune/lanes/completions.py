@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import threading
 import time
 import weakref
@@ -204,6 +205,7 @@ class Endpoint:
         weakref.finalize(self, self.client.close)
         weakref.finalize(self, self.pool.shutdown, wait=False)
         self.model: str | None = None  # as the first reply calls it
+        self.given = 0  # log-probabilities that it gave in the first reply
         self.most: int | None = None  # log-probabilities that it gives at most, once it has given fewer than asked
         self.n = base.top_logprobs
         self.offer = Offer(ids=True)
@@ -238,7 +240,8 @@ class Endpoint:
             return None
         self._refuse_unlike(alike(known, found))
         if len(found.logprobs) <= len(known.logprobs):
-            self.most = known.asked
+            if len(found.logprobs) >= self.given:  # a limit, and not a short reply
+                self.most = known.asked
             return None
         return found
 
@@ -308,6 +311,9 @@ class Endpoint:
     ) -> list[Reply]:
         """Ask for one token after each text.
 
+        A reply with fewer log-probabilities than the server has given before is asked for again, and accepted if that
+        does not help: what it says is true.
+
         Args:
             n: how many log-probabilities. more: further fields of the request. tries: how often a wrong reply is asked
                 for again.
@@ -320,13 +326,18 @@ class Endpoint:
         extra = dict(more or {})
         if self.offer.echoes:
             extra["return_token_ids"] = True
+        biased, named = "logit_bias" in extra, extra.get("logprob_token_ids", ())
+        least = 0 if biased or named else min(n, self.given)
         for trial in range(tries):
             try:
                 value = self._post(prompt, n, sum(map(len, texts)) + len(texts), extra)
-                return self._read(value, texts, n, biased="logit_bias" in extra)
+                replies = self._read(value, texts, n, biased=biased)
+                worth = max(reply.tries(least, named) for reply in replies)
+                if trial + 1 >= min(worth, tries):
+                    return replies
             except BadReply as error:
                 reason = error
-                time.sleep(min(PAUSE * 2**trial, 5.0))
+            time.sleep(min(PAUSE * 2**trial, 5.0) * random.uniform(0.5, 1.5))
         raise NoGoodReply(
             f"the server of the base {self.name} gave {tries} replies that cannot be right: {reason}"
         ) from reason
@@ -490,6 +501,18 @@ class Reply:
     echoes: bool
     offset: int | None = None
     drawn: tuple[int, ...] = ()
+
+    def tries(self, least: int, named: Sequence[int]) -> int:
+        """How many tries it is worth to get ``least`` log-probabilities, those of ``named`` among them.
+
+        vLLM fills the reply to one request with tokens at -inf if another request in the same batch names ids. That
+        passes. Other short replies usually stay short, because two tokens have the same text.
+        """
+        usable = [(meant, value) for meant, value in self.entries if value > MISSING]
+        enough = len(usable) >= least and {(index,) for index in named} <= {meant for meant, _ in usable}
+        if enough or math.fsum(math.exp(value) for _, value in usable) > 1 - TOO_FAR:
+            return 1
+        return RETRIES if len(usable) < len(self.entries) else 2
 
 
 def alike(one: Known, other: Known) -> bool:

@@ -41,6 +41,7 @@ def probe(endpoint: Endpoint, *, bias: bool = False) -> None:
     if len(reply.entries) < endpoint.n:  # a limit of its own; asked for so many, it gives the most probable ones
         endpoint.n = len(reply.entries)
         reply = endpoint.ask([ids], endpoint.n)[0]
+    endpoint.given = len(reply.entries)
     short = endpoint.ask([ids[:-1]], endpoint.n)[0]
     for how in ("whole", "plain"):
         if all(one.offset == len(endpoint.shown(text, how)) for one, text in ((reply, ids), (short, ids[:-1]))):
