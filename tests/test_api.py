@@ -23,7 +23,7 @@ from support import tiny
 from support.commands import fails, run
 from support.completions import KEY, Served, serving
 from support.decoding import near, new_tokens
-from support.oracle import Oracle
+from support.oracle import Oracle, assert_same_tokens
 
 ROWS = [[1, 40, 77, 102, 9], [1, 88, 15], [1, 7, 300, 41, 12]]
 N_NEW = 12
@@ -370,6 +370,31 @@ def test_plausibility_and_two_experts(oracle, steered):
     tokens, asked = answers(steered(20, experts=experts, plausibility=0.1))
     assert_no_mark_is_wrong(both, ROWS, tokens, asked.certified)
     assert any(map(any, asked.certified))
+
+
+@pytest.mark.parametrize("way", ["ask", "push"])
+@pytest.mark.parametrize("rule", ["mean", "convex", "union", "intersection"])
+def test_rules(oracle, steered, way, rule):
+    base = oracle.base
+    both = Oracle(base, [("a", near(base, 2), near(base, 3), 0.6), ("b", near(base, 4), near(base, 5), 0.4)], rule=rule)
+    experts = [{"name": n, "expert": e, "anti_expert": a, "alpha": alpha} for n, e, a, alpha in both.experts]
+    model = steered(20, experts=experts, way=way)
+    if (way, rule) == ("push", "convex"):
+        with pytest.raises(ProxyTuneError, match="so the rule convex is not possible"):
+            answers(model, combine=rule)
+        return
+    tokens, asked = answers(model, combine=rule)
+    assert_no_mark_is_wrong(both, ROWS, tokens, asked.certified)
+    assert all(map(all, asked.certified))
+
+
+def test_a_rule_that_needs_all_probabilities(oracle, steered):
+    with pytest.raises(ProxyTuneError, match="the rule dynamic needs the base's probabilities of all tokens"):
+        answers(steered(20), combine="dynamic")
+    plain = Oracle(oracle.base, oracle.experts, rule="dynamic")
+    tokens, asked = answers(steered(tiny.VOCAB, way="pull"), ROWS[:1], combine="dynamic")
+    assert_same_tokens(tokens[0], plain.greedy(ROWS[0], N_NEW))
+    assert all(map(all, asked.certified))
 
 
 def test_what_needs_all_probabilities_is_refused_or_exact(oracle, steered):

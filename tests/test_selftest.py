@@ -59,7 +59,7 @@ def test_a_recipe_of_one_model_has_no_drafts_to_try(tokenizer):
 
 def test_a_wrong_mixture_fails(model, monkeypatch):
     mixed = model.mix_lanes
-    monkeypatch.setattr(model, "mix_lanes", lambda logits, alpha: mixed(logits, alpha * 0.5))
+    monkeypatch.setattr(model, "mix_lanes", lambda logits, alpha, rule: mixed(logits, alpha * 0.5, rule))
     assert outcomes(model) == [True, False, True, True, True]
     monkeypatch.setattr(model, "mix_lanes", lambda logits, alpha: mixed(logits, alpha + 0.5))
     assert outcomes(model)[ALPHA_ZERO] is False

@@ -50,6 +50,7 @@ from proxytune.recipe.generation_config import adapted, base_generation_config
 from proxytune.recipe.members import Loading, load_recipe_tokenizer
 from proxytune.recipe.parts import Expert, Member
 from proxytune.recipe.prompts import Prompter
+from proxytune.recipe.rules import Rule, check_rule, rule_of
 from proxytune.recipe.store import HUB_ARGUMENTS, load_recipe, read_from
 from proxytune.saving import push_model, save_model
 
@@ -141,6 +142,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             },
         )
         self.experts = config.expert_list
+        self.combine = rule_of(config.combine)
         self.expert_names = [expert.name for expert in self.experts]
         # member name -> (lane, block of rows in it)
         self.seats = {
@@ -265,6 +267,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         logits_to_keep: int | Tensor = ...,
         labels: Tensor | None = ...,
         alpha: Any = ...,
+        combine: str | None = ...,
         member_input_ids: Mapping[str, Tensor] | None = ...,
         member_attention_mask: Mapping[str, Tensor] | None = ...,
         prompt_length: int | None = ...,
@@ -284,6 +287,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         labels: Tensor | None = None,
         alpha: Any = None,
+        combine: str | None = None,
         member_input_ids: Mapping[str, Tensor] | None = None,
         member_attention_mask: Mapping[str, Tensor] | None = None,
         prompt_length: int | None = None,
@@ -304,6 +308,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             logits_to_keep: how many of the last positions to compute, 0 for all.
             labels: shape = (n_batch, n_columns); the loss is transformers' causal LM loss on the mixed logits.
             alpha: the strength of steering, as in :meth:`generate`; by default the recipe's.
+            combine: the rule by which several experts are joined, as in :meth:`generate`; by default the recipe's.
             member_input_ids: member name -> its own prompt, shape = (n_batch, its width), left-padded.
             member_attention_mask: member name -> mask of the same shape, 0 at padding; by default all ones.
             prompt_length: how many columns of the whole sequence are prompt; needed if members have prompts of their
@@ -317,7 +322,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
 
         Raises:
             PromptError: if members have prompts of their own and the call does not give them or ``prompt_length``.
-            AlphaError: if alpha is not finite or has the wrong shape.
+            AlphaError: if alpha is not finite, has the wrong shape or does not fit the rule.
         """
         alpha = take_alpha(kwargs, self.expert_names, alpha)
         self._refuse(kwargs)
@@ -330,7 +335,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         if seed is not None:
             raise ProxyTuneError("seed is for sampling by generate(), without beams or an assistant; leave it out")
         n_batch, n_columns = input_ids.shape
-        rows = self.alpha_rows(alpha, n_batch)  # first, so that a bad alpha does not change the cache
+        rule = None if combine is None else rule_of(combine)
+        rows = self.alpha_rows(alpha, n_batch, rule)  # first, so that a bad alpha does not change the cache
         if use_cache is None:
             use_cache = not self.training
         if use_cache and past_key_values is None:
@@ -372,7 +378,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             if not isinstance(logits_to_keep, int):
                 logits = [values[:, logits_to_keep] for values in logits]
             cache.n_columns = n_cached + n_columns
-        mixed = self.mix_lanes(logits, rows)
+        mixed = self.mix_lanes(logits, rows, rule)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=mixed, labels=labels, vocab_size=mixed.shape[-1], **kwargs)
@@ -430,10 +436,18 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         n_batch = lane_logits[lane].shape[0] // len(self.lanes[lane].seats)
         return lane_logits[lane][block * n_batch : (block + 1) * n_batch]
 
-    def mix_lanes(self, lane_logits: Sequence[Tensor], alpha: Tensor) -> Tensor:
+    def mix_lanes(self, lane_logits: Sequence[Tensor], alpha: Tensor, combine: Rule | None = None) -> Tensor:
         """The mixture of all lanes' logits, float32, (n_batch, n_positions, n_vocab of the base)."""
-        plausibility, shared = self.config.plausibility, self.shared_vocab
-        return mix(*self.paired(self.all_logits(lane_logits)), alpha, plausibility=plausibility, vocab_size=shared)
+        return self.mixture(self.all_logits(lane_logits), alpha, combine)
+
+    def mixture(self, logits: Mapping[str, Tensor], alpha: Tensor, combine: Rule | None = None) -> Tensor:
+        """The mixture, (n_batch, n_positions, n_vocab of the base), of logits by member name; alpha by row."""
+        return mix(*self.paired(logits), alpha, **self.mixing(combine))
+
+    def mixing(self, combine: Rule | None = None) -> dict[str, Any]:
+        """How logits are mixed: the other arguments of :func:`mix`."""
+        plausibility = self.config.plausibility
+        return {"rule": combine or self.combine, "plausibility": plausibility, "vocab_size": self.shared_vocab}
 
     def all_logits(self, lane_logits: Sequence[Tensor]) -> dict[str, Tensor]:
         """Member name -> its rows in all lanes' logits."""
@@ -444,10 +458,12 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         names = self.expert_names
         return logits["base"], [(logits.get(f"{name}.expert"), logits.get(f"{name}.anti_expert")) for name in names]
 
-    def alpha_rows(self, alpha: Any, n_batch: int) -> Tensor:
-        """``alpha`` in any accepted form as float32, shape = (n_batch, n_experts)."""
+    def alpha_rows(self, alpha: Any, n_batch: int, combine: Rule | None = None) -> Tensor:
+        """``alpha`` in any accepted form as float32, shape = (n_batch, n_experts); it must fit the rule."""
         default = [expert.alpha for expert in self.experts]  # the config would be parsed again at every token
-        return torch.tensor(alpha_rows(alpha, self.expert_names, default, n_batch), dtype=torch.float32)
+        rows = alpha_rows(alpha, self.expert_names, default, n_batch)
+        check_rule(combine or self.combine, self.experts, rows)
+        return torch.tensor(rows, dtype=torch.float32).reshape(n_batch, len(default))
 
     def _columns(
         self,
@@ -502,6 +518,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         alpha: float = 1.0,
         *,
         experts: Sequence[Expert | Mapping[str, Any]] | None = None,
+        combine: str = "sum",
         plausibility: float | None = None,
         renamed_tokens: Mapping[str, Sequence[str]] | None = None,
         tokenizer: Any = None,
@@ -516,7 +533,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             experts: several experts, instead of ``expert``, ``anti_expert`` and ``alpha``. Each is a mapping with
                 ``name``, ``expert``, ``anti_expert`` and ``alpha``; ``expert_prompt`` and ``anti_expert_prompt`` say
                 what the two read.
-            plausibility, renamed_tokens: see :class:`ProxyTuneConfig`.
+            combine, plausibility, renamed_tokens: see :class:`ProxyTuneConfig`.
             tokenizer, tokenizers: the base's tokenizer, and member name -> tokenizer for members in memory. They are
                 needed to compare vocabularies and to make prompts for members.
             **kwargs: how to load members that are not in memory, as in :meth:`from_pretrained` (``dtype``,
@@ -526,7 +543,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             experts = [{"expert": expert, "anti_expert": anti_expert, "alpha": alpha}]
         elif expert is not None or anti_expert is not None:
             raise RecipeError("give either `expert`/`anti_expert` or the list `experts`, not both")
-        own = {"plausibility": plausibility, "renamed_tokens": renamed_tokens}
+        own = {"combine": combine, "plausibility": plausibility, "renamed_tokens": renamed_tokens}
         config, given = config_of_members(base, experts, own)
         return cls._load(config, given, tokenizer, dict(tokenizers or {}), kwargs, cls.from_members)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from proxytune.recipe.rules import RULES
 from support import tiny
 from support.served import N_NEW, ROWS, Reference, assert_all_same, counted, engine, expert, generate, quantized, wide
 
@@ -23,6 +24,20 @@ def test_families_ragged_mixed_alpha(shelf, base):
     assert_all_same(tokens, expected)
     unsteered = Reference(recipe).greedy(ROWS, alpha=[[0.0]] * 4)
     assert all(a[0] != b[0] for a, b in zip(expected[2:], unsteered[2:])), "steering shows, or nothing was tested"
+
+
+@pytest.mark.parametrize("own", ["mean", "dynamic"])
+def test_every_rule_in_one_batch(shelf, own):
+    """Requests with each rule, and one with the recipe's, in one ragged batch."""
+    experts = [expert("e", "llama-small", "llama-anti", 0.6), expert("f", "qwen2-small", "qwen2-anti", 0.4)]
+    recipe = shelf.recipe(f"of-{own}", "llama", experts=experts, combine=own)
+    asked = [*({"combine": rule} for rule in RULES), {}]
+    rows = [ROWS[at % len(ROWS)] for at in range(len(asked))]
+    with engine(recipe) as llm:
+        tokens = generate(llm, rows, alphas=asked)
+    reference = Reference(recipe)
+    for row, extra, ours in zip(rows, asked, tokens):
+        assert_all_same([ours], reference.greedy([row], **extra))
 
 
 def prompt_logprobs(llm, row):

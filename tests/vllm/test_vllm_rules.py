@@ -13,7 +13,8 @@ from vllm.config import ModelConfig
 
 from proxytune.errors import AlphaError, MemberError, ProxyTuneError
 from proxytune.recipe.config import ProxyTuneConfig
-from proxytune.recipe.parts import Member
+from proxytune.recipe.parts import Expert, Member
+from proxytune.recipe.rules import LINEAR, RULES
 from proxytune.recipe.source import Source
 from proxytune.vllm import check_version, hooks
 from proxytune.vllm.alpha import join, requested, split
@@ -281,16 +282,33 @@ def test_the_command_and_its_draft(shelf):
 # -- alpha ----------------------------------------------------------------------------------------------------
 
 
+EXPERTS = [Expert.parse(expert(name, "one", "other", alpha), 0) for name, alpha in (("a", 1.0), ("b", 0.4))]
+
+
 @pytest.mark.parametrize(("said", "alphas"), tiny.SPELLINGS, ids=repr)
 def test_spellings_that_every_engine_takes(said, alphas):
-    assert requested(said, ["a", "b"], [1.0, 0.4]) == alphas
-    assert requested({"other": 1, **said}, ["a", "b"], [1.0, 0.4]) == alphas
+    assert requested(said, EXPERTS, "sum", RULES) == [*alphas, 0.0]
+    assert requested({"other": 1, **said}, EXPERTS, "mean", RULES) == [*alphas, 1.0]
 
 
 @pytest.mark.parametrize(("said", "message"), tiny.MISSPELLINGS, ids=repr)
 def test_misspellings_are_refused(said, message):
     with pytest.raises(AlphaError, match=message):
-        requested(said, ["a", "b"], [1.0, 0.4])
+        requested(said, EXPERTS, "sum", RULES)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"combine": "product"}, "there is no rule 'product'"),
+        ({"combine": 1}, "there is no rule 1"),
+        ({"combine": "union"}, "needs whole vocabularies"),
+        ({"combine": "convex"}, "sum to at most 1, unlike 1, 0.4"),
+    ],
+)
+def test_rules_that_a_request_cannot_have(said, message):
+    with pytest.raises(ProxyTuneError, match=message):
+        requested(said, EXPERTS, "sum", LINEAR)
 
 
 # -- versions and interfaces ----------------------------------------------------------------------------------

@@ -20,10 +20,9 @@ from proxytune.analysis.references import Reference
 from proxytune.answers.generation import Encoded, Sampling, answer, batches, encode
 from proxytune.answers.journal import Journal
 from proxytune.decoding.drafting import guess
-from proxytune.decoding.mixing import mix
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.arms import Arm, Arms, expand_arms, has_members
-from proxytune.evaluation.fit import ALL, GRID, curves, fits, gold_ids, log_likelihoods, read_gold
+from proxytune.evaluation.fit import ALL, GRID, check_fit, curves, fits, gold_ids, log_likelihoods, read_gold
 from proxytune.evaluation.results import ARMS
 from proxytune.evaluation.statistics import bootstrap_of, interval, paired_bootstrap
 from proxytune.recipe.config import ProxyTuneConfig
@@ -99,10 +98,7 @@ class Doctor:
         self.arms: dict[str, Arm] = {arm.name: arm for arm in reversed(made)}
         self.alone = {name: arms.member(name) for name in self.arms if name not in (MEAN, STEERED)}  # arm -> member
         self.model, self.tokenizer = self.arms[STEERED].model, self.arms[STEERED].tokenizer
-        self.masks: dict[str, Any] = {
-            "plausibility": self.model.config.plausibility,
-            "vocab_size": self.model.shared_vocab,
-        }
+        check_fit(self.model.combine)
 
     def predicted_speed(self, acceptance: float) -> float:
         """Tokens per second of one steered row relative to the base alone, by the cost model that paces the drafts."""
@@ -154,7 +150,7 @@ class Doctor:
             arms[MEAN] = log_likelihoods((base, against), gold, self.arms[MEAN].alphas, **whole)
         if shown is not None:
             arms[SHOTS] = alone(read_gold(self.arms[BASE].model, shown, ids)["base"])
-        arms[STEERED] = log_likelihoods((base, pairs), gold, self.alphas, **self.masks)
+        arms[STEERED] = log_likelihoods((base, pairs), gold, self.alphas, **self.model.mixing())
         # The arms are compared on the tokens that all of them can choose.
         possible = torch.stack(list(arms.values())).isfinite().all(dim=0)
         if not bool(possible.any()):
@@ -169,7 +165,7 @@ class Doctor:
             "n_tokens": int(possible.sum()),
             "excluded": len(ids) - int(possible.sum()),
             "logprob": {name: float(of_tokens[possible].sum()) for name, of_tokens in arms.items()},
-            "curves": curves((base, pairs), gold, self.model.expert_names, self.alphas, **self.masks),
+            "curves": curves((base, pairs), gold, self.model.expert_names, self.alphas, **self.model.mixing()),
             "learned": learned,
             "distance": float(sum(each.sum() for each in distances)) / len(distances) if distances else None,
             "agreed": self._agreed(logits, possible),
@@ -184,7 +180,7 @@ class Doctor:
         blocks = [logits[seat.names[0]] for seat in self.model.lanes[drafting.lane].seats]
         width = self.model.shared_vocab
         drafts = guess(drafting, blocks, alpha)[0, :, :width].argmax(dim=-1)
-        mixed = mix(*self.model.paired(logits), alpha, **self.masks)[0, :, :width].argmax(dim=-1)
+        mixed = self.model.mixture(logits, alpha)[0, :, :width].argmax(dim=-1)
         return int((drafts.to(mixed.device) == mixed)[possible].sum())
 
     def _distance(self, base: torch.Tensor, anti_expert: torch.Tensor) -> torch.Tensor:

@@ -196,11 +196,9 @@ def _lines(model: ProxyTunedForCausalLM, members: Members, alphas: Sequence[floa
     each."""
     base, experts = members
     alpha = torch.tensor([list(alphas)], dtype=torch.float32)
-    plausibility, shared = model.config.plausibility, model.shared_vocab
-    nothing = torch.zeros_like(base, dtype=torch.float32)
-    added = mix(nothing, experts, alpha, vocab_size=shared)
-    alone = mix(base, [], alpha[:, :0], plausibility=plausibility, vocab_size=shared)
-    return alone[0], added[0], mix(base, experts, alpha, plausibility=plausibility, vocab_size=shared)[0]
+    how = model.mixing()
+    added = mix(torch.zeros_like(base, dtype=torch.float32), experts, alpha, **{**how, "plausibility": None})
+    return mix(base, [], alpha[:, :0], **how)[0], added[0], mix(base, experts, alpha, **how)[0]
 
 
 # -- a set of answers -----------------------------------------------------------------------------------------
@@ -222,7 +220,15 @@ def limit(
         samples: number of samples of the base alone per prompt; an answer passes if one of them begins with the gold
             text.
         note: called for a reference that cannot be read, which is left out.
+
+    Raises:
+        ProxyTuneError: for the rules convex and dynamic.
     """
+    if model.combine in ("convex", "dynamic"):
+        raise ProxyTuneError(
+            f"under the rule {model.combine} the mixture is no straight line in the strength of steering, so no limit "
+            "is known; use another rule"
+        )
     for number, reference in enumerate(references, start=1):
         try:
             encoded = encode(model, tokenizer, reference.prompt, **shown)

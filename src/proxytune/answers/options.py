@@ -13,8 +13,9 @@ from proxytune.errors import ProxyTuneError
 from proxytune.options import option
 from proxytune.recipe.alpha import alpha_of_text
 from proxytune.recipe.parts import refuse_negative
+from proxytune.recipe.rules import RULES, Rule, rule_of
 
-__all__ = ["ALPHA", "AnswerOptions", "ChatOptions", "ChatSampling", "JobOptions", "Sampling"]
+__all__ = ["ALPHA", "COMBINE", "AnswerOptions", "ChatOptions", "ChatSampling", "JobOptions", "Sampling"]
 
 ALPHA: dict[str, Any] = {
     "help": "Strength of steering, instead of the recipe's: a number for all experts, or NAME=NUMBER for one. "
@@ -23,6 +24,11 @@ ALPHA: dict[str, Any] = {
     "metavar": "NUMBER|NAME=NUMBER",
     "many": True,
     "parse": alpha_of_text,
+}
+COMBINE: dict[str, Any] = {
+    "help": "Rule by which several experts are joined, instead of the recipe's.",
+    "metavar": "|".join(RULES),
+    "parse": rule_of,
 }
 MOST: dict[str, Any] = {
     "help": "Maximum number of new tokens per answer.",
@@ -37,6 +43,7 @@ class AnswerOptions:
     """Options of an answer, besides the prompt."""
 
     alpha: float | Mapping[str, float] | None = option(None, **ALPHA)
+    combine: Rule | None = option(None, **COMBINE)
     max_new_tokens: int = option(256, **MOST)
     chat: bool = option(False, "Put each prompt into the recipe's chat template, as the user's turn.")
     system: str | None = option(

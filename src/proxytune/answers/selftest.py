@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from proxytune.decoding.mixing import mix
 from proxytune.errors import ProxyTuneError, first_line
 from proxytune.recipe.prompts import left_pad
 
@@ -148,9 +147,7 @@ class _Trials:
             ids = torch.tensor([[*own, *tokens[:-1]]], device=member.device)
             width = member.config.get_text_config(decoder=True).vocab_size
             logits[name] = member(input_ids=ids.clamp(max=width - 1), use_cache=False).logits[:, len(own) - 1 :]
-        pairs = [(logits.get(f"{one.name}.expert"), logits.get(f"{one.name}.anti_expert")) for one in model.experts]
-        weights, least = model.alpha_rows(alpha, 1), model.config.plausibility
-        return mix(logits["base"], pairs, weights, plausibility=least, vocab_size=model.shared_vocab)[0].cpu()
+        return model.mixture(logits, model.alpha_rows(alpha, 1))[0].cpu()
 
     def difference(
         self, prompt: Tokens, tokens: Tokens, wanted: Tokens | None = None, alpha: float | None = None

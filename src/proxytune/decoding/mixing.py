@@ -2,7 +2,19 @@
 
 Equation 1 of 2401.08565 (and 2 of 2105.03023), summed over experts k:
 
-    logits = base + sum_k alpha_k * (expert_k - anti_expert_k)
+    logits = base + sum_k offset_k,    offset_k = alpha_k * (expert_k - anti_expert_k)
+
+It is the rule "sum". The others differ in how they join the K offsets (all but the first act on log-probabilities, or
+do not depend on the constant by which logits differ from them):
+
+    mean          base + 1/K sum_k offset_k, the geometric mean of the K models that are steered by one expert each
+    convex        (1 - sum_k alpha_k) log p_base + sum_k alpha_k log p_expert_k, alpha_k >= 0, sum_k alpha_k <= 1
+                  (MOD, 2406.18853); anti-experts do not count
+    union         log p_base + max_k offset_k: what any expert wants (2311.14479)
+    intersection  log p_base + min_k offset_k: what all experts want (2311.14479)
+    dynamic       base + s * sum_k offset_k, with the s in [0, 2] at which
+                  KL(mixture || base) = 1/K sum_k |alpha_k| KL(expert_k || anti_expert_k)
+                  (2406.15480, whose problem has many solutions for several experts; this one keeps the alphas' ratio)
 
 Everything is float32: the difference of two nearly equal logits is what steers, and bfloat16 has eight bits.
 """
@@ -10,22 +22,30 @@ Everything is float32: the difference of two nearly equal logits is what steers,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-__all__ = ["Members", "mix"]
+from proxytune.recipe.rules import Rule
+
+__all__ = ["Members", "Pairs", "as_sum", "mix", "scale_to"]
+
+LARGEST_SCALE = 2.0  # of the offsets, under "dynamic"
+BISECTIONS = 18  # of the search for it: an error of 1e-5
 
 # The base's logits, and of each expert those of its expert and anti-expert: what `mix` begins with.
-Members = tuple[Tensor, Sequence[tuple[Tensor | None, Tensor | None]]]
+Pairs = Sequence[tuple[Tensor | None, Tensor | None]]
+Members = tuple[Tensor, Pairs]
 
 
 def mix(
     base: Tensor,
-    experts: Sequence[tuple[Tensor | None, Tensor | None]],
+    experts: Pairs,
     alpha: Tensor,
     *,
+    rule: Rule = "sum",
     plausibility: float | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
@@ -36,6 +56,8 @@ def mix(
         experts: for each expert the logits of its expert and anti-expert, either of which may be None;
             same leading shape as ``base``, possibly another vocabulary width.
         alpha: shape = (n_batch or 1, n_experts), float32.
+        rule: how several experts are joined, see the equations above. The caller has checked that it fits the experts
+            (:func:`proxytune.recipe.rules.check_rule`).
         plausibility: keep only tokens with ``p_base >= plausibility * max p_base`` (2210.15097, eq. 3).
         vocab_size: the ids below it are in every member's vocabulary; by default the narrowest width.
 
@@ -45,8 +67,8 @@ def mix(
 
     A logit of -inf excludes its token. What the base excludes stays excluded. Where ``alpha_k * (expert_k -
     anti_expert_k)`` is -inf (the expert excludes the token; for a negative alpha, the anti-expert does), so is the
-    mixture. Where it is +inf or undefined (only the other side excludes the token, or both do, or alpha is 0),
-    expert k says nothing about that token. So no -inf gives a NaN; a member's own NaN is kept.
+    offset. Where it is +inf or undefined (only the other side excludes the token, or both do, or alpha is 0),
+    expert k says nothing about that token, and its offset is 0. So no -inf gives a NaN; a member's own NaN is kept.
 
     The difference is taken first: two equal sides then cancel to the last bit, and large logits lose no digits.
     """
@@ -54,16 +76,21 @@ def mix(
     shared = min(logits.shape[-1] for logits in (base, *sides)) if vocab_size is None else vocab_size
     # Whatever is changed in place was made here. Nothing asks the device for a value: that would wait for it.
     steered = base[..., :shared].to(torch.float32, copy=True)
-    nothing = steered.new_zeros(())
-    for index, pair in enumerate(experts):
-        weight = alpha[:, index, None, None].to(base.device)  # (n_batch or 1, 1, 1)
-        expert, anti_expert = (
-            nothing if side is None else side[..., :shared].to(base.device, torch.float32) for side in pair
+    experts = [
+        (
+            None if one is None else one[..., :shared].to(base.device, torch.float32),
+            None if other is None else other[..., :shared].to(base.device, torch.float32),
         )
-        offset = expert - anti_expert
-        excluded = ((offset == -torch.inf) & (weight > 0)) | ((offset == torch.inf) & (weight < 0))
-        silent = offset.isinf() | ((expert == -torch.inf) & (anti_expert == -torch.inf))
-        steered.addcmul_(weight, offset.masked_fill_(silent, 0.0)).masked_fill_(excluded, -torch.inf)
+        for one, other in experts
+    ]
+    experts, weights = as_sum(rule, steered.clone() if rule == "convex" else steered, experts, alpha.to(base.device))
+    if rule in ("union", "intersection"):
+        experts = [
+            tuple(None if side is None else side.log_softmax(dim=-1) for side in pair)  # type: ignore[misc]
+            for pair in experts
+        ]
+    if experts:
+        steered += _joined(rule, steered, experts, weights)
     if plausibility is not None:
         scores = base[..., :shared].float()  # the threshold is taken over the ids that can be chosen at all
         implausible = scores < scores.amax(dim=-1, keepdim=True) + math.log(plausibility)
@@ -71,3 +98,79 @@ def mix(
     if shared < base.shape[-1]:
         steered = torch.nn.functional.pad(steered, (0, base.shape[-1] - shared), value=-torch.inf)
     return steered
+
+
+def as_sum(rule: Rule, base: Tensor, experts: Pairs, alpha: Tensor) -> tuple[Pairs, Tensor]:
+    """Experts and alphas, (…, n_experts), with which "sum" does the same as "mean" or "convex"; else unchanged."""
+    if rule == "convex":
+        return [(expert, base) for expert, _ in experts], alpha
+    return experts, alpha / len(experts) if rule == "mean" else alpha
+
+
+def _joined(rule: Rule, base: Tensor, experts: Pairs, alpha: Tensor) -> Tensor:
+    """What steering adds to the base's logits, of their shape (n_batch, n_positions, n_shared)."""
+
+    def offsets() -> Iterator[Tensor]:
+        nothing = base.new_zeros(()).expand_as(base)
+        for index, pair in enumerate(experts):
+            weight = alpha[:, index, None, None]  # (n_batch or 1, 1, 1)
+            expert, anti_expert = (nothing if side is None else side for side in pair)
+            offset = expert - anti_expert
+            excluded = ((offset == -torch.inf) & (weight > 0)) | ((offset == torch.inf) & (weight < 0))
+            silent = offset.isinf() | ((expert == -torch.inf) & (anti_expert == -torch.inf))
+            yield (offset.masked_fill_(silent, 0.0) * weight).masked_fill_(excluded, -torch.inf)
+
+    if rule == "union":
+        return reduce(torch.maximum, offsets())
+    if rule == "intersection":
+        return reduce(torch.minimum, offsets())
+    joined = reduce(torch.Tensor.add_, offsets())
+    if rule != "dynamic":
+        return joined
+    learned = sum(
+        _divergence(expert, anti_expert) * alpha[:, index, None].abs()  # (n_batch, n_positions)
+        for index, (expert, anti_expert) in enumerate(experts)
+        if expert is not None and anti_expert is not None
+    )
+    scale = scale_to(base, joined, learned / len(experts), LARGEST_SCALE)[..., None]
+    excluded = joined == -torch.inf
+    return (joined.masked_fill(excluded, 0.0) * scale).masked_fill(excluded, -torch.inf)
+
+
+def scale_to(base: Tensor, offset: Tensor, divergence: Tensor | float, largest: float) -> Tensor:
+    """The factor s in [0, largest] at which KL(p_s || p_base) has a given value, p_s = softmax(base + s * offset).
+
+    That divergence grows with s, because its derivative is s times the variance of the offset under p_s. So s is found
+    by bisection. If the divergence is below the value even at ``largest``, that is the result, exactly.
+
+    Args:
+        base: logits, (..., n_vocab), float32. offset: of that shape; -inf excludes a token at every s.
+        divergence: the value, in nats, (...,) or one number.
+
+    Returns:
+        shape = (...,).
+    """
+    excluded = offset == -torch.inf
+    start, slope = base.masked_fill(excluded, -torch.inf), offset.masked_fill(excluded, 0.0)
+    whole = base.logsumexp(dim=-1)
+
+    def reached(s: Tensor) -> Tensor:
+        logits = start + s[..., None] * slope
+        log_z = logits.logsumexp(dim=-1)
+        return s * ((logits - log_z[..., None]).exp() * slope).sum(dim=-1) - log_z + whole
+
+    low = torch.zeros_like(whole)
+    high = torch.full_like(whole, largest)
+    enough = reached(high) <= divergence
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        below = reached(middle) <= divergence
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return torch.where(enough, largest, low)
+
+
+def _divergence(one: Tensor, other: Tensor) -> Tensor:
+    """KL(one || other) of logits (..., n_vocab), in nats, (...,)."""
+    log_p, log_q = one.log_softmax(dim=-1), other.log_softmax(dim=-1)
+    p = log_p.exp()
+    return (p * (log_p - log_q)).masked_fill(p == 0, 0.0).sum(dim=-1)

@@ -14,9 +14,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from proxytune.decoding.conflict import Conflict, conflicts
 from proxytune.decoding.flips import best, contenders, flips, top
 from proxytune.decoding.lane import Scores
-from proxytune.decoding.mixing import Members, mix
+from proxytune.decoding.mixing import Members, as_sum, mix
+from proxytune.recipe.rules import LINEAR, Rule
 
 __all__ = ["TOP_K", "Candidate", "TokenTrace", "Tracer", "json_number"]
 
@@ -73,7 +75,9 @@ class TokenTrace:
         candidates: the most probable tokens of the base, of the mixture, and of every expert and anti-expert, sorted by
             their probability in the mixture.
         flips: expert name -> what greedy decoding would choose here at any alpha of that expert from 0 to 3, with the
-            other experts unchanged: pairs (alpha, id), where the id is chosen from that alpha on.
+            other experts unchanged: pairs (alpha, id), where the id is chosen from that alpha on. Empty for rules under
+            which the mixture is no straight line in alpha.
+        conflict: how far the experts disagree; None if there are fewer than two.
 
     Example:
         >>> import torch
@@ -98,6 +102,7 @@ class TokenTrace:
     offsets: dict[str, float]
     candidates: tuple[Candidate, ...]
     flips: dict[str, tuple[tuple[float, int], ...]]
+    conflict: Conflict | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON, numbers with six digits after the point; an infinite or undefined one is None."""
@@ -114,6 +119,7 @@ class TokenTrace:
             "offsets": {name: json_number(value) for name, value in self.offsets.items()},
             "candidates": [each.to_json() for each in self.candidates],
             "flips": {name: [[json_number(alpha), id_] for alpha, id_ in pairs] for name, pairs in self.flips.items()},
+            **({} if self.conflict is None else {"conflict": self.conflict.to_json()}),
         }
 
 
@@ -133,6 +139,7 @@ class Tracer:
         names: Sequence[str],
         *,
         top_k: int,
+        rule: Rule,
         plausibility: float | None,
         n_shared: int,
     ) -> None:
@@ -140,11 +147,13 @@ class Tracer:
         Args:
             prompt: the members' logits after the prompt, and ``mixed``, their mixture, (n_batch, 1, n_vocab) each.
             members: gives the members' logits from all lanes' scores. names: the experts' names.
-            top_k: candidates per distribution. plausibility: see :func:`proxytune.decoding.mixing.mix`.
+            top_k: candidates per distribution.
+            rule, plausibility: see :func:`proxytune.decoding.mixing.mix`. Flips are found for rules under which the
+                mixture is a straight line in each alpha.
             n_shared: ids below it are in every member's vocabulary.
         """
         self.members, self.names, self.top_k = members, list(names), min(top_k, n_shared)
-        self.plausibility, self.n_shared = plausibility, n_shared
+        self.rule, self.plausibility, self.n_shared = rule, plausibility, n_shared
         self.seen = [(prompt, mixed.clone())]  # this step's, position after position
 
     def see(self, scores: Sequence[Scores], mixed: Tensor) -> None:
@@ -219,6 +228,7 @@ class Tracer:
             alpha: shape = (n_tokens, n_experts). ids: shape = (n_tokens,).
         """
         of_base, of_mixed = _Distribution(base), _Distribution(mixed)
+        experts, weights = as_sum(self.rule, base, experts, alpha)
 
         # The top k of each distribution; filled with -1 if fewer tokens are possible.
         tops = [
@@ -242,24 +252,29 @@ class Tracer:
             of_mixed.entropy(),
             of_mixed.divergence(of_base),
             (best(base) != best(mixed))[:, 0],
-            *(alpha[:, k] * delta[:, 0] for k, delta in enumerate(deltas)),
+            *(weights[:, k] * delta[:, 0] for k, delta in enumerate(deltas)),
         ]
         blocks = [torch.stack([column.float() for column in columns], dim=1), candidates]
         blocks += [each[:, 1:] for each in (base_logs, mixed_logs, self._implausible(base, spots), *deltas)]
         blocks += [expert[:, 1:] for expert, _ in sides_at]
-        for k, (expert, anti_expert) in enumerate(experts):
+        for k, (expert, anti_expert) in enumerate(experts if self.rule in LINEAR else ()):
             others = [at for at in range(len(experts)) if at != k]
-            start = self._mix(base, [experts[at] for at in others], alpha[:, others])
+            start = self._mix(base, [experts[at] for at in others], weights[:, others])
             up, down = (torch.zeros_like(base) if side is None else side for side in (expert, anti_expert))
             slope = (up - down).nan_to_num_(0.0, posinf=0.0, neginf=-torch.inf)  # as `mix` takes it
+            slope = slope / len(experts) if self.rule == "mean" else slope
             blocks += contenders(start, slope)
+
+        apart: Sequence[Conflict | None] = [None] * len(ids)
+        if len(experts) > 1:
+            apart = conflicts(base, experts, alpha, plausibility=self.plausibility)
 
         # One transfer: float32 holds every id and rank below 2^24.
         lines = iter(torch.cat([block.float() for block in blocks], dim=1).split([b.shape[1] for b in blocks], dim=1))
         told = [line.tolist() for line in lines]
         present = [expert is not None for expert, _ in experts]
         return [
-            self._record(token, [block[row] for block in told], origins[row], present)
+            self._record(token, [block[row] for block in told], origins[row], present, apart[row])
             for row, token in enumerate(ids.tolist())
         ]
 
@@ -279,7 +294,14 @@ class Tracer:
         at, least = base.gather(1, spots), base.amax(dim=-1, keepdim=True) + math.log(self.plausibility)
         return (at < least) & (at > -torch.inf)
 
-    def _record(self, token: int, blocks: list[list[float]], origin: Origin, present: Sequence[bool]) -> TokenTrace:
+    def _record(
+        self,
+        token: int,
+        blocks: list[list[float]],
+        origin: Origin,
+        present: Sequence[bool],
+        conflict: Conflict | None,
+    ) -> TokenTrace:
         """One token's numbers, in the order in which :meth:`_trace` puts them; ``present``: who is an expert at all."""
         n_experts = len(self.names)
         base, mixed, rank, base_entropy, entropy, kl, changed, *offsets = blocks[0]
@@ -314,6 +336,7 @@ class Tracer:
                 name: flips(ids_, starts, slopes)
                 for name, ids_, starts, slopes in zip(self.names, lines[::3], lines[1::3], lines[2::3])
             },
+            conflict=conflict,
         )
 
 

@@ -23,7 +23,6 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from proxytune.answers.generation import Answer, Encoded, Sampling, answer, batches
 from proxytune.answers.journal import Journal, json_line, write_whole
 from proxytune.answers.traces import is_trace, token_texts, trace_line
-from proxytune.decoding.mixing import mix
 from proxytune.decoding.trace import TOP_K
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.arms import Arm, Pair, Reader
@@ -408,10 +407,7 @@ def _scores(logits: Tensor, rows: Sequence[Sequence[int]]) -> list[Score]:
 
 def _mixed(arm: Arm, logits: Mapping[str, Tensor], alphas: Mix) -> Tensor:
     """The arm's logits, (n_rows, n_positions, n_vocab), from its members' logits."""
-    model = arm.model
-    pairs = [(logits.get(f"{e.name}.expert"), logits.get(f"{e.name}.anti_expert")) for e in model.experts]
-    alpha = torch.tensor([list(alphas)], dtype=torch.float32)
-    return mix(logits["base"], pairs, alpha, plausibility=model.config.plausibility, vocab_size=model.shared_vocab)
+    return arm.model.mixture(logits, torch.tensor([list(alphas)], dtype=torch.float32))
 
 
 def _scored(asked: Asked, scores: Sequence[Score]) -> dict[str, Any]:

@@ -4,8 +4,9 @@ After a prompt and the gold tokens before it, the gold token's log-probability a
 
     base[gold] + alpha * delta[gold] - log sum_v exp(base[v] + alpha * delta[v]),  delta = expert - anti_expert
 
-Summed over an answer it is concave in alpha. So it is kept on a grid of alphas, which takes a few dozen numbers per
-answer in place of the logits, and the maximum is that of the parabola through the best point and its neighbours.
+Summed over an answer it is concave in alpha (under the rules sum and mean). So it is kept on a grid of alphas, which
+takes a few dozen numbers per answer in place of the logits, and the maximum is that of the parabola through the best
+point and its neighbours.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from proxytune.answers.generation import Encoded
 from proxytune.decoding.mixing import Members, mix
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.statistics import bootstrap_of
+from proxytune.recipe.rules import Rule
 
 if TYPE_CHECKING:
     from proxytune.model import ProxyTunedForCausalLM
 
-__all__ = ["ALL", "GRID", "Fit", "curves", "fit", "fits", "gold_ids", "log_likelihoods", "read_gold"]
+__all__ = ["ALL", "GRID", "Fit", "check_fit", "curves", "fit", "fits", "gold_ids", "log_likelihoods", "read_gold"]
 
 GRID = tuple(round(0.1 * step, 1) for step in range(31))  # alphas from 0 to 3
 ALL = "all"  # the curve along which all experts have the same alpha
@@ -81,27 +83,33 @@ def read_gold(model: ProxyTunedForCausalLM, encoded: Encoded, ids: Sequence[int]
     return model(read, output_member_logits=True, use_cache=False, logits_to_keep=len(ids), **more).member_logits
 
 
-def log_likelihoods(members: Members, gold: Tensor, alphas: Sequence[float], **masks: Any) -> Tensor:
+def check_fit(rule: Rule) -> None:
+    """Raise :class:`ProxyTuneError` for a rule whose alphas cannot be any number on the grid."""
+    if rule == "convex":
+        raise ProxyTuneError("under the rule convex alphas sum to at most 1, so no alpha is fitted; use another rule")
+
+
+def log_likelihoods(members: Members, gold: Tensor, alphas: Sequence[float], **how: Any) -> Tensor:
     """The log-probability of each gold token in the mixture, (n_tokens,), in nats; -inf where it can't be chosen.
 
     Args:
         members: logits of one row, (1, n_tokens, n_vocab) each. gold: ids, (n_tokens,). alphas: one value per expert.
-        masks: ``plausibility`` and ``vocab_size``, see :func:`proxytune.decoding.mixing.mix`.
+        how: the other arguments of :func:`proxytune.decoding.mixing.mix`.
     """
     base, experts = members
-    mixed = mix(base, experts, torch.tensor([list(alphas)], dtype=torch.float32), **masks)[0]
+    mixed = mix(base, experts, torch.tensor([list(alphas)], dtype=torch.float32), **how)[0]
     return mixed.log_softmax(dim=-1).gather(1, gold[:, None])[:, 0]
 
 
 def curves(
-    members: Members, gold: Tensor, names: Sequence[str], alphas: Sequence[float], **masks: Any
+    members: Members, gold: Tensor, names: Sequence[str], alphas: Sequence[float], **how: Any
 ) -> dict[str, list[float]]:
     """The log-probability of a gold answer along the grid: of :data:`ALL`, and of each of several experts.
 
     An expert's own curve leaves the others at ``alphas``. Tokens that can't be chosen at some alpha are left out.
 
     Args:
-        members, gold, masks: see :func:`log_likelihoods`. names: of the experts.
+        members, gold, how: see :func:`log_likelihoods`. names: of the experts.
     """
     lines = {ALL: [(alpha,) * len(names) for alpha in GRID]}
     if len(names) > 1:
@@ -109,9 +117,7 @@ def curves(
             lines[name] = [(*alphas[:at], alpha, *alphas[at + 1 :]) for alpha in GRID]
     found = {}
     for name, line in lines.items():
-        of_tokens = torch.stack(
-            [log_likelihoods(members, gold, each, **masks) for each in line]
-        )  # (n_alphas, n_tokens)
+        of_tokens = torch.stack([log_likelihoods(members, gold, each, **how) for each in line])  # (n_alphas, n_tokens)
         possible = of_tokens.isfinite().all(dim=0)
         found[name] = of_tokens[:, possible].double().sum(dim=1).tolist()
     return found

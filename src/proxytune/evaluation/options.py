@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from proxytune.answers.options import ALPHA
+from proxytune.answers.options import ALPHA, COMBINE
 from proxytune.errors import AlphaError, ProxyTuneError
 from proxytune.evaluation import EVAL_TASKS, check_tasks, data_place
 from proxytune.options import numbers, option, words
+from proxytune.recipe.rules import Rule
 from proxytune.recipe.source import resolve
 
 __all__ = ["CodeOptions", "EvaluationOptions", "JudgeOptions", "alpha_range"]
@@ -33,6 +34,7 @@ class EvaluationOptions:
         None, "Weight w of the expert in the arm weighted_mean, base + w * expert.", metavar="W", min=0
     )
     alpha: float | Mapping[str, float] | None = option(None, **ALPHA)
+    combine: Rule | None = option(None, **COMBINE)
     data: str | None = option(
         None,
         "A file or a folder with the data, instead of the hub.",

@@ -46,7 +46,7 @@ from proxytune.evaluation.answering import (
     with_own_examples,
 )
 from proxytune.evaluation.arms import AS_IT_IS, Arm, Arms, Reader, expand_arms, has_members, tuned_prompt
-from proxytune.evaluation.fit import curves, fits, gold_ids, read_gold
+from proxytune.evaluation.fit import check_fit, curves, fits, gold_ids, read_gold
 from proxytune.evaluation.judges import JudgeDown
 from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.results import (
@@ -345,8 +345,8 @@ def fit_task(arm: Arm, plan: TaskPlan, seed: int) -> dict[str, Any]:
     Raises:
         ProxyTuneError: for a gold answer that the members cannot read.
     """
-    names, config = arm.model.expert_names, arm.model.config
-    masks = {"plausibility": config.plausibility, "vocab_size": arm.model.shared_vocab}
+    names = arm.model.expert_names
+    check_fit(arm.model.combine)
     found, n_tokens = [], 0
     for job in plan.jobs["raw"]:
         if job.sample:
@@ -355,7 +355,7 @@ def fit_task(arm: Arm, plan: TaskPlan, seed: int) -> dict[str, Any]:
         ids = gold_ids(arm.tokenizer, encoded, _gold_answer(plan.task, job.doc))
         members = arm.model.paired(read_gold(arm.model, encoded, ids))
         gold = torch.tensor(ids, device=members[0].device)
-        found.append(curves(members, gold, names, arm.alphas, **masks))
+        found.append(curves(members, gold, names, arm.alphas, **arm.model.mixing()))
         n_tokens += len(ids)
     return {**fits(found, n_tokens, seed), "answers": len(found), "tokens": n_tokens}
 
@@ -505,6 +505,7 @@ def manifest_of(
             "command": "sweep" if "sweep" in what else "eval",
             "base": config.base,
             "experts": experts,
+            "combine": config.combine,
             "plausibility": config.plausibility,
             "alpha": what.get("sweep", dict(zip(names, _alphas(config, options)))),
             "tuned": options.tuned,

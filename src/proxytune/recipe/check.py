@@ -106,6 +106,7 @@ class Report:
     unchecked: list[str]
     members: list[MemberReport]
     alpha: dict[str, float]
+    combine: str
     plausibility: float | None
     weight_bytes: int
     kv_bytes_per_token: int | None
@@ -171,6 +172,7 @@ def check_recipe(config: ProxyTuneConfig, loading: Loading | None = None, *, ask
         unchecked=check.unchecked,
         members=members,
         alpha=dict(zip((expert.name for expert in config.expert_list), config.alphas)),
+        combine=config.combine,
         plausibility=config.plausibility,
         weight_bytes=sum(report.weight_bytes for report in members),
         kv_bytes_per_token=None if None in grown else sum(size or 0 for size in grown),

@@ -142,6 +142,7 @@ def configure(options: ComposeOptions, examples: Sequence[tuple[str, str]] = ())
     config = ProxyTuneConfig(
         base=made_base,
         experts=experts,
+        combine=options.combine or "sum",
         plausibility=options.plausibility,
         renamed_tokens=renamed,
         description=options.description,
@@ -268,6 +269,7 @@ def compose(
     written = ProxyTuneConfig(
         base=config.base,
         experts=config.experts,
+        combine=config.combine,
         plausibility=config.plausibility,
         renamed_tokens=config.renamed_tokens,
         description=config.description,

@@ -28,6 +28,7 @@ from proxytune.errors import RecipeError
 from proxytune.recipe.alpha import resolve_alpha
 from proxytune.recipe.parts import RECIPE_FIELDS, ApiBase, Expert, Member, parse_base, parse_experts, unknown_field
 from proxytune.recipe.place import MODEL_TYPE
+from proxytune.recipe.rules import Rule, check_rule, rule_of
 from proxytune.recipe.source import Source, resolve
 
 __all__ = ["ProxyTuneConfig"]
@@ -45,6 +46,8 @@ class ProxyTuneConfig(PreTrainedConfig):
     Args:
         base: the model to steer (:class:`Member`, or its JSON form).
         experts: a list with one :class:`Expert` (or its JSON form) per steering term, in order.
+        combine: the rule by which several experts are joined: ``"sum"`` (the default), ``"mean"``, ``"convex"``,
+            ``"dynamic"``, ``"union"`` or ``"intersection"``; see :mod:`proxytune.decoding.mixing`.
         plausibility: only tokens with ``p_base(x) >= plausibility * max p_base`` may be chosen
             (2210.15097, eq. 3); in (0, 1], or None for no mask.
         renamed_tokens: id -> the names of its token in different members, ``{"151643": ["<|endoftext|>",
@@ -74,6 +77,7 @@ class ProxyTuneConfig(PreTrainedConfig):
 
     base: Any = None
     experts: Any = None
+    combine: str = "sum"
     plausibility: float | None = None
     renamed_tokens: Any = None
     description: str | None = None
@@ -90,6 +94,7 @@ class ProxyTuneConfig(PreTrainedConfig):
             raise RecipeError("the recipe names no `base`; name the model to steer")
         base = parse_base(self.base)
         experts = parse_experts(self.experts)
+        check_rule(rule_of(self.combine), experts, [[expert.alpha for expert in experts]])
         if self.plausibility is not None and not (
             isinstance(self.plausibility, (int, float))
             and not isinstance(self.plausibility, bool)
@@ -170,6 +175,12 @@ class ProxyTuneConfig(PreTrainedConfig):
         """As plain values, without attributes that other tools have set and a recipe must not contain."""
         known = {*WRITTEN_BY_TRANSFORMERS, *(f.name for f in fields(self))} - {"dtype"}
         return {key: value for key, value in super().to_dict().items() if key in known or key.startswith("_")}
+
+    def with_combine(self, rule: Rule | None) -> ProxyTuneConfig:
+        """A copy with another rule, unless that is None. A call checks that the rule fits its alphas."""
+        copied = self.with_members(lambda _, member: member)
+        copied.combine = rule or self.combine
+        return copied
 
     def with_alpha(self, alpha: Mapping[str, float] | list[float] | tuple[float, ...] | float) -> ProxyTuneConfig:
         """A copy with other alphas: a number for all experts, a list in order, or a mapping by name."""

@@ -10,6 +10,7 @@ from typing import Any
 from proxytune.errors import ProxyTuneError, RecipeError
 from proxytune.options import option
 from proxytune.recipe.presets import PRESETS
+from proxytune.recipe.rules import RULES, rule_of
 from proxytune.recipe.source import resolve
 
 __all__ = ["DTYPES", "TRUST", "ComposeOptions", "LoadingOptions", "MemberChoice", "device_map"]
@@ -234,6 +235,13 @@ class ComposeOptions:
         panel="About",
         many=True,
         parse=tuple,
+    )
+    combine: str | None = option(
+        None,
+        "Rule by which several experts are joined; sum by default.",
+        metavar="|".join(RULES),
+        panel="Mixing",
+        parse=rule_of,
     )
     plausibility: float | None = option(
         None, "Choose only tokens with p_base >= P * max p_base.", metavar="P", panel="Mixing"

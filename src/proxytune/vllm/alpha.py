@@ -4,6 +4,7 @@ A request has ``extra_args`` (``vllm_xargs`` in the OpenAI API), which can hold 
 
     {"alpha": 0.5}                   for all experts {"alpha": [0.5, 1.0]}            one per expert, in the recipe's
     order {"alpha.math": 0.5}              for one expert by name; others use "alpha" or the recipe's
+    {"combine": "mean"}              the rule by which several experts are joined
 
 The transformers engine takes the same (:func:`proxytune.recipe.alpha.take_alpha`).
 """
@@ -16,22 +17,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from proxytune.errors import RecipeError
 from proxytune.recipe.alpha import resolve_alpha, take_alpha
+from proxytune.recipe.parts import Expert
+from proxytune.recipe.rules import RULES, Rule, check_rule, rule_of
 
 __all__ = ["PIECES", "join", "requested", "split"]
 
 PIECES = 3  # three bfloat16 with 8 bits each hold the 24 bits of a float32 exactly
 
 
-def requested(extra_args: Mapping[str, Any] | None, names: Sequence[str], default: Sequence[float]) -> list[float]:
-    """The alpha of each expert for one request. Other keys of ``extra_args`` are ignored.
+def requested(
+    extra_args: Mapping[str, Any] | None, experts: Sequence[Expert], combine: Rule, possible: Sequence[Rule]
+) -> list[float]:
+    """The alpha of each expert for one request, and the number of its rule. Other keys of ``extra_args`` are ignored.
+
+    Args:
+        experts, combine: the recipe's. possible: the rules that this engine can apply.
 
     Raises:
-        AlphaError: for a value that is not finite, a list of another length, or an unknown name.
+        AlphaError: for a value that is not finite or does not fit the rule, a list of another length, or an unknown
+            name. RecipeError: for a rule that is unknown or not possible.
     """
-    others = dict(extra_args or {})
+    names, others = [expert.name for expert in experts], dict(extra_args or {})
+    rule = rule_of(others.pop("combine", combine))
     alpha = take_alpha(others, names, others.pop("alpha", None))
-    return list(resolve_alpha(alpha, names, default))
+    row = resolve_alpha(alpha, names, [expert.alpha for expert in experts])
+    check_rule(rule, experts, [row])
+    if rule not in possible:
+        raise RecipeError(
+            f"the rule {rule} needs whole vocabularies, which are split over processes here; use one of "
+            f"{', '.join(possible)}, or name it in the recipe"
+        )
+    return [*row, float(RULES.index(rule))]
 
 
 def split(alpha: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,24 +20,35 @@ from vllm.renderers.base import BaseRenderer
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
-from proxytune.errors import AlphaError
+from proxytune.errors import ProxyTuneError
 from proxytune.recipe.config import ProxyTuneConfig
+from proxytune.recipe.rules import LINEAR, RULES, rule_of
 from proxytune.vllm.alpha import requested
 
-__all__ = ["AlphaCheck", "Recipe", "alpha_state_class", "serve", "shards_of", "wrap_v1_runner"]
+__all__ = ["AlphaCheck", "Recipe", "alpha_state_class", "serve", "serve_split", "shards_of", "wrap_v1_runner"]
 
 logger = init_logger(__name__)
 
 
 class Recipe:
-    """The names and alphas of a recipe's experts, read once."""
+    """A recipe's experts, and how they are mixed unless a request says otherwise; read once.
+
+    Attributes:
+        alphas: one per expert, and the number of the rule. possible: the rules that a request can ask for.
+    """
 
     def __init__(self, config: ProxyTuneConfig) -> None:
-        self.names = [expert.name for expert in config.expert_list]
-        self.alphas = config.alphas
+        self.experts = config.expert_list
+        self.names = [expert.name for expert in self.experts]
+        self.combine, self.possible = rule_of(config.combine), RULES
+        self.alphas = requested({}, self.experts, self.combine, RULES)
+
+    def requested(self, extra_args: Mapping[str, Any] | None) -> list[float]:
+        """The alphas and the rule of a request; see :func:`proxytune.vllm.alpha.requested`."""
+        return requested(extra_args, self.experts, self.combine, self.possible)
 
     def alphas_of(self, sampling_params: Any) -> list[float]:
-        """The alphas of a request that the frontend accepted.
+        """The alphas and the rule of a request that the frontend accepted.
 
         Nothing is raised here: an exception in a worker ends the engine for all requests.
         """
@@ -45,8 +56,8 @@ class Recipe:
         if not extra_args:
             return self.alphas
         try:
-            return requested(extra_args, self.names, self.alphas)
-        except AlphaError as error:
+            return self.requested(extra_args)
+        except ProxyTuneError as error:
             logger.error("a request reached the worker with a bad alpha, the recipe's is used: %s", error)
             return self.alphas
 
@@ -63,6 +74,12 @@ def serve(config: ProxyTuneConfig, widths: Mapping[str, int]) -> None:
     global _frontend  # noqa: PLW0603 - vLLM gives a check nothing but the request
     _frontend = (Recipe(config), *min(widths.items(), key=lambda item: item[1]))
     _wrap_id_check()
+
+
+def serve_split() -> None:
+    """Remember that vocabularies are split over processes: then a request cannot ask for rules that need them whole."""
+    if _frontend is not None and _frontend[0].combine in LINEAR:
+        _frontend[0].possible = LINEAR
 
 
 def _wrap_id_check() -> None:
@@ -96,9 +113,9 @@ class AlphaCheck(V1LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Raise :class:`AlphaError` (a ``ValueError``, which vLLM answers with 400) for bad alphas."""
+        """Raise :class:`AlphaError` or :class:`RecipeError`, which vLLM answers with 400, as ``ValueError``."""
         if _frontend is not None:
-            requested(sampling_params.extra_args, _frontend[0].names, _frontend[0].alphas)
+            _frontend[0].requested(sampling_params.extra_args)
 
     def is_argmax_invariant(self) -> bool:
         return True

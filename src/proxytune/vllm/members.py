@@ -159,6 +159,8 @@ class RecipeRules(VerifyAndUpdateConfig):  # type: ignore[misc]
         loading = vllm_config.load_config.load_format
         if loading not in ("auto", "hf", "safetensors", "pt", "dummy"):
             raise ProxyTuneError(f"--load-format {loading} does not load a recipe's members; leave it out")
+        if vllm_config.parallel_config.tensor_parallel_size > 1:
+            hooks.serve_split()
         if vllm_config.parallel_config.enable_dbo:
             raise ProxyTuneError("--enable-dbo halves the batch, which a recipe's alphas do not follow; leave it out")
         if vllm_config.lora_config is not None:

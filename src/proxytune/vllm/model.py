@@ -25,6 +25,7 @@ from vllm.sequence import IntermediateTensors
 
 from proxytune.decoding.mixing import mix
 from proxytune.errors import MemberError
+from proxytune.recipe.rules import LINEAR, RULES, Rule
 from proxytune.vllm import hooks
 from proxytune.vllm.alpha import PIECES, join, split
 from proxytune.vllm.members import Fitted, fit, part_config
@@ -58,11 +59,12 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
 
         # The alphas of the batch's tokens, split so that they survive the dtype of hidden states. The buffer never
         # moves: a CUDA graph reads it at the address where it was captured.
-        self.n_columns = PIECES * len(self.recipe.names)
+        self.n_columns = PIECES * len(self.recipe.alphas)
         default = split(torch.tensor([self.recipe.alphas], dtype=torch.float32), self.dtype)
         n_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.scheduler_config.max_num_seqs)
         self.register_buffer("alphas", default.repeat(n_tokens, 1), persistent=False)
         self.default_alphas = True  # whether the buffer holds the recipe's alphas for all tokens
+        self.rules = {self.recipe.combine}  # of the batch
 
     def part(self, name: str) -> Any:
         """The submodel of that name."""
@@ -75,8 +77,9 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
 
     # -- the batch ------------------------------------------------------------------------------------------
     def set_alphas(self, rows: Sequence[Sequence[float]], n_tokens: np.ndarray[Any, Any]) -> None:
-        """Set the alphas of the next batch: one row per request, with the number of its tokens."""
+        """Set the alphas and rules of the next batch: one row per request, with the number of its tokens."""
         alphas = cast(Tensor, self.alphas)
+        self.rules = {RULES[int(row[-1])] for row in rows} or {self.recipe.combine}
         if all(row is self.recipe.alphas for row in rows):
             if not self.default_alphas:
                 alphas.copy_(split(torch.tensor([self.recipe.alphas], dtype=torch.float32), self.dtype))
@@ -99,7 +102,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | IntermediateTensors:
-        """Run all members on one batch: shape = (n_tokens, sum of hidden sizes + PIECES * n_experts).
+        """Run all members on one batch: shape = (n_tokens, sum of hidden sizes + PIECES * (n_experts + 1)).
 
         On all but the last pipeline stage, what the members pass to the next, side by side.
         """
@@ -125,12 +128,17 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         logits = {name: self.part(name).compute_logits(state.contiguous()) for name, state in zip(self.parts, states)}
         if any(one is None for one in logits.values()):
             return None
-        mixed = self._mixed(logits, join(columns))
+        alphas = join(columns)
+        first, *others = sorted(self.rules)
+        mixed = self._mixed(logits, alphas[:, :-1], first)
+        for rule in others:  # nothing waits for the device: which rules a batch has is known here
+            rows = alphas[:, -1:] == RULES.index(rule)
+            mixed = torch.where(rows, self._mixed(logits, alphas[:, :-1], rule), mixed)
         if self.gather is not None:
             mixed = self.gather(mixed)
         return None if mixed is None else mixed[..., : self.shared_vocab]
 
-    def _mixed(self, logits: dict[str, Tensor], alpha: Tensor) -> Tensor:
+    def _mixed(self, logits: dict[str, Tensor], alpha: Tensor, rule: Rule) -> Tensor:
         def of(name: str) -> Tensor | None:
             return logits[self.owner[name]].unsqueeze(1) if name in self.owner else None
 
@@ -141,6 +149,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
             logits["base"][..., :width].unsqueeze(1),
             [(of(f"{name}.expert"), of(f"{name}.anti_expert")) for name in self.recipe.names],
             alpha,
+            rule=rule,
             plausibility=self.config.plausibility,
             vocab_size=width,
         ).squeeze(1)
@@ -148,10 +157,12 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
     def _one_gather(self) -> Any:
         """With tensor parallelism: mix each rank's part of the vocabulary and gather once, if the parts agree.
 
-        They agree if all heads are split in the same way. A plausibility mask needs the largest logit of all ranks, so
-        with one each member is gathered.
+        They agree if all heads are split in the same way. A plausibility mask needs the largest logit of all ranks, and
+        some rules need all logits; with these each member is gathered.
         """
         if get_tensor_model_parallel_world_size() == 1 or self.config.plausibility is not None:
+            return None
+        if self.recipe.combine not in LINEAR:
             return None
         heads = [head for name in self.parts if (head := hooks.shards_of(self.part(name))) is not None]
         if len(heads) < len(self.parts) or len({width for _, width in heads}) > 1:

@@ -1,0 +1,48 @@
+"""The rules by which several experts are joined: their names, and what each needs of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from proxytune.errors import AlphaError, RecipeError
+
+if TYPE_CHECKING:
+    from proxytune.recipe.parts import Expert
+
+__all__ = ["LINEAR", "RULES", "Rule", "check_rule", "rule_of"]
+
+Rule = Literal["sum", "mean", "convex", "dynamic", "union", "intersection"]
+RULES: tuple[Rule, ...] = get_args(Rule)
+LINEAR: tuple[Rule, ...] = ("sum", "mean", "convex")  # the mixture is a straight line in each alpha
+ROUNDING = 1e-6  # of alphas that sum to 1
+
+
+def rule_of(name: Any) -> Rule:
+    """A rule by its name.
+
+    Raises:
+        RecipeError: for an unknown one.
+    """
+    if not isinstance(name, str) or name not in RULES:
+        raise RecipeError(f"there is no rule {name!r} to combine experts; there are {', '.join(RULES)}")
+    return name
+
+
+def check_rule(rule: Rule, experts: Sequence[Expert], rows: Sequence[Sequence[float]]) -> None:
+    """Check that a rule can join these experts under these alphas, one row of alphas per text.
+
+    Raises:
+        RecipeError: if an expert lacks a side that the rule reads. AlphaError: for alphas that the rule excludes.
+    """
+    if rule in ("sum", "mean"):
+        return
+    for expert in experts:
+        if expert.expert is None or (rule != "convex" and expert.anti_expert is None):
+            side = "an expert" if expert.expert is None else "an anti-expert"
+            raise RecipeError(f"the rule {rule} needs {side}, and {expert.name!r} has none; use the rule sum")
+    if rule == "convex":
+        for row in rows:
+            if min(row, default=0.0) < 0 or sum(row) > 1 + ROUNDING:
+                said = ", ".join(f"{value:g}" for value in row)
+                raise AlphaError(f"the alphas of the rule convex are 0 or more and sum to at most 1, unlike {said}")
