@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from scipy import spatial, special
 
 from proxytune import AlphaError, ProxyTuneConfig, ProxyTunedForCausalLM, RecipeError
+from proxytune.analysis.explain import explain_prompt
+from proxytune.analysis.terminal import totals_lines
+from proxytune.answers.options import AnswerOptions, Sampling
 from proxytune.decoding.conflict import conflicts
 from proxytune.decoding.mixing import mix, scale_to
 from proxytune.recipe.rules import RULES, check_rule
@@ -215,6 +218,16 @@ def test_conflicts_at_their_ends():
     cut = push.clone()
     cut[0, 1] = -torch.inf
     assert conflicts(base, [(push, none), (cut, none)], torch.ones(1, 2))[0].cosine == pytest.approx(1.0)
+
+
+def test_an_explanation_says_how_far_experts_disagree(model):
+    why = explain_prompt(model, tiny.tokenizer(), "The fox", (0.6, 0.4), AnswerOptions(max_new_tokens=6), Sampling(), 5)
+    found = [token["conflict"] for token in why.tokens]
+    n = sum(each["disagree"] for each in found)
+    mean = sum(each["distance"] for each in found) / len(found)
+    said = f"would choose different tokens at {n} of {len(found)} places; mean distance {mean:.2f}, mean cosine"
+    assert said in totals_lines(why)
+    assert said in why.html()
 
 
 def test_one_expert_has_no_conflict(oracle):

@@ -61,7 +61,7 @@ def test_a_wrong_mixture_fails(model, monkeypatch):
     mixed = model.mix_lanes
     monkeypatch.setattr(model, "mix_lanes", lambda logits, alpha, rule: mixed(logits, alpha * 0.5, rule))
     assert outcomes(model) == [True, False, True, True, True]
-    monkeypatch.setattr(model, "mix_lanes", lambda logits, alpha: mixed(logits, alpha + 0.5))
+    monkeypatch.setattr(model, "mix_lanes", lambda logits, alpha, rule: mixed(logits, alpha + 0.5, rule))
     assert outcomes(model)[ALPHA_ZERO] is False
 
 

@@ -64,6 +64,7 @@ class Totals:
         kl: the mean KL(mixture || base), in nats; None if it is unknown.
         promoted, demoted: the tokens that gained and lost the most probability, summed over all places at which they
             were candidates, largest first. One place counts from 0 to 1.
+        conflict: how far several experts disagree, in a sentence; None if there is one expert, or it is unknown.
     """
 
     n_tokens: int
@@ -71,6 +72,7 @@ class Totals:
     kl: float | None
     promoted: Sequence[tuple[str, float]]
     demoted: Sequence[tuple[str, float]]
+    conflict: str | None
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ class Explanation:
             kl=sum(kls) / len(kls) if kls else None,
             promoted=[pair for pair in reversed(ordered[-5:]) if pair[1] > 0],
             demoted=[pair for pair in ordered[:5] if pair[1] < 0],
+            conflict=_conflict([token.get("conflict") for token in self.tokens[self.n_given :]]),
         )
 
     def html(self) -> str:
@@ -161,6 +164,21 @@ class Explanation:
         from proxytune.analysis.page import framed
 
         return framed(self)
+
+
+def _conflict(of_tokens: Sequence[Mapping[str, Any] | None]) -> str | None:
+    """The conflicts of an answer's tokens in a sentence."""
+    found = [each for each in of_tokens if each is not None]
+    if not found:
+        return None
+    apart = sum(bool(each["disagree"]) for each in found)
+    distance = sum(each["distance"] for each in found) / len(found)
+    cosines = [each["cosine"] for each in found if each["cosine"] is not None]
+    cosine = f", mean cosine of offsets {sum(cosines) / len(cosines):.2f}" if cosines else ""
+    return (
+        f"By themselves, the experts would choose different tokens at {apart} of {len(found)} places; mean distance "
+        f"{distance:.2f}{cosine}"
+    )
 
 
 # -- one token ------------------------------------------------------------------------------------------------

@@ -293,10 +293,11 @@ function drawRest() {
     const who = name === "base" ? name : data.experts.length > 1 ? `expert ${name}` : "expert";
     at("own-answers").append(make("div", "", [make("h3", "", `${who} alone`), make("div", "own-answer text", text || "(empty)", { dir: "auto" })]));
   }
-  const { count, kinds, kl, promoted, demoted } = data.totals;
+  const { count, kinds, kl, conflict, promoted, demoted } = data.totals;
   const parts = Object.entries(kinds).map(([kind, n]) => `${n} ${kind}` + (count && kind !== "given" ? ` (${share(n / count)})` : ""));
   const counted = data.steered ? `: ${parts.join(", ") || "none"}.` : ". What steering did to them is unknown: this log does not record it.";
   at("totals").append(make("p", "", `${data.tokens.length} tokens${counted}` + (known(kl) ? ` Mean KL ${kl.toFixed(2)} nats.` : "")));
+  if (conflict) at("totals").append(make("p", "", `${conflict}.`));
   for (const [title, pairs] of [["Most promoted", promoted], ["Most demoted", demoted]]) {
     if (!pairs.length) continue;
     const line = make("p", "", `${title} (probability, summed over all places): `);

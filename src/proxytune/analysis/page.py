@@ -78,6 +78,7 @@ def _data(why: Explanation) -> dict[str, Any]:
             "count": why.totals.n_tokens,
             "kinds": why.totals.kinds,
             "kl": why.totals.kl,
+            "conflict": why.totals.conflict,
             "promoted": [[text, round(shift, DIGITS)] for text, shift in why.totals.promoted],
             "demoted": [[text, round(shift, DIGITS)] for text, shift in why.totals.demoted],
         },

@@ -127,6 +127,7 @@ def _token(value: Any, names: Sequence[str], alpha: Mapping[str, float], where: 
         "offsets": offsets,
         "candidates": candidates,
         "flips": _flips(value, names, where),
+        "conflict": _conflict(value, where),
     }
 
 
@@ -146,6 +147,18 @@ def _complete(each: dict[str, Any], alpha: Mapping[str, float], constant: float)
     if None not in parts:
         pushes = (weight * each["delta"][name] for name, weight in alpha.items())
         each["mixture_logprob"] = each["base_logprob"] + sum(pushes) + constant
+
+
+def _conflict(value: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    found = value.get("conflict")
+    if found is None:
+        return None
+    if not isinstance(found, Mapping) or not _is_number(found.get("distance")):
+        raise Wrong(f"{where}: its conflict has no distance")
+    cosine = found.get("cosine")
+    if cosine is not None and not _is_number(cosine):
+        raise Wrong(f"{where}: the cosine of its conflict is not a number")
+    return {"cosine": cosine, "distance": found["distance"], "disagree": bool(found.get("disagree"))}
 
 
 def _flips(value: Mapping[str, Any], names: Sequence[str], where: str) -> dict[str, list[list[Any]]]:

@@ -125,6 +125,8 @@ def totals_lines(why: Explanation) -> str:
     counts = ", ".join(f"{count} {kind}" for kind, count in totals.kinds.items())
     mean = "" if totals.kl is None else f"; mean KL {totals.kl:.2f} nats"
     lines = [f"{len(why.tokens)} tokens: {counts or 'none'}{mean}"]
+    if totals.conflict is not None:
+        lines.append(totals.conflict)
     for word, pairs in (("promoted", totals.promoted), ("demoted", totals.demoted)):
         if pairs:
             lines.append(f"most {word}: " + ", ".join(f"{quoted(text)} {shift:+.2f}" for text, shift in pairs))

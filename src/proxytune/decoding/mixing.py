@@ -4,17 +4,19 @@ Equation 1 of 2401.08565 (and 2 of 2105.03023), summed over experts k:
 
     logits = base + sum_k offset_k,    offset_k = alpha_k * (expert_k - anti_expert_k)
 
-It is the rule "sum". The others differ in how they join the K offsets (all but the first act on log-probabilities, or
-do not depend on the constant by which logits differ from them):
+It is the rule ``sum``. The others join the K offsets in other ways; log p are log-probabilities::
 
-    mean          base + 1/K sum_k offset_k, the geometric mean of the K models that are steered by one expert each
-    convex        (1 - sum_k alpha_k) log p_base + sum_k alpha_k log p_expert_k, alpha_k >= 0, sum_k alpha_k <= 1
-                  (MOD, 2406.18853); anti-experts do not count
-    union         log p_base + max_k offset_k: what any expert wants (2311.14479)
-    intersection  log p_base + min_k offset_k: what all experts want (2311.14479)
-    dynamic       base + s * sum_k offset_k, with the s in [0, 2] at which
-                  KL(mixture || base) = 1/K sum_k |alpha_k| KL(expert_k || anti_expert_k)
-                  (2406.15480, whose problem has many solutions for several experts; this one keeps the alphas' ratio)
+    mean          base + 1/K sum_k offset_k
+    convex        (1 - sum_k alpha_k) log p_base + sum_k alpha_k log p_expert_k
+    union         log p_base + max_k offset_k, from log-probabilities
+    intersection  log p_base + min_k offset_k, from log-probabilities
+    dynamic       base + s sum_k offset_k, where s in [0, 2] solves
+                  KL(mixture || base) = 1/K sum_k abs(alpha_k) KL(expert_k || anti_expert_k)
+
+``mean`` is the geometric mean of the K models that one expert each steers. ``convex`` (MOD, 2406.18853) needs alphas of
+0 or more that sum to at most 1, and reads no anti-expert. ``union`` and ``intersection`` are from 2311.14479.
+``dynamic`` is from 2406.15480; for several experts that problem has many solutions, and this one keeps the alphas'
+ratio.
 
 Everything is float32: the difference of two nearly equal logits is what steers, and bfloat16 has eight bits.
 """
