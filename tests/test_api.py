@@ -19,10 +19,11 @@ from proxytune.generation_mixin import last_asked
 from proxytune.lanes.completions import BadReply, known_of
 from proxytune.lanes.spelling import Spelling
 from proxytune.recipe.parts import ApiBase, parse_base
-from support import tiny
+from support import faults, tiny
 from support.commands import fails, run
 from support.completions import KEY, Served, serving
 from support.decoding import near, new_tokens
+from support.faults import PASSING, first_two, padded, spoiled, top
 from support.oracle import Oracle, assert_same_tokens
 
 ROWS = [[1, 40, 77, 102, 9], [1, 88, 15], [1, 7, 300, 41, 12]]
@@ -45,12 +46,7 @@ def tokens_at(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
-    """Waits between tries are short."""
-    import openai._base_client as client
-
-    monkeypatch.setattr(client, "INITIAL_RETRY_DELAY", 0.001)
-    monkeypatch.setattr(client, "MAX_RETRY_DELAY", 0.002)
-    monkeypatch.setattr("proxytune.lanes.completions.PAUSE", 0.001)
+    faults.hurry(monkeypatch)
 
 
 @pytest.fixture
@@ -442,43 +438,6 @@ def test_an_end_token_without_probabilities(oracle, served, steered, monkeypatch
 
 
 # -- faults -------------------------------------------------------------------------------------------------------
-def spoiled(change):
-    """A reply in which ``change`` was done to the first choice's log-probabilities."""
-
-    def spoil(made):
-        change(made["choices"][0]["logprobs"])
-        return made
-
-    return spoil
-
-
-def top(logprobs):
-    return logprobs["top_logprobs"][0]
-
-
-PASSING = {
-    "drop": lambda made: "drop",
-    "a 500": lambda made: (500, "oops"),
-    "a 503": lambda made: (503, "overloaded"),
-    "a 429": lambda made: (429, "slow down", {"Retry-After": "0.01"}),
-    "no JSON": lambda made: (200, json.dumps(made)[:-20]),
-    "HTML": lambda made: (200, "<html>busy</html>"),
-    "no choices": lambda made: {**made, "choices": []},
-    "an empty object": lambda made: {},
-    "a list": lambda made: [],
-    "a choice too many": lambda made: {**made, "choices": made["choices"] * 2},
-    "another prompt": lambda made: {**made, "usage": {"prompt_tokens": 3}},
-    "another text": spoiled(lambda lp: lp.update(text_offset=[3])),
-    "no log-probabilities": spoiled(lambda lp: lp.update(tokens=[], token_logprobs=[], top_logprobs=[])),
-    "two tokens": spoiled(lambda lp: lp.update(tokens=lp["tokens"] * 2)),
-    "another token": spoiled(lambda lp: lp.update(tokens=[min(top(lp), key=top(lp).get)])),
-    "other values": spoiled(lambda lp: top(lp).update({token: value / 2 for token, value in top(lp).items()})),
-    "a positive one": spoiled(lambda lp: top(lp).update({next(iter(top(lp))): 1.0})),
-    "too many": spoiled(lambda lp: top(lp).update({"a": -30.0, "b": -30.0, "c": -30.0})),
-    "texts for numbers": spoiled(lambda lp: top(lp).update({next(iter(top(lp))): "high"})),
-}
-
-
 @pytest.mark.parametrize("fault", PASSING)
 def test_a_fault_that_passes_changes_nothing(oracle, served, steered, fault):
     expected = answers(steered(20, way="ask"), ROWS[:1], max_new_tokens=6)
@@ -517,20 +476,6 @@ def test_a_reply_that_says_less_is_never_too_certain(oracle, served, steered, ch
     served.faults = lambda number, made: spoiled(change)(made)
     tokens, asked = answers(model)
     assert_no_mark_is_wrong(oracle, ROWS, tokens, asked.certified)
-
-
-def padded(made):
-    """The reply without all tokens but the drawn one, which is what vLLM sends if a batch mixes kinds of requests."""
-    for choice in made["choices"]:
-        top(choice["logprobs"]).update({token: -9999.0 for token in list(top(choice["logprobs"]))[1:]})
-    return made
-
-
-def first_two(made):
-    """The reply without all tokens but two, as if the others had the same texts."""
-    for choice in made["choices"]:
-        choice["logprobs"]["top_logprobs"] = [dict(list(top(choice["logprobs"]).items())[:2])]
-    return made
 
 
 @pytest.mark.parametrize(("short", "passing"), [(padded, (0, 1, 2, 3, 4, 8)), (first_two, (0, 3))])

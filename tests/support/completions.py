@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import threading
 import time
-from contextlib import contextmanager
+import urllib.error
+import urllib.request
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -21,24 +23,25 @@ class Served:
         texts: how it writes tokens: decoded, bytes (where they are no text), raw (the tokenizer's names) or ids.
         cap: log-probabilities that it gives at most. refuses: words in a request that it answers with 400.
         faults: from the number of a request (from 0) and its reply to what is sent: a reply, or (status, text).
-        requests: the bodies of all requests. extra: k + 1 log-probabilities where the drawn token is outside.
+        requests: the bodies of all requests. words: whether it knows vLLM's words: tokens written as ids, and the
+            prompt's ids returned.
     """
 
     def __init__(self, model: Any, tokenizer: Any, **more: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.texts, self.cap, self.refuses, self.faults = "bytes", None, (), None
         self.ids, self.lists, self.hot, self.usage, self.key, self.offsets = True, True, False, True, None, True
-        self.most_biases, self.whole_biases = 10**6, False
+        self.most_biases, self.whole_biases, self.words = 10**6, False, False
         self.requests: list[dict[str, Any]] = []
         self.name = "tiny"
-        self.lock = threading.Lock()
+        self.lock, self.turn = threading.Lock(), threading.Lock()
         for name, value in more.items():
             assert hasattr(self, name), name
             setattr(self, name, value)
 
-    def spell(self, index: int) -> str:
+    def spell(self, index: int, as_id: bool = False) -> str:
         raw = self.tokenizer.convert_ids_to_tokens(index)
-        if self.texts == "ids":
+        if self.texts == "ids" or as_id:
             return f"token_id:{index}"
         if self.texts == "raw":
             return raw
@@ -67,18 +70,21 @@ class Served:
         best = shown.topk(n)
         entries = dict(zip(best.indices.tolist(), best.values.tolist()))
         entries.setdefault(drawn, float(shown[drawn]))
-        top = {self.spell(token): value for token, value in entries.items()}
+        as_id = self.words and body.get("return_tokens_as_token_ids", False)
+        top = {self.spell(token, as_id): value for token, value in entries.items()}
         made = {
             "index": index,
             "text": self.tokenizer.decode([drawn]),
             "finish_reason": "length",
             "logprobs": {
-                "tokens": [self.spell(drawn)],
+                "tokens": [self.spell(drawn, as_id)],
                 "token_logprobs": [float(shown[drawn])],
                 "top_logprobs": [top],
                 "text_offset": [len(self.tokenizer.decode(ids)) if self.offsets else 0],
             },
         }
+        if self.words and body.get("return_token_ids"):
+            made["prompt_token_ids"] = ids
         return made, len(ids)
 
     def reply(self, body: dict[str, Any]) -> Any:
@@ -100,18 +106,47 @@ class Served:
         return made
 
 
+class Proxy(Served):
+    """Passes requests on to another server, several at once.
+
+    Attributes:
+        target: that server's URL, or a :class:`Served` in its place. altered: from a request's number and body to the
+            body that is passed on.
+    """
+
+    def __init__(self, target: Any) -> None:
+        super().__init__(None, None)
+        self.target, self.altered, self.turn = target, None, nullcontext()
+
+    def reply(self, body: dict[str, Any]) -> Any:
+        if self.altered is not None:
+            number = next(at for at, one in enumerate(self.requests) if one is body)
+            body = self.altered(number, body)
+        if isinstance(self.target, Served):
+            return self.target.reply(body)
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.target}/completions", data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)["error"]["message"]
+
+
 @contextmanager
 def serving(served: Served):
     """Serve; yields the URL."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # headers and body are two packets, and the second one would wait for 40 ms
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with served.lock:
                 number = len(served.requests)
                 served.requests.append(body)
+            with served.turn:
                 made: Any
                 if served.key is not None and self.headers["Authorization"] != f"Bearer {served.key}":
                     made = 401, f"Incorrect API key provided: {self.headers['Authorization']}"

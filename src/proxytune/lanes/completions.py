@@ -344,7 +344,7 @@ class Endpoint:
 
     def ask_text(self, text: str, n: int) -> Known | None:
         """What is known after a text that the server itself splits into tokens; None if it takes no texts."""
-        offer, self.offer = self.offer, replace(self.offer, ids=False, offsets=None)
+        offer, self.offer = self.offer, replace(self.offer, ids=False, offsets=None, echoes=False)
         try:
             value = self._post(text, n, len(self.tokenizer(text)["input_ids"]) + 1, {})
             return self._read(value, [[]], n)[0].known
@@ -439,6 +439,8 @@ class Endpoint:
 
     def _choice(self, choice: dict[str, Any], text: Sequence[int], n: int, biased: bool) -> Reply:
         echoed = choice.get("prompt_token_ids")
+        if echoed is None and self.offer.echoes and self.given:
+            raise BadReply("it does not say which prompt it is for")
         if echoed is not None and self.offer.ids and echoed != list(text):
             raise BadReply("it is the reply to another prompt")
         tokens, values, tops = _columns(choice.get("logprobs"))
