@@ -17,6 +17,7 @@ from proxytune import MemberError, ProxyTunedForCausalLM, ProxyTuneError, Recipe
 from proxytune.decoding.certificate import MARGIN, judge
 from proxytune.generation_mixin import last_asked
 from proxytune.lanes.completions import BadReply, known_of
+from proxytune.lanes.probing import findings, probe
 from proxytune.lanes.spelling import Spelling
 from proxytune.recipe.parts import ApiBase, parse_base
 from support import faults, tiny
@@ -313,6 +314,78 @@ def test_push_needs_fractions(served, steered):
         steered(5, way="push")
 
 
+@pytest.mark.parametrize("words", [True, False])
+def test_a_penalty_of_the_server_changes_no_push(oracle, served, steered, words):
+    """It is turned off where the server knows the word, and push is refused where it does not."""
+    served.penalty, served.words, served.raw = 1.4, words, True
+    if not words:
+        served.refuses = ("repetition_penalty",)
+        with pytest.raises(ProxyTuneError, match="takes no fractions as logit_bias"):
+            steered(20, way="push")
+        return
+    tokens, asked = answers(steered(20, way="push"))
+    assert tokens == [oracle.greedy(row, N_NEW)[0] for row in ROWS]
+    assert all(map(all, asked.certified))
+
+
+@pytest.mark.parametrize("texts", ["bytes", "raw", "ids"])
+@pytest.mark.parametrize(("lists", "n"), [(True, 5), (False, 20)])
+def test_given_text_is_scored_in_one_request(oracle, served, steered, texts, lists, n):
+    served.scores, served.texts, served.lists = True, texts, lists
+    model = steered(n, way="verify")
+    assert model.lanes[0].endpoint.offer.scores
+    began = len(served.requests)
+    tokens, asked = answers(model, speculate=3)
+    assert tokens == [oracle.greedy(row, N_NEW)[0] for row in ROWS]
+    assert all(map(all, asked.certified))
+    assert sum(map(bool, (one.get("echo") for one in served.requests[began:]))) > 0
+    assert not any(isinstance(one["prompt"][0], list) for one in served.requests[began:])
+    assert len(served.requests) - began == sum(asked.calls)
+
+
+def test_a_list_is_asked_where_a_scored_text_would_be_long(oracle, served, steered, monkeypatch):
+    served.scores = True
+    model = steered(20, way="verify")
+    expected = answers(model, speculate=3)
+    monkeypatch.setattr("proxytune.lanes.completions.MOST_SCORED", 19)
+    began = len(served.requests)
+    tokens, asked = answers(model, speculate=3)
+    assert (tokens, asked.certified) == (expected[0], expected[1].certified)
+    assert not any(one.get("echo") for one in served.requests[began:])
+
+
+@pytest.mark.parametrize("what", ["another text", "other numbers", "an empty echo"])
+def test_given_text_that_is_scored_otherwise_is_not_used(served, steered, what, monkeypatch):
+    whole, served.scores = served.reply, True
+
+    def reply(body):
+        made = whole(body)
+        if body.get("echo"):
+            logprobs = made["choices"][0]["logprobs"]
+            if what == "another text":
+                logprobs["tokens"][1] = served.spell(7)
+            elif what == "other numbers":
+                logprobs["top_logprobs"][-2:] = logprobs["top_logprobs"][:0:-1][:2]
+            else:
+                for part in logprobs.values():
+                    del part[:-1]
+        return made
+
+    monkeypatch.setattr(served, "reply", reply)
+    assert not steered(20).lanes[0].endpoint.offer.scores
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_fault_in_scored_text_changes_nothing(served, steered, fault):
+    served.scores = True
+    model = steered(20, way="verify")
+    expected = answers(model, ROWS[:1], speculate=3)
+    began = len(served.requests)
+    served.faults = lambda number, made: PASSING[fault](made) if number - began in (1, 2, 4) else made
+    tokens, asked = answers(model, ROWS[:1], speculate=3)
+    assert (tokens, asked.certified) == (expected[0], expected[1].certified)
+
+
 def test_offsets_that_cannot_all_be_sent(oracle, steered):
     """Of those that are not sent the largest stands for all: what wins against it wins."""
     endpoint = steered(tiny.VOCAB, way="push").lanes[0].endpoint
@@ -566,6 +639,49 @@ def test_a_tokenizer_with_other_ids_is_refused(oracle, served, steered):
     assert steered().lanes[0].endpoint.same_tokenizer
     served.tokenizer = tiny.tokenizer(swap=("w", "k"))
     with pytest.raises(VocabularyError, match=r"reads text otherwise .*, first at 'k'"):
+        steered()
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_a_server_that_tokenizes_is_asked(served, steered, ids):
+    served.ids, served.tokenizes = ids, True
+    assert steered().lanes[0].endpoint.same_tokenizer
+    served.tokenizer = tiny.tokenizer(bos=False)
+    assert steered().lanes[0].endpoint.same_tokenizer or not ids
+    served.tokenizer = tiny.tokenizer(swap=("w", "k"))
+    with pytest.raises(VocabularyError, match=r"reads text otherwise .*, first at "):
+        steered()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "expected"),
+    [
+        ({}, ("after", "the token and its log-probabilities", "not known")),
+        ({"raw": True, "details": True}, ("before", "the token and its log-probabilities", True)),
+        ({"whole_biases": True}, ("not known", "not known", "not known")),
+    ],
+)
+def test_what_check_finds(oracle, served, steered, behaviour, expected):
+    for name, value in behaviour.items():
+        setattr(served, name, value)
+    endpoint = steered(20).lanes[0].endpoint
+    probe(endpoint, bias=True)
+    found = findings(endpoint)
+    assert tuple(found[name] for name in found if name.startswith(("its log", "at an", "keeps"))) == expected
+
+
+def test_a_server_without_log_probabilities_is_refused(served, steered, monkeypatch):
+    """``transformers serve`` takes the word, and ignores it."""
+    whole = served.reply
+
+    def reply(body):
+        made = whole(body)
+        for choice in made["choices"]:
+            del choice["logprobs"]
+        return made
+
+    monkeypatch.setattr(served, "reply", reply)
+    with pytest.raises(MemberError, match="gives no log-probabilities; steering needs them"):
         steered()
 
 

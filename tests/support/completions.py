@@ -23,15 +23,19 @@ class Served:
         texts: how it writes tokens: decoded, bytes (where they are no text), raw (the tokenizer's names) or ids.
         cap: log-probabilities that it gives at most. refuses: words in a request that it answers with 400.
         faults: from the number of a request (from 0) and its reply to what is sent: a reply, or (status, text).
-        requests: the bodies of all requests. words: whether it knows vLLM's words: tokens written as ids, and the
-            prompt's ids returned.
+        requests: the bodies of all requests.
+        words: whether it knows vLLM's words: tokens written as ids, and the prompt's ids returned. scores: whether it
+            knows ``echo``. tokenizes: whether it has the route /tokenize. raw: whether its log-probabilities are those
+            before a bias. details: whether it says how many tokens of a prompt it had read before.
+        penalty: how it holds earlier tokens back, unless a request says otherwise.
     """
 
     def __init__(self, model: Any, tokenizer: Any, **more: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.texts, self.cap, self.refuses, self.faults = "bytes", None, (), None
         self.ids, self.lists, self.hot, self.usage, self.key, self.offsets = True, True, False, True, None, True
-        self.most_biases, self.whole_biases, self.words = 10**6, False, False
+        self.most_biases, self.whole_biases, self.words, self.scores = 10**6, False, False, False
+        self.tokenizes, self.penalty, self.details, self.raw = False, 1.0, False, False
         self.requests: list[dict[str, Any]] = []
         self.name = "tiny"
         self.lock, self.turn = threading.Lock(), threading.Lock()
@@ -56,16 +60,23 @@ class Served:
     @torch.no_grad()
     def choice(self, index: int, prompt: Any, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
         ids = prompt if isinstance(prompt, list) else self.tokenizer(prompt)["input_ids"]
-        logprobs = self.model(torch.tensor([ids])).logits[0, -1].double().log_softmax(dim=-1)
+        logits = self.model(torch.tensor([ids])).logits[0].double()
+        every, own = logits.log_softmax(dim=-1), logits[-1].clone()
+        if body.get("repetition_penalty") is None:
+            said = torch.tensor(sorted(set(ids)))
+            own[said] = torch.where(own[said] > 0, own[said] / self.penalty, own[said] * self.penalty)
+        logprobs = own.log_softmax(dim=-1)
         for token, bias in (body.get("logit_bias") or {}).items():
             logprobs[int(token)] += max(-100.0, min(100.0, int(bias) if self.whole_biases else bias))
         temperature = body.get("temperature", 1.0)
+        logprobs = logprobs.log_softmax(dim=-1)
         if temperature == 0:
             drawn = int(logprobs.argmax())
             shown = torch.full_like(logprobs, -9999.0).index_fill(0, torch.tensor(drawn), 0.0) if self.hot else logprobs
         else:
             drawn = int(torch.multinomial((logprobs / temperature).softmax(dim=-1), 1))
             shown = logprobs
+        shown = every[-1] if self.raw else shown
         n = min(body["logprobs"], self.cap or body["logprobs"], len(shown))
         best = shown.topk(n)
         entries = dict(zip(best.indices.tolist(), best.values.tolist()))
@@ -75,7 +86,7 @@ class Served:
         made = {
             "index": index,
             "text": self.tokenizer.decode([drawn]),
-            "finish_reason": "length",
+            "finish_reason": "stop" if drawn == self.tokenizer.eos_token_id else "length",
             "logprobs": {
                 "tokens": [self.spell(drawn, as_id)],
                 "token_logprobs": [float(shown[drawn])],
@@ -83,9 +94,26 @@ class Served:
                 "text_offset": [len(self.tokenizer.decode(ids)) if self.offsets else 0],
             },
         }
+        if body.get("echo"):
+            made["text"] = self.tokenizer.decode(ids) + made["text"]
+            listed = made["logprobs"]
+            listed["text_offset"] = [len(self.tokenizer.decode(ids[:at])) for at in range(len(ids) + 1)]
+            listed["tokens"] = [self.spell(token, as_id) for token in ids] + listed["tokens"]
+            given = [None, *(float(row[token]) for row, token in zip(every, ids[1:]))]
+            listed["token_logprobs"] = given + listed["token_logprobs"]
+            tops: list[Any] = [None]
+            for row, token in zip(every, ids[1:]):
+                best = row.topk(n)
+                entries = dict(zip(best.indices.tolist(), best.values.tolist()))
+                entries.setdefault(token, float(row[token]))
+                tops.append({self.spell(index, as_id): value for index, value in entries.items()})
+            listed["top_logprobs"] = tops + listed["top_logprobs"]
         if self.words and body.get("return_token_ids"):
             made["prompt_token_ids"] = ids
         return made, len(ids)
+
+    def tokenize(self, body: dict[str, Any]) -> Any:
+        return {"tokens": self.tokenizer(body["prompt"])["input_ids"]}
 
     def reply(self, body: dict[str, Any]) -> Any:
         prompt = body["prompt"]
@@ -93,6 +121,8 @@ class Served:
         prompts = prompt if several else [prompt]
         if word := next((word for word in self.refuses if word in body), None):
             return 400, f"unknown field {word}"
+        if body.get("echo") and not self.scores:
+            return 400, "echo is not supported"
         if not self.ids and not isinstance(prompts[0], str):
             return 400, "prompt must be a text"
         if several and not self.lists:
@@ -103,6 +133,9 @@ class Served:
         made = {"id": "1", "object": "text_completion", "model": self.name, "choices": list(choices)}
         if self.usage:
             made["usage"] = {"prompt_tokens": sum(lengths), "completion_tokens": len(choices)}
+            if self.details:
+                seen = any(one["prompt"] == prompt for one in self.requests[:-1] if "prompt" in one)
+                made["usage"]["prompt_tokens_details"] = {"cached_tokens": lengths[0] - 1 if seen else 0}
         return made
 
 
@@ -150,6 +183,8 @@ def serving(served: Served):
                 made: Any
                 if served.key is not None and self.headers["Authorization"] != f"Bearer {served.key}":
                     made = 401, f"Incorrect API key provided: {self.headers['Authorization']}"
+                elif self.path == "/tokenize" and served.tokenizes:
+                    made = served.tokenize(body)
                 elif self.path != "/v1/completions":
                     made = 404, "no such route"
                 else:

@@ -33,6 +33,9 @@ PAUSE = 0.2  # seconds before a wrong reply is asked for again; it doubles
 AT_ONCE = 8  # requests under way
 MOST_BIAS = 100.0  # of one token
 MOST_IDS = 128  # that vLLM scores by name in one request
+MOST_SCORED = 10_000  # log-probabilities in one reply up to which a text is scored as a whole
+NEUTRAL = {"presence_penalty": 0.0, "frequency_penalty": 0.0}  # a server may have others as its defaults
+NEUTRAL_WORDS = {"repetition_penalty": 1.0, "repeat_penalty": 1.0}  # of vLLM, of llama.cpp
 MISSING = -9998.0  # at and below it a log-probability stands for "not known"
 ROUNDING = 1e-4  # how far the probabilities in a reply may be off, all together
 TOO_FAR = 1e-2  # log-probabilities of one token and one prompt, asked for in two ways, that lie farther apart differ
@@ -44,6 +47,10 @@ T = TypeVar("T")
 
 class BadReply(Exception):
     """A reply that contradicts itself or the request."""
+
+
+class NoLogprobs(BadReply):
+    """A reply without log-probabilities."""
 
 
 class Refused(Exception):
@@ -75,19 +82,23 @@ class Offer:
 
     Attributes:
         ids: it takes token ids as the prompt; otherwise texts. lists: it answers several prompts in one request.
-        numbered: it writes tokens as ids. named: it scores the ids that a request names (vLLM's ``logprob_token_ids``).
+        words: it takes words that only vLLM knows, or leaves them unread. numbered: it writes tokens as ids.
+        named: it scores the ids that a request names (vLLM's ``logprob_token_ids``).
         echoes: it returns the prompt that it read, as ids. temperature: the temperature at which its log-probabilities
             are the model's own.
+        scores: it returns log-probabilities at each place of the prompt (``echo``).
         biased: how many tokens a request can push up or down by fractions (``logit_bias``); 0: none, or not tried.
         offsets: it returns the length of the prompt's text, with special tokens (``whole``) or without (``plain``).
     """
 
     ids: bool
     lists: bool = False
+    words: bool = False
     numbered: bool = False
     named: bool = False
     echoes: bool = False
     temperature: float = 0.0
+    scores: bool = False
     biased: int = 0
     offsets: Literal["whole", "plain"] | None = None
 
@@ -211,6 +222,7 @@ class Endpoint:
         self.offer = Offer(ids=True)
         self.complete = False  # whether it names all tokens
         self.same_tokenizer: bool | None = None  # whether it reads text as the declared tokenizer; None: not known
+        self.cached: int | None = None  # tokens that its last reply took from a prefix cache; None: it does not say
 
     @property
     def name(self) -> str:
@@ -222,6 +234,17 @@ class Endpoint:
         if len(texts) > 1 and not self.offer.lists:
             return [known for each in self.each(lambda text: self.top([text], n), texts) for known in each]
         return [reply.known for reply in self._certain(texts, n)]
+
+    def along(self, text: Sequence[int], n_places: int, n: int) -> tuple[list[Known], int]:
+        """The ``n`` most probable tokens at the last places of a text, and how many requests that took.
+
+        The last place is behind the text. A server that scores given texts needs one request, unless its reply would
+        be too long.
+        """
+        if self.offer.scores and n_places > 1 and n * len(text) <= MOST_SCORED:
+            return [reply.known for reply in self._certain([text], n, n_places)], 1
+        texts = [text[: len(text) - ahead] for ahead in range(n_places - 1, -1, -1)]
+        return self.top(texts, n), 1 if self.offer.lists else n_places
 
     def more(self, text: Sequence[int], known: Known, rivals: Sequence[int]) -> Known | None:
         """What is known after a text once the server was also asked for ``rivals``; None if it returns nothing more."""
@@ -268,8 +291,12 @@ class Endpoint:
 
     def chosen(self, text: Sequence[int], bias: dict[str, float]) -> int | None:
         """The token that the server chooses under a bias; None if its reply does not say which."""
-        meant = self.ask([text], 1, {"logit_bias": bias, "temperature": 0.0})[0].drawn
+        meant = self.pushed(text, bias).drawn
         return meant[0] if len(meant) == 1 else None
+
+    def pushed(self, text: Sequence[int], bias: dict[str, float]) -> Reply:
+        """The reply of the server under a bias. No penalty of its own changes it."""
+        return self.ask([text], 1, {"logit_bias": bias, "temperature": 0.0, **NEUTRAL})[0]
 
     def confirm(self, text: Sequence[int], known: Known) -> None:
         """Repeat an earlier request, because a model may be replaced under the same name.
@@ -300,14 +327,33 @@ class Endpoint:
         """Call ``ask`` for several items at once."""
         return [ask(items[0])] if len(items) == 1 else list(self.pool.map(ask, items))
 
-    def _certain(self, texts: Sequence[Sequence[int]], n: int) -> list[Reply]:
+    def tokenized(self, text: str) -> list[int] | None:
+        """A text's ids as the server's own route says (``/tokenize`` of vLLM and llama.cpp); None if it has none."""
+        self.budget.take(0)
+        body = {"model": self.base.model, "prompt": text, "add_special_tokens": True}
+        body |= {"content": text, "add_special": True}
+        url = self.base.api.rstrip("/").removesuffix("/v1") + "/tokenize"
         try:
-            return self.ask(texts, n)
+            tokens = self._sent(lambda: self.client.post(url, body=body, cast_to=object))["tokens"]
+        except (Refused, KeyError, TypeError):
+            return None
+        usable = isinstance(tokens, list) and all(isinstance(index, int) for index in tokens)
+        return tokens if usable else None
+
+    def _certain(self, texts: Sequence[Sequence[int]], n: int, n_places: int = 1) -> list[Reply]:
+        try:
+            return self.ask(texts, n, n_places=n_places)
         except Refused as error:
             raise ProxyTuneError(f"the server of the base {self.name} refuses: {error}") from error
 
     def ask(
-        self, texts: Sequence[Sequence[int]], n: int, more: dict[str, Any] | None = None, *, tries: int = RETRIES
+        self,
+        texts: Sequence[Sequence[int]],
+        n: int,
+        more: dict[str, Any] | None = None,
+        *,
+        tries: int = RETRIES,
+        n_places: int = 1,
     ) -> list[Reply]:
         """Ask for one token after each text.
 
@@ -316,7 +362,7 @@ class Endpoint:
 
         Args:
             n: how many log-probabilities. more: further fields of the request. tries: how often a wrong reply is asked
-                for again.
+                for again. n_places: of one text; if more than one, those at its last tokens are asked for as well.
 
         Raises:
             Refused: if the server rejects the request. NoGoodReply: if every reply was wrong.
@@ -324,14 +370,16 @@ class Endpoint:
         prompts: list[Any] = [list(text) for text in texts] if self.offer.ids else [self._text(text) for text in texts]
         prompt = prompts if len(prompts) > 1 else prompts[0]
         extra = dict(more or {})
-        if self.offer.echoes:
+        if self.offer.words:
             extra["return_token_ids"] = True
+        if n_places > 1:
+            extra["echo"] = True
         biased, named = "logit_bias" in extra, extra.get("logprob_token_ids", ())
         least = 0 if biased or named else min(n, self.given)
         for trial in range(tries):
             try:
                 value = self._post(prompt, n, sum(map(len, texts)) + len(texts), extra)
-                replies = self._read(value, texts, n, biased=biased)
+                replies = self._read(value, texts, n, biased=biased, n_places=n_places)
                 worth = max(reply.tries(least, named) for reply in replies)
                 if trial + 1 >= min(worth, tries):
                     return replies
@@ -368,13 +416,13 @@ class Endpoint:
 
     def _post(self, prompt: Any, n: int, tokens: int, extra: dict[str, Any]) -> Any:
         """Send one request for one token with ``n`` log-probabilities; ``tokens`` are counted against the budget."""
-        import openai
-
-        if self.offer.numbered:
+        if self.offer.words:
             extra = {**extra, "return_tokens_as_token_ids": True}
+        if self.offer.words or self.base.server == "llama.cpp":
+            extra = {**extra, **NEUTRAL_WORDS}
         self.budget.take(tokens)
-        try:
-            raw = self.client.completions.with_raw_response.create(
+        raw = self._sent(
+            lambda: self.client.completions.with_raw_response.create(
                 model=self.base.model,
                 prompt=prompt,
                 max_tokens=1,
@@ -383,9 +431,22 @@ class Endpoint:
                 logprobs=n,
                 extra_body=extra or None,
             )
+        )
+        try:
             return json.loads(raw.http_response.text, object_pairs_hook=_once)
         except ValueError as error:
             raise BadReply("it is not JSON") from error
+
+    def _sent(self, send: Callable[[], Any]) -> Any:
+        """What a request returns.
+
+        Raises:
+            Refused: if the server rejects it. MemberError: if it rejects the key. ProxyTuneError: if it keeps failing.
+        """
+        import openai
+
+        try:
+            return send()
         except openai.APIStatusError as error:
             said = self._without_secret(str(error.message))
             if error.status_code in (401, 403):
@@ -407,12 +468,16 @@ class Endpoint:
         return first if self.base.key is None else first.replace(self.secret, "***")
 
     # -- replies ------------------------------------------------------------------------------------------------
-    def _read(self, value: Any, texts: Sequence[Sequence[int]], n: int, *, biased: bool = False) -> list[Reply]:
-        """The reply to each text, in order. Log-probabilities under a bias prove nothing and are left out.
+    def _read(
+        self, value: Any, texts: Sequence[Sequence[int]], n: int, *, biased: bool = False, n_places: int = 1
+    ) -> list[Reply]:
+        """The reply to each text, or to each place of one text, in order. Those under a bias prove nothing.
 
         Raises:
             BadReply: if it does not answer this request.
         """
+        if len(texts) > 1 and isinstance(value, list):  # llama.cpp, in some versions: a whole reply for each prompt
+            value = _joined(value)
         if not isinstance(value, dict) or not isinstance(value.get("choices"), list):
             raise BadReply("it has no choices")
         model = value.get("model")
@@ -433,48 +498,80 @@ class Endpoint:
             choices = sorted(choices, key=lambda choice: choice["index"])
         usage = value.get("usage")
         read = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-        if self.offer.ids and read and read != sum(map(len, texts)):
+        # In some versions llama.cpp says of a list how long its first prompt was.
+        if self.offer.ids and read and read not in (sum(map(len, texts)), len(texts[0])):
             raise BadReply(f"the server read {read} tokens where {sum(map(len, texts))} were sent")
-        return [self._choice(choice, text, n, biased) for choice, text in zip(choices, texts)]
+        details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+        self.cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        return [
+            reply
+            for choice, text in zip(choices, texts)
+            for reply in self._choice(choice, text, n, biased=biased, n_places=n_places)
+        ]
 
-    def _choice(self, choice: dict[str, Any], text: Sequence[int], n: int, biased: bool) -> Reply:
+    def _choice(
+        self, choice: dict[str, Any], text: Sequence[int], n: int, *, biased: bool, n_places: int
+    ) -> list[Reply]:
+        """The reply at each place of a text."""
         echoed = choice.get("prompt_token_ids")
         if echoed is None and self.offer.echoes and self.given:
             raise BadReply("it does not say which prompt it is for")
         if echoed is not None and self.offer.ids and echoed != list(text):
             raise BadReply("it is the reply to another prompt")
         tokens, values, tops = _columns(choice.get("logprobs"))
-        if not tokens and choice.get("finish_reason") == "stop":  # an end token, of which the server says no more
-            end = self.tokenizer.eos_token_id
+        if n_places > 1:
+            if not all(index in self._meant(token) for index, token in zip(text, tokens)) or len(tokens) < len(text):
+                raise BadReply("it scores another text")
+            shown = len(text) - n_places + 1
+            tokens, values, tops = tokens[shown:], values[shown:], tops[shown:]
+        ended: list[Reply] = []
+        if len(tokens) == n_places - 1 and choice.get("finish_reason") == "stop":
+            end = self.tokenizer.eos_token_id  # an end token, of which the server says no more
             known = Known({} if end is None else {end: 0.0}, 0.0, n)
-            return Reply(known, [], [], False, echoed is not None, drawn=() if end is None else (end,))
-        if len(tokens) != 1 or len(values) != 1 or len(tops) != 1:
-            raise BadReply(f"it has log-probabilities of {len(tokens)} tokens where one was asked for")
-        top, offset = tops[0], _offset(choice["logprobs"])
-        if self.offer.offsets is not None and offset != len(self.shown(text, self.offer.offsets)):
+            ended = [Reply(known, [], [], False, echoed is not None, drawn=() if end is None else (end,), ended=True)]
+        elif not tokens:
+            raise NoLogprobs("it has no log-probabilities")
+        if not len(tokens) == len(values) == len(tops) == n_places - len(ended):
+            raise BadReply(f"it has log-probabilities of {len(tokens)} tokens where {n_places} were asked for")
+        offset = None if n_places > 1 or ended else _offset(choice["logprobs"])
+        how = self.offer.offsets
+        if how is not None and n_places == 1 and not ended and offset != len(self.shown(text, how)):
             raise BadReply(f"the server read a prompt of {offset} characters, which is another one")
+        base = Reply(Known({}, 0.0, n), [], [], False, echoed is not None, offset)
+        base = replace(base, ended=choice.get("finish_reason") == "stop")
         if biased:
-            return Reply(Known({}, 0.0, n), [], [], False, echoed is not None, offset, self._meant(tokens[0]))
+            return ended or [replace(base, drawn=self._meant(tokens[0]), logprob=values[0])]
+        places = zip(tokens, values, tops)
+        drawn_at = n_places - 1  # the other tokens are given, and need not be the most probable
+        return [self._place(base, *one, n, drawn=at == drawn_at) for at, one in enumerate(places)] + ended
+
+    def _place(
+        self, base: Reply, token: Any, value: Any, top: list[tuple[Any, float]], n: int, *, drawn: bool
+    ) -> Reply:
+        """What a reply says at one place, where the server drew a token or the text has one."""
         if not top:
-            return Reply(Known({}, 0.0, n), [], [], False, echoed is not None)
-        entries = [(self._meant(token), value) for token, value in top]
-        drawn, token_drawn = values[0], self._meant(tokens[0])
-        if not isinstance(drawn, float) or math.isnan(drawn):
+            return base
+        entries = [(self._meant(other), logprob) for other, logprob in top]
+        own = self._meant(token)
+        if not isinstance(value, float) or math.isnan(value):
             raise BadReply("the token that it drew has no log-probability")
-        at = [value for meant, value in entries if meant == token_drawn]
-        if at and all(abs(value - drawn) > ROUNDING for value in at):
-            if len(token_drawn) == 1:
+        at = [logprob for meant, logprob in entries if meant == own]
+        if at and all(abs(logprob - value) > ROUNDING for logprob in at):
+            if len(own) == 1:
                 raise BadReply("the token that it drew has two log-probabilities")
             at = []  # a text of several ids, of which the list has another one
-        best = max((value for _, value in top if not math.isnan(value)), default=-math.inf)
-        if self.offer.temperature == 0 and drawn < best - ROUNDING:
+        best = max((logprob for _, logprob in top if not math.isnan(logprob)), default=-math.inf)
+        if drawn and self.offer.temperature == 0 and value < best - ROUNDING:
             raise BadReply("the token that it drew is not the most probable one")
         if not at:
-            entries.append((token_drawn, drawn))
-        numbered = all(token.startswith("token_id:") for token, _ in top)
-        given = drawn if self.offer.temperature else None
-        return Reply(
-            known_of(entries, n, given), entries, [token for token, _ in top], numbered, echoed is not None, offset
+            entries.append((own, value))
+        given = None if drawn and self.offer.temperature == 0 else value
+        return replace(
+            base,
+            known=known_of(entries, n, given),
+            entries=entries,
+            tokens=[other for other, _ in top],
+            numbered=all(isinstance(other, str) and other.startswith("token_id:") for other, _ in top),
         )
 
     def shown(self, ids: Sequence[int], how: str) -> str:
@@ -493,7 +590,8 @@ class Reply:
     Attributes:
         known: what it proves. entries: see :data:`Entry`. tokens: the tokens as the server wrote them.
         numbered: whether these are ids. echoes: whether it returned the prompt. offset: where its token begins.
-        drawn: the ids that the chosen token can mean, if there was a bias.
+        drawn: the ids that the chosen token can mean, if there was a bias. logprob: its log-probability then.
+        ended: whether the server says that the text ends.
     """
 
     known: Known
@@ -503,6 +601,8 @@ class Reply:
     echoes: bool
     offset: int | None = None
     drawn: tuple[int, ...] = ()
+    logprob: float | None = None
+    ended: bool = False
 
     def tries(self, least: int, named: Sequence[int]) -> int:
         """How many tries it is worth to get ``least`` log-probabilities, those of ``named`` among them.
@@ -531,6 +631,15 @@ def _offset(logprobs: dict[str, Any]) -> int | None:
     return offsets[0] if isinstance(offsets, list) and offsets and isinstance(offsets[0], int) else None
 
 
+def _joined(parts: list[Any]) -> dict[str, Any]:
+    """The replies to several prompts as one reply."""
+    if not all(isinstance(part, dict) and isinstance(part.get("choices"), list) for part in parts) or not parts:
+        raise BadReply("it has no choices")
+    if len({str(part.get("model")) for part in parts}) > 1:
+        raise BadReply("it names several models")
+    return {**parts[0], "choices": [choice for part in parts for choice in part["choices"]]}
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; :class:`ValueError` if a key occurs twice."""
     found = dict(pairs)
@@ -547,7 +656,12 @@ def _columns(logprobs: Any) -> tuple[list[Any], list[Any], list[list[tuple[Any, 
         if "content" in logprobs:  # of the chat route, and of llama.cpp
 
             def token_of(part: dict[str, Any]) -> Any:
-                return f"token_id:{part['id']}" if "id" in part else part["token"]
+                if "id" in part:
+                    return f"token_id:{part['id']}"
+                written = part["token"]
+                if "\ufffd" in written and part.get("bytes"):  # no text by itself
+                    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in part["bytes"])
+                return written
 
             parts = logprobs["content"] or []
             tops = [[(token_of(one), float(one["logprob"])) for one in part["top_logprobs"]] for part in parts]

@@ -6,12 +6,23 @@ connection), that proves nothing, and the run ends.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from proxytune.errors import MemberError, VocabularyError
-from proxytune.lanes.completions import TOO_FAR, Endpoint, Known, NoGoodReply, Offer, Refused, Reply
+from proxytune.lanes.completions import (
+    MOST_BIAS,
+    TOO_FAR,
+    Endpoint,
+    Known,
+    NoGoodReply,
+    NoLogprobs,
+    Offer,
+    Refused,
+    Reply,
+)
 
 __all__ = ["findings", "probe"]
 
@@ -36,7 +47,7 @@ def probe(endpoint: Endpoint, *, bias: bool = False) -> None:
     ids = list(endpoint.tokenizer(SAMPLE)["input_ids"])
     reply = _first(endpoint, ids)
     if not reply.entries:
-        raise MemberError(f"the server of the base {endpoint.name} gives no log-probabilities; steering needs them")
+        raise _gives_none(endpoint)
     _refuse_strange(endpoint, reply)
     if len(reply.entries) < endpoint.n:  # a limit of its own; asked for so many, it gives the most probable ones
         endpoint.n = len(reply.entries)
@@ -57,7 +68,8 @@ def probe(endpoint: Endpoint, *, bias: bool = False) -> None:
     endpoint.offer = replace(endpoint.offer, lists=_answers_lists(endpoint, ids, warm))
     if bias:
         endpoint.offer = replace(endpoint.offer, biased=_takes_bias(endpoint, ids, warm))
-    if endpoint.offer.named:
+    endpoint.offer = replace(endpoint.offer, scores=_scores_text(endpoint, ids, warm))
+    if endpoint.offer.words and endpoint.offer.echoes:
         endpoint.offer = replace(endpoint.offer, named=_scores_by_name(endpoint, ids, warm))
 
 
@@ -65,7 +77,7 @@ def _first(endpoint: Endpoint, ids: Sequence[int]) -> Reply:
     """The first good reply; it also shows which kind of request the server takes."""
     server, n = endpoint.base.server, endpoint.n
     plain = Offer(ids=True)
-    extended = replace(plain, numbered=True, named=True, echoes=True)  # words that only vLLM knows
+    extended = replace(plain, words=True)
     offers = [plain] if server in ("openai", "llama.cpp") else [extended, plain]
     tried = [(offer, k) for k in (n, *(limit for limit in LIMITS if limit < n)) for offer in offers]
     tried += [(replace(plain, ids=False), k) for k in (n, *(limit for limit in LIMITS if limit < n))]
@@ -77,14 +89,15 @@ def _first(endpoint: Endpoint, ids: Sequence[int]) -> Reply:
         except Refused as error:
             refusal = refusal or error
             continue
-        endpoint.offer = replace(
-            offer,
-            numbered=offer.numbered and reply.numbered,
-            echoes=offer.echoes and reply.echoes,
-            named=offer.named and reply.echoes,
-        )
+        except NoGoodReply as error:
+            raise _gives_none(endpoint) if isinstance(error.__cause__, NoLogprobs) else error from None
+        endpoint.offer = replace(offer, numbered=reply.numbered, echoes=reply.echoes)
         return reply
     raise MemberError(f"the server of the base {endpoint.name} refuses to be asked: {refusal}") from refusal
+
+
+def _gives_none(endpoint: Endpoint) -> MemberError:
+    return MemberError(f"the server of the base {endpoint.name} gives no log-probabilities; steering needs them")
 
 
 def same(one: Known, other: Known) -> bool:
@@ -108,9 +121,17 @@ def _check_tokenizer(endpoint: Endpoint, ids: Sequence[int], known: Known) -> No
     Raises:
         VocabularyError: names the first token that the server reads differently.
     """
+    start = endpoint.tokenizer("")["input_ids"]  # what the tokenizer puts before a text, and a server may not
+    own = endpoint.tokenized(SAMPLE)
+    if own is not None:
+        own = own[len(start) :] if own[: len(start)] == start else own
+        endpoint.same_tokenizer = own == ids[len(start) :]
+        if not endpoint.same_tokenizer:
+            pairs = enumerate(zip([*own, None], [*ids[len(start) :], None]))
+            raise _unlike(endpoint, ids, len(start) + next(at for at, (one, other) in pairs if one != other))
+        return
     if not endpoint.offer.ids:
         return  # ids and texts cannot be compared there; the number of tokens is, at each request
-    start = endpoint.tokenizer("")["input_ids"]  # what the tokenizer puts before a text, and a server may not
 
     def agrees(n: int) -> bool | None:
         text = endpoint.shown(ids[len(start) : n], "whole")
@@ -129,10 +150,15 @@ def _check_tokenizer(endpoint: Endpoint, ids: Sequence[int], known: Known) -> No
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if agrees(middle) else (low, middle)
-    token = endpoint.shown([ids[high - 1]], "whole")
-    raise VocabularyError(
+    raise _unlike(endpoint, ids, high - 1)
+
+
+def _unlike(endpoint: Endpoint, ids: Sequence[int], at: int) -> VocabularyError:
+    """The error for a server that reads another token at place ``at`` of these ids."""
+    at = min(at, len(ids) - 1)
+    return VocabularyError(
         f"the server of the base {endpoint.name} reads text otherwise than the tokenizer {endpoint.base.tokenizer!r}, "
-        f"first at {token!r} (id {ids[high - 1]}); name the tokenizer of the server's model"
+        f"first at {endpoint.shown([ids[at]], 'whole')!r} (id {ids[at]}); name the tokenizer of the server's model"
     )
 
 
@@ -144,6 +170,18 @@ def _answers_lists(endpoint: Endpoint, ids: Sequence[int], known: Known) -> bool
     except (Refused, NoGoodReply):
         return False
     return same(replies[1].known, known) and not same(replies[0].known, known)
+
+
+def _scores_text(endpoint: Endpoint, ids: Sequence[int], known: Known) -> bool:
+    """Whether the server scores the places of a given text, with the numbers of its plain replies."""
+    if not endpoint.offer.ids:
+        return False
+    try:
+        before, last = (reply.known for reply in endpoint.ask([ids], endpoint.n, tries=TRIES, n_places=2))
+        plain = endpoint.ask([ids[:-1]], endpoint.n, tries=TRIES)[0].known
+    except (Refused, NoGoodReply):
+        return False
+    return same(last, known) and same(before, plain)
 
 
 def _scores_by_name(endpoint: Endpoint, ids: Sequence[int], known: Known) -> bool:
@@ -159,26 +197,88 @@ def _scores_by_name(endpoint: Endpoint, ids: Sequence[int], known: Known) -> boo
 def _takes_bias(endpoint: Endpoint, ids: Sequence[int], known: Known) -> int:
     """How many tokens a request can push by fractions; 0 if that has not the right effect.
 
-    The second most probable token is pushed to 0.25 above the first, and to 0.25 below it.
+    The second most probable token is pushed to 0.25 above the first, and to 0.25 below it. So is one of a pair of which
+    the prompt has one: a server that holds back what was said before would choose otherwise.
     """
-    (first, best), (second, other) = sorted(known.logprobs.items(), key=lambda item: -item[1])[:2]
+    first, second, *_ = ranked(known)
     n_vocab = endpoint.spelling.n_vocab
     for n in (n_vocab, *(limit for limit in BIASES if limit < n_vocab)):
-        idle = {str(index): 0.0 for index in range(n_vocab) if index != second}
-        padding = dict(list(idle.items())[: n - 1])
         try:
-            above, below = (
-                endpoint.chosen(ids, {**padding, str(second): best - other + more}) for more in (0.25, -0.25)
-            )
+            fits = _moves(endpoint, ids, known, first, second, n)
         except (Refused, NoGoodReply):
             continue
-        return n if (above, below) == (second, first) else 0
+        if not fits:
+            return 0
+        longer = [*ids, *ranked(known)]
+        after = endpoint.ask([longer], endpoint.n)[0].known
+        said = set(longer)
+        old, new = (next((one for one in ranked(after) if (one in said) is old), None) for old in (True, False))
+        if old is None or new is None:
+            return n
+        return n if _moves(endpoint, longer, after, old, new, n) else 0
     return 0
 
 
+def ranked(known: Known) -> list[int]:
+    """The known tokens, the most probable one first."""
+    return sorted(known.logprobs, key=lambda index: -known.logprobs[index])
+
+
+def _moves(endpoint: Endpoint, text: Sequence[int], known: Known, first: int, second: int, n: int) -> bool:
+    """Whether a bias of ``n`` entries makes the server choose what it should: one of two tokens, pushed to the top."""
+    top = known.logprobs[ranked(known)[0]]
+    idle = {str(index): 0.0 for index in range(endpoint.spelling.n_vocab) if index not in (first, second)}
+    padding = dict(list(idle.items())[: max(n - 2, 0)])
+    lifted = {str(first): top - known.logprobs[first] + 1.0}
+    chosen = [
+        endpoint.chosen(text, {**padding, **lifted, str(second): top - known.logprobs[second] + 1.0 + more})
+        for more in (0.25, -0.25)
+    ]
+    return chosen == [second, first]
+
+
+def _under_bias(endpoint: Endpoint, ids: Sequence[int], known: Known) -> str:
+    """Whether log-probabilities are those ``before`` or ``after`` the bias."""
+    index = ranked(known)[1]
+    plain = known.logprobs[index]
+    bias = known.logprobs[ranked(known)[0]] - plain + 1.0
+    found = endpoint.pushed(ids, {str(index): bias}).logprob
+    if found is None:
+        return "not known"
+    after = plain + bias - math.log1p(math.exp(plain) * math.expm1(bias))
+    near = [word for word, value in (("before", plain), ("after", after)) if abs(found - value) < TOO_FAR]
+    return near[0] if len(near) == 1 else "not known"
+
+
+def _at_end(endpoint: Endpoint, ids: Sequence[int]) -> str:
+    """What a reply says where the server chooses the end token."""
+    end = endpoint.tokenizer.eos_token_id
+    if end is None or end >= endpoint.spelling.n_vocab:
+        return "not known"
+    reply = endpoint.pushed(ids, {str(end): MOST_BIAS})
+    if end not in reply.drawn:
+        return "another token"
+    return "the token and its log-probabilities" if reply.logprob is not None else "that the text ends, and no more"
+
+
+def _caches(endpoint: Endpoint, ids: Sequence[int]) -> bool | None:
+    """Whether the server reads a prompt faster that it has just read; None if its replies do not say."""
+    for _ in range(2):
+        endpoint.ask([list(ids) * 4], 1)  # longer than the blocks in which caches are kept
+    return None if endpoint.cached is None else endpoint.cached > 0
+
+
 def findings(endpoint: Endpoint) -> dict[str, Any]:
-    """What a server can do and what it sees, by name, for people."""
+    """What a server can do and what it sees, by name, for people. A few more requests are made.
+
+    A server that cannot be pushed is not asked what comes under a bias.
+    """
     offer = endpoint.offer
+    ids = list(endpoint.tokenizer(SAMPLE)["input_ids"])
+    under, end = "not known", "not known"
+    if offer.biased:
+        under = _under_bias(endpoint, ids, endpoint.ask([ids], endpoint.n)[0].known)
+        end = _at_end(endpoint, ids)
     sees = "the prompt and the answer so far, at each request"
     return {
         "answers as": endpoint.model,
@@ -187,12 +287,21 @@ def findings(endpoint: Endpoint) -> dict[str, Any]:
         "takes token ids": offer.ids,
         "writes token ids": offer.numbered,
         "several prompts in one request": offer.lists,
+        "scores given text": offer.scores,
         "scores tokens by name": offer.named,
         "tokens that a request can push": offer.biased,
+        "its log-probabilities are before or after what is pushed": under,
+        "at an end token it returns": end,
         "says which prompt it read": offer.echoes or offer.offsets is not None,
         "temperature of its log-probabilities": offer.temperature,
-        "reads text as the declared tokenizer": endpoint.same_tokenizer,
+        "reads text as the declared tokenizer": known_or_not(endpoint.same_tokenizer),
+        "keeps prompts that it has read (prefix cache)": known_or_not(_caches(endpoint, ids)),
         "it sees": sees
         + (", and the ids of tokens that steering could choose" if offer.named else "")
         + ("; with push the offsets too" if offer.biased else ""),
     }
+
+
+def known_or_not(value: bool | None) -> bool | str:
+    """A finding, for people."""
+    return "not known" if value is None else value

@@ -34,13 +34,17 @@ def chosen_way(asked: str, endpoint: Endpoint) -> Way:
     """
     if asked != "auto" and asked not in WAYS:
         raise ProxyTuneError(f"there is no way {asked!r}; there are auto, {', '.join(WAYS)}")
-    if asked == "verify" and not endpoint.offer.lists:
-        raise ProxyTuneError("the base's server answers one prompt in a request, so drafts cannot be verified there")
+    verifies = endpoint.offer.lists or endpoint.offer.scores
+    if asked == "verify" and not verifies:
+        raise ProxyTuneError(
+            "the base's server answers one prompt in a request and does not score given text, so drafts cannot be "
+            "verified there"
+        )
     if asked == "push" and not endpoint.offer.biased:
         raise ProxyTuneError("the base's server takes no fractions as logit_bias, so offsets cannot be pushed there")
     if asked != "auto":
         return asked  # type: ignore[return-value]
-    return "verify" if endpoint.offer.lists else "ask"
+    return "verify" if verifies else "ask"
 
 
 class RemoteLane(nn.Module):
@@ -113,10 +117,11 @@ class RemoteState(TextState):
             return self._scores(start, len(places))
 
         def ask(row: int) -> list[Known]:
-            texts = [self.text(row, ahead) for ahead in places]
-            shown = [text for text in texts if text]  # before its first token there is nothing to ask for a row
-            self.calls[row].n += 1 if endpoint.offer.lists else len(shown)
-            return [Known({}, 0.0)] * (len(texts) - len(shown)) + endpoint.top(shown, endpoint.n)
+            text = self.text(row, places[-1])
+            n_asked = min(len(places), len(text))  # before its first token there is nothing to ask for a row
+            found, n_calls = endpoint.along(text, n_asked, endpoint.n)
+            self.calls[row].n += n_calls
+            return [Known({}, 0.0)] * (len(places) - n_asked) + found
 
         for row, found in enumerate(endpoint.each(ask, range(self.n_batch))):
             self.known.update({(row, ahead): known for ahead, known in zip(places, found)})
