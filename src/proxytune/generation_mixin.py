@@ -40,7 +40,7 @@ from proxytune.recipe.alpha import NAMED, take_alpha
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import FIELDS, OURS, refuse_fields
 from proxytune.recipe.prompts import Prompter
-from proxytune.recipe.rules import Rule, rule_of
+from proxytune.recipe.rules import Rule, Steering
 
 __all__ = [
     "NO_TRACE",
@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 SPARE_COLUMNS = 64  # of a static cache: rejected drafts, and padding before a row of a batch has been moved
-WORDS = ("alpha", "combine", "seed", "speculate")  # our own fields of a generation config, besides "alpha.NAME"
+WORDS = ("alpha", "combine", "gate", "seed", "speculate")  # our own fields of a generation config, besides "alpha.NAME"
 NO_TRACE = "a trace needs greedy decoding or sampling by generate() with a cache, without beams or an assistant"
 HOPED_FOR = 0.75  # "auto" tries drafts if they would pay at this acceptance, which is the demo's
 OF_ONE_MEMBER = ("inputs_embeds", "output_attentions", "output_hidden_states")
@@ -261,11 +261,13 @@ class SteeredGenerationMixin(GenerationMixin):
         cache_implementation: str
         generation_config: Any
 
-        combine: Rule
+        steering: Steering
 
-        def alpha_rows(self, alpha: Any, n_batch: int, combine: Rule | None = None) -> Tensor: ...
+        def alpha_rows(self, alpha: Any, n_batch: int, rule: Rule | None = None) -> Tensor: ...
 
-        def mix_lanes(self, lane_logits: Sequence[Tensor], alpha: Tensor, combine: Rule | None = None) -> Tensor: ...
+        def mix_lanes(
+            self, lane_logits: Sequence[Tensor], alpha: Tensor, steering: Steering | None = None
+        ) -> Tensor: ...
 
         def all_logits(self, lane_logits: Sequence[Tensor]) -> dict[str, Tensor]: ...
 
@@ -285,6 +287,7 @@ class SteeredGenerationMixin(GenerationMixin):
         *,
         alpha: Any = ...,
         combine: str | None = ...,
+        gate: Any = ...,
         member_input_ids: Mapping[str, Any] | None = ...,
         member_attention_mask: Mapping[str, Tensor] | None = ...,
         negative_prompt: Any = ...,
@@ -303,6 +306,7 @@ class SteeredGenerationMixin(GenerationMixin):
         *,
         alpha: Any = ...,
         combine: str | None = ...,
+        gate: Any = ...,
         member_input_ids: Mapping[str, Any] | None = ...,
         member_attention_mask: Mapping[str, Tensor] | None = ...,
         negative_prompt: Any = ...,
@@ -321,6 +325,7 @@ class SteeredGenerationMixin(GenerationMixin):
         *,
         alpha: Any = ...,
         combine: str | None = ...,
+        gate: Any = ...,
         member_input_ids: Mapping[str, Any] | None = ...,
         member_attention_mask: Mapping[str, Tensor] | None = ...,
         negative_prompt: Any = ...,
@@ -339,6 +344,7 @@ class SteeredGenerationMixin(GenerationMixin):
         *,
         alpha: Any = None,
         combine: str | None = None,
+        gate: Any = None,
         member_input_ids: Mapping[str, Any] | None = None,
         member_attention_mask: Mapping[str, Tensor] | None = None,
         negative_prompt: Any = None,
@@ -350,8 +356,8 @@ class SteeredGenerationMixin(GenerationMixin):
     ) -> Any:
         """Write text with the steered model. It takes every option of transformers' ``generate``, and the following.
 
-        ``alpha``, ``"alpha.NAME"``, ``combine``, ``speculate`` and ``seed`` may also be attributes of the generation
-        config. Arguments of the call come first.
+        ``alpha``, ``"alpha.NAME"``, ``combine``, ``gate``, ``speculate`` and ``seed`` may also be attributes of the
+        generation config. Arguments of the call come first.
 
         Args:
             alpha: the strength of steering: a number, a list with one per row (for a single expert), a list with one
@@ -359,6 +365,9 @@ class SteeredGenerationMixin(GenerationMixin):
                 0.5}`` sets it for one expert, as requests to servers do.
             combine: the rule by which several experts are joined, instead of the recipe's: ``"sum"``, ``"mean"``,
                 ``"convex"``, ``"dynamic"``, ``"union"`` or ``"intersection"``.
+            gate: where to steer, instead of the recipe's gate: ``{"unsure": 0.9}``, ``{"entropy": 1.0}``, ``{"kl":
+                0.5}``, the same as ``"unsure=0.9"``, or ``"none"`` for everywhere; see
+                :class:`proxytune.recipe.gates.Gate`.
             member_input_ids: member name -> its own prompt: a list of lists of ids, or a left-padded tensor of shape
                 (n_batch, its width). By default they are made from the text of ``input_ids``, as the recipe says.
             member_attention_mask: member name -> the mask of such a tensor, 0 at padding.
@@ -379,7 +388,7 @@ class SteeredGenerationMixin(GenerationMixin):
             PromptError: if a prompt is empty, is longer than the shortest member's context, or cannot be made for a
                 member.
             AlphaError: if alpha is not finite, has the wrong shape or does not fit the rule.
-            RecipeError: for an unknown rule, or one that the recipe's experts do not fit.
+            RecipeError: for an unknown rule or gate, or a rule that the recipe's experts do not fit.
             TypeError: for an unknown argument.
 
         Example:
@@ -414,11 +423,12 @@ class SteeredGenerationMixin(GenerationMixin):
             speculate = said.get("speculate") if speculate is None else speculate
             seed = said.get("seed") if seed is None else seed
             combine = said.get("combine") if combine is None else combine
-        rule = None if combine is None else rule_of(combine)
+            gate = said.get("gate") if gate is None else gate
+        rule = self.steering.but(combine, gate).rule
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if input_ids is not None:
             _check_shape(input_ids)
-            if alpha is not None or rule is not None:
+            if alpha is not None or combine is not None:
                 alpha = self.alpha_rows(alpha, input_ids.shape[0], rule)
             negative = negative_rows(negative_prompt, input_ids.shape[0])
             if negative is not None and member_input_ids is not None:
@@ -432,7 +442,8 @@ class SteeredGenerationMixin(GenerationMixin):
             inputs,
             generation_config,
             alpha=alpha,
-            combine=rule,
+            combine=combine,
+            gate=gate,
             member_input_ids=member_input_ids,
             member_attention_mask=member_attention_mask,
             speculate=self.speculate if speculate is None else parse_speculate(speculate),
@@ -527,8 +538,8 @@ class SteeredGenerationMixin(GenerationMixin):
             ProxyTuneError: if the call asks for a number of drafts, but drafts are not possible.
         """
         stats = _last_calls()[self] = SpeculationStats()
-        rule: Rule = model_kwargs.get("combine") or self.combine
-        remote = self._remote(config, speculate, trace_top_k, processors, rule)
+        steering = self.steering.but(model_kwargs.get("combine"), model_kwargs.get("gate"))
+        remote = self._remote(config, speculate, trace_top_k, processors, steering)
         if remote is not None:
             model_kwargs["past_key_values"].prompt_scores = []
             speculate = speculate if remote.way == "verify" else False
@@ -545,7 +556,7 @@ class SteeredGenerationMixin(GenerationMixin):
                 lambda scores: self.paired(self.all_logits([each.values for each in scores])),
                 self.expert_names,
                 top_k=trace_top_k,
-                rule=rule,
+                steering=steering,
                 plausibility=self.config.plausibility,
                 n_shared=self.shared_vocab,
             )
@@ -566,9 +577,9 @@ class SteeredGenerationMixin(GenerationMixin):
                 whole=remote.complete,
                 needs_best=self.config.plausibility is not None,
             )
-            rows, calls = self.alpha_rows(model_kwargs.get("alpha"), n_batch, rule), list(state.calls)
+            rows, calls = self.alpha_rows(model_kwargs.get("alpha"), n_batch, steering.rule), list(state.calls)
             read = part(cast("list[Scores]", cache.prompt_scores), -1, None)
-            prompt = certifier.mix(read, lambda values: self.mix_lanes(values, rows, rule))
+            prompt = certifier.mix(read, lambda values: self.mix_lanes(values, rows, steering))
             again = state.again()
             cache.prompt_scores = None
         limit = cast(int, criteria.max_length)  # without a cache transformers' own loop runs
@@ -611,11 +622,11 @@ class SteeredGenerationMixin(GenerationMixin):
 
         def mixture(scores: Sequence[Scores], alpha: Tensor) -> Tensor:
             if certifier is not None:
-                return certifier.mix(scores, lambda values: self.mix_lanes(values, alpha, rule))
-            return self.mix_lanes([each.values for each in scores], alpha, rule)
+                return certifier.mix(scores, lambda values: self.mix_lanes(values, alpha, steering))
+            return self.mix_lanes([each.values for each in scores], alpha, steering)
 
         # On the device of the logits: copying it there at each step would wait for all pending work of the device.
-        alpha = self.alpha_rows(model_kwargs.get("alpha"), n_batch, rule).to(prompt.device)
+        alpha = self.alpha_rows(model_kwargs.get("alpha"), n_batch, steering.rule).to(prompt.device)
         # Rows that have ended leave, if nothing may look at the whole batch. In static caches no shape may change, and
         # torch's generator draws for all rows at once.
         free = together is None and not any(map(_whole_batch, processors)) and not sampler.rejecting
@@ -656,7 +667,7 @@ class SteeredGenerationMixin(GenerationMixin):
         speculate: Speculate,
         trace_top_k: int | None,
         processors: LogitsProcessorList,
-        rule: Rule,
+        steering: Steering,
     ) -> RemoteLane | None:
         """The lane of a base behind an API, or None if the base's weights are here.
 
@@ -675,14 +686,17 @@ class SteeredGenerationMixin(GenerationMixin):
             raise ProxyTuneError(
                 f"a trace needs the base's probabilities of all tokens, and its server gives {n}; leave the trace out"
             )
-        if rule == "dynamic" and not lane.complete:
+        rule, gate = steering.rule, steering.gate
+        whole = "the rule dynamic" if rule == "dynamic" else None if gate is None else "a gate"
+        if whole is not None and not lane.complete:
             raise ProxyTuneError(
-                f"the rule dynamic needs the base's probabilities of all tokens, and its server gives {n}; use sum"
+                f"{whole} needs the base's probabilities of all tokens, and its server gives {n}; leave it out"
             )
         if lane.way == "push":
             names = [type(each).__name__ for each in processors]
             names += ["sampling"] if config.do_sample else ["a trace"] if trace_top_k is not None else []
             names += [f"the rule {rule}"] if rule in ("convex", "dynamic") else []
+            names += [] if gate is None else ["a gate"]
             names += ["plausibility"] if self.config.plausibility is not None else []
             if names:
                 raise ProxyTuneError(f"with the way push the server chooses, so {names[0]} is not possible; use ask")

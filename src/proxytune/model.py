@@ -50,7 +50,7 @@ from proxytune.recipe.generation_config import adapted, base_generation_config
 from proxytune.recipe.members import Loading, load_recipe_tokenizer
 from proxytune.recipe.parts import Expert, Member
 from proxytune.recipe.prompts import Prompter
-from proxytune.recipe.rules import Rule, check_rule, rule_of
+from proxytune.recipe.rules import Rule, Steering, check_rule
 from proxytune.recipe.store import HUB_ARGUMENTS, load_recipe, read_from
 from proxytune.saving import push_model, save_model
 
@@ -142,7 +142,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             },
         )
         self.experts = config.expert_list
-        self.combine = rule_of(config.combine)
+        self.steering = Steering().but(config.combine, config.gate)
         self.expert_names = [expert.name for expert in self.experts]
         # member name -> (lane, block of rows in it)
         self.seats = {
@@ -268,6 +268,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         labels: Tensor | None = ...,
         alpha: Any = ...,
         combine: str | None = ...,
+        gate: Any = ...,
         member_input_ids: Mapping[str, Tensor] | None = ...,
         member_attention_mask: Mapping[str, Tensor] | None = ...,
         prompt_length: int | None = ...,
@@ -288,6 +289,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         labels: Tensor | None = None,
         alpha: Any = None,
         combine: str | None = None,
+        gate: Any = None,
         member_input_ids: Mapping[str, Tensor] | None = None,
         member_attention_mask: Mapping[str, Tensor] | None = None,
         prompt_length: int | None = None,
@@ -308,7 +310,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             logits_to_keep: how many of the last positions to compute, 0 for all.
             labels: shape = (n_batch, n_columns); the loss is transformers' causal LM loss on the mixed logits.
             alpha: the strength of steering, as in :meth:`generate`; by default the recipe's.
-            combine: the rule by which several experts are joined, as in :meth:`generate`; by default the recipe's.
+            combine, gate: how several experts are joined, and where they steer, as in :meth:`generate`; by default the
+                recipe's.
             member_input_ids: member name -> its own prompt, shape = (n_batch, its width), left-padded.
             member_attention_mask: member name -> mask of the same shape, 0 at padding; by default all ones.
             prompt_length: how many columns of the whole sequence are prompt; needed if members have prompts of their
@@ -335,8 +338,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         if seed is not None:
             raise ProxyTuneError("seed is for sampling by generate(), without beams or an assistant; leave it out")
         n_batch, n_columns = input_ids.shape
-        rule = None if combine is None else rule_of(combine)
-        rows = self.alpha_rows(alpha, n_batch, rule)  # first, so that a bad alpha does not change the cache
+        steering = self.steering.but(combine, gate)
+        rows = self.alpha_rows(alpha, n_batch, steering.rule)  # first, so that a bad alpha does not change the cache
         if use_cache is None:
             use_cache = not self.training
         if use_cache and past_key_values is None:
@@ -378,7 +381,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             if not isinstance(logits_to_keep, int):
                 logits = [values[:, logits_to_keep] for values in logits]
             cache.n_columns = n_cached + n_columns
-        mixed = self.mix_lanes(logits, rows, rule)
+        mixed = self.mix_lanes(logits, rows, steering)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=mixed, labels=labels, vocab_size=mixed.shape[-1], **kwargs)
@@ -436,18 +439,18 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         n_batch = lane_logits[lane].shape[0] // len(self.lanes[lane].seats)
         return lane_logits[lane][block * n_batch : (block + 1) * n_batch]
 
-    def mix_lanes(self, lane_logits: Sequence[Tensor], alpha: Tensor, combine: Rule | None = None) -> Tensor:
+    def mix_lanes(self, lane_logits: Sequence[Tensor], alpha: Tensor, steering: Steering | None = None) -> Tensor:
         """The mixture of all lanes' logits, float32, (n_batch, n_positions, n_vocab of the base)."""
-        return self.mixture(self.all_logits(lane_logits), alpha, combine)
+        return self.mixture(self.all_logits(lane_logits), alpha, steering)
 
-    def mixture(self, logits: Mapping[str, Tensor], alpha: Tensor, combine: Rule | None = None) -> Tensor:
+    def mixture(self, logits: Mapping[str, Tensor], alpha: Tensor, steering: Steering | None = None) -> Tensor:
         """The mixture, (n_batch, n_positions, n_vocab of the base), of logits by member name; alpha by row."""
-        return mix(*self.paired(logits), alpha, **self.mixing(combine))
+        return mix(*self.paired(logits), alpha, **self.mixing(steering))
 
-    def mixing(self, combine: Rule | None = None) -> dict[str, Any]:
+    def mixing(self, steering: Steering | None = None) -> dict[str, Any]:
         """How logits are mixed: the other arguments of :func:`mix`."""
-        plausibility = self.config.plausibility
-        return {"rule": combine or self.combine, "plausibility": plausibility, "vocab_size": self.shared_vocab}
+        own = {"plausibility": self.config.plausibility, "vocab_size": self.shared_vocab}
+        return {**vars(steering or self.steering), **own}
 
     def all_logits(self, lane_logits: Sequence[Tensor]) -> dict[str, Tensor]:
         """Member name -> its rows in all lanes' logits."""
@@ -458,11 +461,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         names = self.expert_names
         return logits["base"], [(logits.get(f"{name}.expert"), logits.get(f"{name}.anti_expert")) for name in names]
 
-    def alpha_rows(self, alpha: Any, n_batch: int, combine: Rule | None = None) -> Tensor:
+    def alpha_rows(self, alpha: Any, n_batch: int, rule: Rule | None = None) -> Tensor:
         """``alpha`` in any accepted form as float32, shape = (n_batch, n_experts); it must fit the rule."""
         default = [expert.alpha for expert in self.experts]  # the config would be parsed again at every token
         rows = alpha_rows(alpha, self.expert_names, default, n_batch)
-        check_rule(combine or self.combine, self.experts, rows)
+        check_rule(rule or self.steering.rule, self.experts, rows)
         return torch.tensor(rows, dtype=torch.float32).reshape(n_batch, len(default))
 
     def _columns(
@@ -519,6 +522,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         *,
         experts: Sequence[Expert | Mapping[str, Any]] | None = None,
         combine: str = "sum",
+        gate: Any = None,
         plausibility: float | None = None,
         renamed_tokens: Mapping[str, Sequence[str]] | None = None,
         tokenizer: Any = None,
@@ -533,7 +537,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             experts: several experts, instead of ``expert``, ``anti_expert`` and ``alpha``. Each is a mapping with
                 ``name``, ``expert``, ``anti_expert`` and ``alpha``; ``expert_prompt`` and ``anti_expert_prompt`` say
                 what the two read.
-            combine, plausibility, renamed_tokens: see :class:`ProxyTuneConfig`.
+            combine, gate, plausibility, renamed_tokens: see :class:`ProxyTuneConfig`.
             tokenizer, tokenizers: the base's tokenizer, and member name -> tokenizer for members in memory. They are
                 needed to compare vocabularies and to make prompts for members.
             **kwargs: how to load members that are not in memory, as in :meth:`from_pretrained` (``dtype``,
@@ -543,7 +547,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             experts = [{"expert": expert, "anti_expert": anti_expert, "alpha": alpha}]
         elif expert is not None or anti_expert is not None:
             raise RecipeError("give either `expert`/`anti_expert` or the list `experts`, not both")
-        own = {"combine": combine, "plausibility": plausibility, "renamed_tokens": renamed_tokens}
+        own = {"combine": combine, "gate": gate, "plausibility": plausibility, "renamed_tokens": renamed_tokens}
         config, given = config_of_members(base, experts, own)
         return cls._load(config, given, tokenizer, dict(tokenizers or {}), kwargs, cls.from_members)
 

@@ -28,10 +28,10 @@ def test_families_ragged_mixed_alpha(shelf, base):
 
 @pytest.mark.parametrize("own", ["mean", "dynamic"])
 def test_every_rule_in_one_batch(shelf, own):
-    """Requests with each rule, and one with the recipe's, in one ragged batch."""
+    """Requests with each rule, with gates, and one that asks for nothing, in one ragged batch."""
     experts = [expert("e", "llama-small", "llama-anti", 0.6), expert("f", "qwen2-small", "qwen2-anti", 0.4)]
     recipe = shelf.recipe(f"of-{own}", "llama", experts=experts, combine=own)
-    asked = [*({"combine": rule} for rule in RULES), {}]
+    asked = [*({"combine": rule} for rule in RULES), {}, {"gate": "unsure=0.5"}, {"gate": "kl=0.1", "combine": "sum"}]
     rows = [ROWS[at % len(ROWS)] for at in range(len(asked))]
     with engine(recipe) as llm:
         tokens = generate(llm, rows, alphas=asked)

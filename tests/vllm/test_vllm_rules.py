@@ -13,11 +13,12 @@ from vllm.config import ModelConfig
 
 from proxytune.errors import AlphaError, MemberError, ProxyTuneError
 from proxytune.recipe.config import ProxyTuneConfig
+from proxytune.recipe.gates import Gate
 from proxytune.recipe.parts import Expert, Member
-from proxytune.recipe.rules import LINEAR, RULES
+from proxytune.recipe.rules import Steering
 from proxytune.recipe.source import Source
 from proxytune.vllm import check_version, hooks
-from proxytune.vllm.alpha import join, requested, split
+from proxytune.vllm.alpha import Request, join, requested, split
 from proxytune.vllm.members import Fitted, _refuse_part
 from proxytune.vllm.plan import Part, refuse
 from proxytune.vllm.weights import Adapter, with_adapter
@@ -287,14 +288,22 @@ EXPERTS = [Expert.parse(expert(name, "one", "other", alpha), 0) for name, alpha 
 
 @pytest.mark.parametrize(("said", "alphas"), tiny.SPELLINGS, ids=repr)
 def test_spellings_that_every_engine_takes(said, alphas):
-    assert requested(said, EXPERTS, "sum", RULES) == [*alphas, 0.0]
-    assert requested({"other": 1, **said}, EXPERTS, "mean", RULES) == [*alphas, 1.0]
+    assert requested(said, EXPERTS, Steering()) == Request(tuple(alphas), Steering())
+    assert requested({"other": 1, **said}, EXPERTS, Steering("mean")) == Request(tuple(alphas), Steering("mean"))
+
+
+def test_rules_and_gates_of_a_request():
+    own = Steering("mean", Gate("kl", 0.5))
+    assert requested({}, EXPERTS, own).steering == own
+    assert requested({"combine": "union"}, EXPERTS, own).steering == Steering("union", Gate("kl", 0.5))
+    assert requested({"gate": "unsure=0.9"}, EXPERTS, own).steering == Steering("mean", Gate("unsure", 0.9))
+    assert requested({"gate": "none"}, EXPERTS, own, split=True).steering == Steering("mean")
 
 
 @pytest.mark.parametrize(("said", "message"), tiny.MISSPELLINGS, ids=repr)
 def test_misspellings_are_refused(said, message):
     with pytest.raises(AlphaError, match=message):
-        requested(said, EXPERTS, "sum", RULES)
+        requested(said, EXPERTS, Steering())
 
 
 @pytest.mark.parametrize(
@@ -302,13 +311,15 @@ def test_misspellings_are_refused(said, message):
     [
         ({"combine": "product"}, "there is no rule 'product'"),
         ({"combine": 1}, "there is no rule 1"),
-        ({"combine": "union"}, "needs whole vocabularies"),
+        ({"combine": "union"}, "the rule union needs whole vocabularies"),
+        ({"gate": "kl=1"}, "the gate kl=1 needs whole vocabularies"),
+        ({"gate": "kl"}, "the gate kl needs a number of nats above 0"),
         ({"combine": "convex"}, "sum to at most 1, unlike 1, 0.4"),
     ],
 )
 def test_rules_that_a_request_cannot_have(said, message):
     with pytest.raises(ProxyTuneError, match=message):
-        requested(said, EXPERTS, "sum", LINEAR)
+        requested(said, EXPERTS, Steering(), split=True)
 
 
 # -- versions and interfaces ----------------------------------------------------------------------------------
@@ -365,7 +376,7 @@ def test_the_v2_hook_fits():
     assert {"num_reqs", "idx_mapping_np", "query_start_loc_np"} <= set(InputBatch.__dataclass_fields__)
 
     told = []
-    recipe = SimpleNamespace(alphas=[1.0], alphas_of=lambda params: [params])
+    recipe = SimpleNamespace(asked_by=lambda params: [params])
     state = state_class.__new__(state_class)
     state.model = SimpleNamespace(recipe=recipe, set_alphas=lambda rows, n: told.append((rows, n.tolist())))
     state.slots = [[1.0]] * 4

@@ -98,7 +98,7 @@ class Doctor:
         self.arms: dict[str, Arm] = {arm.name: arm for arm in reversed(made)}
         self.alone = {name: arms.member(name) for name in self.arms if name not in (MEAN, STEERED)}  # arm -> member
         self.model, self.tokenizer = self.arms[STEERED].model, self.arms[STEERED].tokenizer
-        check_fit(self.model.combine)
+        check_fit(self.model.steering)
 
     def predicted_speed(self, acceptance: float) -> float:
         """Tokens per second of one steered row relative to the base alone, by the cost model that paces the drafts."""

@@ -222,12 +222,14 @@ def limit(
         note: called for a reference that cannot be read, which is left out.
 
     Raises:
-        ProxyTuneError: for the rules convex and dynamic.
+        ProxyTuneError: for the rules convex and dynamic, and with a gate.
     """
-    if model.combine in ("convex", "dynamic"):
+    rule, gate = vars(model.steering).values()
+    if gate is not None or rule in ("convex", "dynamic"):
+        what = "with a gate" if gate is not None else f"under the rule {rule}"
         raise ProxyTuneError(
-            f"under the rule {model.combine} the mixture is no straight line in the strength of steering, so no limit "
-            "is known; use another rule"
+            f"{what} the mixture is no straight line in the strength of steering, so no limit "
+            "is known; use another recipe"
         )
     for number, reference in enumerate(references, start=1):
         try:

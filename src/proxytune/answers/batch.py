@@ -94,7 +94,7 @@ def fingerprint(config: ProxyTuneConfig, settings: dict[str, Any]) -> str:
     """Twelve hex digits that differ if a recipe's members or a job's settings differ. (Alpha is not part of them: each
     result has its own.)"""
     experts = [{key: value for key, value in expert.items() if key != "alpha"} for expert in config.experts]
-    said = [config.base, experts, config.combine, config.plausibility, settings]
+    said = [config.base, experts, config.combine, config.gate, config.plausibility, settings]
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

@@ -12,10 +12,11 @@ from typing import Any
 from proxytune.errors import ProxyTuneError
 from proxytune.options import option
 from proxytune.recipe.alpha import alpha_of_text
+from proxytune.recipe.gates import FORMS, gate_text
 from proxytune.recipe.parts import refuse_negative
 from proxytune.recipe.rules import RULES, Rule, rule_of
 
-__all__ = ["ALPHA", "COMBINE", "AnswerOptions", "ChatOptions", "ChatSampling", "JobOptions", "Sampling"]
+__all__ = ["ALPHA", "COMBINE", "GATE", "AnswerOptions", "ChatOptions", "ChatSampling", "JobOptions", "Sampling"]
 
 ALPHA: dict[str, Any] = {
     "help": "Strength of steering, instead of the recipe's: a number for all experts, or NAME=NUMBER for one. "
@@ -29,6 +30,12 @@ COMBINE: dict[str, Any] = {
     "help": "Rule by which several experts are joined, instead of the recipe's.",
     "metavar": "|".join(RULES),
     "parse": rule_of,
+}
+GATE: dict[str, Any] = {
+    "help": "Where to steer, instead of the recipe's gate: where the base is unsure (its best token below P), where "
+    "its entropy is high, or as far as KL(steered || base) allows.",
+    "metavar": FORMS,
+    "parse": gate_text,
 }
 MOST: dict[str, Any] = {
     "help": "Maximum number of new tokens per answer.",
@@ -44,6 +51,7 @@ class AnswerOptions:
 
     alpha: float | Mapping[str, float] | None = option(None, **ALPHA)
     combine: Rule | None = option(None, **COMBINE)
+    gate: str | None = option(None, **GATE)
     max_new_tokens: int = option(256, **MOST)
     chat: bool = option(False, "Put each prompt into the recipe's chat template, as the user's turn.")
     system: str | None = option(

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from proxytune.decoding.mixing import mix
+from proxytune.recipe.gates import Gate
 from proxytune.recipe.rules import Rule
 
 __all__ = ["plain_loop"]
@@ -31,6 +32,7 @@ def plain_loop(
     max_new_tokens: int,
     *,
     rule: Rule = "sum",
+    gate: Gate | None = None,
     plausibility: float | None = None,
     logits_processor: LogitsProcessorList | None = None,
     temperature: float | None = None,
@@ -41,7 +43,7 @@ def plain_loop(
         base: the model that is steered.
         experts: (expert or None, anti-expert or None, alpha) each. LoRA experts must be merged before.
         input_ids: shape = (n_batch, n_prompt), read by every model.
-        rule, plausibility: see :func:`proxytune.decoding.mixing.mix`.
+        rule, gate, plausibility: see :func:`proxytune.decoding.mixing.mix`.
         logits_processor: applied to the mixed logits, shape = (n_batch, n_vocab).
         temperature: for sampling; None is greedy.
 
@@ -66,7 +68,7 @@ def plain_loop(
         logits = iter([output.logits[:, -1:] for output in outputs])
         base_logits = next(logits)
         pairs = [tuple(None if side is None else next(logits) for side in pair) for *pair, _ in experts]
-        mixed = mix(base_logits, pairs, alpha, rule=rule, plausibility=plausibility)[:, -1]  # type: ignore[arg-type]
+        mixed = mix(base_logits, pairs, alpha, rule=rule, gate=gate, plausibility=plausibility)[:, -1]  # type: ignore[arg-type]
         if logits_processor is not None:
             mixed = logits_processor(input_ids, mixed)  # type: ignore[arg-type]
         if temperature is None:

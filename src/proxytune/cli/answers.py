@@ -83,7 +83,7 @@ def generate(
     from proxytune.recipe.prompts import refuse_unread
     from proxytune.recipe.store import load_recipe
 
-    config = load_recipe(recipe).with_combine(options.combine)
+    config = load_recipe(recipe).with_mixing(options.combine, options.gate)
     refuse_unread(options.negative_prompt, (member.prompt for _, member in config.members()))
     names = [expert.name for expert in config.expert_list]
     alphas = resolve_alpha(options.alpha, names, config.alphas)
@@ -98,7 +98,7 @@ def generate(
         n_broken = len(broken)
         if not items and not broken:
             raise ProxyTuneError(f"{job.input} holds no prompts")
-    asked = {name: value for name, value in vars(options).items() if name not in ("alpha", "combine")}
+    asked = {name: value for name, value in vars(options).items() if name not in ("alpha", "combine", "gate")}
     said = {"sampling": vars(sampling), **asked, "dtype": loading.dtype}
     run = fingerprint(config, said)
     top_k = job.trace_top_k or TOP_K if job.trace is not None or job.explain else None

@@ -194,7 +194,7 @@ def _run(
     from proxytune.evaluation.tasks.utils import problems_file
     from proxytune.recipe.store import load_recipe
 
-    config = load_recipe(recipe).with_combine(options.combine)
+    config = load_recipe(recipe).with_mixing(options.combine, options.gate)
     place = output or Path(f"{command}-{Path(recipe.rstrip('/')).name or 'recipe'}")
     code = replace(code, ks=(10, 1))  # pass@10 first, the paper's
 

@@ -127,7 +127,7 @@ def _made(
     from proxytune.recipe.prompts import refuse_unread
     from proxytune.recipe.store import load_recipe
 
-    config = load_recipe(recipe).with_combine(options.combine)
+    config = load_recipe(recipe).with_mixing(options.combine, options.gate)
     refuse_unread(options.negative_prompt, (member.prompt for _, member in config.members()))
     names = [expert.name for expert in config.expert_list]
     alphas = resolve_alpha(options.alpha, names, config.alphas)

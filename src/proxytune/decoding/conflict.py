@@ -12,7 +12,7 @@ from torch import Tensor
 
 from proxytune.decoding.mixing import Pairs, mix
 
-__all__ = ["Conflict", "conflicts"]
+__all__ = ["Conflict", "conflicts", "lined_up"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,15 @@ class Conflict:
         }
 
 
+def lined_up(experts: Pairs) -> Pairs:
+    """Logits of single tokens, (n_tokens, n_shared), as those of n_tokens rows with one position each."""
+
+    def alone(side: Tensor | None) -> Tensor | None:
+        return None if side is None else side[:, None]
+
+    return [(alone(expert), alone(anti_expert)) for expert, anti_expert in experts]
+
+
 def conflicts(base: Tensor, experts: Pairs, alpha: Tensor, *, plausibility: float | None = None) -> list[Conflict]:
     """The conflict of at least two experts at each of several positions.
 
@@ -47,13 +56,9 @@ def conflicts(base: Tensor, experts: Pairs, alpha: Tensor, *, plausibility: floa
         base, experts: logits of the ids that all members share, (n_tokens, n_shared) each.
         alpha: shape = (n_tokens, n_experts). plausibility: see :func:`proxytune.decoding.mixing.mix`.
     """
-
-    def alone(side: Tensor | None) -> Tensor | None:
-        return None if side is None else side[:, None]
-
     log_ps, offsets = [], []
-    for at, (expert, anti_expert) in enumerate(experts):
-        one, weight = [(alone(expert), alone(anti_expert))], alpha[:, at : at + 1]
+    for at, pair in enumerate(lined_up(experts)):
+        one, weight = [pair], alpha[:, at : at + 1]
         log_ps.append(mix(base[:, None], one, weight, plausibility=plausibility)[:, 0].log_softmax(dim=-1))
         offsets.append(mix(torch.zeros_like(base)[:, None], one, weight)[:, 0])
     columns = [_cosine(torch.stack(offsets)), _distance(torch.stack(log_ps)), _disagree(torch.stack(log_ps))]

@@ -30,9 +30,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from proxytune.recipe.gates import Gate
 from proxytune.recipe.rules import Rule
 
-__all__ = ["Members", "Pairs", "as_sum", "mix", "scale_to"]
+__all__ = ["Members", "Pairs", "as_sum", "joined", "mix", "opening", "scale_to"]
 
 LARGEST_SCALE = 2.0  # of the offsets, under "dynamic"
 BISECTIONS = 18  # of the search for it: an error of 1e-5
@@ -48,6 +49,7 @@ def mix(
     alpha: Tensor,
     *,
     rule: Rule = "sum",
+    gate: Gate | None = None,
     plausibility: float | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
@@ -60,6 +62,8 @@ def mix(
         alpha: shape = (n_batch or 1, n_experts), float32.
         rule: how several experts are joined, see the equations above. The caller has checked that it fits the experts
             (:func:`proxytune.recipe.rules.check_rule`).
+        gate: where and how far steering applies, see :class:`proxytune.recipe.gates.Gate`. Where it is closed, the
+            mixture is the base.
         plausibility: keep only tokens with ``p_base >= plausibility * max p_base`` (2210.15097, eq. 3).
         vocab_size: the ids below it are in every member's vocabulary; by default the narrowest width.
 
@@ -92,7 +96,8 @@ def mix(
             for pair in experts
         ]
     if experts:
-        steered += _joined(rule, steered, experts, weights)
+        added = joined(rule, steered, experts, weights)
+        steered += added if gate is None else _times(added, opening(gate, steered, added))
     if plausibility is not None:
         scores = base[..., :shared].float()  # the threshold is taken over the ids that can be chosen at all
         implausible = scores < scores.amax(dim=-1, keepdim=True) + math.log(plausibility)
@@ -109,7 +114,7 @@ def as_sum(rule: Rule, base: Tensor, experts: Pairs, alpha: Tensor) -> tuple[Pai
     return experts, alpha / len(experts) if rule == "mean" else alpha
 
 
-def _joined(rule: Rule, base: Tensor, experts: Pairs, alpha: Tensor) -> Tensor:
+def joined(rule: Rule, base: Tensor, experts: Pairs, alpha: Tensor) -> Tensor:
     """What steering adds to the base's logits, of their shape (n_batch, n_positions, n_shared)."""
 
     def offsets() -> Iterator[Tensor]:
@@ -126,17 +131,38 @@ def _joined(rule: Rule, base: Tensor, experts: Pairs, alpha: Tensor) -> Tensor:
         return reduce(torch.maximum, offsets())
     if rule == "intersection":
         return reduce(torch.minimum, offsets())
-    joined = reduce(torch.Tensor.add_, offsets())
+    added = reduce(torch.Tensor.add_, offsets())
     if rule != "dynamic":
-        return joined
+        return added
     learned = sum(
         _divergence(expert, anti_expert) * alpha[:, index, None].abs()  # (n_batch, n_positions)
         for index, (expert, anti_expert) in enumerate(experts)
         if expert is not None and anti_expert is not None
     )
-    scale = scale_to(base, joined, learned / len(experts), LARGEST_SCALE)[..., None]
-    excluded = joined == -torch.inf
-    return (joined.masked_fill(excluded, 0.0) * scale).masked_fill(excluded, -torch.inf)
+    return _times(added, scale_to(base, added, learned / len(experts), LARGEST_SCALE))
+
+
+def _times(offset: Tensor, scale: Tensor) -> Tensor:
+    """Offsets (..., n_vocab) by a factor of at least 0, (...,); 0 lifts the exclusion of tokens."""
+    excluded = offset == -torch.inf
+    return (offset.masked_fill(excluded, 0.0) * scale[..., None]).masked_fill(
+        excluded & (scale[..., None] > 0), -torch.inf
+    )
+
+
+def opening(gate: Gate, base: Tensor, offset: Tensor) -> Tensor:
+    """How far a gate is open: the factor of what steering adds, from 0 (closed) to 1, (...,).
+
+    Args:
+        base, offset: logits of the base, and what steering would add, (..., n_vocab), float32.
+    """
+    if gate.kind == "kl":
+        return scale_to(base, offset, gate.value, 1.0)
+    log_p = base.log_softmax(dim=-1)
+    if gate.kind == "unsure":
+        return (log_p.amax(dim=-1) < math.log(gate.value)).float()
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(dim=-1)
+    return (entropy >= gate.value).float()
 
 
 def scale_to(base: Tensor, offset: Tensor, divergence: Tensor | float, largest: float) -> Tensor:

@@ -14,11 +14,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from proxytune.decoding.conflict import Conflict, conflicts
+from proxytune.decoding.conflict import Conflict, conflicts, lined_up
 from proxytune.decoding.flips import best, contenders, flips, top
 from proxytune.decoding.lane import Scores
-from proxytune.decoding.mixing import Members, as_sum, mix
-from proxytune.recipe.rules import LINEAR, Rule
+from proxytune.decoding.mixing import Members, as_sum, joined, mix, opening
+from proxytune.recipe.rules import LINEAR, Steering
 
 __all__ = ["TOP_K", "Candidate", "TokenTrace", "Tracer", "json_number"]
 
@@ -76,8 +76,9 @@ class TokenTrace:
             their probability in the mixture.
         flips: expert name -> what greedy decoding would choose here at any alpha of that expert from 0 to 3, with the
             other experts unchanged: pairs (alpha, id), where the id is chosen from that alpha on. Empty for rules under
-            which the mixture is no straight line in alpha.
+            which the mixture is no straight line in alpha, and with a gate.
         conflict: how far the experts disagree; None if there are fewer than two.
+        opened: how far the gate is open, from 0 (the base alone) to 1; None without a gate.
 
     Example:
         >>> import torch
@@ -103,6 +104,7 @@ class TokenTrace:
     candidates: tuple[Candidate, ...]
     flips: dict[str, tuple[tuple[float, int], ...]]
     conflict: Conflict | None = None
+    opened: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON, numbers with six digits after the point; an infinite or undefined one is None."""
@@ -120,6 +122,7 @@ class TokenTrace:
             "candidates": [each.to_json() for each in self.candidates],
             "flips": {name: [[json_number(alpha), id_] for alpha, id_ in pairs] for name, pairs in self.flips.items()},
             **({} if self.conflict is None else {"conflict": self.conflict.to_json()}),
+            **({} if self.opened is None else {"opened": round(self.opened, DIGITS)}),
         }
 
 
@@ -139,7 +142,7 @@ class Tracer:
         names: Sequence[str],
         *,
         top_k: int,
-        rule: Rule,
+        steering: Steering,
         plausibility: float | None,
         n_shared: int,
     ) -> None:
@@ -148,12 +151,12 @@ class Tracer:
             prompt: the members' logits after the prompt, and ``mixed``, their mixture, (n_batch, 1, n_vocab) each.
             members: gives the members' logits from all lanes' scores. names: the experts' names.
             top_k: candidates per distribution.
-            rule, plausibility: see :func:`proxytune.decoding.mixing.mix`. Flips are found for rules under which the
-                mixture is a straight line in each alpha.
+            steering, plausibility: see :func:`proxytune.decoding.mixing.mix`. Flips are found where the mixture is a
+                straight line in each alpha: for some rules, and without a gate.
             n_shared: ids below it are in every member's vocabulary.
         """
         self.members, self.names, self.top_k = members, list(names), min(top_k, n_shared)
-        self.rule, self.plausibility, self.n_shared = rule, plausibility, n_shared
+        self.rule, self.gate, self.plausibility, self.n_shared = steering.rule, steering.gate, plausibility, n_shared
         self.seen = [(prompt, mixed.clone())]  # this step's, position after position
 
     def see(self, scores: Sequence[Scores], mixed: Tensor) -> None:
@@ -257,7 +260,7 @@ class Tracer:
         blocks = [torch.stack([column.float() for column in columns], dim=1), candidates]
         blocks += [each[:, 1:] for each in (base_logs, mixed_logs, self._implausible(base, spots), *deltas)]
         blocks += [expert[:, 1:] for expert, _ in sides_at]
-        for k, (expert, anti_expert) in enumerate(experts if self.rule in LINEAR else ()):
+        for k, (expert, anti_expert) in enumerate(experts if self.rule in LINEAR and self.gate is None else ()):
             others = [at for at in range(len(experts)) if at != k]
             start = self._mix(base, [experts[at] for at in others], weights[:, others])
             up, down = (torch.zeros_like(base) if side is None else side for side in (expert, anti_expert))
@@ -268,24 +271,23 @@ class Tracer:
         apart: Sequence[Conflict | None] = [None] * len(ids)
         if len(experts) > 1:
             apart = conflicts(base, experts, alpha, plausibility=self.plausibility)
+        opened: Sequence[float | None] = [None] * len(ids)
+        if self.gate is not None:
+            added = joined(self.rule, base[:, None], lined_up(experts), weights)
+            opened = opening(self.gate, base[:, None], added)[:, 0].tolist()
 
         # One transfer: float32 holds every id and rank below 2^24.
         lines = iter(torch.cat([block.float() for block in blocks], dim=1).split([b.shape[1] for b in blocks], dim=1))
         told = [line.tolist() for line in lines]
         present = [expert is not None for expert, _ in experts]
         return [
-            self._record(token, [block[row] for block in told], origins[row], present, apart[row])
+            self._record(token, [block[row] for block in told], origins[row], present, apart[row], opened[row])
             for row, token in enumerate(ids.tolist())
         ]
 
     def _mix(self, base: Tensor, experts: Sequence[tuple[Tensor | None, Tensor | None]], alpha: Tensor) -> Tensor:
         """The mixture of each token by itself, (n_tokens, n_shared)."""
-
-        def alone(side: Tensor | None) -> Tensor | None:
-            return None if side is None else side[:, None]
-
-        pairs = [(alone(expert), alone(anti_expert)) for expert, anti_expert in experts]
-        return mix(base[:, None], pairs, alpha, plausibility=self.plausibility)[:, 0]
+        return mix(base[:, None], lined_up(experts), alpha, plausibility=self.plausibility)[:, 0]
 
     def _implausible(self, base: Tensor, spots: Tensor) -> Tensor:
         """Whether the plausibility mask cuts tokens, of shape ``spots``."""
@@ -301,6 +303,7 @@ class Tracer:
         origin: Origin,
         present: Sequence[bool],
         conflict: Conflict | None,
+        opened: float | None,
     ) -> TokenTrace:
         """One token's numbers, in the order in which :meth:`_trace` puts them; ``present``: who is an expert at all."""
         n_experts = len(self.names)
@@ -337,6 +340,7 @@ class Tracer:
                 for name, ids_, starts, slopes in zip(self.names, lines[::3], lines[1::3], lines[2::3])
             },
             conflict=conflict,
+            opened=opened,
         )
 
 

@@ -279,7 +279,8 @@ class Arms:
         base = self.members["base"]
         experts = [replace(e, anti_expert=base, alpha=1.0) for e in self.config.expert_list if e.expert is not None]
         config = self.config.with_members(lambda _, member: member)
-        config.experts, config.combine, config.plausibility = [e.to_json() for e in experts], "sum", None
+        config.experts, config.combine = [e.to_json() for e in experts], "sum"
+        config.gate = config.plausibility = None
         sources = self._sources_of_mean()
         given = {name: self._lane(of).alone(of) for name, of in sources.items()}
         tokenizers = {name: self._tokenizer(of) for name, of in sources.items()}

@@ -24,7 +24,7 @@ from proxytune.answers.generation import Encoded
 from proxytune.decoding.mixing import Members, mix
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.statistics import bootstrap_of
-from proxytune.recipe.rules import Rule
+from proxytune.recipe.rules import Steering
 
 if TYPE_CHECKING:
     from proxytune.model import ProxyTunedForCausalLM
@@ -83,9 +83,9 @@ def read_gold(model: ProxyTunedForCausalLM, encoded: Encoded, ids: Sequence[int]
     return model(read, output_member_logits=True, use_cache=False, logits_to_keep=len(ids), **more).member_logits
 
 
-def check_fit(rule: Rule) -> None:
+def check_fit(steering: Steering) -> None:
     """Raise :class:`ProxyTuneError` for a rule whose alphas cannot be any number on the grid."""
-    if rule == "convex":
+    if steering.rule == "convex":
         raise ProxyTuneError("under the rule convex alphas sum to at most 1, so no alpha is fitted; use another rule")
 
 

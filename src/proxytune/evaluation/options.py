@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from proxytune.answers.options import ALPHA, COMBINE
+from proxytune.answers.options import ALPHA, COMBINE, GATE
 from proxytune.errors import AlphaError, ProxyTuneError
 from proxytune.evaluation import EVAL_TASKS, check_tasks, data_place
 from proxytune.options import numbers, option, words
@@ -35,6 +35,7 @@ class EvaluationOptions:
     )
     alpha: float | Mapping[str, float] | None = option(None, **ALPHA)
     combine: Rule | None = option(None, **COMBINE)
+    gate: str | None = option(None, **GATE)
     data: str | None = option(
         None,
         "A file or a folder with the data, instead of the hub.",

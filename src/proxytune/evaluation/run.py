@@ -346,7 +346,7 @@ def fit_task(arm: Arm, plan: TaskPlan, seed: int) -> dict[str, Any]:
         ProxyTuneError: for a gold answer that the members cannot read.
     """
     names = arm.model.expert_names
-    check_fit(arm.model.combine)
+    check_fit(arm.model.steering)
     found, n_tokens = [], 0
     for job in plan.jobs["raw"]:
         if job.sample:
@@ -506,6 +506,7 @@ def manifest_of(
             "base": config.base,
             "experts": experts,
             "combine": config.combine,
+            "gate": config.gate,
             "plausibility": config.plausibility,
             "alpha": what.get("sweep", dict(zip(names, _alphas(config, options)))),
             "tuned": options.tuned,

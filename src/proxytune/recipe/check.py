@@ -107,6 +107,7 @@ class Report:
     members: list[MemberReport]
     alpha: dict[str, float]
     combine: str
+    gate: dict[str, float] | None
     plausibility: float | None
     weight_bytes: int
     kv_bytes_per_token: int | None
@@ -173,6 +174,7 @@ def check_recipe(config: ProxyTuneConfig, loading: Loading | None = None, *, ask
         members=members,
         alpha=dict(zip((expert.name for expert in config.expert_list), config.alphas)),
         combine=config.combine,
+        gate=config.gate,
         plausibility=config.plausibility,
         weight_bytes=sum(report.weight_bytes for report in members),
         kv_bytes_per_token=None if None in grown else sum(size or 0 for size in grown),

@@ -26,6 +26,7 @@ from transformers import AutoConfig, PreTrainedConfig
 import proxytune
 from proxytune.errors import RecipeError
 from proxytune.recipe.alpha import resolve_alpha
+from proxytune.recipe.gates import gate_of
 from proxytune.recipe.parts import RECIPE_FIELDS, ApiBase, Expert, Member, parse_base, parse_experts, unknown_field
 from proxytune.recipe.place import MODEL_TYPE
 from proxytune.recipe.rules import Rule, check_rule, rule_of
@@ -48,6 +49,8 @@ class ProxyTuneConfig(PreTrainedConfig):
         experts: a list with one :class:`Expert` (or its JSON form) per steering term, in order.
         combine: the rule by which several experts are joined: ``"sum"`` (the default), ``"mean"``, ``"convex"``,
             ``"dynamic"``, ``"union"`` or ``"intersection"``; see :mod:`proxytune.decoding.mixing`.
+        gate: at which tokens to steer, ``{"unsure": 0.9}`` for example; see :class:`proxytune.recipe.gates.Gate`. By
+            default all.
         plausibility: only tokens with ``p_base(x) >= plausibility * max p_base`` may be chosen
             (2210.15097, eq. 3); in (0, 1], or None for no mask.
         renamed_tokens: id -> the names of its token in different members, ``{"151643": ["<|endoftext|>",
@@ -78,6 +81,7 @@ class ProxyTuneConfig(PreTrainedConfig):
     base: Any = None
     experts: Any = None
     combine: str = "sum"
+    gate: Any = None
     plausibility: float | None = None
     renamed_tokens: Any = None
     description: str | None = None
@@ -94,6 +98,8 @@ class ProxyTuneConfig(PreTrainedConfig):
             raise RecipeError("the recipe names no `base`; name the model to steer")
         base = parse_base(self.base)
         experts = parse_experts(self.experts)
+        gate = gate_of(self.gate)
+        self.gate = None if gate is None else gate.to_json()
         check_rule(rule_of(self.combine), experts, [[expert.alpha for expert in experts]])
         if self.plausibility is not None and not (
             isinstance(self.plausibility, (int, float))
@@ -176,10 +182,13 @@ class ProxyTuneConfig(PreTrainedConfig):
         known = {*WRITTEN_BY_TRANSFORMERS, *(f.name for f in fields(self))} - {"dtype"}
         return {key: value for key, value in super().to_dict().items() if key in known or key.startswith("_")}
 
-    def with_combine(self, rule: Rule | None) -> ProxyTuneConfig:
-        """A copy with another rule, unless that is None. A call checks that the rule fits its alphas."""
+    def with_mixing(self, rule: Rule | None, gate: Any = None) -> ProxyTuneConfig:
+        """A copy with another rule and gate, unless they are None. A call checks that the rule fits its alphas."""
         copied = self.with_members(lambda _, member: member)
         copied.combine = rule or self.combine
+        if gate is not None:
+            own = gate_of(gate)
+            copied.gate = None if own is None else own.to_json()
         return copied
 
     def with_alpha(self, alpha: Mapping[str, float] | list[float] | tuple[float, ...] | float) -> ProxyTuneConfig:

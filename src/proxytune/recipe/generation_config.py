@@ -68,7 +68,7 @@ OF_A_CALL = OF_A_FILE | {
 # What the commands keep. They choose the token, the length and the cache themselves, and need no note to say so.
 OF_A_COMMAND = TOKENS | SCORES | {"min_new_tokens", "stop_strings"}
 OWN_CHOICE = SAMPLING | BEAMS | IDLE | OUTPUTS | {"cache_implementation", "max_length", "max_new_tokens", "use_cache"}
-OURS = ("alpha", "combine", "member_attention_mask", "member_input_ids", "speculate")
+OURS = ("alpha", "combine", "gate", "member_attention_mask", "member_input_ids", "speculate")
 
 
 # -- reading --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 from proxytune.errors import ProxyTuneError, RecipeError
 from proxytune.options import option
+from proxytune.recipe.gates import FORMS, gate_text
 from proxytune.recipe.presets import PRESETS
 from proxytune.recipe.rules import RULES, rule_of
 from proxytune.recipe.source import resolve
@@ -242,6 +243,14 @@ class ComposeOptions:
         metavar="|".join(RULES),
         panel="Mixing",
         parse=rule_of,
+    )
+    gate: str | None = option(
+        None,
+        "Steer only where the base is unsure (its best token below P), or its entropy is high, or as far as "
+        "KL(steered || base) allows.",
+        metavar=FORMS,
+        panel="Mixing",
+        parse=gate_text,
     )
     plausibility: float | None = option(
         None, "Choose only tokens with p_base >= P * max p_base.", metavar="P", panel="Mixing"

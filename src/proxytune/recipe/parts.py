@@ -33,7 +33,7 @@ __all__ = [
 SERVERS = ("auto", "openai", "vllm", "llama.cpp")
 API_FIELDS = ("api", "model", "tokenizer", "top_logprobs", "key", "server")
 PROMPT_KINDS = ("raw", "chat", "template", "negative")
-RECIPE_FIELDS = ("base", "experts", "combine", "plausibility", "renamed_tokens", "description", "examples")
+RECIPE_FIELDS = ("base", "experts", "combine", "gate", "plausibility", "renamed_tokens", "description", "examples")
 
 
 def _is_text(value: Any) -> bool:

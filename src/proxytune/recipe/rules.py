@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from proxytune.errors import AlphaError, RecipeError
+from proxytune.recipe.gates import Gate, gate_of
 
 if TYPE_CHECKING:
     from proxytune.recipe.parts import Expert
 
-__all__ = ["LINEAR", "RULES", "Rule", "check_rule", "rule_of"]
+__all__ = ["LINEAR", "RULES", "Rule", "Steering", "check_rule", "rule_of"]
 
 Rule = Literal["sum", "mean", "convex", "dynamic", "union", "intersection"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 LINEAR: tuple[Rule, ...] = ("sum", "mean", "convex")  # the mixture is a straight line in each alpha
 ROUNDING = 1e-6  # of alphas that sum to 1
+
+
+@dataclass(frozen=True)
+class Steering:
+    """How experts are joined, and where they steer."""
+
+    rule: Rule = "sum"
+    gate: Gate | None = None
+
+    @property
+    def local(self) -> bool:
+        """Whether a part of the vocabulary can be mixed without the rest."""
+        return self.rule in LINEAR and self.gate is None
+
+    def but(self, combine: Any = None, gate: Any = None) -> Steering:
+        """With another rule and gate, unless they are None; the gate ``"none"`` is always open.
+
+        Raises:
+            RecipeError: for an unknown rule or gate.
+        """
+        rule = self.rule if combine is None else rule_of(combine)
+        return Steering(rule, self.gate if gate is None else gate_of(gate))
 
 
 def rule_of(name: Any) -> Rule:

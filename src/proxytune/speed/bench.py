@@ -336,7 +336,7 @@ def _plain(model: ProxyTunedForCausalLM, ids: Tensor, n_new: int, temperature: f
         [(side(f"{one.name}.expert"), side(f"{one.name}.anti_expert"), one.alpha) for one in model.experts],
         ids,
         n_new,
-        rule=model.combine,
+        **vars(model.steering),
         plausibility=model.config.plausibility,
         logits_processor=processors,
         temperature=temperature,

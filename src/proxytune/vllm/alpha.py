@@ -5,6 +5,7 @@ A request has ``extra_args`` (``vllm_xargs`` in the OpenAI API), which can hold 
     {"alpha": 0.5}                   for all experts {"alpha": [0.5, 1.0]}            one per expert, in the recipe's
     order {"alpha.math": 0.5}              for one expert by name; others use "alpha" or the recipe's
     {"combine": "mean"}              the rule by which several experts are joined
+    {"gate": "unsure=0.9"}           where to steer
 
 The transformers engine takes the same (:func:`proxytune.recipe.alpha.take_alpha`).
 """
@@ -12,6 +13,7 @@ The transformers engine takes the same (:func:`proxytune.recipe.alpha.take_alpha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,36 +22,46 @@ from torch import Tensor
 from proxytune.errors import RecipeError
 from proxytune.recipe.alpha import resolve_alpha, take_alpha
 from proxytune.recipe.parts import Expert
-from proxytune.recipe.rules import RULES, Rule, check_rule, rule_of
+from proxytune.recipe.rules import Steering, check_rule
 
-__all__ = ["PIECES", "join", "requested", "split"]
+__all__ = ["PIECES", "Request", "join", "requested", "split"]
 
 PIECES = 3  # three bfloat16 with 8 bits each hold the 24 bits of a float32 exactly
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a request asks for: one alpha per expert, and how they steer."""
+
+    alphas: tuple[float, ...]
+    steering: Steering
+
+
 def requested(
-    extra_args: Mapping[str, Any] | None, experts: Sequence[Expert], combine: Rule, possible: Sequence[Rule]
-) -> list[float]:
-    """The alpha of each expert for one request, and the number of its rule. Other keys of ``extra_args`` are ignored.
+    extra_args: Mapping[str, Any] | None, experts: Sequence[Expert], own: Steering, *, split: bool = False
+) -> Request:
+    """What a request asks for. Other keys of ``extra_args`` are ignored.
 
     Args:
-        experts, combine: the recipe's. possible: the rules that this engine can apply.
+        experts, own: the recipe's experts, and how they steer. split: whether vocabularies are split over processes,
+            so that a request cannot ask for what needs them whole.
 
     Raises:
         AlphaError: for a value that is not finite or does not fit the rule, a list of another length, or an unknown
-            name. RecipeError: for a rule that is unknown or not possible.
+            name. RecipeError: for a rule or gate that is unknown or not possible.
     """
     names, others = [expert.name for expert in experts], dict(extra_args or {})
-    rule = rule_of(others.pop("combine", combine))
+    steering = own.but(others.pop("combine", None), others.pop("gate", None))
     alpha = take_alpha(others, names, others.pop("alpha", None))
     row = resolve_alpha(alpha, names, [expert.alpha for expert in experts])
-    check_rule(rule, experts, [row])
-    if rule not in possible:
+    check_rule(steering.rule, experts, [row])
+    if split and not steering.local:
+        what = f"the gate {steering.gate}" if steering.gate is not None else f"the rule {steering.rule}"
         raise RecipeError(
-            f"the rule {rule} needs whole vocabularies, which are split over processes here; use one of "
-            f"{', '.join(possible)}, or name it in the recipe"
+            f"{what} needs whole vocabularies, which are split over processes here; leave it out, or name it in the "
+            "recipe"
         )
-    return [*row, float(RULES.index(rule))]
+    return Request(row, steering)
 
 
 def split(alpha: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,8 +22,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.config import ProxyTuneConfig
-from proxytune.recipe.rules import LINEAR, RULES, rule_of
-from proxytune.vllm.alpha import requested
+from proxytune.recipe.rules import Steering
+from proxytune.vllm.alpha import Request, requested
 
 __all__ = ["AlphaCheck", "Recipe", "alpha_state_class", "serve", "serve_split", "shards_of", "wrap_v1_runner"]
 
@@ -34,32 +34,32 @@ class Recipe:
     """A recipe's experts, and how they are mixed unless a request says otherwise; read once.
 
     Attributes:
-        alphas: one per expert, and the number of the rule. possible: the rules that a request can ask for.
+        own: what a request asks for that says nothing. split: see :func:`proxytune.vllm.alpha.requested`.
     """
 
     def __init__(self, config: ProxyTuneConfig) -> None:
         self.experts = config.expert_list
         self.names = [expert.name for expert in self.experts]
-        self.combine, self.possible = rule_of(config.combine), RULES
-        self.alphas = requested({}, self.experts, self.combine, RULES)
+        self.own = requested({}, self.experts, Steering().but(config.combine, config.gate))
+        self.split = False
 
-    def requested(self, extra_args: Mapping[str, Any] | None) -> list[float]:
-        """The alphas and the rule of a request; see :func:`proxytune.vllm.alpha.requested`."""
-        return requested(extra_args, self.experts, self.combine, self.possible)
+    def requested(self, extra_args: Mapping[str, Any] | None) -> Request:
+        """What a request asks for; see :func:`proxytune.vllm.alpha.requested`."""
+        return requested(extra_args, self.experts, self.own.steering, split=self.split)
 
-    def alphas_of(self, sampling_params: Any) -> list[float]:
-        """The alphas and the rule of a request that the frontend accepted.
+    def asked_by(self, sampling_params: Any) -> Request:
+        """What a request asks for that the frontend accepted.
 
         Nothing is raised here: an exception in a worker ends the engine for all requests.
         """
         extra_args = getattr(sampling_params, "extra_args", None)
         if not extra_args:
-            return self.alphas
+            return self.own
         try:
             return self.requested(extra_args)
         except ProxyTuneError as error:
             logger.error("a request reached the worker with a bad alpha, the recipe's is used: %s", error)
-            return self.alphas
+            return self.own
 
 
 # -- the frontend: bad requests are answered with 400 -----------------------------------------------------------
@@ -77,9 +77,9 @@ def serve(config: ProxyTuneConfig, widths: Mapping[str, int]) -> None:
 
 
 def serve_split() -> None:
-    """Remember that vocabularies are split over processes: then a request cannot ask for rules that need them whole."""
-    if _frontend is not None and _frontend[0].combine in LINEAR:
-        _frontend[0].possible = LINEAR
+    """Remember that vocabularies are split over processes, unless the recipe itself needs them whole."""
+    if _frontend is not None:
+        _frontend[0].split = _frontend[0].own.steering.local
 
 
 def _wrap_id_check() -> None:
@@ -146,7 +146,7 @@ def wrap_v1_runner() -> None:
             n_requests = self.input_batch.num_reqs
             starts = self.query_start_loc.np[: n_requests + 1]
             rows = [
-                model.recipe.alphas_of(self.requests[request].sampling_params)
+                model.recipe.asked_by(self.requests[request].sampling_params)
                 for request in self.input_batch.req_ids[:n_requests]
             ]
             model.set_alphas(rows, np.diff(starts))
@@ -167,11 +167,11 @@ def alpha_state_class() -> Any:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.slots = [list(self.model.recipe.alphas) for _ in range(self.max_num_reqs)]
+            self.slots = [self.model.recipe.own for _ in range(self.max_num_reqs)]
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
-            self.slots[req_index] = self.model.recipe.alphas_of(new_req_data.sampling_params)
+            self.slots[req_index] = self.model.recipe.asked_by(new_req_data.sampling_params)
 
         def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
             n_requests = input_batch.num_reqs

@@ -25,9 +25,9 @@ from vllm.sequence import IntermediateTensors
 
 from proxytune.decoding.mixing import mix
 from proxytune.errors import MemberError
-from proxytune.recipe.rules import LINEAR, RULES, Rule
+from proxytune.recipe.rules import Steering
 from proxytune.vllm import hooks
-from proxytune.vllm.alpha import PIECES, join, split
+from proxytune.vllm.alpha import PIECES, Request, join, split
 from proxytune.vllm.members import Fitted, fit, part_config
 from proxytune.vllm.weights import read_adapter, with_adapter
 
@@ -59,12 +59,12 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
 
         # The alphas of the batch's tokens, split so that they survive the dtype of hidden states. The buffer never
         # moves: a CUDA graph reads it at the address where it was captured.
-        self.n_columns = PIECES * len(self.recipe.alphas)
-        default = split(torch.tensor([self.recipe.alphas], dtype=torch.float32), self.dtype)
+        self.n_columns = PIECES * (len(self.recipe.names) + 1)
+        default = split(torch.tensor([[*self.recipe.own.alphas, 0.0]]), self.dtype)
         n_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.scheduler_config.max_num_seqs)
         self.register_buffer("alphas", default.repeat(n_tokens, 1), persistent=False)
         self.default_alphas = True  # whether the buffer holds the recipe's alphas for all tokens
-        self.rules = {self.recipe.combine}  # of the batch
+        self.steerings = [self.recipe.own.steering]  # of the batch; the last column is a token's place in this list
 
     def part(self, name: str) -> Any:
         """The submodel of that name."""
@@ -76,16 +76,18 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         return hooks.alpha_state_class()
 
     # -- the batch ------------------------------------------------------------------------------------------
-    def set_alphas(self, rows: Sequence[Sequence[float]], n_tokens: np.ndarray[Any, Any]) -> None:
-        """Set the alphas and rules of the next batch: one row per request, with the number of its tokens."""
-        alphas = cast(Tensor, self.alphas)
-        self.rules = {RULES[int(row[-1])] for row in rows} or {self.recipe.combine}
-        if all(row is self.recipe.alphas for row in rows):
+    def set_alphas(self, rows: Sequence[Request], n_tokens: np.ndarray[Any, Any]) -> None:
+        """Set the alphas of the next batch, and how they steer: one row per request, with the number of its tokens."""
+        alphas, own = cast(Tensor, self.alphas), self.recipe.own
+        if all(row is own for row in rows):
+            self.steerings = [own.steering]
             if not self.default_alphas:
-                alphas.copy_(split(torch.tensor([self.recipe.alphas], dtype=torch.float32), self.dtype))
+                alphas.copy_(split(torch.tensor([[*own.alphas, 0.0]]), self.dtype))
                 self.default_alphas = True
             return
-        columns = split(torch.tensor(rows, dtype=torch.float32), self.dtype)
+        self.steerings = list(dict.fromkeys(row.steering for row in rows))
+        values = [[*row.alphas, float(self.steerings.index(row.steering))] for row in rows]
+        columns = split(torch.tensor(values, dtype=torch.float32), self.dtype)
         repeated = columns.repeat_interleave(torch.from_numpy(np.ascontiguousarray(n_tokens)).long(), dim=0)
         alphas[: len(repeated)].copy_(repeated)
         self.default_alphas = False
@@ -129,16 +131,14 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         if any(one is None for one in logits.values()):
             return None
         alphas = join(columns)
-        first, *others = sorted(self.rules)
-        mixed = self._mixed(logits, alphas[:, :-1], first)
-        for rule in others:  # nothing waits for the device: which rules a batch has is known here
-            rows = alphas[:, -1:] == RULES.index(rule)
-            mixed = torch.where(rows, self._mixed(logits, alphas[:, :-1], rule), mixed)
+        mixed = self._mixed(logits, alphas[:, :-1], self.steerings[0])
+        for at, steering in enumerate(self.steerings[1:], start=1):  # nothing waits for the device
+            mixed = torch.where(alphas[:, -1:] == at, self._mixed(logits, alphas[:, :-1], steering), mixed)
         if self.gather is not None:
             mixed = self.gather(mixed)
         return None if mixed is None else mixed[..., : self.shared_vocab]
 
-    def _mixed(self, logits: dict[str, Tensor], alpha: Tensor, rule: Rule) -> Tensor:
+    def _mixed(self, logits: dict[str, Tensor], alpha: Tensor, steering: Steering) -> Tensor:
         def of(name: str) -> Tensor | None:
             return logits[self.owner[name]].unsqueeze(1) if name in self.owner else None
 
@@ -149,7 +149,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
             logits["base"][..., :width].unsqueeze(1),
             [(of(f"{name}.expert"), of(f"{name}.anti_expert")) for name in self.recipe.names],
             alpha,
-            rule=rule,
+            **vars(steering),
             plausibility=self.config.plausibility,
             vocab_size=width,
         ).squeeze(1)
@@ -158,11 +158,11 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         """With tensor parallelism: mix each rank's part of the vocabulary and gather once, if the parts agree.
 
         They agree if all heads are split in the same way. A plausibility mask needs the largest logit of all ranks, and
-        some rules need all logits; with these each member is gathered.
+        some rules and gates need all logits; with these each member is gathered.
         """
         if get_tensor_model_parallel_world_size() == 1 or self.config.plausibility is not None:
             return None
-        if self.recipe.combine not in LINEAR:
+        if not self.recipe.own.steering.local:
             return None
         heads = [head for name in self.parts if (head := hooks.shards_of(self.part(name))) is not None]
         if len(heads) < len(self.parts) or len({width for _, width in heads}) > 1:
