@@ -79,7 +79,10 @@ def test_experts_are_named_in_order():
         ({"plausibility": "0.1"}, "plausibility must lie in (0, 1], not '0.1'"),
         ({"plausability": 0.1}, "unknown field 'plausability'; did you mean 'plausibility'?"),
         *[({word: 1}, f"the recipe has an unknown field {word!r}; it belongs to {place}") for word, place in MISPLACED],
-        ({"blend": "mean"}, "the recipe has an unknown field 'blend'; known are base, experts, combine, gate, plausibility,"),
+        (
+            {"blend": "mean"},
+            "the recipe has an unknown field 'blend'; known are base, experts, combine, gate, plausibility,",
+        ),
         ({"renamed_tokens": ["a", "b"]}, "`renamed_tokens` must be an object of ids"),
         ({"renamed_tokens": {"5": ["a"]}}, "`renamed_tokens` must list two or more names for an id, not '5': ['a']"),
         ({"renamed_tokens": {"x": ["a", "b"]}}, "`renamed_tokens` must list two or more names for an id, not 'x'"),
