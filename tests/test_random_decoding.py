@@ -1,4 +1,4 @@
-"""Drafting changes no token: random set-ups of processors, rows, alphas and drafts against decoding without drafts."""
+"""Drafting changes no token: random set-ups of processors, rows, alphas, rules, gates and drafts against no drafts."""
 
 from __future__ import annotations
 
@@ -81,6 +81,10 @@ def test_any_set_up_writes_the_same_tokens(case):
             options |= warper
     if draw.random() < 0.5:
         options["alpha"] = [[round(draw.uniform(-0.5, 1.5), 2) for _ in model.experts] for _ in rows]
+    if draw.random() < 0.6:
+        options["gate"] = draw.choice(["unsure=0.12", "entropy=4.2", "kl=0.2"])
+    whole = all(expert.expert is not None and expert.anti_expert is not None for expert in model.experts)
+    options["combine"] = draw.choice(["sum", "mean", *(("dynamic", "union", "intersection") if whole else ())])
     plain = model.generate(**tiny.padded(rows), **options, speculate=False).tolist()
     for speculate in ("auto", draw.randint(1, 8)):
         assert model.generate(**tiny.padded(rows), **options, speculate=speculate).tolist() == plain, (
