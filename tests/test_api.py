@@ -486,6 +486,34 @@ def test_what_needs_all_probabilities_is_refused_or_exact(oracle, steered):
     assert new_tokens(whole, ROWS[:1], **beams) == new_tokens(white, ROWS[:1], **beams)
 
 
+@pytest.mark.parametrize("way", ["ask", "verify"])
+def test_a_trace_of_a_base_whose_server_names_all_tokens(oracle, served, steered, recipe, tmp_path, no_progress, way):
+    asked = {**GREEDY, "return_trace": True, "trace_top_k": 3}
+    ids = torch.tensor(ROWS[:1])
+    traces = [model.generate(ids, **asked).traces[0] for model in (steered(tiny.VOCAB, way=way), tiny.compose(oracle))]
+    assert len(traces[0]) == N_NEW
+    for own, local in zip(*traces, strict=True):
+        assert own.certified is True
+        assert own.to_json()["certified"] is True
+        assert local.certified is None
+        assert "certified" not in local.to_json()
+        for name in ("base_logprob", "mixture_logprob", "base_entropy", "kl"):
+            assert getattr(own, name) == pytest.approx(getattr(local, name), abs=1e-3), name
+        assert (own.id, own.base_rank, own.changed) == (local.id, local.base_rank, local.changed)
+        assert [each.id for each in own.candidates] == [each.id for each in local.candidates]
+        assert own.offsets == pytest.approx(local.offsets, abs=1e-3)
+
+    written = json.loads((recipe / "config.json").read_text("utf-8"))
+    written["base"]["top_logprobs"] = tiny.VOCAB
+    (recipe / "config.json").write_text(json.dumps(written), "utf-8")
+    run("generate", recipe, "The quick brown", "-n", 5, "--trace", tmp_path / "t.jsonl", "--way", way)
+    (line,) = map(json.loads, (tmp_path / "t.jsonl").read_text("utf-8").splitlines())
+    assert [token["certified"] for token in line["tokens"]] == [True] * 5
+    gold = tmp_path / "gold.jsonl"
+    gold.write_text(json.dumps({"prompt": "The quick brown", "completion": " fox"}) + "\n", "utf-8")
+    assert json.loads(run("limit", recipe, "--input", gold, "--json").stdout)["n_answers"] == 1
+
+
 def test_processors_leave_nothing_certain(steered):
     _, asked = answers(steered(20), repetition_penalty=1.3)
     assert not any(map(any, asked.certified))
@@ -714,10 +742,10 @@ def test_the_key_is_sent_and_never_shown(served, steered, monkeypatch, capsys, c
 
 def test_budgets_end_a_run(served, steered):
     model = steered(5, way="pull", max_calls=12)
-    with pytest.raises(ProxyTuneError, match="the budget of 12 requests is spent; give a larger --max-calls"):
+    with pytest.raises(ProxyTuneError, match=r"the budget of 12 requests \(--max-calls\) is spent"):
         answers(model, ROWS[:1])
     assert len(served.requests) <= 12
-    with pytest.raises(ProxyTuneError, match="the budget of 900 tokens is spent; give a larger --max-tokens"):
+    with pytest.raises(ProxyTuneError, match=r"the budget of 900 tokens \(--max-tokens\) is spent"):
         answers(steered(5, way="pull", max_tokens=900), [ROWS[0] * 10])
 
 
@@ -773,7 +801,9 @@ def test_the_commands(recipe, served, oracle, tmp_path, no_progress):
         "--way",
         "pull",
     ]
-    assert "budget of 19 requests is spent" in fails(*job, "--max-calls", 19)
+    spent = run(*job, "--max-calls", 19, status=3).stderr
+    assert "budget of 19 requests (--max-calls) is spent; the answers so far are kept" in spent
+    assert "the same command continues from there" in spent
     kept = (tmp_path / "out.jsonl").read_text().splitlines()
     assert 0 < len(kept) < 3
     run(*job)
@@ -790,6 +820,11 @@ def test_chat_and_the_commands_that_need_the_model(recipe, no_progress, tmp_path
     assert "of all tokens" in run("chat", recipe, "--trace", tmp_path / "talk.jsonl", input="Hello\n", status=2).stderr
     for command in (["explain", recipe, "hi"], ["generate", recipe, "hi", "--temperature", 1]):
         assert "of all tokens" in fails(*command)
+    gold = tmp_path / "gold.jsonl"
+    gold.write_text(json.dumps({"prompt": "The dog", "completion": " runs"}) + "\n", "utf-8")
+    assert "does not give all log-probabilities" in fails("limit", recipe, "--input", gold)
+    assert "eval compares the answers" in fails("doctor", recipe, "--data", gold, "--output", tmp_path / "doctor")
+    assert not (tmp_path / "doctor").exists()
     for command in (["bench", recipe], ["plan", recipe], ["serve", recipe, "--engine", "vllm", "--print"]):
         assert "behind an API" in fails(*command)
     assert "behind an API" in run("check", recipe, "--run", status=2).stderr

@@ -7,7 +7,14 @@ import pytest
 import proxytune
 from proxytune import errors
 
-KINDS = [errors.RecipeError, errors.MemberError, errors.VocabularyError, errors.PromptError, errors.AlphaError]
+KINDS = [
+    errors.RecipeError,
+    errors.MemberError,
+    errors.VocabularyError,
+    errors.PromptError,
+    errors.AlphaError,
+    errors.Unfinished,
+]
 
 
 def test_all_names_every_error():

@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     from proxytune.answers.text import generate
     from proxytune.cache import ProxyTunedCache
     from proxytune.decoding.trace import TokenTrace
-    from proxytune.errors import AlphaError, MemberError, PromptError, ProxyTuneError, RecipeError, VocabularyError
+    from proxytune.errors import (
+        AlphaError,
+        MemberError,
+        PromptError,
+        ProxyTuneError,
+        RecipeError,
+        Unfinished,
+        VocabularyError,
+    )
     from proxytune.generation_mixin import TracedOutput
     from proxytune.model import ProxyTunedForCausalLM, ProxyTunedOutput
     from proxytune.recipe.config import ProxyTuneConfig
@@ -48,6 +56,7 @@ __all__ = [
     "RecipeError",
     "TokenTrace",
     "TracedOutput",
+    "Unfinished",
     "VocabularyError",
     "explain",
     "generate",
@@ -64,7 +73,15 @@ _HOME = {
     "generation_mixin": ("TracedOutput",),
     "recipe.config": ("ProxyTuneConfig",),
     "recipe.parts": ("Expert", "Member", "Prompt"),
-    "errors": ("AlphaError", "MemberError", "PromptError", "ProxyTuneError", "RecipeError", "VocabularyError"),
+    "errors": (
+        "AlphaError",
+        "MemberError",
+        "PromptError",
+        "ProxyTuneError",
+        "RecipeError",
+        "Unfinished",
+        "VocabularyError",
+    ),
     "model": ("ProxyTunedForCausalLM", "ProxyTunedOutput"),
     "recipe.store": ("load_recipe", "write_recipe"),
 }

@@ -19,7 +19,7 @@ from proxytune.lanes.remote import RemoteLane
 from proxytune.lanes.spelling import Spelling
 from proxytune.lanes.transformers import TransformersLane
 from proxytune.recipe.config import ProxyTuneConfig
-from proxytune.recipe.members import Loading, load_config, load_tokenizer, refuse_unfit
+from proxytune.recipe.members import Loading, load_config, load_tokenizer, refuse_of_api, refuse_unfit
 from proxytune.recipe.parts import ApiBase, Expert, Member, Prompt, parse_base
 from proxytune.recipe.store import HUB_ARGUMENTS, PLACE
 from proxytune.recipe.vocabulary import compare
@@ -60,13 +60,7 @@ def load_parts(
         MemberError, VocabularyError: naming what does not fit.
     """
     base = config.base_member
-    if not isinstance(base, ApiBase):
-        for option in ("way", "max_calls", "max_tokens"):
-            if getattr(loading, option) is not None:
-                flag = option.replace("_", "-")
-                raise RecipeError(
-                    f"--{flag} is for a base behind an API, and this recipe's base is a model; leave it out"
-                )
+    refuse_of_api(base, loading)
     widths, seen = {}, {}
     for name, member in config.members():
         if isinstance(member, ApiBase):
@@ -86,7 +80,7 @@ def load_parts(
             tokenizers[name] = seen[place]
     if isinstance(base, ApiBase):
         # How many ids its head scores is not known here; only those that the members here can read are mixed.
-        widths = {"base": max(len(tokenizers["base"]), min(widths.values())), **widths}
+        widths = {"base": max(len(tokenizers["base"]), min(widths.values(), default=0)), **widths}
     vocabulary = compare({"base": tokenizers["base"], **tokenizers}, widths, config.renamed_tokens)
     vocabulary.raise_for_mismatch()
     for note in vocabulary.notes:

@@ -5,7 +5,8 @@
     ├── MemberError       a member named by the recipe cannot be loaded or does not fit
     ├── VocabularyError   two members do not have the same tokens under the same ids
     ├── PromptError       a prompt is empty, too long, or cannot be made for a member
-    └── AlphaError        alpha is not finite, or has the wrong shape
+    ├── AlphaError        alpha is not finite, or has the wrong shape
+    └── Unfinished        a run ended early; what it made is kept, and the same command continues from there
 
 The command line prints the message as one sentence and exits with status 2, so a message names what is
 wrong and what to do, and never needs a traceback to be understood.
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any
 
-__all__ = ["AlphaError", "MemberError", "PromptError", "ProxyTuneError", "RecipeError", "VocabularyError"]
+__all__ = ["AlphaError", "MemberError", "PromptError", "ProxyTuneError", "RecipeError", "Unfinished", "VocabularyError"]
 
 
 class ProxyTuneError(ValueError):
@@ -88,6 +89,20 @@ class AlphaError(ProxyTuneError):
         >>> proxytune.generate("my-recipe", "The fox", alpha={"maths": 0.5})
         Traceback (most recent call last):
         proxytune.errors.AlphaError: no expert is called 'maths'; the recipe has expert
+    """
+
+
+class Unfinished(ProxyTuneError):
+    """A run ended early, because its budget of requests is spent or a judge does not answer. A command keeps what it
+    finished, and the same command continues from there.
+
+    Example:
+        >>> from proxytune.lanes.completions import Budget
+        >>> budget = Budget(max_tokens=100)
+        >>> for _ in range(3):
+        ...     budget.take(40)
+        Traceback (most recent call last):
+        proxytune.errors.Unfinished: the budget of 100 tokens (--max-tokens) is spent
     """
 
 

@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
@@ -268,6 +268,8 @@ class SteeredGenerationMixin(GenerationMixin):
         def mix_lanes(
             self, lane_logits: Sequence[Tensor], alpha: Tensor, steering: Steering | None = None
         ) -> Tensor: ...
+
+        def whole_logits(self, read: Sequence[Scores], *, refuse: bool) -> list[Tensor]: ...
 
         def all_logits(self, lane_logits: Sequence[Tensor]) -> dict[str, Tensor]: ...
 
@@ -553,7 +555,7 @@ class SteeredGenerationMixin(GenerationMixin):
             tracer = Tracer(
                 self.paired({name: logits[:, -1:] for name, logits in outputs.member_logits.items()}),
                 prompt,
-                lambda scores: self.paired(self.all_logits([each.values for each in scores])),
+                lambda scores: self.paired(self.all_logits(self.whole_logits(scores, refuse=False))),
                 self.expert_names,
                 top_k=trace_top_k,
                 steering=steering,
@@ -648,6 +650,10 @@ class SteeredGenerationMixin(GenerationMixin):
                     kept[name] += getattr(step, name).unbind(dim=1)
         if certifier is not None and remote is not None:
             again()
+            traces = [
+                [replace(each, certified=mark) for each, mark in zip(row, marks)]
+                for row, marks in zip(traces, certifier.marks)
+            ]
             _THREAD.asked = weakref.WeakKeyDictionary({self: Asked(remote.way, certifier.marks, [n.n for n in calls])})
             state.calls = [Count() for _ in state.calls]
         if streamer is not None:
@@ -677,6 +683,15 @@ class SteeredGenerationMixin(GenerationMixin):
         lane: Any = self.lanes[self.seats["base"][0]]
         if not isinstance(lane, RemoteLane):
             return None
+        rule, gate = steering.rule, steering.gate
+        if lane.way == "push":
+            names = [type(each).__name__ for each in processors]
+            names += ["sampling"] if config.do_sample else ["a trace"] if trace_top_k is not None else []
+            names += [f"the rule {rule}"] if rule in ("convex", "dynamic") else []
+            names += [] if gate is None else ["a gate"]
+            names += ["plausibility"] if self.config.plausibility is not None else []
+            if names:
+                raise ProxyTuneError(f"with the way push the server chooses, so {names[0]} is not possible; use ask")
         n = lane.endpoint.n
         if config.do_sample and not lane.complete:
             raise ProxyTuneError(
@@ -686,20 +701,11 @@ class SteeredGenerationMixin(GenerationMixin):
             raise ProxyTuneError(
                 f"a trace needs the base's probabilities of all tokens, and its server gives {n}; leave the trace out"
             )
-        rule, gate = steering.rule, steering.gate
         whole = "the rule dynamic" if rule == "dynamic" else None if gate is None else "a gate"
         if whole is not None and not lane.complete:
             raise ProxyTuneError(
                 f"{whole} needs the base's probabilities of all tokens, and its server gives {n}; leave it out"
             )
-        if lane.way == "push":
-            names = [type(each).__name__ for each in processors]
-            names += ["sampling"] if config.do_sample else ["a trace"] if trace_top_k is not None else []
-            names += [f"the rule {rule}"] if rule in ("convex", "dynamic") else []
-            names += [] if gate is None else ["a gate"]
-            names += ["plausibility"] if self.config.plausibility is not None else []
-            if names:
-                raise ProxyTuneError(f"with the way push the server chooses, so {names[0]} is not possible; use ask")
         if lane.way != "verify" and speculate not in ("auto", False):
             raise ProxyTuneError(f"speculate={speculate} needs the way verify, and the base is asked by {lane.way}")
         return lane

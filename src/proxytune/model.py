@@ -375,7 +375,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             for state, (ids, mask) in zip(cache.states, columns):
                 read.append(state.read(ids, mask, positions=n_last))
                 state.keep()
-            logits = self._whole(read, refuse=cache.prompt_scores is None)
+            logits = self.whole_logits(read, refuse=cache.prompt_scores is None)
             if cache.prompt_scores is not None:
                 cache.prompt_scores = read
             if not isinstance(logits_to_keep, int):
@@ -413,7 +413,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             name: None if value is None else stacked(value, n_rows).to(lane.device) for name, value in inputs.items()
         }
 
-    def _whole(self, read: Sequence[Scores], *, refuse: bool) -> list[Tensor]:
+    def whole_logits(self, read: Sequence[Scores], *, refuse: bool) -> list[Tensor]:
         """Logits of whole vocabularies; where a lane knows some tokens alone, -inf for the others.
 
         Raises:

@@ -21,7 +21,7 @@ from proxytune.answers.generation import Encoded, Sampling, answer, batches, enc
 from proxytune.answers.journal import Journal
 from proxytune.decoding.drafting import guess
 from proxytune.errors import ProxyTuneError
-from proxytune.evaluation.arms import Arm, Arms, expand_arms, has_members
+from proxytune.evaluation.arms import Arm, Arms, expand_arms, impossible
 from proxytune.evaluation.fit import ALL, GRID, check_fit, curves, fits, gold_ids, log_likelihoods, read_gold
 from proxytune.evaluation.results import ARMS
 from proxytune.evaluation.statistics import bootstrap_of, interval, paired_bootstrap
@@ -92,7 +92,7 @@ class Doctor:
     ) -> None:
         self.references, self.alphas, self.chat, self.system = references, tuple(alphas), chat, system
         self.shots = min(shots, len(references) - 1) if config.base_member.prompt.kind == "raw" else 0
-        names = [name for name in (BASE, "expert", MEAN, STEERED) if has_members(name, config)]
+        names = [name for name in (BASE, "expert", MEAN, STEERED) if impossible(name, config) is None]
         arms = Arms(config, names, loading, alphas=alphas)
         made = [arms.make(name) for name in reversed(expand_arms(names, config))]  # the whole recipe is loaded once
         self.arms: dict[str, Arm] = {arm.name: arm for arm in reversed(made)}

@@ -118,7 +118,7 @@ def result(item: Item, answer: Answer, names: Sequence[str], run: str | None = N
         "tokens": answer.tokens,
         "alpha": shown_alpha(item.alphas, names),
         "finish": answer.finish,
-        **({} if answer.way is None else {name: getattr(answer, name) for name in ("certified", "calls", "way")}),
+        **answer.asked,
         **({"run": run} if run else {}),
     }
 

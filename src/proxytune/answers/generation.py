@@ -70,6 +70,11 @@ class Answer:
     calls: int | None = None
     way: str | None = None
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """How the base was asked, as fields of a result; empty for a base on this machine."""
+        return {} if self.way is None else {"certified": self.certified, "calls": self.calls, "way": self.way}
+
 
 # -- prompts --------------------------------------------------------------------------------------------------
 def encode(

@@ -24,7 +24,9 @@ from proxytune.cli.shared import (
     say,
     spinner,
 )
+from proxytune.errors import ProxyTuneError
 from proxytune.recipe.options import LoadingOptions
+from proxytune.recipe.parts import ApiBase
 from proxytune.recipe.place import check_alpha
 
 __all__ = ["doctor"]
@@ -73,6 +75,11 @@ def doctor(
 
     references, broken = read_gold(options.data, lines)
     config = load_recipe(recipe)
+    if isinstance(config.base_member, ApiBase):
+        raise ProxyTuneError(
+            "doctor compares the members' log-probabilities of gold answers, and the base of this recipe is behind an "
+            "API; eval compares the answers of the arms"
+        )
     names = [expert.name for expert in config.expert_list]
     alphas = resolve_alpha(answers.alpha, names, config.alphas)
     place = output or Path(f"doctor-{Path(recipe).name}")

@@ -13,6 +13,7 @@ import typer
 from proxytune.cli.flags import Settings, only
 from proxytune.cli.shared import (
     FAILED,
+    UNFINISHED,
     Recipe,
     ResultOptions,
     complain,
@@ -21,7 +22,7 @@ from proxytune.cli.shared import (
     resumable,
     say,
 )
-from proxytune.errors import ProxyTuneError, need
+from proxytune.errors import need
 from proxytune.evaluation import EVAL_TASKS, TASK_DIR, TASKS, check_tasks
 from proxytune.evaluation.options import CodeOptions, EvaluationOptions, JudgeOptions, alpha_range
 from proxytune.recipe.options import LoadingOptions
@@ -100,7 +101,8 @@ def evaluate(
     Predictions are written to DIR/TASK/ARM.jsonl while the run goes on. A killed run continues where it stopped, and
     you can add arms and tasks to a finished one. The tables are printed; DIR also gets results.json, results.md,
     results.png and results.svg, with intervals, paired tests, the gap closed and examples per second. An arm or task
-    that is not possible is left out with its reason. Then the exit status is 2, or 3 if a judge did not answer.
+    that is not possible is left out with its reason. Then the exit status is 2, or 3 if a judge did not answer or
+    a budget of requests is spent.
 
     Examples:
 
@@ -144,7 +146,9 @@ def sweep(
     json_file: JsonFile = None,
     judges: JudgeOptions,
     code: Annotated[CodeOptions, only("unguarded")],
-    loading: Annotated[LoadingOptions, only("dtype", "device_map", "trust_remote_code", "pack")],
+    loading: Annotated[
+        LoadingOptions, only("dtype", "device_map", "trust_remote_code", "pack", "way", "max_calls", "max_tokens")
+    ],
     settings: Settings,
 ) -> None:
     """Evaluate a recipe at several alphas: a table and a plot of the curve, with intervals.
@@ -204,7 +208,7 @@ def _run(
         return scorer_options(task, code, judging, data=data, kept=place / task / "verdicts.jsonl")
 
     kept = f"everything so far is kept in {place}"
-    with _judged(kept), resumable(kept), counted_bar() as progress:
+    with resumable(kept), counted_bar() as progress:
         yield config, place, {"settings": settings, "scoring": scoring, "progress": progress, "note": say}
 
 
@@ -218,21 +222,7 @@ def _end(found: dict[str, Any], place: Path, results: ResultOptions, tables: lis
         complain(f"{what} {left_out['task']}: {left_out['reason']}{resumes}")
     say(f"results: {place / 'results.md'}, results.json and plots; predictions beside them")
     if found["left_out"]:
-        raise typer.Exit(3 if any(left_out["resumes"] for left_out in found["left_out"]) else FAILED)
-
-
-@contextlib.contextmanager
-def _judged(kept: str) -> Iterator[None]:
-    """End the command with status 3 if a judge does not answer; ``kept`` says what was saved, and where."""
-    try:
-        yield
-    except ProxyTuneError as error:
-        from proxytune.evaluation.judges import JudgeDown
-
-        if not isinstance(error, JudgeDown):
-            raise
-        complain(f"{error}; {kept}, and the same command continues from there")
-        raise typer.Exit(3) from None
+        raise typer.Exit(UNFINISHED if any(left_out["resumes"] for left_out in found["left_out"]) else FAILED)
 
 
 def score(
@@ -290,7 +280,7 @@ def score(
     kept = verdicts or predictions.with_name(f"{predictions.name}.verdicts.jsonl")
     options = scorer_options(task, code, judges, data=data, kept=kept)
     total = len(records.parse(task, lines))
-    with _judged(f"its verdicts so far are kept in {kept}"), progress_bar(total, True) as advance:
+    with resumable(f"its verdicts so far are kept in {kept}"), progress_bar(total, True) as advance:
         result = scored(task, lines, rerun=rerun, progress=advance, **options)
     outcomes = {"outcomes": result.outcomes} if result.outcomes else {}
     results.give({"task": task, "metrics": result.metrics, **outcomes}, scores_table(result))

@@ -52,6 +52,10 @@ def limit(
     refuse_unread(answers.negative_prompt, (member.prompt for _, member in config.members()))
     alphas = resolve_alpha(answers.alpha, [expert.name for expert in config.expert_list], config.alphas)
     model, tokenizer = load_model(config, loading)
+    if not model.complete:
+        raise ProxyTuneError(
+            "limit compares the gold tokens with all others, and the base's server does not give all log-probabilities"
+        )
 
     def left_out(text: str) -> None:
         broken.append(text)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from proxytune.errors import ProxyTuneError
+from proxytune.errors import ProxyTuneError, Unfinished
 from proxytune.options import option
 from proxytune.processes import is_main, n_processes
 from proxytune.recipe.place import check_place
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FAILED",
     "LIBRARIES",
+    "UNFINISHED",
     "Recipe",
     "ResultOptions",
     "check_seed",
@@ -57,7 +58,7 @@ __all__ = [
     "write_out",
 ]
 
-FAILED = 2
+FAILED, UNFINISHED = 2, 3
 PATIENCE = 30.0  # seconds
 
 
@@ -350,13 +351,17 @@ def _duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def resumable(kept: str, *, add: str = "") -> Iterator[None]:
-    """On Ctrl-C, say which work is kept, and which command continues it.
+    """On Ctrl-C, say which work is kept, and which command continues it. Also, with status 3, if a budget is spent or a
+    judge does not answer.
 
     Args:
         kept: what is kept, and where. add: an option that the command needs to continue.
     """
     try:
         yield
+    except Unfinished as error:
+        complain(f"{error}; {kept}, and the same command continues from there")
+        raise typer.Exit(UNFINISHED) from None
     except KeyboardInterrupt:
         words = ["proxytune", *sys.argv[1:], *([add] if add and add not in sys.argv else [])]
         command = f"this command continues from there: {shlex.join(words)}"

@@ -79,6 +79,8 @@ class TokenTrace:
             which the mixture is no straight line in alpha, and with a gate.
         conflict: how far the experts disagree; None if there are fewer than two.
         opened: how far the gate is open, from 0 (the base alone) to 1; None without a gate.
+        certified: for a base behind an API, whether the token is certain to be the choice of the whole mixture; None
+            for a base on this machine, and then not part of the JSON.
 
     Example:
         >>> import torch
@@ -105,6 +107,7 @@ class TokenTrace:
     flips: dict[str, tuple[tuple[float, int], ...]]
     conflict: Conflict | None = None
     opened: float | None = None
+    certified: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON, numbers with six digits after the point; an infinite or undefined one is None."""
@@ -123,6 +126,7 @@ class TokenTrace:
             "flips": {name: [[json_number(alpha), id_] for alpha, id_ in pairs] for name, pairs in self.flips.items()},
             **({} if self.conflict is None else {"conflict": self.conflict.to_json()}),
             **({} if self.opened is None else {"opened": round(self.opened, DIGITS)}),
+            **({} if self.certified is None else {"certified": self.certified}),
         }
 
 

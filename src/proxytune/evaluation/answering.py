@@ -150,7 +150,7 @@ def answer_jobs(
             top_k = None if traced is None else TOP_K
             written = generate_batch(arm, plan, batch, asked_rows, n_shared, read, seed=seed, trace_top_k=top_k)
             output = str(plan.metadata.get("output", "output"))
-            found = [{output: text} for text, _ in written]
+            found = [{output: text, **one.asked} for text, one in written]
         seconds = round((time.monotonic() - started) / len(wanted), 4)
         lines: list[list[dict[str, Any]]] = [[] for _ in mixes]
         for (row, at), of in zip(wanted, found):
@@ -254,8 +254,11 @@ def _prefilled(
     with.
 
     A prompt that is answered with several alphas is read once, except its last column. A model alone reads the common
-    beginning of its prompts, such as solved examples, once for all batches. Otherwise there is no cache.
+    beginning of its prompts, such as solved examples, once for all batches. Otherwise there is no cache. A base behind
+    an API remembers nothing, so nothing is read ahead.
     """
+    if arm.remote:
+        return None, 0
     if len(rows) > len(prompts) and not prompts[0].own and all(len(prompt.ids) > 1 for prompt in prompts):
         ids, mask = (columns[:, :-1] for columns in left_pad([prompt.ids for prompt in prompts]))
         cache = _read(arm, ids, mask, logits_to_keep=1).past_key_values
@@ -292,7 +295,7 @@ def _after_base(arm: Arm, prompts: Sequence[Encoded], read: dict[str, Any]) -> A
 
 def _beginning(arm: Arm, prompts: Sequence[list[int]]) -> int:
     """The number of tokens that all prompts begin with, if a model alone can read them once for all; otherwise 0."""
-    if arm.alphas or len(prompts) < 2:
+    if arm.alphas or len(prompts) < 2 or arm.remote:
         return 0
     # In sorted order, the first and the last share what all share. The last token must be read for its prediction.
     first, last = min(prompts), max(prompts)

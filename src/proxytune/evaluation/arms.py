@@ -7,10 +7,11 @@ other, whose anti-expert is the base.
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -20,17 +21,30 @@ from proxytune.errors import MemberError, ProxyTuneError
 from proxytune.evaluation.results import ARMS, shots_of
 from proxytune.lanes.kernels import pack
 from proxytune.lanes.loading import load_member
+from proxytune.lanes.remote import RemoteLane
 from proxytune.model import ProxyTunedForCausalLM
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.members import Loading, load_config, load_recipe_tokenizer, load_tokenizer, loading_of
 from proxytune.recipe.options import LoadingOptions
-from proxytune.recipe.parts import Prompt
+from proxytune.recipe.parts import ApiBase, Prompt
 from proxytune.recipe.prompts import Prompter
 
 if TYPE_CHECKING:
     from proxytune.evaluation.answering import TaskPlan
 
-__all__ = ["AS_IT_IS", "Arm", "Arms", "Pair", "Reader", "alone", "expand_arms", "has_members", "tuned_prompt"]
+__all__ = [
+    "AS_IT_IS",
+    "MEANS",
+    "Arm",
+    "Arms",
+    "Pair",
+    "Reader",
+    "alone",
+    "asks_base",
+    "expand_arms",
+    "impossible",
+    "tuned_prompt",
+]
 
 AS_IT_IS, RAW = LoadingOptions(), Prompt()
 
@@ -110,6 +124,11 @@ class Arm:
     alphas: tuple[float, ...] = ()
     prompt: Prompt = RAW
     begun: dict[tuple[int, ...], Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def remote(self) -> bool:
+        """Whether its base is behind an API."""
+        return isinstance(self.model.config.base_member, ApiBase)
 
     @property
     def reader(self) -> Reader:
@@ -192,6 +211,7 @@ class Arms:
         self.members = dict(config.members())
         self.steered: ProxyTunedForCausalLM | None = None
         self.mean: ProxyTunedForCausalLM | None = None  # base and experts, the base in place of the anti-experts
+        self.remote: ProxyTunedForCausalLM | None = None  # the base alone, if it is behind an API
         self.alone: dict[str, Any] = {}  # member name -> lane, if the recipe is not loaded completely
         self.tokenizers: dict[str, Any] = {}
 
@@ -205,6 +225,8 @@ class Arms:
         if name == "proxy_tuned":
             return Arm(name, self._whole(), self.tokenizer, self.alphas)
         member = self.member(name)
+        if isinstance(self.members[member], ApiBase):
+            return Arm(name, self._remote(), self.tokenizer)
         model = self._lane(member).alone(member)
         return alone(name, model, self._tokenizer(member), self.members[member].prompt)
 
@@ -232,7 +254,7 @@ class Arms:
 
     def close(self) -> None:
         """Release every model."""
-        self.steered, self.mean, self.alone = None, None, {}
+        self.steered, self.mean, self.remote, self.alone = None, None, None, {}
         gc.collect()
 
     @property
@@ -246,6 +268,8 @@ class Arms:
         return next(each for each in self.members if each == wanted or each.endswith(f".{wanted}"))
 
     def _context(self, member: str) -> int | None:
+        if isinstance(self.members[member], ApiBase):
+            return None
         return _context(load_config(self.config, member, self.members[member], self._loading))
 
     # -- the models -----------------------------------------------------------------------------------------
@@ -256,6 +280,25 @@ class Arms:
                 str(self.config.name_or_path), config=self.config, **self.loading.of_model()
             )
         return self.steered
+
+    def _remote(self) -> ProxyTunedForCausalLM:
+        """A base behind an API alone. It is asked for one token in each request, and never twice."""
+        if self.remote is None:
+            config, loading = copy.deepcopy(self.config), replace(self.loading, way="pull", speculate=False)
+            config.experts, config.combine, config.plausibility = [], "sum", None
+            if self.steered is None and "proxy_tuned" not in self.names:
+                self.remote = ProxyTunedForCausalLM.from_pretrained(
+                    str(config.name_or_path), config=config, **loading.of_model()
+                )
+            else:  # the server that the whole recipe asks, within one budget
+                whole = self._whole()
+                lane: Any = whole.lanes[whole.seats["base"][0]]
+                alone = RemoteLane(lane.source, lane.endpoint, lane.n_vocab, "pull")
+                self.remote = ProxyTunedForCausalLM(
+                    config, [cast(Any, alone)], tokenizers={"base": self.tokenizer}, speculate=False
+                ).eval()
+                self.remote.generation_config = whole.generation_config
+        return self.remote
 
     def _lane(self, member: str) -> Any:
         """The lane of a member: in the whole recipe if that is or will be loaded, otherwise its own."""
@@ -353,8 +396,8 @@ def expand_arms(names: Sequence[str], config: ProxyTuneConfig) -> list[str]:
     for name in names:
         if name not in ARMS and not (several and name in members):
             raise ProxyTuneError(f"there is no arm {name!r}; the arms are {', '.join(ARMS)}")
-        if not has_members(name, config):
-            raise ProxyTuneError(f"the recipe has no {ARMS[NEEDS[name]]}; leave the arm {name} out")
+        if (reason := impossible(name, config)) is not None:
+            raise ProxyTuneError(f"{reason}; leave the arm {name} out")
         sides = [member for member in members if several and member.endswith(f".{name}")]
         found += sides or [name]
     return list(dict.fromkeys(found))
@@ -364,6 +407,15 @@ MEANS = ("mean_logits", "weighted_mean")
 NEEDS = {"expert": "expert", "anti_expert": "anti_expert", **dict.fromkeys(MEANS, "expert")}  # arm -> what it needs
 
 
-def has_members(arm: str, config: ProxyTuneConfig) -> bool:
-    """Whether a recipe has what an arm needs."""
-    return arm not in NEEDS or any(name.endswith(f".{NEEDS[arm]}") for name, _ in config.members())
+def impossible(arm: str, config: ProxyTuneConfig) -> str | None:
+    """Why a recipe cannot have an arm, or None."""
+    if arm in NEEDS and not any(name.endswith(f".{NEEDS[arm]}") for name, _ in config.members()):
+        return f"the recipe has no {ARMS[NEEDS[arm]]}"
+    if arm in MEANS and isinstance(config.base_member, ApiBase):
+        return "a mean of base and expert needs the base's weights on this machine, and they are behind an API"
+    return None
+
+
+def asks_base(arm: str) -> bool:
+    """Whether an arm asks the base for tokens."""
+    return arm != "tuned" and not arm.endswith("expert")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from proxytune.answers.journal import Journal
-from proxytune.errors import ProxyTuneError, first_line
+from proxytune.errors import ProxyTuneError, Unfinished, first_line
 from proxytune.evaluation.options import JudgeOptions
 from proxytune.evaluation.records import Prediction
 
@@ -28,7 +28,7 @@ CHUNK = 32  # verdicts between two writes to disk
 Annotator = Callable[[Sequence[Prediction]], Sequence[float]]
 
 
-class JudgeDown(ProxyTuneError):
+class JudgeDown(Unfinished):
     """A judge does not answer. Its earlier verdicts are kept, and a later run continues from there."""
 
 

@@ -50,6 +50,8 @@ LEGEND: Mapping[str, str] = {
     "num_invalid_predictions": "answers without a letter",
     "byte_probability": "the geometric mean of the probability of a byte",
     "bits_per_byte": "of all texts together; fewer are better",
+    "certain": "tokens that are known to be the choice of the whole mixture, of all",
+    "requests": "to the base's server, without those that find out what it offers",
 }
 NO_SHARES = ("bits_per_byte",)  # every other metric that is not a count is between 0 and 1
 NOT_SCORED = "not scored: needs a judge"
@@ -146,7 +148,15 @@ def _measured(scores: Scores, lines: Lines) -> dict[str, Any]:
         "metrics": scores.metrics,
         # Examples that were longer than the model's context, and lost their beginning.
         "cut": sum(any(line.get("cut", ())) for line in lines),
+        **_asked(lines),
     }
+
+
+def _asked(lines: Lines) -> dict[str, Any]:
+    """For a base behind an API: the share of tokens that are certain, and the number of requests."""
+    asked = [line for line in lines if "calls" in line]
+    marks = [float(mark) for line in asked for mark in line["certified"]]
+    return {"certified": mean(marks) if marks else None, "calls": sum(line["calls"] for line in asked)} if asked else {}
 
 
 def spread_of(scores: Scores, metric: str) -> Interval:
@@ -270,10 +280,12 @@ def _columns(headline: str, measured: Sequence[Mapping[str, Any]]) -> tuple[list
             _percent(of["value"]),
             f"{100 * of['low']:.1f} – {100 * of['high']:.1f}",
             *(metric_text(metric, of["metrics"].get(metric)) for metric in others),
+            metric_text("certain", of.get("certified")),
+            metric_text("requests", of.get("calls")),
         ]
         for of in measured
     ]
-    return ["right", headline, "95 % interval", *others], cells
+    return ["right", headline, "95 % interval", *others, "certain", "requests"], cells
 
 
 def _percent(share: float) -> str:

@@ -33,7 +33,7 @@ from lm_eval.tasks import TaskManager
 
 from proxytune import __version__
 from proxytune.answers.journal import Journal, write_whole
-from proxytune.errors import AlphaError, ProxyTuneError
+from proxytune.errors import AlphaError, ProxyTuneError, Unfinished
 from proxytune.evaluation import TASK_DIR
 from proxytune.evaluation.answering import (
     Job,
@@ -45,9 +45,18 @@ from proxytune.evaluation.answering import (
     encode_jobs,
     with_own_examples,
 )
-from proxytune.evaluation.arms import AS_IT_IS, Arm, Arms, Reader, expand_arms, has_members, tuned_prompt
+from proxytune.evaluation.arms import (
+    AS_IT_IS,
+    MEANS,
+    Arm,
+    Arms,
+    Reader,
+    asks_base,
+    expand_arms,
+    impossible,
+    tuned_prompt,
+)
 from proxytune.evaluation.fit import check_fit, curves, fits, gold_ids, read_gold
-from proxytune.evaluation.judges import JudgeDown
 from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.results import (
     ARMS,
@@ -60,7 +69,9 @@ from proxytune.evaluation.results import (
 )
 from proxytune.recipe.alpha import resolve_alpha
 from proxytune.recipe.config import ProxyTuneConfig
+from proxytune.recipe.members import Loading, load_tokenizer, refuse_of_api
 from proxytune.recipe.options import LoadingOptions
+from proxytune.recipe.parts import ApiBase
 from proxytune.tables import Table, markdown
 
 __all__ = ["evaluate", "load_plans", "sweep"]
@@ -100,6 +111,7 @@ def evaluate(
     plans = load_plans(options)
     judging = {plan.name: scoring(plan.name) for plan in plans}  # find out before the answers that a judge is missing
     names = arms_of(config, options, plans, note)
+    refuse_unknown(config, loading, plans, names, trace=options.trace)
     if options.trace:
         refuse_untraceable(plans, names, out)
     write_manifest(out, manifest_of(config, options, loading, plans, {"arms": names}, settings))
@@ -127,6 +139,46 @@ def evaluate(
 
         plot_arms(drawn, ARMS, out / "results")
     return results
+
+
+def refuse_unknown(
+    config: ProxyTuneConfig,
+    loading: LoadingOptions,
+    plans: Sequence[TaskPlan],
+    arms: Sequence[str],
+    *,
+    trace: bool = False,
+    fit: bool = False,
+) -> None:
+    """Refuse what a base behind an API cannot answer, and options for one if it is not, before anything is loaded.
+
+    Raises:
+        ProxyTuneError: names the task or the option, and what it needs.
+    """
+    base = config.base_member
+    refuse_of_api(base, loading)
+    if not isinstance(base, ApiBase) or not any(map(asks_base, arms)):
+        return
+    needs = {"--trace": trace, "--fit": fit, "the rule dynamic": config.combine == "dynamic"}
+    for plan in plans:
+        needs[f"{plan.name}, which scores given continuations,"] = plan.likelihood
+        needs[f"{plan.name}, which is sampled,"] = any(
+            job.options.get("do_sample") for jobs in plan.jobs.values() for job in jobs
+        )
+    wanted = next((what for what, needed in needs.items() if needed), None)
+    if wanted is None and loading.way == "push":
+        banned = (f"{plan.name}, which bans words," for plan in plans if plan.metadata.get("banned"))
+        wanted = next(banned, None)
+    if wanted is None:
+        return
+    if loading.way == "push":
+        raise ProxyTuneError(f"{wanted} needs the base's probabilities, and with --way push its server chooses alone")
+    n_vocab = len(load_tokenizer(config, "base", base, Loading.of(loading)))
+    if base.top_logprobs < n_vocab:
+        raise ProxyTuneError(
+            f"{wanted} needs the base's probabilities of all {n_vocab} tokens, and its server is asked for "
+            f"{base.top_logprobs} (top_logprobs in the recipe); leave it out"
+        )
 
 
 def refuse_untraceable(plans: Sequence[TaskPlan], arms: Sequence[str], out: Path) -> None:
@@ -248,7 +300,7 @@ def answer_tasks(
 class LeftOut(TypedDict):
     """Something that a run could not do: an arm's part of a task or, if ``arm`` is None, a task's scores.
 
-    ``resumes``: a judge did not answer; the same command continues from there.
+    ``resumes``: a judge did not answer, or a budget is spent; the same command continues from there.
     """
 
     task: str
@@ -263,7 +315,7 @@ def _left_out(told: list[LeftOut], task: str, arm: str | None = None) -> Iterato
     try:
         yield
     except ProxyTuneError as error:
-        told.append({"task": task, "arm": arm, "reason": str(error), "resumes": isinstance(error, JudgeDown)})
+        told.append({"task": task, "arm": arm, "reason": str(error), "resumes": isinstance(error, Unfinished)})
 
 
 # -- a sweep --------------------------------------------------------------------------------------------------
@@ -303,6 +355,9 @@ def sweep(
     alphas = [
         tuple(value if expert in (None, name) else own for name, own in zip(names, config.alphas)) for value in values
     ]
+    if loading.way == "verify":
+        raise ProxyTuneError("a sweep never drafts, so --way verify would change nothing; leave it out")
+    refuse_unknown(config, loading, plans, ["proxy_tuned"], fit=fit)
     what = {"sweep": expert or "all experts"}
     write_manifest(out, manifest_of(config, options, loading, plans, what, settings))
     files = {plan.name: [out / plan.name / f"alpha={value:g}.jsonl" for value in values] for plan in plans}
@@ -377,7 +432,7 @@ def _write_results(
     tables: Callable[[Mapping[str, Any]], list[Table]],
 ) -> dict[str, Any]:
     if left_out and not tasks:
-        raise JudgeDown(left_out[0]["reason"]) if left_out[0]["resumes"] else ProxyTuneError(left_out[0]["reason"])
+        raise Unfinished(left_out[0]["reason"]) if left_out[0]["resumes"] else ProxyTuneError(left_out[0]["reason"])
     results = {"tasks": tasks, "left_out": left_out, "seconds": round(time.monotonic() - started, 1)}
     write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
     write_whole(out / "results.md", markdown(tables(results)))
@@ -463,7 +518,10 @@ def arms_of(
     possible = [arm for arm in ARMS if len(lacking[arm]) < len(plans)]
     if options.arms is None:
         wanted = [arm for arm in possible if arm in DEFAULT_ARMS or shots_of(arm) != "raw"]
-        wanted = [arm for arm in wanted if has_members(arm, config)]
+        if isinstance(config.base_member, ApiBase):
+            for arm in (arm for arm in wanted if arm in MEANS):
+                note(f"no {arm}: {impossible(arm, config)}")
+        wanted = [arm for arm in wanted if impossible(arm, config) is None]
     else:
         wanted = list(options.arms)
         if none := [arm for arm in wanted if arm in ARMS and arm not in possible]:
@@ -514,6 +572,7 @@ def manifest_of(
             "seed": options.seed,
             "dtype": loading.dtype,
             "pack": loading.pack,
+            **({"way": loading.way} if isinstance(config.base_member, ApiBase) else {}),
         },
         "tasks": {
             plan.name: {

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from proxytune.errors import MemberError, ProxyTuneError, need
+from proxytune.errors import MemberError, ProxyTuneError, Unfinished, need
 from proxytune.lanes.spelling import Spelling
 from proxytune.recipe.parts import ApiBase
 
@@ -118,22 +118,24 @@ class Budget:
 
     def __post_init__(self) -> None:
         self.lock = threading.Lock()
+        self.spent: str | None = None  # why nothing more is asked
 
     def take(self, tokens: int) -> None:
         """Count one request with so many tokens.
 
         Raises:
-            ProxyTuneError: if that exceeds a limit; it is then not counted.
+            Unfinished: if that exceeds a limit; it is then not counted. So does each later request, however short.
         """
         with self.lock:
+            if self.spent is not None:
+                raise Unfinished(self.spent)
             for what, used, most, flag in (
                 ("requests", self.calls + 1, self.max_calls, "--max-calls"),
                 ("tokens", self.tokens + tokens, self.max_tokens, "--max-tokens"),
             ):
                 if most is not None and used > most:
-                    raise ProxyTuneError(
-                        f"the budget of {most} {what} is spent; give a larger {flag} to continue from what is finished"
-                    )
+                    self.spent = f"the budget of {most} {what} ({flag}) is spent"
+                    raise Unfinished(self.spent)
             self.calls, self.tokens = self.calls + 1, self.tokens + tokens
 
 

@@ -72,7 +72,7 @@ class RemoteLane(nn.Module):
         self.source, self.endpoint, self.n_vocab = base, endpoint, n_vocab
         self.seats = (Seat(("base",), Prompt()),)
         self.way = chosen_way(way, endpoint)
-        self.complete = endpoint.complete
+        self.complete = endpoint.complete and self.way != "push"  # its replies to a push hold no log-probabilities
 
     def open(self, n_batch: int, capacity: int | None = None) -> RemoteState:
         return RemoteState(self, n_batch)  # a list has room for any number of columns

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from proxytune.errors import MemberError, first_line
+from proxytune.errors import MemberError, RecipeError, first_line
 from proxytune.recipe.checkpoints import find_file, whole_gguf
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.options import LoadingOptions
@@ -31,6 +31,7 @@ __all__ = [
     "loading_of",
     "member_source",
     "opened",
+    "refuse_of_api",
     "refuse_unfit",
 ]
 
@@ -75,6 +76,14 @@ def refuse_unfit(name: str, member: Member, own: PreTrainedConfig) -> None:
         raise MemberError(f"{name} ({member.model}) is itself a recipe; name the models in it instead")
     if own.is_encoder_decoder:
         raise MemberError(f"{name} ({member.model}) is an encoder-decoder; members must be decoder-only")
+
+
+def refuse_of_api(base: Member, loading: Loading | LoadingOptions) -> None:
+    """Raise :class:`RecipeError` for an option of a base behind an API, if ``base`` is a model."""
+    for option in () if isinstance(base, ApiBase) else ("way", "max_calls", "max_tokens"):
+        if getattr(loading, option) is not None:
+            flag = option.replace("_", "-")
+            raise RecipeError(f"--{flag} is for a base behind an API, and this recipe's base is a model; leave it out")
 
 
 def load_config(config: ProxyTuneConfig, name: str, member: Member, loading: Loading) -> PreTrainedConfig:
