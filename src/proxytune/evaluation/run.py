@@ -159,7 +159,7 @@ def refuse_unknown(
     refuse_of_api(base, loading)
     if not isinstance(base, ApiBase) or not any(map(asks_base, arms)):
         return
-    needs = {"--trace": trace, "--fit": fit, "the rule dynamic": config.combine == "dynamic"}
+    needs = {"--trace": trace, "--fit": fit, "the rule dynamic": config.combine == "dynamic" and "proxy_tuned" in arms}
     for plan in plans:
         needs[f"{plan.name}, which scores given continuations,"] = plan.likelihood
         needs[f"{plan.name}, which is sampled,"] = any(
