@@ -825,7 +825,7 @@ def test_chat_and_the_commands_that_need_the_model(recipe, no_progress, tmp_path
     assert "does not give all log-probabilities" in fails("limit", recipe, "--input", gold)
     assert "eval compares the answers" in fails("doctor", recipe, "--data", gold, "--output", tmp_path / "doctor")
     assert not (tmp_path / "doctor").exists()
-    for command in (["bench", recipe], ["plan", recipe], ["serve", recipe, "--engine", "vllm", "--print"]):
+    for command in (["bench", recipe], ["serve", recipe, "--engine", "vllm", "--print"]):
         assert "behind an API" in fails(*command)
     assert "behind an API" in run("check", recipe, "--run", status=2).stderr
 

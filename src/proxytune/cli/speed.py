@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxytune.cli.flags import Settings, only
+from proxytune.answers.options import JobOptions
+from proxytune.cli.flags import Given, Settings, only
 from proxytune.cli.shared import FAILED, Recipe, ResultOptions, complain, number_text, share_bar, size
+from proxytune.errors import ProxyTuneError
 from proxytune.recipe.options import LoadingOptions
-from proxytune.speed.options import BenchOptions, PlanOptions
+from proxytune.speed.options import BenchOptions, PlanOptions, RequestOptions
 
 if TYPE_CHECKING:
     from proxytune.speed.bench import BenchResult
     from proxytune.speed.plan import Plan
+    from proxytune.speed.requests import RequestPlan
     from proxytune.tables import Table
 
 __all__ = ["bench", "bench_tables", "plan"]
@@ -170,8 +173,10 @@ def plan(
     recipe: Recipe,
     *,
     options: PlanOptions,
+    requests: RequestOptions,
     results: ResultOptions,
     loading: Annotated[LoadingOptions, only("device_map", "trust_remote_code")],
+    given: Given,
 ) -> None:
     """Predict what steering will cost compared to the base alone, without loading anything.
 
@@ -180,17 +185,92 @@ def plan(
     weights, and in speculative the cheapest set drafts as many tokens as pay best. With --probe the recipe is loaded
     and its forwards are timed. Without it a step costs the bytes of weights that it reads.
 
+    For a base behind an API it gives the requests, the billed tokens and, from your prices, the cost of a run, for each
+    way to ask. The server is not asked. plain is the base alone, which writes each answer in one request. A range ends
+    where every choice is asked about again as often as possible.
+
     Examples:
 
         proxytune plan demo
         proxytune plan mine --acceptance 0.6,0.8 --batch-size 1,8 --device cuda
         proxytune plan demo --probe --options auto+pack
+        proxytune plan remote --prompts 500 --prompt-tokens 120 -n 60 --price-in 0.5 --price-out 1.5
     """
+    from proxytune.recipe.members import Loading
+    from proxytune.recipe.parts import ApiBase
     from proxytune.recipe.store import load_recipe
     from proxytune.speed.plan import plan_recipe
+    from proxytune.speed.requests import plan_requests
 
-    found = plan_recipe(load_recipe(recipe), options, loading)
-    results.give(asdict(found), *plan_tables(found))
+    config = load_recipe(recipe)
+    remote = isinstance(config.base_member, ApiBase)
+    if idle := next((flag for flag in (OF_MODELS if remote else OF_REQUESTS) if flag in given), None):
+        where = "behind an API" if remote else "a model on this machine"
+        raise ProxyTuneError(f"the base of this recipe is {where}, so {idle} would change nothing; leave it out")
+    if not remote:
+        found = plan_recipe(config, options, loading)
+        results.give(asdict(found), *plan_tables(found))
+        return
+    batches = options.batches if "--batch-size" in given else (JobOptions.batch_size,)
+    if len(batches) > 1:
+        raise ProxyTuneError("the plan of a base behind an API takes one --batch-size")
+    asked = plan_requests(
+        config,
+        requests,
+        acceptances=options.acceptances,
+        batch=batches[0],
+        loading=Loading(options.members.dtype, trust_remote_code=loading.trust_remote_code, pack=options.members.pack),
+    )
+    results.give(asdict(asked), *request_tables(asked))
+
+
+# The flags of `plan` that only one kind of base reads.
+OF_MODELS = ("--probe", "--against", "--device", "--device-map")
+OF_REQUESTS = ("--prompts", "--prompt-tokens", "--max-new-tokens", "--drafts", "--price-in", "--price-out")
+
+
+def request_tables(plan: RequestPlan) -> list[Table | str]:
+    """The plan of a base behind an API as tables: the members here, and what each way asks."""
+    from proxytune.tables import Table
+
+    def cell(low: float, high: float, digits: int = 0) -> str:
+        low_text, high_text = (f"{value:,.{digits}f}" for value in (low, high))
+        return low_text if low_text == high_text else f"{low_text} – {high_text}"
+
+    names = ", ".join(one.name for one in plan.members)
+    grown = "" if plan.kv_bytes_per_token is None else f" + {size(plan.kv_bytes_per_token)}/token"
+    rows = [
+        [
+            one.way,
+            "" if one.drafts is None else str(one.drafts),
+            "" if one.acceptance is None else f"{one.acceptance:g}",
+            cell(one.low.calls, one.high.calls),
+            cell(one.low.tokens_in, one.high.tokens_in),
+            cell(one.low.tokens_out, one.high.tokens_out),
+            "" if one.cost is None else cell(*one.cost, digits=4),
+        ]
+        for one in plan.ways
+    ]
+    about = f", {plan.prompts:,} prompts of {plan.prompt_tokens:,} tokens, {plan.new_tokens:,} new tokens each"
+    heads = ["way", "drafts", "acceptance", "requests", "tokens in", "tokens out", "cost"]
+    notes = [
+        f"Each request asks for the {plan.top_logprobs} most probable of {plan.n_vocab:,} tokens. At the end of each "
+        f"batch of {plan.batch} one prompt is asked about once more. What loading asks (what the server offers) is not "
+        "counted, nor is a lower price of prompts that the server has cached.",
+        *(f"Note: {note}." for note in plan.notes),
+    ]
+    return [
+        f"Memory on this machine: {names} {size(plan.weight_bytes)}{grown}.",
+        Table(heads, rows, "requests", about, legend=REQUEST_LEGEND, notes=notes),
+    ]
+
+
+REQUEST_LEGEND = {
+    "plain": "the base alone, each answer in one request",
+    "verify, one text": "for servers that score given text",
+    "verify, list": "for servers that take several prompts in a request, each billed as one",
+    "push": "if the server takes all offsets as logit_bias",
+}
 
 
 PLAN_LEGEND = {

@@ -188,13 +188,15 @@ def check_recipe(config: ProxyTuneConfig, loading: Loading | None = None, *, ask
 def count_recipe(config: ProxyTuneConfig, loading: Loading | None = None) -> tuple[list[MemberReport], list[str]]:
     """Count a recipe's members from only their configs, with or without weights. Returns also notes.
 
+    A base behind an API is left out.
+
     Raises:
         MemberError: for the first member that cannot be counted.
     """
     check = _Check(config, loading)
     for name, member in config.members():
         if isinstance(member, ApiBase):
-            raise MemberError("the base runs behind an API, so what it needs is not known here")
+            continue
         check.found[name] = _Found(member, check.config_of(name, member))
     members = check.count(files=False)
     if check.problems:

@@ -11,7 +11,7 @@ from proxytune.errors import ProxyTuneError
 from proxytune.options import numbers, option, words
 from proxytune.recipe.options import DTYPES
 
-__all__ = ["ARMS", "MAIN", "BenchOptions", "Case", "MemberOptions", "PlanOptions"]
+__all__ = ["ARMS", "MAIN", "BenchOptions", "Case", "MemberOptions", "PlanOptions", "RequestOptions"]
 
 ARMS = ("base", "base_lookup", "plain_loop", "composite", "shared", "speculative", "traced")
 MAIN = ("64/128", 1)  # the case that always has its repeats
@@ -206,3 +206,49 @@ class PlanOptions:
             raise ProxyTuneError("--device is for a prediction without --probe; --device-map says where to probe")
         if self.device not in (None, "cpu", "cuda"):
             raise ProxyTuneError(f"--device is cpu or cuda, not {self.device!r}")
+
+
+OF_REQUESTS = "Base behind an API"
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """Options of a plan for a base behind an API: what is asked, and what it is paid."""
+
+    prompts: int = option(1, "Number of prompts.", metavar="N", min=1, panel=OF_REQUESTS)
+    prompt_tokens: int = option(256, "Tokens of each prompt.", metavar="N", min=1, panel=OF_REQUESTS)
+    new_tokens: int = option(
+        256,
+        "New tokens of each answer; those that end earlier cost less.",
+        flag="--max-new-tokens -n",
+        metavar="N",
+        min=1,
+        panel=OF_REQUESTS,
+    )
+    drafts: tuple[int, ...] = option(
+        (4,),
+        "Drafts per request of the way verify, as generate's --speculate N.",
+        metavar="N,...",
+        parse=numbers("--drafts", "2,4"),
+        panel=OF_REQUESTS,
+    )
+    price_in: float | None = option(
+        None, "Price of a million tokens in prompts, in any currency.", metavar="PRICE", min=0, panel=OF_REQUESTS
+    )
+    price_out: float | None = option(
+        None, "Price of a million tokens in answers.", metavar="PRICE", min=0, panel=OF_REQUESTS
+    )
+
+    def __post_init__(self) -> None:
+        if (self.price_in is None) != (self.price_out is None):
+            raise ProxyTuneError("a cost needs both prices, --price-in and --price-out")
+        if not self.drafts or min(self.drafts) < 1 or len(set(self.drafts)) < len(self.drafts):
+            given = ",".join(map(str, self.drafts))
+            raise ProxyTuneError(f"--drafts is numbers of drafts, at least 1 and each once, not {given!r}")
+        if min(self.prompts, self.prompt_tokens, self.new_tokens) < 1:
+            raise ProxyTuneError("a plan needs at least one prompt, of at least one token, and one new token")
+
+    @property
+    def prices(self) -> tuple[float, float] | None:
+        """The prices of a million tokens in prompts and in answers."""
+        return None if self.price_in is None or self.price_out is None else (self.price_in, self.price_out)

@@ -27,12 +27,13 @@ from transformers import DynamicCache
 
 from proxytune.decoding.cost import QUICK_HEAD, QUICK_ROWS, ROW_SHARE, UNPACKED_CPU, Cost, Costs, cost_of_weights
 from proxytune.decoding.drafting import Drafting, choose_drafting, costs_by_role
-from proxytune.errors import ProxyTuneError
+from proxytune.errors import MemberError, ProxyTuneError
 from proxytune.recipe.check import MemberReport, count_recipe
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.layout import group_by_weights, seats_of
 from proxytune.recipe.members import Loading
 from proxytune.recipe.options import LoadingOptions
+from proxytune.recipe.parts import ApiBase
 from proxytune.speed.bench import Sample, Subject, load_subject, now, run_arm
 from proxytune.speed.options import PlanOptions
 
@@ -171,6 +172,8 @@ def plan_recipe(config: ProxyTuneConfig, options: PlanOptions, loading: LoadingO
         loading: its ``device_map`` (for a probe) and ``trust_remote_code``.
     """
     loading = loading or LoadingOptions()
+    if isinstance(config.base_member, ApiBase):
+        raise MemberError("the base runs behind an API, so what it needs is not known here; see plan_requests")
     if loading.device_map is not None and not options.probe:
         raise ProxyTuneError("--against and --device-map need --probe: without it nothing is loaded")
     bench = None if options.against is None else read_bench(options.against)
