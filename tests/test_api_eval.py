@@ -179,6 +179,11 @@ def test_what_needs_more_is_refused_before_anything_is_asked(
     assert not (tmp_path / "out").exists()
     with pytest.raises(ProxyTuneError, match="--fit needs the base's probabilities of all 384 tokens"):
         sweep(made, options(place), [0.0, 1.0], tmp_path / "sweep", fit=True)
+    with pytest.raises(ProxyTuneError, match="there is no way 'guess'"):
+        LoadingOptions(way="guess")
+    made.plausibility = 0.1
+    with pytest.raises(ProxyTuneError, match="plausibility needs the base's probabilities, and with --way push"):
+        sweep(made, options(place), [0.0], tmp_path / "sweep", loading=LoadingOptions(way="push"))
     with pytest.raises(ProxyTuneError, match="a sweep never drafts"):
         sweep(made, options(place), [0.0], tmp_path / "sweep", loading=LoadingOptions(way="verify"))
 

@@ -167,8 +167,9 @@ def refuse_unknown(
         )
     wanted = next((what for what, needed in needs.items() if needed), None)
     if wanted is None and loading.way == "push":
-        banned = (f"{plan.name}, which bans words," for plan in plans if plan.metadata.get("banned"))
-        wanted = next(banned, None)
+        needs = {f"{plan.name}, which bans words,": bool(plan.metadata.get("banned")) for plan in plans}
+        needs["plausibility"] = config.plausibility is not None and "proxy_tuned" in arms
+        wanted = next((what for what, needed in needs.items() if needed), None)
     if wanted is None:
         return
     if loading.way == "push":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,11 @@ from proxytune.errors import MemberError, ProxyTuneError
 from proxytune.lanes.completions import Endpoint, Known
 from proxytune.lanes.texts import TextState
 from proxytune.recipe.layout import Seat
+from proxytune.recipe.options import WAYS, Way
 from proxytune.recipe.parts import ApiBase, Prompt
 
-__all__ = ["WAYS", "RemoteLane", "RemoteState", "Way", "chosen_way"]
+__all__ = ["RemoteLane", "RemoteState", "chosen_way"]
 
-Way = Literal["verify", "push", "ask", "pull"]
-WAYS: tuple[Way, ...] = ("verify", "push", "ask", "pull")
 # What a request costs, as the bytes of weights that could be read in that time: far more than any local pass. A further
 # prefix in it costs the server a token that it reads from its prefix cache.
 REQUEST = Cost(2e10, 1e9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from proxytune.errors import ProxyTuneError, RecipeError
 from proxytune.options import option
@@ -14,10 +14,12 @@ from proxytune.recipe.presets import PRESETS
 from proxytune.recipe.rules import RULES, rule_of
 from proxytune.recipe.source import resolve
 
-__all__ = ["DTYPES", "TRUST", "ComposeOptions", "LoadingOptions", "MemberChoice", "device_map"]
+__all__ = ["DTYPES", "TRUST", "WAYS", "ComposeOptions", "LoadingOptions", "MemberChoice", "Way", "device_map"]
 
 TRUST = "Run code that comes with the members."
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
+Way = Literal["verify", "push", "ask", "pull"]  # to ask a base behind an API
+WAYS: tuple[Way, ...] = get_args(Way)
 
 
 def device_map(text: str) -> str | int:
@@ -85,6 +87,8 @@ class LoadingOptions:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ProxyTuneError(f"--dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.way not in (None, "auto", *WAYS):
+            raise ProxyTuneError(f"there is no way {self.way!r}; there are auto, {', '.join(WAYS)}")
 
     def of_model(self) -> dict[str, Any]:
         """As :meth:`proxytune.ProxyTunedForCausalLM.from_pretrained` takes them."""
