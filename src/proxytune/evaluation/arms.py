@@ -285,7 +285,7 @@ class Arms:
         """A base behind an API alone. It is asked for one token in each request, and never twice."""
         if self.remote is None:
             config, loading = copy.deepcopy(self.config), replace(self.loading, way="pull", speculate=False)
-            config.experts, config.combine, config.plausibility = [], "sum", None
+            config.experts, config.combine, config.gate, config.plausibility = [], "sum", None, None
             if self.steered is None and "proxy_tuned" not in self.names:
                 self.remote = ProxyTunedForCausalLM.from_pretrained(
                     str(config.name_or_path), config=config, **loading.of_model()

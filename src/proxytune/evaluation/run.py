@@ -159,7 +159,9 @@ def refuse_unknown(
     refuse_of_api(base, loading)
     if not isinstance(base, ApiBase) or not any(map(asks_base, arms)):
         return
-    needs = {"--trace": trace, "--fit": fit, "the rule dynamic": config.combine == "dynamic" and "proxy_tuned" in arms}
+    needs = {"--trace": trace, "--fit": fit}
+    if "proxy_tuned" in arms:
+        needs |= {"the rule dynamic": config.combine == "dynamic", "a gate": config.gate is not None}
     for plan in plans:
         needs[f"{plan.name}, which scores given continuations,"] = plan.likelihood
         needs[f"{plan.name}, which is sampled,"] = any(

@@ -117,10 +117,11 @@ class RemoteState(TextState):
 
         def ask(row: int) -> list[Known]:
             text = self.text(row, places[-1])
-            n_asked = min(len(places), len(text))  # before its first token there is nothing to ask for a row
+            lengths = [len(self.text(row, ahead)) for ahead in places]  # a padded column adds nothing
+            n_asked = len({n for n in lengths if n})  # before its first token there is nothing to ask for a row
             found, n_calls = endpoint.along(text, n_asked, endpoint.n)
             self.calls[row].n += n_calls
-            return [Known({}, 0.0)] * (len(places) - n_asked) + found
+            return [found[n - len(text) - 1] if n else Known({}, 0.0) for n in lengths]
 
         for row, found in enumerate(endpoint.each(ask, range(self.n_batch))):
             self.known.update({(row, ahead): known for ahead, known in zip(places, found)})
