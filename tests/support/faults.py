@@ -27,7 +27,7 @@ def spoiled(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def top(logprobs: Any) -> Any:
-    return logprobs["top_logprobs"][0]
+    return logprobs["top_logprobs"][-1]
 
 
 # name -> from a good reply to what is sent in its place
@@ -60,13 +60,19 @@ PASSING: dict[str, Callable[[Any], Any]] = {
 
 def padded(made: Any) -> Any:
     """The reply without all tokens but the drawn one, which is what vLLM sends if a batch mixes kinds of requests."""
-    for choice in made["choices"]:
-        top(choice["logprobs"]).update({token: -9999.0 for token in list(top(choice["logprobs"]))[1:]})
+    for column in columns(made):
+        column.update({token: -9999.0 for token in list(column)[1:]})
     return made
 
 
 def first_two(made: Any) -> Any:
     """The reply without all tokens but two, as if the others had the same texts."""
-    for choice in made["choices"]:
-        choice["logprobs"]["top_logprobs"] = [dict(list(top(choice["logprobs"]).items())[:2])]
+    for column in columns(made):
+        for token in list(column)[2:]:
+            del column[token]
     return made
+
+
+def columns(made: Any) -> list[dict[str, Any]]:
+    """The most probable tokens at each place, in all choices."""
+    return [column for choice in made["choices"] for column in choice["logprobs"]["top_logprobs"] if column is not None]

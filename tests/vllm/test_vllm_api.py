@@ -211,7 +211,7 @@ def test_fewer_log_probabilities(oracle, through, proxy, short):
 def test_a_model_that_is_swapped_ends_the_run(through, proxy):
     """Under its name, and under another one."""
     model, _ = through
-    other = Served(tiny.llama("base", 7), tiny.tokenizer(), words=True)
+    other = Served(tiny.llama("base", 7), tiny.tokenizer(), words=True, scores=True)
     began, target = len(proxy.requests), proxy.target
 
     def altered(number, body):

@@ -623,8 +623,16 @@ def alike(one: Known, other: Known) -> bool:
     """Whether two replies to one prompt can come from one model, whose rounding may differ from call to call."""
     common = one.logprobs.keys() & other.logprobs.keys()
     far = sum(abs(one.logprobs[index] - other.logprobs[index]) > MOVES for index in common)
-    least = min(len(one.logprobs), len(other.logprobs))
-    return 2 * len(common) >= least and 2 * far <= len(common)
+    # A short reply may lack tokens, but none above its own bound.
+    lost = sum(
+        value > second.bound + MOVES
+        for first, second in ((one, other), (other, one))
+        for index, value in first.logprobs.items()
+        if index not in common
+    )
+    whole = all(len(each.logprobs) >= each.asked for each in (one, other))
+    least = min(len(one.logprobs), len(other.logprobs)) if whole else 0
+    return 2 * len(common) >= least and 2 * (far + lost) <= max(len(common), 1)
 
 
 def _offset(logprobs: dict[str, Any]) -> int | None:

@@ -209,7 +209,7 @@ def _takes_bias(endpoint: Endpoint, ids: Sequence[int], known: Known) -> int:
             continue
         if not fits:
             return 0
-        longer = [*ids, *ranked(known)]
+        longer = [*ids, *ranked(known)[:5]]
         after = endpoint.ask([longer], endpoint.n)[0].known
         said = set(longer)
         old, new = (next((one for one in ranked(after) if (one in said) is old), None) for old in (True, False))
@@ -226,7 +226,7 @@ def ranked(known: Known) -> list[int]:
 
 def _moves(endpoint: Endpoint, text: Sequence[int], known: Known, first: int, second: int, n: int) -> bool:
     """Whether a bias of ``n`` entries makes the server choose what it should: one of two tokens, pushed to the top."""
-    top = known.logprobs[ranked(known)[0]]
+    top = max(known.logprobs[ranked(known)[0]], known.bound)
     idle = {str(index): 0.0 for index in range(endpoint.spelling.n_vocab) if index not in (first, second)}
     padding = dict(list(idle.items())[: max(n - 2, 0)])
     lifted = {str(first): top - known.logprobs[first] + 1.0}
