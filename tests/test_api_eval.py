@@ -119,6 +119,7 @@ def test_the_base_alone_needs_no_experts(recipe, place, oracle, tmp_path, monkey
     assert [line["output"] for line in lines] == [expected(Oracle(oracle.base), line) for line in lines]
 
 
+@pytest.mark.slow
 def test_a_spent_budget_ends_the_run_and_the_same_command_continues(recipe, place, served, tmp_path):
     made = recipe()
     command = ["eval", made, "--tasks", "triviaqa", "--data", place, "--limit", 3, "--batch-size", 1, "--way", "pull"]
@@ -194,6 +195,7 @@ def test_options_of_an_api_are_refused_without_one(shelf, place, tmp_path):
         assert f"{flag} is for a base behind an API" in fails(*command, "--output", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_server_that_names_all_tokens_scores_continuations(recipe, place, oracle, tmp_path):
     """And samples, and traces: as the same recipe with the base on this machine does."""
     members = ["--base", place / "base", "--expert", place / "expert", "--anti-expert", place / "anti"]
@@ -229,6 +231,7 @@ def test_a_sweep_asks_for_each_alpha(recipe, place, oracle, tmp_path):
         assert point["calls"] == sum(line["calls"] for line in lines) > 0
 
 
+@pytest.mark.slow
 def test_a_sweep_finds_alpha_if_the_server_names_all_tokens(recipe, place, tmp_path):
     members = ["--base", place / "base", "--expert", place / "expert", "--anti-expert", place / "anti"]
     run("new", tmp_path / "local", *members)
@@ -243,6 +246,7 @@ def test_a_sweep_finds_alpha_if_the_server_names_all_tokens(recipe, place, tmp_p
     assert one["gain"] == pytest.approx(other["gain"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_sweep_has_a_budget(recipe, place, tmp_path):
     command = ["sweep", recipe(), "--tasks", "triviaqa", "--data", place, "--limit", 3, "--alpha", "0,1", "-b", 2]
     command += ["--output", tmp_path / "out"]

@@ -62,6 +62,9 @@ class Asked:
         logits = [hashed_logits(N_VOCAB, 1)(text).log_softmax(dim=-1).tolist() for text in texts]
         return [Known(dict(enumerate(row)), -20.0, n) for row in logits]
 
+    def along(self, text, n_places, n):
+        return self.top([text[: len(text) - ahead] for ahead in range(n_places - 1, -1, -1)], n), 1
+
     def each(self, ask, items):
         return [ask(item) for item in items]
 

@@ -194,7 +194,7 @@ def plan(
         proxytune plan demo
         proxytune plan mine --acceptance 0.6,0.8 --batch-size 1,8 --device cuda
         proxytune plan demo --probe --options auto+pack
-        proxytune plan remote --prompts 500 --prompt-tokens 120 -n 60 --price-in 0.5 --price-out 1.5
+        proxytune plan mine --prompts 500 --prompt-tokens 120 -n 60 --price-in 0.5 --price-out 1.5
     """
     from proxytune.recipe.members import Loading
     from proxytune.recipe.parts import ApiBase
