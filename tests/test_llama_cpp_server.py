@@ -1,4 +1,4 @@
-"""Replies in the form that llama.cpp's server documents: what is known from each. The server itself does not run here."""
+"""Replies in the form that llama.cpp's server documents: what is known from each. No such server runs here."""
 
 from __future__ import annotations
 
