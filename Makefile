@@ -14,7 +14,7 @@ VLLM_VENV  ?= .venv-vllm
 VLLM_BIN   := $(VLLM_VENV)/bin
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: help install install-vllm demo bench bench-gpu bench-vllm test test-slow test-vllm check lint types docs linkcheck dist clean
+.PHONY: help install install-vllm demo bench bench-gpu bench-vllm bench-api test test-slow test-vllm check lint types docs linkcheck dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,10 @@ bench-gpu: install  ## the same on a GPU, on random-weight models of real shapes
 bench-vllm: install-vllm  ## what steering costs in vLLM, on the demo: about fifteen minutes on two idle cores
 	mkdir -p runs && rm -f runs/bench-vllm.json
 	$(VLLM_BIN)/python scripts/bench_vllm.py demo-word-problems --json runs/bench-vllm.json | tee runs/bench-vllm.md
+
+bench-api: install-vllm  ## what steering costs over an API, on the demo: some minutes on two idle cores
+	mkdir -p runs
+	$(VLLM_BIN)/python scripts/bench_api.py --json runs/bench-api.json | tee runs/bench-api.md
 
 test: install  ## the core tests, under five minutes
 	$(PYTEST) -m "not slow"
