@@ -155,7 +155,7 @@ def measure(asked: argparse.Namespace, url: str, place: Path, config: Any, base:
         ("plain", lambda ids: write(ids, n_new), client),
         ("stepwise", stepwise, client),
     ]
-    member = {"api": url, "model": "base", "tokenizer": str(base), "top_logprobs": asked.top_logprobs}
+    member: Any = {"api": url, "model": "base", "tokenizer": str(base), "top_logprobs": asked.top_logprobs}
     (one,) = config.experts
 
     def path(name: str) -> str:
@@ -172,7 +172,7 @@ def measure(asked: argparse.Namespace, url: str, place: Path, config: Any, base:
     for way in asked.ways.split(","):
         for gamma in map(int, asked.gamma.split(",")) if way == "verify" else (0,):
             name = f"{way} {gamma}" if gamma else way
-            model = ProxyTunedForCausalLM.from_members(member, experts=experts, way=way)
+            model: Any = ProxyTunedForCausalLM.from_members(member, experts=experts, way=way)
 
             def steered(ids: list[int], model: Any = model, gamma: int = gamma, name: str = name) -> None:
                 options = {"speculate": gamma} if gamma else {}
@@ -180,7 +180,9 @@ def measure(asked: argparse.Namespace, url: str, place: Path, config: Any, base:
                     torch.tensor([ids]), max_new_tokens=n_new, do_sample=False, eos_token_id=None,
                     pad_token_id=0, **options,
                 )  # fmt: skip
-                certain[name] = last_asked(model).certified[0]
+                found = last_asked(model)
+                assert found is not None
+                certain[name] = found.certified[0]
                 accepted[name] = model.speculation_stats if gamma else None
 
             arms.append((name, steered, model.lanes[0].endpoint.client))
@@ -198,8 +200,8 @@ def measure(asked: argparse.Namespace, url: str, place: Path, config: Any, base:
                 seconds.setdefault((name, n_clients), []).append(taken)
     rows = []
     n_all = asked.rounds * sum(map(int, asked.clients.split(","))) * n_new
-    for (name, n_clients), taken in seconds.items():
-        median = statistics.median(taken)
+    for (name, n_clients), times in seconds.items():
+        median = statistics.median(times)
         speed, plain = n_clients * n_new / median, n_clients * n_new / statistics.median(seconds["plain", n_clients])
         counted, marks = traffic[name], certain.get(name, [])
         rows.append(
