@@ -29,7 +29,9 @@ N_NEW = 8
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("served")
-    wide(root / "base", "llama", "base", 1)
+    model = wide(root / "base", "llama", "base", 1)
+    # vLLM takes this as the default of each request; steering is of the model's own probabilities.
+    (model / "generation_config.json").write_text('{"repetition_penalty": 1.3}')
     return root
 
 
