@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from proxytune import Prompt
+from proxytune import Prompt, ProxyTunedForCausalLM
 from proxytune.analysis.limit import best_factor, limit, limit_tables, reach, summary
 from proxytune.analysis.references import Reference, read_references
 from proxytune.answers.options import Sampling
@@ -119,6 +119,25 @@ def test_gold_answers_are_those_of_the_plain_loop(model, oracle, tokenizer):
     assert told["reachable"]["at_recipe_alpha"]["tokens"] == sum(t.at_recipe_alpha for t in tokens) / len(tokens)
     assert told["reachable"]["at_some_alpha"]["tokens"] == sum(t.reachable is not None for t in tokens) / len(tokens)
     assert told["pass_at_k"] is None
+
+
+@pytest.mark.parametrize("rule", ["mean", "union", "intersection"])
+def test_other_rules_at_every_strength(trio, tokenizer, rule):
+    """The reach of each gold token holds the factors, of all alphas together, at which the plain loop chooses it."""
+    pairs = [("a", trio.expert, trio.anti_expert, 0.8), ("b", trio.anti_expert, trio.base, 0.5)]
+    plain = Oracle(trio.base, pairs, rule=rule)
+    experts = [{"name": n, "expert": e, "anti_expert": a, "alpha": alpha} for n, e, a, alpha in pairs]
+    two = ProxyTunedForCausalLM.from_members(trio.base, experts=experts, combine=rule, tokenizer=tokenizer)
+    prompt, text = GOLD[0]
+    (answer,) = limit(two, tokenizer, [Reference(prompt, (text,))], [0.8, 0.5], shown=SHOWN)
+    ids = [token.id for token in answer.tokens]
+    logits = plain.member_logits(tokenizer(prompt)["input_ids"], ids[:-1])
+    for s in (0.01, 0.5, 1.0, 3.0, 20.0):
+        chosen = plain.mix(logits, [0.8 * s, 0.5 * s]).argmax(dim=-1).tolist()
+        for token, other in zip(answer.tokens, chosen):
+            low, high = token.reachable or (math.inf, -math.inf)
+            if min(abs(s - low), abs(s - high)) > 1e-3:
+                assert (low <= s <= high) == (token.id == other)
 
 
 def test_what_the_mixture_writes_is_within_reach(model, oracle, tokenizer):
