@@ -188,9 +188,8 @@ def measure(asked: argparse.Namespace, url: str, place: Path, config: Any, base:
             arms.append((name, steered, model.lanes[0].endpoint.client))
     seconds: dict[tuple[str, int], list[float]] = {}
     traffic = {name: Traffic() for name, *_ in arms}
-    for name, run, own in arms:
+    for _, run, _ in arms:
         run(prompts[0])  # warm
-        del own, name
     for _ in range(asked.rounds):
         for n_clients in map(int, asked.clients.split(",")):
             for name, run, own in arms:

@@ -54,8 +54,7 @@ def hurry(monkeypatch):
 def served(oracle):
     """A server whose behaviour the test sets, and its URL."""
     made = Served(oracle.base, tiny.tokenizer())
-    with serving(made) as url:
-        made.url = url
+    with serving(made):
         yield made
 
 

@@ -47,8 +47,7 @@ def oracle(place):
 @pytest.fixture
 def served(oracle):
     made = Served(oracle.base, tiny.tokenizer())
-    with serving(made) as url:
-        made.url = url
+    with serving(made):
         yield made
 
 

@@ -168,7 +168,7 @@ class Proxy(Served):
 
 @contextmanager
 def serving(served: Served):
-    """Serve; yields the URL."""
+    """Serve; yields the URL, which is then also ``served.url``."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -221,7 +221,8 @@ def serving(served: Served):
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
+        served.url = f"http://127.0.0.1:{server.server_port}/v1"
+        yield served.url
     finally:
         server.shutdown()
         server.server_close()

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -19,7 +13,7 @@ from support import faults, tiny
 from support.completions import Proxy, Served, serving
 from support.decoding import near, new_tokens
 from support.oracle import Oracle, assert_same_tokens
-from support.served import wide
+from support.served import running, wide
 
 pytestmark = pytest.mark.slow
 ROWS = [[1, 40, 77, 102, 9], [1, 88, 15]]
@@ -37,30 +31,11 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(place):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     words = ["--model", str(place / "base"), "--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager"]
-    words += ["--port", str(port), "--host", "127.0.0.1", "--max-logprobs", "-1", "--max-num-seqs", "16"]
-    with open(place / "log", "w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        )
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert server.poll() is None, (place / "log").read_text()[-2000:]
-                time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        server.wait()
+    words += ["--max-logprobs", "-1", "--max-num-seqs", "16"]
+    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words]
+    with running(program, place / "log", VLLM_ENABLE_V1_MULTIPROCESSING="1") as own:
+        yield own
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +90,7 @@ def hurry(monkeypatch):
 @pytest.fixture(scope="module")
 def whole_proxy(url):
     proxy = Proxy(url)
-    with serving(proxy) as own:
-        proxy.url = own
+    with serving(proxy):
         yield proxy
 
 

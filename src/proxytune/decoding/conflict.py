@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxytune.decoding.mixing import Pairs, mix
+from proxytune.decoding.mixing import Pairs, each_side, mix
 
 __all__ = ["Conflict", "conflicts", "lined_up"]
 
@@ -42,11 +42,7 @@ class Conflict:
 
 def lined_up(experts: Pairs) -> Pairs:
     """Logits of single tokens, (n_tokens, n_shared), as those of n_tokens rows with one position each."""
-
-    def alone(side: Tensor | None) -> Tensor | None:
-        return None if side is None else side[:, None]
-
-    return [(alone(expert), alone(anti_expert)) for expert, anti_expert in experts]
+    return each_side(experts, lambda side: side[:, None])
 
 
 def conflicts(base: Tensor, experts: Pairs, alpha: Tensor, *, plausibility: float | None = None) -> list[Conflict]:

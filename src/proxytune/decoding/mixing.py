@@ -24,7 +24,7 @@ Everything is float32: the difference of two nearly equal logits is what steers,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 
 import torch
@@ -33,7 +33,7 @@ from torch import Tensor
 from proxytune.recipe.gates import Gate
 from proxytune.recipe.rules import Rule
 
-__all__ = ["Members", "Pairs", "as_sum", "joined", "mix", "opening", "scale_to"]
+__all__ = ["Members", "Pairs", "as_sum", "each_side", "joined", "mix", "opening", "scale_to"]
 
 LARGEST_SCALE = 2.0  # of the offsets, under "dynamic"
 BISECTIONS = 18  # of the search for it: an error of 1e-5
@@ -82,19 +82,10 @@ def mix(
     shared = min(logits.shape[-1] for logits in (base, *sides)) if vocab_size is None else vocab_size
     # Whatever is changed in place was made here. Nothing asks the device for a value: that would wait for it.
     steered = base[..., :shared].to(torch.float32, copy=True)
-    experts = [
-        (
-            None if one is None else one[..., :shared].to(base.device, torch.float32),
-            None if other is None else other[..., :shared].to(base.device, torch.float32),
-        )
-        for one, other in experts
-    ]
-    experts, weights = as_sum(rule, steered.clone() if rule == "convex" else steered, experts, alpha.to(base.device))
+    experts = each_side(experts, lambda side: side[..., :shared].to(base.device, torch.float32))
+    experts, weights = as_sum(rule, steered, experts, alpha.to(base.device))
     if rule in ("union", "intersection"):
-        experts = [
-            tuple(None if side is None else side.log_softmax(dim=-1) for side in pair)  # type: ignore[misc]
-            for pair in experts
-        ]
+        experts = each_side(experts, lambda side: side.log_softmax(dim=-1))
     if experts:
         added = joined(rule, steered, experts, weights)
         steered += added if gate is None else _times(added, opening(gate, steered, added))
@@ -105,6 +96,14 @@ def mix(
     if shared < base.shape[-1]:
         steered = torch.nn.functional.pad(steered, (0, base.shape[-1] - shared), value=-torch.inf)
     return steered
+
+
+def each_side(experts: Pairs, change: Callable[[Tensor], Tensor]) -> Pairs:
+    """The experts with every side changed, but for those that are missing."""
+    return [
+        (None if expert is None else change(expert), None if anti_expert is None else change(anti_expert))
+        for expert, anti_expert in experts
+    ]
 
 
 def as_sum(rule: Rule, base: Tensor, experts: Pairs, alpha: Tensor) -> tuple[Pairs, Tensor]:

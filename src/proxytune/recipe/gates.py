@@ -44,8 +44,10 @@ def gate_of(said: Any) -> Gate | None:
     Raises:
         RecipeError: for anything else.
     """
-    if said is None or said == "none" or isinstance(said, Gate):
-        return said if isinstance(said, Gate) else None
+    if said is None or isinstance(said, Gate):
+        return said
+    if said == "none":
+        return None
     if isinstance(said, str):
         kind, _, text = said.partition("=")
         said = {kind: _number(text)}

@@ -63,8 +63,7 @@ class LoadingOptions:
     way: str | None = option(
         None,
         "How to ask a base behind an API: verify (score drafts in one request), push (its server chooses), ask (again "
-        "if a choice is open), pull (only the top tokens), or auto: verify if its server takes lists of prompts, else "
-        "ask.",
+        "if a choice is open), pull (only the top tokens), or auto: verify if its server can score drafts, else ask.",
         metavar="auto|verify|push|ask|pull",
         panel="Base behind an API",
     )

@@ -58,7 +58,7 @@ class Recipe:
         try:
             return self.requested(extra_args)
         except ProxyTuneError as error:
-            logger.error("a request reached the worker with a bad alpha, the recipe's is used: %s", error)
+            logger.error("a request reached the worker with bad values, the recipe's are used: %s", error)
             return self.own
 
 
