@@ -118,6 +118,34 @@ def test_the_base_alone_needs_no_experts(recipe, place, oracle, tmp_path, monkey
     assert [line["output"] for line in lines] == [expected(Oracle(oracle.base), line) for line in lines]
 
 
+@pytest.mark.parametrize("where", ["api", "local"])
+def test_realtimeqa_with_one_token(recipe, place, served, oracle, tmp_path, where):
+    """The paper's black box: the best of the base's top five after steering, in one request per question."""
+    members = ["--base", place / "base", "--expert", place / "expert", "--anti-expert", place / "anti"]
+    made = recipe(5) if where == "api" else tmp_path / "local"
+    if where == "local":
+        run("new", made, *members)
+    command = ["eval", made, "--tasks", "realtimeqa_one_token", "--data", place, "--arms", "base,expert,proxy_tuned"]
+    command += ["--way", "pull"] if where == "api" else []
+    found = json.loads(run(*command, "--output", tmp_path / "out", "--json").stdout)
+    arms = found["tasks"]["realtimeqa_one_token"]["arms"]
+    assert list(arms) == ["base", "expert", "proxy_tuned"]
+    tokenizer, n_unsure = tiny.tokenizer(), 0
+    for line in lines_of(tmp_path / "out" / "realtimeqa_one_token" / "proxy_tuned.jsonl"):
+        logits = oracle.member_logits(tokenizer(line["prompt"])["input_ids"], [])
+        mixed = oracle.logits(tokenizer(line["prompt"])["input_ids"], [])[-1]
+        five = logits["base"][-1].topk(5 if where == "api" else tiny.VOCAB).indices
+        token = int(five[mixed[five].argmax()])
+        assert line["mc_output"] == tokenizer.decode([token], skip_special_tokens=True)
+        if where == "api":
+            assert len(line["certified"]) == 1
+            assert not line["certified"][0] or token == int(mixed.argmax())
+            n_unsure += not line["certified"][0]
+    if where == "api":
+        assert n_unsure > 0
+        assert len(served.requests) <= 20 + 2 * len(QUESTIONS) + 2  # what the server offers; each question by two arms
+
+
 @pytest.mark.slow
 def test_a_spent_budget_ends_the_run_and_the_same_command_continues(recipe, place, served, tmp_path):
     made = recipe()

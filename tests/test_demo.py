@@ -318,6 +318,11 @@ def test_the_demo_needs_nothing_of_the_evaluations_extra():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_the_directory_of_the_models_is_printed(monkeypatch, tmp_path):
+    monkeypatch.setattr("proxytune.demo.assets.materialize", lambda: tmp_path)
+    assert run("demo", "--models-dir").stdout == f"{tmp_path}\n"
+
+
 def test_bad_input_is_one_sentence_before_any_work(tmp_path):
     with pytest.raises(ProxyTuneError, match=r"cannot write .*No such file"):
         run_demo(1, json_path=tmp_path / "missing" / "out.json", cache_dir=tmp_path)

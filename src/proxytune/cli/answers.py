@@ -260,6 +260,14 @@ def serve(
     os.execvp(words[0], words)
 
 
+def _models_dir(wanted: bool) -> None:
+    if wanted:
+        from proxytune.demo.assets import materialize
+
+        write_out(f"{materialize()}\n")
+        raise typer.Exit
+
+
 def demo(
     task: Annotated[
         Literal["facts", "word-problems"],
@@ -274,6 +282,15 @@ def demo(
     seed: Annotated[
         int, typer.Option(metavar="N", help="Seed: which word problems are drawn, or the order of the facts.")
     ] = 0,
+    models_dir: Annotated[
+        bool,
+        typer.Option(
+            "--models-dir",
+            callback=_models_dir,
+            is_eager=True,
+            help="Print the directory of the demo's models and recipes, and exit.",
+        ),
+    ] = False,
     *,
     results: ResultOptions,
 ) -> None:
@@ -291,6 +308,7 @@ def demo(
         proxytune demo
         proxytune demo --problems all
         proxytune demo --task word-problems --problems 100 --seed 1
+        proxytune demo --models-dir
     """
     began = time.monotonic()  # the imports are part of the minute
     asked = _how_many(problems)

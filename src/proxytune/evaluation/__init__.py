@@ -34,6 +34,7 @@ EVAL_TASKS = {
     "demo_math": ("the demo's held-out word problems", "strict exact match"),
     "ecqa_json": ("ECQA, questions with options", 'the right option as {"answer": …}, nothing else'),
     "mbpp_likelihood": ("MBPP's reference solutions", "their likelihood; no code is run"),
+    "realtimeqa_one_token": ("RealTimeQA, one token: the paper's black box", "the first letter"),
     "truthfulqa_mc1": ("TruthfulQA, one best answer", "whether it is the most probable"),
 }
 TASK_DIR = Path(__file__).parent / "tasks"

@@ -133,7 +133,7 @@ def _triviaqa(task: str, predictions: Sequence[Prediction]) -> Scores:
 
 
 def _multiple_choice(task: str, predictions: Sequence[Prediction]) -> Scores:
-    letters = "ABCDE" if task == "realtimeqa" else "ABCD"
+    letters = "ABCD" if task == "truthfulqa_mc" else "ABCDE"
     for one in predictions:
         if one["mc_answer_idx"] not in tuple(letters):
             reason = f"its 'mc_answer_idx' is not one of {', '.join(letters)}"
@@ -202,6 +202,7 @@ SCORERS: dict[str, Callable[[str, Sequence[Prediction]], Scores]] = {
     "demo_math": _demo,
     "ecqa_json": _json,
     "mbpp_likelihood": _likelihood,
+    "realtimeqa_one_token": _multiple_choice,
     "truthfulqa_mc1": _likeliest,
 }
 
