@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from scipy import spatial, special
 from scipy.optimize import minimize_scalar
 from transformers import AutoModelForCausalLM
 
@@ -123,6 +124,55 @@ def test_every_number_is_the_plain_loops(sick, lines, models, tokenizer):
         assert line["agreed"] == int((draft[:-1].argmax(dim=-1) == mixed.argmax(dim=-1)).sum())
         at = {alpha: gold_logprob(recipe.mix(logits, [alpha]), ids) for alpha in (0.0, 0.5, 3.0)}
         assert [line["curves"][ALL][GRID.index(alpha)] for alpha in at] == pytest.approx(list(at.values()), abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def two_experts(shelf, tmp_path_factory):
+    pairs = [
+        {"name": "a", "expert": str(shelf / "expert"), "anti_expert": str(shelf / "anti"), "alpha": 0.8},
+        {"name": "b", "expert": str(shelf / "base"), "anti_expert": str(shelf / "anti"), "alpha": 0.5},
+    ]
+    values = {"model_type": "proxytune", "base": str(shelf / "base"), "experts": pairs}
+    return tiny.write_recipe_alone(tmp_path_factory.mktemp("two") / "r", values)
+
+
+def test_conflict_is_that_of_the_definitions(shelf, two_experts, models, tokenizer, tmp_path):
+    """Each measure at each gold token, from the plain loop's logits in numpy; the result has their means."""
+    oracle = Oracle(models.base, [("a", models.expert, models.anti, 0.8), ("b", models.base, models.anti, 0.5)])
+    cosines, distances, disagree = [], [], []
+    for prompt, gold in GOLD:
+        ids = tokenizer(gold, add_special_tokens=False).input_ids
+        logits = oracle.member_logits(tokenizer(prompt).input_ids, ids)
+        width = min(each.shape[-1] for each in logits.values())
+        logits = {name: each[:-1, :width].double().numpy() for name, each in logits.items()}
+        for at in range(len(ids)):
+            offsets = [
+                alpha * (logits[f"{name}.expert"][at] - logits[f"{name}.anti_expert"][at])
+                for name, alpha in (("a", 0.8), ("b", 0.5))
+            ]
+            p, q = (special.softmax(logits["base"][at] + offset) for offset in offsets)
+            cosines.append(1 - spatial.distance.correlation(*offsets))
+            distances.append(spatial.distance.jensenshannon(p, q, base=2))
+            disagree.append(p.argmax() != q.argmax())
+    words = ("doctor", two_experts, "--data", write(tmp_path / "sample.jsonl"), "--output", tmp_path / "out")
+    found = json.loads(run(*words, "--json").stdout)["conflict"]
+    expected = {"cosine": cosines, "distance": distances, "disagree": disagree}
+    assert {name: of["mean"] for name, of in found.items()} == {
+        name: pytest.approx(sum(values) / len(values), abs=1e-3) for name, values in expected.items()
+    }
+    assert 0 < found["disagree"]["mean"] < 1, "a sample that tells choices apart"
+    assert all(of["low"] <= of["mean"] <= of["high"] for of in found.values())
+    shown = run(*words).stdout
+    assert "conflict of the experts: distance of what each steers to" in " ".join(shown.split())
+
+
+def test_an_expert_that_never_moves_the_base_has_no_cosine(two_experts):
+    sick = Doctor(load_recipe(two_experts), LoadingOptions(), (0.8, 0.0), REFERENCES[:1], shots=0)
+    ((line,),) = sick.measure([0])
+    assert (line["conflict"]["cosine"], line["conflict"]["cosines"]) == (0, 0)
+    found = summarize([line], ["a", "b"], [0.8, 0.0], n_examples=1)
+    assert found["conflict"]["cosine"] is None
+    assert found["conflict"]["distance"]["mean"] > 0
 
 
 def test_what_the_arms_write_counts_where_it_is_right(shelf, models, tokenizer):
@@ -337,6 +387,7 @@ def test_the_command(shelf, tmp_path):
     assert all(of["correct"]["low"] <= of["correct"]["high"] for of in found["arms"].values())
     assert found["alpha"]["recipe"] == {"expert": 1.0}
     assert found["alpha"]["low"] <= found["alpha"]["best"] <= found["alpha"]["high"]
+    assert found["conflict"] is None, "there is one expert"
     assert found["verdict"] in (out / "doctor.md").read_text()
     assert {"alpha.png", "alpha.svg"} <= {path.name for path in out.iterdir()}
     before = (out / "examples.jsonl").read_bytes()

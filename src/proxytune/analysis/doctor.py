@@ -2,8 +2,8 @@
 
 Each example is a prompt with gold answers. Every arm writes a greedy answer, which is right if it begins with a gold
 one, and gives the first gold answer a log-probability. From the same pass come the alphas under which the gold answers
-are most probable (:mod:`proxytune.analysis.fit`), what the expert learned beyond the anti-expert, and how far the
-anti-expert is from the base.
+are most probable (:mod:`proxytune.evaluation.fit`), what the expert learned beyond the anti-expert, how far the
+anti-expert is from the base, and how far several experts conflict.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import torch
 from proxytune.analysis.references import Reference
 from proxytune.answers.generation import Encoded, Sampling, answer, batches, encode
 from proxytune.answers.journal import Journal
+from proxytune.decoding.conflict import conflicts
 from proxytune.decoding.drafting import guess
+from proxytune.decoding.mixing import Pairs, each_side
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.arms import Arm, Arms, expand_arms, impossible
 from proxytune.evaluation.fit import ALL, GRID, check_fit, curves, fits, gold_ids, log_likelihoods, read_gold
@@ -112,7 +114,8 @@ class Doctor:
         A line has the example's ``number``. If the example cannot be read, it has the reason as ``left_out``. Otherwise
         it has ``n_tokens`` of the gold answer; ``logprob`` and ``correct`` by arm; ``curves``; ``learned`` by expert,
         and ``distance``, summed over tokens, in nats; ``excluded`` tokens, which steering
-        cannot choose; ``agreed``, see :meth:`_agreed`; and ``seconds`` per token by arm.
+        cannot choose; ``agreed``, see :meth:`_agreed`; ``conflict``, see :meth:`_conflict`; and ``seconds`` per token
+        by arm.
         """
         for batch in batches(numbers, BATCH):
             found, read = [], []
@@ -169,6 +172,7 @@ class Doctor:
             "learned": learned,
             "distance": float(sum(each.sum() for each in distances)) / len(distances) if distances else None,
             "agreed": self._agreed(logits, possible),
+            "conflict": self._conflict(base, pairs, possible),
         }
 
     def _agreed(self, logits: Mapping[str, torch.Tensor], possible: torch.Tensor) -> int | None:
@@ -182,6 +186,26 @@ class Doctor:
         drafts = guess(drafting, blocks, alpha)[0, :, :width].argmax(dim=-1)
         mixed = self.model.mixture(logits, alpha)[0, :, :width].argmax(dim=-1)
         return int((drafts.to(mixed.device) == mixed)[possible].sum())
+
+    def _conflict(self, base: torch.Tensor, pairs: Pairs, possible: torch.Tensor) -> dict[str, float] | None:
+        """The conflict of the experts (:class:`proxytune.decoding.conflict.Conflict`), summed over the tokens.
+
+        ``cosines`` is the number of tokens at which there is a cosine. None for a single expert.
+        """
+        if len(pairs) < 2:
+            return None
+        counted, width = possible.nonzero()[:, 0], self.model.shared_vocab
+        experts = each_side(pairs, lambda side: side[0, :, :width].to(base.device, torch.float32)[counted])
+        alpha = torch.tensor([list(self.alphas)], device=base.device).expand(len(counted), -1)
+        mask = self.model.config.plausibility
+        found = conflicts(base[0, :, :width].float()[counted], experts, alpha, plausibility=mask)
+        cosines = [one.cosine for one in found if one.cosine is not None]
+        return {
+            "cosine": sum(cosines),
+            "cosines": len(cosines),
+            "distance": sum(one.distance for one in found),
+            "disagree": sum(one.disagree for one in found),
+        }
 
     def _distance(self, base: torch.Tensor, anti_expert: torch.Tensor) -> torch.Tensor:
         """KL(base || anti-expert) at each position, over the ids that both have, (n_tokens,)."""
@@ -281,8 +305,8 @@ def summarize(
         raise ProxyTuneError("no example could be measured: " + "; ".join(str(one["left_out"]) for one in lines[:3]))
     tokens = [line["n_tokens"] for line in measured]
 
-    def per_token(sums: Sequence[float]) -> dict[str, Any]:
-        return _bounds(sum(sums) / sum(tokens), bootstrap_of(lambda total, n: total / n, [sums, tokens], seed))
+    def per_token(sums: Sequence[float], counts: Sequence[int] = tokens) -> dict[str, Any]:
+        return _bounds(sum(sums) / sum(counts), bootstrap_of(lambda total, n: total / n, [sums, counts], seed))
 
     arms: dict[str, Any] = {}
     for arm in _arms_of(measured):
@@ -322,6 +346,7 @@ def summarize(
         "alpha": alpha,
         "learned": {name: per_token([line["learned"][name] for line in measured]) for name in measured[0]["learned"]},
         "distance": None if None in distances else per_token(distances),
+        "conflict": _conflict_of(measured, per_token),
         "speed": {
             "acceptance": acceptance,
             "to_base": seconds[BASE] / seconds[STEERED],
@@ -332,6 +357,16 @@ def summarize(
     }
     found["verdict"] = verdict(found)
     return found
+
+
+def _conflict_of(lines: Sequence[Mapping[str, Any]], per_token: Callable[..., dict[str, Any]]) -> dict[str, Any] | None:
+    """The means of the conflict's measures, or None; no cosine if some expert never moves the base."""
+    apart = [line["conflict"] for line in lines if line.get("conflict")]
+    if len(apart) < len(lines):  # one expert, or examples that were measured before there was a conflict
+        return None
+    cosine, cosines = ([one[name] for one in apart] for name in ("cosine", "cosines"))
+    found = {name: per_token([one[name] for one in apart]) for name in ("distance", "disagree")}
+    return {"cosine": per_token(cosine, cosines) if sum(cosines) else None, **found}
 
 
 def _arms_of(lines: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -376,6 +411,11 @@ SO = {
     "expert": "the base adds nothing here that the small model lacks",
     MEAN: "the anti-expert adds nothing here",
     SHOTS: "examples in the prompt need no expert",
+}
+CONFLICT = {
+    "cosine": "cosine of their offsets",
+    "distance": "distance of what each steers to",
+    "disagree": "share of tokens at which they choose differently",
 }
 
 
@@ -475,6 +515,9 @@ def doctor_tables(found: Mapping[str, Any]) -> list[Table | str]:
         facts.append((f"{name}: expert beyond anti-expert, nats per token", *interval_cells(of)))
     if found["distance"] is not None:
         facts.append(("KL(base ‖ anti-expert), nats per token", *interval_cells(found["distance"])))
+    for name, of in (found["conflict"] or {}).items():
+        if of is not None:
+            facts.append((f"conflict of the experts: {CONFLICT[name]}", *interval_cells(of)))
     speed = found["speed"]
     if speed["acceptance"] is not None:
         facts.append(("acceptance of greedy drafts", *interval_cells(speed["acceptance"])))

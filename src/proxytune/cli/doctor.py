@@ -55,8 +55,9 @@ def doctor(
     The base, the experts alone, the mean of logits, the base with solved examples and the steered base answer the same
     prompts. An answer is right if it begins with a gold one; and each arm gives the gold answer a log-probability. The
     verdict is one sentence with its uncertainty. Below it you see the alpha under which the gold answers are most
-    probable, what the expert learned beyond its anti-expert, how far the anti-expert is from the base, how many drafts
-    were accepted, and what that does for speed. DIR gets doctor.json, doctor.md, and alpha.png and alpha.svg.
+    probable, what the expert learned beyond its anti-expert, how far the anti-expert is from the base, how far several
+    experts conflict, how many drafts were accepted, and what that does for speed. DIR gets doctor.json, doctor.md, and
+    alpha.png and alpha.svg.
 
     Examples:
 
