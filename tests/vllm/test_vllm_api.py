@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from proxytune import ProxyTunedForCausalLM, ProxyTuneError
+from proxytune import ProxyTunedForCausalLM, ProxyTuneError, load_recipe
+from proxytune.answers.generation import Sampling, answer, encode
+from proxytune.answers.text import load, loaded
+from proxytune.demo.assets import materialize
 from proxytune.generation_mixin import last_asked
+from proxytune.recipe.options import LoadingOptions
 from support import faults, tiny
+from support.commands import run
 from support.completions import Proxy, Served, serving
 from support.decoding import near, new_tokens
 from support.oracle import Oracle, assert_same_tokens
+from support.pages import ROOT, blocks, commands
 from support.served import running, wide
 
 pytestmark = pytest.mark.slow
@@ -44,7 +54,7 @@ def oracle(place):
     return Oracle(base, [("e", near(base, 2), near(base, 3), 1.0)])
 
 
-def load(place, oracle, url, n, way):
+def behind_api(place, oracle, url, n, way):
     """The composite whose base is at a URL."""
     member = {"api": url, "model": "tiny", "tokenizer": str(place / "base"), "top_logprobs": n}
     experts = [{"expert": e, "anti_expert": a, "alpha": alpha} for _, e, a, alpha in oracle.experts]
@@ -65,7 +75,7 @@ def assert_marks_are_right(oracle, rows, tokens, certified):
 @pytest.mark.parametrize("n", [5, tiny.VOCAB])
 @pytest.mark.parametrize("way", ["pull", "ask", "verify", "push"])
 def test_every_way(place, oracle, url, n, way):
-    model = load(place, oracle, url, n, way)
+    model = behind_api(place, oracle, url, n, way)
     offer = model.lanes[0].endpoint.offer
     assert offer.ids
     assert offer.lists
@@ -102,7 +112,7 @@ def proxy(whole_proxy, url):
 
 def behind(place, oracle, proxy, way):
     """The composite whose base is behind the proxy, and its answers without faults."""
-    model = load(place, oracle, proxy.url, 5, way)
+    model = behind_api(place, oracle, proxy.url, 5, way)
     expected = answers(model)
     assert all(map(all, expected[1]))
     return model, expected
@@ -207,3 +217,57 @@ def test_a_model_that_is_swapped_ends_the_run(through, proxy):
     proxy.faults = lambda number, made: {**made, "model": "another"} if number - began >= 2 else made
     with pytest.raises(ProxyTuneError, match="answered as 'tiny' first and now as 'another'"):
         answers(model)
+
+
+# -- the demo, as docs/api-base.md says ------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def told():
+    """The page's commands for the demo, without the first, which names its models."""
+    (block,) = [each for each in blocks(ROOT / "docs" / "api-base.md") if "--models-dir)" in each.text]
+    assign, *rest = commands(block)
+    assert assign.text == "MODELS=$(proxytune demo --models-dir)"
+    return rest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def starting(told, tmp_path_factory):
+    """A server of the demo's base, as the page starts it. It starts while the other tests run."""
+    python, *words = [word.replace("$MODELS", str(materialize())) for word in told[0].words if word != "&"]
+    at = words.index("--port")
+    assert python == "python"
+    program = [sys.executable, *words[:at], *words[at + 2 :]]
+    log = tmp_path_factory.mktemp("demo") / "log"
+    with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        yield pool.submit(stack.enter_context, running(program, log, VLLM_ENABLE_V1_MULTIPROCESSING="1"))
+
+
+@pytest.fixture(scope="module")
+def page(told, starting):
+    """The words of the page's other commands, with that server's URL, and what the page shows below them."""
+    serve, *rest = told
+    port = serve.words[serve.words.index("--port") + 1]
+    changed = {"$MODELS": str(materialize()), f"http://127.0.0.1:{port}/v1": starting.result()}
+    pattern = re.compile("|".join(map(re.escape, changed)))
+    return [([pattern.sub(lambda m: changed[m[0]], word) for word in each.words[1:]], each.output) for each in rest]
+
+
+def test_the_page_from_start_to_end(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [words[0] for words, _ in page] == ["new", "check", "generate"]
+    for words, output in page:
+        result = run(*words)
+        if output:
+            assert json.loads(result.stdout) == json.loads(output)
+
+
+def test_a_server_that_names_all_tokens_gives_the_demos_own_answer(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    white, tokenizer = loaded("demo")
+    run(*page[0][0], "--base-top-logprobs", white.config.get_text_config().vocab_size)
+    remote, _ = load(load_recipe("remote"), LoadingOptions(way="pull"))
+    prompt = [encode(white, tokenizer, "Name the capital of France.", chat=True)]
+    options = {"max_new_tokens": 12, "sampling": Sampling()}
+    (expected,), (made,) = (answer(model, tokenizer, prompt, None, **options) for model in (white, remote))
+    assert made.tokens == expected.tokens
+    assert made.text == "quendrax: France\n"
+    assert all(made.certified)

@@ -32,6 +32,7 @@ SAMPLE = (
 )
 TRIES = 2  # of a probe whose reply is wrong
 LIMITS = (20, 5)  # of log-probabilities, that servers have
+ENOUGH = 20  # log-probabilities by which two replies are compared: scores of a whole text take seconds with all tokens
 BIASES = (1024, 300)  # of tokens that a request may push
 
 
@@ -133,14 +134,16 @@ def _check_tokenizer(endpoint: Endpoint, ids: Sequence[int], known: Known) -> No
     if not endpoint.offer.ids:
         return  # ids and texts cannot be compared there; the number of tokens is, at each request
 
+    n_compared = min(endpoint.n, ENOUGH)
+
     def agrees(n: int) -> bool | None:
         text = endpoint.shown(ids[len(start) : n], "whole")
-        by_text = endpoint.ask_text(text, endpoint.n)
+        by_text = endpoint.ask_text(text, n_compared)
         if by_text is None:
             return None
-        if same(by_text, known if n == len(ids) else endpoint.ask([ids[:n]], endpoint.n)[0].known):
+        if same(by_text, known if n == len(ids) else endpoint.ask([ids[:n]], n_compared)[0].known):
             return True
-        return bool(start) and same(by_text, endpoint.ask([ids[len(start) : n]], endpoint.n)[0].known)
+        return bool(start) and same(by_text, endpoint.ask([ids[len(start) : n]], n_compared)[0].known)
 
     agreed = agrees(len(ids))
     endpoint.same_tokenizer = agreed
@@ -166,7 +169,7 @@ def _answers_lists(endpoint: Endpoint, ids: Sequence[int], known: Known) -> bool
     """Whether the server answers several prompts in one request."""
     endpoint.offer = replace(endpoint.offer, lists=True)
     try:
-        replies = endpoint.ask([ids[:-1], ids], endpoint.n, tries=TRIES)
+        replies = endpoint.ask([ids[:-1], ids], min(endpoint.n, ENOUGH), tries=TRIES)
     except (Refused, NoGoodReply):
         return False
     return same(replies[1].known, known) and not same(replies[0].known, known)
@@ -176,9 +179,10 @@ def _scores_text(endpoint: Endpoint, ids: Sequence[int], known: Known) -> bool:
     """Whether the server scores the places of a given text, with the numbers of its plain replies."""
     if not endpoint.offer.ids:
         return False
+    n = min(endpoint.n, ENOUGH)
     try:
-        before, last = (reply.known for reply in endpoint.ask([ids], endpoint.n, tries=TRIES, n_places=2))
-        plain = endpoint.ask([ids[:-1]], endpoint.n, tries=TRIES)[0].known
+        before, last = (reply.known for reply in endpoint.ask([ids], n, tries=TRIES, n_places=2))
+        plain = endpoint.ask([ids[:-1]], n, tries=TRIES)[0].known
     except (Refused, NoGoodReply):
         return False
     return same(last, known) and same(before, plain)
