@@ -465,6 +465,19 @@ def test_a_rule_that_needs_all_probabilities(oracle, steered):
     assert all(map(all, asked.certified))
 
 
+def test_gates(oracle, steered):
+    """A schedule needs no probabilities."""
+    plain = Oracle(oracle.base, oracle.experts, gate=("decay", 4))
+    for way in ("verify", "ask"):
+        tokens, asked = answers(steered(20, way=way), gate="decay=4")
+        assert_no_mark_is_wrong(plain, ROWS, tokens, asked.certified)
+        assert any(map(any, asked.certified))
+    with pytest.raises(ProxyTuneError, match="the gate unsure needs the base's probabilities of all tokens"):
+        answers(steered(20), gate="unsure=0.5")
+    with pytest.raises(ProxyTuneError, match="so a gate is not possible"):
+        answers(steered(20, way="push"), gate="decay=4")
+
+
 def test_what_needs_all_probabilities_is_refused_or_exact(oracle, steered):
     model = steered(20)
     for options in ({"do_sample": True, "seed": 1}, {"num_beams": 2}, {"return_trace": True}):

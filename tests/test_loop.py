@@ -51,7 +51,7 @@ def run(rows, alphas, speculate, lanes=None):
     alpha = torch.tensor(alphas)[:, None]
     states = [lane.open(len(rows)) for lane in lanes]
 
-    def mixture(scores, weights):
+    def mixture(scores, weights, opened=None):
         base, (expert, anti) = scores[0].values, scores[1].values.chunk(2)
         return mix(base, [(expert, anti)], weights)
 
@@ -68,7 +68,7 @@ def run(rows, alphas, speculate, lanes=None):
     drafter = Drafter(
         drafting, lanes, states, text, sampler, Pace(speculate, costs, len(rows)), n_vocab=N_VOCAB, n_shared=N_VOCAB
     )
-    steps = list(decode(first, states, mixture, alpha, text, sampler, drafter, leave=True))
+    steps = list(decode(first, states, 0, mixture, alpha, text, sampler, drafter, leave=True))
     return steps, lanes
 
 

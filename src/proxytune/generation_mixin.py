@@ -24,6 +24,7 @@ from proxytune.cache import ProxyTunedCache
 from proxytune.decoding.certificate import Certifier
 from proxytune.decoding.cost import Costs
 from proxytune.decoding.drafting import Drafter, Drafting
+from proxytune.decoding.gating import Gating, Later
 from proxytune.decoding.lane import Scores, part
 from proxytune.decoding.loop import Step, decode
 from proxytune.decoding.mixing import Members
@@ -266,8 +267,14 @@ class SteeredGenerationMixin(GenerationMixin):
         def alpha_rows(self, alpha: Any, n_batch: int, rule: Rule | None = None) -> Tensor: ...
 
         def mix_lanes(
-            self, lane_logits: Sequence[Tensor], alpha: Tensor, steering: Steering | None = None
+            self,
+            lane_logits: Sequence[Tensor | None],
+            alpha: Tensor,
+            steering: Steering | None = None,
+            opened: Tensor | None = None,
         ) -> Tensor: ...
+
+        def member_logits(self, name: str, lane_logits: Sequence[Tensor | None]) -> Tensor: ...
 
         def whole_logits(self, read: Sequence[Scores], *, refuse: bool) -> list[Tensor]: ...
 
@@ -488,6 +495,9 @@ class SteeredGenerationMixin(GenerationMixin):
         seeds = None if seed is None else row_seeds(seed, input_ids.shape[0])
         if seeds is not None and not generation_config.do_sample:
             raise ProxyTuneError("seed is for sampling; add do_sample=True, or leave it out")
+        gate = self.steering.but(None, model_kwargs.get("gate")).gate
+        if generation_config.is_assistant and gate is not None and gate.scheduled:
+            raise ProxyTuneError(f"an assistant does not know where the answer begins, so the gate {gate} does not fit")
         plain = synced_gpus or generation_config.is_assistant or model_kwargs.get("past_key_values") is None
         if plain or stopping_criteria.max_length is None:
             if model_kwargs.get("trace_top_k") is not None:
@@ -611,10 +621,19 @@ class SteeredGenerationMixin(GenerationMixin):
             remember=bool(wanted),
             show_scores="scores" in wanted,
         )
+        base = self.seats["base"][0]
+        states: list[Any] = list(cache.states)
+        gating = None
+        if steering.gate is not None:
+            # Traces show the experts' scores of every token. Static caches read one column at a time.
+            waits = tracer is None and certifier is None and cache.capacity is None and self.unlike_in_pieces is None
+            gating = Gating(steering.gate, text, self.tokenizer, self._base_logits, waits=waits)
+            if gating.waits:
+                states = [state if lane == base else Later(state) for lane, state in enumerate(states)]
         drafter = Drafter(
             self.drafting if obstacle is None else None,
             self.lanes,
-            cache.states,
+            states,
             text,
             sampler,
             Pace(speculate, self.costs, n_batch),
@@ -622,10 +641,11 @@ class SteeredGenerationMixin(GenerationMixin):
             n_shared=self.shared_vocab,
         )
 
-        def mixture(scores: Sequence[Scores], alpha: Tensor) -> Tensor:
+        def mixture(scores: Sequence[Scores | None], alpha: Tensor, opened: Tensor | None) -> Tensor:
             if certifier is not None:
-                return certifier.mix(scores, lambda values: self.mix_lanes(values, alpha, steering))
-            return self.mix_lanes([each.values for each in scores], alpha, steering)
+                read = cast("Sequence[Scores]", scores)
+                return certifier.mix(read, lambda values: self.mix_lanes(values, alpha, steering, opened))
+            return self.mix_lanes([None if s is None else s.values for s in scores], alpha, steering, opened)
 
         # On the device of the logits: copying it there at each step would wait for all pending work of the device.
         alpha = self.alpha_rows(model_kwargs.get("alpha"), n_batch, steering.rule).to(prompt.device)
@@ -633,7 +653,9 @@ class SteeredGenerationMixin(GenerationMixin):
         # torch's generator draws for all rows at once.
         free = together is None and not any(map(_whole_batch, processors)) and not sampler.rejecting
         leave = cache.capacity is None and (free or not text.aligned)
-        steps = decode(prompt, cache.states, mixture, alpha, text, sampler, drafter, leave=leave, tracer=tracer)
+        steps = decode(
+            prompt, states, base, mixture, alpha, text, sampler, drafter, leave=leave, gating=gating, tracer=tracer
+        )
         traces: list[list[TokenTrace]] = [[] for _ in range(n_batch)]
         kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
         with _drafting(cache, None if speculate is False else limit - n_prompt - 1):
@@ -658,6 +680,10 @@ class SteeredGenerationMixin(GenerationMixin):
             state.calls = [Count() for _ in state.calls]
         if streamer is not None:
             streamer.end()
+        if config.return_dict_in_generate or cache._is_user_defined:  # the cache outlives the call
+            for state in states:
+                if isinstance(state, Later):
+                    state.catch_up()
         cache.n_columns += text.length[0] - n_prompt - 1  # the newest token is read by the next call
         sequences = text.sequences()
         if not config.return_dict_in_generate:
@@ -666,6 +692,12 @@ class SteeredGenerationMixin(GenerationMixin):
         if tracer is not None:
             return TracedOutput(sequences=cast(Any, sequences), past_key_values=cache, traces=traces, **seen)
         return GenerateDecoderOnlyOutput(sequences=cast(Any, sequences), past_key_values=cache, **seen)
+
+    def _base_logits(self, scores: Scores) -> Tensor:
+        """The base's logits of the ids that all members have, float32, in its lane's scores."""
+        lane = self.seats["base"][0]
+        values = [scores.values if at == lane else None for at in range(len(self.lanes))]
+        return self.member_logits("base", values)[..., : self.shared_vocab].float()
 
     def _remote(
         self,
@@ -701,7 +733,9 @@ class SteeredGenerationMixin(GenerationMixin):
             raise ProxyTuneError(
                 f"a trace needs the base's probabilities of all tokens, and its server gives {n}; leave the trace out"
             )
-        whole = "the rule dynamic" if rule == "dynamic" else None if gate is None else "a gate"
+        whole = "the rule dynamic" if rule == "dynamic" else None
+        if gate is not None and not gate.scheduled:
+            whole = f"the gate {gate.kind}"
         if whole is not None and not lane.complete:
             raise ProxyTuneError(
                 f"{whole} needs the base's probabilities of all tokens, and its server gives {n}; leave it out"
@@ -744,7 +778,8 @@ class SteeredGenerationMixin(GenerationMixin):
                 model_kwargs[key] = {
                     name: ids.repeat_interleave(expand_size, dim=0) for name, ids in model_kwargs[key].items()
                 }
-        if any(self.own_prompts) and input_ids is not None:
+        gate = self.steering.but(None, model_kwargs.get("gate")).gate
+        if input_ids is not None and (any(self.own_prompts) or (gate is not None and gate.scheduled)):
             model_kwargs["prompt_length"] = input_ids.shape[1]
         return super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs

@@ -29,7 +29,7 @@ from proxytune.decoding.certificate import bounded, known_ids
 from proxytune.decoding.cost import APART_BYTES
 from proxytune.decoding.drafting import choose_drafting, costs_by_role
 from proxytune.decoding.lane import Scores, stacked
-from proxytune.decoding.mixing import Members, mix
+from proxytune.decoding.mixing import Members, mix, scheduled
 from proxytune.decoding.pace import parse_speculate
 from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError, unknown_arguments
 from proxytune.generation_mixin import (
@@ -315,7 +315,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             member_input_ids: member name -> its own prompt, shape = (n_batch, its width), left-padded.
             member_attention_mask: member name -> mask of the same shape, 0 at padding; by default all ones.
             prompt_length: how many columns of the whole sequence are prompt; needed if members have prompts of their
-                own.
+                own, and for a gate that counts the answer's tokens.
             output_member_logits: also return each member's own logits.
             speculate, seed, trace_top_k: for :meth:`generate` only; values that ask for something are refused here.
 
@@ -346,6 +346,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             past_key_values = self.new_cache()
         cache = past_key_values
         n_cached = cache.n_columns if cache is not None else 0
+        schedule = answer_at = opened = None
+        if steering.gate is not None and steering.gate.scheduled:
+            schedule, answer_at = steering.gate, prompt_length
+            if answer_at is None:
+                raise PromptError(f"the gate {schedule} counts the answer's tokens; say `prompt_length`")
         if n_cached == 0 and self.shared_vocab < self.widest_vocab:
             for name in self.seats:
                 self._check_ids(name, input_ids, attention_mask)
@@ -360,6 +365,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             # The last prompt token predicts the first shared one.
             n_shared = n_columns - max(prompt_length - n_cached, 0) + (n_cached < prompt_length)
             logits_to_keep = comparable(logits_to_keep, n_shared)
+        if schedule is not None:
+            following = torch.arange(n_columns)[None] + (n_cached + 1 - cast(int, answer_at))
+            opened = scheduled(schedule, following[:, _kept(logits_to_keep)])
 
         logits: list[Tensor] = []  # one per lane, (n_seats * n_batch, n_positions, n_vocab)
         if cache is None:
@@ -381,7 +389,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             if not isinstance(logits_to_keep, int):
                 logits = [values[:, logits_to_keep] for values in logits]
             cache.n_columns = n_cached + n_columns
-        mixed = self.mix_lanes(logits, rows, steering)
+        mixed = self.mix_lanes(logits, rows, steering, opened)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=mixed, labels=labels, vocab_size=mixed.shape[-1], **kwargs)
@@ -433,19 +441,38 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             whole.append(values)
         return whole
 
-    def member_logits(self, name: str, lane_logits: Sequence[Tensor]) -> Tensor:
+    def member_logits(self, name: str, lane_logits: Sequence[Tensor | None]) -> Tensor:
         """The rows of one member in its lane's logits: (n_batch, n_positions, n_vocab of the member)."""
         lane, block = self.seats[name]
-        n_batch = lane_logits[lane].shape[0] // len(self.lanes[lane].seats)
-        return lane_logits[lane][block * n_batch : (block + 1) * n_batch]
+        logits = cast(Tensor, lane_logits[lane])
+        n_batch = logits.shape[0] // len(self.lanes[lane].seats)
+        return logits[block * n_batch : (block + 1) * n_batch]
 
-    def mix_lanes(self, lane_logits: Sequence[Tensor], alpha: Tensor, steering: Steering | None = None) -> Tensor:
-        """The mixture of all lanes' logits, float32, (n_batch, n_positions, n_vocab of the base)."""
-        return self.mixture(self.all_logits(lane_logits), alpha, steering)
+    def mix_lanes(
+        self,
+        lane_logits: Sequence[Tensor | None],
+        alpha: Tensor,
+        steering: Steering | None = None,
+        opened: Tensor | None = None,
+    ) -> Tensor:
+        """The mixture of all lanes' logits, float32, (n_batch, n_positions, n_vocab of the base).
 
-    def mixture(self, logits: Mapping[str, Tensor], alpha: Tensor, steering: Steering | None = None) -> Tensor:
+        Where some lane has None, because it has not read while the gate is closed, it is the base. ``opened``: how far
+        the gate is open, (n_batch, n_positions), if that is known.
+        """
+        if any(logits is None for logits in lane_logits):
+            return mix(self.member_logits("base", lane_logits), [], alpha[:, :0], **self.mixing(steering))
+        return self.mixture(self.all_logits(cast("Sequence[Tensor]", lane_logits)), alpha, steering, opened)
+
+    def mixture(
+        self,
+        logits: Mapping[str, Tensor],
+        alpha: Tensor,
+        steering: Steering | None = None,
+        opened: Tensor | None = None,
+    ) -> Tensor:
         """The mixture, (n_batch, n_positions, n_vocab of the base), of logits by member name; alpha by row."""
-        return mix(*self.paired(logits), alpha, **self.mixing(steering))
+        return mix(*self.paired(logits), alpha, opened=opened, **self.mixing(steering))
 
     def mixing(self, steering: Steering | None = None) -> dict[str, Any]:
         """How logits are mixed: the other arguments of :func:`mix`."""
@@ -694,6 +721,11 @@ def _same_weights(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> boo
         given[name].data_ptr() == weight.data_ptr() or torch.equal(given[name].to(weight), weight)
         for name, weight in own.items()
     )
+
+
+def _kept(logits_to_keep: int | Tensor) -> Any:
+    """The positions that ``logits_to_keep`` asks for, as an index."""
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.cpu()
 
 
 def _refuse_positions(position_ids: Tensor, attention_mask: Tensor | None, n_cached: int, n_columns: int) -> None:

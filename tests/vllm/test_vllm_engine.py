@@ -30,8 +30,10 @@ def test_families_ragged_mixed_alpha(shelf, base):
 def test_every_rule_in_one_batch(shelf, own):
     """Requests with each rule, with gates, and one that asks for nothing, in one ragged batch."""
     experts = [expert("e", "llama-small", "llama-anti", 0.6), expert("f", "qwen2-small", "qwen2-anti", 0.4)]
-    recipe = shelf.recipe(f"of-{own}", "llama", experts=experts, combine=own)
+    gate = {"gate": {"warmup": 6}} if own == "mean" else {}
+    recipe = shelf.recipe(f"of-{own}", "llama", experts=experts, combine=own, **gate)
     asked = [*({"combine": rule} for rule in RULES), {}, {"gate": "unsure=0.5"}, {"gate": "kl=0.1", "combine": "sum"}]
+    asked += [{"gate": said, "combine": "sum"} for said in ("decay=5", "cycle=2", "bet=0.05", "none")]
     rows = [ROWS[at % len(ROWS)] for at in range(len(asked))]
     with engine(recipe) as llm:
         tokens = generate(llm, rows, alphas=asked)

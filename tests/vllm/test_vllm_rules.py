@@ -298,6 +298,7 @@ def test_rules_and_gates_of_a_request():
     assert requested({"combine": "union"}, EXPERTS, own).steering == Steering("union", Gate("kl", 0.5))
     assert requested({"gate": "unsure=0.9"}, EXPERTS, own).steering == Steering("mean", Gate("unsure", 0.9))
     assert requested({"gate": "none"}, EXPERTS, own, split=True).steering == Steering("mean")
+    assert requested({"gate": "decay=9"}, EXPERTS, own, split=True).steering == Steering("mean", Gate("decay", 9.0))
 
 
 @pytest.mark.parametrize(("said", "message"), tiny.MISSPELLINGS, ids=repr)
@@ -313,6 +314,7 @@ def test_misspellings_are_refused(said, message):
         ({"combine": 1}, "there is no rule 1"),
         ({"combine": "union"}, "the rule union needs whole vocabularies"),
         ({"gate": "kl=1"}, "the gate kl=1 needs whole vocabularies"),
+        ({"gate": "between=a...b"}, "vLLM does not know the text of an answer"),
         ({"gate": "kl"}, "the gate kl needs a number of nats above 0"),
         ({"combine": "convex"}, "sum to at most 1, unlike 1, 0.4"),
     ],
@@ -378,13 +380,16 @@ def test_the_v2_hook_fits():
     told = []
     recipe = SimpleNamespace(asked_by=lambda params: [params])
     state = state_class.__new__(state_class)
-    state.model = SimpleNamespace(recipe=recipe, set_alphas=lambda rows, n: told.append((rows, n.tolist())))
+    state.model = SimpleNamespace(
+        recipe=recipe, set_alphas=lambda rows, *counts: told.append((rows, *(n.tolist() for n in counts)))
+    )
     state.slots = [[1.0]] * 4
     state.rope_state = state.prompt_embeds_state = None
     state.add_request(2, SimpleNamespace(sampling_params=0.5))
     batch = SimpleNamespace(num_reqs=2, idx_mapping_np=np.array([2, 0]), query_start_loc_np=np.array([0, 3, 4, 4]))
-    assert state.prepare_inputs(batch, None) == {}
-    assert told == [([[0.5], [1.0]], [3, 1])]
+    states = SimpleNamespace(prompt_len=SimpleNamespace(np=np.array([7, 0, 5, 0])))
+    assert state.prepare_inputs(batch, states) == {}
+    assert told == [([[0.5], [1.0]], [3, 1], [5, 7])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -32,8 +32,8 @@ COMBINE: dict[str, Any] = {
     "parse": rule_of,
 }
 GATE: dict[str, Any] = {
-    "help": "Where to steer, instead of the recipe's gate: where the base is unsure (its best token below P), where "
-    "its entropy is high, or as far as KL(steered || base) allows.",
+    "help": "Where to steer, instead of the recipe's gate: by the base's probabilities (unsure, entropy, kl, bet) or "
+    "by the place in the answer (warmup, decay, cycle, between); none steers everywhere.",
     "metavar": FORMS,
     "parse": gate_text,
 }

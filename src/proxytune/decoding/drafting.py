@@ -155,8 +155,11 @@ class Drafter:
         self.lane = 0 if drafting is None else drafting.lane
         self.runtime, self.state = lanes[self.lane], states[self.lane]
 
-    def propose(self, newest: Tensor, alpha: Tensor) -> Draft:
-        """Drafts after the newest tokens, (n_batch, 1): as many as are expected to pay, and as fit the text."""
+    def propose(self, newest: Tensor, alpha: Tensor, *, from_lane: bool = True) -> Draft:
+        """Drafts after the newest tokens, (n_batch, 1): as many as are expected to pay, and as fit the text.
+
+        Without ``from_lane`` they are only copied.
+        """
         none = Draft(newest[:, :0])
         if self.pace.fixed == 0 or (room := self.text.room) <= 0:
             return none
@@ -164,7 +167,7 @@ class Drafter:
         if (copied := self._look_up(growing, room)) is not None:
             self._write(copied)
             return Draft(copied, "lookup")
-        if self.drafting is None:
+        if self.drafting is None or not from_lane:
             return none
 
         # A quick head chooses the drafts; the lane's own head then reads all of their hidden states at once.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ class Scores:
     values: Tensor
     ids: Tensor | None = None
     bound: Tensor | None = None
+
+
+Read = TypeVar("Read", Scores, Scores | None)  # None where a lane has not read
 
 
 class LaneState(Protocol):
@@ -190,11 +193,13 @@ def stacked(tensor: Tensor, n_rows: int) -> Tensor:
     return tensor if tensor.shape[0] == n_rows else tensor.repeat(n_rows // tensor.shape[0], 1)
 
 
-def part(scores: Sequence[Scores], start: int, stop: int | None) -> list[Scores]:
-    """Some positions of all lanes' scores."""
+def part(scores: Sequence[Read], start: int, stop: int | None) -> list[Read]:
+    """Some positions of all lanes' scores; None where a lane has none."""
     at = slice(start, stop)
     return [
-        Scores(
+        None
+        if each is None
+        else Scores(
             each.values[:, at],
             None if each.ids is None else each.ids[:, at],
             None if each.bound is None else each.bound[:, at],

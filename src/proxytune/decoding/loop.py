@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from proxytune.decoding.drafting import Draft, Drafter
+from proxytune.decoding.gating import Gating, Later
 from proxytune.decoding.lane import LaneState, Scores, part
 from proxytune.decoding.sampling import Sampler
 from proxytune.decoding.text import Text
@@ -24,7 +25,7 @@ from proxytune.decoding.trace import TokenTrace, Tracer
 
 __all__ = ["Step", "decode"]
 
-Mix = Callable[[Sequence[Scores], Tensor], Tensor]
+Mix = Callable[[Sequence[Scores | None], Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,30 +57,34 @@ class Step:
 
 def decode(
     prompt: Tensor,
-    states: Sequence[LaneState],
+    states: Sequence[LaneState | Later],
+    base: int,
     mix: Mix,
     alpha: Tensor,
     text: Text,
     sampler: Sampler,
     drafter: Drafter,
     leave: bool,
+    gating: Gating | None = None,
     tracer: Tracer | None = None,
 ) -> Iterator[Step]:
     """Write tokens after a prompt that all lanes have read, until every row has ended.
 
     Args:
         prompt: the mixture's logits after the prompt, (n_batch, 1, n_vocab).
-        states: one per lane.
-        mix: computes the mixture, (n_batch, n_positions, n_vocab), float32, from all lanes' scores and alpha.
+        states: one per lane; ``base`` is the number of the base's. If the gate waits, the others are :class:`Later`.
+        mix: computes the mixture, (n_batch, n_positions, n_vocab), float32, from all lanes' scores, alpha, and how far
+            the gate is open, if that is known. Lanes that have not read, because it is closed, have None.
         alpha: shape = (n_batch, n_experts).
         leave: whether rows that have ended leave the states.
+        gating: the gate, if there is one.
         tracer: records why each token was chosen; it already has the prompt's logits.
     """
 
-    def mixture(scores: Sequence[Scores]) -> Tensor:
-        mixed = mix(scores, alpha)
+    def mixture(scores: Sequence[Scores | None], opened: Tensor | None) -> Tensor:
+        mixed = mix(scores, alpha, opened)
         if tracer is not None:
-            tracer.see(scores, mixed)
+            tracer.see(cast("Sequence[Scores]", scores), mixed, opened)  # a traced call skips no lane
         return mixed
 
     def write(chosen: Tensor, counts: Sequence[int], draft: Draft, n_accepted: Sequence[int] = ()) -> Step:
@@ -92,29 +97,43 @@ def decode(
     while not text.finished:
         text.make_room()
         growing, newest = text.growing, text.newest()
-        draft = drafter.propose(newest, alpha)
+        # An expert that need not read the newest token does not draft either.
+        opened = None if gating is None else gating.before(newest[:, :0])
+        draft = drafter.propose(newest, alpha, from_lane=gating is None or not gating.closed(opened))
         n_drafts = draft.tokens.shape[1]
 
-        # Every lane but the one that drafted reads all drafts in one pass.
+        # Every lane but the one that drafted reads all drafts in one pass, the base first: where the gate is then
+        # closed, the others read them later.
         drafted_by = drafter.lane if draft.scores is not None else None
         columns = torch.cat([newest, draft.tokens], dim=1)
-        scores = [
-            draft.scores if draft.scores is not None and lane == drafted_by else state.read(columns)
-            for lane, state in enumerate(states)
-        ]
+        scores: list[Scores | None] = [None] * len(states)
+        scores[base] = of_base = states[base].read(columns)
+        if gating is not None:
+            opened = gating.before(draft.tokens) if gating.gate.scheduled else gating.after_base(of_base)
+        closed = gating is not None and gating.closed(opened)
+        for lane, state in enumerate(states):
+            if lane == drafted_by:
+                scores[lane] = draft.scores
+            elif closed and lane != base:
+                cast(Later, state).skip(columns)
+            elif lane != base:
+                scores[lane] = state.read(columns)
         if n_drafts == 0:
-            chosen = sampler.choose(mixture(scores))[:, None]
+            chosen = sampler.choose(mixture(scores, opened))[:, None]
             counts = [0] * text.n_batch
         else:
-            accepted, tokens = sampler.accept(draft.tokens, draft.q, mixture(part(scores, 0, n_drafts)))
+            judged = mixture(part(scores, 0, n_drafts), None if opened is None else opened[:, :n_drafts])
+            accepted, tokens = sampler.accept(draft.tokens, draft.q, judged)
             complete = accepted == n_drafts
+            if drafted_by is not None and closed:
+                cast(Later, states[drafted_by]).skip(draft.tokens[:, -1:])
             if bool(complete.any()):
                 # The position after the last draft is of use only here: the drafting lane has not read it yet.
-                if drafted_by is not None:
+                if drafted_by is not None and not closed:
                     scores[drafted_by] = states[drafted_by].read(draft.tokens[:, -1:])
                     draft.n_read += 1
-                behind = sampler.choose(mixture(part(scores, -1, None)), offset=n_drafts)
-                tokens = torch.where(complete, behind, tokens)
+                behind = mixture(part(scores, -1, None), None if opened is None else opened[:, -1:])
+                tokens = torch.where(complete, sampler.choose(behind, offset=n_drafts), tokens)
             counts = accepted.tolist()
             chosen = torch.cat([draft.tokens, tokens[:, None]], dim=1).scatter(1, accepted[:, None], tokens[:, None])
         n_accepted = [counts[row] for row in growing]

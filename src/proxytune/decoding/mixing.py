@@ -30,10 +30,11 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from proxytune.errors import RecipeError
 from proxytune.recipe.gates import Gate
 from proxytune.recipe.rules import Rule
 
-__all__ = ["Members", "Pairs", "as_sum", "each_side", "joined", "mix", "opening", "scale_to"]
+__all__ = ["Members", "Pairs", "as_sum", "bet", "each_side", "joined", "mix", "opening", "scale_to", "scheduled"]
 
 LARGEST_SCALE = 2.0  # of the offsets, under "dynamic"
 BISECTIONS = 18  # of the search for it: an error of 1e-5
@@ -50,6 +51,7 @@ def mix(
     *,
     rule: Rule = "sum",
     gate: Gate | None = None,
+    opened: Tensor | None = None,
     plausibility: float | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
@@ -64,6 +66,8 @@ def mix(
             (:func:`proxytune.recipe.rules.check_rule`).
         gate: where and how far steering applies, see :class:`proxytune.recipe.gates.Gate`. Where it is closed, the
             mixture is the base.
+        opened: how far the gate is open, from 0 to 1, (n_batch or 1, n_positions), where the caller knows. By default
+            it is found here; for a schedule the first position is then the first token of the answer.
         plausibility: keep only tokens with ``p_base >= plausibility * max p_base`` (2210.15097, eq. 3).
         vocab_size: the ids below it are in every member's vocabulary; by default the narrowest width.
 
@@ -88,7 +92,10 @@ def mix(
         experts = each_side(experts, lambda side: side.log_softmax(dim=-1))
     if experts:
         added = joined(rule, steered, experts, weights)
-        steered += added if gate is None else _times(added, opening(gate, steered, added))
+        if gate is not None and gate.kind == "bet":
+            steered = bet(steered, added, gate.number)
+        else:
+            steered += added if gate is None else _times(added, opening(gate, steered, added, opened))
     if plausibility is not None:
         scores = base[..., :shared].float()  # the threshold is taken over the ids that can be chosen at all
         implausible = scores < scores.amax(dim=-1, keepdim=True) + math.log(plausibility)
@@ -149,19 +156,72 @@ def _times(offset: Tensor, scale: Tensor) -> Tensor:
     )
 
 
-def opening(gate: Gate, base: Tensor, offset: Tensor) -> Tensor:
-    """How far a gate is open: the factor of what steering adds, from 0 (closed) to 1, (...,).
+def opening(gate: Gate, base: Tensor, offset: Tensor | None, opened: Tensor | None = None) -> Tensor:
+    """How far a gate is open, from 0 (closed) to 1, (..., n_positions).
 
     Args:
-        base, offset: logits of the base, and what steering would add, (..., n_vocab), float32.
+        base, offset: logits of the base, and what steering would add, (..., n_positions, n_vocab), float32. The offset
+            is needed only where the gate is not ``early``.
+        opened: the result, where the caller knows it. A schedule is otherwise that of an answer's first tokens.
     """
-    if gate.kind == "kl":
-        return scale_to(base, offset, gate.value, 1.0)
+    if opened is not None:
+        return opened.to(base.device)
+    if gate.scheduled:
+        return scheduled(gate, torch.arange(base.shape[-2], device=base.device)).expand(base.shape[:-1])
     log_p = base.log_softmax(dim=-1)
     if gate.kind == "unsure":
-        return (log_p.amax(dim=-1) < math.log(gate.value)).float()
-    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(dim=-1)
-    return (entropy >= gate.value).float()
+        return (log_p.amax(dim=-1) < math.log(gate.number)).float()
+    if gate.kind == "entropy":
+        entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(dim=-1)
+        return (entropy >= gate.number).float()
+    assert offset is not None
+    if gate.kind == "kl":
+        return scale_to(base, offset, gate.number, 1.0)
+    return _refused(log_p.exp(), (base + offset).softmax(dim=-1), gate.number)[1]
+
+
+def scheduled(gate: Gate, t: Tensor) -> Tensor:
+    """How far a schedule is open at the answer's tokens number ``t``, counted from 0; float32, of the shape of ``t``::
+
+        warmup  min(1, (t + 1) / N)
+        decay   max(0, 1 - t / N)
+        cycle   1 if floor(t / N) is even, else 0
+
+    Before the answer it is what it is at its first token.
+
+    Raises:
+        RecipeError: for ``between``, which needs the text, at any token but the first.
+    """
+    t = t.clamp(min=0)
+    if gate.kind == "between":
+        if bool((t > 0).any()):
+            raise RecipeError(f"the gate {gate} is for greedy decoding and sampling by generate(); leave it out")
+        return torch.full_like(t, float(not gate.texts[0]), dtype=torch.float32)
+    n = gate.number
+    if gate.kind == "warmup":
+        return ((t + 1) / n).clamp(max=1.0)
+    if gate.kind == "decay":
+        return (1 - t / n).clamp(min=0.0)
+    return (torch.div(t, n, rounding_mode="floor") % 2 == 0).float()
+
+
+def bet(base: Tensor, offset: Tensor, margin: float) -> Tensor:
+    """The distribution of a token that is drawn from the base, and where the base is too unsure of it, drawn again from
+    the mixture (2604.16146), as log-probabilities, (..., n_vocab).
+
+    With p the base's probabilities and q = softmax(base + offset), a token y stays if p(y) >= max q - margin. So::
+
+        P(y) = p(y) [p(y) >= max q - margin] + q(y) * sum of p over the tokens that do not stay
+    """
+    log_p, log_q = base.log_softmax(dim=-1), (base + offset).log_softmax(dim=-1)
+    refused, share = _refused(log_p.exp(), log_q.exp(), margin)
+    return torch.logaddexp(log_p.masked_fill(refused, -torch.inf), log_q + share.log()[..., None])
+
+
+def _refused(p: Tensor, q: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Which tokens of the base do not stay, (..., n_vocab), and their probability in all, (...,)."""
+    refused = p < q.amax(dim=-1, keepdim=True) - margin
+    return refused, (p * refused).sum(dim=-1)
 
 
 def scale_to(base: Tensor, offset: Tensor, divergence: Tensor | float, largest: float) -> Tensor:

@@ -78,7 +78,8 @@ class TokenTrace:
             other experts unchanged: pairs (alpha, id), where the id is chosen from that alpha on. Empty for rules under
             which the mixture is no straight line in alpha, and with a gate.
         conflict: how far the experts disagree; None if there are fewer than two.
-        opened: how far the gate is open, from 0 (the base alone) to 1; None without a gate.
+        opened: how far the gate is open, from 0 (the base alone) to 1; for ``bet``, the probability that the token is
+            drawn from the mixture. None without a gate.
         certified: for a base behind an API, whether the token is certain to be the choice of the whole mixture; None
             for a base on this machine, and then not part of the JSON.
 
@@ -161,11 +162,13 @@ class Tracer:
         """
         self.members, self.names, self.top_k = members, list(names), min(top_k, n_shared)
         self.rule, self.gate, self.plausibility, self.n_shared = steering.rule, steering.gate, plausibility, n_shared
-        self.seen = [(prompt, mixed.clone())]  # this step's, position after position
+        # This step's, position after position: members, mixture, and how far the gate is open, if that is known.
+        self.seen: list[tuple[Members, Tensor, Tensor | None]] = [(prompt, mixed.clone(), None)]
 
-    def see(self, scores: Sequence[Scores], mixed: Tensor) -> None:
-        """Record all lanes' scores at the next positions of this step, and their mixture."""
-        self.seen.append((self.members(scores), mixed.clone()))  # logits processors may write on it
+    def see(self, scores: Sequence[Scores], mixed: Tensor, opened: Tensor | None) -> None:
+        """Record all lanes' scores at the next positions of this step, their mixture, and how far the gate is open,
+        if that is known."""
+        self.seen.append((self.members(scores), mixed.clone(), opened))  # logits processors may write on it
 
     def settle(
         self,
@@ -185,7 +188,7 @@ class Tracer:
         """
         seen, self.seen = self.seen, []
         places = [(row, at) for row, taken in enumerate(tokens) for at in range(len(taken))]
-        members, mixtures = zip(*seen)
+        members, mixtures, openings = zip(*seen)
         bases, pairs = zip(*members)
         device = mixtures[0].device
 
@@ -200,6 +203,7 @@ class Tracer:
         base, mixed = columns(bases), columns(mixtures)
         experts = [(columns([e for e, _ in each]), columns([a for _, a in each])) for each in zip(*pairs)]
         alpha = alpha.to(device)
+        told = None if None in openings else torch.cat([each.expand(len(tokens), -1).cpu() for each in openings], dim=1)
         # On a CPU a few tokens at a time: what is computed of them stays in its caches, which halves the time.
         step = CPU_TOKENS if device.type == "cpu" else max(1, len(places))
         traced: list[TokenTrace] = []
@@ -212,6 +216,7 @@ class Tracer:
                 alpha[torch.tensor([row for row, _ in few], device=device)],
                 torch.tensor([tokens[row][at] for row, at in few], device=device),
                 [_origin(at, counts[row], n_drafts, source) for row, at in few],
+                None if told is None else torch.stack([told[row, at] for row, at in few])[:, None],
             )
         rest = iter(traced)
         return [list(islice(rest, len(taken))) for taken in tokens]
@@ -224,6 +229,7 @@ class Tracer:
         alpha: Tensor,
         ids: Tensor,
         origins: Sequence[Origin],
+        opened: Tensor | None,
     ) -> list[TokenTrace]:
         """The traces of n_tokens tokens, of any rows and positions.
 
@@ -232,7 +238,7 @@ class Tracer:
 
         Args:
             base, mixed, experts: logits, shape = (n_tokens, n_shared) each, float32.
-            alpha: shape = (n_tokens, n_experts). ids: shape = (n_tokens,).
+            alpha: shape = (n_tokens, n_experts). ids: shape = (n_tokens,). opened: (n_tokens, 1), if it is known.
         """
         of_base, of_mixed = _Distribution(base), _Distribution(mixed)
         experts, weights = as_sum(self.rule, base, experts, alpha)
@@ -275,17 +281,17 @@ class Tracer:
         apart: Sequence[Conflict | None] = [None] * len(ids)
         if len(experts) > 1:
             apart = conflicts(base, experts, alpha, plausibility=self.plausibility)
-        opened: Sequence[float | None] = [None] * len(ids)
+        shares: Sequence[float | None] = [None] * len(ids)
         if self.gate is not None:
             added = joined(self.rule, base[:, None], lined_up(experts), weights)
-            opened = opening(self.gate, base[:, None], added)[:, 0].tolist()
+            shares = opening(self.gate, base[:, None], added, opened)[:, 0].tolist()
 
         # One transfer: float32 holds every id and rank below 2^24.
         lines = iter(torch.cat([block.float() for block in blocks], dim=1).split([b.shape[1] for b in blocks], dim=1))
         told = [line.tolist() for line in lines]
         present = [expert is not None for expert, _ in experts]
         return [
-            self._record(token, [block[row] for block in told], origins[row], present, apart[row], opened[row])
+            self._record(token, [block[row] for block in told], origins[row], present, apart[row], shares[row])
             for row, token in enumerate(ids.tolist())
         ]
 

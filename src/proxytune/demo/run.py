@@ -324,7 +324,7 @@ def steered_tokens(arm: Arm, contexts: Sequence[str], texts: Sequence[str]) -> l
     rows = [prompt + answer for prompt, answer in zip(prompts, written)]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])  # padding on the right changes nothing
-    base = arm.model(input_ids=ids, output_member_logits=True, use_cache=False).member_logits["base"]
+    base = arm.model(input_ids=ids, output_member_logits=True, gate="none", use_cache=False).member_logits["base"]
     found = []
     for prompt, answer, choices in zip(prompts, written, base.argmax(dim=-1).tolist()):
         chosen = choices[len(prompt) - 1 :]

@@ -319,7 +319,8 @@ def _beginning(arm: Arm, prompts: Sequence[list[int]]) -> int:
 def _read(arm: Arm, ids: Tensor, mask: Tensor, **more: Any) -> Any:
     """The output of every member for columns; ``mask`` covers all columns so far."""
     device = arm.model.device
-    return arm.model(ids.to(device), mask.to(device), use_cache=True, output_member_logits=True, **more)
+    # Each mix is made later.
+    return arm.model(ids.to(device), mask.to(device), use_cache=True, gate="none", output_member_logits=True, **more)
 
 
 def _banned_ids(tokenizer: Any, banned: Sequence[str]) -> list[list[int]]:
@@ -387,14 +388,11 @@ def choice_scores(arm: Arm, pairs: Sequence[Pair], mixes: Sequence[Mix]) -> list
         cache = first.past_key_values
         cache.reorder_cache(of_prompt.to(arm.model.device))  # a prompt's row, repeated for each of its continuations
         behind = _read(arm, rest, torch.cat([mask[of_prompt], rest_mask], dim=1), past_key_values=cache)
-    results = []
-    for mixed_by in mixes:
-        logits = _mixed(arm, first.member_logits, mixed_by)
-        logits = logits[of_prompt.to(logits.device)]  # (n_rows, 1, n_vocab)
-        if behind is not None:
-            logits = torch.cat([logits, _mixed(arm, behind.member_logits, mixed_by)], dim=1)
-        results.append(_scores(logits, flat))
-    return results
+    # Member name -> logits, (n_rows, longest, n_vocab).
+    logits = {name: each[of_prompt.to(each.device)] for name, each in first.member_logits.items()}
+    if behind is not None:
+        logits = {name: torch.cat([each, behind.member_logits[name]], dim=1) for name, each in logits.items()}
+    return [_scores(_mixed(arm, logits, mixed_by), flat) for mixed_by in mixes]
 
 
 def _scores(logits: Tensor, rows: Sequence[Sequence[int]]) -> list[Score]:

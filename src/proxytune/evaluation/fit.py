@@ -82,7 +82,9 @@ def read_gold(model: ProxyTunedForCausalLM, encoded: Encoded, ids: Sequence[int]
     own = {name: torch.tensor([row], device=model.device) for name, row in encoded.own.items()}
     more: dict[str, Any] = {"member_input_ids": own, "prompt_length": len(encoded.ids)} if own else {}
     behind_api = isinstance(model.config.base_member, ApiBase)  # such a base can be read only into a cache
-    return model(read, output_member_logits=True, use_cache=behind_api, logits_to_keep=len(ids), **more).member_logits
+    return model(
+        read, output_member_logits=True, gate="none", use_cache=behind_api, logits_to_keep=len(ids), **more
+    ).member_logits
 
 
 def check_fit(steering: Steering) -> None:

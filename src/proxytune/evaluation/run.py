@@ -69,6 +69,7 @@ from proxytune.evaluation.results import (
 )
 from proxytune.recipe.alpha import resolve_alpha
 from proxytune.recipe.config import ProxyTuneConfig
+from proxytune.recipe.gates import gate_of
 from proxytune.recipe.members import Loading, load_tokenizer, refuse_of_api
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.parts import ApiBase
@@ -161,7 +162,9 @@ def refuse_unknown(
         return
     needs = {"--trace": trace, "--fit": fit}
     if "proxy_tuned" in arms:
-        needs |= {"the rule dynamic": config.combine == "dynamic", "a gate": config.gate is not None}
+        gate = gate_of(config.gate)
+        needs |= {"the rule dynamic": config.combine == "dynamic"}
+        needs |= {} if gate is None else {f"the gate {gate.kind}": not gate.scheduled}
     for plan in plans:
         needs[f"{plan.name}, which scores given continuations,"] = plan.likelihood
         needs[f"{plan.name}, which is sampled,"] = any(

@@ -1,4 +1,4 @@
-"""Gates: at which tokens a recipe steers, decided from the base's own probabilities."""
+"""Gates: at which tokens a recipe steers, decided from the base's own probabilities or from the place in the answer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from proxytune.errors import RecipeError
 
 __all__ = ["FORMS", "Gate", "gate_of", "gate_text"]
 
-Kind = Literal["unsure", "entropy", "kl"]
+Kind = Literal["unsure", "entropy", "kl", "bet", "warmup", "decay", "cycle", "between"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-FORMS = "unsure=P|entropy=NATS|kl=NATS|none"
+SCHEDULES: tuple[Kind, ...] = ("warmup", "decay", "cycle", "between")
+FORMS = "unsure=P|entropy=NATS|kl=NATS|bet=C|warmup=N|decay=N|cycle=N|between=START...END|none"
+DOTS = "..."  # between the two texts of "between", where a gate is one text
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,47 @@ class Gate:
         kind: ``unsure``: where the base's most probable token has a probability below the value (2410.09300).
             ``entropy``: where the base's entropy, in nats, is at least the value (2602.21215).
             ``kl``: everywhere, but no farther than KL(mixture || base) = the value, in nats.
-        value: see there; in (0, 1] for ``unsure``, otherwise above 0.
+            ``bet``: a token drawn from the base stays if the base gives it at least the largest probability of the
+            mixture minus the value; otherwise one is drawn from the mixture (2604.16146).
+            ``warmup``: ever more, and fully from the answer's token number N on; ``decay``: ever less, and no more
+            after N tokens; ``cycle``: N tokens with and N tokens without, in turn (2510.09354).
+            ``between``: only after the model has written one text, and until it has written another.
+        value: a number in (0, 1] for ``unsure``, in [0, 1) for ``bet``, above 0 for ``entropy`` and ``kl``; a whole
+            number of tokens; or the two texts, of which one may be empty: from the beginning, or to the end.
     """
 
     kind: Kind
-    value: float
+    value: float | tuple[str, str]
 
-    def to_json(self) -> dict[str, float]:
+    @property
+    def scheduled(self) -> bool:
+        """Whether it depends on the text of the answer alone, and not on any probability."""
+        return self.kind in SCHEDULES
+
+    @property
+    def early(self) -> bool:
+        """Whether it is known before the experts have read the token before."""
+        return self.scheduled or self.kind in ("unsure", "entropy")
+
+    @property
+    def number(self) -> float:
+        """The value of every kind but ``between``."""
+        assert not isinstance(self.value, tuple)
+        return self.value
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """The value of ``between``."""
+        assert isinstance(self.value, tuple)
+        return self.value
+
+    def to_json(self) -> dict[str, Any]:
         """As a recipe has it."""
-        return {self.kind: self.value}
+        return {self.kind: list(self.value) if isinstance(self.value, tuple) else self.value}
 
     def __str__(self) -> str:
-        return f"{self.kind}={self.value:g}"
+        told = DOTS.join(self.value) if isinstance(self.value, tuple) else f"{self.value:g}"
+        return f"{self.kind}={told}"
 
 
 def gate_of(said: Any) -> Gate | None:
@@ -50,15 +81,27 @@ def gate_of(said: Any) -> Gate | None:
         return None
     if isinstance(said, str):
         kind, _, text = said.partition("=")
-        said = {kind: _number(text)}
+        said = {kind: _texts(text) if kind == "between" else _number(text)}
     if not isinstance(said, Mapping) or len(said) != 1:
         raise RecipeError(f"a gate has one condition, {FORMS}, unlike {said!r}")
     ((kind, value),) = said.items()
     if kind not in KINDS:
         raise RecipeError(f"there is no gate {kind!r}; there are {', '.join(KINDS)}")
+    if kind == "between":
+        fits = isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(text, str) for text in value)
+        if not fits or not any(value):
+            raise RecipeError(
+                f"the gate between needs two texts, START{DOTS}END, of which one may be empty, not {value!r}"
+            )
+        return Gate(kind, (value[0], value[1]))
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value <= 0 or (kind == "unsure" and value > 1):
-        allowed = "a number above 0 and at most 1" if kind == "unsure" else "a number of nats above 0"
+    fits, allowed = {
+        "unsure": (number and 0 < value <= 1, "a number above 0 and at most 1"),
+        "bet": (number and 0 <= value < 1, "a number of at least 0 and below 1"),
+        "entropy": (number and value > 0, "a number of nats above 0"),
+        "kl": (number and value > 0, "a number of nats above 0"),
+    }.get(kind, (number and value >= 1 and value == int(value), "a whole number of tokens, 1 or more"))
+    if not fits:
         raise RecipeError(f"the gate {kind} needs {allowed}, not {value!r}")
     return Gate(kind, float(value))
 
@@ -74,3 +117,8 @@ def _number(text: str) -> Any:
         return float(text)
     except ValueError:
         return text
+
+
+def _texts(text: str) -> Any:
+    start, dots, end = text.partition(DOTS)
+    return (start, end) if dots else text

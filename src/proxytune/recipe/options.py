@@ -249,8 +249,8 @@ class ComposeOptions:
     )
     gate: str | None = option(
         None,
-        "Steer only where the base is unsure (its best token below P), or its entropy is high, or as far as "
-        "KL(steered || base) allows.",
+        "Where to steer: by the base's probabilities (unsure, entropy, kl, bet) or by the place in the answer (warmup, "
+        "decay, cycle, between). Everywhere by default.",
         metavar=FORMS,
         panel="Mixing",
         parse=gate_text,

@@ -30,7 +30,7 @@ class Steering:
     @property
     def local(self) -> bool:
         """Whether a part of the vocabulary can be mixed without the rest."""
-        return self.rule in LINEAR and self.gate is None
+        return self.rule in LINEAR and (self.gate is None or self.gate.scheduled)
 
     def but(self, combine: Any = None, gate: Any = None) -> Steering:
         """With another rule and gate, unless they are None; the gate ``"none"`` is always open.

@@ -5,7 +5,7 @@ A request has ``extra_args`` (``vllm_xargs`` in the OpenAI API), which can hold 
     {"alpha": 0.5}                   for all experts {"alpha": [0.5, 1.0]}            one per expert, in the recipe's
     order {"alpha.math": 0.5}              for one expert by name; others use "alpha" or the recipe's
     {"combine": "mean"}              the rule by which several experts are joined
-    {"gate": "unsure=0.9"}           where to steer
+    {"gate": "unsure=0.9"}           where to steer; not ``between``, since a worker does not know an answer's text
 
 The transformers engine takes the same (:func:`proxytune.recipe.alpha.take_alpha`).
 """
@@ -55,6 +55,8 @@ def requested(
     alpha = take_alpha(others, names, others.pop("alpha", None))
     row = resolve_alpha(alpha, names, [expert.alpha for expert in experts])
     check_rule(steering.rule, experts, [row])
+    if steering.gate is not None and steering.gate.kind == "between":
+        raise RecipeError(f"vLLM does not know the text of an answer, so the gate {steering.gate} is not possible here")
     if split and not steering.local:
         what = f"the gate {steering.gate}" if steering.gate is not None else f"the rule {steering.rule}"
         raise RecipeError(

@@ -149,7 +149,7 @@ def wrap_v1_runner() -> None:
                 model.recipe.asked_by(self.requests[request].sampling_params)
                 for request in self.input_batch.req_ids[:n_requests]
             ]
-            model.set_alphas(rows, np.diff(starts))
+            model.set_alphas(rows, np.diff(starts), self.input_batch.num_prompt_tokens[:n_requests])
         return original(self, *args, **kwargs)
 
     _model_forward.tells_alphas = True  # type: ignore[attr-defined]
@@ -176,7 +176,8 @@ def alpha_state_class() -> Any:
         def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
             n_requests = input_batch.num_reqs
             rows = [self.slots[slot] for slot in input_batch.idx_mapping_np[:n_requests]]
-            self.model.set_alphas(rows, np.diff(input_batch.query_start_loc_np[: n_requests + 1]))
+            n_prompt = req_states.prompt_len.np[input_batch.idx_mapping_np[:n_requests]]
+            self.model.set_alphas(rows, np.diff(input_batch.query_start_loc_np[: n_requests + 1]), n_prompt)
             inputs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
             return inputs
 

@@ -23,7 +23,7 @@ from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from proxytune.decoding.mixing import mix
+from proxytune.decoding.mixing import mix, scheduled
 from proxytune.errors import MemberError
 from proxytune.recipe.rules import Steering
 from proxytune.vllm import hooks
@@ -59,12 +59,13 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
 
         # The alphas of the batch's tokens, split so that they survive the dtype of hidden states. The buffer never
         # moves: a CUDA graph reads it at the address where it was captured.
-        self.n_columns = PIECES * (len(self.recipe.names) + 1)
-        default = split(torch.tensor([[*self.recipe.own.alphas, 0.0]]), self.dtype)
+        # Beside them stand a token's place in `steerings`, and the length of its prompt, from which schedules count.
+        self.n_columns = PIECES * (len(self.recipe.names) + 2)
+        default = split(torch.tensor([[*self.recipe.own.alphas, 0.0, 0.0]]), self.dtype)
         n_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.scheduler_config.max_num_seqs)
         self.register_buffer("alphas", default.repeat(n_tokens, 1), persistent=False)
         self.default_alphas = True  # whether the buffer holds the recipe's alphas for all tokens
-        self.steerings = [self.recipe.own.steering]  # of the batch; the last column is a token's place in this list
+        self.steerings = [self.recipe.own.steering]  # of the batch
 
     def part(self, name: str) -> Any:
         """The submodel of that name."""
@@ -76,17 +77,27 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         return hooks.alpha_state_class()
 
     # -- the batch ------------------------------------------------------------------------------------------
-    def set_alphas(self, rows: Sequence[Request], n_tokens: np.ndarray[Any, Any]) -> None:
-        """Set the alphas of the next batch, and how they steer: one row per request, with the number of its tokens."""
+    def set_alphas(
+        self, rows: Sequence[Request], n_tokens: np.ndarray[Any, Any], n_prompt: np.ndarray[Any, Any]
+    ) -> None:
+        """Set the alphas of the next batch, and how they steer.
+
+        Args:
+            rows, n_tokens, n_prompt: of each request what it asks for, the number of its tokens in the batch, and the
+                length of its prompt.
+        """
         alphas, own = cast(Tensor, self.alphas), self.recipe.own
-        if all(row is own for row in rows):
+        if all(row is own for row in rows) and (own.steering.gate is None or not own.steering.gate.scheduled):
             self.steerings = [own.steering]
             if not self.default_alphas:
-                alphas.copy_(split(torch.tensor([[*own.alphas, 0.0]]), self.dtype))
+                alphas.copy_(split(torch.tensor([[*own.alphas, 0.0, 0.0]]), self.dtype))
                 self.default_alphas = True
             return
         self.steerings = list(dict.fromkeys(row.steering for row in rows))
-        values = [[*row.alphas, float(self.steerings.index(row.steering))] for row in rows]
+        values = [
+            [*row.alphas, float(self.steerings.index(row.steering)), float(length)]
+            for row, length in zip(rows, n_prompt)
+        ]
         columns = split(torch.tensor(values, dtype=torch.float32), self.dtype)
         repeated = columns.repeat_interleave(torch.from_numpy(np.ascontiguousarray(n_tokens)).long(), dim=0)
         alphas[: len(repeated)].copy_(repeated)
@@ -104,7 +115,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | IntermediateTensors:
-        """Run all members on one batch: shape = (n_tokens, sum of hidden sizes + PIECES * (n_experts + 1)).
+        """Run all members on one batch: shape = (n_tokens, sum of hidden sizes + PIECES * (n_experts + 2)).
 
         On all but the last pipeline stage, what the members pass to the next, side by side.
         """
@@ -118,8 +129,10 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
             outputs[name] = self.part(name)(ids, positions, own, None)
         if not get_pp_group().is_last_rank:
             return side_by_side(outputs)
-        n_tokens = outputs["base"].shape[0]
-        return torch.cat([*outputs.values(), cast(Tensor, self.alphas)[:n_tokens]], dim=-1)
+        columns = join(cast(Tensor, self.alphas)[: outputs["base"].shape[0]])
+        following = positions + 1 - columns[:, -1]  # how many tokens of the answer are before the next one
+        columns = split(torch.cat([columns[:, :-1], following[:, None]], dim=-1), self.dtype)
+        return torch.cat([*outputs.values(), columns], dim=-1)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """The mixture's logits for rows from :meth:`forward`: float32, shape = (n_rows, ids that all members share).
@@ -130,15 +143,17 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         logits = {name: self.part(name).compute_logits(state.contiguous()) for name, state in zip(self.parts, states)}
         if any(one is None for one in logits.values()):
             return None
-        alphas = join(columns)
-        mixed = self._mixed(logits, alphas[:, :-1], self.steerings[0])
+        alpha, place, following = join(columns).split([len(self.recipe.names), 1, 1], dim=-1)
+        mixed = self._mixed(logits, alpha, following, self.steerings[0])
         for at, steering in enumerate(self.steerings[1:], start=1):  # nothing waits for the device
-            mixed = torch.where(alphas[:, -1:] == at, self._mixed(logits, alphas[:, :-1], steering), mixed)
+            mixed = torch.where(place == at, self._mixed(logits, alpha, following, steering), mixed)
         if self.gather is not None:
             mixed = self.gather(mixed)
         return None if mixed is None else mixed[..., : self.shared_vocab]
 
-    def _mixed(self, logits: dict[str, Tensor], alpha: Tensor, steering: Steering) -> Tensor:
+    def _mixed(self, logits: dict[str, Tensor], alpha: Tensor, following: Tensor, steering: Steering) -> Tensor:
+        """The mixture of some rows; ``following``, (n_rows, 1): the number of the answer's token, for schedules."""
+
         def of(name: str) -> Tensor | None:
             return logits[self.owner[name]].unsqueeze(1) if name in self.owner else None
 
@@ -150,6 +165,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
             [(of(f"{name}.expert"), of(f"{name}.anti_expert")) for name in self.recipe.names],
             alpha,
             **vars(steering),
+            opened=scheduled(steering.gate, following) if steering.gate and steering.gate.scheduled else None,
             plausibility=self.config.plausibility,
             vocab_size=width,
         ).squeeze(1)
