@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxytune import MemberError, ProxyTunedForCausalLM, ProxyTuneError, RecipeError, VocabularyError
-from proxytune.decoding.certificate import MARGIN, judge
+from proxytune.decoding.certificate import MARGIN, bounded, drawn_from_known, judge, known_ids
+from proxytune.decoding.lane import Scores
 from proxytune.generation_mixin import last_asked
 from proxytune.lanes.completions import BadReply, known_of
 from proxytune.lanes.probing import findings, probe
@@ -526,6 +527,75 @@ def test_a_trace_of_a_base_whose_server_names_all_tokens(oracle, served, steered
     assert json.loads(run("limit", recipe, "--input", gold, "--json").stdout)["n_answers"] == 1
 
 
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 12), temperature=st.sampled_from([0.3, 0.8, 1.0, 1.7]))
+def test_draws_from_known_tokens_are_no_farther_than_their_bound(seed, n, temperature):
+    """For any distribution, offsets and list of its most probable tokens; if all are known the bound is 0."""
+    generator = torch.Generator().manual_seed(seed)
+    base = (torch.randn(12, generator=generator) * 3).double().log_softmax(dim=-1)
+    delta = torch.randn(12, generator=generator).double() * 2
+    delta[torch.rand(12, generator=generator) < 0.1] = -math.inf
+    values, ids = base.topk(n)
+    bound = known_of([((i,), x) for i, x in zip(ids.tolist(), values.tolist())], n).bound
+    scores = Scores(values[None, None], ids[None, None], torch.tensor([[bound]]).double())
+    known = known_ids(scores, 12)
+    upper = bounded(scores, 12) + delta
+    true = ((base + delta) / temperature).softmax(dim=-1)
+    apart = float(true[~known[0, 0]].sum())  # the total variation of a distribution and itself, restricted
+    found = float(drawn_from_known(scores, upper, known, temperature))
+    if bool((delta[ids] > -math.inf).any()):
+        assert apart <= found + 1e-9
+        assert found <= 1
+    assert n < 12 or found == 0
+
+
+@pytest.mark.parametrize(("way", "temperature"), [("ask", 0.7), ("verify", 1.0)])
+def test_samples_from_named_tokens_have_a_bound(oracle, steered, way, temperature):
+    """Against the plain loop's whole distribution at each place of the drawn text."""
+    bounds = {}
+    for n in (5, 60):
+        model = steered(n, way=way, sample_named=True, speculate=2 if way == "verify" else "auto")
+        drawn = {"do_sample": True, "seed": [1, 2, 3], "temperature": temperature, "top_k": 0, "max_new_tokens": 5}
+        tokens, asked = answers(model, **drawn)
+        bounds[n] = [bound for row in asked.tv_bound for bound in row]
+        for row, own, row_bounds in zip(ROWS, tokens, asked.tv_bound, strict=True):
+            for at, (token, bound) in enumerate(zip(own, row_bounds, strict=True)):
+                logits = oracle.member_logits(row, own[:at])["base"][-1]
+                true = (oracle.logits(row, own[:at])[-1].double() / temperature).softmax(dim=-1)
+                named = logits.topk(n).indices
+                assert token in named.tolist()
+                assert 1 - float(true[named].sum()) <= bound + 1e-6
+    assert sum(bounds[60]) < sum(bounds[5])
+    assert max(bounds[60]) < 1
+
+
+def test_draws_from_named_tokens_have_their_distribution(oracle, steered):
+    """With drafts and without: the mixture over the five most probable tokens of the base."""
+    row, n_rows = ROWS[1], 300
+    base = oracle.member_logits(row, [])["base"][-1]
+    named = base.topk(5).indices
+    expected = torch.zeros(tiny.VOCAB).index_put((named,), oracle.logits(row, [])[-1][named].softmax(dim=-1))
+    counts = torch.zeros(tiny.VOCAB)
+    model = steered(5, way="verify", sample_named=True)
+    options = {**GREEDY, "do_sample": True, "top_k": 0, "max_new_tokens": 1}
+    for (token,) in new_tokens(model, [row] * n_rows, **options, seed=list(range(n_rows))):
+        counts[token] += 1
+    assert float((counts / n_rows - expected).abs().sum()) / 2 < 0.1
+
+
+def test_named_tokens_are_refused_where_no_bound_is_known(oracle, steered, shelf):
+    model = steered(5, sample_named=True)
+    for options, said in (
+        ({}, "this is greedy decoding"),
+        ({"do_sample": True, "top_k": 3}, "no bound is known under TopKLogitsWarper"),
+        ({"do_sample": True, "top_k": 0, "combine": "convex"}, "no bound is known under the rule convex"),
+    ):
+        with pytest.raises(ProxyTuneError, match=f"--sample-named is for sampling at a temperature alone, and {said}"):
+            new_tokens(model, ROWS[:1], **{**GREEDY, **options})
+    with pytest.raises(RecipeError, match="--sample-named is for a base behind an API"):
+        ProxyTunedForCausalLM.from_pretrained(shelf / "recipe", sample_named=True)
+
+
 def test_processors_leave_nothing_certain(steered):
     _, asked = answers(steered(20), repetition_penalty=1.3)
     assert not any(map(any, asked.certified))
@@ -796,6 +866,13 @@ def test_the_commands(recipe, served, oracle, tmp_path, no_progress):
     assert_no_mark_is_wrong(oracle, [ids], [answer["tokens"]], [answer["certified"]])
     n = sum(answer["certified"])
     assert f"{n} of {len(answer['tokens'])} tokens are certain" in result.stderr
+
+    result = run("generate", recipe, prompt, "--json", "-n", 8, "--temperature", 1, "--sample-named")
+    answer = json.loads(result.stdout)
+    assert all(0 < bound < 1 for bound in answer["tv_bound"])
+    assert len(answer["tv_bound"]) == len(answer["tokens"])
+    assert not any(answer["certified"])
+    assert f"at most {max(answer['tv_bound']):.3f} from the mixture's (total variation)" in result.stderr
 
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (prompt, "how many", "the dog")))

@@ -89,7 +89,9 @@ def load_parts(
     if isinstance(base, ApiBase):
         config.vocab_size = widths["base"]
         endpoint = ask_server(config, loading, tokenizers["base"], widths["base"], bias=loading.way == "push")
-        elsewhere: Any = RemoteLane(base, endpoint, widths["base"], loading.way or "auto")
+        elsewhere: Any = RemoteLane(
+            base, endpoint, widths["base"], loading.way or "auto", sample_named=bool(loading.sample_named)
+        )
         return [elsewhere, *lanes]
     if config.text_config is None:
         its = next(lane for lane in lanes if any("base" in seat.names for seat in lane.seats))
@@ -158,6 +160,7 @@ def loading_of_call(called: Callable[..., Any], config: ProxyTuneConfig, kwargs:
         way=kwargs.pop("way", None),
         max_calls=kwargs.pop("max_calls", None),
         max_tokens=kwargs.pop("max_tokens", None),
+        sample_named=kwargs.pop("sample_named", None),
         hub={key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs},
     )
     if kwargs:

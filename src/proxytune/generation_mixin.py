@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList, generation
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    generation,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
@@ -126,11 +133,14 @@ class Asked:
         way: see :class:`proxytune.lanes.remote.RemoteLane`.
         certified: for each row, whether each new token is certain to be the choice of the whole mixture.
         calls: the number of requests for each row.
+        tv_bound: for each row, how far the distribution of each new token can be from the mixture's (total variation),
+            if tokens were drawn from those that the server names; otherwise None.
     """
 
     way: str
     certified: list[list[bool]]
     calls: list[int]
+    tv_bound: list[list[float]] | None = None
 
 
 @dataclass
@@ -583,11 +593,12 @@ class SteeredGenerationMixin(GenerationMixin):
                 state,
                 remote.n_vocab,
                 n_batch,
-                asks=remote.way != "pull",
+                asks=remote.way != "pull" and not config.do_sample,
                 draws=remote.way == "push",
                 exact=not processors and not config.do_sample,
                 whole=remote.complete,
                 needs_best=self.config.plausibility is not None,
+                temperature=(config.temperature or 1.0) if remote.sample_named else None,
             )
             rows, calls = self.alpha_rows(model_kwargs.get("alpha"), n_batch, steering.rule), list(state.calls)
             read = part(cast("list[Scores]", cache.prompt_scores), -1, None)
@@ -676,7 +687,9 @@ class SteeredGenerationMixin(GenerationMixin):
                 [replace(each, certified=mark) for each, mark in zip(row, marks)]
                 for row, marks in zip(traces, certifier.marks)
             ]
-            _THREAD.asked = weakref.WeakKeyDictionary({self: Asked(remote.way, certifier.marks, [n.n for n in calls])})
+            asked = Asked(remote.way, certifier.marks, [n.n for n in calls])
+            asked = replace(asked, tv_bound=certifier.apart) if remote.sample_named else asked
+            _THREAD.asked = weakref.WeakKeyDictionary({self: asked})
             state.calls = [Count() for _ in state.calls]
         if streamer is not None:
             streamer.end()
@@ -725,9 +738,16 @@ class SteeredGenerationMixin(GenerationMixin):
             if names:
                 raise ProxyTuneError(f"with the way push the server chooses, so {names[0]} is not possible; use ask")
         n = lane.endpoint.n
-        if config.do_sample and not lane.complete:
+        if lane.sample_named:
+            changes = [type(each).__name__ for each in processors if type(each) is not TemperatureLogitsWarper]
+            changes += ["the rule convex"] if rule == "convex" else []
+            if not config.do_sample or changes:
+                why = f"no bound is known under {changes[0]}" if config.do_sample else "this is greedy decoding"
+                raise ProxyTuneError(f"--sample-named is for sampling at a temperature alone, and {why}; leave it out")
+        elif config.do_sample and not lane.complete:
             raise ProxyTuneError(
-                f"sampling needs the base's probabilities of all tokens, and its server gives {n}; decode greedily"
+                f"sampling needs the base's probabilities of all tokens, and its server gives {n}; decode greedily, or "
+                "draw from those alone (--sample-named)"
             )
         if trace_top_k is not None and not lane.complete:
             raise ProxyTuneError(

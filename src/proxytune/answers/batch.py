@@ -24,7 +24,7 @@ from proxytune.recipe.parts import refuse_negative
 
 __all__ = ["Item", "Output", "fingerprint", "read_items", "result"]
 
-RESULT_FIELDS = ("line", "text", "tokens", "finish", "run", "certified", "calls", "way")
+RESULT_FIELDS = ("line", "text", "tokens", "finish", "run", "certified", "tv_bound", "calls", "way")
 
 
 @dataclass(frozen=True)

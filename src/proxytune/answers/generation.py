@@ -7,6 +7,7 @@ the other rows of its batch, on where a job was interrupted, or on drafts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -60,6 +61,8 @@ class Answer:
         trace: why each of ``tokens`` was chosen, if the call asked for a trace.
         certified: for each of ``tokens``, whether it is certain to be the whole mixture's choice. way: how the base was
             asked. calls: the number of requests for this answer. All three only for a base behind an API.
+        tv_bound: for each of ``tokens``, how far the distribution that it was drawn from can be from the mixture's, if
+            it was drawn from the tokens that the base's server names.
     """
 
     text: str
@@ -69,11 +72,16 @@ class Answer:
     certified: list[bool] | None = None
     calls: int | None = None
     way: str | None = None
+    tv_bound: list[float] | None = None
 
     @property
     def asked(self) -> dict[str, Any]:
         """How the base was asked, as fields of a result; empty for a base on this machine."""
-        return {} if self.way is None else {"certified": self.certified, "calls": self.calls, "way": self.way}
+        if self.way is None:
+            return {}
+        # Rounded up: a bound.
+        named = {} if self.tv_bound is None else {"tv_bound": [math.ceil(1e6 * bound) / 1e6 for bound in self.tv_bound]}
+        return {"certified": self.certified, **named, "calls": self.calls, "way": self.way}
 
 
 # -- prompts --------------------------------------------------------------------------------------------------
@@ -215,6 +223,8 @@ def answer(
             replace(one, certified=marks[: len(one.tokens)], calls=calls, way=asked.way)
             for one, marks, calls in zip(answers, asked.certified, asked.calls)
         ]
+        if asked.tv_bound is not None:
+            answers = [replace(one, tv_bound=own[: len(one.tokens)]) for one, own in zip(answers, asked.tv_bound)]
     if trace_top_k is None:
         return answers
     return [replace(one, trace=trace[: len(one.tokens)]) for one, trace in zip(answers, output.traces)]

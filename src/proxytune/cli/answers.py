@@ -51,8 +51,9 @@ def generate(
     JSON objects have these fields: prompt; text; tokens (the new ids without padding, and with the end-of-sequence
     token if the model chose it); alpha (a number, or an object by name if there are several experts); finish (stop, or
     length if the limit or a member's context ended the answer). With a base behind an API they also have certified (for
-    each token whether it is known to be the choice of the whole mixture), calls (requests made for this answer) and way
-    (how the base was asked). In a job they also have line (the line of the input,
+    each token whether it is known to be the choice of the whole mixture), calls (requests made for this answer), way
+    (how the base was asked) and, with --sample-named, tv_bound (for each token how far the distribution that it was
+    drawn from can be from the mixture's). In a job they also have line (the line of the input,
     from 1, or the entry of a JSON list) and run (which recipe and options made it). A line that cannot be read is
     reported by its number, the others are answered, and the exit status is 2.
 
@@ -88,6 +89,7 @@ def generate(
     names = [expert.name for expert in config.expert_list]
     alphas = resolve_alpha(options.alpha, names, config.alphas)
     n_broken = n_asked = n_certain = n_written = 0
+    bounds: list[float] = []
     if job.input is None:
         negative = options.negative_prompt
         items = [Item(line, prompt, alphas, negative) for line, prompt in enumerate(prompts or [], start=1)]
@@ -156,6 +158,7 @@ def generate(
             n_asked += sum(one.calls or 0 for one in made)
             n_certain += sum(sum(one.certified or ()) for one in made)
             n_written += sum(len(one.tokens) for one in made)
+            bounds += [bound for one in made for bound in one.tv_bound or ()]
             for_run = None if sink is None else run
             pairs = list(zip(made, answered_items))
             results = [result(item, one, names, for_run) for one, item in pairs]
@@ -191,7 +194,13 @@ def generate(
             advance(len(made))
         if streamed and made[0].finish == "length" and len(made[0].tokens) < options.max_new_tokens:
             say("the shortest member's context is full")
-    if n_asked:
+    if bounds:
+        say(
+            "tokens were drawn from those that the base's server names: their distribution is at most "
+            f"{max(bounds):.3f} from the mixture's (total variation), {sum(bounds) / len(bounds):.3f} on average; the "
+            f"server was asked {n_asked} times"
+        )
+    elif n_asked:
         say(
             f"{n_certain} of {n_written} tokens are certain to be those of the whole mixture; the base's server was "
             f"asked {n_asked} times"

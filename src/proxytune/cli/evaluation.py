@@ -84,7 +84,10 @@ def evaluate(
     json_file: JsonFile = None,
     judges: JudgeOptions,
     code: Annotated[CodeOptions, only("unguarded")],
-    loading: LoadingOptions,
+    loading: Annotated[
+        LoadingOptions,
+        only("dtype", "device_map", "trust_remote_code", "speculate", "pack", "way", "max_calls", "max_tokens"),
+    ],
     settings: Settings,
     tasks_dir: Annotated[
         bool,

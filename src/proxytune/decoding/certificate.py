@@ -7,6 +7,14 @@ if
     base(x) + δ(x) > u + max over v outside S of δ(v)
 
 It holds for the mixture itself. Changes by logits processors are not covered.
+
+If tokens are drawn from S alone, at temperature T, the distribution differs from the one over the whole vocabulary by
+the mass that the latter has outside S. With m the base's probability that is left outside S, D the largest δ there, n
+the number of tokens there and a = 1/T, the total variation distance is at most
+
+    R / (Z + R),   Z = sum over S of (p_base e^δ)^a,   R = n^max(0, 1 - a) (m e^D)^a
+
+because the sum over n tokens of (p_base e^δ)^a is largest if one token has all of m (a > 1), or all have the same share.
 """
 
 from __future__ import annotations
@@ -20,9 +28,10 @@ from proxytune.decoding.lane import AskedState, Scores
 from proxytune.decoding.loop import Step
 from proxytune.errors import ProxyTuneError
 
-__all__ = ["MARGIN", "Certifier", "bounded", "judge", "known_ids"]
+__all__ = ["MARGIN", "Certifier", "bounded", "drawn_from_known", "judge", "known_ids"]
 
 MARGIN = 1e-4  # the margin by which a choice must win: rounding in float32, here and at the server
+ROUNDING = 1e-4  # how far the probabilities that a server names may be off, all together
 
 
 def known_ids(scores: Scores, n_vocab: int) -> Tensor:
@@ -57,11 +66,32 @@ def judge(upper: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     return ((best > -torch.inf) & clear)[..., 0] & ~rivals.any(dim=-1), rivals
 
 
+def drawn_from_known(scores: Scores, upper: Tensor, known: Tensor, temperature: float) -> Tensor:
+    """How far the distribution over known tokens can be from the whole mixture's: a bound on the total variation.
+
+    Args:
+        scores: the base's. upper, known: as in :func:`judge`, where the mixture is the base's log-probabilities plus δ.
+
+    Returns:
+        (n_rows, n_positions), from 0 to 1; see the equation above.
+    """
+    assert scores.bound is not None
+    a, outside = 1 / temperature, ~known & (upper > -torch.inf)
+    rest = (1 - scores.values.double().exp().sum(dim=-1)).clamp(min=0) + ROUNDING
+    largest = (upper - scores.bound[..., None]).masked_fill(~outside, -torch.inf).amax(dim=-1)
+    spread = outside.sum(dim=-1).clamp(min=1).log() * max(0.0, 1 - a)
+    inside = (a * upper.double()).masked_fill(~known, -torch.inf).logsumexp(dim=-1)
+    bound = (spread + a * (rest.log() + largest) - inside).sigmoid()
+    return bound.masked_fill(~outside.any(dim=-1), 0.0)
+
+
 class Certifier:
     """Mixes the scores of an incomplete base, asks it for more if they do not decide the choice, and marks each token.
 
     Attributes:
         marks: for each of the caller's rows, whether each new token is certain.
+        apart: for each of them, how far the distribution that each token was drawn from can be from the mixture, if
+            tokens are drawn from those that the base names.
     """
 
     def __init__(
@@ -76,6 +106,7 @@ class Certifier:
         exact: bool,
         whole: bool,
         needs_best: bool,
+        temperature: float | None = None,
     ) -> None:
         """
         Args:
@@ -84,12 +115,16 @@ class Certifier:
             exact: whether the choice is the best of the mixture: no logits processors, no sampling.
             whole: whether the base knows all tokens, so that any choice is certain.
             needs_best: whether the mixture depends on the base's most probable token, as the plausibility mask does.
+            temperature: of draws from the tokens that the base names; None: there are none.
         """
         self.lane, self.state, self.n_vocab = lane, state, n_vocab
         self.asks, self.draws = asks, draws
         self.exact, self.whole, self.needs_best = exact, whole, needs_best
+        self.temperature = temperature
         self.marks: list[list[bool]] = [[] for _ in range(n_batch)]
+        self.apart: list[list[float]] = [[] for _ in range(n_batch)]
         self.seen: list[Tensor] = []  # this step's, (n_batch, n_positions) each
+        self.bounds: list[Tensor] = []
         self.start = 0  # columns before this step's first position, and in it
 
     def mix(self, scores: Sequence[Scores], mix: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
@@ -138,6 +173,12 @@ class Certifier:
         if not self.exact:
             certain = ~(~known & (upper > -torch.inf)).any(dim=-1) & self.whole
         self.seen.append(certain)
+        if self.temperature is not None:
+            bounds = drawn_from_known(base, upper, known, self.temperature)
+            if self.needs_best:  # a more probable token might mask others
+                assert base.bound is not None
+                bounds = bounds.masked_fill(base.values.amax(dim=-1) < base.bound, 1.0)
+            self.bounds.append(bounds)
         return mixed
 
     def settle(self, step: Step) -> None:
@@ -145,4 +186,7 @@ class Certifier:
         certain = torch.cat(self.seen, dim=1).tolist()
         for row, taken, own in zip(step.rows, step.tokens, certain):
             self.marks[row] += own[: len(taken)]
-        self.seen, self.start = [], 1
+        if self.bounds:
+            for row, taken, bounds in zip(step.rows, step.tokens, torch.cat(self.bounds, dim=1).tolist()):
+                self.apart[row] += bounds[: len(taken)]
+        self.seen, self.bounds, self.start = [], [], 1

@@ -53,6 +53,7 @@ class RemoteLane(nn.Module):
         way: ``pull`` asks for the top k after each token, ``ask`` asks again if that does not decide the choice,
             ``verify`` asks for all drafts of a step in one request, ``push`` sends what steering adds and lets the
             server choose.
+        sample_named: whether tokens may be drawn from those that the server names, with a bound on the difference.
     """
 
     model: Any = None
@@ -66,8 +67,11 @@ class RemoteLane(nn.Module):
     cost = REQUEST
     head_cost: Cost | None = None
 
-    def __init__(self, base: ApiBase, endpoint: Endpoint, n_vocab: int, way: str = "auto") -> None:
+    def __init__(
+        self, base: ApiBase, endpoint: Endpoint, n_vocab: int, way: str = "auto", *, sample_named: bool = False
+    ) -> None:
         super().__init__()
+        self.sample_named = sample_named
         self.source, self.endpoint, self.n_vocab = base, endpoint, n_vocab
         self.seats = (Seat(("base",), Prompt()),)
         self.way = chosen_way(way, endpoint)

@@ -50,9 +50,10 @@ class Loading:
     trust_remote_code: bool = False
     share: bool = True
     pack: bool = False
-    way: str | None = None  # these three are for a base behind an API
+    way: str | None = None  # these four are for a base behind an API
     max_calls: int | None = None
     max_tokens: int | None = None
+    sample_named: bool | None = None
     hub: dict[str, Any] = field(default_factory=dict)  # token, cache_dir, local_files_only, force_download
 
     @classmethod
@@ -66,6 +67,7 @@ class Loading:
             way=options.way,
             max_calls=options.max_calls,
             max_tokens=options.max_tokens,
+            sample_named=options.sample_named,
             hub=hub,
         )
 
@@ -80,8 +82,8 @@ def refuse_unfit(name: str, member: Member, own: PreTrainedConfig) -> None:
 
 def refuse_of_api(base: Member, loading: Loading | LoadingOptions) -> None:
     """Raise :class:`RecipeError` for an option of a base behind an API, if ``base`` is a model."""
-    for option in () if isinstance(base, ApiBase) else ("way", "max_calls", "max_tokens"):
-        if getattr(loading, option) is not None:
+    for option in () if isinstance(base, ApiBase) else ("way", "max_calls", "max_tokens", "sample_named"):
+        if getattr(loading, option) not in (None, False):
             flag = option.replace("_", "-")
             raise RecipeError(f"--{flag} is for a base behind an API, and this recipe's base is a model; leave it out")
 

@@ -77,6 +77,12 @@ class LoadingOptions:
         min=1,
         panel="Base behind an API",
     )
+    sample_named: bool = option(
+        False,
+        "Sample from the tokens that the base's server names alone. Each token then has a bound on how far that is "
+        "from the steered distribution.",
+        panel="Base behind an API",
+    )
     pack: bool = option(
         False,
         "Rearrange the weights for the CPU when loading: several times faster there, for float32 and bfloat16.",
@@ -100,6 +106,7 @@ class LoadingOptions:
             "way": self.way,
             "max_calls": self.max_calls,
             "max_tokens": self.max_tokens,
+            "sample_named": self.sample_named,
         }
 
 
