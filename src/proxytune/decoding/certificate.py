@@ -14,7 +14,7 @@ the number of tokens there and a = 1/T, the total variation distance is at most
 
     R / (Z + R),   Z = sum over S of (p_base e^δ)^a,   R = n^max(0, 1 - a) (m e^D)^a
 
-because the sum over n tokens of (p_base e^δ)^a is largest if one token has all of m (a > 1), or all have the same share.
+because the sum over n tokens of (p_base e^δ)^a is largest if one of them has all of m (a > 1) or all have one share.
 """
 
 from __future__ import annotations
