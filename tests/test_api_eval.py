@@ -193,6 +193,7 @@ def test_tokens_have_a_budget_too(recipe, place, tmp_path):
         ("triviaqa", {"trace": True}, {}, "--trace needs the base's probabilities of all 384 tokens, .* asked for 20"),
         ("triviaqa", {"arms": ("mean_logits",)}, {}, "needs the base's weights .*; leave the arm mean_logits out"),
         ("triviaqa", {"mean_weight": 2.0}, {}, "needs the base's weights .*; leave the arm weighted_mean out"),
+        ("triviaqa", {"steering_vector": __file__}, {}, "base's weights .*; leave the arm steering_vector out"),
         ("triviaqa", {"trace": True}, {"way": "push"}, "--trace .*with --way push its server chooses alone"),
     ],
 )

@@ -1,8 +1,8 @@
 """The arms: the same prompts answered by the base, the experts alone, the mixture and the controls.
 
 All but ``tuned`` are made from one loading of the recipe's members. ``base_few_shot`` and its like are the base after
-solved examples. ``mean_logits`` is the mean of M and M+, and in ``weighted_mean`` M+ has a weight: a mixture like any
-other, whose anti-expert is the base.
+solved examples. ``steering_vector`` is the base with changed hidden states. ``mean_logits`` is the mean of M and M+,
+and in ``weighted_mean`` M+ has a weight: a mixture like any other, whose anti-expert is the base.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -19,6 +20,7 @@ from proxytune.answers.generation import Encoded, with_room
 from proxytune.answers.text import alone as alone_model
 from proxytune.errors import MemberError, ProxyTuneError
 from proxytune.evaluation.results import ARMS, shots_of
+from proxytune.evaluation.vectors import read_vector, with_vector
 from proxytune.lanes.kernels import pack
 from proxytune.lanes.loading import load_member
 from proxytune.lanes.remote import RemoteLane
@@ -192,6 +194,7 @@ class Arms:
         alphas: one value per expert, instead of the recipe's.
         tuned: a path or hub id of the directly tuned model.
         mean_weight: each expert's weight in ``weighted_mean``; the base's is 1.
+        vector: the file of the steering vector, and its strength.
     """
 
     def __init__(
@@ -203,9 +206,10 @@ class Arms:
         alphas: Sequence[float] | None = None,
         tuned: str | None = None,
         mean_weight: float | None = None,
+        vector: tuple[str, float] | None = None,
     ) -> None:
         self.config, self.names, self.loading, self.tuned = config, list(names), loading, tuned
-        self.mean_weight = mean_weight
+        self.mean_weight, self.vector = mean_weight, vector
         self.alphas = tuple(config.alphas if alphas is None else alphas)
         self._loading = Loading.of(loading)
         self.members = dict(config.members())
@@ -228,6 +232,10 @@ class Arms:
         if isinstance(self.members[member], ApiBase):
             return Arm(name, self._remote(), self.tokenizer)
         model = self._lane(member).alone(member)
+        if name == "steering_vector":
+            assert self.vector is not None
+            file, strength = self.vector
+            model = with_vector(model, read_vector(Path(file)), strength)
         return alone(name, model, self._tokenizer(member), self.members[member].prompt)
 
     def reader(self, name: str) -> Reader:
@@ -264,7 +272,7 @@ class Arms:
 
     def member(self, arm: str) -> str:
         """The member of an arm that is one member alone."""
-        wanted = "base" if shots_of(arm) != "raw" else arm
+        wanted = "base" if shots_of(arm) != "raw" or arm == "steering_vector" else arm
         return next(each for each in self.members if each == wanted or each.endswith(f".{wanted}"))
 
     def _context(self, member: str) -> int | None:
@@ -413,6 +421,8 @@ def impossible(arm: str, config: ProxyTuneConfig) -> str | None:
         return f"the recipe has no {ARMS[NEEDS[arm]]}"
     if arm in MEANS and isinstance(config.base_member, ApiBase):
         return "a mean of base and expert needs the base's weights on this machine, and they are behind an API"
+    if arm == "steering_vector" and isinstance(config.base_member, ApiBase):
+        return "a steering vector needs the base's weights on this machine, and they are behind an API"
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from proxytune.answers.options import ALPHA, COMBINE, GATE
 from proxytune.errors import AlphaError, ProxyTuneError
@@ -25,7 +26,8 @@ class EvaluationOptions:
     arms: tuple[str, ...] | None = option(
         None,
         "Who answers: base, anti_expert, expert, proxy_tuned, tuned, base_few_shot, base_many_shot, mean_logits, "
-        "weighted_mean, base_own_examples; by default all that the recipe, the tasks and the options allow.",
+        "weighted_mean, steering_vector, base_own_examples; by default all that the recipe, the tasks and the options "
+        "allow.",
         metavar="NAME,...",
         parse=words,
     )
@@ -33,6 +35,12 @@ class EvaluationOptions:
     mean_weight: float | None = option(
         None, "Weight w of the expert in the arm weighted_mean, base + w * expert.", metavar="W", min=0
     )
+    steering_vector: str | None = option(
+        None,
+        "A GGUF file with a vector for the arm steering_vector, which adds it to the base's hidden states.",
+        metavar="FILE",
+    )
+    vector_strength: float | None = option(None, "Factor of the steering vector, 1 by default.", metavar="X")
     alpha: float | Mapping[str, float] | None = option(None, **ALPHA)
     combine: Rule | None = option(None, **COMBINE)
     gate: str | None = option(None, **GATE)
@@ -73,6 +81,20 @@ class EvaluationOptions:
             raise ProxyTuneError("the arm tuned needs a model: --tuned MODEL")
         if self.mean_weight is None and "weighted_mean" in (self.arms or ()):
             raise ProxyTuneError("the arm weighted_mean needs the expert's weight: --mean-weight W")
+        if self.steering_vector is None:
+            if "steering_vector" in (self.arms or ()):
+                raise ProxyTuneError("the arm steering_vector needs a vector: --steering-vector FILE")
+            if self.vector_strength is not None:
+                raise ProxyTuneError("--vector-strength is the factor of a steering vector: give --steering-vector too")
+        elif not Path(self.steering_vector).is_file():
+            raise ProxyTuneError(f"there is no file {self.steering_vector} (--steering-vector)")
+
+    @property
+    def vector(self) -> tuple[str, float] | None:
+        """The file of the steering vector, and its strength."""
+        if self.steering_vector is None:
+            return None
+        return self.steering_vector, 1.0 if self.vector_strength is None else self.vector_strength
 
 
 @dataclass(frozen=True)

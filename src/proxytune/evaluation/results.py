@@ -32,9 +32,10 @@ ARMS: Mapping[str, str] = {
     "base_many_shot": "control: base, many examples shown",
     "mean_logits": "control: mean of base and expert",
     "weighted_mean": "control: base + w · expert",
+    "steering_vector": "control: base + steering vector",
     "base_own_examples": "oracle: base, examples of the same kind shown",
 }
-# The default arms of a task: `tuned` and `weighted_mean` need a model and a weight.
+# The default arms of a task: `tuned`, `weighted_mean` and `steering_vector` need options.
 DEFAULT_ARMS = ("base", "anti_expert", "expert", "proxy_tuned", "base_few_shot", "mean_logits")
 # Arms that read solved examples before a question -> the kind of context; all others read it `raw`.
 _SHOWN = {"base_few_shot": "few_shot", "base_many_shot": "many_shot", "base_own_examples": "own_examples"}

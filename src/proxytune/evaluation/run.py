@@ -119,8 +119,8 @@ def evaluate(
     asked = {name: [plan for plan in plans if shots_of(name) in plan.jobs] for name in names}
     files = {name: {plan.name: [out / plan.name / f"{name}.jsonl"] for plan in asked[name]} for name in names}
     tally = Tally(progress, [(plan, name, files[name][plan.name]) for name in names for plan in asked[name]])
-    alphas, weight = _alphas(config, options), options.mean_weight
-    arms = Arms(config, (), loading, alphas=alphas, tuned=options.tuned, mean_weight=weight)
+    more: dict[str, Any] = {"mean_weight": options.mean_weight, "vector": options.vector}
+    arms = Arms(config, (), loading, alphas=_alphas(config, options), tuned=options.tuned, **more)
     left_out = unreadable(arms, asked, tally, note)
     left = [name for name in names if any(tally.missing(name, plan) for plan in asked[name])]
     arms.names = left  # the whole recipe is loaded only if an arm needs it
@@ -534,7 +534,11 @@ def arms_of(
             raise ProxyTuneError(
                 f"there are no solved examples to show for {', '.join(lacking[none[0]])}; leave the arm {none[0]} out"
             )
-    given = {"tuned": options.tuned, "weighted_mean": options.mean_weight}
+    given = {
+        "tuned": options.tuned,
+        "weighted_mean": options.mean_weight,
+        "steering_vector": options.steering_vector,
+    }
     wanted += [arm for arm, value in given.items() if value is not None and arm not in wanted]
     if "tuned" in wanted:
         tuned_prompt(config)  # find out now, not after the other arms, that it is unknown
@@ -575,6 +579,7 @@ def manifest_of(
             "alpha": what.get("sweep", dict(zip(names, _alphas(config, options)))),
             "tuned": options.tuned,
             "mean_weight": options.mean_weight,
+            "steering_vector": _vector_hash(options),
             "seed": options.seed,
             "dtype": loading.dtype,
             "pack": loading.pack,
@@ -608,6 +613,14 @@ def _data_hash(requests: Sequence[Instance]) -> str:
     return digest.hexdigest()
 
 
+def _vector_hash(options: EvaluationOptions) -> str | None:
+    """A hash of the steering vector's file, with its strength."""
+    if options.vector is None:
+        return None
+    file, strength = options.vector
+    return f"{hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]} * {strength:g}"
+
+
 def _versions() -> dict[str, str]:
     packages = ("torch", "transformers", "lm_eval", "datasets", "peft", "numpy")
     found = {package: importlib.metadata.version(package) for package in packages}
@@ -634,7 +647,7 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
         predicted = {name: _predicted(out / name) for name in tasks}
         arms = set().union(*predicted.values())
         tasks = {name: task for name, task in tasks.items() if predicted[name]}
-        for setting, arm in (("tuned", "tuned"), ("mean_weight", "weighted_mean")):  # for one arm only
+        for setting, arm in SETTINGS.items():
             was = decided.get(setting) if arm in arms else None
             now = manifest["decides"][setting]
             manifest["decides"][setting] = was if now is None else now
@@ -648,6 +661,10 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
             kept = [arm for arm in before.get("arms", []) if arm in arms]
             manifest["arms"] = list(dict.fromkeys([*kept, *manifest["arms"]]))
     write_whole(path, json.dumps(manifest, indent=2) + "\n")
+
+
+# Settings of one arm only -> that arm.
+SETTINGS = {"tuned": "tuned", "mean_weight": "weighted_mean", "steering_vector": "steering_vector"}
 
 
 def _predicted(folder: Path) -> set[str]:
