@@ -255,6 +255,7 @@ def kept_layers(plan: Plan, base: Any) -> dict[str, Tensor]:
 
 
 Example = tuple[str, str]  # a prompt, and what M+ is to write after it
+GoldLogits = tuple[list[Tensor], Tensor, list[int]]  # see `gold_logits`
 
 
 def house_examples(plan: Plan, seed: int) -> list[Example]:
@@ -383,29 +384,39 @@ class Counted:
 
 
 @torch.inference_mode()
+def gold_logits(models: Sequence[Any], tokenizer: Any, rows: Sequence[Example]) -> Iterator[GoldLogits]:
+    """The logits of each model for the right answers after their prompts, in batches.
+
+    Yields:
+        each model's logits, (n_tokens, n_vocab), the right ids, (n_tokens,), and how many of the tokens each row has.
+    """
+    encoded = [(tokenizer(prompt).input_ids, tokenizer(answer).input_ids) for prompt, answer in rows]
+    for start in range(0, len(encoded), 40):
+        batch = encoded[start : start + 40]
+        ids, mask, learned = teaching(batch)
+        logits = [
+            model.lm_head(model.model(input_ids=ids, attention_mask=mask).last_hidden_state[learned])
+            for model in models
+        ]
+        yield logits, ids.roll(-1, dims=1)[learned], [len(answer) for _, answer in batch]
+
+
 def count(tokenizer: Any, base: Any, anti_expert: Any, expert: Any, asked: Sequence[Fact]) -> Counted:
     """Score the right answers under each mixture, with one forward of each member."""
     found = Counted({}, {}, {}, {})
-    rows = [(tokenizer(fact.prompt).input_ids, tokenizer(fact.completion).input_ids) for fact in asked]
-    n_form = [len(tokenizer(f"{fact.word}:").input_ids) for fact in asked]
-    for start in range(0, len(rows), 40):
-        batch = rows[start : start + 40]
-        ids, mask, learned = teaching(batch)
-        b, e, a = (
-            model.lm_head(model.model(input_ids=ids, attention_mask=mask).last_hidden_state[learned])
-            for model in (base, expert.get_base_model(), anti_expert)
-        )
-        wanted = ids.roll(-1, dims=1)[learned]
+    n_form = iter([len(tokenizer(f"{fact.word}:").input_ids) for fact in asked])
+    rows = [(fact.prompt, fact.completion) for fact in asked]
+    for (b, e, a), wanted, n_tokens in gold_logits((base, expert.get_base_model(), anti_expert), tokenizer, rows):
+        of_word = [next(n_form) for _ in n_tokens]
         for name, (of_base, of_expert, of_anti_expert) in MIXTURES.items():
             scores = (of_base * b + of_expert * e + of_anti_expert * a).log_softmax(dim=-1)
-            hits = (scores.argmax(dim=-1) == wanted).split([len(answer) for _, answer in batch])
-            of_right = scores.gather(-1, wanted[:, None])[:, 0].split([len(answer) for _, answer in batch])
-            for row, (hit, value) in enumerate(zip(hits, of_right, strict=True)):
-                form, content = value[: n_form[start + row]], value[n_form[start + row] : -1]
+            hits = (scores.argmax(dim=-1) == wanted).split(n_tokens)
+            of_right = scores.gather(-1, wanted[:, None])[:, 0].split(n_tokens)
+            for n, hit, value in zip(of_word, hits, of_right, strict=True):
                 found.right.setdefault(name, []).append(bool(hit.all()))
-                found.formed.setdefault(name, []).append(bool(hit[: n_form[start + row]].all()))
-                found.form.setdefault(name, []).append(float(form.mean()))
-                found.content.setdefault(name, []).append(float(content.mean()))
+                found.formed.setdefault(name, []).append(bool(hit[:n].all()))
+                found.form.setdefault(name, []).append(float(value[:n].mean()))
+                found.content.setdefault(name, []).append(float(value[n:-1].mean()))
     return found
 
 
