@@ -1,6 +1,6 @@
-"""How many greedy tokens are certain if the base's server names its top n: the table of docs/api-base.md.
+"""How many greedy tokens are certain if the base's server names its top n: the table and the plot of docs/api-base.md.
 
-    python scripts/certified_share.py --prompts 24
+    python scripts/certified_share.py --prompts 16 --plot docs/pictures/certified.png
 
 It needs no server: the demo answers held-out questions with all its models here, and the certificate is asked what it
 would say of each token if only the base's top n were known.
@@ -9,6 +9,8 @@ would say of each token if only the base's top n were known.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -21,15 +23,17 @@ from proxytune.demo.tasks import TASKS
 from proxytune.lanes.completions import known_of
 from proxytune.tables import Table, markdown
 
-SIZES = (1, 5, 20, 100, 1000, 10_000)
+SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 49_152)
+SHOWN = (1, 5, 20, 100, 1000, 10_000)  # in the table
 
 
 @torch.no_grad()
 def main() -> None:
-    """Print the table."""
+    """Print the table, and write the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--plot", type=Path, help="PNG file for the shares at more sizes than the table has")
     asked = parser.parse_args()
     model, tokenizer = loaded("demo")
     counts = {n: [0, 0] for n in SIZES}  # certain; and the top n's own best token is the choice
@@ -52,10 +56,39 @@ def main() -> None:
             counts[n][0] += int(certain.sum())
             counts[n][1] += int((chosen == torch.tensor(made.tokens)).sum())
     rows = [
-        (f"{n:,}", f"{100 * sure / total:.1f} %", f"{100 * right / total:.1f} %") for n, (sure, right) in counts.items()
+        (f"{n:,}", f"{100 * sure / total:.1f} %", f"{100 * right / total:.1f} %")
+        for n, (sure, right) in counts.items()
+        if n in SHOWN
     ]
     print(markdown([Table(("n", "certain", "the mixture's choice"), rows)]))
     print(f"{total} tokens of {asked.prompts} answers, alpha {model.config.alphas}, proxytune {proxytune.__version__}")
+    if asked.plot is not None:
+        plot(counts, total, asked.plot)
+
+
+def plot(counts: Mapping[int, Sequence[int]], total: int, path: Path) -> None:
+    """The two shares over n, as PNG."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    from proxytune.evaluation.plots import LINES, STYLE
+
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+        panel = figure.subplots()
+        for at, (label, style) in enumerate(
+            (("certain", "-"), ("the mixture's choice is the best of the top n", "--"))
+        ):
+            shares = [100 * both[at] / total for both in counts.values()]
+            panel.plot(list(counts), shares, style, marker="o", markersize=4, color=LINES[at], label=label)
+        panel.set_xscale("log")
+        panel.set_xlabel("n, the tokens that the base's server names")
+        panel.set_ylabel("share of greedy tokens, %")
+        panel.set_ylim(0, 104)
+        panel.grid(color="#e6e6e6")
+        panel.set_axisbelow(True)
+        panel.legend(frameon=False, loc="lower right")
+        figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
