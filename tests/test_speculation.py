@@ -174,9 +174,13 @@ def statistic(oracle, model, n_draws, n_new=4, **kwargs):
 
 
 @pytest.mark.slow
-def test_samples_have_the_mixtures_distribution(alike):
+@pytest.mark.parametrize("gate", [None, ("cycle", 1), ("unsure", 0.12)], ids=str)
+def test_samples_have_the_mixtures_distribution(alike, gate):
     oracle, model = alike
-    value, degrees = statistic(oracle, model, 20_000, speculate=2)
+    gated = Oracle(oracle.base, oracle.experts, gate=gate)
+    value, degrees = statistic(
+        gated, model, 10_000 if gate else 20_000, speculate=2, gate=dict([gate]) if gate else None
+    )
     assert partly(model.speculation_stats)
     assert value < degrees + 4 * (2 * degrees) ** 0.5, "4 standard deviations of chi-square"
 
