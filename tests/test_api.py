@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from proxytune.generation_mixin import last_asked
 from proxytune.lanes.completions import BadReply, known_of
 from proxytune.lanes.probing import findings, probe
 from proxytune.lanes.spelling import Spelling
+from proxytune.lanes.transformers import TransformersState
 from proxytune.recipe.parts import ApiBase, parse_base
 from support import faults, tiny
 from support.commands import fails, run
@@ -934,6 +936,29 @@ def test_new_refuses_half_a_base(tmp_path):
     )
     both = ["--base-api", "http://h/v1", "--base-model", "m", "--base-tokenizer", "t", "--base", "b"]
     assert "leave --base and its dtype" in fails("new", tmp_path / "x", *both, "--expert", "e")
+
+
+@pytest.mark.parametrize("way", ["pull", "ask"])
+def test_experts_read_while_the_base_is_asked(served, steered, monkeypatch, way):
+    """The server answers only when an expert has read what it was asked about."""
+    model = steered(tiny.VOCAB, way=way)
+    began, late = threading.Event(), []
+    read = TransformersState.read
+
+    def seen(self, *args, **kwargs):
+        began.set()
+        return read(self, *args, **kwargs)
+
+    def answered(number, made):
+        if not began.wait(1):
+            late.append(number)
+        began.clear()
+        return made
+
+    monkeypatch.setattr(TransformersState, "read", seen)
+    served.faults = answered
+    answers(model, ROWS[:1], max_new_tokens=4)
+    assert late == [len(served.requests) - 1]  # at the end the base alone is asked once more
 
 
 def test_calls_of_many_rows_are_under_way_at_once(served, steered):

@@ -68,6 +68,9 @@ class Asked:
     def each(self, ask, items):
         return [ask(item) for item in items]
 
+    def begin(self, ask, items):
+        return lambda: self.each(ask, items)
+
 
 class Dense(RemoteState):
     """Scores of all tokens in order, as the laws look at them."""

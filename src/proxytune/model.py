@@ -379,9 +379,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
                 _refuse_positions(position_ids, attention_mask, n_cached, n_columns)
             cache.begin(n_batch)
             n_last = logits_to_keep if isinstance(logits_to_keep, int) else 0
-            read = []
-            for state, (ids, mask) in zip(cache.states, columns):
-                read.append(state.read(ids, mask, positions=n_last))
+            read = [state.read(ids, mask, positions=n_last) for state, (ids, mask) in zip(cache.states, columns)]
+            for state in cache.states:  # after all have begun: a base behind an API is asked meanwhile
                 state.keep()
             logits = self.whole_logits(read, refuse=cache.prompt_scores is None)
             if cache.prompt_scores is not None:

@@ -153,8 +153,11 @@ class Certifier:
                 certain &= base.values.amax(dim=-1) >= base.bound
             if not self.asks:
                 break
-            # Nothing is written after a rejected draft, so nothing is asked.
-            kept = upper.masked_fill(~known, -torch.inf).argmax(dim=-1) == self.state.behind(start, upper.shape[1])
+            # Nothing is written after a rejected draft, so nothing is asked. A draft that could win counts as accepted:
+            # the places after it are then asked about at the same time.
+            drafts = self.state.behind(start, upper.shape[1])
+            kept = upper.masked_fill(~known, -torch.inf).argmax(dim=-1) == drafts
+            kept |= rivals.gather(2, drafts.clamp(min=0)[..., None])[..., 0] & (drafts >= 0)
             reached = kept.cumprod(dim=1).bool().roll(1, dims=1).index_fill(1, torch.tensor([0]), True)
             rivals &= reached[..., None]
             rivals[list(drawn)] = False

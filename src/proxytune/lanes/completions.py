@@ -214,9 +214,10 @@ class Endpoint:
             # What the environment says of an account elsewhere is not for this server.
             default_headers={"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()},  # type: ignore[dict-item]
         )
-        self.pool = ThreadPoolExecutor(AT_ONCE)
+        self.pool, self.rows = ThreadPoolExecutor(AT_ONCE), ThreadPoolExecutor(AT_ONCE)
         weakref.finalize(self, self.client.close)
-        weakref.finalize(self, self.pool.shutdown, wait=False)
+        for pool in (self.pool, self.rows):
+            weakref.finalize(self, pool.shutdown, wait=False)
         self.model: str | None = None  # as the first reply calls it
         self.given = 0  # log-probabilities that it gave in the first reply
         self.most: int | None = None  # log-probabilities that it gives at most, once it has given fewer than asked
@@ -328,6 +329,14 @@ class Endpoint:
     def each(self, ask: Callable[[Any], T], items: Sequence[Any]) -> list[T]:
         """Call ``ask`` for several items at once."""
         return [ask(items[0])] if len(items) == 1 else list(self.pool.map(ask, items))
+
+    def begin(self, ask: Callable[[Any], T], items: Sequence[Any]) -> Callable[[], list[T]]:
+        """Begin to call ``ask`` for several items at once, and return a function that waits for the results.
+
+        It has threads of its own: ``ask`` may call :meth:`each`, whose threads would otherwise wait for themselves.
+        """
+        begun = [self.rows.submit(ask, item) for item in items]
+        return lambda: [each.result() for each in begun]
 
     def tokenized(self, text: str) -> list[int] | None:
         """A text's ids as the server's own route says (``/tokenize`` of vLLM and llama.cpp); None if it has none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -105,12 +106,17 @@ class RemoteState(TextState):
         self.lane = lane
         self.known: dict[tuple[int, int], Known] = {}  # row, and how many pending columns stand before the position
         self.calls = [Count() for _ in range(n_batch)]
+        self.awaited: Awaited | None = None  # what was asked last, if nobody has looked at it yet
         self.drawn: tuple[Tensor, int] | None = None  # for the first row: the offsets last sent, and the token chosen
 
     def read(
         self, ids: Tensor, mask: Tensor | None = None, *, positions: int = 0, want: Tensor | None = None
     ) -> Scores:
-        """See :class:`proxytune.decoding.lane.LaneState`. Each row is one request, whatever its positions."""
+        """See :class:`proxytune.decoding.lane.LaneState`. Each row is one request, whatever its positions.
+
+        The requests are on their way when this returns. Other lanes compute meanwhile, until the scores are looked at.
+        """
+        self._settle()
         self.take(ids, mask)
         k, endpoint = ids.shape[1], self.lane.endpoint
         start = len(self.pending) - (min(positions, k) or k) + 1
@@ -119,17 +125,24 @@ class RemoteState(TextState):
             self.known.update({(row, ahead): Known({}, 0.0) for row in range(self.n_batch) for ahead in places})
             return self._scores(start, len(places))
 
+        texts = [[self.text(row, ahead) for ahead in places] for row in range(self.n_batch)]
+
         def ask(row: int) -> list[Known]:
-            text = self.text(row, places[-1])
-            lengths = [len(self.text(row, ahead)) for ahead in places]  # a padded column adds nothing
+            text = texts[row][-1]
+            lengths = list(map(len, texts[row]))  # a padded column adds nothing
             n_asked = len({n for n in lengths if n})  # before its first token there is nothing to ask for a row
             found, n_calls = endpoint.along(text, n_asked, endpoint.n)
             self.calls[row].n += n_calls
             return [found[n - len(text) - 1] if n else Known({}, 0.0) for n in lengths]
 
-        for row, found in enumerate(endpoint.each(ask, range(self.n_batch))):
-            self.known.update({(row, ahead): known for ahead, known in zip(places, found)})
-        scores = self._scores(start, len(places))
+        wait = endpoint.begin(ask, range(self.n_batch))
+
+        def scores_of_replies() -> Scores:
+            for row, found in enumerate(wait()):
+                self.known.update({(row, ahead): known for ahead, known in zip(places, found)})
+            return self._scores(start, len(places))
+
+        scores = self.awaited = Awaited(scores_of_replies)
         if want is None:
             return scores
         rivals = torch.zeros(self.n_batch, len(places), self.lane.n_vocab, dtype=torch.bool)
@@ -143,6 +156,7 @@ class RemoteState(TextState):
             start: how many of the pending columns stand before the first position.
             rivals: shape = (n_batch, n_positions, n_vocab), bool.
         """
+        self._settle()
         endpoint = self.lane.endpoint
         places = [(row, start + at) for row, at in rivals.any(dim=-1).nonzero().tolist()]
 
@@ -160,6 +174,7 @@ class RemoteState(TextState):
 
     def again(self) -> Callable[[], None]:
         """A function that asks about the first row's text again, and raises an error if the reply differs."""
+        self._settle()
         text, known, calls, drawn = self.text(0, 0), self.known[0, 0], self.calls[0], self.drawn
 
         def ask() -> None:
@@ -203,17 +218,26 @@ class RemoteState(TextState):
                 bound[at, j] = known.bound
         return Scores(values, ids, bound)
 
+    def _settle(self) -> None:
+        """Wait for the replies that are on their way."""
+        if self.awaited is not None:
+            self.awaited.values  # noqa: B018
+            self.awaited = None
+
     def keep(self, counts: Sequence[int] | None = None) -> None:
+        self._settle()
         kept = [len(self.pending)] * self.n_batch if counts is None else counts
         super().keep(counts)
         last = {row: self.known.get((row, n)) for row, n in enumerate(kept)}
         self.known = {(row, 0): known for row, known in last.items() if known is not None}
 
     def crop(self, n_columns: int) -> None:
+        self._settle()
         super().crop(n_columns)
         self.known = {}
 
     def select(self, rows: Tensor) -> None:
+        self._settle()
         super().select(rows)
         chosen = rows.tolist()
         self.calls = [self.calls[row] for row in chosen]
@@ -223,6 +247,17 @@ class RemoteState(TextState):
             for (row, ahead), known in self.known.items()
             if row == old
         }
+
+
+class Awaited(Scores):
+    """Scores that are still to come: whoever looks at them first waits."""
+
+    def __init__(self, wait: Callable[[], Scores]) -> None:
+        object.__setattr__(self, "wait", cache(wait))
+
+    values = property(lambda self: self.wait().values)  # type: ignore[assignment]
+    ids = property(lambda self: self.wait().ids)  # type: ignore[assignment]
+    bound = property(lambda self: self.wait().bound)  # type: ignore[assignment]
 
 
 class Count:
