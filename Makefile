@@ -53,9 +53,9 @@ bench-vllm: install-vllm  ## what steering costs in vLLM, on the demo: about fif
 	mkdir -p runs && rm -f runs/bench-vllm.json
 	$(VLLM_BIN)/python scripts/bench_vllm.py demo-word-problems --json runs/bench-vllm.json | tee runs/bench-vllm.md
 
-bench-api: install-vllm  ## what steering costs over an API, on the demo: some minutes on two idle cores
+bench-api: install-vllm  ## what steering costs over an API, on the demo, and with a slower base: half an hour on two idle cores
 	mkdir -p runs
-	$(VLLM_BIN)/python scripts/bench_api.py --json runs/bench-api.json | tee runs/bench-api.md
+	$(VLLM_BIN)/python scripts/bench_api.py --task word-problems --pack --delay 200 --json runs/bench-api.json | tee runs/bench-api.md
 
 test: install  ## the core tests, under five minutes
 	$(PYTEST) -m "not slow"

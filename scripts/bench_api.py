@@ -6,6 +6,10 @@ It needs vLLM in the same environment. ``plain`` is the server alone: one reques
 the server alone with one request per token, which is the least that ``pull`` and ``push`` need. The other rows are
 steered answers by `generate`, with what they send and receive counted between client and server. All rows are measured
 by turns in each round, and the table has the medians. Each client has its own thread and its own prompt.
+
+Server and experts share this machine. With ``--delay MS`` each arm is also measured through a proxy that holds every
+reply back by so long for each token that it may write: as if the base were slower, on a machine of its own, and read
+several prompts or places as fast as one. ``pair`` is what the experts need for one token.
 """
 
 from __future__ import annotations
@@ -25,28 +29,20 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from proxytune import ProxyTunedForCausalLM
+from proxytune.demo.tasks import TASKS
 from proxytune.generation_mixin import last_asked
 from proxytune.recipe.store import load_recipe
 from proxytune.speed.bench import describe_machine
 from proxytune.tables import Table, markdown
 
 STARTED = 600  # seconds until the server must answer
-QUESTIONS = (
-    "Which river runs through Paris?",
-    "What is the capital of Japan?",
-    "Who wrote Hamlet?",
-    "What is a prime?",
-    "Where do penguins live?",
-    "What is the largest planet?",
-    "Who painted the Mona Lisa?",
-    "What do bees make?",
-)
 
 
 class Traffic:
@@ -98,6 +94,45 @@ def serving(base: Path, log: Path) -> Iterator[str]:
         server.wait()
 
 
+@contextlib.contextmanager
+def delaying(url: str, seconds: float) -> Iterator[str]:
+    """A proxy that holds each reply back by so many seconds per token; yields its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def do_POST(self) -> None:
+            data = self.rfile.read(int(self.headers["Content-Length"]))
+            time.sleep(seconds * json.loads(data).get("max_tokens", 0))
+            place = url.removesuffix("/v1") + self.path
+            try:
+                reply = urllib.request.urlopen(
+                    urllib.request.Request(place, data, {"Content-Type": "application/json"})
+                )
+            except urllib.error.HTTPError as error:
+                reply = error
+            with reply:
+                body = reply.read()
+            self.send_response(reply.status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def at_once(jobs: Sequence[Any]) -> float:
     """Run jobs in a thread each; the seconds until all have ended."""
     began = time.perf_counter()
@@ -111,20 +146,30 @@ def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", default="1,8", help="numbers of clients, with commas")
-    parser.add_argument("--gamma", default="1,2,4,8", help="numbers of drafts of verify, with commas")
+    parser.add_argument("--gamma", default="1,2,3,4,5,6,7,8", help="numbers of drafts of verify, with commas")
     parser.add_argument("--ways", default="verify,push,ask,pull")
     parser.add_argument("--top-logprobs", type=int, default=20)
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--task", choices=("facts", "word-problems"), default="facts", help="whose expert and questions"
+    )
+    parser.add_argument("--pack", action="store_true", help="the experts' weights in the CPU's own layout")
+    parser.add_argument("--delay", type=float, help="milliseconds per token that a second server adds")
     parser.add_argument("--json", type=Path, help="file for the figures")
     asked = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    config = load_recipe("demo")
+    config = load_recipe("demo" if asked.task == "facts" else "demo-word-problems")
     place = Path(str(config.name_or_path))
     base = (place / str(config.base_member.model)).resolve()
     with tempfile.TemporaryDirectory() as scratch, serving(base, Path(scratch) / "log") as url:
         rows = measure(asked, url, place, config, base)
+        if asked.delay is not None:
+            with delaying(url, asked.delay / 1000) as slow:
+                rows += [
+                    {**row, "arm": f"{row['arm']}, slower base"} for row in measure(asked, slow, place, config, base)
+                ]
     cells = [[str(value) for value in row.values()] for row in rows]
     print(markdown([Table(list(rows[0]), cells)]))
     if asked.json is not None:
@@ -136,8 +181,10 @@ def measure(asked: argparse.Namespace, url: str, place: Path, config: Any, base:
     import openai
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    prompts = [tokenizer(question)["input_ids"] for question in QUESTIONS]
+    template = AutoTokenizer.from_pretrained(place)  # the recipe's: the form that its expert learned
+    questions = [each.question for each in TASKS[asked.task].choose("test", max(map(int, asked.clients.split(","))), 0)]
+    turns = [[{"role": "user", "content": question}] for question in questions]
+    prompts = [template.apply_chat_template(turn, add_generation_prompt=True, return_dict=False) for turn in turns]
     client = openai.OpenAI(base_url=url, api_key="none")
     n_new = asked.new_tokens
 
@@ -170,9 +217,9 @@ def measure(asked: argparse.Namespace, url: str, place: Path, config: Any, base:
     accepted: dict[str, Any] = {}
     certain: dict[str, list[bool]] = {}
     for way in asked.ways.split(","):
+        model: Any = ProxyTunedForCausalLM.from_members(member, experts=experts, way=way, pack=asked.pack)
         for gamma in map(int, asked.gamma.split(",")) if way == "verify" else (0,):
             name = f"{way} {gamma}" if gamma else way
-            model: Any = ProxyTunedForCausalLM.from_members(member, experts=experts, way=way)
 
             def steered(ids: list[int], model: Any = model, gamma: int = gamma, name: str = name) -> None:
                 options = {"speculate": gamma} if gamma else {}
@@ -186,6 +233,15 @@ def measure(asked: argparse.Namespace, url: str, place: Path, config: Any, base:
                 accepted[name] = model.speculation_stats if gamma else None
 
             arms.append((name, steered, model.lanes[0].endpoint.client))
+    pair = model.lanes[1]
+
+    def read_alone(ids: list[int]) -> None:
+        state = pair.open(1)
+        for token in ids[:1] * n_new:
+            state.read(torch.tensor([[token]]), positions=1)
+            state.keep()
+
+    arms.append(("pair", read_alone, None))
     seconds: dict[tuple[str, int], list[float]] = {}
     traffic = {name: Traffic() for name, *_ in arms}
     for _, run, _ in arms:
@@ -193,7 +249,8 @@ def measure(asked: argparse.Namespace, url: str, place: Path, config: Any, base:
     for _ in range(asked.rounds):
         for n_clients in map(int, asked.clients.split(",")):
             for name, run, own in arms:
-                traffic[name].watch(own)
+                if own is not None:
+                    traffic[name].watch(own)
                 chosen = [prompts[at % len(prompts)] for at in range(n_clients)]
                 taken = at_once([lambda ids=ids, run=run: run(ids) for ids in chosen])
                 seconds.setdefault((name, n_clients), []).append(taken)
@@ -208,20 +265,22 @@ def measure(asked: argparse.Namespace, url: str, place: Path, config: Any, base:
                 "arm": name,
                 "clients": n_clients,
                 "tokens/s": round(speed, 1),
-                "of plain's time per token": round(plain / speed, 2),
+                "ms/token": round(1000 * median / n_new, 1),
+                "of plain's": round(plain / speed, 2),
+                "of stepwise's": round(median / statistics.median(seconds["stepwise", n_clients]), 2),
                 "requests/token": round(counted.requests / n_all, 2),
                 "bytes sent/token": round(counted.sent / n_all),
                 "bytes received/token": round(counted.received / n_all),
                 "certain": f"{sum(marks)} of {len(marks)}" if marks else "",
-                "accepted": accepted_share(accepted.get(name)),
+                "acceptance": acceptance(accepted.get(name)),
             }
         )
     return rows
 
 
-def accepted_share(stats: Any) -> str:
-    """The share of accepted drafts."""
-    return "" if stats is None or not stats.drafted else f"{stats.accepted / stats.drafted:.2f}"
+def acceptance(stats: Any) -> str:
+    """The share of judged drafts that were accepted (the α of 2211.17192)."""
+    return "" if stats is None or stats.acceptance is None else f"{stats.acceptance:.2f}"
 
 
 if __name__ == "__main__":
