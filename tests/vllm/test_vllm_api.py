@@ -256,8 +256,9 @@ def test_the_page_from_start_to_end(page, tmp_path, monkeypatch):
     assert [words[0] for words, _ in page] == ["new", "check", "generate"]
     for words, output in page:
         result = run(*words)
-        if output:
-            assert json.loads(result.stdout) == json.loads(output)
+        if output:  # how often the server is asked depends on how its replies round
+            made, shown = ({**json.loads(text), "calls": None} for text in (result.stdout, output))
+            assert made == shown
 
 
 def test_a_server_that_names_all_tokens_gives_the_demos_own_answer(page, tmp_path, monkeypatch):
