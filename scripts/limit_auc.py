@@ -99,7 +99,7 @@ def figure(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> list
     }
     with mpl.rc_context(STYLE):
         drawn = Figure(figsize=(9.6, 4.0), layout="constrained")
-        for panel, (name, lines) in zip(drawn.subplots(1, len(found), sharex=True, sharey=True), found.items()):
+        for panel, (name, lines) in zip(drawn.subplots(1, len(found), sharey=True), found.items()):
             tokens = [token for line in lines for token in line["tokens"]]
             for label, (color, of) in groups.items():
                 points = [(needed, given) for needed, given, *flags in tokens if of(*flags)]
