@@ -475,6 +475,10 @@ def test_gates(oracle, steered):
         tokens, asked = answers(steered(20, way=way), gate="decay=4")
         assert_no_mark_is_wrong(plain, ROWS, tokens, asked.certified)
         assert any(map(any, asked.certified))
+    plain = Oracle(oracle.base, oracle.experts, gate=("unsure", 0.12))
+    tokens, asked = answers(steered(tiny.VOCAB, way="pull"), ROWS[:1], gate="unsure=0.12")
+    assert_same_tokens(tokens[0], plain.greedy(ROWS[0], N_NEW))
+    assert all(map(all, asked.certified))
     with pytest.raises(ProxyTuneError, match="the gate unsure needs the base's probabilities of all tokens"):
         answers(steered(20), gate="unsure=0.5")
     with pytest.raises(ProxyTuneError, match="so a gate is not possible"):

@@ -61,9 +61,9 @@ class Gating:
         return found
 
     def after_base(self, scores: Scores) -> Tensor | None:
-        """How far it is open at positions that the base has read, (n_batch, n_positions); None if the experts must read
-        them too before that is known."""
-        return opening(self.gate, self.base_logits(scores), None) if self.gate.early else None
+        """How far it is open at positions that the base has read, (n_batch, n_positions); None where the experts read
+        them too, so that mixing finds it."""
+        return opening(self.gate, self.base_logits(scores), None) if self.waits else None
 
     def closed(self, opened: Tensor | None) -> bool:
         """Whether experts need not read: nothing is open in any row that has not ended. This waits for the device."""
