@@ -9,9 +9,9 @@ addition, 2312.06681, with the mean over an answer's tokens instead of its one t
 
     v_l  =  mean over pairs (mean of h_l over the wanted answer - mean of h_l over the other)
 
-Files are GGUF with a tensor ``direction.l`` for each layer, counted from 0, as repeng writes them. Neither
-repeng nor steering-vectors can be installed here: repeng 0.4 needs NumPy below 2, steering-vectors 0.12 needs
-transformers below 5.
+Files are GGUF with a tensor ``direction.l`` for each layer, counted from 0, as repeng writes them. Neither repeng nor
+steering-vectors can be used by this package: repeng 0.4 needs NumPy below 2, steering-vectors 0.12 transformers below
+5.
 """
 
 from __future__ import annotations
