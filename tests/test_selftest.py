@@ -59,9 +59,9 @@ def test_a_recipe_of_one_model_has_no_drafts_to_try(tokenizer):
 
 def test_a_wrong_mixture_fails(model, monkeypatch):
     mixed = model.mix_lanes
-    monkeypatch.setattr(model, "mix_lanes", lambda logits, alpha, rule: mixed(logits, alpha * 0.5, rule))
+    monkeypatch.setattr(model, "mix_lanes", lambda logits, alpha, *how: mixed(logits, alpha * 0.5, *how))
     assert outcomes(model) == [True, False, True, True, True]
-    monkeypatch.setattr(model, "mix_lanes", lambda logits, alpha, rule: mixed(logits, alpha + 0.5, rule))
+    monkeypatch.setattr(model, "mix_lanes", lambda logits, alpha, *how: mixed(logits, alpha + 0.5, *how))
     assert outcomes(model)[ALPHA_ZERO] is False
 
 

@@ -269,14 +269,6 @@ def serve(
     os.execvp(words[0], words)
 
 
-def _models_dir(wanted: bool) -> None:
-    if wanted:
-        from proxytune.demo.assets import materialize
-
-        write_out(f"{materialize()}\n")
-        raise typer.Exit
-
-
 def demo(
     task: Annotated[
         Literal["facts", "word-problems"],
@@ -293,12 +285,7 @@ def demo(
     ] = 0,
     models_dir: Annotated[
         bool,
-        typer.Option(
-            "--models-dir",
-            callback=_models_dir,
-            is_eager=True,
-            help="Print the directory of the demo's models and recipes, and exit.",
-        ),
+        typer.Option("--models-dir", help="Print the directory of the demo's models and recipes, and exit."),
     ] = False,
     *,
     results: ResultOptions,
@@ -321,6 +308,11 @@ def demo(
     """
     began = time.monotonic()  # the imports are part of the minute
     asked = _how_many(problems)
+    if models_dir:
+        from proxytune.demo.assets import materialize
+
+        write_out(f"{materialize()}\n")
+        return
     from rich.console import Console
 
     from proxytune.demo import run_demo
