@@ -68,7 +68,7 @@ def grid(task: str) -> list[Gate | None]:
 
 @torch.inference_mode()
 def counted(task: str, seeds: Sequence[int], count: int, work: Path) -> dict[str, dict[str, Any]]:
-    """By seed and gate: which answers are right, and how far the gate is open at each of their tokens, on average."""
+    """By seed and gate: which answers are right, and at which share of their tokens the gate is open."""
     base, tokenizer = load_base()
     small = anti_expert_of(base, ASSETS, about()["layers"])
     experts = [expert_of(task, seed, work, small, tokenizer) for seed in seeds]
@@ -76,15 +76,12 @@ def counted(task: str, seeds: Sequence[int], count: int, work: Path) -> dict[str
     for (b, a, *each), wanted, n_tokens in gold_logits([base, small, *experts], tokenizer, TASKS[task].asked(count)):
         for seed, e in zip(seeds, each, strict=True):
             for gate in grid(task):
-                line = found.setdefault(str(seed), {}).setdefault(
-                    str(gate or "none"), {"right": [], "open": [], "far": []}
-                )
+                line = found.setdefault(str(seed), {}).setdefault(str(gate or "none"), {"right": [], "open": []})
                 far = torch.ones(len(b)) if gate is None else how_far(gate, b, e - a, wanted, n_tokens, tokenizer)
                 mixed = mix(b[None], [(e[None], a[None])], torch.ones(1, 1), gate=gate, opened=far[None])[0]
                 hits = (mixed.argmax(dim=-1) == wanted).split(n_tokens)
                 line["right"] += [bool(hit.all()) for hit in hits]
                 line["open"] += [float((part > 0).float().mean()) for part in far.split(n_tokens)]
-                line["far"] += [float(part.mean()) for part in far.split(n_tokens)]
         print(f"{task}: {len(line['right'])} of {count}", flush=True)
     return found
 

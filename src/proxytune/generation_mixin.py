@@ -505,9 +505,11 @@ class SteeredGenerationMixin(GenerationMixin):
         seeds = None if seed is None else row_seeds(seed, input_ids.shape[0])
         if seeds is not None and not generation_config.do_sample:
             raise ProxyTuneError("seed is for sampling; add do_sample=True, or leave it out")
-        gate = self.steering.but(None, model_kwargs.get("gate")).gate
-        if generation_config.is_assistant and gate is not None and gate.scheduled:
-            raise ProxyTuneError(f"an assistant does not know where the answer begins, so the gate {gate} does not fit")
+        schedule = self.steering.but(None, model_kwargs.get("gate")).schedule
+        if generation_config.is_assistant and schedule is not None:
+            raise ProxyTuneError(
+                f"an assistant does not know where the answer begins, so the gate {schedule} does not fit"
+            )
         plain = synced_gpus or generation_config.is_assistant or model_kwargs.get("past_key_values") is None
         if plain or stopping_criteria.max_length is None:
             if model_kwargs.get("trace_top_k") is not None:
@@ -754,7 +756,7 @@ class SteeredGenerationMixin(GenerationMixin):
                 f"a trace needs the base's probabilities of all tokens, and its server gives {n}; leave the trace out"
             )
         whole = "the rule dynamic" if rule == "dynamic" else None
-        if gate is not None and not gate.scheduled:
+        if gate is not None and steering.schedule is None:
             whole = f"the gate {gate.kind}"
         if whole is not None and not lane.complete:
             raise ProxyTuneError(
@@ -798,8 +800,8 @@ class SteeredGenerationMixin(GenerationMixin):
                 model_kwargs[key] = {
                     name: ids.repeat_interleave(expand_size, dim=0) for name, ids in model_kwargs[key].items()
                 }
-        gate = self.steering.but(None, model_kwargs.get("gate")).gate
-        if input_ids is not None and (any(self.own_prompts) or (gate is not None and gate.scheduled)):
+        schedule = self.steering.but(None, model_kwargs.get("gate")).schedule
+        if input_ids is not None and (any(self.own_prompts) or schedule is not None):
             model_kwargs["prompt_length"] = input_ids.shape[1]
         return super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs

@@ -346,11 +346,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             past_key_values = self.new_cache()
         cache = past_key_values
         n_cached = cache.n_columns if cache is not None else 0
-        schedule = answer_at = opened = None
-        if steering.gate is not None and steering.gate.scheduled:
-            schedule, answer_at = steering.gate, prompt_length
-            if answer_at is None:
-                raise PromptError(f"the gate {schedule} counts the answer's tokens; say `prompt_length`")
+        schedule, answer_at, opened = steering.schedule, prompt_length, None
+        if schedule is not None and answer_at is None:
+            raise PromptError(f"the gate {schedule} counts the answer's tokens; say `prompt_length`")
         if n_cached == 0 and self.shared_vocab < self.widest_vocab:
             for name in self.seats:
                 self._check_ids(name, input_ids, attention_mask)

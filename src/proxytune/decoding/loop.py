@@ -108,7 +108,7 @@ def decode(
         columns = torch.cat([newest, draft.tokens], dim=1)
         scores: list[Scores | None] = [None] * len(states)
         scores[base] = of_base = states[base].read(columns)
-        if gating is not None:
+        if gating is not None and (opened is None or n_drafts > 0):
             opened = gating.before(draft.tokens) if gating.gate.scheduled else gating.after_base(of_base)
         closed = gating is not None and gating.closed(opened)
         for lane, state in enumerate(states):

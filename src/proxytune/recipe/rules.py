@@ -28,9 +28,14 @@ class Steering:
     gate: Gate | None = None
 
     @property
+    def schedule(self) -> Gate | None:
+        """The gate, if it is a schedule."""
+        return self.gate if self.gate is not None and self.gate.scheduled else None
+
+    @property
     def local(self) -> bool:
         """Whether a part of the vocabulary can be mixed without the rest."""
-        return self.rule in LINEAR and (self.gate is None or self.gate.scheduled)
+        return self.rule in LINEAR and self.gate is self.schedule
 
     def but(self, combine: Any = None, gate: Any = None) -> Steering:
         """With another rule and gate, unless they are None; the gate ``"none"`` is always open.

@@ -87,7 +87,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
                 length of its prompt.
         """
         alphas, own = cast(Tensor, self.alphas), self.recipe.own
-        if all(row is own for row in rows) and (own.steering.gate is None or not own.steering.gate.scheduled):
+        if all(row is own for row in rows) and own.steering.schedule is None:
             self.steerings = [own.steering]
             if not self.default_alphas:
                 alphas.copy_(split(torch.tensor([[*own.alphas, 0.0, 0.0]]), self.dtype))
@@ -165,7 +165,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
             [(of(f"{name}.expert"), of(f"{name}.anti_expert")) for name in self.recipe.names],
             alpha,
             **vars(steering),
-            opened=scheduled(steering.gate, following) if steering.gate and steering.gate.scheduled else None,
+            opened=None if steering.schedule is None else scheduled(steering.schedule, following),
             plausibility=self.config.plausibility,
             vocab_size=width,
         ).squeeze(1)
