@@ -37,7 +37,7 @@ import torch
 
 from proxytune import ProxyTunedForCausalLM
 from proxytune.demo.tasks import TASKS
-from proxytune.generation_mixin import last_asked
+from proxytune.generation_mixin import SpeculationStats, last_asked, last_call
 from proxytune.recipe.store import load_recipe
 from proxytune.speed.bench import describe_machine
 from proxytune.tables import Table, markdown
@@ -214,7 +214,7 @@ def measure(asked: argparse.Namespace, url: str, place: Path, config: Any, base:
 
     sides = {side: member_of(one[side]) for side in ("expert", "anti_expert")}
     experts = [{**sides, "alpha": one.get("alpha", 1.0)}]
-    accepted: dict[str, Any] = {}
+    drafts: dict[str, list[SpeculationStats]] = {}  # of all answers of an arm, and so are the marks
     certain: dict[str, list[bool]] = {}
     for way in asked.ways.split(","):
         model: Any = ProxyTunedForCausalLM.from_members(member, experts=experts, way=way, pack=asked.pack)
@@ -229,8 +229,8 @@ def measure(asked: argparse.Namespace, url: str, place: Path, config: Any, base:
                 )  # fmt: skip
                 found = last_asked(model)
                 assert found is not None
-                certain[name] = found.certified[0]
-                accepted[name] = model.speculation_stats if gamma else None
+                certain.setdefault(name, []).extend(found.certified[0])
+                drafts.setdefault(name, []).append(last_call(model))
 
             arms.append((name, steered, model.lanes[0].endpoint.client))
     pair = model.lanes[1]
@@ -246,6 +246,8 @@ def measure(asked: argparse.Namespace, url: str, place: Path, config: Any, base:
     traffic = {name: Traffic() for name, *_ in arms}
     for _, run, _ in arms:
         run(prompts[0])  # warm
+    certain.clear()
+    drafts.clear()
     for _ in range(asked.rounds):
         for n_clients in map(int, asked.clients.split(",")):
             for name, run, own in arms:
@@ -272,15 +274,16 @@ def measure(asked: argparse.Namespace, url: str, place: Path, config: Any, base:
                 "bytes sent/token": round(counted.sent / n_all),
                 "bytes received/token": round(counted.received / n_all),
                 "certain": f"{sum(marks)} of {len(marks)}" if marks else "",
-                "acceptance": acceptance(accepted.get(name)),
+                "acceptance": acceptance(drafts.get(name, [])),
             }
         )
     return rows
 
 
-def acceptance(stats: Any) -> str:
-    """The share of judged drafts that were accepted (the α of 2211.17192)."""
-    return "" if stats is None or stats.acceptance is None else f"{stats.acceptance:.2f}"
+def acceptance(calls: Sequence[SpeculationStats]) -> str:
+    """The share of checked drafts that were accepted (the α of 2211.17192)."""
+    checked = sum(each.judged for each in calls)
+    return f"{sum(each.accepted + each.lookups_accepted for each in calls) / checked:.2f}" if checked else ""
 
 
 if __name__ == "__main__":

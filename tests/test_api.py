@@ -7,7 +7,6 @@ import math
 import sys
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxytune import MemberError, ProxyTunedForCausalLM, ProxyTuneError, RecipeError, VocabularyError
-from proxytune.decoding.certificate import MARGIN, bounded, drawn_from_known, judge, known_ids
+from proxytune.decoding.certificate import MARGIN, biases, bounded, drawn_from_known, judge, known_ids, most_probable
 from proxytune.decoding.lane import Scores
 from proxytune.generation_mixin import last_asked
 from proxytune.lanes.completions import BadReply, known_of
@@ -305,6 +304,40 @@ def test_push_lets_the_server_choose(oracle, served, steered, most):
     ):
         with pytest.raises(ProxyTuneError, match=f"{said}.* is not possible|of all tokens"):
             new_tokens(model, ROWS, **{**GREEDY, **options})
+    served.refuses = ("logit_bias",)
+    with pytest.raises(ProxyTuneError, match=r"the server of the base tiny at .* refuses: "):
+        answers(model)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """From a number of tokens that are pushed first."""
+    return lambda n: monkeypatch.setattr("proxytune.lanes.completions.FEW_BIASES", n)
+
+
+@pytest.mark.parametrize("most", [10**6, 300])
+@pytest.mark.parametrize("n", [1, 40, 200])
+def test_few_tokens_are_pushed_first(oracle, served, steered, few, n, most):
+    """A second request holds as many as possible. It is made only where the first one does not decide."""
+    few(n)
+    served.most_biases = most
+    model = steered(5, way="push")
+    began = len(served.requests)
+    tokens, asked = answers(model)
+    assert tokens == [oracle.greedy(row, N_NEW)[0] for row in ROWS]
+    assert all(map(all, asked.certified))
+    made = served.requests[began:]
+    sent = [len(body.get("logit_bias", ())) for body in made]
+    assert len(sent) == sum(asked.calls)
+    n_tokens = len(ROWS) * N_NEW
+    assert sent.count(n) == n_tokens + (
+        sent[-1] == n
+    )  # the request that decided the first token is repeated at the end
+    again = sent.count(min(most, tiny.VOCAB)) - (sent[-1] == min(most, tiny.VOCAB))
+    assert 0 < again <= n_tokens if n < 200 else again < n_tokens / 4
+    if most > tiny.VOCAB:
+        assert len(sent) == n_tokens + again + 1
+        assert made[-1] in [body for body in made[:-1] if body["prompt"] == ROWS[0]]
 
 
 def test_push_needs_fractions(served, steered):
@@ -388,21 +421,63 @@ def test_a_fault_in_scored_text_changes_nothing(served, steered, fault):
     assert (tokens, asked.certified) == (expected[0], expected[1].certified)
 
 
-def test_offsets_that_cannot_all_be_sent(oracle, steered):
-    """Of those that are not sent the largest stands for all: what wins against it wins."""
+def test_a_choice_under_few_biases_is_that_of_all_offsets(oracle, steered, monkeypatch):
+    """Of those that are not sent the largest stands for all: what wins against it wins. Some offsets are too far apart
+    for a bias."""
     endpoint = steered(tiny.VOCAB, way="push").lanes[0].endpoint
-    endpoint.offer = replace(endpoint.offer, biased=40)
     generator = torch.Generator().manual_seed(5)
-    n_sure = 0
-    for _ in range(30):
-        text = torch.randint(4, tiny.VOCAB, (6,), generator=generator).tolist()
-        offsets = torch.randn(tiny.VOCAB, generator=generator) * 3
-        offsets[torch.randint(4, tiny.VOCAB, (9,), generator=generator)] = -torch.inf
-        drawn = endpoint.drawn(text, offsets)
-        base = oracle.member_logits(text, [])["base"][-1]
-        assert drawn is None or drawn == int((base + offsets).argmax())
-        n_sure += drawn is not None
-    assert 0 < n_sure < 30
+    n_sure = {}
+    for n, scale in ((1, 3), (40, 3), (40, 60), (tiny.VOCAB, 3), (tiny.VOCAB, 60)):
+        for _ in range(30):
+            text = torch.randint(4, tiny.VOCAB, (6,), generator=generator).tolist()
+            offsets = torch.randn(tiny.VOCAB, generator=generator) * scale
+            offsets[torch.randint(4, tiny.VOCAB, (9,), generator=generator)] = -torch.inf
+            drawn = endpoint.drawn(text, offsets, torch.randn(tiny.VOCAB, generator=generator), n)
+            base = oracle.member_logits(text, [])["base"][-1]
+            assert drawn is None or drawn == int((base + offsets).argmax())
+            n_sure[n, scale] = n_sure.get((n, scale), 0) + (drawn is not None)
+    assert 0 < n_sure[40, 3] < 30
+    assert n_sure[tiny.VOCAB, 3] == n_sure[tiny.VOCAB, 60] == 30
+    excluded = torch.full((tiny.VOCAB,), -torch.inf)
+    assert endpoint.drawn([1, 2], excluded, excluded, 40) is None
+    monkeypatch.setattr(endpoint, "chosen", lambda text, bias: 7)
+    for offset, drawn in ((-99.0, 7), (-101.0, None), (-torch.inf, None)):  # what is sent is at least -100
+        offsets = torch.zeros(tiny.VOCAB).index_fill(0, torch.tensor([7]), offset)
+        assert endpoint.drawn([1, 2], offsets, offsets, tiny.VOCAB) == drawn
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 12), scale=st.sampled_from([1.0, 40.0, 200.0]), data=st.data())
+def test_a_winner_under_biases_wins_under_all_offsets(seed, n, scale, data):
+    """Whatever the base is: against a server that adds what it is sent, within -100 and 100."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.randn(12, generator=generator, dtype=torch.float64) * scale
+    offsets[torch.rand(12, generator=generator) < data.draw(st.sampled_from([0.0, 0.2, 0.8]))] = -math.inf
+    offsets[int(torch.randint(12, (1,), generator=generator))] = scale
+    base = torch.randn(12, generator=generator, dtype=torch.float64) * data.draw(st.sampled_from([1.0, 100.0]))
+    ids, added = biases(offsets, torch.randn(12, generator=generator), n, 100.0)
+    assert len(ids) == len(added) == n
+    assert bool((added <= 100).all())
+    server = base.clone()
+    server[ids] += added.clamp(min=-100.0)
+    won = int(server.argmax())
+    if won in ids[added >= -100].tolist():
+        assert won == int((base + offsets).argmax())
+
+
+def test_half_of_the_pushed_tokens_are_those_that_members_find_probable():
+    """So a token that steering hardly lifts can win in a request that does not hold all offsets."""
+    offsets = torch.tensor([0.0, 5.0, 4.0, 3.0, -1.0, -torch.inf])
+    lane = torch.tensor([[9.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 8.0]])  # a row, read by two members
+    likely = most_probable([lane, torch.zeros(1, 7)], 1, 6)
+    assert likely.shape == (1, 6)
+    assert likely[0].topk(2).indices.tolist() == [0, 4]
+    assert float(likely[0, 5]) == pytest.approx(-math.log(7))
+    ids, added = biases(offsets, likely[0], 4, 100.0)
+    assert ids.tolist() == [0, 4, 1, 2]
+    assert added.tolist() == [-3.0, -4.0, 2.0, 1.0]
+    ids, added = biases(offsets, likely[0], 6, 100.0)
+    assert dict(zip(ids.tolist(), (added + 5).tolist())) == dict(enumerate(offsets.tolist()))
 
 
 @pytest.mark.parametrize(
@@ -445,7 +520,8 @@ def test_plausibility_and_two_experts(oracle, steered):
 
 @pytest.mark.parametrize("way", ["ask", "push"])
 @pytest.mark.parametrize("rule", ["mean", "convex", "union", "intersection"])
-def test_rules(oracle, steered, way, rule):
+def test_rules(oracle, steered, few, way, rule):
+    few(60)
     base = oracle.base
     both = Oracle(base, [("a", near(base, 2), near(base, 3), 0.6), ("b", near(base, 4), near(base, 5), 0.4)], rule=rule)
     experts = [{"name": n, "expert": e, "anti_expert": a, "alpha": alpha} for n, e, a, alpha in both.experts]
@@ -637,6 +713,18 @@ def test_a_fault_that_passes_changes_nothing(oracle, served, steered, fault):
     assert (tokens, asked.certified) == (expected[0], expected[1].certified)
     assert len(served.requests) - began == sum(asked.calls) + 3
     assert asked.calls == expected[1].calls
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_fault_in_a_push_changes_nothing(served, steered, few, fault):
+    few(40)
+    model = steered(20, way="push")
+    expected = answers(model, ROWS[:1], max_new_tokens=6)
+    assert expected[1].calls[0] > 7  # some tokens are pushed twice
+    began = len(served.requests)
+    served.faults = lambda number, made: PASSING[fault](made) if number - began in (0, 1, 4, 8) else made
+    tokens, asked = answers(model, ROWS[:1], max_new_tokens=6)
+    assert (tokens, asked.certified, asked.calls) == (expected[0], expected[1].certified, expected[1].calls)
 
 
 @pytest.mark.parametrize("fault", PASSING)

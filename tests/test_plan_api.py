@@ -68,6 +68,18 @@ def test_a_plan_of_one_request_per_token_is_exact(served, place, way, rows):
     assert low == high == used(served, place, way=way, rows=rows)
 
 
+@pytest.mark.parametrize("few", [1, 60])
+def test_pushing_again_stays_in_its_range(served, place, monkeypatch, few):
+    for module in ("lanes.completions", "speed.requests"):
+        monkeypatch.setattr(f"proxytune.{module}.FEW_BIASES", few)
+    low, high = planned("push")
+    assert low == planned("pull")[0]
+    assert high.calls == 2 * low.calls - 1  # but for the first prompt, which is asked about once more at the end
+    found = used(served, place, way="push")
+    for name in ("calls", "tokens_in", "tokens_out"):
+        assert getattr(low, name) < getattr(found, name) <= getattr(high, name), name
+
+
 @pytest.mark.parametrize("n", [5, 20, tiny.VOCAB])
 def test_asking_again_stays_in_its_range(served, place, n):
     low, high = planned("ask", n)

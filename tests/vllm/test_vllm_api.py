@@ -261,11 +261,12 @@ def test_the_page_from_start_to_end(page, tmp_path, monkeypatch):
             assert made == shown
 
 
-def test_a_server_that_names_all_tokens_gives_the_demos_own_answer(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", ["pull", "push"])
+def test_a_server_that_names_all_tokens_gives_the_demos_own_answer(page, tmp_path, monkeypatch, way):
     monkeypatch.chdir(tmp_path)
     white, tokenizer = loaded("demo")
     run(*page[0][0], "--base-top-logprobs", white.config.get_text_config().vocab_size)
-    remote, _ = load(load_recipe("remote"), LoadingOptions(way="pull"))
+    remote, _ = load(load_recipe("remote"), LoadingOptions(way=way))
     prompt = [encode(white, tokenizer, "Name the capital of France.", chat=True)]
     options = {"max_new_tokens": 12, "sampling": Sampling()}
     (expected,), (made,) = (answer(model, tokenizer, prompt, None, **options) for model in (white, remote))

@@ -269,7 +269,7 @@ REQUEST_LEGEND = {
     "plain": "the base alone, each answer in one request",
     "verify, one text": "for servers that score given text",
     "verify, list": "for servers that take several prompts in a request, each billed as one",
-    "push": "if the server takes all offsets as logit_bias",
+    "push": "if the server takes the whole vocabulary as logit_bias; a second request, where one is needed, has it",
 }
 
 

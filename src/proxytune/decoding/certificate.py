@@ -8,6 +8,13 @@ if
 
 It holds for the mixture itself. Changes by logits processors are not covered.
 
+If the server itself chooses, it needs to be told δ of only some tokens M. With c the largest δ outside M, it adds
+δ(v) - c to each v in M and nothing to the others, which then count as if their δ were c. If its choice x is in M,
+
+    base(x) + δ(x) - c ≥ base(v)   gives   base(x) + δ(x) ≥ base(v) + c ≥ base(v) + δ(v)   for all v outside M
+
+and x is the choice of the mixture.
+
 If tokens are drawn from S alone, at temperature T, the distribution differs from the one over the whole vocabulary by
 the mass that the latter has outside S. With m the base's probability that is left outside S, D the largest δ there, n
 the number of tokens there and a = 1/T, the total variation distance is at most
@@ -28,7 +35,7 @@ from proxytune.decoding.lane import AskedState, Scores
 from proxytune.decoding.loop import Step
 from proxytune.errors import ProxyTuneError
 
-__all__ = ["MARGIN", "Certifier", "bounded", "drawn_from_known", "judge", "known_ids"]
+__all__ = ["MARGIN", "Certifier", "biases", "bounded", "drawn_from_known", "judge", "known_ids", "most_probable"]
 
 MARGIN = 1e-4  # the margin by which a choice must win: rounding in float32, here and at the server
 ROUNDING = 1e-4  # how far the probabilities that a server names may be off, all together
@@ -83,6 +90,43 @@ def drawn_from_known(scores: Scores, upper: Tensor, known: Tensor, temperature: 
     inside = (a * upper.double()).masked_fill(~known, -torch.inf).logsumexp(dim=-1)
     bound = (spread + a * (rest.log() + largest) - inside).sigmoid()
     return bound.masked_fill(~outside.any(dim=-1), 0.0)
+
+
+def biases(offsets: Tensor, likely: Tensor, n: int, most: float) -> tuple[Tensor, Tensor]:
+    """Some tokens and what a server is to add to their logits, so that a choice among them is that of the mixture.
+
+    Half of them are the tokens that ``likely`` has on top, the others those that steering lifts most.
+
+    Args:
+        offsets: what steering adds to each token, (n_vocab,); -inf where it excludes one, but not all.
+        likely: how probable each token is thought to be, (n_vocab,). n: how many tokens.
+        most: the largest bias. Where one would exceed it, c (see above) is raised.
+
+    Returns:
+        ids, (n,), int64, and their biases, (n,), at most ``most``. A token whose bias is smaller than servers take is
+        counted for too much there, so it is not certain if it wins.
+    """
+    level, ids = offsets.max(), likely.topk(min(n // 2, len(likely))).indices
+    if n < len(offsets):
+        others = offsets.index_fill(0, ids, -torch.inf).topk(n - len(ids) + 1)
+        ids = torch.cat([ids, others.indices[:-1]])
+        level = others.values[-1].clamp(min=level - most)
+    else:
+        ids = torch.arange(len(offsets), device=offsets.device)
+    return ids, (offsets[ids] - level).clamp(max=most)
+
+
+def most_probable(logits: Sequence[Tensor], n_batch: int, n_vocab: int) -> Tensor:
+    """The largest log-probability that some member gives each token, (n_batch, n_vocab), -inf where all lack it.
+
+    Args:
+        logits: of lanes, (n_rows, their vocabulary) each, seat by seat.
+    """
+    found = torch.full((n_batch, n_vocab), -torch.inf)
+    for each in logits:
+        largest = each.float().log_softmax(dim=-1).unflatten(0, (-1, n_batch)).amax(dim=0)[:, :n_vocab].to(found.device)
+        found[:, : largest.shape[1]] = found[:, : largest.shape[1]].maximum(largest)
+    return found
 
 
 class Certifier:
@@ -141,8 +185,10 @@ class Certifier:
         start = self.start + sum(seen.shape[1] for seen in self.seen)
         drawn: dict[int, int] = {}  # row -> the token that the base itself chose
         if self.draws:
+            members = [each[:, 0] for at, each in enumerate(values) if at != self.lane]
+            likely = most_probable(members, base.values.shape[0], self.n_vocab)
             values[self.lane] = torch.zeros(*base.values.shape[:2], self.n_vocab)
-            tokens = self.state.draw(start, mix(values)[:, 0])
+            tokens = self.state.draw(start, mix(values)[:, 0], likely)
             drawn = {row: token for row, token in enumerate(tokens) if token is not None}
         while True:
             values[self.lane] = bounded(base, self.n_vocab)

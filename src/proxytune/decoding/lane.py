@@ -166,11 +166,12 @@ class QuickState(LaneState, Protocol):
 class AskedState(LaneState, Protocol):
     """A state of a lane that does not score all tokens. It can be asked for more."""
 
-    def draw(self, start: int, offsets: Tensor) -> list[int | None]:
+    def draw(self, start: int, offsets: Tensor, likely: Tensor) -> list[int | None]:
         """For each row, the token that the lane itself chooses if ``offsets`` are added; None if that is not sure.
 
         Args:
-            start: as in :meth:`ask`. offsets: shape = (n_batch, n_vocab).
+            start: as in :meth:`ask`. offsets: shape = (n_batch, n_vocab). likely: larger for tokens that are thought to
+                be more probable, of that shape. It changes what is asked, and never the choice.
         """
         ...
 

@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
+from proxytune.decoding.certificate import biases
 from proxytune.errors import MemberError, ProxyTuneError, Unfinished, need
 from proxytune.lanes.spelling import Spelling
 from proxytune.recipe.parts import ApiBase
@@ -32,6 +33,7 @@ TIMEOUT = 60.0  # seconds
 PAUSE = 0.2  # seconds before a wrong reply is asked for again; it doubles
 AT_ONCE = 8  # requests under way
 MOST_BIAS = 100.0  # of one token
+FEW_BIASES = 2_000  # tokens that are pushed first: 1 MB less to send than for a vocabulary of 50,000
 MOST_IDS = 128  # that vLLM scores by name in one request
 MOST_SCORED = 10_000  # log-probabilities in one reply up to which a text is scored as a whole
 NEUTRAL = {"presence_penalty": 0.0, "frequency_penalty": 0.0}  # a server may have others as its defaults
@@ -271,26 +273,29 @@ class Endpoint:
             return None
         return found
 
-    def drawn(self, text: Sequence[int], offsets: Tensor) -> int | None:
+    @property
+    def pushes(self) -> Sequence[int]:
+        """How many tokens the requests of a push hold; each one is for what the one before it left open."""
+        return sorted({min(FEW_BIASES, self.offer.biased), self.offer.biased})
+
+    def drawn(self, text: Sequence[int], offsets: Tensor, likely: Tensor, n: int) -> int | None:
         """The token that the server chooses after a text if steering is added to its logits; None if that is not sure.
 
-        If a request cannot hold all offsets, it holds the largest, each minus the largest of the rest. The rest then
-        count for too much, so a token that still wins is the choice of the whole mixture.
-
         Args:
-            offsets: what steering adds to each token, (n_vocab,); -inf where it excludes one.
+            offsets, likely, n: the request holds ``n`` tokens, see :func:`proxytune.decoding.certificate.biases`.
+
+        Raises:
+            ProxyTuneError: if the server rejects the request.
         """
-        largest = offsets.topk(min(self.offer.biased + 1, len(offsets)))
-        ids, values = largest.indices.tolist(), largest.values
-        sent = ids if len(ids) == len(offsets) <= self.offer.biased else ids[:-1]
-        biases = (values - (values[0] if len(sent) == len(offsets) else values[-1]))[: len(sent)]
-        if not bool(values[len(sent) - 1] > -math.inf) and len(sent) < len(offsets):
-            return None  # tokens that steering excludes would be left as they are
-        if bool(biases.max() > MOST_BIAS):
-            return None
-        bias = dict(zip(map(str, sent), biases.clamp(min=-MOST_BIAS).tolist()))
-        index = self.chosen(text, bias)
-        return index if index in set(sent) and bool(offsets[index] > -math.inf) else None
+        if not bool(offsets.amax() > -math.inf):
+            return None  # steering excludes all
+        ids, added = (tensor.tolist() for tensor in biases(offsets, likely, n, MOST_BIAS))
+        exact = {index for index, value in zip(ids, added) if value >= -MOST_BIAS}
+        try:
+            index = self.chosen(text, {str(index): max(value, -MOST_BIAS) for index, value in zip(ids, added)})
+        except Refused as error:
+            raise ProxyTuneError(f"the server of the base {self.name} refuses: {error}") from error
+        return index if index in exact else None
 
     def chosen(self, text: Sequence[int], bias: dict[str, float]) -> int | None:
         """The token that the server chooses under a bias; None if its reply does not say which."""
@@ -309,9 +314,9 @@ class Endpoint:
         """
         self._refuse_unlike(alike(known, self.top([text], known.asked)[0]))
 
-    def confirm_drawn(self, text: Sequence[int], offsets: Tensor, token: int) -> None:
-        """Like :meth:`confirm`, if the server chose ``token`` under ``offsets``."""
-        self._refuse_unlike(self.drawn(text, offsets) == token)
+    def confirm_drawn(self, choose: Callable[[], int | None], token: int) -> None:
+        """Like :meth:`confirm`, if the server chose ``token`` before, and is asked by ``choose``."""
+        self._refuse_unlike(choose() == token)
 
     def _refuse_unlike(self, same: bool) -> None:
         if not same:

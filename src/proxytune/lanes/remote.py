@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class RemoteState(TextState):
         self.known: dict[tuple[int, int], Known] = {}  # row, and how many pending columns stand before the position
         self.calls = [Count() for _ in range(n_batch)]
         self.awaited: Awaited | None = None  # what was asked last, if nobody has looked at it yet
-        self.drawn: tuple[Tensor, int] | None = None  # for the first row: the offsets last sent, and the token chosen
+        self.drawn: tuple[Callable[[], int | None], int] | None = None  # the first row's last request and token
 
     def read(
         self, ids: Tensor, mask: Tensor | None = None, *, positions: int = 0, want: Tensor | None = None
@@ -180,22 +180,29 @@ class RemoteState(TextState):
         def ask() -> None:
             calls.n += 1
             if drawn is not None:
-                self.lane.endpoint.confirm_drawn(text, *drawn)
+                self.lane.endpoint.confirm_drawn(*drawn)
             else:
                 self.lane.endpoint.confirm(text, known)
 
         return ask
 
-    def draw(self, start: int, offsets: Tensor) -> list[int | None]:
-        """See :class:`proxytune.decoding.lane.AskedState`."""
+    def draw(self, start: int, offsets: Tensor, likely: Tensor) -> list[int | None]:
+        """See :class:`proxytune.decoding.lane.AskedState`. A few tokens are pushed first, then as many as possible."""
+        endpoint = self.lane.endpoint
 
         def drawn(row: int) -> int | None:
-            self.calls[row].n += 1
-            return self.lane.endpoint.drawn(self.text(row, start), offsets[row])
+            text, token = self.text(row, start), None
+            for n in endpoint.pushes:
+                self.calls[row].n += 1
+                choose = partial(endpoint.drawn, text, offsets[row], likely[row], n)
+                token = choose()
+                if token is not None:
+                    break
+            if row == 0:
+                self.drawn = None if token is None else (choose, token)
+            return token
 
-        found = self.lane.endpoint.each(drawn, range(self.n_batch))
-        self.drawn = None if found[0] is None else (offsets[0], found[0])
-        return found
+        return endpoint.each(drawn, range(self.n_batch))
 
     def behind(self, start: int, n_positions: int) -> Tensor:
         """See :class:`proxytune.decoding.lane.AskedState`."""
