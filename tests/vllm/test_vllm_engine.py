@@ -26,18 +26,25 @@ def test_families_ragged_mixed_alpha(shelf, base):
     assert all(a[0] != b[0] for a, b in zip(expected[2:], unsteered[2:])), "steering shows, or nothing was tested"
 
 
-@pytest.mark.parametrize("own", ["mean", "dynamic"])
+OWN = {"mean": {"gate": {"warmup": 6}}, "dynamic": {}, "sum": {"gate": {"between": ["", "e"]}}}
+
+
+@pytest.mark.parametrize("own", OWN)
 def test_every_rule_in_one_batch(shelf, own):
     """Requests with each rule, with gates, and one that asks for nothing, in one ragged batch."""
     experts = [expert("e", "llama-small", "llama-anti", 0.6), expert("f", "qwen2-small", "qwen2-anti", 0.4)]
-    gate = {"gate": {"warmup": 6}} if own == "mean" else {}
-    recipe = shelf.recipe(f"of-{own}", "llama", experts=experts, combine=own, **gate)
+    recipe = shelf.recipe(f"of-{own}", "llama", experts=experts, combine=own, **OWN[own])
     asked = [*({"combine": rule} for rule in RULES), {}, {"gate": "unsure=0.5"}, {"gate": "kl=0.1", "combine": "sum"}]
     asked += [{"gate": said, "combine": "sum"} for said in ("decay=5", "cycle=2", "bet=0.05", "none")]
     rows = [ROWS[at % len(ROWS)] for at in range(len(asked))]
+    reference = Reference(recipe)
+    for alpha, gate in ((None, "between=...{}"), (0.0, "between={}...")):  # a text that a model writes in its answer
+        ids, _ = reference.greedy(ROWS[:1], gate="none", alpha=alpha and [[alpha, alpha]])[0]
+        written = [reference.model.tokenizer.decode([token]) for token in ids[2:]]
+        asked.append({"gate": gate.format(next(text for text in written if text.strip()))})
+        rows.append(ROWS[0])
     with engine(recipe) as llm:
         tokens = generate(llm, rows, alphas=asked)
-    reference = Reference(recipe)
     for row, extra, ours in zip(rows, asked, tokens):
         assert_all_same([ours], reference.greedy([row], **extra))
 
@@ -191,9 +198,9 @@ def test_a_bad_alpha_is_refused_and_the_engine_lives_on(rich_engine, rich_refere
 
 def test_a_bad_alpha_in_the_worker_is_no_end(rich_engine, rich_reference, monkeypatch):
     """The frontend lets none through; if one came, the worker must not fall over it."""
-    from proxytune.vllm import hooks
+    from proxytune.vllm import frontend
 
-    monkeypatch.setattr(hooks, "_frontend", None)
+    monkeypatch.setattr(frontend, "_served", None)
     assert_all_same(generate(rich_engine, ROWS[:1], 4, alphas=[{"alpha": "x"}]), rich_reference.greedy(ROWS[:1], 4))
 
 
@@ -202,14 +209,14 @@ def test_an_id_that_a_member_lacks_is_refused_and_the_engine_lives_on(rich_engin
     from vllm.exceptions import VLLMValidationError
 
     from proxytune.errors import PromptError
-    from proxytune.vllm import hooks
+    from proxytune.vllm import frontend
 
     said = f"has token id {tiny.VOCAB}, but member '[a-z.]*' has only {tiny.VOCAB} tokens"
     with pytest.raises(VLLMValidationError, match=said):
         generate(rich_engine, [[1, tiny.VOCAB, 7]], 4)
     with pytest.raises(PromptError, match=said):
         rich_reference.greedy([[1, tiny.VOCAB, 7]], 4)
-    monkeypatch.setattr(hooks, "_frontend", None)
+    monkeypatch.setattr(frontend, "_served", None)
     assert len(generate(rich_engine, [[1, tiny.VOCAB, 7]], 4)[0]) == 4, "in the worker it would be no end either"
     assert_all_same(generate(rich_engine, ROWS[:1], 4), rich_reference.greedy(ROWS[:1], 4))
 

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from support.served import ROWS, Reference, assert_all_same, counted, engine, expert, generate
+from support.served import (
+    ROWS,
+    STRENGTHS,
+    TEXTS,
+    Reference,
+    assert_all_same,
+    counted,
+    engine,
+    expected,
+    expert,
+    generate,
+    guided,
+    of_prompts,
+    submit,
+    tokens_of,
+)
 
 EXTRA = [{}, {"alpha": 0.0}, {"alpha": [-0.5, 1.0]}, {"alpha.e": 2}]
 ALPHAS = [[0.8, 0.3], [0.0, 0.0], [-0.5, 1.0], [2.0, 0.3]]
@@ -39,6 +54,20 @@ def test_two_workers(shelf, two_workers, way):
     assert_all_same(tokens, Reference(recipe).greedy(ROWS, alpha=ALPHAS))
     one = way == "tensor"
     assert gathered == [one, one], "heads that are split alike are mixed first and gathered once"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["prompts", "guidance"])
+def test_two_workers_read_prompts_of_their_own(shelf, two_workers, way, kind):
+    """In chunks, so that a stage is passed rows of one member and none of another; guidance on one set of weights."""
+    name = f"{kind}-for-two-{way}"
+    if kind == "guidance":
+        recipe = guided(shelf, name, template="the lazy {prompt}")
+    else:
+        recipe = of_prompts(shelf, name, expert="chat", anti_expert="the quick brown fox jumps. {prompt}")
+    with engine(recipe, block_size=32, max_num_batched_tokens=16, **WAYS[way], **two_workers) as llm:
+        tokens = tokens_of(submit(llm, TEXTS, STRENGTHS))
+    assert_all_same(tokens, expected(Reference(recipe), TEXTS, STRENGTHS))
 
 
 def test_two_workers_and_rules_that_need_whole_vocabularies(shelf, two_workers):

@@ -17,8 +17,8 @@ from proxytune.recipe.gates import Gate
 from proxytune.recipe.parts import Expert, Member
 from proxytune.recipe.rules import Steering
 from proxytune.recipe.source import Source
-from proxytune.vllm import check_version, hooks
-from proxytune.vllm.alpha import Request, join, requested, split
+from proxytune.vllm import check_version, frontend, hooks
+from proxytune.vllm.alpha import Request, Row, join, requested, split, unread
 from proxytune.vllm.members import Fitted, _refuse_part
 from proxytune.vllm.plan import Part, refuse
 from proxytune.vllm.weights import Adapter, with_adapter
@@ -41,12 +41,6 @@ def refused(shelf, name, said, base="llama", options=None, **values):
 
 
 # -- refusals -------------------------------------------------------------------------------------------------
-
-
-def test_own_prompts(shelf):
-    one = expert("e", "qwen2-small", "qwen2-anti")
-    one["expert"]["prompt"] = "chat"
-    refused(shelf, "chatty", r"e\.expert has a prompt of its own \(chat\)", experts=[one])
 
 
 def test_quantization_on_the_fly(shelf):
@@ -314,14 +308,46 @@ def test_misspellings_are_refused(said, message):
         ({"combine": 1}, "there is no rule 1"),
         ({"combine": "union"}, "the rule union needs whole vocabularies"),
         ({"gate": "kl=1"}, "the gate kl=1 needs whole vocabularies"),
-        ({"gate": "between=a...b"}, "vLLM does not know the text of an answer"),
+        ({"gate": "between=a...b"}, "between=a...b needs the text of the answer, but it is late; wait"),
         ({"gate": "kl"}, "the gate kl needs a number of nats above 0"),
         ({"combine": "convex"}, "sum to at most 1, unlike 1, 0.4"),
     ],
 )
 def test_rules_that_a_request_cannot_have(said, message):
     with pytest.raises(ProxyTuneError, match=message):
-        requested(said, EXPERTS, Steering(), split=True)
+        requested(said, EXPERTS, Steering(), split=True, unread="it is late; wait")
+
+
+def test_the_answer_after_each_token():
+    tokens = np.array([1, 5, 6, 7, 8, 9, 0, 0])  # a prompt of three
+    request = Request((1.0, 0.4), Steering())
+    assert Row(request, 0, 4, 3, tokens).answers() == [[], [], [], [7]]
+    assert Row(request, 4, 2, 3, tokens).answers() == [[7, 8], [7, 8, 9]]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"async_scheduling": True}, "start the server with --no-async-scheduling"),
+        ({"skip_tokenizer_init": True}, "start it without --skip-tokenizer-init"),
+        ({"v2": "1"}, "start the server with VLLM_USE_V2_MODEL_RUNNER=0"),
+    ],
+    ids=["asynchronous", "no tokenizer", "V2"],
+)
+def test_engines_that_do_not_know_the_text_of_answers(shelf, monkeypatch, options, said):
+    """A recipe's own gate is refused at start, a request's with 400."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", options.pop("v2", "0"))
+    monkeypatch.setattr("vllm.platforms.current_platform.check_and_update_config", lambda config: None)
+    refused(shelf, "by-text", f"between=a...b needs .*{said}", options=options, gate={"between": ["a", "b"]})
+    configured(shelf.recipe("not-by-text"), **options)
+    with pytest.raises(ProxyTuneError, match=f"between=a...b needs .*{said}"):
+        frontend.RequestCheck.validate_params(SimpleNamespace(extra_args={"gate": "between=a...b"}))
+
+
+def test_a_recipe_that_reads_answers_is_not_scheduled_ahead(shelf):
+    served = configured(shelf.recipe("reads-answers", gate={"between": ["a", "b"]}))
+    assert served.scheduler_config.async_scheduling is False
+    assert unread(served) is None
 
 
 # -- versions and interfaces ----------------------------------------------------------------------------------
@@ -340,28 +366,32 @@ def test_this_vllm_is_in_range():
 
 
 def test_the_v1_hook_fits():
+    from vllm.v1.spec_decode.ngram_proposer import NgramProposer
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     hooks.wrap_v1_runner()
-    wrapped = GPUModelRunner._model_forward
+    wrapped = GPUModelRunner._prepare_inputs
     hooks.wrap_v1_runner()
-    assert GPUModelRunner._model_forward is wrapped, "wrapped once"
-    names = list(inspect.signature(wrapped).parameters)
+    assert GPUModelRunner._prepare_inputs is wrapped, "wrapped once"
+    assert list(inspect.signature(wrapped).parameters) == ["self", "scheduler_output", "num_scheduled_tokens"]
+    names = list(inspect.signature(GPUModelRunner._model_forward).parameters)
     assert names[:5] == ["self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds"]
+    names = list(inspect.signature(NgramProposer.propose).parameters)
+    assert names[1:5] == ["num_speculative_tokens", "sampled_token_ids", "num_tokens_no_spec", "token_ids_cpu"]
 
 
 def test_both_runners_take_the_check():
     from vllm.v1.sample.logits_processor import _load_logitsprocs_plugins
     from vllm.v1.worker.gpu.sample.logits_processor.loader import _load_v2_logitsprocs_plugins
 
-    assert hooks.AlphaCheck in _load_logitsprocs_plugins()
-    assert hooks.AlphaCheck in _load_v2_logitsprocs_plugins()
-    assert not inspect.isabstract(hooks.AlphaCheck)
+    assert frontend.RequestCheck in _load_logitsprocs_plugins()
+    assert frontend.RequestCheck in _load_v2_logitsprocs_plugins()
+    assert not inspect.isabstract(frontend.RequestCheck)
     logits = torch.ones(2, 3)
-    assert hooks.AlphaCheck(None, None, False).apply(logits) is logits
+    assert frontend.RequestCheck(None, None, False).apply(logits) is logits
 
 
-def test_the_v2_hook_fits():
+def test_the_v2_hook_fits(monkeypatch):
     """Where its runner cannot run: the methods have the parameters of vLLM's, and set the batch's alphas."""
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
@@ -372,24 +402,36 @@ def test_the_v2_hook_fits():
     state_class = resolve_model_state_cls(None, ProxyTunedForCausalLM)
     assert state_class is not DefaultModelState
     assert issubclass(state_class, DefaultModelState)
-    for name in ("add_request", "prepare_inputs"):
+    for name, n in (("add_request", 3), ("prepare_attn", 2), ("prepare_dummy_inputs", 3)):
         ours, theirs = (inspect.signature(getattr(one, name)) for one in (state_class, DefaultModelState))
-        assert list(ours.parameters) == list(theirs.parameters)
-    assert {"num_reqs", "idx_mapping_np", "query_start_loc_np"} <= set(InputBatch.__dataclass_fields__)
+        assert list(ours.parameters)[:n] == list(theirs.parameters)[:n]
+    fields = {"num_reqs", "idx_mapping_np", "query_start_loc_np", "num_computed_tokens_np", "req_ids"}
+    assert fields <= set(InputBatch.__dataclass_fields__)
 
     told = []
-    recipe = SimpleNamespace(asked_by=lambda params: [params])
+    own, other = Request((1.0,), Steering()), Request((0.5,), Steering())
     state = state_class.__new__(state_class)
     state.model = SimpleNamespace(
-        recipe=recipe, set_alphas=lambda rows, *counts: told.append((rows, *(n.tolist() for n in counts)))
+        recipe=SimpleNamespace(asked_by=lambda params: params), set_rows=lambda rows: told.append(rows)
     )
-    state.slots = [[1.0]] * 4
+    state.slots = {}
     state.rope_state = state.prompt_embeds_state = None
-    state.add_request(2, SimpleNamespace(sampling_params=0.5))
-    batch = SimpleNamespace(num_reqs=2, idx_mapping_np=np.array([2, 0]), query_start_loc_np=np.array([0, 3, 4, 4]))
-    states = SimpleNamespace(prompt_len=SimpleNamespace(np=np.array([7, 0, 5, 0])))
-    assert state.prepare_inputs(batch, states) == {}
-    assert told == [([[0.5], [1.0]], [3, 1], [5, 7])]
+    for slot, name, asked, n_prompt in ((2, "a", other, 5), (0, "b", own, 7)):
+        new = SimpleNamespace(sampling_params=asked, req_id=name, prompt_token_ids=[1] * n_prompt)
+        state.add_request(slot, new)
+    monkeypatch.setattr(DefaultModelState, "prepare_attn", lambda self, batch: "built")
+    batch = SimpleNamespace(
+        num_reqs=2,
+        req_ids=["a", "b"],
+        idx_mapping_np=np.array([2, 0]),
+        query_start_loc_np=np.array([0, 3, 4, 4]),
+        num_computed_tokens_np=np.array([2, 9]),
+    )
+    assert state.prepare_attn(batch) == "built"
+    assert told.pop() == [Row(other, 2, 3, 5, None), Row(own, 9, 1, 7, None)]
+    batch.req_ids = ["req_0", "req_1"]  # a trial, in slots that requests have
+    assert state.prepare_attn(batch) == "built"
+    assert told.pop() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -71,6 +71,13 @@ class Prompter:
         ]
         return {name: [one[name] for one in shown] for name in self.own}
 
+    def from_prompt(self, text: str | None, ids: Sequence[int], negative: Negative = None) -> dict[str, Sequence[int]]:
+        """The same for one prompt, whose text is used where ``ids`` are its tokens."""
+        if text is not None and self.tokenizer is not None and self._encode(text) == list(ids):
+            messages = [{"role": "user", "content": text}]
+            return dict(self.from_messages(messages, ids, self._encode, negative))
+        return {name: rows[0] for name, rows in self.from_ids(torch.tensor([ids]), None, [negative]).items()}
+
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
             raise PromptError(

@@ -33,6 +33,11 @@ class Steering:
         return self.gate if self.gate is not None and self.gate.scheduled else None
 
     @property
+    def by_text(self) -> bool:
+        """Whether the gate reads the text of the answer."""
+        return self.gate is not None and self.gate.kind == "between"
+
+    @property
     def local(self) -> bool:
         """Whether a part of the vocabulary can be mixed without the rest."""
         return self.rule in LINEAR and self.gate is self.schedule

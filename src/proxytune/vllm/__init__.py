@@ -1,8 +1,8 @@
 """A recipe in vLLM, without a fork: ``vllm serve RECIPE``.
 
 vLLM calls :func:`register` in each of its processes (entry point ``vllm.general_plugins``). It registers the composite
-(:mod:`proxytune.vllm.model`) and the rules that are checked at start (:mod:`proxytune.vllm.members`), and nothing else.
-The two wrapped methods are in :mod:`proxytune.vllm.hooks`.
+(:mod:`proxytune.vllm.model`) and the rules that are checked at start (:mod:`proxytune.vllm.members`). Methods of vLLM
+that are wrapped are in :mod:`proxytune.vllm.hooks` and :mod:`proxytune.vllm.frontend`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ def register() -> None:
 
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
+    from proxytune.vllm.hooks import wrap_core
     from proxytune.vllm.members import RecipeArchitecture, RecipeRules
+
+    wrap_core()
 
     ModelRegistry.register_model(ARCHITECTURE, f"proxytune.vllm.model:{ARCHITECTURE}")
     MODELS_CONFIG_MAP[ARCHITECTURE] = RecipeRules

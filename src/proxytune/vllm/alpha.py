@@ -5,46 +5,104 @@ A request has ``extra_args`` (``vllm_xargs`` in the OpenAI API), which can hold 
     {"alpha": 0.5}                   for all experts {"alpha": [0.5, 1.0]}            one per expert, in the recipe's
     order {"alpha.math": 0.5}              for one expert by name; others use "alpha" or the recipe's
     {"combine": "mean"}              the rule by which several experts are joined
-    {"gate": "unsure=0.9"}           where to steer; not ``between``, since a worker does not know an answer's text
+    {"gate": "unsure=0.9"}           where to steer; ``between`` only where the answer's text is known, see `unread`
 
 The transformers engine takes the same (:func:`proxytune.recipe.alpha.take_alpha`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from proxytune.errors import RecipeError
+from proxytune.errors import ProxyTuneError, RecipeError
 from proxytune.recipe.alpha import resolve_alpha, take_alpha
+from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.parts import Expert
 from proxytune.recipe.rules import Steering, check_rule
+from proxytune.vllm.own_prompts import ids_in
 
-__all__ = ["PIECES", "Request", "join", "requested", "split"]
+__all__ = ["PIECES", "Recipe", "Request", "Row", "join", "requested", "split", "unread"]
+
+logger = logging.getLogger(f"vllm.{__name__}")  # so that vLLM's settings show it
 
 PIECES = 3  # three bfloat16 with 8 bits each hold the 24 bits of a float32 exactly
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a request asks for: one alpha per expert, and how they steer."""
+    """What a request asks for.
+
+    Attributes:
+        alphas: one per expert. steering: how they steer. own: part -> the prompt that it reads in place of the outer
+            one (:mod:`proxytune.vllm.own_prompts`).
+    """
 
     alphas: tuple[float, ...]
     steering: Steering
+    own: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A request in a batch.
+
+    Attributes:
+        n_read, n: its tokens that were read before, and those in the batch.
+        n_prompt: the length of its outer prompt.
+        tokens: its first ``n_read + n`` ids, (at least so many,); None where they are on the device alone.
+    """
+
+    request: Request
+    n_read: int
+    n: int
+    n_prompt: int
+    tokens: np.ndarray[Any, Any] | None
+
+    @property
+    def filled(self) -> tuple[int, int] | None:
+        """Where the outer prompt is longer than the base's: the places that stand for nothing, if there are any."""
+        ids = self.request.own.get("base")
+        return None if ids is None or len(ids) == self.n_prompt else (len(ids) - 1, self.n_prompt - 1)
+
+    def answers(self) -> list[list[int]]:
+        """The answer as it is after each of the row's tokens in the batch."""
+        assert self.tokens is not None
+        told = self.tokens[self.n_prompt : self.n_read + self.n].tolist()
+        return [told[: max(self.n_read + at + 1 - self.n_prompt, 0)] for at in range(self.n)]
+
+
+def unread(vllm_config: Any) -> str | None:
+    """Why the worker of an engine does not know the text of answers while it writes them, and what to do; None where it
+    does."""
+    if vllm_config.model_config.skip_tokenizer_init:
+        return "this server has no tokenizer; start it without --skip-tokenizer-init"
+    if vllm_config.use_v2_model_runner:
+        return "vLLM's V2 model runner keeps it on the device; start the server with VLLM_USE_V2_MODEL_RUNNER=0"
+    if vllm_config.scheduler_config.async_scheduling:
+        return "a step begins before the last token is known; start the server with --no-async-scheduling"
+    return None
 
 
 def requested(
-    extra_args: Mapping[str, Any] | None, experts: Sequence[Expert], own: Steering, *, split: bool = False
+    extra_args: Mapping[str, Any] | None,
+    experts: Sequence[Expert],
+    own: Steering,
+    *,
+    split: bool = False,
+    unread: str | None = None,
 ) -> Request:
     """What a request asks for. Other keys of ``extra_args`` are ignored.
 
     Args:
         experts, own: the recipe's experts, and how they steer. split: whether vocabularies are split over processes,
-            so that a request cannot ask for what needs them whole.
+            so that a request cannot ask for what needs them whole. unread: why the text of answers is not known.
 
     Raises:
         AlphaError: for a value that is not finite or does not fit the rule, a list of another length, or an unknown
@@ -55,8 +113,8 @@ def requested(
     alpha = take_alpha(others, names, others.pop("alpha", None))
     row = resolve_alpha(alpha, names, [expert.alpha for expert in experts])
     check_rule(steering.rule, experts, [row])
-    if steering.gate is not None and steering.gate.kind == "between":
-        raise RecipeError(f"vLLM does not know the text of an answer, so the gate {steering.gate} is not possible here")
+    if unread is not None and steering.by_text:
+        raise RecipeError(f"the gate {steering.gate} needs the text of the answer, but {unread}")
     if split and not steering.local:
         what = f"the gate {steering.gate}" if steering.gate is not None else f"the rule {steering.rule}"
         raise RecipeError(
@@ -64,6 +122,42 @@ def requested(
             "recipe"
         )
     return Request(row, steering)
+
+
+class Recipe:
+    """A recipe's experts, and how they are mixed unless a request says otherwise; read once.
+
+    Attributes:
+        own: what a request asks for that says nothing. split: see :func:`requested`. engine: its ``VllmConfig``, where
+            requests are checked.
+    """
+
+    def __init__(self, config: ProxyTuneConfig) -> None:
+        self.experts = config.expert_list
+        self.names = [expert.name for expert in self.experts]
+        self.own = requested({}, self.experts, Steering().but(config.combine, config.gate))
+        self.split = False
+        self.engine: Any = None
+
+    def requested(self, extra_args: Mapping[str, Any] | None) -> Request:
+        """What a request asks for; see :func:`requested`."""
+        why = None if self.engine is None else unread(self.engine)
+        return requested(extra_args, self.experts, self.own.steering, split=self.split, unread=why)
+
+    def asked_by(self, sampling_params: Any) -> Request:
+        """What a request asks for that the frontend accepted.
+
+        Nothing is raised here: an exception in a worker ends the engine for all requests.
+        """
+        extra_args = getattr(sampling_params, "extra_args", None)
+        if not extra_args:
+            return self.own
+        try:
+            asked = self.requested(extra_args)
+        except ProxyTuneError as error:
+            logger.error("a request reached the worker with bad values, the recipe's are used: %s", error)
+            asked = self.own
+        return replace(asked, own={part: np.asarray(ids) for part, ids in ids_in(extra_args).items()})
 
 
 def split(alpha: Tensor, dtype: torch.dtype) -> Tensor:

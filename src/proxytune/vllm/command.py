@@ -12,7 +12,7 @@ from pathlib import Path
 from proxytune.errors import MemberError, RecipeError
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.vllm import check_version, installed_version
-from proxytune.vllm.plan import parts_of, refuse
+from proxytune.vllm.plan import parts_of, reads_own_prompts, refuse
 
 __all__ = ["serve_command", "server_of"]
 
@@ -29,8 +29,10 @@ def serve_command(
 
     Raises:
         ProxyTuneError: if vLLM is missing or not supported.
-        PromptError, MemberError: see :func:`proxytune.vllm.plan.refuse`.
+        MemberError: see :func:`proxytune.vllm.plan.refuse`.
     """
+    if draft is not None and reads_own_prompts(config):
+        raise RecipeError("--draft does not fit this recipe, because members read prompts of their own; leave it out")
     drafting = [] if draft is None else ["--speculative-config", json.dumps(_draft(config, draft, draft_tokens))]
     refuse(config)
     check_version(installed_version())

@@ -1,187 +1,151 @@
-"""All changes to vLLM itself: the alphas of a batch, the check of a request, the gathering of logits.
+"""vLLM's side that computes: each batch's alphas and prompts, cache blocks, the gathering of logits.
 
-Written for vLLM 0.32 (see ``SUPPORTED``); tests check the interfaces named here. Two methods are wrapped:
-``GPUModelRunner._model_forward`` of the V1 runner, which otherwise knows nothing about requests (the V2 runner asks the
-model for a class that gets each request), and ``BaseRenderer.validate_token_ids``, the only place where a prompt's ids
-are checked.
+Written for vLLM 0.32 (see ``SUPPORTED``); tests check the interfaces named here. What is wrapped in the engine's core:
+``Request.from_engine_core_request``, which makes the outer prompt, and ``generate_block_hash_extra_keys``, which says
+what a block of the cache depends on. In the V1 runner, which knows nothing about a model's requests:
+``GPUModelRunner._prepare_inputs`` and ``_model_forward``, and the n-gram drafter. (The V2 runner asks the model for a
+class that gets each request.)
 """
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
-from vllm.exceptions import VLLMValidationError
-from vllm.logger import init_logger
-from vllm.renderers.base import BaseRenderer
-from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
-from proxytune.errors import ProxyTuneError
-from proxytune.recipe.config import ProxyTuneConfig
-from proxytune.recipe.rules import Steering
-from proxytune.vllm.alpha import Request, requested
+from proxytune.vllm.alpha import Request, Row
+from proxytune.vllm.own_prompts import block_keys, ids_in, outer_prompt
 
-__all__ = ["AlphaCheck", "Recipe", "alpha_state_class", "serve", "serve_split", "shards_of", "wrap_v1_runner"]
-
-logger = init_logger(__name__)
+__all__ = ["shards_of", "state_class", "wrap_core", "wrap_v1_runner"]
 
 
-class Recipe:
-    """A recipe's experts, and how they are mixed unless a request says otherwise; read once.
+# -- the engine's core ------------------------------------------------------------------------------------------
+def wrap_core() -> None:
+    """Lengthen prompts to the longest of a request's members, and tell their blocks apart. Other requests stay as they
+    are."""
+    from vllm.v1.core import block_pool, kv_cache_utils
+    from vllm.v1.request import Request as CoreRequest
 
-    Attributes:
-        own: what a request asks for that says nothing. split: see :func:`proxytune.vllm.alpha.requested`.
-    """
-
-    def __init__(self, config: ProxyTuneConfig) -> None:
-        self.experts = config.expert_list
-        self.names = [expert.name for expert in self.experts]
-        self.own = requested({}, self.experts, Steering().but(config.combine, config.gate))
-        self.split = False
-
-    def requested(self, extra_args: Mapping[str, Any] | None) -> Request:
-        """What a request asks for; see :func:`proxytune.vllm.alpha.requested`."""
-        return requested(extra_args, self.experts, self.own.steering, split=self.split)
-
-    def asked_by(self, sampling_params: Any) -> Request:
-        """What a request asks for that the frontend accepted.
-
-        Nothing is raised here: an exception in a worker ends the engine for all requests.
-        """
-        extra_args = getattr(sampling_params, "extra_args", None)
-        if not extra_args:
-            return self.own
-        try:
-            return self.requested(extra_args)
-        except ProxyTuneError as error:
-            logger.error("a request reached the worker with bad values, the recipe's are used: %s", error)
-            return self.own
-
-
-# -- the frontend: bad requests are answered with 400 -----------------------------------------------------------
-_frontend: tuple[Recipe, str, int] | None = None  # the recipe, the member with the fewest ids, and how many
-
-
-def serve(config: ProxyTuneConfig, widths: Mapping[str, int]) -> None:
-    """Remember the recipe that this process serves. (vLLM has one engine per process.)
-
-    ``widths``: member -> how many ids it has.
-    """
-    global _frontend  # noqa: PLW0603 - vLLM gives a check nothing but the request
-    _frontend = (Recipe(config), *min(widths.items(), key=lambda item: item[1]))
-    _wrap_id_check()
-
-
-def serve_split() -> None:
-    """Remember that vocabularies are split over processes, unless the recipe itself needs them whole."""
-    if _frontend is not None:
-        _frontend[0].split = _frontend[0].own.steering.local
-
-
-def _wrap_id_check() -> None:
-    """Check the ids of prompts with every member; vLLM checks them only with the tokenizer."""
-    original = BaseRenderer.validate_token_ids
-    if getattr(original, "asks_members", False):
+    make, keys = CoreRequest.from_engine_core_request.__func__, kv_cache_utils.generate_block_hash_extra_keys
+    if getattr(keys, "asks_members", False):
         return
 
-    @functools.wraps(original)
-    def validate_token_ids(self: Any, token_ids: Sequence[int], *, parameter: str | None = None) -> None:
-        original(self, token_ids, parameter=parameter)
-        if _frontend is not None and token_ids:
-            _, member, width = _frontend
-            if (highest := max(token_ids)) >= width:
-                reason = f"the prompt has token id {highest}, but member {member!r} has only {width} tokens"
-                raise VLLMValidationError(reason, parameter=parameter)
+    @functools.wraps(make)
+    def from_engine_core_request(cls: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        own = ids_in(getattr(request.sampling_params, "extra_args", None))
+        if own:
+            request = copy.copy(request)  # without a process of the core's own, it is the frontend's too
+            request.prompt_token_ids = outer_prompt(request.prompt_token_ids, own)
+        return make(cls, request, *args, **kwargs)
 
-    validate_token_ids.asks_members = True  # type: ignore[attr-defined]
-    BaseRenderer.validate_token_ids = validate_token_ids
+    @functools.wraps(keys)
+    def generate_block_hash_extra_keys(request: Any, start_token_idx: int, end_token_idx: int, *args: Any) -> Any:
+        found, *more = keys(request, start_token_idx, end_token_idx, *args)
+        own = ids_in(getattr(request.sampling_params, "extra_args", None))
+        if own:
+            added = block_keys(own, request.num_prompt_tokens, request.request_id, start_token_idx, end_token_idx)
+            found = (*(found or ()), *added)
+        return found, *more
 
-
-class AlphaCheck(V1LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]
-    """Checks a request's alphas when it arrives (entry point ``vllm.logits_processors``).
-
-    It changes no logits: a logits processor is vLLM's way for a plugin to refuse a request. It inherits the interfaces
-    of both runners, since each runner refuses classes of the other one. If no recipe is served, it accepts everything.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    @classmethod
-    def validate_params(cls, sampling_params: Any) -> None:
-        """Raise :class:`AlphaError` or :class:`RecipeError`, which vLLM answers with 400, as ``ValueError``."""
-        if _frontend is not None:
-            _frontend[0].requested(sampling_params.extra_args)
-
-    def is_argmax_invariant(self) -> bool:
-        return True
-
-    def update_state(self, batch_update: Any) -> None:
-        pass
-
-    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-        return False
-
-    def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
-        return logits
+    generate_block_hash_extra_keys.asks_members = True  # type: ignore[attr-defined]
+    CoreRequest.from_engine_core_request = classmethod(from_engine_core_request)
+    kv_cache_utils.generate_block_hash_extra_keys = generate_block_hash_extra_keys
+    block_pool.generate_block_hash_extra_keys = generate_block_hash_extra_keys
 
 
 # -- the V1 runner --------------------------------------------------------------------------------------------
 def wrap_v1_runner() -> None:
-    """Give composites the alphas of each batch before it is computed."""
+    """Tell composites about each batch before it is computed, and drafters about prompts that were lengthened."""
+    from vllm.v1.spec_decode.ngram_proposer import NgramProposer
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    original = GPUModelRunner._model_forward
-    if getattr(original, "tells_alphas", False):
+    prepare, forward, propose = GPUModelRunner._prepare_inputs, GPUModelRunner._model_forward, NgramProposer.propose
+    if getattr(prepare, "tells_members", False):
         return
 
-    @functools.wraps(original)
-    def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(prepare)
+    def _prepare_inputs(self: Any, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+        prepared = prepare(self, scheduler_output, num_scheduled_tokens)
         model = self.get_model()
-        if hasattr(model, "set_alphas"):
-            n_requests = self.input_batch.num_reqs
-            starts = self.query_start_loc.np[: n_requests + 1]
-            rows = [
-                model.recipe.asked_by(self.requests[request].sampling_params)
-                for request in self.input_batch.req_ids[:n_requests]
-            ]
-            model.set_alphas(rows, np.diff(starts), self.input_batch.num_prompt_tokens[:n_requests])
-        return original(self, *args, **kwargs)
+        if hasattr(model, "set_rows"):
+            batch, rows = self.input_batch, []
+            for at, name in enumerate(batch.req_ids[: batch.num_reqs]):
+                state = self.requests[name]
+                if not hasattr(state, "proxytune"):
+                    state.proxytune = model.recipe.asked_by(state.sampling_params)
+                n_read, n = int(batch.num_computed_tokens_cpu[at]), int(num_scheduled_tokens[at])
+                n_prompt = int(batch.num_prompt_tokens[at])
+                rows.append(Row(state.proxytune, n_read, n, n_prompt, batch.token_ids_cpu[at]))
+            model.set_rows(rows, self.reorder_batch_threshold or 1)
+            if hasattr(self, "drafter"):
+                self.drafter.proxytune_rows = rows
+        return prepared
 
-    _model_forward.tells_alphas = True  # type: ignore[attr-defined]
-    GPUModelRunner._model_forward = _model_forward
+    @functools.wraps(forward)
+    def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            model = self.get_model()
+            if hasattr(model, "set_rows"):
+                model.set_rows(None)  # a run without requests must not find it
+
+    @functools.wraps(propose)
+    def _propose(self: Any, k: int, sampled: Any, n_tokens: Any, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+        filled = [(at, *row.filled) for at, row in enumerate(getattr(self, "proxytune_rows", ())) if row.filled]
+        if filled:  # drafts are copied from what the base has read
+            n_tokens = n_tokens[: len(sampled)].copy()
+            tokens = tokens[: len(sampled), : n_tokens.max()].copy()
+            for at, start, end in filled:
+                n = n_tokens[at] - (end - start)
+                tokens[at, start:n] = tokens[at, end : n_tokens[at]]
+                n_tokens[at] = n
+        drafts = propose(self, k, sampled, n_tokens, tokens, *args, **kwargs)
+        for at, start, end in filled:  # room is counted with what was taken out
+            drafts[at] = drafts[at][: max(self.max_model_len - int(n_tokens[at]) - (end - start), 0)]
+        return drafts
+
+    _prepare_inputs.tells_members = True  # type: ignore[attr-defined]
+    GPUModelRunner._prepare_inputs, GPUModelRunner._model_forward = _prepare_inputs, _model_forward
+    NgramProposer.propose = _propose
 
 
 # -- the V2 runner --------------------------------------------------------------------------------------------
 @functools.cache
-def alpha_state_class() -> Any:
+def state_class() -> Any:
     """The ``ModelState`` class that the V2 runner informs about requests and batches."""
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-    class AlphaState(DefaultModelState):  # type: ignore[misc]
-        """Keeps each request's alphas in its slot, and sets them for the next batch."""
+    class RecipeState(DefaultModelState):  # type: ignore[misc]
+        """Keeps what each request asks for in its slot, and tells the composite about the next batch."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.slots = [self.model.recipe.own for _ in range(self.max_num_reqs)]
+            self.slots: dict[int, tuple[str, Request, int]] = {}  # the request's id, and the length of its prompt
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
-            self.slots[req_index] = self.model.recipe.asked_by(new_req_data.sampling_params)
+            asked = self.model.recipe.asked_by(new_req_data.sampling_params)
+            self.slots[req_index] = (new_req_data.req_id, asked, len(new_req_data.prompt_token_ids))
 
-        def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
-            n_requests = input_batch.num_reqs
-            rows = [self.slots[slot] for slot in input_batch.idx_mapping_np[:n_requests]]
-            n_prompt = req_states.prompt_len.np[input_batch.idx_mapping_np[:n_requests]]
-            self.model.set_alphas(rows, np.diff(input_batch.query_start_loc_np[: n_requests + 1]), n_prompt)
-            inputs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
-            return inputs
+        def prepare_attn(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+            rows, n_tokens = [], np.diff(input_batch.query_start_loc_np[: input_batch.num_reqs + 1])
+            for at, name in enumerate(input_batch.req_ids[: input_batch.num_reqs]):
+                known, asked, n_prompt = self.slots.get(int(input_batch.idx_mapping_np[at]), (None, None, 0))
+                if known == name and asked is not None:
+                    n_read = int(input_batch.num_computed_tokens_np[at])
+                    rows.append(Row(asked, n_read, int(n_tokens[at]), n_prompt, None))
+            # A batch without real requests is a trial.
+            self.model.set_rows(rows if len(rows) == input_batch.num_reqs else None)
+            return super().prepare_attn(input_batch, *args, **kwargs)
 
-    return AlphaState
+        def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> Any:
+            self.model.set_rows(None)
+            return super().prepare_dummy_inputs(num_reqs, num_tokens)
+
+    return RecipeState
 
 
 # -- tensor parallelism ---------------------------------------------------------------------------------------

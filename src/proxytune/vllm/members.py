@@ -25,8 +25,8 @@ from proxytune.errors import MemberError, ProxyTuneError, first_line
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.members import Loading, load_tokenizer
 from proxytune.recipe.vocabulary import compare
-from proxytune.vllm import hooks
-from proxytune.vllm.plan import Part, parts_of, refuse
+from proxytune.vllm import frontend
+from proxytune.vllm.plan import Part, parts_of, reads_own_prompts, refuse
 from proxytune.vllm.weights import read_adapter
 
 __all__ = ["Fitted", "RecipeArchitecture", "RecipeRules", "fit", "part_config"]
@@ -150,8 +150,8 @@ class RecipeRules(VerifyAndUpdateConfig):  # type: ignore[misc]
         fitted = fit(model_config)
         for one in fitted:
             _refuse_part(one, model_config.dtype)
-        _set_context(model_config, fitted)
-        hooks.serve(recipe, _check_vocabularies(recipe))
+        contexts = _set_context(model_config, fitted)
+        frontend.serve(recipe, [one.part for one in fitted], *_check_vocabularies(recipe), contexts)
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
@@ -159,8 +159,7 @@ class RecipeRules(VerifyAndUpdateConfig):  # type: ignore[misc]
         loading = vllm_config.load_config.load_format
         if loading not in ("auto", "hf", "safetensors", "pt", "dummy"):
             raise ProxyTuneError(f"--load-format {loading} does not load a recipe's members; leave it out")
-        if vllm_config.parallel_config.tensor_parallel_size > 1:
-            hooks.serve_split()
+        frontend.serve_engine(vllm_config)
         if vllm_config.parallel_config.enable_dbo:
             raise ProxyTuneError("--enable-dbo halves the batch, which a recipe's alphas do not follow; leave it out")
         if vllm_config.lora_config is not None:
@@ -171,9 +170,26 @@ class RecipeRules(VerifyAndUpdateConfig):  # type: ignore[misc]
                 f"speculation by {speculative.method} reads the hidden states of one model, and a recipe has several; "
                 "use ngram or a draft model (the expert)"
             )
+        if reads_own_prompts(vllm_config.model_config.hf_config):
+            _refuse_beside_own_prompts(vllm_config)
         for one in fit(vllm_config.model_config):
             with naming(one.part):
                 one.config.verify_with_parallel_config(vllm_config.parallel_config)
+
+
+def _refuse_beside_own_prompts(vllm_config: Any) -> None:
+    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    refused = {
+        f"speculation by {speculative and speculative.method}": speculative is not None
+        and (speculative.method != "ngram" or vllm_config.use_v2_model_runner),
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "a KV connector": vllm_config.kv_transfer_config is not None,
+    }
+    for what, present in refused.items():
+        if present:
+            hint = "use ngram with the V1 runner, or none" if speculative is not None else "leave it out"
+            raise ProxyTuneError(f"{what} does not fit this recipe, because members read prompts of their own; {hint}")
 
 
 def _refuse_part(fitted: Fitted, dtype: torch.dtype) -> None:
@@ -210,28 +226,37 @@ def _refuse_part(fitted: Fitted, dtype: torch.dtype) -> None:
             )
 
 
-def _set_context(model_config: Any, fitted: list[Fitted]) -> None:
+def _set_context(model_config: Any, fitted: list[Fitted]) -> dict[str, int]:
+    """Set the context of a request; return how many tokens each part reads.
+
+    Members that read one prompt have the shortest context among them. With prompts of their own a long one may be that
+    of a member with a long context, so each request is checked with each member.
+    """
     from vllm import envs
 
-    shortest = min(fitted, key=lambda one: one.config.max_model_len)
-    limit = shortest.config.max_model_len
+    own = reads_own_prompts(model_config.hf_config)
+    bound = (max if own else min)(fitted, key=lambda one: one.config.max_model_len)
+    limit = bound.config.max_model_len
     asked = model_config.original_max_model_len
     if asked in (None, -1):
-        model_config.max_model_len = min(model_config.max_model_len, limit)
+        model_config.max_model_len = limit if own else min(model_config.max_model_len, limit)
     elif asked > limit and not envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN:
         raise ProxyTuneError(
-            f"--max-model-len {asked} is more than {shortest.part.owner} reads ({limit}); ask for {limit} or less"
+            f"--max-model-len {asked} is more than {bound.part.owner} reads ({limit}); ask for {limit} or less"
         )
+    return {one.part.name: one.config.max_model_len for one in fitted}
 
 
-def _check_vocabularies(recipe: ProxyTuneConfig) -> dict[str, int]:
-    """Check that all tokens are the same; return the width of each part's vocabulary, by its owner."""
-    widths = dict(zip((part.owner for part in parts_of(recipe)), shared_widths(recipe)))
-    members = dict(recipe.members())
+def _check_vocabularies(recipe: ProxyTuneConfig) -> tuple[dict[str, int], dict[str, Any]]:
+    """Check that all tokens are the same; return the width of each part's vocabulary, and each member's tokenizer."""
+    parts, widths = parts_of(recipe), shared_widths(recipe)
+    tokenizers = {name: load_tokenizer(recipe, name, member, Loading()) for name, member in recipe.members()}
     report = compare(
-        {name: load_tokenizer(recipe, name, members[name], Loading()) for name in widths}, widths, recipe.renamed_tokens
+        {part.owner: tokenizers[part.owner] for part in parts},
+        {part.owner: width for part, width in zip(parts, widths)},
+        recipe.renamed_tokens,
     )
     report.raise_for_mismatch()
     for note in report.notes:
         logger.warning(note)
-    return widths
+    return {part.name: width for part, width in zip(parts, widths)}, tokenizers

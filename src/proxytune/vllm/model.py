@@ -7,14 +7,17 @@ verify, prompt log-probabilities), they contain everything that ``compute_logits
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
@@ -22,13 +25,18 @@ from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embed
 from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
+from vllm.tokenizers import cached_tokenizer_from_config
 
+from proxytune.decoding.gating import between
 from proxytune.decoding.mixing import mix, scheduled
 from proxytune.errors import MemberError
 from proxytune.recipe.rules import Steering
 from proxytune.vllm import hooks
-from proxytune.vllm.alpha import PIECES, Request, join, split
+from proxytune.vllm.alpha import PIECES, Recipe, Row, join, split
+from proxytune.vllm.attention import Now, read_own_prompts
 from proxytune.vllm.members import Fitted, fit, part_config
+from proxytune.vllm.own_prompts import Reading, reading
+from proxytune.vllm.plan import reads_own_prompts
 from proxytune.vllm.weights import read_adapter, with_adapter
 
 __all__ = ["ProxyTunedForCausalLM"]
@@ -41,25 +49,36 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         super().__init__()
         hooks.wrap_v1_runner()
         self.config = vllm_config.model_config.hf_config
-        self.recipe = hooks.Recipe(self.config)
-        self.load_config = vllm_config.load_config
+        self.recipe = Recipe(self.config)
+        self.model_config, self.load_config = vllm_config.model_config, vllm_config.load_config
         self.dtype = vllm_config.model_config.dtype
         self.shared_vocab = vllm_config.model_config.get_vocab_size()
         self.fitted: list[Fitted] = fit(vllm_config.model_config)
         self.parts = [one.part.name for one in self.fitted]
         self.owner = {name: one.part.name for one in self.fitted for name in one.part.names}
+        # A part is never given a longer text, but in a trial the runner's positions may be those of another part.
+        self.contexts = [one.config.max_model_len for one in self.fitted]
+        self.now: dict[str, Now] = {}  # what each part reads, in recipes with prompts of members' own
         for one in self.fitted:
             own = part_config(vllm_config, one)
-            setattr(self, one.part.name, initialize_model(own, prefix=maybe_prefix(prefix, one.part.name)))
+            with nullcontext() if one.part.of is None else torch.device("meta"):
+                model = initialize_model(own, prefix=maybe_prefix(prefix, one.part.name))
+            if one.part.of is not None:
+                use_weights_of(self.part(one.part.of), model)
+            if reads_own_prompts(self.config):
+                self.now[one.part.name] = Now(one.part.name)
+                read_own_prompts(one.part.owner, model, self.now[one.part.name])
+            setattr(self, one.part.name, model)
         self.widths = [one.config.get_hidden_size() for one in self.fitted]
         self.vocabs = [one.config.get_vocab_size() for one in self.fitted]
+        self.kept: dict[str, Tensor] = {}
         self.passed: dict[str, list[tuple[str, int]]] | None = None  # tensor -> (part, width) in its columns
         self.make_empty_intermediate_tensors = self._make_empty_intermediate_tensors
         self.gather = self._one_gather()
 
         # The alphas of the batch's tokens, split so that they survive the dtype of hidden states. The buffer never
         # moves: a CUDA graph reads it at the address where it was captured.
-        # Beside them stand a token's place in `steerings`, and the length of its prompt, from which schedules count.
+        # Beside them stand a token's place in `steerings`, and the position from which its schedule counts.
         self.n_columns = PIECES * (len(self.recipe.names) + 2)
         default = split(torch.tensor([[*self.recipe.own.alphas, 0.0, 0.0]]), self.dtype)
         n_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.scheduler_config.max_num_seqs)
@@ -74,34 +93,55 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
     @staticmethod
     def get_model_state_cls() -> Any:
         """The V2 runner's hook."""
-        return hooks.alpha_state_class()
+        return hooks.state_class()
 
     # -- the batch ------------------------------------------------------------------------------------------
-    def set_alphas(
-        self, rows: Sequence[Request], n_tokens: np.ndarray[Any, Any], n_prompt: np.ndarray[Any, Any]
-    ) -> None:
-        """Set the alphas of the next batch, and how they steer.
+    def set_rows(self, rows: Sequence[Row] | None, longest_decode: int = 1) -> None:
+        """Set the alphas of the next batch, how they steer, and what each part reads.
 
         Args:
-            rows, n_tokens, n_prompt: of each request what it asks for, the number of its tokens in the batch, and the
-                length of its prompt.
+            rows: None: a trial without requests. longest_decode: see :func:`proxytune.vllm.own_prompts.reading`.
         """
+        for name, now in self.now.items():
+            now.reading = None if rows is None else reading(name, rows, now.block, longest_decode)
+        if rows is not None:
+            self._set_alphas(rows)
+
+    def _set_alphas(self, rows: Sequence[Row]) -> None:
         alphas, own = cast(Tensor, self.alphas), self.recipe.own
-        if all(row is own for row in rows) and own.steering.schedule is None:
+        if all(row.request == own for row in rows) and own.steering.schedule is None:
             self.steerings = [own.steering]
             if not self.default_alphas:
                 alphas.copy_(split(torch.tensor([[*own.alphas, 0.0, 0.0]]), self.dtype))
                 self.default_alphas = True
             return
-        self.steerings = list(dict.fromkeys(row.steering for row in rows))
+        self.steerings = list(dict.fromkeys(row.request.steering for row in rows))
         values = [
-            [*row.alphas, float(self.steerings.index(row.steering)), float(length)]
-            for row, length in zip(rows, n_prompt)
+            [*row.request.alphas, float(self.steerings.index(row.request.steering)), float(row.n_prompt)]
+            for row in rows
         ]
-        columns = split(torch.tensor(values, dtype=torch.float32), self.dtype)
-        repeated = columns.repeat_interleave(torch.from_numpy(np.ascontiguousarray(n_tokens)).long(), dim=0)
-        alphas[: len(repeated)].copy_(repeated)
+        columns = torch.tensor(values).repeat_interleave(torch.tensor([row.n for row in rows]), dim=0)
+        at = 0
+        for row in rows:
+            if row.request.steering.by_text:
+                # From where to count the answer's tokens, so that the number is 1 where the gate is open and else 0.
+                following = torch.arange(row.n_read + 1, row.n_read + row.n + 1)
+                columns[at : at + row.n, -1] = following - self._inside(row)
+            at += row.n
+        alphas[: len(columns)].copy_(split(columns, self.dtype))
         self.default_alphas = False
+
+    def _inside(self, row: Row) -> Tensor:
+        """Whether the answer is between its gate's two texts, after each of the row's tokens: (n,), 0 or 1."""
+        assert row.request.steering.gate is not None
+        texts = row.request.steering.gate.texts
+        told = [self.tokenizer.decode(answer, clean_up_tokenization_spaces=False) for answer in row.answers()]
+        return torch.tensor([between(text, *texts) for text in told], dtype=torch.float32)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The recipe's, for gates that read the answer."""
+        return cached_tokenizer_from_config(self.model_config)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """The base's embeddings. vLLM asks every model for them, although a recipe reads only ids."""
@@ -121,18 +161,62 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         """
         outputs: dict[str, Any] = {}
         received = None if intermediate_tensors is None else self._taken_apart(intermediate_tensors)
-        for name, vocab in zip(self.parts, self.vocabs):
-            # An id that a member lacks is never chosen, and refused in a prompt. If one came, it must not be read out
-            # of bounds, which would end the engine.
-            ids = input_ids if input_ids is None or vocab == max(self.vocabs) else input_ids.clamp(max=vocab - 1)
-            own = None if received is None else IntermediateTensors(received[name])
-            outputs[name] = self.part(name)(ids, positions, own, None)
+        for name, width in zip(self.parts, self.widths):
+            passed, now = None if received is None else IntermediateTensors(received[name]), self.now.get(name)
+            shown = None if now is None else now.reading
+            if shown is not None and not len(shown.positions):
+                outputs[name] = self._nothing(name, width, positions)
+                continue
+            output = self.part(name)(*self._read_by(name, shown, input_ids, positions), passed, None)
+            # Between stages the rows stay the part's own.
+            if shown is not None and not shown.as_it_is and get_pp_group().is_last_rank:
+                back = torch.from_numpy(shown.back).to(positions.device)
+                output = torch.cat([output[back], output[len(back) :]])
+            outputs[name] = output
         if not get_pp_group().is_last_rank:
             return side_by_side(outputs)
         columns = join(cast(Tensor, self.alphas)[: outputs["base"].shape[0]])
         following = positions + 1 - columns[:, -1]  # how many tokens of the answer are before the next one
         columns = split(torch.cat([columns[:, :-1], following[:, None]], dim=-1), self.dtype)
         return torch.cat([*outputs.values(), columns], dim=-1)
+
+    def _read_by(
+        self, name: str, shown: Reading | None, input_ids: Tensor | None, positions: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        """The ids and positions that a part reads, as many rows as the batch has."""
+        at, ids = self.parts.index(name), None
+        if shown is None:
+            # An id that a member lacks is never chosen, and refused in a prompt. If one came, it must not be read out
+            # of bounds, which would end the engine. The same holds for positions.
+            if input_ids is not None:
+                narrow = self.vocabs[at] < max(self.vocabs)
+                ids = input_ids.clamp(max=self.vocabs[at] - 1) if narrow else input_ids
+                ids = self._kept(f"{name} ids", ids) if narrow or self.now else ids
+            if self.now:
+                positions = self._kept(f"{name} positions", positions.clamp(max=self.contexts[at] - 1))
+            return ids, positions
+        n, device = len(shown.positions), positions.device
+        own = torch.zeros_like(positions)
+        own[:n] = torch.from_numpy(shown.positions)
+        if input_ids is not None:
+            ids = torch.zeros_like(input_ids)
+            ids[:n] = input_ids[:n] if shown.as_it_is else input_ids[torch.from_numpy(shown.rows).to(device)]
+            where, told = (torch.from_numpy(array).to(device) for array in shown.told)
+            ids[where] = told.to(ids.dtype)
+            ids = self._kept(f"{name} ids", ids.clamp(max=self.vocabs[at] - 1))
+        return ids, self._kept(f"{name} positions", own)
+
+    def _kept(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor at an address that never changes, where a CUDA graph of the part reads it."""
+        if name not in self.kept:
+            self.kept[name] = tensor.new_zeros(len(cast(Tensor, self.alphas)), *tensor.shape[1:])
+        return self.kept[name][: len(tensor)].copy_(tensor)
+
+    def _nothing(self, name: str, width: int, positions: Tensor) -> Any:
+        """The output of a part that reads nothing of a batch."""
+        if get_pp_group().is_last_rank:
+            return positions.new_zeros(len(positions), width, dtype=self.dtype)
+        return self.part(name).make_empty_intermediate_tensors(len(positions), self.dtype, positions.device)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """The mixture's logits for rows from :meth:`forward`: float32, shape = (n_rows, ids that all members share).
@@ -165,10 +249,16 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
             [(of(f"{name}.expert"), of(f"{name}.anti_expert")) for name in self.recipe.names],
             alpha,
             **vars(steering),
-            opened=None if steering.schedule is None else scheduled(steering.schedule, following),
+            opened=self._opened(steering, following),
             plausibility=self.config.plausibility,
             vocab_size=width,
         ).squeeze(1)
+
+    def _opened(self, steering: Steering, following: Tensor) -> Tensor | None:
+        """How far a schedule is open, (n_rows, 1)."""
+        if steering.schedule is None or steering.by_text:
+            return following if steering.by_text else None
+        return scheduled(steering.schedule, following)
 
     def _one_gather(self) -> Any:
         """With tensor parallelism: mix each rank's part of the vocabulary and gather once, if the parts agree.
@@ -197,6 +287,8 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         loaded: set[str] = set()
         for one in self.fitted:
             part = one.part
+            if part.of is not None:
+                continue
             stream = loader._get_weights_iterator(
                 DefaultModelLoader.Source(model_or_path=one.config.model, revision=one.config.revision)
             )
@@ -226,8 +318,25 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         for key, users in self.passed.items():
             pieces = tensors[key].split([width for _, width in users], dim=-1)
             for (name, _), piece in zip(users, pieces):
-                apart[name][key] = piece.contiguous()
+                apart[name][key] = piece if len(users) == 1 else self._kept(f"{name} {key}", piece)
         return apart
+
+
+def use_weights_of(owner: nn.Module, model: nn.Module) -> None:
+    """Let a model that was built without memory use the weights of another one of the same shape.
+
+    Modules without attention are the owner's own. Modules with attention stay: a layer has a cache of its own, and what
+    is compiled is compiled for one model.
+    """
+    for name, module in list(model.named_modules()):
+        theirs = owner.get_submodule(name)
+        module._parameters, module._buffers = dict(theirs._parameters), dict(theirs._buffers)
+        if isinstance(module, Attention):
+            module.impl = copy.copy(theirs.impl)  # it may hold tensors
+        for child in list(module._modules):
+            own = module._modules[child]
+            if own is not None and not any(isinstance(each, Attention) for each in own.modules()):
+                module._modules[child] = theirs._modules[child]
 
 
 def side_by_side(outputs: Mapping[str, Any]) -> IntermediateTensors:

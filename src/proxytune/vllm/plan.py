@@ -1,20 +1,20 @@
 """The models that vLLM must load for a recipe, and the recipes that it cannot serve. It needs no vLLM.
 
-In vLLM all members read one sequence of tokens, so two entries of the recipe that name the same weights are one model.
-(An anti-expert of several experts is loaded and run once.)
+Two entries of the recipe that name the same weights and the same prompt are one model. (An anti-expert of several
+experts is loaded and run once.) With the same weights and another prompt they are two models on one set of weights.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from proxytune.errors import MemberError, PromptError
+from proxytune.errors import MemberError
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.members import adapter_source, member_source
-from proxytune.recipe.parts import Member
+from proxytune.recipe.parts import Member, Prompt
 from proxytune.recipe.source import Source
 
-__all__ = ["Part", "parts_of", "refuse"]
+__all__ = ["Part", "parts_of", "reads_own_prompts", "refuse"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Part:
             the number of a layer, so the name never contains an expert's name from the user.
         owner: the first member that it computes, for messages.
         names: all members that it computes.
+        of: the earlier part whose weights it uses.
     """
 
     name: str
@@ -34,37 +35,39 @@ class Part:
     member: Member
     source: Source
     adapter: Source | None
+    of: str | None = None
+
+
+def reads_own_prompts(config: ProxyTuneConfig) -> bool:
+    """Whether some member of a recipe has a prompt of its own."""
+    return any(member.prompt.kind != "raw" for _, member in config.members())
 
 
 def parts_of(config: ProxyTuneConfig) -> list[Part]:
     """The models of a recipe, the base first."""
-    found: dict[tuple[Source, Source | None], list[tuple[str, Member]]] = {}
+    found: dict[tuple[Source, Source | None, Prompt], list[tuple[str, Member]]] = {}
     for name, member in config.members():
         source, _ = member_source(config, name, member)
-        found.setdefault((source, adapter_source(config, member)), []).append((name, member))
+        found.setdefault((source, adapter_source(config, member), member.prompt), []).append((name, member))
     names = {"base": "base"}
     for number, expert in enumerate(config.expert_list, start=1):
         for side in ("expert", "anti_expert"):
             names[f"{expert.name}.{side}"] = f"{side}{'' if number == 1 else number}"
-    return [
-        Part(names[users[0][0]], users[0][0], tuple(name for name, _ in users), users[0][1], source, adapter)
-        for (source, adapter), users in found.items()
-    ]
+    parts: list[Part] = []
+    for (source, adapter, _), users in found.items():
+        of = next((part.name for part in parts if (part.source, part.adapter) == (source, adapter)), None)
+        owner, member = users[0]
+        parts.append(Part(names[owner], owner, tuple(name for name, _ in users), member, source, adapter, of))
+    return parts
 
 
 def refuse(config: ProxyTuneConfig) -> None:
     """Raise an error if vLLM cannot serve the recipe because of its contents.
 
     Raises:
-        PromptError: if a member has a prompt of its own.
         MemberError: for GGUF files, quantization during loading, and members in folders of a hub repository.
     """
     for name, member in config.members():
-        if member.prompt.kind != "raw":
-            raise PromptError(
-                f"{name} has a prompt of its own ({member.prompt.kind}), but in vLLM all members read one sequence; "
-                "serve this recipe with `proxytune serve` or `transformers serve`"
-            )
         source, gguf_file = member_source(config, name, member)
         if gguf_file is not None:
             raise MemberError(

@@ -1,0 +1,345 @@
+"""vLLM's side that takes requests: what a request asks for is checked, and its members' own prompts are made.
+
+Bad requests are answered with 400. These methods of vLLM are wrapped: ``BaseRenderer.validate_token_ids``, the only
+place where a prompt's ids are checked; ``BaseRenderer.render_chat`` and its asynchronous twin, which know the
+conversation that a prompt was made from; ``InputProcessor.process_inputs``, through which every request goes; and the
+three ways to beam search.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.base import BaseRenderer
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
+
+from proxytune.errors import PromptError, ProxyTuneError
+from proxytune.recipe.config import ProxyTuneConfig
+from proxytune.recipe.prompts import Message, Negative, Prompter, last_turn, refuse_unread
+from proxytune.vllm.alpha import Recipe
+from proxytune.vllm.own_prompts import KEY, as_extra_args
+from proxytune.vllm.plan import Part
+
+__all__ = ["RequestCheck", "Served", "serve", "serve_engine"]
+
+CONVERSATION = "proxytune_conversation"  # a field of a rendered prompt, which stays in the process
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a prompt was made from.
+
+    Attributes:
+        messages: as the request has them. encode: the ids of a text in the place of the last question, without the
+                turns before it. beside: what else the request says about its prompt, and members' own do not follow.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    encode: Callable[[str], Sequence[int]]
+    beside: Sequence[str]
+
+
+@dataclass
+class Served:
+    """The recipe that this process serves. (vLLM has one engine per process.)
+
+    Attributes:
+        parts: its models. widths, contexts: of each part the number of its ids, and of the tokens that it can read.
+        prompter: makes the members' own prompts; None if the recipe has none.
+        engine: its ``VllmConfig``.
+    """
+
+    recipe: Recipe
+    parts: Sequence[Part]
+    widths: Mapping[str, int]
+    contexts: Mapping[str, int]
+    prompter: Prompter | None
+    engine: Any
+
+    def check(self, extra_args: Mapping[str, Any] | None) -> None:
+        """Raise :class:`ProxyTuneError` for a request that asks for what cannot be had."""
+        self.recipe.requested(extra_args)
+        negative_of(extra_args, self.prompter)
+
+    def check_ids(self, ids: Sequence[int], parts: Sequence[Part], parameter: str | None) -> None:
+        """Raise an error for an id that some of these parts lack."""
+        part = min(parts, key=lambda part: self.widths[part.name])
+        width = self.widths[part.name]
+        if (highest := max(ids)) >= width:
+            reason = f"the prompt has token id {highest}, but member {part.owner!r} has only {width} tokens"
+            raise VLLMValidationError(reason, parameter=parameter)
+
+    def give_prompts(self, request: Any, prompt: Any, resumable: bool) -> None:
+        """Give a request, vLLM's ``EngineCoreRequest``, its members' own prompts, and room for its answer.
+
+        Args:
+            prompt: what the request was made from.
+        """
+        params, base = request.sampling_params, request.prompt_token_ids
+        if self.prompter is None or params is None:
+            return
+        if base is None or resumable:
+            raise PromptError("members of this recipe have prompts of their own, which are made from a whole prompt")
+        extra = dict(params.extra_args or {})
+        shown = self._shown(prompt, list(base), negative_of(extra, self.prompter))
+        own = {part.name: shown.get(part.names[0], base) for part in self.parts}
+        carried = as_extra_args(base, own)
+        if carried and params.prompt_logprobs is not None:
+            raise PromptError(
+                "log-probabilities of the prompt cannot be had, because members read prompts of their own; leave out "
+                "prompt_logprobs, and logprobs beside echo"
+            )
+        rooms = {}
+        for part in self.parts:
+            ids, limit = own[part.name], min(self.contexts[part.name], self.engine.model_config.max_model_len)
+            if not ids:
+                raise PromptError(f"the prompt of member {part.owner!r} is empty; give at least one token")
+            self.check_ids(ids, [part], "prompt")
+            rooms[part.owner] = limit - len(ids)
+            if len(ids) >= limit:
+                raise PromptError(
+                    f"the prompt has {len(ids)} tokens for member {part.owner!r}, which reads {limit} with the answer; "
+                    "shorten the prompt"
+                )
+        owner, room = min(rooms.items(), key=lambda item: item[1])
+        if params.min_tokens > room:
+            raise PromptError(f"min_tokens is {params.min_tokens}, but member {owner!r} has room for {room} tokens")
+        params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        params.extra_args = extra | carried
+
+    def _shown(self, prompt: Any, base: list[int], negative: Negative) -> Mapping[str, Sequence[int]]:
+        """Member -> its own prompt."""
+        assert self.prompter is not None
+        asked = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+        conversation = asked.get(CONVERSATION)
+        if conversation is not None:
+            messages: Sequence[Message] = []
+            if negative is not None or any(own.kind != "negative" for own, _ in self.prompter.own.values()):
+                messages = messages_of(conversation)
+            return self.prompter.from_messages(messages, base, conversation.encode, negative)
+        text = asked.get("prompt")
+        return self.prompter.from_prompt(text if isinstance(text, str) else None, base, negative)
+
+
+def negative_of(extra_args: Mapping[str, Any] | None, prompter: Prompter | None) -> Negative:
+    """The negative prompt of a request.
+
+    Raises:
+        PromptError: for one that no member reads, and for a value that is neither a text nor ids.
+    """
+    extra = extra_args or {}
+    if reserved := [name for name in extra if name.startswith(KEY)]:
+        raise PromptError(f"{reserved[0]!r} cannot be set by a request; for a negative prompt use negative_prompt")
+    negative = extra.get("negative_prompt")
+    if negative is None:
+        return None
+    refuse_unread(negative, [] if prompter is None else [prompt for prompt, _ in prompter.own.values()])
+    is_ids = isinstance(negative, (list, tuple)) and all(type(each) is int and each >= 0 for each in negative)
+    if not isinstance(negative, str) and not is_ids:
+        raise PromptError(f"negative_prompt must be a text or its ids, not {negative!r}")
+    return negative if isinstance(negative, str) else list(negative)
+
+
+def messages_of(conversation: Conversation) -> list[Message]:
+    """A conversation's turns as plain text.
+
+    Raises:
+        PromptError: for what members' chat templates were not tried with.
+    """
+    if conversation.beside:
+        raise PromptError(
+            f"members of this recipe have prompts of their own, which do not follow {', '.join(conversation.beside)}; "
+            "leave it out"
+        )
+    messages: list[Message] = []
+    for message in conversation.messages:
+        content = message.get("content")
+        if isinstance(content, Sequence) and not isinstance(content, str):
+            texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+            content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
+        if message.get("role") not in ("system", "user", "assistant") or not isinstance(content, str):
+            raise PromptError(
+                "members of this recipe have prompts of their own, which are made from texts of system, user and "
+                "assistant; leave other messages out"
+            )
+        messages.append({"role": str(message["role"]), "content": content})
+    if not messages or messages[-1]["role"] != "user":
+        raise PromptError("members of this recipe have prompts of their own, so the last message must be the user's")
+    return messages
+
+
+@contextmanager
+def answered() -> Iterator[None]:
+    """Let vLLM answer our errors with 400."""
+    try:
+        yield
+    except ProxyTuneError as error:
+        raise VLLMValidationError(str(error)) from error
+
+
+_served: Served | None = None
+
+
+def serve(
+    config: ProxyTuneConfig,
+    parts: Sequence[Part],
+    widths: Mapping[str, int],
+    tokenizers: Mapping[str, Any],
+    contexts: Mapping[str, int],
+) -> None:
+    """Remember the recipe that this process serves.
+
+    Args:
+        tokenizers: member -> its tokenizer.
+    """
+    global _served  # noqa: PLW0603 - vLLM gives a check nothing but the request
+    own = {
+        name: (member.prompt, tokenizers.get(name) or tokenizers["base"])
+        for name, member in config.members()
+        if member.prompt.kind != "raw"
+    }
+    prompter = Prompter(tokenizers["base"], own) if own else None
+    _served = Served(Recipe(config), parts, widths, contexts, prompter, None)
+    _wrap()
+
+
+def serve_engine(vllm_config: Any) -> None:
+    """Remember the engine: what a request can ask for depends on its options.
+
+    Vocabularies are split over processes with tensor parallelism, unless the recipe itself needs them whole. Whether
+    answers can be read is settled only after this call.
+
+    Raises:
+        RecipeError: if the recipe's own gate cannot be served.
+    """
+    if _served is None:
+        return
+    recipe, scheduler = _served.recipe, vllm_config.scheduler_config
+    recipe.split = vllm_config.parallel_config.tensor_parallel_size > 1 and recipe.own.steering.local
+    recipe.engine = _served.engine = vllm_config
+    if recipe.own.steering.by_text and scheduler.async_scheduling is None:
+        scheduler.async_scheduling = False  # vLLM would choose it
+    recipe.requested({})
+
+
+def _refuse_beams(extra_args: Mapping[str, Any] | None) -> None:
+    """Refuse what vLLM's beam search would lose: it starts a new request for each token, without its ``extra_args``."""
+    if _served is not None and _served.prompter is not None:
+        raise PromptError("beam search cannot be had, because members of this recipe have prompts of their own")
+    if _served is not None and extra_args:
+        raise ProxyTuneError(f"vLLM's beam search does not pass on {', '.join(extra_args)}; leave one of the two out")
+
+
+def _wrap() -> None:
+    """Wrap vLLM's methods, once."""
+    if getattr(BaseRenderer.validate_token_ids, "asks_members", False):
+        return
+    validate, process = BaseRenderer.validate_token_ids, InputProcessor.process_inputs
+    render, render_async = BaseRenderer.render_chat, BaseRenderer.render_chat_async
+
+    @functools.wraps(validate)
+    def validate_token_ids(self: Any, token_ids: Sequence[int], *, parameter: str | None = None) -> None:
+        validate(self, token_ids, parameter=parameter)
+        if _served is not None and token_ids:
+            _served.check_ids(token_ids, _served.parts, parameter)
+
+    @functools.wraps(process)
+    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        request = process(self, request_id, prompt, params, *args, **kwargs)
+        if _served is not None and self.model_config.hf_config is _served.engine.model_config.hf_config:
+            with answered():
+                _served.give_prompts(request, prompt, kwargs.get("resumable", False))
+        return request
+
+    def remember(self: Any, conversations: Sequence[Any], prompts: Sequence[Any], params: Any, tok_params: Any) -> None:
+        """Keep what each prompt was made from."""
+        if _served is None or _served.prompter is None:
+            return
+        for messages, prompt in zip(conversations, prompts):
+
+            def encode(text: str, messages: Any = messages) -> Sequence[int]:
+                (_,), (encoded,) = render(self, [last_turn(messages, text)], params, tok_params)
+                return list(encoded["prompt_token_ids"])
+
+            said = params.chat_template_kwargs
+            beside = [name for name in ("tools", "documents", "continue_final_message") if said.get(name)]
+            if not said.get("add_generation_prompt", True):
+                beside.append("add_generation_prompt")
+            if getattr(tok_params, "truncate_prompt_tokens", None) is not None:
+                beside.append("truncate_prompt_tokens")
+            prompt[CONVERSATION] = Conversation(messages, encode, beside)
+
+    @functools.wraps(render)
+    def render_chat(
+        self: Any, conversations: Any, chat_params: Any, tok_params: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        found = render(self, conversations, chat_params, tok_params, *args, **kwargs)
+        remember(self, conversations, found[1], chat_params, tok_params)
+        return found
+
+    @functools.wraps(render_async)
+    async def render_chat_async(
+        self: Any, conversations: Any, chat_params: Any, tok_params: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        found = await render_async(self, conversations, chat_params, tok_params, *args, **kwargs)
+        remember(self, conversations, found[1], chat_params, tok_params)
+        return found
+
+    validate_token_ids.asks_members = True  # type: ignore[attr-defined]
+    BaseRenderer.validate_token_ids, InputProcessor.process_inputs = validate_token_ids, process_inputs
+    BaseRenderer.render_chat, BaseRenderer.render_chat_async = render_chat, render_chat_async
+
+    for asks, method in (
+        (CompletionRequest, "to_beam_search_params"),
+        (ChatCompletionRequest, "to_beam_search_params"),
+        (BeamSearchOfflineMixin, "beam_search"),
+    ):
+        plain = getattr(asks, method)
+
+        @functools.wraps(plain)
+        def checked(self: Any, *args: Any, plain: Any = plain, **kwargs: Any) -> Any:
+            with answered():
+                _refuse_beams(getattr(self, "vllm_xargs", None))
+            return plain(self, *args, **kwargs)
+
+        setattr(asks, method, checked)
+
+
+class RequestCheck(V1LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]
+    """Checks what a request asks for when it arrives (entry point ``vllm.logits_processors``).
+
+    It changes no logits: a logits processor is vLLM's way for a plugin to refuse a request. It inherits the interfaces
+    of both runners, since each runner refuses classes of the other one. If no recipe is served, it accepts everything.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Raise :class:`ProxyTuneError`, which vLLM answers with 400, as ``ValueError``."""
+        if _served is not None:
+            _served.check(sampling_params.extra_args)
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def update_state(self, batch_update: Any) -> None:
+        pass
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        return False
+
+    def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
+        return logits
