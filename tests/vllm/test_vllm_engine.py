@@ -49,10 +49,31 @@ def test_every_rule_in_one_batch(shelf, own):
         assert_all_same([ours], reference.greedy([row], **extra))
 
 
-def prompt_logprobs(llm, row):
+def test_weights_of_members(rich_engine, rich_reference):
+    """Arms of an evaluation from one engine: the base, an expert alone, their mean, in one batch with a mixture."""
+    asked = [{"weight.base": 1}, {"weight.tuned.expert": 2.0}, {"weight.base": 0.5, "weight.second.expert": 0.5}, {}]
+    tokens = generate(rich_engine, ROWS, alphas=asked)
+    model = rich_reference.model
+    for row, weights, ours in zip(ROWS, asked[:3], tokens):
+        ids = torch.tensor([[*row, *ours]])
+        with torch.no_grad():
+            logits = model(ids, output_member_logits=True).member_logits
+        shared = min(each.shape[-1] for each in logits.values())
+        mixed = sum(w * logits[name.removeprefix("weight.")][0, ..., :shared] for name, w in weights.items())
+        seen = mixed[len(row) - 1 : -1]
+        assert_all_same([ours], [(seen.argmax(dim=-1).tolist(), list(seen))])
+    assert_all_same(tokens[3:], rich_reference.greedy(ROWS[3:]))
+    seen = prompt_logprobs(rich_engine, ROWS[3], {"weight.base": 1})
+    with torch.no_grad():
+        logits = model(torch.tensor([ROWS[3]]), output_member_logits=True).member_logits["base"]
+    base = logits[0, :, : tiny.VOCAB].log_softmax(dim=-1)
+    assert seen.tolist() == pytest.approx([float(base[at, token]) for at, token in enumerate(ROWS[3][1:])], abs=2e-3)
+
+
+def prompt_logprobs(llm, row, extra=None):
     from vllm import SamplingParams
 
-    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, extra_args=extra)
     (output,) = llm.generate([{"prompt_token_ids": row}], params, use_tqdm=False)
     return torch.tensor([entry[token].logprob for token, entry in zip(row[1:], output.prompt_logprobs[1:])])
 
@@ -185,6 +206,12 @@ def test_sampled_tokens_are_distributed_as_the_mixture(rich_engine, rich_referen
         ({"alpha": float("nan")}, "finite number"),
         ({"alpha.tuned": [1.0]}, "finite number"),
         ({"alpha.none": 1.0}, "no expert is called 'none'"),
+        ({"weight.tuned": 1.0}, "there is no member 'tuned' to give a weight"),
+        ({"weight.base": -1.0}, "weights of members are 0 or more"),
+        ({"weight.base": 0}, "weights of members are 0 or more"),
+        ({"weight.base": "1"}, "the weight of base must be"),
+        ({"weight.base": 1.0, "alpha": 1.0}, "weights of members or alpha, not both"),
+        ({"member_input_ids.base": [5]}, "members of this recipe read one prompt"),
     ],
     ids=lambda value: str(value)[:24],
 )

@@ -140,6 +140,28 @@ def test_guidance_by_negative_prompts_of_requests(shelf, base):
     assert tokens[1] != expected(reference, TEXTS[1:2], [{"alpha": 0.5}])[0][0], "the negative prompt shows"
 
 
+def test_prompts_that_a_request_gives(mixed):
+    """Of any member, in place of the one that would be made for it; with weights, a member alone on any prompt."""
+    reference, row = Reference(mixed), [1, 70, 71, 116, 104, 101]  # these are not a text's ids
+    own = {"e.expert": [1, 88, 15], "e.anti_expert": [1, 5, 5, 9, 200, 17, 18, 19]}
+    with engine(mixed, block_size=32, max_model_len=256) as llm:
+        given = {f"member_input_ids.{name}": ids for name, ids in own.items()}
+        extra = [given, given | {"weight.e.expert": 1.0}, given | {"weight.base": 1.0}]
+        tokens = tokens_of(submit(llm, [{"prompt_token_ids": row}] * 3, extra))
+        refused(llm, {"member_input_ids.e": [5]}, "there is no member 'e' to give a prompt")
+        refused(llm, {"member_input_ids.e.expert": "dog"}, "must be ids")
+        refused(llm, {"member_input_ids.e.expert": []}, "must be ids")
+    shown = {name: [ids] for name, ids in own.items()}
+    assert_all_same(tokens[:1], reference.greedy([row], member_input_ids=shown))
+    assert_all_same(tokens[2:], reference.greedy([row], alpha=[[0.0]], member_input_ids=shown))
+    from transformers import AutoModelForCausalLM
+
+    expert_ = AutoModelForCausalLM.from_pretrained(mixed.parent / "qwen2-small").eval()
+    with torch.no_grad():
+        seen = expert_(torch.tensor([own["e.expert"] + tokens[1]])).logits[0, 2:-1]
+    assert_all_same(tokens[1:2], [(seen.argmax(dim=-1).tolist(), list(seen))])
+
+
 def refused(llm, extra, said, negative=None, **params):
     with pytest.raises(VLLMValidationError, match=said):
         submit(llm, TEXTS[:1], [extra | ({} if negative is None else {"negative_prompt": negative})], **params)

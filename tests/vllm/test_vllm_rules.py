@@ -337,6 +337,7 @@ def test_the_answer_after_each_token():
 def test_engines_that_do_not_know_the_text_of_answers(shelf, monkeypatch, options, said):
     """A recipe's own gate is refused at start, a request's with 400."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", options.pop("v2", "0"))
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
     monkeypatch.setattr("vllm.platforms.current_platform.check_and_update_config", lambda config: None)
     refused(shelf, "by-text", f"between=a...b needs .*{said}", options=options, gate={"between": ["a", "b"]})
     configured(shelf.recipe("not-by-text"), **options)

@@ -5,6 +5,7 @@ A request has ``extra_args`` (``vllm_xargs`` in the OpenAI API), which can hold 
     {"alpha": 0.5}                   for all experts {"alpha": [0.5, 1.0]}            one per expert, in the recipe's
     order {"alpha.math": 0.5}              for one expert by name; others use "alpha" or the recipe's
     {"combine": "mean"}              the rule by which several experts are joined
+    {"weight.base": 0.5, "weight.math.expert": 0.5}    the sum of members' logits by these weights, and no steering
     {"gate": "unsure=0.9"}           where to steer; ``between`` only where the answer's text is known, see `unread`
 
 The transformers engine takes the same (:func:`proxytune.recipe.alpha.take_alpha`).
@@ -21,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from proxytune.errors import ProxyTuneError, RecipeError
-from proxytune.recipe.alpha import resolve_alpha, take_alpha
+from proxytune.errors import AlphaError, ProxyTuneError, RecipeError
+from proxytune.recipe.alpha import finite_alpha, resolve_alpha, take_alpha
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.parts import Expert
 from proxytune.recipe.rules import Steering, check_rule
@@ -32,7 +33,11 @@ __all__ = ["PIECES", "Recipe", "Request", "Row", "join", "requested", "split", "
 
 logger = logging.getLogger(f"vllm.{__name__}")  # so that vLLM's settings show it
 
+WEIGHT = "weight."  # and the name of a member
 PIECES = 3  # three bfloat16 with 8 bits each hold the 24 bits of a float32 exactly
+
+
+Weights = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -40,13 +45,24 @@ class Request:
     """What a request asks for.
 
     Attributes:
-        alphas: one per expert. steering: how they steer. own: part -> the prompt that it reads in place of the outer
-            one (:mod:`proxytune.vllm.own_prompts`).
+        alphas: one per expert. steering: how they steer. weights: (member, weight) in place of both; the others' are 0.
+        own: part -> the prompt that it reads in place of the outer one (:mod:`proxytune.vllm.own_prompts`).
     """
 
     alphas: tuple[float, ...]
     steering: Steering
+    weights: Weights = ()
     own: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict, compare=False)
+
+    @property
+    def how(self) -> Steering | Weights:
+        """How members' logits become the mixture's."""
+        return self.weights or self.steering
+
+    @property
+    def by_text(self) -> bool:
+        """Whether it depends on the text of the answer."""
+        return self.steering.by_text and not self.weights
 
 
 @dataclass(frozen=True)
@@ -105,10 +121,13 @@ def requested(
             so that a request cannot ask for what needs them whole. unread: why the text of answers is not known.
 
     Raises:
-        AlphaError: for a value that is not finite or does not fit the rule, a list of another length, or an unknown
-            name. RecipeError: for a rule or gate that is unknown or not possible.
+        AlphaError: for a value that is not finite or does not fit the rule, a list of another length, an unknown name,
+            a weight below 0, and weights beside alphas, a rule or a gate. RecipeError: for a rule or gate that is
+            unknown or not possible.
     """
     names, others = [expert.name for expert in experts], dict(extra_args or {})
+    if weights := weights_of(others, experts):
+        return Request(tuple(expert.alpha for expert in experts), own, weights)
     steering = own.but(others.pop("combine", None), others.pop("gate", None))
     alpha = take_alpha(others, names, others.pop("alpha", None))
     row = resolve_alpha(alpha, names, [expert.alpha for expert in experts])
@@ -122,6 +141,24 @@ def requested(
             "recipe"
         )
     return Request(row, steering)
+
+
+def weights_of(extra_args: Mapping[str, Any], experts: Sequence[Expert]) -> Weights:
+    """The weights of members in a request, without those that are 0; empty if it has none."""
+    given = {name[len(WEIGHT) :]: value for name, value in extra_args.items() if name.startswith(WEIGHT)}
+    if not given:
+        return ()
+    members = ["base"]
+    for expert in experts:
+        members += [f"{expert.name}.{side}" for side in ("expert", "anti_expert") if getattr(expert, side) is not None]
+    if unknown := [name for name in given if name not in members]:
+        raise AlphaError(f"there is no member {unknown[0]!r} to give a weight; there are {', '.join(members)}")
+    if other := [name for name in extra_args if name in ("combine", "gate") or name.partition(".")[0] == "alpha"]:
+        raise AlphaError(f"a request has weights of members or {other[0]}, not both")
+    weights = {name: finite_alpha(value, f"the weight of {name}") for name, value in given.items()}
+    if min(weights.values()) < 0 or not any(weights.values()):
+        raise AlphaError("weights of members are 0 or more, and one of them is more than 0")
+    return tuple(sorted((name, weight) for name, weight in weights.items() if weight))
 
 
 class Recipe:

@@ -33,6 +33,7 @@ from proxytune.vllm.plan import Part
 
 __all__ = ["RequestCheck", "Served", "serve", "serve_engine"]
 
+GIVEN = "member_input_ids."  # and the name of a member: its prompt in a request
 CONVERSATION = "proxytune_conversation"  # a field of a rendered prompt, which stays in the process
 
 
@@ -71,6 +72,8 @@ class Served:
         """Raise :class:`ProxyTuneError` for a request that asks for what cannot be had."""
         self.recipe.requested(extra_args)
         negative_of(extra_args, self.prompter)
+        if self._given(extra_args) and self.prompter is None:
+            raise PromptError(f"members of this recipe read one prompt; leave {GIVEN}… out")
 
     def check_ids(self, ids: Sequence[int], parts: Sequence[Part], parameter: str | None) -> None:
         """Raise an error for an id that some of these parts lack."""
@@ -92,8 +95,7 @@ class Served:
         if base is None or resumable:
             raise PromptError("members of this recipe have prompts of their own, which are made from a whole prompt")
         extra = dict(params.extra_args or {})
-        shown = self._shown(prompt, list(base), negative_of(extra, self.prompter))
-        own = {part.name: shown.get(part.names[0], base) for part in self.parts}
+        own = self._own(prompt, list(base), extra)
         carried = as_extra_args(base, own)
         if carried and params.prompt_logprobs is not None:
             raise PromptError(
@@ -117,6 +119,35 @@ class Served:
             raise PromptError(f"min_tokens is {params.min_tokens}, but member {owner!r} has room for {room} tokens")
         params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         params.extra_args = extra | carried
+
+    def _given(self, extra_args: Mapping[str, Any] | None) -> dict[str, list[int]]:
+        """Part -> its prompt, in a request that names members' prompts.
+
+        Raises:
+            PromptError: for an unknown member, what are not ids, and two prompts of members that are one model.
+        """
+        given: dict[str, list[int]] = {}
+        for name, ids in (extra_args or {}).items():
+            if not name.startswith(GIVEN):
+                continue
+            part = next((part for part in self.parts if name[len(GIVEN) :] in part.names), None)
+            if part is None:
+                members = ", ".join(member for part in self.parts for member in part.names)
+                raise PromptError(f"there is no member {name[len(GIVEN) :]!r} to give a prompt; there are {members}")
+            if not are_ids(ids) or not ids:
+                raise PromptError(f"{name} must be ids, not {ids!r}")
+            if given.setdefault(part.name, list(ids)) != list(ids):
+                raise PromptError(f"{' and '.join(part.names)} are one model here, and read one prompt")
+        return given
+
+    def _own(self, prompt: Any, base: list[int], extra: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+        """Part -> what it reads as its prompt."""
+        assert self.prompter is not None
+        given = self._given(extra)
+        shown: Mapping[str, Sequence[int]] = {}
+        if any(part.name not in given for part in self.parts if part.names[0] in self.prompter.own):
+            shown = self._shown(prompt, base, negative_of(extra, self.prompter))
+        return {part.name: given.get(part.name) or shown.get(part.names[0], base) for part in self.parts}
 
     def _shown(self, prompt: Any, base: list[int], negative: Negative) -> Mapping[str, Sequence[int]]:
         """Member -> its own prompt."""
@@ -145,10 +176,14 @@ def negative_of(extra_args: Mapping[str, Any] | None, prompter: Prompter | None)
     if negative is None:
         return None
     refuse_unread(negative, [] if prompter is None else [prompt for prompt, _ in prompter.own.values()])
-    is_ids = isinstance(negative, (list, tuple)) and all(type(each) is int and each >= 0 for each in negative)
-    if not isinstance(negative, str) and not is_ids:
+    if not isinstance(negative, str) and not are_ids(negative):
         raise PromptError(f"negative_prompt must be a text or its ids, not {negative!r}")
     return negative if isinstance(negative, str) else list(negative)
+
+
+def are_ids(value: Any) -> bool:
+    """Whether a value is a list of token ids."""
+    return isinstance(value, (list, tuple)) and all(type(each) is int and each >= 0 for each in value)
 
 
 def messages_of(conversation: Conversation) -> list[Message]:
@@ -167,7 +202,7 @@ def messages_of(conversation: Conversation) -> list[Message]:
         content = message.get("content")
         if isinstance(content, Sequence) and not isinstance(content, str):
             texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-            content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
+            content = "\n".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else None
         if message.get("role") not in ("system", "user", "assistant") or not isinstance(content, str):
             raise PromptError(
                 "members of this recipe have prompts of their own, which are made from texts of system, user and "

@@ -32,7 +32,7 @@ from proxytune.decoding.mixing import mix, scheduled
 from proxytune.errors import MemberError
 from proxytune.recipe.rules import Steering
 from proxytune.vllm import hooks
-from proxytune.vllm.alpha import PIECES, Recipe, Row, join, split
+from proxytune.vllm.alpha import PIECES, Recipe, Row, Weights, join, split
 from proxytune.vllm.attention import Now, read_own_prompts
 from proxytune.vllm.members import Fitted, fit, part_config
 from proxytune.vllm.own_prompts import Reading, reading
@@ -78,13 +78,13 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
 
         # The alphas of the batch's tokens, split so that they survive the dtype of hidden states. The buffer never
         # moves: a CUDA graph reads it at the address where it was captured.
-        # Beside them stand a token's place in `steerings`, and the position from which its schedule counts.
+        # Beside them stand a token's place in `hows`, and the position from which its schedule counts.
         self.n_columns = PIECES * (len(self.recipe.names) + 2)
         default = split(torch.tensor([[*self.recipe.own.alphas, 0.0, 0.0]]), self.dtype)
         n_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.scheduler_config.max_num_seqs)
         self.register_buffer("alphas", default.repeat(n_tokens, 1), persistent=False)
         self.default_alphas = True  # whether the buffer holds the recipe's alphas for all tokens
-        self.steerings = [self.recipe.own.steering]  # of the batch
+        self.hows: list[Steering | Weights] = [self.recipe.own.how]  # of the batch's requests, each once
 
     def part(self, name: str) -> Any:
         """The submodel of that name."""
@@ -110,20 +110,17 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
     def _set_alphas(self, rows: Sequence[Row]) -> None:
         alphas, own = cast(Tensor, self.alphas), self.recipe.own
         if all(row.request == own for row in rows) and own.steering.schedule is None:
-            self.steerings = [own.steering]
+            self.hows = [own.how]
             if not self.default_alphas:
                 alphas.copy_(split(torch.tensor([[*own.alphas, 0.0, 0.0]]), self.dtype))
                 self.default_alphas = True
             return
-        self.steerings = list(dict.fromkeys(row.request.steering for row in rows))
-        values = [
-            [*row.request.alphas, float(self.steerings.index(row.request.steering)), float(row.n_prompt)]
-            for row in rows
-        ]
+        self.hows = list(dict.fromkeys(row.request.how for row in rows))
+        values = [[*row.request.alphas, float(self.hows.index(row.request.how)), float(row.n_prompt)] for row in rows]
         columns = torch.tensor(values).repeat_interleave(torch.tensor([row.n for row in rows]), dim=0)
         at = 0
         for row in rows:
-            if row.request.steering.by_text:
+            if row.request.by_text:
                 # From where to count the answer's tokens, so that the number is 1 where the gate is open and else 0.
                 following = torch.arange(row.n_read + 1, row.n_read + row.n + 1)
                 columns[at : at + row.n, -1] = following - self._inside(row)
@@ -228,14 +225,14 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         if any(one is None for one in logits.values()):
             return None
         alpha, place, following = join(columns).split([len(self.recipe.names), 1, 1], dim=-1)
-        mixed = self._mixed(logits, alpha, following, self.steerings[0])
-        for at, steering in enumerate(self.steerings[1:], start=1):  # nothing waits for the device
-            mixed = torch.where(place == at, self._mixed(logits, alpha, following, steering), mixed)
+        mixed = self._mixed(logits, alpha, following, self.hows[0])
+        for at, how in enumerate(self.hows[1:], start=1):  # nothing waits for the device
+            mixed = torch.where(place == at, self._mixed(logits, alpha, following, how), mixed)
         if self.gather is not None:
             mixed = self.gather(mixed)
         return None if mixed is None else mixed[..., : self.shared_vocab]
 
-    def _mixed(self, logits: dict[str, Tensor], alpha: Tensor, following: Tensor, steering: Steering) -> Tensor:
+    def _mixed(self, logits: dict[str, Tensor], alpha: Tensor, following: Tensor, how: Steering | Weights) -> Tensor:
         """The mixture of some rows; ``following``, (n_rows, 1): the number of the answer's token, for schedules."""
 
         def of(name: str) -> Tensor | None:
@@ -244,12 +241,15 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         width = min(one.shape[-1] for one in logits.values())
         if self.gather is None:
             width = min(width, self.shared_vocab)
+        if isinstance(how, tuple):
+            weighted = [logits[self.owner[name]][..., :width].float() * weight for name, weight in how]
+            return torch.stack(weighted).sum(dim=0)
         return mix(
             logits["base"][..., :width].unsqueeze(1),
             [(of(f"{name}.expert"), of(f"{name}.anti_expert")) for name in self.recipe.names],
             alpha,
-            **vars(steering),
-            opened=self._opened(steering, following),
+            **vars(how),
+            opened=self._opened(how, following),
             plausibility=self.config.plausibility,
             vocab_size=width,
         ).squeeze(1)
