@@ -18,7 +18,8 @@ PARTS = ("base", "expert", "anti_expert")
 def asked(own):
     base = own["base"]
     carried = ids_in(as_extra_args(base, own))
-    return Request((1.0,), Steering(), {part: np.asarray(ids) for part, ids in carried.items()}), carried
+    own_ids = {part: np.asarray(ids) for part, ids in carried.items()}
+    return Request((1.0,), Steering(), own=own_ids), carried
 
 
 def prompts_of(rng, same=False):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from vllm.exceptions import VLLMValidationError
 
+from proxytune.errors import ProxyTuneError
 from support import tiny
 from support.served import (
     N_NEW,
@@ -263,6 +264,22 @@ def test_contexts_are_each_members_own(shelf):
             submit(llm, ["dog"], [{"negative_prompt": long}])
         with pytest.raises(VLLMValidationError, match="min_tokens is 100, but member"):
             submit(llm, ["dog"], [{}], 200, min_tokens=100)
+
+
+def test_a_cuda_graph_of_a_whole_step_is_refused(mixed):
+    """vLLM captures at start, so that is where it would be seen."""
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import set_forward_context
+
+    with engine(mixed, block_size=32, max_model_len=256) as llm:
+        runner = llm.llm_engine.model_executor.driver_worker.model_runner
+        kinds = [group.get_metadata_builder() for groups in runner.attn_groups for group in groups]
+        assert {type(kind).get_cudagraph_support(None, None).name for kind in kinds} == {"NEVER"}
+        ids = torch.ones(4, dtype=torch.long)
+        full = {"num_tokens": 4, "cudagraph_runtime_mode": CUDAGraphMode.FULL}
+        said = pytest.raises(ProxyTuneError, match="a CUDA graph cannot hold a whole step")
+        with set_forward_context(None, llm.llm_engine.vllm_config, **full), said:
+            runner.model(ids, ids)
 
 
 def test_ids_that_are_not_their_text(mixed):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -433,6 +436,61 @@ def test_the_v2_hook_fits(monkeypatch):
     batch.req_ids = ["req_0", "req_1"]  # a trial, in slots that requests have
     assert state.prepare_attn(batch) == "built"
     assert told.pop() is None
+
+
+@pytest.mark.parametrize("kind", ["cpu_attn", "flash_attn", "flashinfer", "triton_attn"])
+def test_attention_backends_have_what_own_prompts_need(kind):
+    """Their packages are not all here, so their source is read."""
+    import ast
+    import importlib.util
+
+    file = importlib.util.find_spec("vllm.v1.attention.backends").submodule_search_locations[0] + f"/{kind}.py"
+    classes = {node.name: node for node in ast.parse(Path(file).read_text()).body if isinstance(node, ast.ClassDef)}
+
+    def parameters(name, method):
+        found = next(node for node in classes[name].body if getattr(node, "name", None) == method)
+        return [argument.arg for argument in found.args.args]
+
+    (backend,) = (node for name, node in classes.items() if name.endswith("Backend"))
+    fields = {ast.unparse(node) for node in backend.body if isinstance(node, ast.AnnAssign)}
+    assert "forward_includes_kv_cache_update: bool = False" in fields
+    (impl,) = (name for name in classes if name.endswith("Impl"))
+    update = ["self", "layer", "key", "value", "kv_cache", "slot_mapping"]
+    assert parameters(impl, "do_kv_cache_update") == update
+    assert parameters(impl, "forward")[:7] == ["self", "layer", "query", "key", "value", "kv_cache", "attn_metadata"]
+    (builder,) = (name for name in classes if name.endswith("MetadataBuilder"))
+    assert parameters(builder, "build")[:3] == ["self", "common_prefix_len", "common_attn_metadata"]
+    metadata = builder.removesuffix("Builder")
+    assert any(getattr(node, "target", None) and node.target.id == "slot_mapping" for node in classes[metadata].body)
+
+
+def test_the_common_metadata_have_what_is_replaced():
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from proxytune.vllm.attention import own_metadata
+
+    names = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
+    assert set(re.findall(r"^        (\w+)=", inspect.getsource(own_metadata), flags=re.MULTILINE)) <= names
+
+
+def test_the_core_takes_what_is_wrapped():
+    from vllm.renderers.base import BaseRenderer
+    from vllm.v1.core import block_pool, kv_cache_utils
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    assert block_pool.generate_block_hash_extra_keys is kv_cache_utils.generate_block_hash_extra_keys
+    assert block_pool.generate_block_hash_extra_keys.asks_members
+    assert "Request.from_engine_core_request(" in inspect.getsource(EngineCore.preprocess_add_request)
+    assert list(inspect.signature(InputProcessor.process_inputs).parameters)[:4] == [
+        "self",
+        "request_id",
+        "prompt",
+        "params",
+    ]
+    for name in ("render_chat", "render_chat_async"):
+        names = list(inspect.signature(getattr(BaseRenderer, name)).parameters)
+        assert names[:4] == ["self", "conversations", "chat_params", "tok_params"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

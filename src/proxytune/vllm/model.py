@@ -15,8 +15,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -29,7 +30,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from proxytune.decoding.gating import between
 from proxytune.decoding.mixing import mix, scheduled
-from proxytune.errors import MemberError
+from proxytune.errors import MemberError, ProxyTuneError
 from proxytune.recipe.rules import Steering
 from proxytune.vllm import hooks
 from proxytune.vllm.alpha import PIECES, Recipe, Row, Weights, join, split
@@ -156,6 +157,11 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
 
         On all but the last pipeline stage, what the members pass to the next, side by side.
         """
+        if self.now and captures_a_whole_step():
+            raise ProxyTuneError(
+                "members of this recipe read prompts of their own, so a CUDA graph cannot hold a whole step; start the "
+                """server with --compilation-config '{"cudagraph_mode": "PIECEWISE"}'"""
+            )
         outputs: dict[str, Any] = {}
         received = None if intermediate_tensors is None else self._taken_apart(intermediate_tensors)
         for name, width in zip(self.parts, self.widths):
@@ -320,6 +326,13 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
             for (name, _), piece in zip(users, pieces):
                 apart[name][key] = piece if len(users) == 1 else self._kept(f"{name} {key}", piece)
         return apart
+
+
+def captures_a_whole_step() -> bool:
+    """Whether a CUDA graph of a whole step is captured or replayed."""
+    if not is_forward_context_available():
+        return False
+    return bool(get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.FULL)
 
 
 def use_weights_of(owner: nn.Module, model: nn.Module) -> None:
