@@ -340,6 +340,20 @@ def test_few_tokens_are_pushed_first(oracle, served, steered, few, n, most):
         assert made[-1] in [body for body in made[:-1] if body["prompt"] == ROWS[0]]
 
 
+def test_ids_that_the_experts_lack_are_never_chosen(oracle, steered, few):
+    few(40)
+    width, rows = tiny.VOCAB - 120, ROWS[:2]
+    narrow = tiny.llama("base", 4, vocab_size=width)
+    other = Oracle(oracle.base, [("expert", narrow, near(narrow, 3), 1.0)])
+    expected = [other.greedy(row, N_NEW)[0] for row in rows]
+    alone = [oracle.member_logits(row, own[:at])["base"][-1] for row, own in zip(rows, expected) for at in range(N_NEW)]
+    assert any(int(logits.argmax()) >= width for logits in alone)
+    model = steered(20, experts=[{"expert": narrow, "anti_expert": near(narrow, 3)}], way="push")
+    tokens, asked = answers(model, rows)
+    assert tokens == expected
+    assert all(map(all, asked.certified))
+
+
 def test_push_needs_fractions(served, steered):
     served.whole_biases = True
     with pytest.raises(ProxyTuneError, match="takes no fractions as logit_bias"):
