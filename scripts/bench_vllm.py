@@ -2,8 +2,9 @@
 
     python scripts/bench_vllm.py demo --json bench-vllm.json
 
-Arms: ``base`` (the base alone), ``steered`` (the recipe), and the recipe with drafts: ``ngram`` (copied from the text)
-and ``draft`` (by the model that --draft-model names; of the demo, its expert merged). Loads: N requests at a time, and
+Arms: ``base`` (the base alone), ``steered`` (the recipe), the recipe with drafts: ``ngram`` (copied from the text) and
+``draft`` (by the model that --draft-model names; of the demo, its expert merged), and ``prompts``: the recipe, in which
+experts and anti-experts read a line before the prompt that the base does not read. Loads: N requests at a time, and
 Poisson arrivals at --rate. All arms' servers are up together, and are measured by turns, so that what else the machine
 does meets all of them. An arm that does not start, or breaks, is reported and left out; the others continue. What is
 measured is added to FILE at once, so that a run can be made in pieces; the tables are of all that FILE has.
@@ -31,6 +32,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +45,16 @@ from proxytune.evaluation.problems import make_problems
 from proxytune.recipe.check import count_recipe
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.members import Loading, member_source
+from proxytune.recipe.parts import Prompt
 from proxytune.recipe.place import named_recipe
-from proxytune.recipe.store import load_recipe
+from proxytune.recipe.store import load_recipe, write_recipe
 from proxytune.speed.bench import describe_machine
 from proxytune.vllm import installed_version
 from proxytune.vllm.command import serve_command, server_of
 from proxytune.vllm.plan import parts_of
 
-ARMS = ("base", "steered", "ngram", "draft")
+ARMS = ("base", "steered", "ngram", "draft", "prompts")
+OWN = "Solve the following problem, step by step.\n{prompt}"  # what the members but for the base read in "prompts"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
 DTYPE = "bfloat16"  # vLLM's own choice, whatever the checkpoints' is; said, so that bytes can be counted
 STARTED = 900  # seconds until a server must answer: the first start compiles every member
@@ -200,7 +204,17 @@ def command(arm: str, config: ProxyTuneConfig, asked: argparse.Namespace) -> lis
     if arm == "draft":
         drafts = {"method": "draft_model", "model": draft_model(config, asked), "num_speculative_tokens": 3}
         common += ["--speculative-config", json.dumps(drafts)]
-    return serve_command(config, common)
+    return serve_command(with_prompts(config) if arm == "prompts" else config, common)
+
+
+def with_prompts(config: ProxyTuneConfig) -> ProxyTuneConfig:
+    """The recipe, whose members but for the base have a prompt of their own."""
+
+    def change(name: str, member: Any) -> Any:
+        return member if name == "base" else replace(member, prompt=Prompt.parse(OWN))
+
+    tokenizer = AutoTokenizer.from_pretrained(str(config.name_or_path))
+    return load_recipe(write_recipe(config.with_members(change), "runs/bench-vllm-prompts", tokenizer=tokenizer))
 
 
 def draft_model(config: ProxyTuneConfig, asked: argparse.Namespace) -> str:
@@ -455,11 +469,11 @@ def tables(found: Mapping[str, Any], config: ProxyTuneConfig) -> str:
 
     text += [
         "",
-        "| load | drafts | tokens/s | speed to without | of a token after the first | accepted | tokens a step |",
+        "| load | arm | tokens/s | speed to steered | of a token after the first | accepted | tokens a step |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for (load, arm), one in of.items():
-        if one.rounds and arm in ("ngram", "draft"):
+        if one.rounds and arm in ("ngram", "draft", "prompts"):
             plain = of[load, "steered"]
             speed = _ratio(one.rate("output_throughput"), plain.rate("output_throughput"))
             taken = one.rate("spec_decode_acceptance_rate")

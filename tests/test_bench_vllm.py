@@ -102,6 +102,7 @@ def rig(monkeypatch, tmp_path):
             raise OSError("the server is gone")
         drafted = {"spec_decode_acceptance_rate": 40.0, "spec_decode_acceptance_length": 2.2}
         speeds = {"base": (50.0, 20.0, {}), "steered": (40.0, 25.0, {}), "ngram": (60.0, 12.5, drafted)}
+        speeds["prompts"] = (30.0, 35.0, {})
         speed, each, more = speeds.get(arm, (20.0, 50.0, drafted))
         return {key: value for key, value in measured(arm, load, speed, each, **more).items() if key != "arm"}
 
@@ -124,15 +125,17 @@ def rig(monkeypatch, tmp_path):
 def test_all_arms_are_measured_by_turns(rig, capsys):
     assert rig.run() == 0
     found = json.loads(rig.json.read_text("utf-8"))["measures"]
-    assert [one["arm"] for one in found[:4]] == [*bench_vllm.ARMS]
-    assert [one["arm"] for one in found[12:16]] == ["steered", "ngram", "draft", "base"], "the second round"
+    assert [one["arm"] for one in found[:5]] == [*bench_vllm.ARMS]
+    second = ["steered", "ngram", "draft", "prompts", "base"]
+    assert [one["arm"] for one in found[15:20]] == second, "the second round"
     said = capsys.readouterr()
-    assert said.err.startswith("Starts 4 servers one after another (base, steered, ngram, draft), together at most ")
+    assert said.err.startswith("Starts 5 servers one after another (base, steered, ngram, draft, prompts), together ")
     assert "16 requests as Poisson arrivals, 1 a second" in said.err
     assert "| 8 | 2 | 50.0 | 40.0 | 0.80 | 0.80 | 0.50 |" in said.out
     assert "| poisson | 2 | 50.0 | 40.0 |  | 0.80 | 0.50 |" in said.out
     assert "| 1 | base | 4 | 30.0 | 40.0 | 20.0 | 20.0 |" in said.out
     assert "| 8 | ngram | 60.0 | 1.50 | 2.00 | 40 % | 2.20 |" in said.out
+    assert "| 8 | prompts | 30.0 | 0.75 | 0.71 |  |  |" in said.out
 
 
 @pytest.mark.parametrize("when", ["start", "8"])
