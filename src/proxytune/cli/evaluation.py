@@ -112,6 +112,7 @@ def evaluate(
         proxytune eval demo --tasks demo_facts --limit 40 --pack
         proxytune eval mine --tasks gsm8k,triviaqa --tuned ./big-tuned --output runs/mine
         proxytune eval --config runs/mine/manifest.json --limit 500 --output runs/more
+        proxytune eval mine --tasks gsm8k --engine vllm --engine-option tensor_parallel_size=4
     """
     check_alpha(recipe, options.alpha)
     results = replace(results, output=json_file)
@@ -126,7 +127,9 @@ def evaluate(
 def sweep(
     recipe: Recipe,
     *,
-    options: Annotated[EvaluationOptions, only("tasks", "data", "limit", "samples", "seed", "batch_size")],
+    options: Annotated[
+        EvaluationOptions, only("tasks", "data", "limit", "samples", "seed", "batch_size", "engine", "engine_options")
+    ],
     alpha: Annotated[
         str,
         typer.Option(
@@ -199,9 +202,14 @@ def _run(
     """A run's recipe, its directory, and its functions for scoring tasks and for progress."""
     from proxytune.evaluation.scoring import CODE, JUDGED, scorer_options
     from proxytune.evaluation.tasks.utils import problems_file
+    from proxytune.recipe.parts import ApiBase
     from proxytune.recipe.store import load_recipe
 
     config = load_recipe(recipe).with_mixing(options.combine, options.gate)
+    if options.engine == "vllm" and not isinstance(config.base_member, ApiBase):
+        from proxytune.vllm.plan import refuse
+
+        refuse(config)
     place = output or Path(f"{command}-{Path(recipe.rstrip('/')).name or 'recipe'}")
     code = replace(code, ks=(10, 1))  # pass@10 first, the paper's
 

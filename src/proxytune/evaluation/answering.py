@@ -14,10 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
-from transformers.generation.logits_process import (
-    LogitsProcessor,
-    NoBadWordsLogitsProcessor,
-)
+from transformers.generation.logits_process import NoBadWordsLogitsProcessor
 from transformers.generation.stopping_criteria import StoppingCriteria
 
 from proxytune.answers.generation import Answer, Encoded, Sampling, answer, batches
@@ -27,6 +24,7 @@ from proxytune.decoding.trace import TOP_K
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.arms import Arm, Pair, Reader
 from proxytune.evaluation.code import clean_code
+from proxytune.evaluation.engine import EngineArm
 from proxytune.lanes.reading import ROTATIONS, reading_of, rotations
 from proxytune.recipe.families import new_cache
 from proxytune.recipe.parts import Prompt
@@ -104,7 +102,7 @@ def with_own_examples(jobs: Sequence[Job], name: str) -> list[Job]:
 
 # -- how it is answered ---------------------------------------------------------------------------------------
 def answer_jobs(
-    arm: Arm,
+    arm: Arm | EngineArm,
     plan: TaskPlan,
     jobs: Sequence[Job],
     made: Sequence[Container[Key]] = ((),),
@@ -134,7 +132,9 @@ def answer_jobs(
     # For continuations, each mix only mixes again. For writing, each mix is a row of its own.
     n_prompts = batch_size if plan.likelihood else max(1, batch_size // len(mixes))
     asked = encode_jobs(arm.reader, plan, jobs)
-    n_shared = 0 if plan.likelihood else _beginning(arm, [pair.context.ids for _, (pair,) in asked])
+    n_shared = 0
+    if not plan.likelihood and isinstance(arm, Arm):
+        n_shared = _beginning(arm, [pair.context.ids for _, (pair,) in asked])
     text_of = token_texts(arm.tokenizer)
     for whole in batches(asked, n_prompts):
         batch = [pair for pair in whole if any(pair[0].key not in done for done in made)]
@@ -158,7 +158,7 @@ def answer_jobs(
             fields = {name: job.doc[name] for name in plan.metadata.get("fields", ())}
             about = {"id": job.id, "sample": job.sample, "prompt": job.context}
             lines[at].append({**about, **fields, **of, "seconds": seconds})
-        if traced is not None:
+        if traced is not None and isinstance(arm, Arm):
             of_rows = zip(asked_rows, written)
             traced([_trace(arm, batch[row][0], alphas, one, text_of) for (row, alphas), (_, one) in of_rows])
         yield lines
@@ -193,7 +193,7 @@ def encode_jobs(reader: Reader, plan: TaskPlan, jobs: Sequence[Job]) -> list[Ask
 
 
 def generate_batch(
-    arm: Arm,
+    arm: Arm | EngineArm,
     plan: TaskPlan,
     batch: Sequence[Asked],
     wanted: Sequence[tuple[int, Mix]],
@@ -218,26 +218,31 @@ def generate_batch(
     if options.get("do_sample", False):
         sampling = Sampling(**({"temperature": 1.0} if set(chosen.values()) == {None} else chosen), seed=seed)
     prompts = [pair.context for _, (pair,) in batch]
-    n_prompt = max(len(prompt.ids) for prompt in prompts)
-    processors: list[LogitsProcessor] = []
-    if banned := _banned_ids(arm.tokenizer, plan.metadata.get("banned") or ()):
-        processors.append(NoBadWordsLogitsProcessor(banned))
-    rows = [row for row, _ in wanted]
-    cache, n_shared = _prefilled(arm, prompts, rows, n_shared, read)
-    answers = answer(
-        arm.model,
-        arm.tokenizer,
-        [prompts[row] for row in rows],
-        [alphas for _, alphas in wanted] if arm.alphas else None,
-        max_new_tokens=int(options.get("max_gen_toks", 256)),
-        sampling=sampling,
-        rows=[f"{plan.name}/{batch[row][0].id}/{batch[row][0].sample}" for row in rows],
-        processors=processors,
-        criteria=[StopTexts(arm.tokenizer, until, n_prompt)] if until else [],
-        past_key_values=cache,
-        n_shared=n_shared,
-        trace_top_k=trace_top_k,
-    )
+    banned = _banned_ids(arm.tokenizer, plan.metadata.get("banned") or ())
+    rows, mixes = [row for row, _ in wanted], [alphas for _, alphas in wanted]
+    asked = [prompts[row] for row in rows]
+    said: dict[str, Any] = {
+        "max_new_tokens": int(options.get("max_gen_toks", 256)),
+        "sampling": sampling,
+        "rows": [f"{plan.name}/{batch[row][0].id}/{batch[row][0].sample}" for row in rows],
+    }
+    if isinstance(arm, EngineArm):
+        answers = arm.write(asked, mixes, stops=until, banned=banned, **said)
+    else:
+        n_prompt = max(len(prompt.ids) for prompt in prompts)
+        cache, n_shared = _prefilled(arm, prompts, rows, n_shared, read)
+        answers = answer(
+            arm.model,
+            arm.tokenizer,
+            asked,
+            mixes if arm.alphas else None,
+            processors=[NoBadWordsLogitsProcessor(banned)] if banned else [],
+            criteria=[StopTexts(arm.tokenizer, until, n_prompt)] if until else [],
+            past_key_values=cache,
+            n_shared=n_shared,
+            trace_top_k=trace_top_k,
+            **said,
+        )
     found = []
     for one in answers:
         ends = [at for stop in until if (at := one.text.find(stop)) >= 0]
@@ -351,9 +356,10 @@ class StopTexts(StoppingCriteria):
 Score = tuple[float, bool]
 
 
-def score_jobs(arm: Arm, batch: Sequence[Sequence[Pair]], mixes: Sequence[Mix]) -> list[list[list[Score]]]:
+def score_jobs(arm: Arm | EngineArm, batch: Sequence[Sequence[Pair]], mixes: Sequence[Mix]) -> list[list[list[Score]]]:
     """The score of each continuation: mix -> job -> scores."""
-    of_mixes = map(iter, choice_scores(arm, [pair for pairs in batch for pair in pairs], mixes))
+    pairs = [pair for job in batch for pair in job]
+    of_mixes = map(iter, arm.score(pairs, mixes) if isinstance(arm, EngineArm) else choice_scores(arm, pairs, mixes))
     return [[list(islice(scores, len(pairs))) for pairs in batch] for scores in of_mixes]
 
 

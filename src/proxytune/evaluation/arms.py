@@ -59,12 +59,14 @@ class Reader:
         name: the arm's name. tokenizer: the tokenizer for members that read the raw text.
         own: member name -> (its prompt, its tokenizer), for members with prompts of their own; "" is a model alone.
         contexts: member name -> how many tokens it can read, None for any number.
+        reads_all: whether the last token of a scored text is read too, as vLLM does, and not only predicted.
     """
 
     name: str
     tokenizer: Any
     own: Mapping[str, tuple[Prompt, Any]]
     contexts: Mapping[str, int | None]
+    reads_all: bool = False
 
     def encode(self, plan: TaskPlan, context: str) -> Encoded:
         """The ids that each member reads as the context of an answer."""
@@ -87,8 +89,8 @@ class Reader:
         limit = min(raw_limits, default=None)  # for members that read the raw text
         for raw, scored in _encoded_as_lm_eval(self.tokenizer, context, continuations):
             own = self._own_prompts(plan, context.rstrip())
-            # The last token is predicted and never read.
-            cut = 0 if "" in own or limit is None else max(0, len(raw) + len(scored) - (limit + 1))
+            n_predicted = 0 if self.reads_all else 1  # the last token is predicted and never read
+            cut = 0 if "" in own or limit is None else max(0, len(raw) + len(scored) - (limit + n_predicted))
             if cut >= len(raw):
                 raise ProxyTuneError(f"a continuation has {len(scored)} tokens, but the model can read only {limit}")
             encoded = with_room(self.contexts, own.pop("", raw[cut:]), own)

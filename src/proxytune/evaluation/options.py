@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from proxytune.answers.options import ALPHA, COMBINE, GATE
 from proxytune.errors import AlphaError, ProxyTuneError
@@ -13,7 +15,34 @@ from proxytune.options import numbers, option, words
 from proxytune.recipe.rules import Rule
 from proxytune.recipe.source import resolve
 
-__all__ = ["CodeOptions", "EvaluationOptions", "JudgeOptions", "alpha_range"]
+__all__ = ["CodeOptions", "Engine", "EvaluationOptions", "JudgeOptions", "alpha_range", "engine_options"]
+
+Engine = Literal["transformers", "vllm"]
+# Options of vLLM that the command gives itself, or that do not fit a recipe -> what to do.
+NOT_OPTIONS = {"model": "name the recipe", "dtype": "use --dtype", "tokenizer": "the recipe names it"} | dict.fromkeys(
+    ("generation_config", "hf_overrides", "quantization", "runner", "skip_tokenizer_init", "trust_remote_code"),
+    "leave it out",
+)
+
+
+def engine_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Read ``NAME=VALUE`` several times, where VALUE is JSON or else text.
+
+    Raises:
+        ProxyTuneError: for what has another form, and for an option that is not the user's to give.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ProxyTuneError(f"--engine-option is NAME=VALUE, such as tensor_parallel_size=4, not {text!r}")
+        if name in NOT_OPTIONS:
+            raise ProxyTuneError(f"--engine-option cannot give {name}; {NOT_OPTIONS[name]}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 @dataclass(frozen=True)
@@ -62,7 +91,29 @@ class EvaluationOptions:
         panel="Data",
     )
     seed: int = option(0, "Seed for drawing examples and for sampling.", metavar="N", panel="Data")
-    batch_size: int = option(8, "Rows per batch.", flag="--batch-size -b", metavar="N", min=1, panel="Speed")
+    batch_size: int | None = option(
+        None,
+        "Rows per batch; 8 by default, with vLLM 512.",
+        flag="--batch-size -b",
+        metavar="N",
+        min=1,
+        panel="Speed",
+    )
+    engine: Engine = option(
+        "transformers",
+        "What runs the members: transformers, or vLLM, which answers hundreds of prompts at a time.",
+        metavar="transformers|vllm",
+        panel="Speed",
+    )
+    engine_options: Mapping[str, Any] = option(
+        dict,
+        "With --engine vllm: an option of vLLM, as vllm.LLM takes it, such as tensor_parallel_size=4. Repeatable.",
+        flag="--engine-option",
+        metavar="NAME=VALUE",
+        panel="Speed",
+        many=True,
+        parse=engine_options,
+    )
     trace: bool = option(
         False,
         "Write a trace of each answer to DIR/TASK/ARM.trace.jsonl: why each token was chosen. Not for tasks that score "
@@ -72,6 +123,8 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", check_tasks(self.tasks, EVAL_TASKS))
+        if self.engine == "transformers" and self.engine_options:
+            raise ProxyTuneError("--engine-option is for vLLM; give --engine vllm too")
         place = data_place(self.data)
         if place is not None and place.is_file() and len(self.tasks) > 1:
             raise ProxyTuneError("--data is one file, but there are several tasks; give a folder")
@@ -88,6 +141,11 @@ class EvaluationOptions:
                 raise ProxyTuneError("--vector-strength is the factor of a steering vector: give --steering-vector too")
         elif not Path(self.steering_vector).is_file():
             raise ProxyTuneError(f"there is no file {self.steering_vector} (--steering-vector)")
+
+    @property
+    def rows_per_batch(self) -> int:
+        """How many rows are answered at a time."""
+        return self.batch_size or (512 if self.engine == "vllm" else 8)
 
     @property
     def vector(self) -> tuple[str, float] | None:

@@ -56,6 +56,7 @@ from proxytune.evaluation.arms import (
     impossible,
     tuned_prompt,
 )
+from proxytune.evaluation.engine import EngineArms, refuse_of_engine
 from proxytune.evaluation.fit import check_fit, curves, fits, gold_ids, read_gold
 from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.results import (
@@ -112,15 +113,17 @@ def evaluate(
     plans = load_plans(options)
     judging = {plan.name: scoring(plan.name) for plan in plans}  # find out before the answers that a judge is missing
     names = arms_of(config, options, plans, note)
+    more: dict[str, Any] = {"tuned": options.tuned, "mean_weight": options.mean_weight, "vector": options.vector}
+    arms = _arms(config, options, loading, alphas=_alphas(config, options), **more)
     refuse_unknown(config, loading, plans, names, trace=options.trace)
+    if isinstance(arms, EngineArms):
+        refuse_of_engine(arms, plans, names, {"--trace": options.trace})
     if options.trace:
         refuse_untraceable(plans, names, out)
     write_manifest(out, manifest_of(config, options, loading, plans, {"arms": names}, settings))
     asked = {name: [plan for plan in plans if shots_of(name) in plan.jobs] for name in names}
     files = {name: {plan.name: [out / plan.name / f"{name}.jsonl"] for plan in asked[name]} for name in names}
     tally = Tally(progress, [(plan, name, files[name][plan.name]) for name in names for plan in asked[name]])
-    more: dict[str, Any] = {"mean_weight": options.mean_weight, "vector": options.vector}
-    arms = Arms(config, (), loading, alphas=_alphas(config, options), tuned=options.tuned, **more)
     left_out = unreadable(arms, asked, tally, note)
     left = [name for name in names if any(tally.missing(name, plan) for plan in asked[name])]
     arms.names = left  # the whole recipe is loaded only if an arm needs it
@@ -134,12 +137,21 @@ def evaluate(
             with _left_out(left_out, plan.name):
                 how = judging[plan.name]
                 tasks[plan.name] = task_results(plan.name, whole, samples=plan.repeats, options=how, note=note)
+                if options.engine == "vllm":  # every arm costs as much as the mixture
+                    tasks[plan.name]["steered_to_base"] = None
     results = _write_results(out, tasks, left_out, started, results_tables)
     if drawn := {name: task for name, task in tasks.items() if task["arms"]}:
         from proxytune.evaluation.plots import plot_arms
 
         plot_arms(drawn, ARMS, out / "results")
     return results
+
+
+def _arms(config: ProxyTuneConfig, options: EvaluationOptions, loading: LoadingOptions, **more: Any) -> Arms:
+    """What makes the arms of a run; nothing is loaded yet."""
+    if options.engine == "vllm":
+        return EngineArms(config, (), loading, options=options.engine_options, **more)
+    return Arms(config, (), loading, **more)
 
 
 def refuse_unknown(
@@ -294,7 +306,7 @@ def answer_tasks(
             traced = None
             if options.trace:
                 traced = stack.enter_context(TraceLog(_traces_of(files[plan.name][0]), logs[0])).append
-            asked: dict[str, Any] = {"batch_size": options.batch_size, "seed": options.seed, "traced": traced}
+            asked: dict[str, Any] = {"batch_size": options.rows_per_batch, "seed": options.seed, "traced": traced}
             with _left_out(left_out, plan.name, name):
                 arm = arm or arms.make(name)
                 for batch in answer_jobs(arm, plan, jobs, made, mixes, **asked):
@@ -363,12 +375,15 @@ def sweep(
     ]
     if loading.way == "verify":
         raise ProxyTuneError("a sweep never drafts, so --way verify would change nothing; leave it out")
+    arms = _arms(config, options, replace(loading, speculate=False))
     refuse_unknown(config, loading, plans, ["proxy_tuned"], fit=fit)
+    if isinstance(arms, EngineArms):
+        refuse_of_engine(arms, plans, ["proxy_tuned"], {"--fit": fit})
     what = {"sweep": expert or "all experts"}
     write_manifest(out, manifest_of(config, options, loading, plans, what, settings))
     files = {plan.name: [out / plan.name / f"alpha={value:g}.jsonl" for value in values] for plan in plans}
     tally = Tally(progress, [(plan, "proxy_tuned", files[plan.name]) for plan in plans])
-    arms = Arms(config, ["proxy_tuned"], replace(loading, speculate=False))
+    arms.names = ["proxy_tuned"]
     left_out = unreadable(arms, {"proxy_tuned": plans}, tally, note)
     if any(tally.missing("proxy_tuned", plan) for plan in plans):
         answer_tasks(arms, "proxy_tuned", plans, files, options, tally, left_out, alphas)
@@ -582,6 +597,7 @@ def manifest_of(
             "steering_vector": _vector_hash(options),
             "seed": options.seed,
             "dtype": loading.dtype,
+            "engine": options.engine,
             "pack": loading.pack,
             **({"way": loading.way} if isinstance(config.base_member, ApiBase) else {}),
         },
@@ -599,7 +615,8 @@ def manifest_of(
         "config": dict(settings or {}),
         "recipe": str(config.name_or_path),
         "data": options.data or os.environ.get("PROXYTUNE_DATA") or "hub",
-        "batch_size": options.batch_size,
+        "batch_size": options.rows_per_batch,
+        "engine_options": dict(options.engine_options),
         "speculate": loading.speculate,
         "versions": _versions(),
     }
@@ -641,7 +658,7 @@ def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
     if path.exists():
         try:
             before = json.loads(path.read_text("utf-8"))
-            decided, tasks = dict(before["decides"]), dict(before["tasks"])
+            decided, tasks = {"engine": "transformers", **before["decides"]}, dict(before["tasks"])
         except (ValueError, KeyError, TypeError) as error:
             raise ProxyTuneError(f"{path} is not a manifest of this command; choose another --output") from error
         predicted = {name: _predicted(out / name) for name in tasks}

@@ -25,6 +25,7 @@ from proxytune.recipe.parts import Member
 
 __all__ = [
     "adapted",
+    "asks",
     "base_generation_config",
     "fields_of",
     "plain_generation_config",
@@ -131,7 +132,7 @@ def adapted(generation: GenerationConfig, width: int, where: str) -> tuple[Gener
         MemberError: for a value with which transformers cannot generate.
     """
     generation = copy.deepcopy(generation)
-    left_out = [name for name in FIELDS if name not in OF_A_FILE and _asks(name, getattr(generation, name))]
+    left_out = [name for name in FIELDS if name not in OF_A_FILE and asks(name, getattr(generation, name))]
     if generation.cache_implementation not in CACHES:
         left_out.append("cache_implementation")
     said = ", ".join(f"{name}={getattr(generation, name)!r}" for name in left_out)
@@ -154,7 +155,7 @@ def refuse_fields(asked: Mapping[str, Any], *configs: GenerationConfig | None) -
     for name in (each for each in FIELDS if each not in OF_A_CALL or each in told):
         values = (getattr(each, name, None) for each in configs if each is not None)
         value = asked[name] if name in asked else next((value for value in values if value is not None), None)
-        if not _asks(name, value):
+        if not asks(name, value):
             continue
         if name == "cache_implementation" and value not in CACHES:
             raise ProxyTuneError(f"{name}={value!r} is not available for several members; use 'dynamic' or 'static'")
@@ -170,7 +171,7 @@ def plain_generation_config(model: Any, max_new_tokens: int) -> GenerationConfig
     Every field is set: ``generate`` fills what is None with the model's own, so pass it by :func:`fields_of`.
     """
     own = model.generation_config
-    if left_out := [n for n in FIELDS if n not in OF_A_COMMAND | OWN_CHOICE and _asks(n, getattr(own, n, None))]:
+    if left_out := [n for n in FIELDS if n not in OF_A_COMMAND | OWN_CHOICE and asks(n, getattr(own, n, None))]:
         said = ", ".join(f"{name}={getattr(own, name)!r}" for name in left_out)
         logger.warning_once(f"the generation config asks for {said}, which the commands do not support; it is left out")
     config = GenerationConfig(**DEFAULTS)
@@ -207,7 +208,7 @@ def valid_generation_config(generation: GenerationConfig) -> GenerationConfig:
     return generation
 
 
-def _asks(name: str, value: Any) -> bool:
+def asks(name: str, value: Any) -> bool:
     """Whether a field's value asks for something."""
     return bool(value) and value != DEFAULTS.get(name)
 
