@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxytune import MemberError, ProxyTunedForCausalLM, ProxyTuneError, RecipeError, VocabularyError
+from proxytune.decoding.ahead import Ahead
 from proxytune.decoding.certificate import MARGIN, biases, bounded, drawn_from_known, judge, known_ids, most_probable
 from proxytune.decoding.lane import Scores
 from proxytune.generation_mixin import last_asked
@@ -25,7 +26,7 @@ from proxytune.recipe.parts import ApiBase, parse_base
 from support import faults, tiny
 from support.commands import fails, run
 from support.completions import KEY, Served, serving
-from support.decoding import near, new_tokens
+from support.decoding import family_oracle, near, new_tokens
 from support.faults import PASSING, first_two, padded, spoiled, top
 from support.oracle import Oracle, assert_same_tokens
 
@@ -1065,6 +1066,96 @@ def test_experts_read_while_the_base_is_asked(served, steered, monkeypatch, way)
     served.faults = answered
     answers(model, ROWS[:1], max_new_tokens=4)
     assert late == [len(served.requests) - 1]  # at the end the base alone is asked once more
+
+
+def test_experts_read_a_guess_while_the_server_chooses(served, steered, monkeypatch):
+    """The server answers only when expert and anti-expert have read a guess."""
+    model = steered(5, way="push")
+    arrived, over, late, read = threading.Event(), threading.Event(), [], []
+    guess = Ahead.guess
+
+    def seen(self, ids):
+        arrived.wait(5)
+        guess(self, ids)
+        read.append(ids)
+        if len(read) % 2 == 0:
+            over.set()
+
+    def answered(number, made):
+        arrived.set()
+        if not over.wait(1):
+            late.append(number)
+        arrived.clear()
+        over.clear()
+        return made
+
+    monkeypatch.setattr(Ahead, "guess", seen)
+    began = len(served.requests)
+    served.faults = answered
+    answers(model, ROWS[:1], max_new_tokens=5)
+    # Nothing is guessed at the prompt, nor at the last token, and at the end the base alone is asked once more.
+    assert [number - began for number in late] == [0, 4, 5]
+
+
+@pytest.mark.parametrize("few_first", [40, 2_000])
+def test_wrong_guesses_change_nothing(oracle, served, steered, few, monkeypatch, few_first):
+    few(few_first)
+    model = steered(5, way="push")
+    guess, read, guessed, n_read = Ahead.guess, TransformersState.read, [], []
+
+    def seen(self, ids):
+        guessed.append(int(ids))
+        guess(self, ids)
+
+    def counted(self, ids, *args, **kwargs):
+        n_read.append(ids.shape[1])
+        return read(self, ids, *args, **kwargs)
+
+    monkeypatch.setattr(Ahead, "guess", seen)
+    monkeypatch.setattr(TransformersState, "read", counted)
+    n_right = 0
+    for row in ROWS:
+        expected = oracle.greedy(row, N_NEW)[0]
+        guessed.clear()
+        n_read.clear()
+        tokens, asked = answers(model, [row])
+        assert tokens == [expected]
+        assert all(asked.certified[0])
+        assert asked.calls == [N_NEW + 1] or few_first < tiny.VOCAB
+        right = [one == token for one, token in zip(guessed[::2], expected[1:-1], strict=True)]  # two lanes guess
+        assert n_read.count(1) == 2 * (N_NEW - 1 + right.count(False))  # no column is read twice without need
+        n_right += sum(right)
+        ended = {"eos_token_id": expected[5], "return_dict_in_generate": True}
+        out = model.generate(torch.tensor([row]), **{**GREEDY, **ended})
+        assert out.sequences[0, len(row) :].tolist() == expected[: expected.index(expected[5]) + 1]
+        assert {state.n_columns for state in out.past_key_values.states} == {out.sequences.shape[1] - 1}
+        following = torch.tensor([expected[5:6]])
+        for state, lane in list(zip(out.past_key_values.states, model.lanes))[1:]:
+            fresh = lane.open(1)
+            found, whole = state.read(following).values[:, -1], fresh.read(out.sequences).values[:, -1]
+            torch.testing.assert_close(found, whole, rtol=0, atol=1e-3)
+    assert 0 < n_right < len(ROWS) * (N_NEW - 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])  # the last two have sliding windows
+def test_a_guess_leaves_no_column(family):
+    lane = tiny.compose(family_oracle(family)).lanes[1]
+    state, plain = lane.open(1), lane.open(1)
+    for each in (state, plain):
+        each.read(torch.tensor([list(range(3, 43))]))
+        each.keep()
+    state.begin_drafts(30)
+    ahead = Ahead(state)
+    tokens = [5, 9, 200, 41, 77, 3, 120, 8]
+    for at, token in enumerate(tokens):
+        ids = torch.tensor([[token]])
+        assert torch.equal(ahead.read(ids).values, plain.read(ids).values)
+        if at % 4 > 0:  # one is not guessed, one right, two wrong
+            ahead.guess(torch.tensor([[tokens[at + 1] if at % 4 == 1 else 50]]))
+        ahead.keep([1])
+        plain.keep([1])
+    ahead.settle()
+    assert state.n_columns == plain.n_columns
 
 
 def test_calls_of_many_rows_are_under_way_at_once(served, steered):

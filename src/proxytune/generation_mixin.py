@@ -28,6 +28,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from proxytune.cache import ProxyTunedCache
+from proxytune.decoding.ahead import Ahead
 from proxytune.decoding.certificate import Certifier
 from proxytune.decoding.cost import Costs
 from proxytune.decoding.drafting import Drafter, Drafting
@@ -643,8 +644,15 @@ class SteeredGenerationMixin(GenerationMixin):
             gating = Gating(steering.gate, text, self.tokenizer, self._base_logits, waits=waits)
             if gating.waits:
                 states = [state if lane == base else Later(state) for lane, state in enumerate(states)]
+        # While the server chooses, the experts read what it will probably choose. Only for one row: of several guesses
+        # one is usually wrong.
+        ahead: list[Ahead] = []
+        draws = certifier is not None and certifier.draws and self.drafting is not None
+        if draws and n_batch == 1 and all(each.forgets for each in states):
+            states = [each if lane == base else Ahead(each) for lane, each in enumerate(states)]
+            ahead = [each for lane, each in enumerate(states) if lane != base]
         drafter = Drafter(
-            self.drafting if obstacle is None else None,
+            self.drafting if obstacle is None or ahead else None,
             self.lanes,
             states,
             text,
@@ -657,7 +665,14 @@ class SteeredGenerationMixin(GenerationMixin):
         def mixture(scores: Sequence[Scores | None], alpha: Tensor, opened: Tensor | None) -> Tensor:
             if certifier is not None:
                 read = cast("Sequence[Scores]", scores)
-                return certifier.mix(read, lambda values: self.mix_lanes(values, alpha, steering, opened))
+
+                def read_ahead() -> None:
+                    if ahead and text.room > 0:
+                        ids = drafter.likeliest(read[drafter.lane], alpha)
+                        for each in ahead:
+                            each.guess(ids)
+
+                return certifier.mix(read, lambda values: self.mix_lanes(values, alpha, steering, opened), read_ahead)
             return self.mix_lanes([None if s is None else s.values for s in scores], alpha, steering, opened)
 
         # On the device of the logits: copying it there at each step would wait for all pending work of the device.
@@ -671,7 +686,7 @@ class SteeredGenerationMixin(GenerationMixin):
         )
         traces: list[list[TokenTrace]] = [[] for _ in range(n_batch)]
         kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
-        with _drafting(cache, None if speculate is False else limit - n_prompt - 1):
+        with _drafting(cache, None if speculate is False and not ahead else limit - n_prompt - 1):
             for step in steps:
                 stats.count(step)
                 if certifier is not None:
@@ -683,6 +698,8 @@ class SteeredGenerationMixin(GenerationMixin):
                         streamer.put(torch.tensor(column))
                 for name in kept:
                     kept[name] += getattr(step, name).unbind(dim=1)
+            for each in ahead:
+                each.settle()
         if certifier is not None and remote is not None:
             again()
             traces = [

@@ -171,11 +171,17 @@ class Certifier:
         self.bounds: list[Tensor] = []
         self.start = 0  # columns before this step's first position, and in it
 
-    def mix(self, scores: Sequence[Scores], mix: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
+    def mix(
+        self,
+        scores: Sequence[Scores],
+        mix: Callable[[Sequence[Tensor]], Tensor],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Tensor:
         """The mixture, (n_batch, n_positions, n_vocab), -inf where the base is not known.
 
         Args:
             mix: from the logits of all lanes to their mixture.
+            meanwhile: what is to be done while the base chooses.
 
         Raises:
             ProxyTuneError: if no known token can be chosen.
@@ -188,8 +194,13 @@ class Certifier:
             members = [each[:, 0] for at, each in enumerate(values) if at != self.lane]
             likely = most_probable(members, base.values.shape[0], self.n_vocab)
             values[self.lane] = torch.zeros(*base.values.shape[:2], self.n_vocab)
-            tokens = self.state.draw(start, mix(values)[:, 0], likely)
-            drawn = {row: token for row, token in enumerate(tokens) if token is not None}
+            wait = self.state.draw(start, mix(values)[:, 0], likely)
+            meanwhile()
+            drawn = {row: token for row, token in enumerate(wait()) if token is not None}
+            if len(drawn) == len(base.values):  # all is decided
+                self.seen.append(torch.ones(len(drawn), 1, dtype=torch.bool))
+                chosen = torch.tensor(list(drawn.values()))[:, None, None]
+                return torch.full((len(drawn), 1, self.n_vocab), -torch.inf).scatter(2, chosen, 0.0)
         while True:
             values[self.lane] = bounded(base, self.n_vocab)
             known, upper = known_ids(base, self.n_vocab), mix(values)

@@ -206,6 +206,10 @@ class Drafter:
             draft.q = torch.cat(distributions, dim=1)
         return draft
 
+    def likeliest(self, scores: Scores, alpha: Tensor) -> Tensor:
+        """The drafting lane's guess of each row's next token, (n_batch, 1), from its scores at one position."""
+        return self._guess(scores.values, None, alpha).argmax(dim=-1)
+
     def _guess(self, output: Tensor, quick: Callable[[Tensor], Tensor] | None, alpha: Tensor) -> Tensor:
         """The drafting lane's guess at the mixture, (n_batch, 1, n_vocab of the base); see :func:`choose_drafting`.
 

@@ -166,8 +166,10 @@ class QuickState(LaneState, Protocol):
 class AskedState(LaneState, Protocol):
     """A state of a lane that does not score all tokens. It can be asked for more."""
 
-    def draw(self, start: int, offsets: Tensor, likely: Tensor) -> list[int | None]:
+    def draw(self, start: int, offsets: Tensor, likely: Tensor) -> Callable[[], list[int | None]]:
         """For each row, the token that the lane itself chooses if ``offsets`` are added; None if that is not sure.
+
+        The requests are on their way when this returns. What it returns waits for them.
 
         Args:
             start: as in :meth:`ask`. offsets: shape = (n_batch, n_vocab). likely: larger for tokens that are thought to

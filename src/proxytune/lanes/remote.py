@@ -186,7 +186,7 @@ class RemoteState(TextState):
 
         return ask
 
-    def draw(self, start: int, offsets: Tensor, likely: Tensor) -> list[int | None]:
+    def draw(self, start: int, offsets: Tensor, likely: Tensor) -> Callable[[], list[int | None]]:
         """See :class:`proxytune.decoding.lane.AskedState`. A few tokens are pushed first, then as many as possible."""
         endpoint = self.lane.endpoint
 
@@ -202,7 +202,7 @@ class RemoteState(TextState):
                 self.drawn = None if token is None else (choose, token)
             return token
 
-        return endpoint.each(drawn, range(self.n_batch))
+        return endpoint.begin(drawn, range(self.n_batch))
 
     def behind(self, start: int, n_positions: int) -> Tensor:
         """See :class:`proxytune.decoding.lane.AskedState`."""
