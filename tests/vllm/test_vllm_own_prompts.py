@@ -152,6 +152,7 @@ def test_prompts_that_a_request_gives(mixed):
         refused(llm, {"member_input_ids.e": [5]}, "there is no member 'e' to give a prompt")
         refused(llm, {"member_input_ids.e.expert": "dog"}, "must be ids")
         refused(llm, {"member_input_ids.e.expert": []}, "must be ids")
+        refused(llm, {"negative_prompt": "dog"}, "no member that reads a negative prompt")
     shown = {name: [ids] for name, ids in own.items()}
     assert_all_same(tokens[:1], reference.greedy([row], member_input_ids=shown))
     assert_all_same(tokens[2:], reference.greedy([row], alpha=[[0.0]], member_input_ids=shown))

@@ -128,6 +128,7 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
             "do not follow",
         ),
         ("chat", {"tools": [TOOL], "tool_choice": "none"}, "do not follow tools"),
+        ("chat", {"chat_template_kwargs": {"enable_thinking": True}}, "do not follow enable_thinking"),
         ("chat", {"use_beam_search": True}, "beam search cannot be had"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,

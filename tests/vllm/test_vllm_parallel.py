@@ -15,8 +15,6 @@ from support.served import (
     expected,
     expert,
     generate,
-    guided,
-    of_prompts,
     submit,
     tokens_of,
 )
@@ -57,14 +55,14 @@ def test_two_workers(shelf, two_workers, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["prompts", "guidance"])
-def test_two_workers_read_prompts_of_their_own(shelf, two_workers, way, kind):
-    """In chunks, so that a stage is passed rows of one member and none of another; guidance on one set of weights."""
-    name = f"{kind}-for-two-{way}"
-    if kind == "guidance":
-        recipe = guided(shelf, name, template="the lazy {prompt}")
-    else:
-        recipe = of_prompts(shelf, name, expert="chat", anti_expert="the quick brown fox jumps. {prompt}")
+def test_two_workers_read_prompts_of_their_own(shelf, two_workers, way):
+    """In chunks, so that a stage is passed rows of one member and none of another; with guidance on one set of weights
+    beside a chat expert."""
+    tuned = expert("e", "qwen2-small", "qwen2-anti", 0.8)
+    tuned["expert"]["prompt"] = "chat"
+    same = {"model": "../llama", "prompt": {"kind": "negative", "template": "the quick brown fox jumps. {prompt}"}}
+    guidance = {"name": "guidance", "expert": {"model": "../llama"}, "anti_expert": same, "alpha": 0.5}
+    recipe = shelf.recipe(f"prompts-for-two-{way}", "llama", experts=[tuned, guidance])
     with engine(recipe, block_size=32, max_num_batched_tokens=16, **WAYS[way], **two_workers) as llm:
         tokens = tokens_of(submit(llm, TEXTS, STRENGTHS))
     assert_all_same(tokens, expected(Reference(recipe), TEXTS, STRENGTHS))

@@ -28,6 +28,8 @@ from proxytune.vllm.weights import Adapter, with_adapter
 from support import tiny
 from support.served import expert, quantized, wide
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+
 
 def configured(recipe, **options):
     from vllm.engine.arg_utils import EngineArgs
@@ -436,6 +438,26 @@ def test_the_v2_hook_fits(monkeypatch):
     batch.req_ids = ["req_0", "req_1"]  # a trial, in slots that requests have
     assert state.prepare_attn(batch) == "built"
     assert told.pop() is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"speculative_config": {"method": "draft_model", "num_speculative_tokens": 2}}, "speculation by draft_model"),
+        ({"speculative_config": NGRAM, "v2": "1"}, "speculation by ngram"),
+        ({"data_parallel_size": 2}, "data parallelism does not fit"),
+        ({"enable_expert_parallel": True}, "expert parallelism does not fit"),
+    ],
+    ids=["draft", "n-grams on V2", "data", "experts"],
+)
+def test_what_own_prompts_exclude(shelf, monkeypatch, options, said):
+    one = expert("e", "qwen2-small", "qwen2-anti")
+    one["expert"]["prompt"] = "chat"
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", options.pop("v2", "0"))
+    if "draft" in said:
+        options["speculative_config"]["model"] = str(shelf.root / "qwen2-small")
+    refused(shelf, f"chatty-{said[:8]}", f"{said}.*members read prompts of their own", options=options, experts=[one])
 
 
 @pytest.mark.parametrize("kind", ["cpu_attn", "flash_attn", "flashinfer", "triton_attn"])

@@ -34,6 +34,7 @@ from proxytune.vllm.plan import Part
 __all__ = ["RequestCheck", "Served", "serve", "serve_engine"]
 
 GIVEN = "member_input_ids."  # and the name of a member: its prompt in a request
+PLAIN = ("add_generation_prompt", "tokenize", "cohere_format")  # what vLLM passes to chat templates by itself
 CONVERSATION = "proxytune_conversation"  # a field of a rendered prompt, which stays in the process
 
 
@@ -43,7 +44,7 @@ class Conversation:
 
     Attributes:
         messages: as the request has them. encode: the ids of a text in the place of the last question, without the
-                turns before it. beside: what else the request says about its prompt, and members' own do not follow.
+            turns before it. beside: what else the request says about its prompt, and members' own do not follow.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -67,6 +68,10 @@ class Served:
     contexts: Mapping[str, int]
     prompter: Prompter | None
     engine: Any
+
+    def is_of(self, model_config: Any) -> bool:
+        """Whether an engine serves this recipe."""
+        return self.engine is not None and self.engine.model_config.hf_config is model_config.hf_config
 
     def check(self, extra_args: Mapping[str, Any] | None) -> None:
         """Raise :class:`ProxyTuneError` for a request that asks for what cannot be had."""
@@ -143,10 +148,15 @@ class Served:
     def _own(self, prompt: Any, base: list[int], extra: Mapping[str, Any]) -> dict[str, Sequence[int]]:
         """Part -> what it reads as its prompt."""
         assert self.prompter is not None
-        given = self._given(extra)
+        given, negative = self._given(extra), negative_of(extra, self.prompter)
+        kinds = {part.name: part.member.prompt.kind for part in self.parts}
+        if negative is not None and (both := [name for name in given if kinds[name] == "negative"]):
+            raise PromptError(
+                f"a request gives the prompt of {both[0]} by member_input_ids or by negative_prompt, not both"
+            )
         shown: Mapping[str, Sequence[int]] = {}
         if any(part.name not in given for part in self.parts if part.names[0] in self.prompter.own):
-            shown = self._shown(prompt, base, negative_of(extra, self.prompter))
+            shown = self._shown(prompt, base, negative)
         return {part.name: given.get(part.name) or shown.get(part.names[0], base) for part in self.parts}
 
     def _shown(self, prompt: Any, base: list[int], negative: Negative) -> Mapping[str, Sequence[int]]:
@@ -292,7 +302,7 @@ def _wrap() -> None:
     @functools.wraps(process)
     def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         request = process(self, request_id, prompt, params, *args, **kwargs)
-        if _served is not None and self.model_config.hf_config is _served.engine.model_config.hf_config:
+        if _served is not None and _served.is_of(self.model_config):
             with answered():
                 _served.give_prompts(request, prompt, kwargs.get("resumable", False))
         return request
@@ -307,9 +317,9 @@ def _wrap() -> None:
                 (_,), (encoded,) = render(self, [last_turn(messages, text)], params, tok_params)
                 return list(encoded["prompt_token_ids"])
 
-            said = params.chat_template_kwargs
-            beside = [name for name in ("tools", "documents", "continue_final_message") if said.get(name)]
-            if not said.get("add_generation_prompt", True):
+            said = {"add_generation_prompt": True, **params.chat_template_kwargs}
+            beside = [name for name, value in said.items() if value and name not in PLAIN]
+            if not said["add_generation_prompt"]:
                 beside.append("add_generation_prompt")
             if getattr(tok_params, "truncate_prompt_tokens", None) is not None:
                 beside.append("truncate_prompt_tokens")

@@ -184,6 +184,8 @@ def _refuse_beside_own_prompts(vllm_config: Any) -> None:
         and (speculative.method != "ngram" or vllm_config.use_v2_model_runner),
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "data parallelism": parallel.data_parallel_size > 1,
+        "expert parallelism": parallel.enable_expert_parallel,
         "a KV connector": vllm_config.kv_transfer_config is not None,
     }
     for what, present in refused.items():
