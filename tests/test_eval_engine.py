@@ -37,7 +37,6 @@ def local(tmp_path_factory):
         (["--trust-remote-code"], "--trust-remote-code needs --engine transformers"),
         (["--dtype", "float64"], "--dtype float64 is not one of vLLM's"),
         (["--way", "pull"], "--way"),
-        (["--tuned", "MODEL"], "the arm tuned needs --engine transformers"),
         (["--steering-vector", "FILE"], "the arm steering_vector needs --engine transformers"),
         (["--engine-option", "tensor_parallel_size"], "--engine-option is NAME=VALUE"),
         (["--engine-option", "dtype=float32"], "--engine-option cannot give dtype; use --dtype"),
@@ -47,7 +46,7 @@ def local(tmp_path_factory):
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
 def test_what_vllm_cannot_do_is_refused_before_anything_is_made(shelf, local, tmp_path, words, said):
-    given = [{"MODEL": shelf / "expert", "FILE": __file__}.get(word, word) for word in words]
+    given = [{"FILE": __file__}.get(word, word) for word in words]
     words = ["eval", shelf / "recipe", "--data", local, "--limit", 1, "--engine", "vllm", "--output", tmp_path / "out"]
     words += [] if "--tasks" in given else ["--tasks", "triviaqa"]
     assert said in fails(*words, *given)

@@ -282,7 +282,7 @@ def test_the_command(place, local, tmp_path, monkeypatch):
     """In a process of its own, with the engine in another: standard output has the results alone."""
     recipe = place.recipe("commanded")
     words = ["eval", recipe, "--tasks", "realtimeqa", "--data", local, "--limit", 2, "--engine", "vllm", "--dtype"]
-    words += ["float32", "--arms", "base,expert,proxy_tuned", "--json"]
+    words += ["float32", "--arms", "base,expert,proxy_tuned", "--json", "--tuned", place.root / "qwen2-small"]
     quick = [word for name, value in QUICK.items() for word in ("--engine-option", f"{name}={json.dumps(value)}")]
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
         monkeypatch.delenv(name, raising=False)
@@ -293,7 +293,10 @@ def test_the_command(place, local, tmp_path, monkeypatch):
 
     done = command(*quick, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert list(json.loads(done.stdout)["tasks"]["realtimeqa"]["arms"]) == ["base", "expert", "proxy_tuned"]
+    results = json.loads(done.stdout)["tasks"]["realtimeqa"]
+    assert list(results["arms"]) == ["base", "expert", "proxy_tuned", "tuned"]
+    lines = {arm: [line["mc_output"] for line in of.values()] for (_, arm), of in lines_in(tmp_path / "out").items()}
+    assert lines["tuned"] == lines["expert"] != lines["base"], "the same model, from an engine of its own"
     failed = command("--engine-option", "nonsense=3", "--output", tmp_path / "no")
     assert (failed.returncode, failed.stdout) == (2, "")
     last = failed.stderr.splitlines()[-1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -32,7 +33,8 @@ from proxytune.recipe.generation_config import (
 )
 from proxytune.recipe.members import load_config
 from proxytune.recipe.options import LoadingOptions
-from proxytune.recipe.parts import ApiBase
+from proxytune.recipe.parts import ApiBase, Member
+from proxytune.recipe.source import resolve
 
 __all__ = ["EngineArm", "EngineArms", "refuse_of_engine"]
 
@@ -150,16 +152,22 @@ class EngineArms(Arms):
     def __init__(self, *args: Any, options: Mapping[str, Any], **more: Any) -> None:
         super().__init__(*args, **more)
         self.options, self.engine = dict(options), None
-        self.failed: ProxyTuneError | None = None  # why it did not start, which takes minutes to find out again
+        self.failed: dict[
+            str, ProxyTuneError
+        ] = {}  # why an engine did not start, which takes minutes to find out again
         self.own = [name for name, member in self.members.items() if member.prompt.kind != "raw"]
 
     def make(self, name: str) -> Any:
-        """One arm, ready to answer. The first one starts the engine."""
+        """One arm, ready to answer. The first one starts the engine; ``tuned`` ends it and starts one of its own."""
         reader, generation = self.reader(name), self._generation(name)
+        if name == "tuned":
+            self.close()
+            self.engine = self._start(str(self.tuned))
+            return EngineArm(name, reader.tokenizer, reader, self.engine, {}, (), generation)
         how: dict[str, Any] = {f"weight.{member}": weight for member, weight in self._weights(name).items()}
         if not how:  # a command may have its own rule and gate
             how = {"combine": self.config.combine, "gate": self.config.gate or "none"}
-        self.engine = self.engine or self._start()
+        self.engine = self.engine or self._start(str(self.config.name_or_path))
         alphas = self.alphas if name == "proxy_tuned" else ()
         return EngineArm(name, reader.tokenizer, reader, self.engine, how, self.own, generation, alphas)
 
@@ -171,12 +179,15 @@ class EngineArms(Arms):
                 follow.
         """
         self._generation(name)
-        contexts = {member: self._context(member) for member in self.members}
+        read = super().reader(name)
+        contexts = dict(read.contexts)
+        if name != "tuned":
+            contexts = {member: self._context(member) for member in self.members}
         if asked := self.options.get("max_model_len"):
             contexts = {member: asked if limit is None else min(limit, asked) for member, limit in contexts.items()}
         # One place is for the token that each request writes.
         reads = {member: None if limit is None else limit - 1 for member, limit in contexts.items()}
-        return replace(super().reader(name), contexts=reads, reads_all=True)
+        return replace(read, contexts=reads, reads_all=True)
 
     def close(self) -> None:
         """End the engine."""
@@ -203,15 +214,16 @@ class EngineArms(Arms):
         Raises:
             ProxyTuneError: for a setting that changes scores and was not tried with vLLM.
         """
+        found = None
         if name == "proxy_tuned" or name in MEANS:
-            member, found = "base", base_generation_config(self.config, self._loading)
+            member, one = "base", self.config.base_member
+            found = base_generation_config(self.config, self._loading)
         else:
-            member = self.member(name)
-            try:
-                found = read_generation_config(self.config, member, self.members[member], self._loading)
-            except OSError:  # the hub cannot be reached
-                found = None
-        config: Any = load_config(self.config, member, self.members[member], self._loading)
+            member = name if name == "tuned" else self.member(name)
+            one = Member(resolve(str(self.tuned), None).path) if name == "tuned" else self.members[member]
+            with suppress(OSError):  # the hub cannot be reached
+                found = read_generation_config(self.config, member, one, self._loading)
+        config: Any = load_config(self.config, member, one, self._loading)
         found = found or GenerationConfig.from_model_config(config)
         found, _ = adapted(found, config.get_text_config().vocab_size, "the generation config")
         plain = plain_generation_config(SimpleNamespace(generation_config=found), 1)
@@ -223,25 +235,25 @@ class EngineArms(Arms):
                 )
         return plain
 
-    def _start(self) -> Any:
-        if self.failed is not None:
-            raise self.failed
+    def _start(self, model: str) -> Any:
+        if model in self.failed:
+            raise self.failed[model]
         # Standard output is for results. vLLM reads both when it is imported.
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
 
-        ours = {"model": str(self.config.name_or_path), "dtype": self.loading.dtype or "auto"}
+        ours = {"model": model, "dtype": self.loading.dtype or "auto", "generation_config": "vllm"}
         try:
-            return LLM(**ours, generation_config="vllm", **self.options)
+            return LLM(**ours, **self.options)
         except (
             Exception
         ) as error:  # pydantic's ValidationError, TypeError for an unknown option, RuntimeError of a worker
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             lines = lines[1:] if len(lines) > 1 and "validation error" in lines[0] else lines
             said = lines[0].removeprefix("Value error, ") if lines else type(error).__name__
-            self.failed = ProxyTuneError(f"vLLM did not start: {said.partition(' [type=')[0]}")
-            raise self.failed from error
+            self.failed[model] = ProxyTuneError(f"vLLM did not start: {said.partition(' [type=')[0]}")
+            raise self.failed[model] from error
 
 
 def refuse_of_engine(arms: EngineArms, plans: Sequence[Any], names: Sequence[str], asked: Mapping[str, bool]) -> None:
@@ -260,8 +272,8 @@ def refuse_of_engine(arms: EngineArms, plans: Sequence[Any], names: Sequence[str
         raise ProxyTuneError("--engine vllm needs the base's weights, and they are behind an API; leave it out")
     if wanted := next((what for what, given in asked.items() if given), None):
         raise ProxyTuneError(f"{wanted} needs --engine transformers; leave one of the two out")
-    if arm := next((name for name in names if name in ("tuned", "steering_vector")), None):
-        raise ProxyTuneError(f"the arm {arm} needs --engine transformers, as vLLM loads the recipe alone; leave it out")
+    if "steering_vector" in names:
+        raise ProxyTuneError("the arm steering_vector needs --engine transformers; leave one of the two out")
     if scored := next((plan.name for plan in plans if plan.likelihood), None):
         why = f"{scored} scores given continuations, which needs --engine transformers"
         gate = gate_of(config.gate)
