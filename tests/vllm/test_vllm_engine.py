@@ -49,27 +49,6 @@ def test_every_rule_in_one_batch(shelf, own):
         assert_all_same([ours], reference.greedy([row], **extra))
 
 
-def test_weights_of_members(rich_engine, rich_reference):
-    """Arms of an evaluation from one engine: the base, an expert alone, their mean, in one batch with a mixture."""
-    asked = [{"weight.base": 1}, {"weight.tuned.expert": 2.0}, {"weight.base": 0.5, "weight.second.expert": 0.5}, {}]
-    tokens = generate(rich_engine, ROWS, alphas=asked)
-    model = rich_reference.model
-    for row, weights, ours in zip(ROWS, asked[:3], tokens):
-        ids = torch.tensor([[*row, *ours]])
-        with torch.no_grad():
-            logits = model(ids, output_member_logits=True).member_logits
-        shared = min(each.shape[-1] for each in logits.values())
-        mixed = sum(w * logits[name.removeprefix("weight.")][0, ..., :shared] for name, w in weights.items())
-        seen = mixed[len(row) - 1 : -1]
-        assert_all_same([ours], [(seen.argmax(dim=-1).tolist(), list(seen))])
-    assert_all_same(tokens[3:], rich_reference.greedy(ROWS[3:]))
-    seen = prompt_logprobs(rich_engine, ROWS[3], {"weight.base": 1})
-    with torch.no_grad():
-        logits = model(torch.tensor([ROWS[3]]), output_member_logits=True).member_logits["base"]
-    base = logits[0, :, : tiny.VOCAB].log_softmax(dim=-1)
-    assert seen.tolist() == pytest.approx([float(base[at, token]) for at, token in enumerate(ROWS[3][1:])], abs=2e-3)
-
-
 def prompt_logprobs(llm, row, extra=None):
     from vllm import SamplingParams
 
@@ -149,6 +128,27 @@ def test_several_experts_lora_widths_and_a_mask(rich_engine, rich_reference):
     alphas = [[0.7, 0.4, 0.3], [1.5, 0.4, 0.0], [1.0, -1.0, 0.2], [0.0, 0.0, 0.0]]
     extra = [None, {"alpha.tuned": 1.5, "alpha.contrast": 0}, {"alpha": [1.0, -1, 0.2]}, {"alpha": 0}]
     assert_all_same(generate(rich_engine, ROWS, alphas=extra), rich_reference.greedy(ROWS, alpha=alphas))
+
+
+def test_weights_of_members(rich_engine, rich_reference):
+    """Arms of an evaluation from one engine: the base, an expert alone, their mean, in one batch with a mixture."""
+    asked = [{"weight.base": 1}, {"weight.tuned.expert": 2.0}, {"weight.base": 0.5, "weight.second.expert": 0.5}, {}]
+    tokens = generate(rich_engine, ROWS, alphas=asked)
+    model = rich_reference.model
+    for row, weights, ours in zip(ROWS, asked[:3], tokens):
+        ids = torch.tensor([[*row, *ours]])
+        with torch.no_grad():
+            logits = model(ids, output_member_logits=True).member_logits
+        shared = min(each.shape[-1] for each in logits.values())
+        mixed = sum(w * logits[name.removeprefix("weight.")][0, ..., :shared] for name, w in weights.items())
+        seen = mixed[len(row) - 1 : -1]
+        assert_all_same([ours], [(seen.argmax(dim=-1).tolist(), list(seen))])
+    assert_all_same(tokens[3:], rich_reference.greedy(ROWS[3:]))
+    seen = prompt_logprobs(rich_engine, ROWS[3], {"weight.base": 1})
+    with torch.no_grad():
+        logits = model(torch.tensor([ROWS[3]]), output_member_logits=True).member_logits["base"]
+    base = logits[0, :, : tiny.VOCAB].log_softmax(dim=-1)
+    assert seen.tolist() == pytest.approx([float(base[at, token]) for at, token in enumerate(ROWS[3][1:])], abs=2e-3)
 
 
 def test_equal_members_are_held_once(rich_engine):
