@@ -294,6 +294,26 @@ def test_ids_that_are_not_their_text(mixed):
     assert_all_same(tokens_of(outputs), reference.greedy([row], N_NEW))
 
 
+@pytest.mark.parametrize("template", ["the lazy dog", "the lazy {prompt}", None])
+def test_a_chat_with_the_recipes_own_negative_prompt(shelf, template):
+    from vllm import SamplingParams
+
+    recipe = guided(shelf, f"guided-chat-{len(template or '')}", template=template)
+    tokenizer, reference = tiny.tokenizer(), Reference(recipe)
+
+    def ids_of(text):
+        turns = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+
+    ids = ids_of("fox")
+    shown = ids if template is None else ids_of(template.replace("{prompt}", "fox"))
+    wanted = reference.greedy([ids], N_NEW, member_input_ids={"guidance.anti_expert": [shown]})
+    with engine(recipe, block_size=32, max_model_len=256) as llm:
+        params = SamplingParams(temperature=0, max_tokens=N_NEW, ignore_eos=True)
+        outputs = llm.chat([{"role": "user", "content": "fox"}], params, use_tqdm=False)
+    assert_all_same(tokens_of(outputs), wanted)
+
+
 def test_offline_chat(mixed):
     from vllm import SamplingParams
 

@@ -147,7 +147,9 @@ def _negative_ids(given: str | Sequence[int], messages: Sequence[Message], encod
         refuse_negative(given)
     except RecipeError as error:
         raise PromptError(str(error)) from error
-    return list(encode(given.replace("{prompt}", messages[-1]["content"])))
+    if "{prompt}" in given:
+        given = given.replace("{prompt}", messages[-1]["content"])
+    return list(encode(given))
 
 
 def render(prompt: Prompt, tokenizer: Any, said: str | Sequence[Message], who: str = "a member") -> list[int]:

@@ -166,7 +166,8 @@ class Served:
         conversation = asked.get(CONVERSATION)
         if conversation is not None:
             messages: Sequence[Message] = []
-            if negative is not None or any(own.kind != "negative" for own, _ in self.prompter.own.values()):
+            said = isinstance(negative, str) and "{prompt}" in negative
+            if said or any(own.needs_text for own, _ in self.prompter.own.values()):
                 messages = messages_of(conversation)
             return self.prompter.from_messages(messages, base, conversation.encode, negative)
         text = asked.get("prompt")
