@@ -19,7 +19,7 @@ def asked(own):
     base = own["base"]
     carried = ids_in(as_extra_args(base, own))
     own_ids = {part: np.asarray(ids) for part, ids in carried.items()}
-    return Request((1.0,), Steering(), own=own_ids), carried
+    return Request((1.0,), Steering(), prompts=own_ids), carried
 
 
 def prompts_of(rng, same=False):

@@ -111,6 +111,14 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def reason_of(error: BaseException) -> str:
+    """The same, without what pydantic puts around the message of an error in a validator."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and "validation error" in lines[0]:
+        return lines[1].removeprefix("Value error, ").partition(" [type=")[0]
+    return first_line(error)
+
+
 def unknown_arguments(function: Callable[..., Any], given: Iterable[str], more: Iterable[str] = ()) -> TypeError:
     """The error for arguments that a function with ``**kwargs`` does not take. It names the first one, and a similar
     name.

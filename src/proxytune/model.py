@@ -133,14 +133,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         self.lanes = cast(Any, nn.ModuleList(lanes))
         self.tokenizers = dict(tokenizers or {})  # member name -> its tokenizer, where one is known
         self.tokenizer = self.tokenizers.get("base")
-        self.prompter = Prompter(
-            self.tokenizer,
-            {
-                name: (member.prompt, self.tokenizers.get(name) or self.tokenizer)
-                for name, member in config.members()
-                if member.prompt.kind != "raw"
-            },
-        )
+        self.prompter = Prompter.of(config.members(), self.tokenizers)
         self.experts = config.expert_list
         self.steering = Steering().but(config.combine, config.gate)
         self.expert_names = [expert.name for expert in self.experts]

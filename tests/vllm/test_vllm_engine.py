@@ -7,7 +7,19 @@ import torch
 
 from proxytune.recipe.rules import RULES
 from support import tiny
-from support.served import N_NEW, ROWS, Reference, assert_all_same, counted, engine, expert, generate, quantized, wide
+from support.served import (
+    N_NEW,
+    NGRAM,
+    ROWS,
+    Reference,
+    assert_all_same,
+    counted,
+    engine,
+    expert,
+    generate,
+    quantized,
+    wide,
+)
 
 # -- families -------------------------------------------------------------------------------------------------
 
@@ -289,7 +301,7 @@ def test_prefix_cache_hits_serve_every_alpha(pressed):
 # -- speculation ----------------------------------------------------------------------------------------------
 
 DRAFTS = {
-    "ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1},
+    "ngram": NGRAM,
     "draft": {"method": "draft_model", "num_speculative_tokens": 3},
 }
 

@@ -10,6 +10,7 @@ from proxytune.errors import ProxyTuneError
 from support import tiny
 from support.served import (
     N_NEW,
+    NGRAM,
     STRENGTHS,
     TEXTS,
     Reference,
@@ -179,10 +180,9 @@ def test_compiled_members_on_one_set_of_weights(shelf, tmp_path, monkeypatch):
 
 def test_n_gram_drafts_never_see_what_fills_a_prompt(mixed):
     few = [5, 6, 7]  # where few ids may be chosen, n-grams come again
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
     options = {"block_size": 32, "max_model_len": 256, "disable_log_stats": False}
     seen = []
-    with engine(mixed, **options, speculative_config=drafts) as llm:
+    with engine(mixed, **options, speculative_config=NGRAM) as llm:
         drafter = llm.llm_engine.model_executor.driver_worker.model_runner.drafter
         plain = drafter.batch_propose
 

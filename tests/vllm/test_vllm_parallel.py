@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from support.served import (
+    NGRAM,
     ROWS,
     STRENGTHS,
     TEXTS,
@@ -28,7 +29,6 @@ WAYS = {
     "tensor": {"tensor_parallel_size": 2},
     "pipeline": {"pipeline_parallel_size": 2, "enforce_eager": False},
 }
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 
 
 @pytest.fixture

@@ -26,9 +26,7 @@ from proxytune.vllm.members import Fitted, _refuse_part
 from proxytune.vllm.plan import Part, refuse
 from proxytune.vllm.weights import Adapter, with_adapter
 from support import tiny
-from support.served import expert, quantized, wide
-
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+from support.served import NGRAM, expert, quantized, wide
 
 
 def configured(recipe, **options):

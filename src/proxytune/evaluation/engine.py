@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from proxytune.answers.generation import Answer, Encoded, Sampling, cut
 from proxytune.decoding.noise import row_seed
-from proxytune.errors import ProxyTuneError, first_line
+from proxytune.errors import ProxyTuneError, first_line, reason_of
 from proxytune.evaluation.arms import MEANS, Arms, Pair, Reader
 from proxytune.recipe.gates import gate_of
 from proxytune.recipe.generation_config import (
@@ -246,13 +246,8 @@ class EngineArms(Arms):
         ours = {"model": model, "dtype": self.loading.dtype or "auto", "generation_config": "vllm"}
         try:
             return LLM(**ours, **self.options)
-        except (
-            Exception
-        ) as error:  # pydantic's ValidationError, TypeError for an unknown option, RuntimeError of a worker
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            lines = lines[1:] if len(lines) > 1 and "validation error" in lines[0] else lines
-            said = lines[0].removeprefix("Value error, ") if lines else type(error).__name__
-            self.failed[model] = ProxyTuneError(f"vLLM did not start: {said.partition(' [type=')[0]}")
+        except Exception as error:  # pydantic's ValidationError, TypeError of an option, RuntimeError of a worker
+            self.failed[model] = ProxyTuneError(f"vLLM did not start: {reason_of(error)}")
             raise self.failed[model] from error
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from proxytune.errors import PromptError, RecipeError, first_line
-from proxytune.recipe.parts import Prompt, refuse_negative
+from proxytune.recipe.parts import Member, Prompt, refuse_negative
 
 __all__ = [
     "Encode",
@@ -45,6 +45,13 @@ class Prompter:
         self.tokenizer = tokenizer
         self.own = dict(own)
 
+    @classmethod
+    def of(cls, members: Iterable[tuple[str, Member]], tokenizers: Mapping[str, Any]) -> Prompter:
+        """For the members of a recipe; those without a tokenizer use the base's."""
+        base = tokenizers.get("base")
+        own = {name: (each.prompt, tokenizers.get(name) or base) for name, each in members if each.prompt.kind != "raw"}
+        return cls(base, own)
+
     def from_ids(
         self, input_ids: Tensor, attention_mask: Tensor | None, negative: Sequence[Negative] | None = None
     ) -> dict[str, Sequence[Sequence[int]]]:
@@ -72,7 +79,7 @@ class Prompter:
         return {name: [one[name] for one in shown] for name in self.own}
 
     def from_prompt(self, text: str | None, ids: Sequence[int], negative: Negative = None) -> dict[str, Sequence[int]]:
-        """The same for one prompt, whose text is used where ``ids`` are its tokens."""
+        """The members' own prompts for one prompt: from ``text`` if it encodes to ``ids``, otherwise from the ids."""
         if text is not None and self.tokenizer is not None and self._encode(text) == list(ids):
             messages = [{"role": "user", "content": text}]
             return dict(self.from_messages(messages, ids, self._encode, negative))

@@ -1,14 +1,15 @@
 """Alpha per request: its forms in a request, and the columns that carry it beside the hidden states.
 
-A request has ``extra_args`` (``vllm_xargs`` in the OpenAI API), which can hold only scalars and flat lists:
+A request has ``extra_args`` (``vllm_xargs`` in the OpenAI API), which can hold only scalars and flat lists::
 
-    {"alpha": 0.5}                   for all experts {"alpha": [0.5, 1.0]}            one per expert, in the recipe's
-    order {"alpha.math": 0.5}              for one expert by name; others use "alpha" or the recipe's
-    {"combine": "mean"}              the rule by which several experts are joined
-    {"weight.base": 0.5, "weight.math.expert": 0.5}    the sum of members' logits by these weights, and no steering
-    {"gate": "unsure=0.9"}           where to steer; ``between`` only where the answer's text is known, see `unread`
+    {"alpha": 0.5}                            for all experts
+    {"alpha": [0.5, 1.0]}                     one per expert, in the recipe's order
+    {"alpha.math": 0.5}                       for one expert by name; others use "alpha" or the recipe's
+    {"combine": "mean"}                       the rule by which several experts are joined
+    {"gate": "unsure=0.9"}                    where to steer; "between" only where the text is known, see `unread`
+    {"weight.base": 1, "weight.math.expert": 1}    the sum of members' logits by these weights, and no steering
 
-The transformers engine takes the same (:func:`proxytune.recipe.alpha.take_alpha`).
+The transformers engine takes the same but for the weights (:func:`proxytune.recipe.alpha.take_alpha`).
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ class Request:
 
     Attributes:
         alphas: one per expert. steering: how they steer. weights: (member, weight) in place of both; the others' are 0.
-        own: part -> the prompt that it reads in place of the outer one (:mod:`proxytune.vllm.own_prompts`).
+        prompts: part -> what it reads in place of the outer prompt (:mod:`proxytune.vllm.own_prompts`).
     """
 
     alphas: tuple[float, ...]
     steering: Steering
     weights: Weights = ()
-    own: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict, compare=False)
+    prompts: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict, compare=False)
 
     @property
     def how(self) -> Steering | Weights:
@@ -72,7 +73,7 @@ class Row:
     Attributes:
         n_read, n: its tokens that were read before, and those in the batch.
         n_prompt: the length of its outer prompt.
-        tokens: its first ``n_read + n`` ids, (at least so many,); None where they are on the device alone.
+        tokens: its ids, at least the first ``n_read + n``; None where they are on the device alone.
     """
 
     request: Request
@@ -83,8 +84,8 @@ class Row:
 
     @property
     def filled(self) -> tuple[int, int] | None:
-        """Where the outer prompt is longer than the base's: the places that stand for nothing, if there are any."""
-        ids = self.request.own.get("base")
+        """The places of the outer prompt that the base does not read, from and up to; None if it reads them all."""
+        ids = self.request.prompts.get("base")
         return None if ids is None or len(ids) == self.n_prompt else (len(ids) - 1, self.n_prompt - 1)
 
     def answers(self) -> list[list[int]]:
@@ -95,8 +96,7 @@ class Row:
 
 
 def unread(vllm_config: Any) -> str | None:
-    """Why the worker of an engine does not know the text of answers while it writes them, and what to do; None where it
-    does."""
+    """Why an engine's worker does not know the text of the answers that it writes, and what to do; None if it does."""
     if vllm_config.model_config.skip_tokenizer_init:
         return "this server has no tokenizer; start it without --skip-tokenizer-init"
     if vllm_config.use_v2_model_runner:
@@ -165,21 +165,21 @@ class Recipe:
     """A recipe's experts, and how they are mixed unless a request says otherwise; read once.
 
     Attributes:
-        own: what a request asks for that says nothing. split: see :func:`requested`. engine: its ``VllmConfig``, where
-            requests are checked.
+        default: what a request asks for that says nothing. split: see :func:`requested`. engine: its ``VllmConfig``,
+            where requests are checked.
     """
 
     def __init__(self, config: ProxyTuneConfig) -> None:
         self.experts = config.expert_list
         self.names = [expert.name for expert in self.experts]
-        self.own = requested({}, self.experts, Steering().but(config.combine, config.gate))
+        self.default = requested({}, self.experts, Steering().but(config.combine, config.gate))
         self.split = False
         self.engine: Any = None
 
     def requested(self, extra_args: Mapping[str, Any] | None) -> Request:
         """What a request asks for; see :func:`requested`."""
         why = None if self.engine is None else unread(self.engine)
-        return requested(extra_args, self.experts, self.own.steering, split=self.split, unread=why)
+        return requested(extra_args, self.experts, self.default.steering, split=self.split, unread=why)
 
     def asked_by(self, sampling_params: Any) -> Request:
         """What a request asks for that the frontend accepted.
@@ -188,13 +188,13 @@ class Recipe:
         """
         extra_args = getattr(sampling_params, "extra_args", None)
         if not extra_args:
-            return self.own
+            return self.default
         try:
             asked = self.requested(extra_args)
         except ProxyTuneError as error:
             logger.error("a request reached the worker with bad values, the recipe's are used: %s", error)
-            asked = self.own
-        return replace(asked, own={part: np.asarray(ids) for part, ids in ids_in(extra_args).items()})
+            asked = self.default
+        return replace(asked, prompts={part: np.asarray(ids) for part, ids in ids_in(extra_args).items()})
 
 
 def split(alpha: Tensor, dtype: torch.dtype) -> Tensor:

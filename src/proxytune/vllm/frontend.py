@@ -28,8 +28,8 @@ from proxytune.errors import PromptError, ProxyTuneError
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.prompts import Message, Negative, Prompter, last_turn, refuse_unread
 from proxytune.vllm.alpha import Recipe
-from proxytune.vllm.own_prompts import KEY, as_extra_args
-from proxytune.vllm.plan import Part
+from proxytune.vllm.own_prompts import KEY, as_extra_args, ids_in
+from proxytune.vllm.plan import Part, reads_own_prompts
 
 __all__ = ["RequestCheck", "Served", "serve", "serve_engine"]
 
@@ -44,12 +44,12 @@ class Conversation:
 
     Attributes:
         messages: as the request has them. encode: the ids of a text in the place of the last question, without the
-            turns before it. beside: what else the request says about its prompt, and members' own do not follow.
+            turns before it. not_followed: options of the request that members' own prompts do not follow.
     """
 
     messages: Sequence[Mapping[str, Any]]
     encode: Callable[[str], Sequence[int]]
-    beside: Sequence[str]
+    not_followed: Sequence[str]
 
 
 @dataclass
@@ -59,7 +59,6 @@ class Served:
     Attributes:
         parts: its models. widths, contexts: of each part the number of its ids, and of the tokens that it can read.
         prompter: makes the members' own prompts; None if the recipe has none.
-        engine: its ``VllmConfig``.
     """
 
     recipe: Recipe
@@ -67,14 +66,17 @@ class Served:
     widths: Mapping[str, int]
     contexts: Mapping[str, int]
     prompter: Prompter | None
-    engine: Any
 
     def is_of(self, model_config: Any) -> bool:
         """Whether an engine serves this recipe."""
-        return self.engine is not None and self.engine.model_config.hf_config is model_config.hf_config
+        engine = self.recipe.engine
+        return engine is not None and engine.model_config.hf_config is model_config.hf_config
 
     def check(self, extra_args: Mapping[str, Any] | None) -> None:
         """Raise :class:`ProxyTuneError` for a request that asks for what cannot be had."""
+        if reserved := ids_in(extra_args):
+            name = KEY + next(iter(reserved))
+            raise PromptError(f"{name!r} cannot be set by a request; for a negative prompt use negative_prompt")
         self.recipe.requested(extra_args)
         negative_of(extra_args, self.prompter)
         if self._given(extra_args) and self.prompter is None:
@@ -109,7 +111,7 @@ class Served:
             )
         rooms = {}
         for part in self.parts:
-            ids, limit = own[part.name], min(self.contexts[part.name], self.engine.model_config.max_model_len)
+            ids, limit = own[part.name], min(self.contexts[part.name], self.recipe.engine.model_config.max_model_len)
             if not ids:
                 raise PromptError(f"the prompt of member {part.owner!r} is empty; give at least one token")
             self.check_ids(ids, [part], "prompt")
@@ -180,10 +182,7 @@ def negative_of(extra_args: Mapping[str, Any] | None, prompter: Prompter | None)
     Raises:
         PromptError: for one that no member reads, and for a value that is neither a text nor ids.
     """
-    extra = extra_args or {}
-    if reserved := [name for name in extra if name.startswith(KEY)]:
-        raise PromptError(f"{reserved[0]!r} cannot be set by a request; for a negative prompt use negative_prompt")
-    negative = extra.get("negative_prompt")
+    negative = (extra_args or {}).get("negative_prompt")
     if negative is None:
         return None
     refuse_unread(negative, [] if prompter is None else [prompt for prompt, _ in prompter.own.values()])
@@ -203,10 +202,10 @@ def messages_of(conversation: Conversation) -> list[Message]:
     Raises:
         PromptError: for what members' chat templates were not tried with.
     """
-    if conversation.beside:
+    if conversation.not_followed:
         raise PromptError(
-            f"members of this recipe have prompts of their own, which do not follow {', '.join(conversation.beside)}; "
-            "leave it out"
+            "members of this recipe have prompts of their own, which do not follow "
+            f"{', '.join(conversation.not_followed)}; leave it out"
         )
     messages: list[Message] = []
     for message in conversation.messages:
@@ -250,13 +249,8 @@ def serve(
         tokenizers: member -> its tokenizer.
     """
     global _served  # noqa: PLW0603 - vLLM gives a check nothing but the request
-    own = {
-        name: (member.prompt, tokenizers.get(name) or tokenizers["base"])
-        for name, member in config.members()
-        if member.prompt.kind != "raw"
-    }
-    prompter = Prompter(tokenizers["base"], own) if own else None
-    _served = Served(Recipe(config), parts, widths, contexts, prompter, None)
+    prompter = Prompter.of(config.members(), tokenizers) if reads_own_prompts(config) else None
+    _served = Served(Recipe(config), parts, widths, contexts, prompter)
     _wrap()
 
 
@@ -272,9 +266,9 @@ def serve_engine(vllm_config: Any) -> None:
     if _served is None:
         return
     recipe, scheduler = _served.recipe, vllm_config.scheduler_config
-    recipe.split = vllm_config.parallel_config.tensor_parallel_size > 1 and recipe.own.steering.local
-    recipe.engine = _served.engine = vllm_config
-    if recipe.own.steering.by_text and scheduler.async_scheduling is None:
+    recipe.split = vllm_config.parallel_config.tensor_parallel_size > 1 and recipe.default.steering.local
+    recipe.engine = vllm_config
+    if recipe.default.steering.by_text and scheduler.async_scheduling is None:
         scheduler.async_scheduling = False  # vLLM would choose it
     recipe.requested({})
 
@@ -319,12 +313,12 @@ def _wrap() -> None:
                 return list(encoded["prompt_token_ids"])
 
             said = {"add_generation_prompt": True, **params.chat_template_kwargs}
-            beside = [name for name, value in said.items() if value and name not in PLAIN]
+            not_followed = [name for name, value in said.items() if value and name not in PLAIN]
             if not said["add_generation_prompt"]:
-                beside.append("add_generation_prompt")
+                not_followed.append("add_generation_prompt")
             if getattr(tok_params, "truncate_prompt_tokens", None) is not None:
-                beside.append("truncate_prompt_tokens")
-            prompt[CONVERSATION] = Conversation(messages, encode, beside)
+                not_followed.append("truncate_prompt_tokens")
+            prompt[CONVERSATION] = Conversation(messages, encode, not_followed)
 
     @functools.wraps(render)
     def render_chat(

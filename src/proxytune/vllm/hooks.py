@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,7 @@ def wrap_core() -> None:
 
     @functools.wraps(make)
     def from_engine_core_request(cls: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        own = ids_in(getattr(request.sampling_params, "extra_args", None))
-        if own:
+        if own := prompts_of(request):
             request = copy.copy(request)  # without a process of the core's own, it is the frontend's too
             request.prompt_token_ids = outer_prompt(request.prompt_token_ids, own)
         return make(cls, request, *args, **kwargs)
@@ -43,8 +43,7 @@ def wrap_core() -> None:
     @functools.wraps(keys)
     def generate_block_hash_extra_keys(request: Any, start_token_idx: int, end_token_idx: int, *args: Any) -> Any:
         found, *more = keys(request, start_token_idx, end_token_idx, *args)
-        own = ids_in(getattr(request.sampling_params, "extra_args", None))
-        if own:
+        if own := prompts_of(request):
             added = block_keys(own, request.num_prompt_tokens, request.request_id, start_token_idx, end_token_idx)
             found = (*(found or ()), *added)
         return found, *more
@@ -53,6 +52,11 @@ def wrap_core() -> None:
     CoreRequest.from_engine_core_request = classmethod(from_engine_core_request)
     kv_cache_utils.generate_block_hash_extra_keys = generate_block_hash_extra_keys
     block_pool.generate_block_hash_extra_keys = generate_block_hash_extra_keys
+
+
+def prompts_of(request: Any) -> dict[str, Sequence[int]]:
+    """Part -> the prompt that a request carries for it."""
+    return ids_in(getattr(request.sampling_params, "extra_args", None))
 
 
 # -- the V1 runner --------------------------------------------------------------------------------------------

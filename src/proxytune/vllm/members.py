@@ -21,7 +21,7 @@ from vllm.transformers_utils.model_arch_config_convertor import (
     ModelArchConfigConvertorBase,
 )
 
-from proxytune.errors import MemberError, ProxyTuneError, first_line
+from proxytune.errors import MemberError, ProxyTuneError, reason_of
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.members import Loading, load_tokenizer
 from proxytune.recipe.vocabulary import compare
@@ -77,11 +77,8 @@ def naming(part: Part) -> Iterator[None]:
     except ProxyTuneError:
         raise
     except Exception as error:  # pydantic's ValidationError, OSError, RuntimeError of remote code
-        said = [line.strip() for line in str(error).splitlines() if line.strip()]
-        if len(said) > 1 and "validation error" in said[0]:
-            said = said[1:]
-        reason = (said or [first_line(error)])[0].removeprefix("Value error, ")
-        raise MemberError(f"{part.owner} ({part.member.model}) cannot be served by vLLM: {reason}") from error
+        who = f"{part.owner} ({part.member.model})"
+        raise MemberError(f"{who} cannot be served by vLLM: {reason_of(error)}") from error
 
 
 def part_config(vllm_config: Any, fitted: Fitted) -> Any:
@@ -179,19 +176,18 @@ class RecipeRules(VerifyAndUpdateConfig):  # type: ignore[misc]
 
 def _refuse_beside_own_prompts(vllm_config: Any) -> None:
     parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    drafts = speculative is not None and (speculative.method != "ngram" or vllm_config.use_v2_model_runner)
     refused = {
-        f"speculation by {speculative and speculative.method}": speculative is not None
-        and (speculative.method != "ngram" or vllm_config.use_v2_model_runner),
+        f"speculation by {speculative and speculative.method}": drafts,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "data parallelism": parallel.data_parallel_size > 1,
         "expert parallelism": parallel.enable_expert_parallel,
         "a KV connector": vllm_config.kv_transfer_config is not None,
     }
-    for what, present in refused.items():
-        if present:
-            hint = "use ngram with the V1 runner, or none" if speculative is not None else "leave it out"
-            raise ProxyTuneError(f"{what} does not fit this recipe, because members read prompts of their own; {hint}")
+    if what := next((what for what, present in refused.items() if present), None):
+        hint = "use ngram with the V1 runner, or none" if drafts else "leave it out"
+        raise ProxyTuneError(f"{what} does not fit this recipe, because members read prompts of their own; {hint}")
 
 
 def _refuse_part(fitted: Fitted, dtype: torch.dtype) -> None:

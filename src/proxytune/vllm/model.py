@@ -81,11 +81,11 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         # moves: a CUDA graph reads it at the address where it was captured.
         # Beside them stand a token's place in `hows`, and the position from which its schedule counts.
         self.n_columns = PIECES * (len(self.recipe.names) + 2)
-        default = split(torch.tensor([[*self.recipe.own.alphas, 0.0, 0.0]]), self.dtype)
+        default = split(torch.tensor([[*self.recipe.default.alphas, 0.0, 0.0]]), self.dtype)
         n_tokens = max(vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.scheduler_config.max_num_seqs)
         self.register_buffer("alphas", default.repeat(n_tokens, 1), persistent=False)
         self.default_alphas = True  # whether the buffer holds the recipe's alphas for all tokens
-        self.hows: list[Steering | Weights] = [self.recipe.own.how]  # of the batch's requests, each once
+        self.hows: list[Steering | Weights] = [self.recipe.default.how]  # of the batch's requests, each once
 
     def part(self, name: str) -> Any:
         """The submodel of that name."""
@@ -109,11 +109,11 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
             self._set_alphas(rows)
 
     def _set_alphas(self, rows: Sequence[Row]) -> None:
-        alphas, own = cast(Tensor, self.alphas), self.recipe.own
-        if all(row.request == own for row in rows) and own.steering.schedule is None:
-            self.hows = [own.how]
+        alphas, default = cast(Tensor, self.alphas), self.recipe.default
+        if all(row.request == default for row in rows) and default.steering.schedule is None:
+            self.hows = [default.how]
             if not self.default_alphas:
-                alphas.copy_(split(torch.tensor([[*own.alphas, 0.0, 0.0]]), self.dtype))
+                alphas.copy_(split(torch.tensor([[*default.alphas, 0.0, 0.0]]), self.dtype))
                 self.default_alphas = True
             return
         self.hows = list(dict.fromkeys(row.request.how for row in rows))
@@ -262,9 +262,9 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
 
     def _opened(self, steering: Steering, following: Tensor) -> Tensor | None:
         """How far a schedule is open, (n_rows, 1)."""
-        if steering.schedule is None or steering.by_text:
-            return following if steering.by_text else None
-        return scheduled(steering.schedule, following)
+        if steering.by_text:  # it was found where the text is known
+            return following
+        return None if steering.schedule is None else scheduled(steering.schedule, following)
 
     def _one_gather(self) -> Any:
         """With tensor parallelism: mix each rank's part of the vocabulary and gather once, if the parts agree.
@@ -274,7 +274,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         """
         if get_tensor_model_parallel_world_size() == 1 or self.config.plausibility is not None:
             return None
-        if not self.recipe.own.steering.local:
+        if not self.recipe.default.steering.local:
             return None
         heads = [head for name in self.parts if (head := hooks.shards_of(self.part(name))) is not None]
         if len(heads) < len(self.parts) or len({width for _, width in heads}) > 1:

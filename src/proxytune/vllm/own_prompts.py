@@ -93,7 +93,7 @@ class Reading:
     Attributes:
         requests: its requests, by their places in the batch; those of which it reads nothing are left out.
         starts: (len(requests) + 1,), where each one's rows begin. lengths: of each one the tokens that it has read
-                after this batch. begins: of each one the outer position that is its first place in the cache.
+            after this batch. begins: of each one the outer position that is its first place in the cache.
         rows: (n,), the batch's row that is read. positions: (n,), its own position there. of_row: (n,), which of
             ``requests`` it belongs to.
         back: for every row of the batch the row of the part, 0 where it has none.
@@ -121,7 +121,7 @@ def reading(part: str, rows: Sequence[Row], block: int, longest_decode: int = 1)
         longest_decode: requests with at most so many rows come first, as attention backends want them that treat them
             apart.
     """
-    prompts = [row.request.own.get(part) for row in rows]
+    prompts = [row.request.prompts.get(part) for row in rows]
     if all(ids is None for ids in prompts):
         return None
     n_outer = np.array([row.n_prompt for row in rows])
