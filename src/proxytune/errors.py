@@ -111,6 +111,12 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def is_unwritable(error: BaseException) -> bool:
+    """Whether something could not be written. safetensors and torch report a full disk with errors of their own."""
+    said = ("No space left", "File too large", "PytorchStreamWriter")
+    return isinstance(error, OSError) or any(words in str(error) for words in said)
+
+
 def reason_of(error: BaseException) -> str:
     """The same, without what pydantic puts around the message of an error in a validator."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -33,7 +33,7 @@ from proxytune.decoding.certificate import Certifier
 from proxytune.decoding.cost import Costs
 from proxytune.decoding.drafting import Drafter, Drafting
 from proxytune.decoding.gating import Gating, Later
-from proxytune.decoding.lane import Scores, part
+from proxytune.decoding.lane import Scores
 from proxytune.decoding.loop import Step, decode
 from proxytune.decoding.mixing import Members
 from proxytune.decoding.noise import Noise, RowSampler, row_seeds
@@ -604,7 +604,7 @@ class SteeredGenerationMixin(GenerationMixin):
                 temperature=(config.temperature or 1.0) if remote.sample_named else None,
             )
             rows, calls = self.alpha_rows(model_kwargs.get("alpha"), n_batch, steering.rule), list(state.calls)
-            read = part(cast("list[Scores]", cache.prompt_scores), -1, None)
+            read = [each.part(-1, None) for each in cast("list[Scores]", cache.prompt_scores)]
             prompt = certifier.mix(read, lambda values: self.mix_lanes(values, rows, steering))
             again = state.again()
             cache.prompt_scores = None

@@ -607,7 +607,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             raise RecipeError(f"`config` is a ProxyTuneConfig, not a {type(config).__name__}")
         config = copy.deepcopy(config)  # the caller's is left as it is
         config = read_from(config, hub.get("subfolder"), hub.get("revision"))
-        alpha = take_alpha(kwargs, [expert.name for expert in config.expert_list], alpha)
+        alpha = take_alpha(kwargs, config.expert_names, alpha)
         if alpha is not None:
             config = config.with_alpha(alpha)
         return cls._load(config, {}, None, {}, kwargs)

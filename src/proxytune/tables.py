@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Table", "interval_cells", "markdown", "rendered"]
+__all__ = ["Table", "interval_cells", "markdown", "percent", "rendered"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ def interval_cells(of: Mapping[str, float | None], scale: int = 1) -> tuple[str,
     values = (of[key] for key in ("mean", "low", "high"))
     mean, low, high = (None if value is None else f"{scale * value:.{digits}f}" for value in values)
     return mean or "–", "–" if low is None else f"{low} to {high}"
+
+
+def percent(share: float) -> str:
+    """A share as text, in per cent."""
+    return f"{100 * share:.1f} %"
 
 
 def markdown(tables: Iterable[Table]) -> str:

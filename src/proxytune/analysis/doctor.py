@@ -58,7 +58,7 @@ class DoctorJournal(Journal):
             return
         before = self.lines[0].get("settings")
         if not isinstance(before, dict):
-            raise ProxyTuneError(self._foreign(1))
+            raise self.foreign(1)
         for name in {**self.settings, **before}:
             if before.get(name) != self.settings.get(name):
                 raise ProxyTuneError(f"{self.path} was made with another {name}; choose another --output")

@@ -24,7 +24,7 @@ from proxytune.decoding.mixing import Members, mix
 from proxytune.decoding.trace import json_number
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.fit import gold_ids, read_gold
-from proxytune.tables import Table
+from proxytune.tables import Table, percent
 
 if TYPE_CHECKING:
     from proxytune.model import ProxyTunedForCausalLM
@@ -282,7 +282,7 @@ def summary(answers: Sequence[GoldAnswer], samples: int = 0) -> dict[str, Any]:
 def limit_tables(found: dict[str, Any]) -> list[Table]:
     """Tables of the shares, and of the first tokens that are out of reach."""
     rows = [
-        [name, *(f"{100 * found['reachable'][key][kind]:.1f} %" for kind in ("tokens", "answers"))]
+        [name, *(percent(found["reachable"][key][kind]) for kind in ("tokens", "answers"))]
         for name, key in (
             ("at the recipe's alpha", "at_recipe_alpha"),
             ("at some alpha for each token", "at_some_alpha"),
@@ -290,7 +290,7 @@ def limit_tables(found: dict[str, Any]) -> list[Table]:
     ]
     if found["pass_at_k"]:
         k, share = found["pass_at_k"]["k"], found["pass_at_k"]["share"]
-        rows.append([f"one of {k} samples of the base", "", f"{100 * share:.1f} %"])
+        rows.append([f"one of {k} samples of the base", "", percent(share)])
     about = f", {found['n_answers']} gold answers, {found['n_tokens']} tokens"
     notes = [
         "This is a bound for exactly these tokens, each after the gold tokens before it. Another wording of an answer "

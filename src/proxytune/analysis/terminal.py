@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from proxytune.analysis.explanation import KINDS, Explanation, base_choice, expert_choice, probability
+from proxytune.recipe.alpha import MAX_ALPHA
 from proxytune.tables import Table
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["legend", "marked", "moves_table", "shaded", "totals_lines"]
 
 MARKS = {"changed": ("⟦", "⟧"), "strengthened": ("⟨", "⟩")}  # without colours
-MAX_ALPHA = 3.0  # a trace has no flips beyond this alpha
 LEVELS = (0.5, 1.5)  # nats; from each value on, the shade is darker
 # People who cannot see red or green can distinguish orange and blue; everyone can distinguish bold and underlined.
 STYLES = {

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from proxytune.analysis.explanation import Explanation, base_choice, expert_choice, probability, rise, shift
 from proxytune.analysis.terminal import quoted
+from proxytune.answers.files import read_yaml
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.statistics import bootstrap_of
 from proxytune.tables import Table, interval_cells
@@ -65,10 +64,7 @@ def load_classes(more: Path | None = None) -> dict[str, TokenClass]:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ProxyTuneError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path)
     if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
         raise ProxyTuneError(f"{path} holds no classes; write NAME: {{about: ..., pattern: REGEX}}")
     return values

@@ -147,9 +147,7 @@ class Output(Journal):
         known = {item.line: item for item in self.items}
         for number, value in enumerate(self.lines, start=1):
             if {"line", "prompt", "alpha", "run"} - set(value) or not isinstance(value["line"], int):
-                raise ProxyTuneError(
-                    f"line {number} of {self.path} is not a result of this command; choose another output"
-                )
+                raise self.foreign(number)
             line = value["line"]
             if value["run"] != self.run:
                 raise ProxyTuneError(

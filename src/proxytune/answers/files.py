@@ -20,7 +20,7 @@ from typing import Any
 
 from proxytune.errors import ProxyTuneError, first_line
 
-__all__ = ["SUFFIXES", "Row", "half_surrogate", "json_rows", "read_json", "read_rows", "read_text_lines"]
+__all__ = ["SUFFIXES", "Row", "half_surrogate", "json_rows", "read_json", "read_rows", "read_text_lines", "read_yaml"]
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _LARGE_FIELDS = threading.Lock()  # csv has one limit for the whole process
@@ -80,6 +80,21 @@ def read_text_lines(path: Path) -> Iterator[Row]:
             yield Row(number, f"line {number}", _text(raw, number).rstrip("\r\n"))
         except UnicodeDecodeError as error:
             raise ProxyTuneError(f"line {number} of {path}: it is not UTF-8") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The value in a YAML or JSON file.
+
+    Raises:
+        ProxyTuneError: if it is not valid YAML.
+        OSError: if it cannot be read.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ProxyTuneError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def half_surrogate(value: Any) -> str | None:

@@ -32,12 +32,15 @@ class Journal:
 
     Attributes:
         lines: what the file held when it was read or opened, in order.
+        holds, option: what a line is, and the option that names the file, for messages.
 
     Raises:
         ProxyTuneError: on reading and opening, if a line is not a JSON object; on opening, if another process is
             writing the file.
         OSError: if it cannot be opened, read or written.
     """
+
+    holds, option = "result of this command", "--output"
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -107,15 +110,16 @@ class Journal:
                 # An incomplete line is the beginning of an object, which is never valid JSON.
                 if line.startswith(b"{") and at + len(line) == len(raw) and not line.endswith(b"\n"):
                     return at, True
-                raise ProxyTuneError(self._foreign(number)) from error
+                raise self.foreign(number) from error
             if not isinstance(value, dict):
-                raise ProxyTuneError(self._foreign(number))
+                raise self.foreign(number)
             self.lines.append(value)
             at += len(line)
         return at, raw[at - 1 : at] in (b"\n", b"")
 
-    def _foreign(self, number: int) -> str:
-        return f"line {number} of {self.path} is not a result of this command; choose another output"
+    def foreign(self, number: int) -> ProxyTuneError:
+        """The error for a line that is of another kind."""
+        return ProxyTuneError(f"line {number} of {self.path} is not a {self.holds}; choose another {self.option}")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -81,11 +81,13 @@ def is_trace(value: Any, **key: type) -> bool:
 class ChatTraceFile(Journal):
     """The file that the traces of a conversation are appended to."""
 
+    holds, option = "trace", "--trace"
+
     def check(self) -> None:
         """Refuse a file that holds anything else than traces."""
         for number, value in enumerate(self.lines, start=1):
             if not is_trace(value):
-                raise ProxyTuneError(f"line {number} of {self.path} is not a trace; choose another --trace")
+                raise self.foreign(number)
 
 
 class TraceFile(Journal):
@@ -96,6 +98,8 @@ class TraceFile(Journal):
         path: the file; it is created if it is missing.
         items: the job. run: its fingerprint if it can be resumed, otherwise None. names: the recipe's experts.
     """
+
+    holds, option = "trace of a job", "--trace"
 
     def __init__(self, path: Path, items: Sequence[Item], run: str | None, names: Sequence[str]) -> None:
         super().__init__(path)
@@ -110,7 +114,7 @@ class TraceFile(Journal):
         self.traced = set()
         for number, value in enumerate(self.lines, start=1):
             if not is_trace(value, line=int):
-                raise ProxyTuneError(f"line {number} of {self.path} is not a trace of a job; choose another --trace")
+                raise self.foreign(number)
             line = value["line"]
             asked = (value.get("prompt"), value.get("alpha"))
             if value.get("run") != self.run or asked != self.asked.get(line) or line in self.traced:

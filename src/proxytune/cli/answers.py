@@ -17,6 +17,7 @@ from proxytune.cli.shared import (
     FAILED,
     Recipe,
     ResultOptions,
+    asked_of,
     check_seed,
     is_quiet,
     load_model,
@@ -80,14 +81,9 @@ def generate(
     from proxytune.answers.journal import json_line
     from proxytune.answers.traces import TraceFile, token_texts, trace_line
     from proxytune.decoding.trace import TOP_K
-    from proxytune.recipe.alpha import resolve_alpha
-    from proxytune.recipe.prompts import refuse_unread
-    from proxytune.recipe.store import load_recipe
 
-    config = load_recipe(recipe).with_mixing(options.combine, options.gate)
-    refuse_unread(options.negative_prompt, (member.prompt for _, member in config.members()))
-    names = [expert.name for expert in config.expert_list]
-    alphas = resolve_alpha(options.alpha, names, config.alphas)
+    config, alphas = asked_of(recipe, options)
+    names = config.expert_names
     n_broken = n_asked = n_certain = n_written = 0
     bounds: list[float] = []
     if job.input is None:

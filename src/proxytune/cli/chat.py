@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from proxytune.answers.options import ChatOptions, ChatSampling, Sampling
 from proxytune.cli.explain import show_explanation
 from proxytune.cli.flags import only
-from proxytune.cli.shared import Recipe, complain, load_model, say, write_out
+from proxytune.cli.shared import Recipe, asked_of, complain, load_model, say, write_out
 from proxytune.errors import PromptError, ProxyTuneError
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.place import check_alpha
@@ -65,14 +65,8 @@ def _chat(
     recipe: str, options: ChatOptions, sampling: ChatSampling, loading: LoadingOptions, traces: ChatTraceFile | None
 ) -> None:
     from proxytune.answers.chat import Conversation
-    from proxytune.recipe.alpha import resolve_alpha
-    from proxytune.recipe.prompts import refuse_unread
-    from proxytune.recipe.store import load_recipe
 
-    config = load_recipe(recipe)
-    refuse_unread(options.negative_prompt, (member.prompt for _, member in config.members()))
-    names = [expert.name for expert in config.expert_list]
-    alphas = resolve_alpha(options.alpha, names, config.alphas)
+    config, alphas = asked_of(recipe, options)
     model, tokenizer = load_model(config, loading)
     if traces is not None and not model.complete:
         raise ProxyTuneError("a trace needs the base's probabilities of all tokens; leave --trace out")
@@ -93,7 +87,7 @@ def _chat(
     for example in examples:
         say(_to_try(example))
     say("/help lists the commands, /quit leaves")
-    talk, read = Talk(conversation, names, examples, traces), _reader(examples)
+    talk, read = Talk(conversation, config.expert_names, examples, traces), _reader(examples)
     while True:
         try:
             line = read().strip()

@@ -149,12 +149,9 @@ def _is_given(value: Any) -> bool:
 
 def _read_config(path: Path) -> Mapping[str, Any]:
     """The options in the file: YAML, JSON, or a manifest's entry ``config``."""
-    import yaml
+    from proxytune.answers.files import read_yaml
 
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ProxyTuneError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path)
     if isinstance(values, Mapping) and isinstance(values.get("config"), Mapping):
         values = values["config"]
     if not isinstance(values, Mapping):

@@ -68,7 +68,6 @@ def doctor(
     lines = read_lines(options.data)  # before the seconds that the imports take
     from proxytune.analysis.doctor import Doctor, DoctorJournal, doctor_tables, number_at, summarize
     from proxytune.answers.journal import write_whole
-    from proxytune.recipe.alpha import resolve_alpha
     from proxytune.recipe.check import check_recipe
     from proxytune.recipe.members import Loading
     from proxytune.recipe.store import load_recipe
@@ -81,8 +80,7 @@ def doctor(
             "doctor compares the members' log-probabilities of gold answers, and the base of this recipe is behind an "
             "API; eval compares the answers of the arms"
         )
-    names = [expert.name for expert in config.expert_list]
-    alphas = resolve_alpha(answers.alpha, names, config.alphas)
+    names, alphas = config.expert_names, config.alphas_of(answers.alpha)
     place = output or Path(f"doctor-{Path(recipe).name}")
     place.mkdir(parents=True, exist_ok=True)
     settings = {

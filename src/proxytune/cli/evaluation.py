@@ -174,7 +174,6 @@ def sweep(
     run = _harness()
     from proxytune.evaluation.results import sweep_tables
 
-    loading = replace(loading, speculate=False)
     with _run("sweep", recipe, output, options, code, judges, settings) as (config, place, how):
         found = run.sweep(config, options, values, place, expert=expert, fit=fit, loading=loading, **how)
     _end(found, place, results, sweep_tables(found))
@@ -300,7 +299,7 @@ def score(
 def scores_table(result: Scores) -> Table:
     """A table of a task's figures: the main one with its interval, then the others."""
     from proxytune.evaluation.results import LEGEND, metric_text, spread_of
-    from proxytune.tables import Table
+    from proxytune.tables import Table, percent
 
     counts = {name: value for name, value in result.metrics.items() if isinstance(value, int)}
     total = counts["total"] - counts.get("num_invalid_predictions", 0)
@@ -308,7 +307,7 @@ def scores_table(result: Scores) -> Table:
     value, low, high = spread.value, spread.low, spread.high
     whole = abs(value * total - round(value * total)) < 1e-6
     headline = f"{round(value * total)}/{total}" if whole else f"mean of {total}"
-    rows = [(result.headline, headline, f"{100 * value:.1f} %", f"{100 * low:.1f} – {100 * high:.1f}")]
+    rows = [(result.headline, headline, percent(value), f"{100 * low:.1f} – {100 * high:.1f}")]
     rows += [(name, "", metric_text(name, v), "") for name, v in list(result.metrics.items())[1:] if name not in counts]
     rows += [(name.replace("_", " "), str(value), "", "") for name, value in counts.items()]
     rows += [(f"samples: {name}", str(value), "", "") for name, value in result.outcomes.items()]

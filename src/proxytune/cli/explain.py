@@ -13,7 +13,7 @@ import typer
 from proxytune.analysis.options import ExplainOptions
 from proxytune.answers.options import AnswerOptions, Sampling
 from proxytune.cli.flags import Given
-from proxytune.cli.shared import check_seed, load_model, say, show, spinner, write_out
+from proxytune.cli.shared import asked_of, check_seed, load_model, say, show, spinner, write_out
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.place import check_alpha, check_place
@@ -124,15 +124,10 @@ def _made(
     from proxytune.analysis.explain import explain_branch, explain_prompt, own_answers
     from proxytune.decoding.trace import TOP_K
     from proxytune.recipe.alpha import resolve_alpha
-    from proxytune.recipe.prompts import refuse_unread
-    from proxytune.recipe.store import load_recipe
 
-    config = load_recipe(recipe).with_mixing(options.combine, options.gate)
-    refuse_unread(options.negative_prompt, (member.prompt for _, member in config.members()))
-    names = [expert.name for expert in config.expert_list]
-    alphas = resolve_alpha(options.alpha, names, config.alphas)
+    config, alphas = asked_of(recipe, options)
     model, tokenizer = load_model(config, loading)
-    after = resolve_alpha(view.branch_alpha, names, alphas)
+    after = resolve_alpha(view.branch_alpha, config.expert_names, alphas)
     top_k = view.trace_top_k or TOP_K
     with spinner("answering"):
         why = explain_prompt(model, tokenizer, prompt, alphas, options, sampling, top_k)

@@ -9,7 +9,17 @@ import typer
 from proxytune.analysis.options import LimitOptions
 from proxytune.answers.options import AnswerOptions
 from proxytune.cli.flags import only
-from proxytune.cli.shared import FAILED, Recipe, ResultOptions, load_model, progress_bar, read_gold, read_lines, say
+from proxytune.cli.shared import (
+    FAILED,
+    Recipe,
+    ResultOptions,
+    asked_of,
+    load_model,
+    progress_bar,
+    read_gold,
+    read_lines,
+    say,
+)
 from proxytune.errors import ProxyTuneError
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.place import check_alpha
@@ -43,14 +53,9 @@ def limit(
     from proxytune.analysis.limit import limit as within_reach
     from proxytune.analysis.limit import limit_tables, summary
     from proxytune.answers.generation import Sampling
-    from proxytune.recipe.alpha import resolve_alpha
-    from proxytune.recipe.prompts import refuse_unread
-    from proxytune.recipe.store import load_recipe
 
     references, broken = read_gold(options.input, lines)
-    config = load_recipe(recipe)
-    refuse_unread(answers.negative_prompt, (member.prompt for _, member in config.members()))
-    alphas = resolve_alpha(answers.alpha, [expert.name for expert in config.expert_list], config.alphas)
+    config, alphas = asked_of(recipe, answers)
     model, tokenizer = load_model(config, loading)
     if not model.complete:
         raise ProxyTuneError(

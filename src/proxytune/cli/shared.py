@@ -23,7 +23,7 @@ from proxytune.recipe.place import check_place
 
 if TYPE_CHECKING:
     from proxytune.analysis.references import Reference
-    from proxytune.answers.options import Sampling
+    from proxytune.answers.options import AnswerOptions, Sampling
     from proxytune.model import ProxyTunedForCausalLM
     from proxytune.recipe.config import ProxyTuneConfig
     from proxytune.recipe.options import LoadingOptions
@@ -35,6 +35,7 @@ __all__ = [
     "UNFINISHED",
     "Recipe",
     "ResultOptions",
+    "asked_of",
     "check_seed",
     "complain",
     "count",
@@ -234,6 +235,20 @@ def read_gold(path: str, lines: list[bytes]) -> tuple[list[Reference], list[str]
     if not references:
         raise ProxyTuneError(f"{path} holds no gold answers")
     return references, broken
+
+
+def asked_of(recipe: str, options: AnswerOptions) -> tuple[ProxyTuneConfig, tuple[float, ...]]:
+    """A recipe with the rule and the gate of a call, and the call's alphas, one per expert.
+
+    Raises:
+        ProxyTuneError: for a negative prompt that no member reads, and for an alpha that does not fit the experts.
+    """
+    from proxytune.recipe.prompts import refuse_unread
+    from proxytune.recipe.store import load_recipe
+
+    config = load_recipe(recipe).with_mixing(options.combine, options.gate)
+    refuse_unread(options.negative_prompt, (member.prompt for _, member in config.members()))
+    return config, config.alphas_of(options.alpha)
 
 
 def load_model(config: ProxyTuneConfig, loading: LoadingOptions) -> tuple[ProxyTunedForCausalLM, Any]:

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_ALPHA", "best", "contenders", "flips", "top"]
+from proxytune.recipe.alpha import MAX_ALPHA
 
-MAX_ALPHA = 3.0  # flips are searched up to this alpha
+__all__ = ["best", "contenders", "flips", "top"]
+
 CHUNK = 64  # ids that are looked at together
 
 

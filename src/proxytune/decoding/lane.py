@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from proxytune.decoding.cost import Cost
 from proxytune.recipe.layout import Seat
 
-__all__ = ["AskedState", "Lane", "LaneState", "QuickLane", "QuickState", "Scores", "part", "stacked"]
+__all__ = ["AskedState", "Lane", "LaneState", "QuickLane", "QuickState", "Scores", "stacked"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,10 @@ class Scores:
     ids: Tensor | None = None
     bound: Tensor | None = None
 
-
-Read = TypeVar("Read", Scores, Scores | None)  # None where a lane has not read
+    def part(self, start: int, stop: int | None) -> Scores:
+        """The scores of some positions."""
+        at = slice(start, stop)
+        return Scores(self.values[:, at], *(None if each is None else each[:, at] for each in (self.ids, self.bound)))
 
 
 class LaneState(Protocol):
@@ -194,18 +196,3 @@ class AskedState(LaneState, Protocol):
 def stacked(tensor: Tensor, n_rows: int) -> Tensor:
     """Rows for every seat: (n_batch, k), shared by all seats, becomes (n_rows, k); (n_rows, k) stays as it is."""
     return tensor if tensor.shape[0] == n_rows else tensor.repeat(n_rows // tensor.shape[0], 1)
-
-
-def part(scores: Sequence[Read], start: int, stop: int | None) -> list[Read]:
-    """Some positions of all lanes' scores; None where a lane has none."""
-    at = slice(start, stop)
-    return [
-        None
-        if each is None
-        else Scores(
-            each.values[:, at],
-            None if each.ids is None else each.ids[:, at],
-            None if each.bound is None else each.bound[:, at],
-        )
-        for each in scores
-    ]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from proxytune.decoding.drafting import Draft, Drafter
 from proxytune.decoding.gating import Gating, Later
-from proxytune.decoding.lane import LaneState, Scores, part
+from proxytune.decoding.lane import LaneState, Scores
 from proxytune.decoding.sampling import Sampler
 from proxytune.decoding.text import Text
 from proxytune.decoding.trace import TokenTrace, Tracer
@@ -122,7 +122,9 @@ def decode(
             chosen = sampler.choose(mixture(scores, opened))[:, None]
             counts = [0] * text.n_batch
         else:
-            judged = mixture(part(scores, 0, n_drafts), None if opened is None else opened[:, :n_drafts])
+            judged = mixture(
+                [s and s.part(0, n_drafts) for s in scores], None if opened is None else opened[:, :n_drafts]
+            )
             accepted, tokens = sampler.accept(draft.tokens, draft.q, judged)
             complete = accepted == n_drafts
             if drafted_by is not None and closed:
@@ -132,7 +134,7 @@ def decode(
                 if drafted_by is not None and not closed:
                     scores[drafted_by] = states[drafted_by].read(draft.tokens[:, -1:])
                     draft.n_read += 1
-                behind = mixture(part(scores, -1, None), None if opened is None else opened[:, -1:])
+                behind = mixture([s and s.part(-1, None) for s in scores], None if opened is None else opened[:, -1:])
                 tokens = torch.where(complete, sampler.choose(behind, offset=n_drafts), tokens)
             counts = accepted.tolist()
             chosen = torch.cat([draft.tokens, tokens[:, None]], dim=1).scatter(1, accepted[:, None], tokens[:, None])

@@ -34,7 +34,7 @@ from platformdirs import user_cache_path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from proxytune.errors import MemberError, ProxyTuneError, need
+from proxytune.errors import MemberError, ProxyTuneError, is_unwritable, need
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -302,8 +302,7 @@ def materialize(cache_dir: Path | None = None, assets: Path = ASSETS) -> Path:
             with contextlib.suppress(OSError):  # another process was faster and made the same directory
                 Path(building).rename(place)
     except Exception as error:
-        # safetensors reports a full disk with an error type of its own
-        if isinstance(error, OSError) or "No space left" in str(error):
+        if is_unwritable(error):
             raise ProxyTuneError(f"the demo cannot write its cache {root}: {error}") from error
         raise
     if not place.is_dir():

@@ -438,6 +438,8 @@ class Log(Journal):
             file.
     """
 
+    holds = "prediction of this command"
+
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
         self.made: dict[tuple[str, int], dict[str, Any]] = {}
@@ -451,9 +453,7 @@ class Log(Journal):
         self.made = {}
         for number, line in enumerate(self.lines, start=1):
             if "id" not in line or "seconds" not in line:
-                raise ProxyTuneError(
-                    f"line {number} of {self.path} is not a prediction of this command; choose another --output"
-                )
+                raise self.foreign(number)
             if (key := (str(line["id"]), line.get("sample", 0))) in self.made:
                 raise ProxyTuneError(f"{self.path} has two predictions for example {key[0]}, sample {key[1]}")
             self.made[key] = line
@@ -474,6 +474,8 @@ class TraceLog(Journal):
         log: the predictions, read or open.
     """
 
+    holds = "trace of this command"
+
     def __init__(self, path: str | Path, log: Log) -> None:
         super().__init__(path)
         self.log = log
@@ -491,9 +493,7 @@ class TraceLog(Journal):
         self.traced = set()
         for number, line in enumerate(self.lines, start=1):
             if not is_trace(line, id=str, sample=int):
-                raise ProxyTuneError(
-                    f"line {number} of {self.path} is not a trace of this command; choose another --output"
-                )
+                raise self.foreign(number)
             self.traced.add(_key(line))
 
     def refuse_missing(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from proxytune.answers.files import SUFFIXES, read_json
-from proxytune.errors import ProxyTuneError, first_line
+from proxytune.errors import ProxyTuneError, first_line, need
 from proxytune.evaluation.records import Prediction
 from proxytune.evaluation.sandbox import Limits, Sandbox, Verdict
 
@@ -108,19 +108,16 @@ def _rows(task: str, data: str | Path | None) -> list[tuple[str, Any]]:
     name, config = HUB[task] if data is None else (str(data), None)
     if data is not None and (len(Path(name).parts) > 2 or name.lower().endswith((*SUFFIXES, ".gz"))):
         raise ProxyTuneError(f"there is no file {name}")
-    try:
-        from datasets import load_dataset
+    need(f"{task} without --data FILE", "eval", "datasets")
+    from datasets import load_dataset
 
+    try:
         splits = load_dataset(name, config)
         return [
             (f"row {at} of {name}'s {part}", row)
             for part, split in splits.items()
             for at, row in enumerate(split, start=1)
         ]
-    except ImportError as error:
-        raise ProxyTuneError(
-            f"{task}'s problems come from the hub: pip install 'proxytune[eval]', or --data"
-        ) from error
     except Exception as error:
         raise ProxyTuneError(
             f"{task}'s problems cannot be loaded from the hub's {name} ({first_line(error)}); give their file with "

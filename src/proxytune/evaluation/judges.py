@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from proxytune.answers.journal import Journal
-from proxytune.errors import ProxyTuneError, Unfinished, first_line
+from proxytune.errors import ProxyTuneError, Unfinished, first_line, need
 from proxytune.evaluation.options import JudgeOptions
 from proxytune.evaluation.records import Prediction
 
@@ -77,10 +77,9 @@ class Endpoint:
         timeout: float = 60.0,
         at_once: int = 8,
     ) -> None:
-        try:
-            import openai
-        except ImportError as error:
-            raise ProxyTuneError("judges behind an endpoint need openai: pip install 'proxytune[eval]'") from error
+        need("a judge behind an endpoint", "eval", "openai")
+        import openai
+
         self.name = f"{url.rstrip('/')} {model}{' chat' if chat else ''}"
         self.model, self.chat, self.at_once = model, chat, at_once
         self.client: Any = openai.OpenAI(
@@ -358,11 +357,9 @@ def alpaca_eval(annotator: str, reference: str | Path | None = None, kept: str |
         reference: a file of the reference's answers (``instruction``, ``output``); by default those of
             text-davinci-003, which the paper compares with.
     """
-    try:
-        from alpaca_eval import constants, utils
-        from alpaca_eval.annotators import PairwiseAnnotator
-    except ImportError as error:
-        raise ProxyTuneError("alpacafarm is judged by alpaca_eval: pip install 'proxytune[alpaca]'") from error
+    need("alpacafarm", "alpaca", "alpaca_eval")
+    from alpaca_eval import constants, utils
+    from alpaca_eval.annotators import PairwiseAnnotator
 
     def judged(predictions: Sequence[Prediction]) -> list[float]:
         theirs = utils.load_or_convert_to_dataframe(reference or constants.ALPACAEVAL_REFERENCE_OUTPUTS_1)

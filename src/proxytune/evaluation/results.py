@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from proxytune.evaluation.judges import NeedsJudge
 from proxytune.evaluation.scoring import Scores, mean, score_lines
 from proxytune.evaluation.statistics import Interval, compare, gap_closed, interval, mcnemar, wilson, zero_or_one
-from proxytune.tables import Table
+from proxytune.tables import Table, percent
 
 __all__ = [
     "ARMS",
@@ -221,8 +221,8 @@ def _notes(task: Mapping[str, Any]) -> list[str]:
         if gap["value"] is None:
             said.append("Gap closed: undefined, the tuned model is no better or worse than the base.")
         else:
-            spread = "not bounded here" if gap["low"] is None else f"{_percent(gap['low'])} – {_percent(gap['high'])}"
-            said.append(f"Gap closed: {_percent(gap['value'])} (95 % interval {spread}).")
+            spread = "not bounded here" if gap["low"] is None else f"{percent(gap['low'])} – {percent(gap['high'])}"
+            said.append(f"Gap closed: {percent(gap['value'])} (95 % interval {spread}).")
     if task["steered_to_base"] is not None:
         said.append(f"The steered arm ran at {task['steered_to_base']:.2f} times the speed of the base.")
     said += _cut_notes(task["arms"].values())
@@ -278,7 +278,7 @@ def _columns(headline: str, measured: Sequence[Mapping[str, Any]]) -> tuple[list
     cells = [
         [
             "" if of["count"] is None else f"{of['count']}/{of['of']}",
-            _percent(of["value"]),
+            percent(of["value"]),
             f"{100 * of['low']:.1f} – {100 * of['high']:.1f}",
             *(metric_text(metric, of["metrics"].get(metric)) for metric in others),
             metric_text("certain", of.get("certified")),
@@ -289,14 +289,10 @@ def _columns(headline: str, measured: Sequence[Mapping[str, Any]]) -> tuple[list
     return ["right", headline, "95 % interval", *others, "certain", "requests"], cells
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
 def metric_text(name: str, value: float | None) -> str:
     """A metric as text for tables: counts unchanged, shares in per cent, bits as a number."""
     if value is None:
         return ""
     if isinstance(value, int):
         return str(value)
-    return f"{value:.3f}" if name in NO_SHARES else _percent(value)
+    return f"{value:.3f}" if name in NO_SHARES else percent(value)

@@ -33,7 +33,7 @@ from lm_eval.tasks import TaskManager
 
 from proxytune import __version__
 from proxytune.answers.journal import Journal, write_whole
-from proxytune.errors import AlphaError, ProxyTuneError, Unfinished
+from proxytune.errors import ProxyTuneError, Unfinished
 from proxytune.evaluation import TASK_DIR
 from proxytune.evaluation.answering import (
     Job,
@@ -68,7 +68,6 @@ from proxytune.evaluation.results import (
     sweep_tables,
     task_results,
 )
-from proxytune.recipe.alpha import resolve_alpha
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.gates import gate_of
 from proxytune.recipe.members import Loading, load_tokenizer, refuse_of_api
@@ -114,7 +113,7 @@ def evaluate(
     judging = {plan.name: scoring(plan.name) for plan in plans}  # find out before the answers that a judge is missing
     names = arms_of(config, options, plans, note)
     more: dict[str, Any] = {"tuned": options.tuned, "mean_weight": options.mean_weight, "vector": options.vector}
-    arms = _arms(config, options, loading, alphas=_alphas(config, options), **more)
+    arms = _arms(config, options, loading, alphas=config.alphas_of(options.alpha), **more)
     refuse_unknown(config, loading, plans, names, trace=options.trace)
     if isinstance(arms, EngineArms):
         refuse_of_engine(arms, plans, names, {"--trace": options.trace})
@@ -367,15 +366,11 @@ def sweep(
     judging = {plan.name: scoring(plan.name) for plan in plans}  # find out before the answers that a judge is missing
     if fit and (lacking := [plan.name for plan in plans if not plan.metadata.get("gold")]):
         raise ProxyTuneError(f"{lacking[0]} has no gold answers to fit alpha to; leave {lacking[0]} or --fit out")
-    names = [each.name for each in config.expert_list]
-    if expert is not None and expert not in names:
-        raise AlphaError(f"no expert is called {expert!r}; the recipe has {', '.join(names)}")
-    alphas = [
-        tuple(value if expert in (None, name) else own for name, own in zip(names, config.alphas)) for value in values
-    ]
+    alphas = [config.alphas_of(value if expert is None else {expert: value}) for value in values]
     if loading.way == "verify":
         raise ProxyTuneError("a sweep never drafts, so --way verify would change nothing; leave it out")
-    arms = _arms(config, options, replace(loading, speculate=False))
+    loading = replace(loading, speculate=False)
+    arms = _arms(config, options, loading)
     refuse_unknown(config, loading, plans, ["proxy_tuned"], fit=fit)
     if isinstance(arms, EngineArms):
         refuse_of_engine(arms, plans, ["proxy_tuned"], {"--fit": fit})
@@ -564,10 +559,6 @@ def arms_of(
     return sorted(expand_arms(wanted, config), key=lambda arm: arm == "tuned")
 
 
-def _alphas(config: ProxyTuneConfig, options: EvaluationOptions) -> tuple[float, ...]:
-    return resolve_alpha(options.alpha, [each.name for each in config.expert_list], config.alphas)
-
-
 # -- the manifest ---------------------------------------------------------------------------------------------
 def manifest_of(
     config: ProxyTuneConfig,
@@ -582,7 +573,6 @@ def manifest_of(
     ``config`` is the command's options, as --config reads them.
     """
     experts = [{key: value for key, value in expert.items() if key != "alpha"} for expert in config.experts]
-    names = [expert.name for expert in config.expert_list]
     return {
         "decides": {
             "command": "sweep" if "sweep" in what else "eval",
@@ -591,7 +581,7 @@ def manifest_of(
             "combine": config.combine,
             "gate": config.gate,
             "plausibility": config.plausibility,
-            "alpha": what.get("sweep", dict(zip(names, _alphas(config, options)))),
+            "alpha": what.get("sweep", dict(zip(config.expert_names, config.alphas_of(options.alpha)))),
             "tuned": options.tuned,
             "mean_weight": options.mean_weight,
             "steering_vector": _vector_hash(options),

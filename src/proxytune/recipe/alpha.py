@@ -7,9 +7,10 @@ from typing import Any
 
 from proxytune.errors import AlphaError
 
-__all__ = ["NAMED", "alpha_of_text", "alpha_rows", "finite_alpha", "resolve_alpha", "take_alpha"]
+__all__ = ["MAX_ALPHA", "NAMED", "alpha_of_text", "alpha_rows", "finite_alpha", "resolve_alpha", "take_alpha"]
 
 LARGEST_ALPHA = 3.4e38
+MAX_ALPHA = 3.0  # of traces: the flips of a choice are searched up to this alpha
 NAMED = "alpha."  # prefix of an expert's name in a call
 
 

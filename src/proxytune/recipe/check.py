@@ -8,7 +8,7 @@ checked; :mod:`proxytune.answers.selftest` loads the recipe and tests it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ from proxytune.recipe.prompts import render
 from proxytune.recipe.source import Source
 from proxytune.recipe.vocabulary import compare
 
-__all__ = ["MemberReport", "Report", "check_recipe", "count_recipe"]
+__all__ = ["MemberReport", "Report", "cache_bytes", "check_recipe", "count_recipe"]
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf", "*.pt")
 
@@ -165,19 +165,18 @@ def check_recipe(config: ProxyTuneConfig, loading: Loading | None = None, *, ask
     check.parts()
     check.outputs()
     members = check.count(files=True)
-    grown = [report.kv_bytes_per_token for report in members]
     return Report(
         works=False if check.problems else None if check.unchecked else True,
         problems=check.problems,
         notes=check.notes,
         unchecked=check.unchecked,
         members=members,
-        alpha=dict(zip((expert.name for expert in config.expert_list), config.alphas)),
+        alpha=dict(zip(config.expert_names, config.alphas)),
         combine=config.combine,
         gate=config.gate,
         plausibility=config.plausibility,
         weight_bytes=sum(report.weight_bytes for report in members),
-        kv_bytes_per_token=None if None in grown else sum(size or 0 for size in grown),
+        kv_bytes_per_token=cache_bytes(members),
         context=min((report.context for report in members if report.context is not None), default=None),
         shared_vocab=shared,
         description=config.description,
@@ -428,6 +427,12 @@ class _Check:
         if not tried:
             self.unchecked.append(f"whether the adapter of {name} fits its model: loading tests it")
         return count
+
+
+def cache_bytes(members: Sequence[MemberReport]) -> int | None:
+    """The bytes of cache that a token needs in all of these members; None if one is unknown."""
+    sizes = [report.kv_bytes_per_token for report in members]
+    return None if None in sizes else sum(size or 0 for size in sizes)
 
 
 def _bits(quantization: Mapping[str, Any]) -> int | None:

@@ -136,10 +136,19 @@ class ProxyTuneConfig(PreTrainedConfig):
         return [Expert.parse(value, index) for index, value in enumerate(self.experts)]
 
     @property
+    def expert_names(self) -> list[str]:
+        """The experts' names, in order."""
+        return [expert.name for expert in self.expert_list]
+
+    @property
     def alphas(self) -> list[float]:
         """The recipe's alpha for each expert, in order. (Not called ``alpha``: ``AutoConfig.from_pretrained``
         would swallow ``alpha=`` into an attribute of that name, and the model would never see it.)"""
         return [expert.alpha for expert in self.expert_list]
+
+    def alphas_of(self, alpha: Any) -> tuple[float, ...]:
+        """One alpha per expert, from any accepted form; the recipe's own where it says none."""
+        return resolve_alpha(alpha, self.expert_names, self.alphas)
 
     def members(self) -> Iterator[tuple[str, Member]]:
         """Every member with the name that messages and outputs use: ``base``, ``NAME.expert``, ``NAME.anti_expert``."""
@@ -193,10 +202,9 @@ class ProxyTuneConfig(PreTrainedConfig):
 
     def with_alpha(self, alpha: Mapping[str, float] | list[float] | tuple[float, ...] | float) -> ProxyTuneConfig:
         """A copy with other alphas: a number for all experts, a list in order, or a mapping by name."""
-        experts = self.expert_list
-        values = resolve_alpha(alpha, [expert.name for expert in experts], self.alphas)
         copied = self.with_members(lambda _, member: member)
-        copied.experts = [replace(expert, alpha=value).to_json() for expert, value in zip(experts, values)]
+        pairs = zip(self.expert_list, self.alphas_of(alpha))
+        copied.experts = [replace(expert, alpha=value).to_json() for expert, value in pairs]
         return copied
 
 

@@ -59,17 +59,8 @@ class Loading:
     @classmethod
     def of(cls, options: LoadingOptions, **hub: Any) -> Loading:
         """What a command's options ask of members."""
-        return cls(
-            dtype=options.dtype,
-            device_map=options.device_map,
-            trust_remote_code=options.trust_remote_code,
-            pack=options.pack,
-            way=options.way,
-            max_calls=options.max_calls,
-            max_tokens=options.max_tokens,
-            sample_named=options.sample_named,
-            hub=hub,
-        )
+        asked = {name: value for name, value in vars(options).items() if name != "speculate"}
+        return cls(**asked, hub=hub)
 
 
 def refuse_unfit(name: str, member: Member, own: PreTrainedConfig) -> None:

@@ -97,17 +97,9 @@ class LoadingOptions:
 
     def of_model(self) -> dict[str, Any]:
         """As :meth:`proxytune.ProxyTunedForCausalLM.from_pretrained` takes them."""
-        return {
-            "dtype": self.dtype,
-            "device_map": self.device_map,
-            "member_trust_remote_code": self.trust_remote_code,
-            "speculate": self.speculate,
-            "pack": self.pack,
-            "way": self.way,
-            "max_calls": self.max_calls,
-            "max_tokens": self.max_tokens,
-            "sample_named": self.sample_named,
-        }
+        asked = dict(vars(self))
+        asked["member_trust_remote_code"] = asked.pop("trust_remote_code")  # the plain name is for the recipe itself
+        return asked
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from transformers import DynamicCache
 from proxytune.decoding.cost import QUICK_HEAD, QUICK_ROWS, ROW_SHARE, UNPACKED_CPU, Cost, Costs, cost_of_weights
 from proxytune.decoding.drafting import Drafting, choose_drafting, costs_by_role
 from proxytune.errors import MemberError, ProxyTuneError
-from proxytune.recipe.check import MemberReport, count_recipe
+from proxytune.recipe.check import MemberReport, cache_bytes, count_recipe
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.layout import group_by_weights, seats_of
 from proxytune.recipe.members import Loading
@@ -195,7 +195,7 @@ def plan_recipe(config: ProxyTuneConfig, options: PlanOptions, loading: LoadingO
     held = {"base": members[:1], "naive": apart, "shared": members}
     weights = {kind: sum(one.weight_bytes for one in those) for kind, those in held.items()}
     weights["shared"] += sum(lane.quick_head_bytes for lane in lanes)
-    caches = {kind: _cache_bytes(those) for kind, those in held.items()}
+    caches = {kind: cache_bytes(those) for kind, those in held.items()}
     predictions = predict(costs, options.acceptances, timed=options.probe)
     if drafting is None:
         notes = [
@@ -258,20 +258,15 @@ def _lane_shapes(
                 n_layers=own[0].layers,
                 weight_bytes=sum(one.weight_bytes for one in own),
                 read_bytes=own[0].read_bytes + sum(one.adapter_bytes for one in own),
-                kv_bytes_per_token=_cache_bytes(own),
+                kv_bytes_per_token=cache_bytes(own),
             )
         )
-    drafting = choose_drafting([lane.read_bytes for lane in lanes], blocks, [one.name for one in config.expert_list])
+    drafting = choose_drafting([lane.read_bytes for lane in lanes], blocks, config.expert_names)
     if loading.pack and drafting is not None and lanes[drafting.lane].dtype == "float32":
         lane = lanes[drafting.lane]
         quick = int(QUICK_HEAD * reports[lane.members[0]].head_bytes)
         lanes[drafting.lane] = replace(lane, weight_bytes=lane.weight_bytes + quick, quick_head_bytes=quick)
     return lanes, blocks["base"][0], drafting
-
-
-def _cache_bytes(members: Sequence[MemberReport]) -> int | None:
-    sizes = [one.kv_bytes_per_token for one in members]
-    return None if None in sizes else sum(size or 0 for size in sizes)
 
 
 # -- from a probe ---------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from proxytune.errors import ProxyTuneError
 from proxytune.lanes.completions import FEW_BIASES, MOST_SCORED
-from proxytune.recipe.check import MemberReport, count_recipe
+from proxytune.recipe.check import MemberReport, cache_bytes, count_recipe
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.members import Loading, load_config
 from proxytune.recipe.parts import ApiBase
@@ -126,7 +126,6 @@ def plan_requests(
                 )
                 cost = None if options.prices is None else (low.cost(options.prices), high.cost(options.prices))
                 ways.append(WayPlan(way, n_drafts, acceptance, low, high, cost))
-    grown = [one.kv_bytes_per_token for one in members]
     return RequestPlan(
         prompts=options.prompts,
         prompt_tokens=options.prompt_tokens,
@@ -137,7 +136,7 @@ def plan_requests(
         ways=ways,
         members=members,
         weight_bytes=sum(one.weight_bytes for one in members),
-        kv_bytes_per_token=None if None in grown else sum(size or 0 for size in grown),
+        kv_bytes_per_token=cache_bytes(members),
         notes=notes,
     )
 

@@ -28,7 +28,7 @@ from typing import Any, cast
 import torch
 
 from proxytune.answers.journal import write_whole
-from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError, first_line, need
+from proxytune.errors import MemberError, PromptError, ProxyTuneError, RecipeError, first_line, is_unwritable, need
 from proxytune.lanes.loading import load_model
 from proxytune.options import words
 from proxytune.processes import is_main, n_processes
@@ -63,9 +63,6 @@ COMPARED = {
 
 # Trackers that run only on the platforms of these names, where they could not be tried.
 PLATFORMS = {"azure_ml", "flyte", "kubeflow"}
-
-# safetensors and torch tell a full disk, or a file that may not grow, with errors of their own.
-FULL_DISK = ("No space left", "File too large", "PytorchStreamWriter")
 
 
 @dataclass(frozen=True)
@@ -176,7 +173,7 @@ def train(
         if is_main():
             _save_expert(trainer, run, out)
     except Exception as error:
-        if isinstance(error, OSError) or any(said in str(error) for said in FULL_DISK):
+        if is_unwritable(error):
             raise ProxyTuneError(
                 f"{out} cannot be written: {first_line(error)}; --resume continues from there"
             ) from error
