@@ -18,7 +18,8 @@ pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'proxytune[eva
 from proxytune import load_recipe
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.engine import EngineArms
-from proxytune.evaluation.run import load_plans, manifest_of, write_manifest
+from proxytune.evaluation.manifest import manifest_of, write_manifest
+from proxytune.evaluation.run import load_plans
 from proxytune.recipe.options import LoadingOptions
 
 

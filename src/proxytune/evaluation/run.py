@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import logging
-import os
-import platform
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,8 +28,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from proxytune import __version__
-from proxytune.answers.journal import Journal, write_whole
+from proxytune.answers.journal import write_whole
 from proxytune.errors import ProxyTuneError, Unfinished
 from proxytune.evaluation import TASK_DIR
 from proxytune.evaluation.answering import (
@@ -58,6 +54,7 @@ from proxytune.evaluation.arms import (
 )
 from proxytune.evaluation.engine import EngineArms, refuse_of_engine
 from proxytune.evaluation.fit import check_fit, curves, fits, gold_ids, read_gold
+from proxytune.evaluation.manifest import manifest_of, write_manifest
 from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.results import (
     ARMS,
@@ -78,6 +75,7 @@ from proxytune.tables import Table, markdown
 __all__ = ["evaluate", "load_plans", "sweep"]
 
 Scoring = Callable[[str], Mapping[str, Any]]
+TaskFiles = Mapping[str, Sequence[Path]]  # task -> the files of an arm's predictions, one for each mix
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
 
 
@@ -114,30 +112,24 @@ def evaluate(
     names = arms_of(config, options, plans, note)
     more: dict[str, Any] = {"tuned": options.tuned, "mean_weight": options.mean_weight, "vector": options.vector}
     arms = _arms(config, options, loading, alphas=config.alphas_of(options.alpha), **more)
-    refuse_unknown(config, loading, plans, names, trace=options.trace)
-    if isinstance(arms, EngineArms):
-        refuse_of_engine(arms, plans, names, {"--trace": options.trace})
+    refuse_unknown(arms, plans, names, {"--trace": options.trace})
     if options.trace:
         refuse_untraceable(plans, names, out)
     write_manifest(out, manifest_of(config, options, loading, plans, {"arms": names}, settings))
     asked = {name: [plan for plan in plans if shots_of(name) in plan.jobs] for name in names}
     files = {name: {plan.name: [out / plan.name / f"{name}.jsonl"] for plan in asked[name]} for name in names}
-    tally = Tally(progress, [(plan, name, files[name][plan.name]) for name in names for plan in asked[name]])
-    left_out = unreadable(arms, asked, tally, note)
-    left = [name for name in names if any(tally.missing(name, plan) for plan in asked[name])]
-    arms.names = left  # the whole recipe is loaded only if an arm needs it
-    for name in left:
-        answer_tasks(arms, name, asked[name], files[name], options, tally, left_out)
+    left_out = answer_all(arms, asked, files, options, Tally(progress, asked, files), note)
     arms.close()
-    tasks = {}
-    for plan in plans:
+
+    def results_of(plan: TaskPlan) -> dict[str, Any] | None:
         lines = {name: read_lines(plan, name, of[plan.name][0]) for name, of in files.items() if plan.name in of}
-        if whole := {name: of for name, of in lines.items() if of is not None}:
-            with _left_out(left_out, plan.name):
-                how = judging[plan.name]
-                tasks[plan.name] = task_results(plan.name, whole, samples=plan.repeats, options=how, note=note)
-                if options.engine == "vllm":  # every arm costs as much as the mixture
-                    tasks[plan.name]["steered_to_base"] = None
+        if not (whole := {name: of for name, of in lines.items() if of is not None}):
+            return None
+        return task_results(plan.name, whole, samples=plan.repeats, options=judging[plan.name], note=note)
+
+    tasks = _results(plans, results_of, left_out)
+    if options.engine == "vllm":  # every arm costs as much as the mixture
+        tasks = {name: {**task, "steered_to_base": None} for name, task in tasks.items()}
     results = _write_results(out, tasks, left_out, started, results_tables)
     if drawn := {name: task for name, task in tasks.items() if task["arms"]}:
         from proxytune.evaluation.plots import plot_arms
@@ -153,26 +145,25 @@ def _arms(config: ProxyTuneConfig, options: EvaluationOptions, loading: LoadingO
     return Arms(config, (), loading, **more)
 
 
-def refuse_unknown(
-    config: ProxyTuneConfig,
-    loading: LoadingOptions,
-    plans: Sequence[TaskPlan],
-    arms: Sequence[str],
-    *,
-    trace: bool = False,
-    fit: bool = False,
-) -> None:
-    """Refuse what a base behind an API cannot answer, and options for one if it is not, before anything is loaded.
+def refuse_unknown(arms: Arms, plans: Sequence[TaskPlan], names: Sequence[str], asked: Mapping[str, bool]) -> None:
+    """Refuse what the engine or a base behind an API cannot answer, before anything is loaded.
+
+    Args:
+        names: the arms of the run. asked: options of the command that need all log-probabilities -> whether they were
+            given.
 
     Raises:
         ProxyTuneError: names the task or the option, and what it needs.
     """
+    config, loading = arms.config, arms.loading
     base = config.base_member
     refuse_of_api(base, loading)
-    if not isinstance(base, ApiBase) or not any(map(asks_base, arms)):
+    if isinstance(arms, EngineArms):
+        refuse_of_engine(arms, plans, names, asked)
+    if not isinstance(base, ApiBase) or not any(map(asks_base, names)):
         return
-    needs = {"--trace": trace, "--fit": fit}
-    if "proxy_tuned" in arms:
+    needs = dict(asked)
+    if "proxy_tuned" in names:
         gate = gate_of(config.gate)
         needs |= {"the rule dynamic": config.combine == "dynamic"}
         needs |= {} if gate is None else {f"the gate {gate.kind}": not gate.scheduled}
@@ -184,7 +175,7 @@ def refuse_unknown(
     wanted = next((what for what, needed in needs.items() if needed), None)
     if wanted is None and loading.way == "push":
         needs = {f"{plan.name}, which bans words,": bool(plan.metadata.get("banned")) for plan in plans}
-        needs["plausibility"] = config.plausibility is not None and "proxy_tuned" in arms
+        needs["plausibility"] = config.plausibility is not None and "proxy_tuned" in names
         wanted = next((what for what, needed in needs.items() if needed), None)
     if wanted is None:
         return
@@ -243,19 +234,21 @@ class Tally:
     """The progress of a run.
 
     Args:
-        progress: the function to call. parts: (task, arm, its files) for all parts of the run.
+        progress: the function to call. asked: arm -> its tasks. files: arm -> task -> the files of its predictions.
     """
 
-    def __init__(self, progress: Progress, parts: Sequence[tuple[TaskPlan, str, Sequence[Path]]]) -> None:
+    def __init__(
+        self, progress: Progress, asked: Mapping[str, Sequence[TaskPlan]], files: Mapping[str, TaskFiles]
+    ) -> None:
         self.progress, self.said, self.n_parts, self.begun = progress, "", 0, 0
         self.total, self.done = 0, 0
         self.left: dict[tuple[str, str], int] = {}
-        for plan, arm, files in parts:
-            keys = {job.key for job in plan.jobs[shots_of(arm)]}
-            made = [len(keys & set(Log(file).read().made)) for file in files]
-            self.total += len(keys) * len(files)
-            self.done += sum(made)
-            self.left[arm, plan.name] = missing = len(keys) * len(files) - sum(made)
+        for arm, plan in ((arm, plan) for arm, plans in asked.items() for plan in plans):
+            keys, own = {job.key for job in plan.jobs[shots_of(arm)]}, files[arm][plan.name]
+            made = sum(len(keys & set(Log(file).read().made)) for file in own)
+            self.total += len(keys) * len(own)
+            self.done += made
+            self.left[arm, plan.name] = missing = len(keys) * len(own) - made
             self.n_parts += missing > 0
 
     def missing(self, arm: str, plan: TaskPlan) -> int:
@@ -280,38 +273,46 @@ class Tally:
         self.progress(self.said, self.done, self.total)
 
 
-def answer_tasks(
+def answer_all(
     arms: Arms,
-    name: str,
-    plans: Sequence[TaskPlan],
-    files: Mapping[str, Sequence[Path]],
+    asked: Mapping[str, Sequence[TaskPlan]],
+    files: Mapping[str, TaskFiles],
     options: EvaluationOptions,
     tally: Tally,
-    left_out: list[LeftOut],
+    note: Callable[[str], None],
     mixes: Sequence[Mix] | None = None,
-) -> None:
-    """Make one arm's missing predictions for all tasks. The arm is loaded only if there are any.
+) -> list[LeftOut]:
+    """Make the missing predictions of a run, arm by arm. An arm is loaded only if there are any.
 
     Args:
-        files: for each task one file for each of the ``mixes`` (by default the arm's own).
-        left_out: called with the tasks that the arm cannot answer.
+        asked: arm -> its tasks. files: arm -> task -> one file for each of the ``mixes`` (by default the arm's own).
+
+    Returns:
+        What the arms cannot answer.
     """
-    arm: Arm | None = None
-    for plan in (plan for plan in plans if tally.missing(name, plan)):
-        tally.begin(f"{plan.name}, {name if mixes is None else f'{len(mixes)} alphas'}")
-        with contextlib.ExitStack() as stack:
-            logs = [stack.enter_context(Log(file)) for file in files[plan.name]]
-            jobs, made = plan.jobs[shots_of(name)], [log.made for log in logs]
-            traced = None
-            if options.trace:
-                traced = stack.enter_context(TraceLog(_traces_of(files[plan.name][0]), logs[0])).append
-            asked: dict[str, Any] = {"batch_size": options.rows_per_batch, "seed": options.seed, "traced": traced}
-            with _left_out(left_out, plan.name, name):
-                arm = arm or arms.make(name)
-                for batch in answer_jobs(arm, plan, jobs, made, mixes, **asked):
-                    for log, lines in zip(logs, batch):
-                        log.append(lines)
-                    tally.add(sum(map(len, batch)))
+    left_out = unreadable(arms, asked, tally, note)
+    missing = {name: [plan for plan in plans if tally.missing(name, plan)] for name, plans in asked.items()}
+    arms.names = [
+        name for name, plans in missing.items() if plans
+    ]  # the whole recipe is loaded only if an arm needs it
+    for name, plans in missing.items():
+        arm: Arm | None = None
+        for plan in plans:
+            tally.begin(f"{plan.name}, {name if mixes is None else f'{len(mixes)} alphas'}")
+            own, jobs = files[name][plan.name], plan.jobs[shots_of(name)]
+            with contextlib.ExitStack() as stack:
+                logs = [stack.enter_context(Log(file)) for file in own]
+                traced = None
+                if options.trace:
+                    traced = stack.enter_context(TraceLog(_traces_of(own[0]), logs[0])).append
+                how: dict[str, Any] = {"batch_size": options.rows_per_batch, "seed": options.seed, "traced": traced}
+                with _left_out(left_out, plan.name, name):
+                    arm = arm or arms.make(name)
+                    for batch in answer_jobs(arm, plan, jobs, [log.made for log in logs], mixes, **how):
+                        for log, lines in zip(logs, batch):
+                            log.append(lines)
+                        tally.add(sum(map(len, batch)))
+    return left_out
 
 
 class LeftOut(TypedDict):
@@ -371,33 +372,29 @@ def sweep(
         raise ProxyTuneError("a sweep never drafts, so --way verify would change nothing; leave it out")
     loading = replace(loading, speculate=False)
     arms = _arms(config, options, loading)
-    refuse_unknown(config, loading, plans, ["proxy_tuned"], fit=fit)
-    if isinstance(arms, EngineArms):
-        refuse_of_engine(arms, plans, ["proxy_tuned"], {"--fit": fit})
+    refuse_unknown(arms, plans, ["proxy_tuned"], {"--fit": fit})
     what = {"sweep": expert or "all experts"}
     write_manifest(out, manifest_of(config, options, loading, plans, what, settings))
     files = {plan.name: [out / plan.name / f"alpha={value:g}.jsonl" for value in values] for plan in plans}
-    tally = Tally(progress, [(plan, "proxy_tuned", files[plan.name]) for plan in plans])
-    arms.names = ["proxy_tuned"]
-    left_out = unreadable(arms, {"proxy_tuned": plans}, tally, note)
-    if any(tally.missing("proxy_tuned", plan) for plan in plans):
-        answer_tasks(arms, "proxy_tuned", plans, files, options, tally, left_out, alphas)
+    asked = {"proxy_tuned": plans}
+    tally = Tally(progress, asked, {"proxy_tuned": files})
+    left_out = answer_all(arms, asked, {"proxy_tuned": files}, options, tally, note, alphas)
     fitted = {}
     for plan in plans if fit else ():
         progress(f"gold answers of {plan.name}", tally.done, tally.total)
         with _left_out(left_out, plan.name, "proxy_tuned"):
             fitted[plan.name] = fit_task(arms.make("proxy_tuned"), plan, options.seed)
     arms.close()
-    tasks = {}
-    for plan in plans:
+
+    def results_of(plan: TaskPlan) -> dict[str, Any] | None:
         points = {value: read_lines(plan, "proxy_tuned", file) for value, file in zip(values, files[plan.name])}
-        if whole := {value: of for value, of in points.items() if of is not None}:
-            with _left_out(left_out, plan.name):
-                how = judging[plan.name]
-                tasks[plan.name] = sweep_results(plan.name, whole, samples=plan.repeats, options=how, note=note)
-                if plan.name in fitted:
-                    of_task = fitted[plan.name]
-                    tasks[plan.name]["fit"] = of_task["by_expert"].get(expert, of_task)
+        if not (whole := {value: of for value, of in points.items() if of is not None}):
+            return None
+        found = sweep_results(plan.name, whole, samples=plan.repeats, options=judging[plan.name], note=note)
+        fit_of = fitted.get(plan.name)
+        return found if fit_of is None else {**found, "fit": fit_of["by_expert"].get(expert, fit_of)}
+
+    tasks = _results(plans, results_of, left_out)
     results = _write_results(out, tasks, left_out, started, sweep_tables)
     for name, task in tasks.items():
         if task["points"]:
@@ -438,6 +435,18 @@ def _gold_answer(task: Any, doc: Any) -> str:
         target = task.doc_to_choice(doc)[target]
     space: str = task.config.target_delimiter
     return f"{space}{target}"
+
+
+def _results(
+    plans: Sequence[TaskPlan], results_of: Callable[[TaskPlan], dict[str, Any] | None], left_out: list[LeftOut]
+) -> dict[str, Any]:
+    """The results by task; tasks without complete predictions are missing."""
+    tasks = {}
+    for plan in plans:
+        with _left_out(left_out, plan.name):
+            if (found := results_of(plan)) is not None:
+                tasks[plan.name] = found
+    return tasks
 
 
 def _write_results(
@@ -511,6 +520,14 @@ def _requests(task: Any, chosen: Sequence[int], shots: int, repeats: int) -> lis
     return found
 
 
+def _data_hash(requests: Sequence[Instance]) -> str:
+    """A hash of the examples of the run, in order."""
+    digest = hashlib.sha256()
+    for instance in requests:
+        digest.update(json.dumps([instance.doc, instance.arguments], sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Hide lm_eval's advice on options that we set ourselves, and the bars of datasets."""
@@ -557,145 +574,6 @@ def arms_of(
             note(f"no solved examples to show for {', '.join(some)}: no {arm} there")
     # The tuned model is last: everything else is released before it is loaded.
     return sorted(expand_arms(wanted, config), key=lambda arm: arm == "tuned")
-
-
-# -- the manifest ---------------------------------------------------------------------------------------------
-def manifest_of(
-    config: ProxyTuneConfig,
-    options: EvaluationOptions,
-    loading: LoadingOptions,
-    plans: Sequence[TaskPlan],
-    what: Mapping[str, Any],
-    settings: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The description of a run: ``decides`` and ``tasks`` determine its predictions, the rest is for the record.
-
-    ``config`` is the command's options, as --config reads them.
-    """
-    experts = [{key: value for key, value in expert.items() if key != "alpha"} for expert in config.experts]
-    return {
-        "decides": {
-            "command": "sweep" if "sweep" in what else "eval",
-            "base": config.base,
-            "experts": experts,
-            "combine": config.combine,
-            "gate": config.gate,
-            "plausibility": config.plausibility,
-            "alpha": what.get("sweep", dict(zip(config.expert_names, config.alphas_of(options.alpha)))),
-            "tuned": options.tuned,
-            "mean_weight": options.mean_weight,
-            "steering_vector": _vector_hash(options),
-            "seed": options.seed,
-            "dtype": loading.dtype,
-            "engine": options.engine,
-            "pack": loading.pack,
-            **({"way": loading.way} if isinstance(config.base_member, ApiBase) else {}),
-        },
-        "tasks": {
-            plan.name: {
-                "limit": options.limit,
-                "examples": plan.examples,
-                "samples": plan.repeats,
-                "version": plan.metadata.get("version"),
-                "data_sha256": plan.data_sha256,
-            }
-            for plan in plans
-        },
-        **({"arms": list(what["arms"])} if "arms" in what else {}),
-        "config": dict(settings or {}),
-        "recipe": str(config.name_or_path),
-        "data": options.data or os.environ.get("PROXYTUNE_DATA") or "hub",
-        "batch_size": options.rows_per_batch,
-        "engine_options": dict(options.engine_options),
-        "speculate": loading.speculate,
-        "versions": _versions(),
-    }
-
-
-def _data_hash(requests: Sequence[Instance]) -> str:
-    """A hash of the examples of the run, in order."""
-    digest = hashlib.sha256()
-    for instance in requests:
-        digest.update(json.dumps([instance.doc, instance.arguments], sort_keys=True, default=str).encode())
-    return digest.hexdigest()
-
-
-def _vector_hash(options: EvaluationOptions) -> str | None:
-    """A hash of the steering vector's file, with its strength."""
-    if options.vector is None:
-        return None
-    file, strength = options.vector
-    return f"{hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]} * {strength:g}"
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "lm_eval", "datasets", "peft", "numpy")
-    found = {package: importlib.metadata.version(package) for package in packages}
-    return {"python": platform.python_version(), "proxytune": __version__, **found}
-
-
-def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
-    """Start a run in ``out``, or continue the one there.
-
-    Existing predictions fix their settings: a task's predictions those of the task, any prediction those of the whole
-    run, and the tuned arm's predictions the name of that model.
-
-    Raises:
-        ProxyTuneError: if a fixed setting differs; it names the setting.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "manifest.json"
-    if path.exists():
-        try:
-            before = json.loads(path.read_text("utf-8"))
-            decided, tasks = {"engine": "transformers", **before["decides"]}, dict(before["tasks"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ProxyTuneError(f"{path} is not a manifest of this command; choose another --output") from error
-        predicted = {name: _predicted(out / name) for name in tasks}
-        arms = set().union(*predicted.values())
-        tasks = {name: task for name, task in tasks.items() if predicted[name]}
-        for setting, arm in SETTINGS.items():
-            was = decided.get(setting) if arm in arms else None
-            now = manifest["decides"][setting]
-            manifest["decides"][setting] = was if now is None else now
-            decided[setting] = now if was is None else was
-        if arms:
-            _refuse_others(out, "", decided, manifest["decides"])
-        for name in set(tasks) & set(manifest["tasks"]):
-            _refuse_others(out, f"{name}: ", tasks[name], manifest["tasks"][name])
-        manifest = {**manifest, "tasks": {**tasks, **manifest["tasks"]}}
-        if "arms" in manifest:
-            kept = [arm for arm in before.get("arms", []) if arm in arms]
-            manifest["arms"] = list(dict.fromkeys([*kept, *manifest["arms"]]))
-    write_whole(path, json.dumps(manifest, indent=2) + "\n")
-
-
-# Settings of one arm only -> that arm.
-SETTINGS = {"tuned": "tuned", "mean_weight": "weighted_mean", "steering_vector": "steering_vector"}
-
-
-def _predicted(folder: Path) -> set[str]:
-    """The arms, or the alphas of a sweep, that have a prediction in a task's folder."""
-    files = (path for path in folder.glob("*.jsonl") if not path.name.endswith(".trace.jsonl"))
-    return {path.stem for path in files if Journal(path).read().lines}
-
-
-FOLLOWS = {"limit": ("examples", "data_sha256"), "examples": ("data_sha256",), "samples": ("data_sha256",)}
-
-
-def _refuse_others(out: Path, said: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    differing = []
-    changed = {key for key in now if before.get(key) != now[key]}
-    changed -= {result for cause in changed for result in FOLLOWS.get(cause, ())}
-    for key in now:
-        if key in changed:
-            texts = (json.dumps(value) for value in (before.get(key), now[key]))
-            was, is_now = (text if len(text) <= 80 else f"{text[:77]}…" for text in texts)
-            differing.append(f"{said}{key.replace('_', ' ')} {was}, now {is_now}")
-    if differing:
-        raise ProxyTuneError(
-            f"{out} was started with {'; '.join(differing)}; use that again, or choose another --output"
-        )
 
 
 def read_lines(plan: TaskPlan, arm: str, path: Path) -> list[dict[str, Any]] | None:
