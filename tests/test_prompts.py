@@ -139,6 +139,18 @@ def test_ids_are_rendered_by_way_of_their_text(tokenizer):
     assert prompter.from_ids(**batch) == {"m": [template_ids(text, tokenizer) for text in TEXTS]}
 
 
+def test_what_a_negative_prompt_needs(tokenizer):
+    """A request's takes the place of the recipe's, so only that one counts."""
+    negative = Prompt("negative", template="no {prompt}")
+    guided = Prompter(tokenizer, {"m": (negative, tokenizer)})
+    assert guided.needs_text()
+    assert guided.needs_text("never {prompt}")
+    assert not guided.needs_text("never")
+    assert not guided.needs_text([5, 6])
+    assert not Prompter(tokenizer, {"m": (Prompt("negative"), tokenizer)}).needs_text()
+    assert Prompter(tokenizer, {"m": (negative, tokenizer), "n": (TEMPLATE, tokenizer)}).needs_text("never")
+
+
 def test_ids_that_do_not_survive_their_text_are_refused(tokenizer):
     """``the`` in three tokens where the tokenizer makes fewer."""
     letters = [tiny.BOS, *tokenizer.convert_tokens_to_ids(list("the"))]

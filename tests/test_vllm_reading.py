@@ -106,7 +106,7 @@ def test_places_in_the_cache():
         parent = ()
         for start in range(0, len(text) - BLOCK + 1, BLOCK):
             end = start + BLOCK
-            keys = block_keys(carried, len(outer), f"request {number}", start, end)
+            keys = block_keys(carried, len(outer), number, start, end)
             parent = (*parent, (tuple(text[start:end]), tuple(keys)))
             written = {}
             for part in PARTS:
@@ -118,7 +118,7 @@ def test_places_in_the_cache():
                 # All that the part will ever write in this block, and what it has written when the block is full.
                 written[part] = told[max(start - begin, 0) : max(end - begin, 0)]
                 n_read = max(min(end - begin, len(ids) - 1), end - gap, 0)
-                alone = (part, f"request {number}") in keys
+                alone = (part, number) in keys
                 assert alone or len(told[max(start - begin, 0) : min(max(end - begin, 0), n_read)]) == len(
                     written[part]
                 )

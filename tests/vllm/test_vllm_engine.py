@@ -239,7 +239,7 @@ def test_a_bad_alpha_in_the_worker_is_no_end(rich_engine, rich_reference, monkey
     """The frontend lets none through; if one came, the worker must not fall over it."""
     from proxytune.vllm import frontend
 
-    monkeypatch.setattr(frontend, "_served", None)
+    monkeypatch.setattr(frontend, "_served", {})
     assert_all_same(generate(rich_engine, ROWS[:1], 4, alphas=[{"alpha": "x"}]), rich_reference.greedy(ROWS[:1], 4))
 
 
@@ -255,7 +255,7 @@ def test_an_id_that_a_member_lacks_is_refused_and_the_engine_lives_on(rich_engin
         generate(rich_engine, [[1, tiny.VOCAB, 7]], 4)
     with pytest.raises(PromptError, match=said):
         rich_reference.greedy([[1, tiny.VOCAB, 7]], 4)
-    monkeypatch.setattr(frontend, "_served", None)
+    monkeypatch.setattr(frontend, "_served", {})
     assert len(generate(rich_engine, [[1, tiny.VOCAB, 7]], 4)[0]) == 4, "in the worker it would be no end either"
     assert_all_same(generate(rich_engine, ROWS[:1], 4), rich_reference.greedy(ROWS[:1], 4))
 

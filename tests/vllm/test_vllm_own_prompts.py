@@ -18,6 +18,7 @@ from support.served import (
     counted,
     engine,
     expected,
+    expert,
     guided,
     of_prompts,
     submit,
@@ -67,6 +68,18 @@ def test_families(shelf, base):
     assert_all_same(tokens, expected(Reference(recipe), TEXTS, STRENGTHS))
 
 
+def test_windows_of_two_widths(shelf):
+    for window in (12, 20):
+        if not (shelf.root / f"mistral-{window}").exists():
+            wide(shelf.root / f"mistral-{window}", "mistral", "small", window, sliding_window=window)
+    one = expert("e", "mistral-12", "mistral-20")
+    one["expert"]["prompt"], one["anti_expert"]["prompt"] = CHAT, SHORT
+    recipe = shelf.recipe("two-windows", "llama", experts=[one])
+    with engine(recipe, block_size=32, max_num_batched_tokens=16, max_model_len=256) as llm:
+        tokens = tokens_of(submit(llm, TEXTS, STRENGTHS))
+    assert_all_same(tokens, expected(Reference(recipe), TEXTS, STRENGTHS))
+
+
 @pytest.mark.parametrize("blocks", [None, 14])
 def test_preemption(mixed, wanted, blocks):
     """With a cache that is too small for the batch, requests are thrown out and read again."""
@@ -94,6 +107,17 @@ def test_shared_blocks_hold_what_their_readers_expect(shelf):
         hits = counted(llm, "vllm:prefix_cache_hits")
     assert hits >= 32 * 12, "next to nothing was shared, so nothing was tested"
     assert_all_same(tokens, expected(Reference(recipe), [text] * len(extra), extra))
+
+
+def test_a_request_with_the_id_of_an_earlier_one(shelf, monkeypatch):
+    monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
+    recipe = guided(shelf, "guided-twice")
+    text = "the quick brown fox jumps over the lazy dog, and the dog sleeps over the fox. " * 7
+    extra = [{"negative_prompt": said, "alpha": 2.0} for said in ("dog", "fox")]
+    with engine(recipe, block_size=32, enable_prefix_caching=True, disable_log_stats=False) as llm:
+        tokens = [staggered(llm, [text], [one])[0] for one in extra]
+        assert counted(llm, "vllm:prefix_cache_hits") > 0
+    assert_all_same(tokens, expected(Reference(recipe), [text] * 2, extra))
 
 
 def staggered(llm, texts, extra, n_new=N_NEW, every=3):

@@ -129,6 +129,8 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
         ),
         ("chat", {"tools": [TOOL], "tool_choice": "none"}, "do not follow tools"),
         ("chat", {"chat_template_kwargs": {"enable_thinking": True}}, "do not follow enable_thinking"),
+        ("chat", {"chat_template_kwargs": {"enable_thinking": False}}, "do not follow enable_thinking"),
+        ("chat", {"reasoning_effort": "low"}, "do not follow reasoning_effort, enable_thinking"),
         ("chat", {"use_beam_search": True}, "beam search cannot be had"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import inspect
 import json
 import re
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -343,9 +345,24 @@ def test_engines_that_do_not_know_the_text_of_answers(shelf, monkeypatch, option
     monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
     monkeypatch.setattr("vllm.platforms.current_platform.check_and_update_config", lambda config: None)
     refused(shelf, "by-text", f"between=a...b needs .*{said}", options=options, gate={"between": ["a", "b"]})
-    configured(shelf.recipe("not-by-text"), **options)
+    served = configured(shelf.recipe("not-by-text"), **options)
     with pytest.raises(ProxyTuneError, match=f"between=a...b needs .*{said}"):
-        frontend.RequestCheck.validate_params(SimpleNamespace(extra_args={"gate": "between=a...b"}))
+        frontend.served_by(served.model_config).check({"gate": "between=a...b"}, served)
+
+
+def test_recipes_in_one_process(shelf):
+    """Each engine's requests are checked by its own recipe, until the engine is gone."""
+    strong = [expert("expert", "qwen2-small", "qwen2-anti", alpha=3.0)]
+    first, second = configured(shelf.recipe("served")), configured(shelf.recipe("served-strongly", experts=strong))
+    mine, others = frontend.served_by(first.model_config), frontend.served_by(second.model_config)
+    assert mine is not None
+    assert mine.recipe.default != others.recipe.default
+    gone = weakref.ref(others)
+    del second, others
+    gc.collect()
+    assert gone() is None
+    assert frontend.served_by(first.model_config) is mine
+    assert frontend.served_by(SimpleNamespace(hf_config=object())) is None
 
 
 def test_a_recipe_that_reads_answers_is_not_scheduled_ahead(shelf):
@@ -382,17 +399,6 @@ def test_the_v1_hook_fits():
     assert names[:5] == ["self", "input_ids", "positions", "intermediate_tensors", "inputs_embeds"]
     names = list(inspect.signature(NgramProposer.propose).parameters)
     assert names[1:5] == ["num_speculative_tokens", "sampled_token_ids", "num_tokens_no_spec", "token_ids_cpu"]
-
-
-def test_both_runners_take_the_check():
-    from vllm.v1.sample.logits_processor import _load_logitsprocs_plugins
-    from vllm.v1.worker.gpu.sample.logits_processor.loader import _load_v2_logitsprocs_plugins
-
-    assert frontend.RequestCheck in _load_logitsprocs_plugins()
-    assert frontend.RequestCheck in _load_v2_logitsprocs_plugins()
-    assert not inspect.isabstract(frontend.RequestCheck)
-    logits = torch.ones(2, 3)
-    assert frontend.RequestCheck(None, None, False).apply(logits) is logits
 
 
 def test_the_v2_hook_fits(monkeypatch):
@@ -445,8 +451,9 @@ def test_the_v2_hook_fits(monkeypatch):
         ({"speculative_config": NGRAM, "v2": "1"}, "speculation by ngram"),
         ({"data_parallel_size": 2}, "data parallelism does not fit"),
         ({"enable_expert_parallel": True}, "expert parallelism does not fit"),
+        ({"kv_offloading_size": 1.0}, "KV offloading does not fit"),
     ],
-    ids=["draft", "n-grams on V2", "data", "experts"],
+    ids=["draft", "n-grams on V2", "data", "experts", "offloading"],
 )
 def test_what_own_prompts_exclude(shelf, monkeypatch, options, said):
     one = expert("e", "qwen2-small", "qwen2-anti")

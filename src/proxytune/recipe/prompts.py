@@ -69,14 +69,20 @@ class Prompter:
             for row, ids in enumerate(input_ids.tolist())
         ]
         negative = [None] * len(kept) if negative is None else negative
-        by_text = any(prompt.needs_text for prompt, _ in self.own.values())
-        by_text = by_text or any(isinstance(each, str) and "{prompt}" in each for each in negative)
+        by_text = any(self.needs_text(each) for each in negative)
         texts = self._texts(kept) if by_text else [""] * len(kept)
         shown = [
             self.from_messages([{"role": "user", "content": text}], ids, self._encode, each)
             for text, ids, each in zip(texts, kept, negative)
         ]
         return {name: [one[name] for one in shown] for name in self.own}
+
+    def needs_text(self, negative: Negative = None) -> bool:
+        """Whether members' prompts need what was said as text, and not only its ids; see :meth:`from_messages`."""
+        if negative is None:
+            return any(prompt.needs_text for prompt, _ in self.own.values())
+        said = isinstance(negative, str) and "{prompt}" in negative
+        return said or any(prompt.needs_text for prompt, _ in self.own.values() if prompt.kind != "negative")
 
     def from_prompt(self, text: str | None, ids: Sequence[int], negative: Negative = None) -> dict[str, Sequence[int]]:
         """The members' own prompts for one prompt: from ``text`` if it encodes to ``ids``, otherwise from the ids."""

@@ -165,21 +165,25 @@ class Recipe:
     """A recipe's experts, and how they are mixed unless a request says otherwise; read once.
 
     Attributes:
-        default: what a request asks for that says nothing. split: see :func:`requested`. engine: its ``VllmConfig``,
-            where requests are checked.
+        default: what a request asks for that says nothing.
     """
 
     def __init__(self, config: ProxyTuneConfig) -> None:
         self.experts = config.expert_list
         self.names = [expert.name for expert in self.experts]
         self.default = requested({}, self.experts, Steering().but(config.combine, config.gate))
-        self.split = False
-        self.engine: Any = None
 
-    def requested(self, extra_args: Mapping[str, Any] | None) -> Request:
-        """What a request asks for; see :func:`requested`."""
-        why = None if self.engine is None else unread(self.engine)
-        return requested(extra_args, self.experts, self.default.steering, split=self.split, unread=why)
+    def requested(self, extra_args: Mapping[str, Any] | None, engine: Any = None) -> Request:
+        """What a request asks for; see :func:`requested`.
+
+        Args:
+            engine: its ``VllmConfig``; None where requests have been checked. Vocabularies are split over processes
+                with tensor parallelism, unless the recipe itself needs them whole.
+        """
+        own = self.default.steering
+        split = engine is not None and engine.parallel_config.tensor_parallel_size > 1 and own.local
+        why = None if engine is None else unread(engine)
+        return requested(extra_args, self.experts, own, split=split, unread=why)
 
     def asked_by(self, sampling_params: Any) -> Request:
         """What a request asks for that the frontend accepted.

@@ -7,7 +7,7 @@ values are written where these metadata say: the forward context has the places 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,8 @@ def keeping_all_blocks(owner: str, layer: Any, now: Now) -> Any:
     """The layer's method ``get_kv_cache_spec``, for a cache that keeps all blocks also if the layer slides.
 
     vLLM frees a sliding layer's blocks by the outer position, which may be ahead of the part's own. Layers of one kind
-    are also one group of the cache, so that there is one block size: the scheduler's.
+    are also one group of the cache, so that there is one block size: the scheduler's. The group has no window, because
+    parts may have different ones; each layer computes with its own.
     """
     plain = layer.get_kv_cache_spec
 
@@ -72,7 +73,7 @@ def keeping_all_blocks(owner: str, layer: Any, now: Now) -> Any:
             spec = replace_as(spec, FullAttentionSpec, drop=("extra_retained_tokens",), block_size=now.block)
         if type(spec) is not FullAttentionSpec or spec.block_size != now.block:
             raise MemberError(f"{owner} has a cache of another kind ({spec}), not tried with prompts of members' own")
-        return spec
+        return replace(spec, sliding_window=None)
 
     return get_kv_cache_spec
 

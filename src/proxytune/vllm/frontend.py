@@ -1,28 +1,26 @@
 """vLLM's side that takes requests: what a request asks for is checked, and its members' own prompts are made.
 
-Bad requests are answered with 400. These methods of vLLM are wrapped: ``BaseRenderer.validate_token_ids``, the only
-place where a prompt's ids are checked; ``BaseRenderer.render_chat`` and its asynchronous twin, which know the
-conversation that a prompt was made from; ``InputProcessor.process_inputs``, through which every request goes; and the
-three ways to beam search.
+Bad requests are answered with 400. These methods of vLLM are wrapped: ``InputProcessor.process_inputs``, through which
+every request goes; ``BaseRenderer.validate_token_ids``, the only place where a prompt's ids are checked;
+``BaseRenderer.render_chat`` and its asynchronous twin, which know the conversation that a prompt was made from; and the
+three ways to beam search. Models that are not recipes are left alone.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.base import BaseRenderer
 from vllm.v1.engine.input_processor import InputProcessor
-from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
 from proxytune.errors import PromptError, ProxyTuneError
 from proxytune.recipe.config import ProxyTuneConfig
@@ -31,10 +29,12 @@ from proxytune.vllm.alpha import Recipe
 from proxytune.vllm.own_prompts import KEY, as_extra_args, ids_in
 from proxytune.vllm.plan import Part, reads_own_prompts
 
-__all__ = ["RequestCheck", "Served", "serve", "serve_engine"]
+__all__ = ["Served", "serve", "served_by"]
 
 GIVEN = "member_input_ids."  # and the name of a member: its prompt in a request
-PLAIN = ("add_generation_prompt", "tokenize", "cohere_format")  # what vLLM passes to chat templates by itself
+# What vLLM passes to chat templates if a request asks for nothing. (It always passes two more.)
+USUAL = {"add_generation_prompt": True, "continue_final_message": False}
+ALWAYS = ("tokenize", "cohere_format")
 CONVERSATION = "proxytune_conversation"  # a field of a rendered prompt, which stays in the process
 
 
@@ -54,7 +54,7 @@ class Conversation:
 
 @dataclass
 class Served:
-    """The recipe that this process serves. (vLLM has one engine per process.)
+    """A recipe that this process serves.
 
     Attributes:
         parts: its models. widths, contexts: of each part the number of its ids, and of the tokens that it can read.
@@ -67,17 +67,16 @@ class Served:
     contexts: Mapping[str, int]
     prompter: Prompter | None
 
-    def is_of(self, model_config: Any) -> bool:
-        """Whether an engine serves this recipe."""
-        engine = self.recipe.engine
-        return engine is not None and engine.model_config.hf_config is model_config.hf_config
+    def check(self, extra_args: Mapping[str, Any] | None, engine: Any) -> None:
+        """Raise :class:`ProxyTuneError` for a request that asks for what cannot be had.
 
-    def check(self, extra_args: Mapping[str, Any] | None) -> None:
-        """Raise :class:`ProxyTuneError` for a request that asks for what cannot be had."""
+        Args:
+            engine: its ``VllmConfig``.
+        """
         if reserved := ids_in(extra_args):
             name = KEY + next(iter(reserved))
             raise PromptError(f"{name!r} cannot be set by a request; for a negative prompt use negative_prompt")
-        self.recipe.requested(extra_args)
+        self.recipe.requested(extra_args, engine)
         negative_of(extra_args, self.prompter)
         if self._given(extra_args) and self.prompter is None:
             raise PromptError(f"members of this recipe read one prompt; leave {GIVEN}… out")
@@ -90,11 +89,11 @@ class Served:
             reason = f"the prompt has token id {highest}, but member {part.owner!r} has only {width} tokens"
             raise VLLMValidationError(reason, parameter=parameter)
 
-    def give_prompts(self, request: Any, prompt: Any, resumable: bool) -> None:
+    def give_prompts(self, request: Any, prompt: Any, resumable: bool, context: int) -> None:
         """Give a request, vLLM's ``EngineCoreRequest``, its members' own prompts, and room for its answer.
 
         Args:
-            prompt: what the request was made from.
+            prompt: what the request was made from. context: the engine's.
         """
         params, base = request.sampling_params, request.prompt_token_ids
         if self.prompter is None or params is None:
@@ -104,14 +103,15 @@ class Served:
         extra = dict(params.extra_args or {})
         own = self._own(prompt, list(base), extra)
         carried = as_extra_args(base, own)
-        if carried and params.prompt_logprobs is not None:
+        asked = (params.prompt_logprobs, params.prompt_logprob_token_ids)
+        if carried and any(each is not None for each in asked):
             raise PromptError(
                 "log-probabilities of the prompt cannot be had, because members read prompts of their own; leave out "
-                "prompt_logprobs, and logprobs beside echo"
+                "prompt_logprobs, prompt_logprob_token_ids, and logprobs beside echo"
             )
         rooms = {}
         for part in self.parts:
-            ids, limit = own[part.name], min(self.contexts[part.name], self.recipe.engine.model_config.max_model_len)
+            ids, limit = own[part.name], min(self.contexts[part.name], context)
             if not ids:
                 raise PromptError(f"the prompt of member {part.owner!r} is empty; give at least one token")
             self.check_ids(ids, [part], "prompt")
@@ -167,10 +167,7 @@ class Served:
         asked = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
         conversation = asked.get(CONVERSATION)
         if conversation is not None:
-            messages: Sequence[Message] = []
-            said = isinstance(negative, str) and "{prompt}" in negative
-            if said or any(own.needs_text for own, _ in self.prompter.own.values()):
-                messages = messages_of(conversation)
+            messages = messages_of(conversation) if self.prompter.needs_text(negative) else []
             return self.prompter.from_messages(messages, base, conversation.encode, negative)
         text = asked.get("prompt")
         return self.prompter.from_prompt(text if isinstance(text, str) else None, base, negative)
@@ -233,7 +230,12 @@ def answered() -> Iterator[None]:
         raise VLLMValidationError(str(error)) from error
 
 
-_served: Served | None = None
+_served: dict[int, Served] = {}  # by the identity of the recipe's config
+
+
+def served_by(model_config: Any) -> Served | None:
+    """The recipe that an engine with this ``ModelConfig`` serves; None for another model."""
+    return _served.get(id(model_config.hf_config))
 
 
 def serve(
@@ -243,42 +245,25 @@ def serve(
     tokenizers: Mapping[str, Any],
     contexts: Mapping[str, int],
 ) -> None:
-    """Remember the recipe that this process serves.
+    """Remember a recipe that this process serves, as long as vLLM keeps its config.
 
     Args:
         tokenizers: member -> its tokenizer.
     """
-    global _served  # noqa: PLW0603 - vLLM gives a check nothing but the request
     prompter = Prompter.of(config.members(), tokenizers) if reads_own_prompts(config) else None
-    _served = Served(Recipe(config), parts, widths, contexts, prompter)
+    _served[id(config)] = Served(Recipe(config), parts, widths, contexts, prompter)
+    weakref.finalize(config, _served.pop, id(config), None)
     _wrap()
 
 
-def serve_engine(vllm_config: Any) -> None:
-    """Remember the engine: what a request can ask for depends on its options.
-
-    Vocabularies are split over processes with tensor parallelism, unless the recipe itself needs them whole. Whether
-    answers can be read is settled only after this call.
-
-    Raises:
-        RecipeError: if the recipe's own gate cannot be served.
-    """
-    if _served is None:
-        return
-    recipe, scheduler = _served.recipe, vllm_config.scheduler_config
-    recipe.split = vllm_config.parallel_config.tensor_parallel_size > 1 and recipe.default.steering.local
-    recipe.engine = vllm_config
-    if recipe.default.steering.by_text and scheduler.async_scheduling is None:
-        scheduler.async_scheduling = False  # vLLM would choose it
-    recipe.requested({})
-
-
-def _refuse_beams(extra_args: Mapping[str, Any] | None) -> None:
+def _refuse_beams(served: Iterable[Served | None], extra_args: Mapping[str, Any] | None) -> None:
     """Refuse what vLLM's beam search would lose: it starts a new request for each token, without its ``extra_args``."""
-    if _served is not None and _served.prompter is not None:
-        raise PromptError("beam search cannot be had, because members of this recipe have prompts of their own")
-    if _served is not None and extra_args:
-        raise ProxyTuneError(f"vLLM's beam search does not pass on {', '.join(extra_args)}; leave one of the two out")
+    for each in filter(None, served):
+        if each.prompter is not None:
+            raise PromptError("beam search cannot be had, because members of this recipe have prompts of their own")
+        if extra_args:
+            names = ", ".join(extra_args)
+            raise ProxyTuneError(f"vLLM's beam search does not pass on {names}; leave one of the two out")
 
 
 def _wrap() -> None:
@@ -291,20 +276,25 @@ def _wrap() -> None:
     @functools.wraps(validate)
     def validate_token_ids(self: Any, token_ids: Sequence[int], *, parameter: str | None = None) -> None:
         validate(self, token_ids, parameter=parameter)
-        if _served is not None and token_ids:
-            _served.check_ids(token_ids, _served.parts, parameter)
+        if token_ids and (served := served_by(self.model_config)):
+            served.check_ids(token_ids, served.parts, parameter)
 
     @functools.wraps(process)
     def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        served = served_by(self.model_config)
+        if served is None:
+            return process(self, request_id, prompt, params, *args, **kwargs)
+        with answered():
+            served.check(getattr(params, "extra_args", None), self.vllm_config)
         request = process(self, request_id, prompt, params, *args, **kwargs)
-        if _served is not None and _served.is_of(self.model_config):
-            with answered():
-                _served.give_prompts(request, prompt, kwargs.get("resumable", False))
+        with answered():
+            served.give_prompts(request, prompt, kwargs.get("resumable", False), self.model_config.max_model_len)
         return request
 
     def remember(self: Any, conversations: Sequence[Any], prompts: Sequence[Any], params: Any, tok_params: Any) -> None:
         """Keep what each prompt was made from."""
-        if _served is None or _served.prompter is None:
+        served = served_by(self.model_config)
+        if served is None or served.prompter is None:
             return
         for messages, prompt in zip(conversations, prompts):
 
@@ -312,10 +302,8 @@ def _wrap() -> None:
                 (_,), (encoded,) = render(self, [last_turn(messages, text)], params, tok_params)
                 return list(encoded["prompt_token_ids"])
 
-            said = {"add_generation_prompt": True, **params.chat_template_kwargs}
-            not_followed = [name for name, value in said.items() if value and name not in PLAIN]
-            if not said["add_generation_prompt"]:
-                not_followed.append("add_generation_prompt")
+            said = {name: value for name, value in params.chat_template_kwargs.items() if name not in ALWAYS}
+            not_followed = [name for name, value in said.items() if value is not None and value is not USUAL.get(name)]
             if getattr(tok_params, "truncate_prompt_tokens", None) is not None:
                 not_followed.append("truncate_prompt_tokens")
             prompt[CONVERSATION] = Conversation(messages, encode, not_followed)
@@ -340,46 +328,16 @@ def _wrap() -> None:
     BaseRenderer.validate_token_ids, InputProcessor.process_inputs = validate_token_ids, process_inputs
     BaseRenderer.render_chat, BaseRenderer.render_chat_async = render_chat, render_chat_async
 
-    for asks, method in (
-        (CompletionRequest, "to_beam_search_params"),
-        (ChatCompletionRequest, "to_beam_search_params"),
-        (BeamSearchOfflineMixin, "beam_search"),
-    ):
-        plain = getattr(asks, method)
-
+    def refusing(plain: Any, served: Callable[[Any], Iterable[Served | None]]) -> Any:
         @functools.wraps(plain)
-        def checked(self: Any, *args: Any, plain: Any = plain, **kwargs: Any) -> Any:
+        def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
             with answered():
-                _refuse_beams(getattr(self, "vllm_xargs", None))
+                _refuse_beams(served(self), getattr(self, "vllm_xargs", None))
             return plain(self, *args, **kwargs)
 
-        setattr(asks, method, checked)
+        return checked
 
-
-class RequestCheck(V1LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]
-    """Checks what a request asks for when it arrives (entry point ``vllm.logits_processors``).
-
-    It changes no logits: a logits processor is vLLM's way for a plugin to refuse a request. It inherits the interfaces
-    of both runners, since each runner refuses classes of the other one. If no recipe is served, it accepts everything.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    @classmethod
-    def validate_params(cls, sampling_params: Any) -> None:
-        """Raise :class:`ProxyTuneError`, which vLLM answers with 400, as ``ValueError``."""
-        if _served is not None:
-            _served.check(sampling_params.extra_args)
-
-    def is_argmax_invariant(self) -> bool:
-        return True
-
-    def update_state(self, batch_update: Any) -> None:
-        pass
-
-    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-        return False
-
-    def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
-        return logits
+    for request in (CompletionRequest, ChatCompletionRequest):  # it does not know its engine; a server has only one
+        request.to_beam_search_params = refusing(request.to_beam_search_params, lambda _: _served.values())
+    offline = BeamSearchOfflineMixin
+    offline.beam_search = refusing(offline.beam_search, lambda llm: [served_by(llm.model_config)])

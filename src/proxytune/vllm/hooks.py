@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ def wrap_core() -> None:
     from vllm.v1.request import Request as CoreRequest
 
     make, keys = CoreRequest.from_engine_core_request.__func__, kv_cache_utils.generate_block_hash_extra_keys
+    numbers = itertools.count()
     if getattr(keys, "asks_members", False):
         return
 
@@ -44,7 +46,10 @@ def wrap_core() -> None:
     def generate_block_hash_extra_keys(request: Any, start_token_idx: int, end_token_idx: int, *args: Any) -> Any:
         found, *more = keys(request, start_token_idx, end_token_idx, *args)
         if own := prompts_of(request):
-            added = block_keys(own, request.num_prompt_tokens, request.request_id, start_token_idx, end_token_idx)
+            if not hasattr(request, "proxytune_number"):
+                request.proxytune_number = next(numbers)  # its id may be that of an earlier request
+            number = request.proxytune_number
+            added = block_keys(own, request.num_prompt_tokens, number, start_token_idx, end_token_idx)
             found = (*(found or ()), *added)
         return found, *more
 

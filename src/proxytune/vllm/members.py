@@ -26,6 +26,7 @@ from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.members import Loading, load_tokenizer
 from proxytune.recipe.vocabulary import compare
 from proxytune.vllm import frontend
+from proxytune.vllm.alpha import Recipe
 from proxytune.vllm.plan import Part, parts_of, reads_own_prompts, refuse
 from proxytune.vllm.weights import read_adapter
 
@@ -156,7 +157,7 @@ class RecipeRules(VerifyAndUpdateConfig):  # type: ignore[misc]
         loading = vllm_config.load_config.load_format
         if loading not in ("auto", "hf", "safetensors", "pt", "dummy"):
             raise ProxyTuneError(f"--load-format {loading} does not load a recipe's members; leave it out")
-        frontend.serve_engine(vllm_config)
+        _check_gate(vllm_config)
         if vllm_config.parallel_config.enable_dbo:
             raise ProxyTuneError("--enable-dbo halves the batch, which a recipe's alphas do not follow; leave it out")
         if vllm_config.lora_config is not None:
@@ -174,6 +175,14 @@ class RecipeRules(VerifyAndUpdateConfig):  # type: ignore[misc]
                 one.config.verify_with_parallel_config(vllm_config.parallel_config)
 
 
+def _check_gate(vllm_config: Any) -> None:
+    """Check that the recipe's own gate can be served. Asynchronous scheduling, which vLLM would choose, is settled."""
+    recipe, scheduler = Recipe(vllm_config.model_config.hf_config), vllm_config.scheduler_config
+    if recipe.default.steering.by_text and scheduler.async_scheduling is None:
+        scheduler.async_scheduling = False
+    recipe.requested({}, vllm_config)
+
+
 def _refuse_beside_own_prompts(vllm_config: Any) -> None:
     parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
     drafts = speculative is not None and (speculative.method != "ngram" or vllm_config.use_v2_model_runner)
@@ -184,6 +193,7 @@ def _refuse_beside_own_prompts(vllm_config: Any) -> None:
         "data parallelism": parallel.data_parallel_size > 1,
         "expert parallelism": parallel.enable_expert_parallel,
         "a KV connector": vllm_config.kv_transfer_config is not None,
+        "KV offloading": vllm_config.cache_config.kv_offloading_size is not None,
     }
     if what := next((what for what, present in refused.items() if present), None):
         hint = "use ngram with the V1 runner, or none" if drafts else "leave it out"

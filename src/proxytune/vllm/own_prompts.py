@@ -65,14 +65,14 @@ def begin_of(n: Any, n_outer: Any, block: int) -> Any:
     return np.where(2 * n >= n_outer, 0, begin)
 
 
-def block_keys(own: Mapping[str, Ids], n_outer: int, request: str, start: int, end: int) -> list[tuple[str, Any]]:
+def block_keys(own: Mapping[str, Ids], n_outer: int, request: int, start: int, end: int) -> list[tuple[str, Any]]:
     """What a block of the cache depends on besides the outer ids: two blocks are the same only if their keys are.
 
     A block that may hold the beginning of an answer is its request's alone: a shorter member writes it there while
     another request could already read it.
 
     Args:
-        request: the request's id. start, end: the block's outer positions.
+        request: a number of its own, which no other request ever has. start, end: the block's outer positions.
     """
     keys: list[tuple[str, Any]] = []
     for part, ids in sorted(own.items()):
