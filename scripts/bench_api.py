@@ -17,12 +17,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.error
@@ -35,14 +31,13 @@ from typing import Any
 
 import torch
 
+from bench_vllm import Server
 from proxytune import ProxyTunedForCausalLM
 from proxytune.demo.tasks import TASKS
 from proxytune.generation_mixin import SpeculationStats, last_asked, last_call
 from proxytune.recipe.store import load_recipe
 from proxytune.speed.bench import describe_machine
 from proxytune.tables import Table, markdown
-
-STARTED = 600  # seconds until the server must answer
 
 
 class Traffic:
@@ -63,35 +58,6 @@ class Traffic:
             self.requests += 1
             self.sent += len(response.request.content)
             self.received += received
-
-
-@contextlib.contextmanager
-def serving(base: Path, log: Path) -> Iterator[str]:
-    """vLLM's server of a model; yields its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = ["--model", str(base), "--served-model-name", "base", "--dtype", "float32", "--host", "127.0.0.1"]
-    words += ["--port", str(port), "--max-logprobs", "-1", "--max-model-len", "512", "--enforce-eager"]
-    with open(log, "w") as written:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words],
-            stdout=written,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        ends = time.monotonic() + STARTED
-        while True:
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
-                break
-            if server.poll() is not None or time.monotonic() > ends:
-                sys.exit(f"vLLM did not start:\n{log.read_text()[-2000:]}")
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        server.wait()
 
 
 @contextlib.contextmanager
@@ -158,12 +124,21 @@ def main() -> None:
     parser.add_argument("--delay", type=float, help="milliseconds per token that a second server adds")
     parser.add_argument("--json", type=Path, help="file for the figures")
     asked = parser.parse_args()
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     config = load_recipe("demo" if asked.task == "facts" else "demo-word-problems")
     place = Path(str(config.name_or_path))
     base = (place / str(config.base_member.model)).resolve()
-    with tempfile.TemporaryDirectory() as scratch, serving(base, Path(scratch) / "log") as url:
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--dtype", "float32"]
+    words += [
+        "--max-logprobs",
+        "-1",
+        "--max-model-len",
+        "512",
+        "--enforce-eager",
+        "--kv-cache-memory-bytes",
+        str(2**30),
+    ]
+    with Server("base", words, memory=0) as server:
+        url = f"{server.address}/v1"
         rows = measure(asked, url, place, config, base)
         if asked.delay is not None:
             with delaying(url, asked.delay / 1000) as slow:
