@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from proxytune.recipe.parts import refuse_negative
 from proxytune.recipe.rules import RULES, Rule, rule_of
 
 __all__ = ["ALPHA", "COMBINE", "GATE", "AnswerOptions", "ChatOptions", "ChatSampling", "JobOptions", "Sampling"]
+
+# The headings of the options in the help.
+_sampling, _jobs, _traces = (partial(option, panel=panel) for panel in ("Sampling", "Jobs", "Traces"))
 
 ALPHA: dict[str, Any] = {
     "help": "Strength of steering, instead of the recipe's: a number for all experts, or NAME=NUMBER for one. "
@@ -100,22 +104,16 @@ class Sampling:
     generation_config says.
     """
 
-    temperature: float | None = option(None, "Sample at this temperature; 0 is greedy.", metavar="T", panel="Sampling")
-    top_p: float | None = option(
-        None, "Sample from the most probable tokens whose probabilities sum to P.", metavar="P", panel="Sampling"
+    temperature: float | None = _sampling(None, "Sample at this temperature; 0 is greedy.", metavar="T")
+    top_p: float | None = _sampling(
+        None, "Sample from the most probable tokens whose probabilities sum to P.", metavar="P"
     )
-    top_k: int | None = option(None, "Sample from the K most probable tokens.", metavar="K", panel="Sampling")
-    min_p: float | None = option(
-        None,
-        "Sample from tokens that are at least P times as probable as the most probable one.",
-        metavar="P",
-        panel="Sampling",
+    top_k: int | None = _sampling(None, "Sample from the K most probable tokens.", metavar="K")
+    min_p: float | None = _sampling(
+        None, "Sample from tokens that are at least P times as probable as the most probable one.", metavar="P"
     )
-    seed: int = option(
-        0,
-        "Seed for sampling. Each prompt draws its own random numbers, by its place in the job.",
-        metavar="N",
-        panel="Sampling",
+    seed: int = _sampling(
+        0, "Seed for sampling. Each prompt draws its own random numbers, by its place in the job.", metavar="N"
     )
 
     def __post_init__(self) -> None:
@@ -157,47 +155,38 @@ def _another_seed() -> int:
 class ChatSampling(Sampling):
     """How the next token is chosen in a conversation: as in :class:`Sampling`, with a random seed by default."""
 
-    seed: int = option(
-        _another_seed, "Seed for sampling; by default a different one each time.", metavar="N", panel="Sampling"
-    )
+    seed: int = _sampling(_another_seed, "Seed for sampling; by default a different one each time.", metavar="N")
 
 
 @dataclass(frozen=True)
 class JobOptions:
     """Where prompts come from and answers go."""
 
-    input: str | None = option(
+    input: str | None = _jobs(
         None,
         'Read prompts from this file: JSON lines {"prompt": ..., "alpha": ..., "negative_prompt": ...}, or a JSON list '
         "of them; - is stdin. Other fields are copied to the answers.",
         flag="--input -i",
         metavar="FILE",
-        panel="Jobs",
     )
-    output: Path | None = option(
+    output: Path | None = _jobs(
         None,
         "Write the answers to this file, as JSON lines. Answers of an interrupted run are kept, and only the rest is "
         "done.",
         flag="--output -o",
         metavar="FILE",
-        panel="Jobs",
     )
-    batch_size: int = option(8, "Prompts per batch.", flag="--batch-size -b", metavar="N", min=1, panel="Jobs")
-    json: bool = option(False, "Print one JSON object per prompt, in order.", panel="Jobs")
-    trace: Path | None = option(
+    batch_size: int = _jobs(8, "Prompts per batch.", flag="--batch-size -b", metavar="N", min=1)
+    json: bool = _jobs(False, "Print one JSON object per prompt, in order.")
+    trace: Path | None = _traces(
         None,
         "Write traces to this file, as JSON lines with one object per answer: why each token was chosen.",
         metavar="FILE",
-        panel="Traces",
     )
-    trace_top_k: int | None = option(
-        None,
-        "How many of each model's most probable tokens a trace lists; 5 by default.",
-        metavar="K",
-        min=1,
-        panel="Traces",
+    trace_top_k: int | None = _traces(
+        None, "How many of each model's most probable tokens a trace lists; 5 by default.", metavar="K", min=1
     )
-    explain: bool = option(False, "Show what steering did to the tokens below each answer.", panel="Traces")
+    explain: bool = _traces(False, "Show what steering did to the tokens below each answer.")
 
     def __post_init__(self) -> None:
         if self.trace is None and not self.explain and self.trace_top_k is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,11 @@ from proxytune.recipe.rules import Rule
 from proxytune.recipe.source import resolve
 
 __all__ = ["CodeOptions", "Engine", "EvaluationOptions", "JudgeOptions", "alpha_range", "engine_options"]
+
+# The headings of the options in the help.
+_data, _speed, _traces, _code, _judges = (
+    partial(option, panel=panel) for panel in ("Data", "Speed", "Traces", "Code", "Judges")
+)
 
 Engine = Literal["transformers", "vllm"]
 # Options of vLLM that the command gives itself, or that do not fit a recipe -> what to do.
@@ -73,52 +79,36 @@ class EvaluationOptions:
     alpha: float | Mapping[str, float] | None = option(None, **ALPHA)
     combine: Rule | None = option(None, **COMBINE)
     gate: str | None = option(None, **GATE)
-    data: str | None = option(
-        None,
-        "A file or a folder with the data, instead of the hub.",
-        metavar="PATH",
-        envvar="PROXYTUNE_DATA",
-        panel="Data",
+    data: str | None = _data(
+        None, "A file or a folder with the data, instead of the hub.", metavar="PATH", envvar="PROXYTUNE_DATA"
     )
-    limit: int | None = option(
-        None, "Number of examples per task, drawn with --seed; all by default.", metavar="N", min=1, panel="Data"
+    limit: int | None = _data(
+        None, "Number of examples per task, drawn with --seed; all by default.", metavar="N", min=1
     )
-    samples: int | None = option(
-        None,
-        "Samples per problem, in tasks that sample; 20 by default, as in the paper.",
-        metavar="N",
-        min=1,
-        panel="Data",
+    samples: int | None = _data(
+        None, "Samples per problem, in tasks that sample; 20 by default, as in the paper.", metavar="N", min=1
     )
-    seed: int = option(0, "Seed for drawing examples and for sampling.", metavar="N", panel="Data")
-    batch_size: int | None = option(
-        None,
-        "Rows per batch; 8 by default, with vLLM 512.",
-        flag="--batch-size -b",
-        metavar="N",
-        min=1,
-        panel="Speed",
+    seed: int = _data(0, "Seed for drawing examples and for sampling.", metavar="N")
+    batch_size: int | None = _speed(
+        None, "Rows per batch; 8 by default, with vLLM 512.", flag="--batch-size -b", metavar="N", min=1
     )
-    engine: Engine = option(
+    engine: Engine = _speed(
         "transformers",
         "What runs the members: transformers, or vLLM, which answers hundreds of prompts at a time.",
         metavar="transformers|vllm",
-        panel="Speed",
     )
-    engine_options: Mapping[str, Any] = option(
+    engine_options: Mapping[str, Any] = _speed(
         dict,
         "With --engine vllm: an option of vLLM, as vllm.LLM takes it, such as tensor_parallel_size=4. Repeatable.",
         flag="--engine-option",
         metavar="NAME=VALUE",
-        panel="Speed",
         many=True,
         parse=engine_options,
     )
-    trace: bool = option(
+    trace: bool = _traces(
         False,
         "Write a trace of each answer to DIR/TASK/ARM.trace.jsonl: why each token was chosen. Not for tasks that score "
         "given continuations.",
-        panel="Traces",
     )
 
     def __post_init__(self) -> None:
@@ -159,29 +149,25 @@ class EvaluationOptions:
 class CodeOptions:
     """Options for running and counting generated programs."""
 
-    ks: tuple[int, ...] = option(
+    ks: tuple[int, ...] = _code(
         (1, 10),
         "Report pass@k for each of these k that the samples allow.",
         flag="--k",
         metavar="K,...",
-        panel="Code",
         parse=numbers("--k", "1,10"),
     )
-    workers: int | None = option(
-        None, "Programs that run at the same time; by default one per core.", metavar="N", min=1, panel="Code"
+    workers: int | None = _code(
+        None, "Programs that run at the same time; by default one per core.", metavar="N", min=1
     )
-    seconds: float | None = option(
+    seconds: float | None = _code(
         None,
         "CPU seconds per program, 3 by default (ds1000: 60). The limit of wall time is 7 seconds more (ds1000: twice "
         "as much).",
         metavar="S",
         min=1,
-        panel="Code",
     )
-    unguarded: bool = option(
-        False,
-        "Run generated code even if it cannot be sandboxed. It can then do whatever you can do.",
-        panel="Code",
+    unguarded: bool = _code(
+        False, "Run generated code even if it cannot be sandboxed. It can then do whatever you can do."
     )
 
     def __post_init__(self) -> None:
@@ -193,41 +179,37 @@ class CodeOptions:
 class JudgeOptions:
     """Options for judges of answers: local models, or models behind an endpoint."""
 
-    names: tuple[str, ...] = option(
+    names: tuple[str, ...] = _judges(
         (),
         "A local classifier or language model. truthfulqa_open takes two: one for truth, one for information.",
         flag="--judge",
         metavar="DIR|ID",
-        panel="Judges",
         many=True,
         parse=tuple,
     )
-    label: str | None = option(
+    label: str | None = _judges(
         None,
         "The classifier's label that means yes (or toxic), if its config does not say.",
         flag="--judge-label",
         metavar="NAME",
-        panel="Judges",
     )
-    url: str | None = option(
-        None, "URL of an OpenAI-compatible endpoint, with its /v1.", flag="--judge-url", metavar="URL", panel="Judges"
+    url: str | None = _judges(
+        None, "URL of an OpenAI-compatible endpoint, with its /v1.", flag="--judge-url", metavar="URL"
     )
-    models: tuple[str, ...] = option(
+    models: tuple[str, ...] = _judges(
         (),
         "Name of the model at that endpoint; truthfulqa_open takes two. For alpacafarm: an annotator of alpaca_eval.",
         flag="--judge-model",
         metavar="NAME",
-        panel="Judges",
         many=True,
         parse=tuple,
     )
-    chat: bool = option(False, "The endpoint has only chat completions.", flag="--judge-chat", panel="Judges")
-    key: str = option(
+    chat: bool = _judges(False, "The endpoint has only chat completions.", flag="--judge-chat")
+    key: str = _judges(
         "OPENAI_API_KEY",
         "Environment variable that holds the key of the endpoint.",
         flag="--judge-key",
         metavar="VARIABLE",
-        panel="Judges",
     )
 
 

@@ -40,9 +40,9 @@ __all__ = [
     "unlike_as_loaded",
 ]
 
-# -- the lists ------------------------------------------------------------------------------------------------ Options
-# of a LoRA adapter that set its place and size. With any values of these, it adds s B A x to the outputs of linear
-# layers and embeddings, and does nothing else.
+# -- the lists ------------------------------------------------------------------------------------------------
+# Options of a LoRA adapter that set its place and size. With any values of these, it adds s B A x to the outputs of
+# linear layers and embeddings, and does nothing else.
 PLAIN = frozenset(
     {
         *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,12 @@ from proxytune.recipe.rules import RULES, rule_of
 from proxytune.recipe.source import resolve
 
 __all__ = ["DTYPES", "TRUST", "WAYS", "ComposeOptions", "LoadingOptions", "MemberChoice", "Way", "device_map"]
+
+# The headings of the options in the help.
+_loading, _speed, _api, _members, _prompts, _mixing, _about = (
+    partial(option, panel=panel)
+    for panel in ("Loading", "Speed", "Base behind an API", "Members", "Prompts", "Mixing", "About")
+)
 
 TRUST = "Run code that comes with the members."
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
@@ -38,55 +45,42 @@ def _drafts(text: str) -> str | bool | int:
 class LoadingOptions:
     """How a recipe's members are loaded, and whether they draft."""
 
-    dtype: str | None = option(
+    dtype: str | None = _loading(
         None,
         "Dtype of members that set none in the recipe; by default that of their checkpoint.",
         metavar="float32|float16|bfloat16|auto",
-        panel="Loading",
     )
-    device_map: str | int | None = option(
+    device_map: str | int | None = _loading(
         None,
         "Device of members that set none in the recipe: auto, cpu, cuda:1.",
         metavar="auto|DEVICE",
-        panel="Loading",
         parse=device_map,
     )
-    trust_remote_code: bool = option(False, TRUST, panel="Loading")
-    speculate: str | bool | int = option(
+    trust_remote_code: bool = _loading(False, TRUST)
+    speculate: str | bool | int = _speed(
         "auto",
         "Drafting: an expert proposes N tokens, and the base verifies them in one pass. auto drafts where it pays, "
         "off never drafts. Answers stay the same, sampled ones too.",
         metavar="auto|off|N",
-        panel="Speed",
         parse=_drafts,
     )
-    way: str | None = option(
+    way: str | None = _api(
         None,
         "How to ask a base behind an API: verify (score drafts in one request), push (its server chooses), ask (again "
         "if a choice is open), pull (only the top tokens), or auto: verify if its server can score drafts, else ask.",
         metavar="auto|verify|push|ask|pull",
-        panel="Base behind an API",
     )
-    max_calls: int | None = option(
-        None, "Maximum number of requests; stop before exceeding it.", metavar="N", min=1, panel="Base behind an API"
+    max_calls: int | None = _api(None, "Maximum number of requests; stop before exceeding it.", metavar="N", min=1)
+    max_tokens: int | None = _api(
+        None, "Maximum number of tokens in prompts and answers; stop before exceeding it.", metavar="N", min=1
     )
-    max_tokens: int | None = option(
-        None,
-        "Maximum number of tokens in prompts and answers; stop before exceeding it.",
-        metavar="N",
-        min=1,
-        panel="Base behind an API",
-    )
-    sample_named: bool = option(
+    sample_named: bool = _api(
         False,
         "Sample from the tokens that the base's server names alone. Each token then has a bound on how far that is "
         "from the steered distribution.",
-        panel="Base behind an API",
     )
-    pack: bool = option(
-        False,
-        "Rearrange the weights for the CPU when loading: several times faster there, for float32 and bfloat16.",
-        panel="Speed",
+    pack: bool = _speed(
+        False, "Rearrange the weights for the CPU when loading: several times faster there, for float32 and bfloat16."
     )
 
     def __post_init__(self) -> None:
@@ -106,17 +100,16 @@ class LoadingOptions:
 class MemberChoice:
     """What is said of one member."""
 
-    model: str | None = option(None, flag="", metavar="MODEL", panel="Members")
-    revision: str | None = option(None, "Branch, tag or commit of the MEMBER.", metavar="REVISION", panel="Members")
-    prompt: str | None = option(
+    model: str | None = _members(None, flag="", metavar="MODEL")
+    revision: str | None = _members(None, "Branch, tag or commit of the MEMBER.", metavar="REVISION")
+    prompt: str | None = _prompts(
         None,
         "What the MEMBER reads: the raw prompt, its chat template, or TEXT with {prompt} in it.",
         metavar="raw|chat|TEXT",
-        panel="Prompts",
     )
-    dtype: str | None = option(None, "Dtype of the MEMBER: float32, bfloat16 …", metavar="DTYPE", panel="Loading")
-    device_map: str | int | None = option(
-        None, "Device of the MEMBER: auto, cuda:1.", metavar="DEVICE", panel="Loading", parse=device_map
+    dtype: str | None = _loading(None, "Dtype of the MEMBER: float32, bfloat16 …", metavar="DTYPE")
+    device_map: str | int | None = _loading(
+        None, "Device of the MEMBER: auto, cuda:1.", metavar="DEVICE", parse=device_map
     )
 
 
@@ -124,144 +117,114 @@ class MemberChoice:
 class ComposeOptions:
     """What a recipe is made of."""
 
-    preset: str | None = option(
+    preset: str | None = _members(
         None,
         f"A trio to start from, whose parts other options replace (none was run by us): {', '.join(PRESETS)}.",
         metavar="NAME",
-        panel="Members",
     )
-    alpha: float | None = option(
-        None, "Strength of steering; 1 by default.", flag="--alpha -a", metavar="NUMBER", panel="Mixing"
-    )
-    name: str | None = option(None, "Name of the expert; `expert` by default.", metavar="NAME", panel="Mixing")
+    alpha: float | None = _mixing(None, "Strength of steering; 1 by default.", flag="--alpha -a", metavar="NUMBER")
+    name: str | None = _mixing(None, "Name of the expert; `expert` by default.", metavar="NAME")
     base: MemberChoice = option(MemberChoice(), "The large model to steer.")
-    api: str | None = option(
+    api: str | None = _api(
         None,
         "A base that a server runs: the URL of its OpenAI-compatible API, up to /v1. In place of --base.",
         flag="--base-api",
         metavar="URL",
-        panel="Base behind an API",
     )
-    api_model: str | None = option(
-        None, "Name of the base at that server.", flag="--base-model", metavar="NAME", panel="Base behind an API"
+    api_model: str | None = _api(None, "Name of the base at that server.", flag="--base-model", metavar="NAME")
+    api_tokenizer: str | None = _api(
+        None, "Tokenizer of the server's model: a hub id or a directory.", flag="--base-tokenizer", metavar="MODEL"
     )
-    api_tokenizer: str | None = option(
-        None,
-        "Tokenizer of the server's model: a hub id or a directory.",
-        flag="--base-tokenizer",
-        metavar="MODEL",
-        panel="Base behind an API",
-    )
-    api_key: str | None = option(
+    api_key: str | None = _api(
         None,
         "NAME of the environment variable that holds the API key. The key itself is never written.",
         flag="--base-key",
         metavar="NAME",
-        panel="Base behind an API",
     )
-    api_top_logprobs: int | None = option(
+    api_top_logprobs: int | None = _api(
         None,
         "Most probable tokens that each request asks for; 20 by default.",
         flag="--base-top-logprobs",
         metavar="N",
         min=1,
-        panel="Base behind an API",
     )
-    api_server: str | None = option(
+    api_server: str | None = _api(
         None,
         "Program that answers; by default this is found out by trying.",
         flag="--base-server",
         metavar="auto|openai|vllm|llama.cpp",
-        panel="Base behind an API",
     )
     expert: MemberChoice = option(MemberChoice(), "The small model after finetuning: steer towards it.")
     anti_expert: MemberChoice = option(MemberChoice(), "The small model before finetuning: steer away from it.")
-    small: str | None = option(
+    small: str | None = _members(
         None,
         "An expert without training: this model is both expert and anti-expert, and only the expert reads what "
         "--expert-system, --expert-prompt or --expert-examples say.",
         metavar="MODEL",
-        panel="Members",
     )
-    expert_system: str | None = option(
-        None, "System prompt of the expert alone, whose prompt is then chat.", metavar="TEXT", panel="Prompts"
+    expert_system: str | None = _prompts(
+        None, "System prompt of the expert alone, whose prompt is then chat.", metavar="TEXT"
     )
-    expert_examples: Path | None = option(
+    expert_examples: Path | None = _prompts(
         None,
         'Solved examples that the expert alone reads before the prompt: JSON lines {"prompt": ..., "completion": ...}.',
         metavar="FILE",
-        panel="Prompts",
     )
-    negative_prompt: str | None = option(
+    negative_prompt: str | None = _prompts(
         None,
         "Steer the base away from what it would write after this text, which may contain {prompt} "
         "(classifier-free guidance).",
         metavar="TEXT",
-        panel="Prompts",
     )
-    guidance: float | None = option(
+    guidance: float | None = _mixing(
         None,
         "How strongly: logits = negative + G * (base - negative); 1 is the base, 1.5 the default. Alone: each call "
         "gives its negative prompt.",
         metavar="G",
-        panel="Mixing",
     )
-    add_expert: tuple[str, ...] = option(
+    add_expert: tuple[str, ...] = _members(
         (),
         "Add one more expert. Fields: anti, alpha, adapter, and prompt, dtype, revision (anti-… for the anti-expert)."
         " Without EXPERT the adapter is on the anti-expert. Repeatable.",
         metavar="NAME=EXPERT[,FIELD=VALUE…]",
-        panel="Members",
         many=True,
         parse=tuple,
     )
-    expert_adapter: str | None = option(
-        None, "LoRA adapter on the expert or, without one, on the anti-expert.", metavar="PATH", panel="Members"
+    expert_adapter: str | None = _members(
+        None, "LoRA adapter on the expert or, without one, on the anti-expert.", metavar="PATH"
     )
-    system: str | None = option(
-        None, "System prompt for the members whose prompt is chat.", metavar="TEXT", panel="Prompts"
-    )
-    response_prefix: str | None = option(
+    system: str | None = _prompts(None, "System prompt for the members whose prompt is chat.", metavar="TEXT")
+    response_prefix: str | None = _prompts(
         None,
         "First words of every answer, such as 'Answer:'; they are moved to after the members' own prompts.",
         metavar="TEXT",
-        panel="Prompts",
     )
-    description: str | None = option(
-        None, "What the recipe is for. chat, check and the model card show it.", metavar="TEXT", panel="About"
+    description: str | None = _about(
+        None, "What the recipe is for. chat, check and the model card show it.", metavar="TEXT"
     )
-    examples: tuple[str, ...] = option(
+    examples: tuple[str, ...] = _about(
         (),
         "A prompt to try. chat and check show it. Repeatable.",
         flag="--example",
         metavar="TEXT",
-        panel="About",
         many=True,
         parse=tuple,
     )
-    combine: str | None = option(
-        None,
-        "Rule by which several experts are joined; sum by default.",
-        metavar="|".join(RULES),
-        panel="Mixing",
-        parse=rule_of,
+    combine: str | None = _mixing(
+        None, "Rule by which several experts are joined; sum by default.", metavar="|".join(RULES), parse=rule_of
     )
-    gate: str | None = option(
+    gate: str | None = _mixing(
         None,
         "Where to steer: by the base's probabilities (unsure, entropy, kl, bet) or by the place in the answer (warmup, "
         "decay, cycle, between). Everywhere by default.",
         metavar=FORMS,
-        panel="Mixing",
         parse=gate_text,
     )
-    plausibility: float | None = option(
-        None, "Choose only tokens with p_base >= P * max p_base.", metavar="P", panel="Mixing"
-    )
-    renamed_tokens: str | None = option(
+    plausibility: float | None = _mixing(None, "Choose only tokens with p_base >= P * max p_base.", metavar="P")
+    renamed_tokens: str | None = _members(
         None,
         "Ids whose token has another name in some member, as the message about vocabularies shows them.",
         metavar="JSON",
-        panel="Members",
     )
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from proxytune.options import numbers, option, words
 from proxytune.recipe.options import DTYPES
 
 __all__ = ["ARMS", "MAIN", "BenchOptions", "Case", "MemberOptions", "PlanOptions", "RequestOptions"]
+
+# The options under one heading of the help.
+_api = partial(option, panel="Base behind an API")
 
 ARMS = ("base", "base_lookup", "plain_loop", "composite", "shared", "speculative", "traced")
 MAIN = ("64/128", 1)  # the case that always has its repeats
@@ -215,29 +219,25 @@ OF_REQUESTS = "Base behind an API"
 class RequestOptions:
     """Options of a plan for a base behind an API: what is asked, and what it is paid."""
 
-    prompts: int = option(1, "Number of prompts.", metavar="N", min=1, panel=OF_REQUESTS)
-    prompt_tokens: int = option(256, "Tokens of each prompt.", metavar="N", min=1, panel=OF_REQUESTS)
-    new_tokens: int = option(
+    prompts: int = _api(1, "Number of prompts.", metavar="N", min=1)
+    prompt_tokens: int = _api(256, "Tokens of each prompt.", metavar="N", min=1)
+    new_tokens: int = _api(
         256,
         "New tokens of each answer; those that end earlier cost less.",
         flag="--max-new-tokens -n",
         metavar="N",
         min=1,
-        panel=OF_REQUESTS,
     )
-    drafts: tuple[int, ...] = option(
+    drafts: tuple[int, ...] = _api(
         (4,),
         "Drafts per request of the way verify, as generate's --speculate N.",
         metavar="N,...",
         parse=numbers("--drafts", "2,4"),
-        panel=OF_REQUESTS,
     )
-    price_in: float | None = option(
-        None, "Price of a million tokens in prompts, in any currency.", metavar="PRICE", min=0, panel=OF_REQUESTS
+    price_in: float | None = _api(
+        None, "Price of a million tokens in prompts, in any currency.", metavar="PRICE", min=0
     )
-    price_out: float | None = option(
-        None, "Price of a million tokens in answers.", metavar="PRICE", min=0, panel=OF_REQUESTS
-    )
+    price_out: float | None = _api(None, "Price of a million tokens in answers.", metavar="PRICE", min=0)
 
     def __post_init__(self) -> None:
         if (self.price_in is None) != (self.price_out is None):
