@@ -211,9 +211,10 @@ def measure(asked: argparse.Namespace, url: str, place: Path, config: Any, base:
     pair = model.lanes[1]
 
     def read_alone(ids: list[int]) -> None:
+        """What the experts compute for an answer: its prompt, then each token but the last."""
         state = pair.open(1)
-        for token in ids[:1] * n_new:
-            state.read(torch.tensor([[token]]), positions=1)
+        for columns in [ids, *[[token] for token in ids[: n_new - 1]]]:
+            state.read(torch.tensor([columns]), positions=1)
             state.keep()
 
     arms.append(("pair", read_alone, None))
