@@ -39,14 +39,20 @@ class Served:
         self.requests: list[dict[str, Any]] = []
         self.name = "tiny"
         self.lock, self.turn = threading.Lock(), threading.Lock()
+        self.spelled: dict[tuple[int, str], str] = {}  # a reply that scores a text spells each token many times
         for name, value in more.items():
             assert hasattr(self, name), name
             setattr(self, name, value)
 
     def spell(self, index: int, as_id: bool = False) -> str:
-        raw = self.tokenizer.convert_ids_to_tokens(index)
         if self.texts == "ids" or as_id:
             return f"token_id:{index}"
+        if (index, self.texts) not in self.spelled:
+            self.spelled[index, self.texts] = self._spelling(index)
+        return self.spelled[index, self.texts]
+
+    def _spelling(self, index: int) -> str:
+        raw = self.tokenizer.convert_ids_to_tokens(index)
         if self.texts == "raw":
             return raw
         text = self.tokenizer.decode([index])
