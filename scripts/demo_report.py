@@ -19,8 +19,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from proxytune.answers.journal import Journal
+from proxytune.evaluation import ARMS
 from proxytune.evaluation.plots import ACCENT, PLAIN, STYLE
-from proxytune.evaluation.results import ARMS
 from proxytune.evaluation.scoring import score_lines
 from proxytune.evaluation.statistics import mcnemar
 from proxytune.tables import Table, markdown

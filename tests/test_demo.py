@@ -26,9 +26,9 @@ from proxytune.demo import run as demo_run
 from proxytune.demo.run import DemoResult, run_demo
 from proxytune.demo.tasks import FACTS, TASKS, WORD_PROBLEMS
 from proxytune.errors import MemberError, ProxyTuneError
+from proxytune.evaluation import DEFAULT_ARMS
 from proxytune.evaluation.facts import facts
 from proxytune.evaluation.problems import FEW_SHOT, TEMPLATES, Problem, is_correct, is_exact, make_problems
-from proxytune.evaluation.results import DEFAULT_ARMS
 from proxytune.lanes.loading import forget_gguf
 from support.commands import run
 

@@ -25,12 +25,12 @@ pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'proxytune[eva
 
 from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.errors import PromptError, ProxyTuneError
-from proxytune.evaluation import EVAL_TASKS, TASK_DIR
+from proxytune.evaluation import EVAL_TASKS, TASK_DIR, shots_of
 from proxytune.evaluation.answering import Job, Log, TaskPlan, answer_jobs, encode_jobs
 from proxytune.evaluation.arms import Arms, expand_arms
 from proxytune.evaluation.manifest import _refuse_others, manifest_of
 from proxytune.evaluation.options import EvaluationOptions
-from proxytune.evaluation.results import metric_text, shots_of, task_results
+from proxytune.evaluation.results import metric_text, task_results
 from proxytune.evaluation.run import arms_of, evaluate, load_plans, sweep
 from proxytune.evaluation.scoring import score_lines
 from proxytune.recipe.options import LoadingOptions

@@ -162,10 +162,9 @@ def test_every_likelihood_task_gives_lm_evals_figures(shelf, tmp_path):
     from lm_eval.models.huggingface import HFLM
 
     from proxytune import load_recipe
-    from proxytune.evaluation import EVAL_TASKS
+    from proxytune.evaluation import EVAL_TASKS, shots_of
     from proxytune.evaluation.arms import Arms
     from proxytune.evaluation.options import EvaluationOptions
-    from proxytune.evaluation.results import shots_of
     from proxytune.evaluation.run import load_plans
 
     data = write_data(tmp_path / "data")

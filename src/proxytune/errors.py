@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any
@@ -145,5 +146,6 @@ def need(what: str, extra: str, *packages: str) -> None:
     Raises:
         ProxyTuneError: with the install command, if one is missing.
     """
-    if missing := [name for name in packages if find_spec(name) is None]:
+    # What is imported is there; a module that was made by hand has no spec.
+    if missing := [name for name in packages if sys.modules.get(name) is None and find_spec(name) is None]:
         raise ProxyTuneError(f"{what} needs {', '.join(missing)}: pip install 'proxytune[{extra}]'")

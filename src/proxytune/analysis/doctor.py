@@ -23,9 +23,9 @@ from proxytune.decoding.conflict import conflicts
 from proxytune.decoding.drafting import guess
 from proxytune.decoding.mixing import Pairs, each_side
 from proxytune.errors import ProxyTuneError
+from proxytune.evaluation import ARMS
 from proxytune.evaluation.arms import Arm, Arms, expand_arms, impossible
 from proxytune.evaluation.fit import ALL, GRID, check_fit, curves, fits, gold_ids, log_likelihoods, read_gold
-from proxytune.evaluation.results import ARMS
 from proxytune.evaluation.statistics import bootstrap_of, interval, paired_bootstrap
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.options import LoadingOptions

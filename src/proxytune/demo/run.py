@@ -25,11 +25,12 @@ from rich.text import Text
 from proxytune.demo.assets import ASSETS, about, materialize
 from proxytune.demo.tasks import FACTS, DemoTask
 from proxytune.errors import ProxyTuneError
+from proxytune.evaluation import shots_of
 from proxytune.evaluation.answering import TaskPlan, answer_jobs
 from proxytune.evaluation.arms import Arm, Arms
 from proxytune.evaluation.problems import Split
 from proxytune.evaluation.results import LEGEND as WORDS
-from proxytune.evaluation.results import shots_of, task_results
+from proxytune.evaluation.results import task_results
 from proxytune.evaluation.statistics import highest_e_value, mcnemar
 from proxytune.recipe.checkpoints import quiet_transformers
 from proxytune.recipe.options import LoadingOptions

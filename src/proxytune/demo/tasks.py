@@ -9,11 +9,10 @@ from typing import Any
 
 from proxytune.demo import assets
 from proxytune.errors import ProxyTuneError
-from proxytune.evaluation import facts
+from proxytune.evaluation import ARMS, DEFAULT_ARMS, facts
 from proxytune.evaluation.answering import Job, TaskPlan, with_own_examples
 from proxytune.evaluation.facts import Fact
 from proxytune.evaluation.problems import FEW_SHOT, Problem, Split, is_correct, is_exact, make_problems
-from proxytune.evaluation.results import ARMS, DEFAULT_ARMS
 
 __all__ = ["FACTS", "TASKS", "WORD_PROBLEMS", "DemoTask", "plan_of", "plan_of_facts"]
 
@@ -31,7 +30,7 @@ class DemoTask:
         minute: the arms that are used if no number of problems is given. arms: all arms.
         is_correct: whether a text answers a problem.
         is_exact: the stricter rule, if there is one: right, and nothing else.
-        titles: arm -> its title, if that in :data:`proxytune.evaluation.results.ARMS` is too general.
+        titles: arm -> its title, if that in :data:`proxytune.evaluation.ARMS` is too general.
     """
 
     name: str

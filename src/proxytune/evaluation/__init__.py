@@ -5,13 +5,29 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from proxytune.errors import ProxyTuneError
 
-__all__ = ["EVAL_TASKS", "TASKS", "TASK_DIR", "check_tasks", "data_place", "evaluate", "score", "sweep"]
+__all__ = [
+    "ARMS",
+    "DEFAULT_ARMS",
+    "EVAL_TASKS",
+    "KINDS",
+    "MEANS",
+    "TASKS",
+    "TASK_DIR",
+    "ArmKind",
+    "check_tasks",
+    "data_place",
+    "evaluate",
+    "score",
+    "shots_of",
+    "sweep",
+]
 
 # Task -> its contents, and how it is scored.
 TASKS = {
@@ -37,6 +53,43 @@ EVAL_TASKS = {
     "realtimeqa_one_token": ("RealTimeQA, one token: the paper's black box", "the first letter"),
     "truthfulqa_mc1": ("TruthfulQA, one best answer", "whether it is the most probable"),
 }
+
+
+@dataclass(frozen=True)
+class ArmKind:
+    """One way to answer the prompts of an evaluation.
+
+    Attributes:
+        title: its name in tables. default: whether it takes part unless arms are named.
+        context: what it reads before a question: nothing (``raw``), or solved examples.
+        side: the side that some expert of the recipe must have.
+        mean: whether it is a mean of base and expert, which needs the base's weights.
+    """
+
+    title: str
+    default: bool = False
+    context: str = "raw"
+    side: Literal["expert", "anti_expert"] | None = None
+    mean: bool = False
+
+
+# `tuned`, `weighted_mean` and `steering_vector` need options. evaluation.arms makes each arm.
+KINDS = {
+    "base": ArmKind("base", default=True),
+    "anti_expert": ArmKind("anti-expert", default=True, side="anti_expert"),
+    "expert": ArmKind("expert alone", default=True, side="expert"),
+    "proxy_tuned": ArmKind("proxy-tuned base", default=True),
+    "tuned": ArmKind("directly tuned"),
+    "base_few_shot": ArmKind("control: base, examples shown", default=True, context="few_shot"),
+    "base_many_shot": ArmKind("control: base, many examples shown", context="many_shot"),
+    "mean_logits": ArmKind("control: mean of base and expert", default=True, side="expert", mean=True),
+    "weighted_mean": ArmKind("control: base + w · expert", side="expert", mean=True),
+    "steering_vector": ArmKind("control: base + steering vector"),
+    "base_own_examples": ArmKind("oracle: base, examples of the same kind shown", context="own_examples"),
+}
+ARMS = {name: kind.title for name, kind in KINDS.items()}
+DEFAULT_ARMS = tuple(name for name, kind in KINDS.items() if kind.default)
+MEANS = tuple(name for name, kind in KINDS.items() if kind.mean)
 TASK_DIR = Path(__file__).parent / "tasks"
 _HOME = {"evaluate": "run", "score": "scoring", "sweep": "run"}
 
@@ -46,6 +99,11 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"proxytune.evaluation.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def shots_of(arm: str) -> str:
+    """The kind of context that an arm reads: ``raw``, ``few_shot``, ``many_shot`` or ``own_examples``."""
+    return KINDS[arm].context if arm in KINDS else "raw"  # an expert of several has its member's name
 
 
 def check_tasks(names: Sequence[str], known: Collection[str] = TASKS.keys()) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from proxytune.answers.generation import Encoded, with_room
 from proxytune.answers.text import alone as alone_model
 from proxytune.errors import MemberError, ProxyTuneError
-from proxytune.evaluation.results import ARMS, shots_of
+from proxytune.evaluation import ARMS, KINDS, MEANS, shots_of
 from proxytune.evaluation.vectors import read_vector, with_vector
 from proxytune.lanes.kernels import pack
 from proxytune.lanes.loading import load_member
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AS_IT_IS",
-    "MEANS",
     "Arm",
     "Arms",
     "Pair",
@@ -413,14 +412,11 @@ def expand_arms(names: Sequence[str], config: ProxyTuneConfig) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-MEANS = ("mean_logits", "weighted_mean")
-NEEDS = {"expert": "expert", "anti_expert": "anti_expert", **dict.fromkeys(MEANS, "expert")}  # arm -> what it needs
-
-
 def impossible(arm: str, config: ProxyTuneConfig) -> str | None:
     """Why a recipe cannot have an arm, or None."""
-    if arm in NEEDS and not any(name.endswith(f".{NEEDS[arm]}") for name, _ in config.members()):
-        return f"the recipe has no {ARMS[NEEDS[arm]]}"
+    side = KINDS[arm].side if arm in KINDS else None
+    if side is not None and not any(name.endswith(f".{side}") for name, _ in config.members()):
+        return f"the recipe has no {ARMS[side]}"
     if arm in MEANS and isinstance(config.base_member, ApiBase):
         return "a mean of base and expert needs the base's weights on this machine, and they are behind an API"
     if arm == "steering_vector" and isinstance(config.base_member, ApiBase):

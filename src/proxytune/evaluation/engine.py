@@ -20,7 +20,8 @@ from transformers import GenerationConfig
 from proxytune.answers.generation import Answer, Encoded, Sampling, cut
 from proxytune.decoding.noise import row_seed
 from proxytune.errors import ProxyTuneError, first_line, reason_of
-from proxytune.evaluation.arms import MEANS, Arms, Pair, Reader
+from proxytune.evaluation import MEANS
+from proxytune.evaluation.arms import Arms, Pair, Reader
 from proxytune.recipe.gates import gate_of
 from proxytune.recipe.generation_config import (
     SCORES,

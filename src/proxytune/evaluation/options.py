@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from proxytune.answers.options import ALPHA, COMBINE, GATE
 from proxytune.errors import AlphaError, ProxyTuneError
-from proxytune.evaluation import EVAL_TASKS, check_tasks, data_place
+from proxytune.evaluation import EVAL_TASKS, KINDS, check_tasks, data_place
 from proxytune.options import numbers, option, words
 from proxytune.recipe.rules import Rule
 from proxytune.recipe.source import resolve
@@ -60,9 +60,7 @@ class EvaluationOptions:
     )
     arms: tuple[str, ...] | None = option(
         None,
-        "Who answers: base, anti_expert, expert, proxy_tuned, tuned, base_few_shot, base_many_shot, mean_logits, "
-        "weighted_mean, steering_vector, base_own_examples; by default all that the recipe, the tasks and the options "
-        "allow.",
+        f"Who answers: {', '.join(KINDS)}; by default all that the recipe, the tasks and the options allow.",
         metavar="NAME,...",
         parse=words,
     )

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from proxytune.evaluation import ARMS, shots_of
 from proxytune.evaluation.judges import NeedsJudge
 from proxytune.evaluation.scoring import Scores, mean, score_lines
 from proxytune.evaluation.statistics import Interval, compare, gap_closed, interval, mcnemar, wilson, zero_or_one
 from proxytune.tables import Table, percent
 
 __all__ = [
-    "ARMS",
-    "DEFAULT_ARMS",
     "LEGEND",
     "results_tables",
     "shots_of",
@@ -22,23 +21,6 @@ __all__ = [
     "task_results",
 ]
 
-ARMS: Mapping[str, str] = {
-    "base": "base",
-    "anti_expert": "anti-expert",
-    "expert": "expert alone",
-    "proxy_tuned": "proxy-tuned base",
-    "tuned": "directly tuned",
-    "base_few_shot": "control: base, examples shown",
-    "base_many_shot": "control: base, many examples shown",
-    "mean_logits": "control: mean of base and expert",
-    "weighted_mean": "control: base + w · expert",
-    "steering_vector": "control: base + steering vector",
-    "base_own_examples": "oracle: base, examples of the same kind shown",
-}
-# The default arms of a task: `tuned`, `weighted_mean` and `steering_vector` need options.
-DEFAULT_ARMS = ("base", "anti_expert", "expert", "proxy_tuned", "base_few_shot", "mean_logits")
-# Arms that read solved examples before a question -> the kind of context; all others read it `raw`.
-_SHOWN = {"base_few_shot": "few_shot", "base_many_shot": "many_shot", "base_own_examples": "own_examples"}
 # The meaning of words in the tables that need an explanation.
 LEGEND: Mapping[str, str] = {
     "right": "examples that count as right, of all",
@@ -58,11 +40,6 @@ NO_SHARES = ("bits_per_byte",)  # every other metric that is not a count is betw
 NOT_SCORED = "not scored: needs a judge"
 Lines = Sequence[Mapping[str, Any]]
 Name = TypeVar("Name", str, float)
-
-
-def shots_of(arm: str) -> str:
-    """The kind of context that an arm reads: ``raw``, ``few_shot``, ``many_shot`` or ``own_examples``."""
-    return _SHOWN.get(arm, "raw")
 
 
 # -- comparison -----------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from lm_eval.tasks import TaskManager
 
 from proxytune.answers.journal import write_whole
 from proxytune.errors import ProxyTuneError, Unfinished
-from proxytune.evaluation import TASK_DIR
+from proxytune.evaluation import ARMS, DEFAULT_ARMS, MEANS, TASK_DIR, shots_of
 from proxytune.evaluation.answering import (
     Job,
     Log,
@@ -43,7 +43,6 @@ from proxytune.evaluation.answering import (
 )
 from proxytune.evaluation.arms import (
     AS_IT_IS,
-    MEANS,
     Arm,
     Arms,
     Reader,
@@ -57,10 +56,7 @@ from proxytune.evaluation.fit import check_fit, curves, fits, gold_ids, read_gol
 from proxytune.evaluation.manifest import manifest_of, write_manifest
 from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.results import (
-    ARMS,
-    DEFAULT_ARMS,
     results_tables,
-    shots_of,
     sweep_results,
     sweep_tables,
     task_results,
