@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,18 @@ from support import tiny
 collect_ignore = [] if installed_version() else ["vllm"]
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _old_objects_are_not_searched():
+    """An evaluation collects garbage after each arm, and would search all libraries and all tests each time: 0.3 s."""
+    if not installed_version():
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # hypothesis, where it is imported only now, looks for who refers to a random generator
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from proxytune import MemberError, ProxyTuneError
 from proxytune.lanes.buffers import BufferLayer
 from support import tiny
-from support.decoding import QUIET, ROWS, family_oracle, new_tokens, partly
+from support.decoding import QUIET, ROWS, family_answers, family_oracle, new_tokens, partly
 from support.oracle import Oracle, assert_same_tokens
 
 STATIC = {"cache_implementation": "static"}
@@ -26,9 +26,8 @@ def layers(model):
 @pytest.mark.parametrize("speculate", [False, 3, "auto"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt2"])
 def test_static_caches_give_the_plain_loops_tokens(family, speculate):
-    oracle = family_oracle(family)
+    oracle, answers = family_answers(family)
     model = tiny.compose(oracle)
-    answers = [oracle.greedy(row, 24) for row in ROWS]
     assert_same_tokens(new_tokens(model, [ROWS[0]], speculate=speculate, **STATIC)[0], answers[0])
     for ours, theirs in zip(new_tokens(model, speculate=speculate, **STATIC), answers):
         assert_same_tokens(ours, theirs)

@@ -34,7 +34,7 @@ from proxytune.lanes.reading import rotations
 from proxytune.lanes.transformers import TransformersState
 from support import tiny
 from support.adapters import load, oracle_of
-from support.decoding import N_NEW, QUIET, ROWS, family_oracle, near, new_tokens, partly
+from support.decoding import N_NEW, QUIET, ROWS, family_answers, family_oracle, near, new_tokens, partly
 from support.oracle import Oracle, assert_same_tokens
 from support.own_prompts import TEXTS, batch_of, compose, prompts_of
 
@@ -262,10 +262,9 @@ def test_samples_of_an_altered_rule_do_not(alike, rule, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "mistral", "gpt2"])
 def test_greedy_tokens_are_the_plain_loops(family, speculate):
     """Beyond the sliding windows of Gemma and Mistral, in a ragged batch and row by row."""
-    oracle = family_oracle(family)
+    oracle, answers = family_answers(family)
     model = tiny.compose(oracle)
     model.costs = replace(model.costs, apart=0.0)  # or "auto" would not draft for a batch of models so small
-    answers = [oracle.greedy(row, N_NEW) for row in ROWS]
     for tokens, answer in zip(new_tokens(model, speculate=speculate), answers):
         assert_same_tokens(tokens, answer)
     assert speculate == "auto" or partly(model.speculation_stats)
