@@ -1057,7 +1057,7 @@ def test_experts_read_while_the_base_is_asked(served, steered, monkeypatch, way)
         return read(self, *args, **kwargs)
 
     def answered(number, made):
-        if not began.wait(1):
+        if not began.wait(2):
             late.append(number)
         began.clear()
         return made

@@ -355,6 +355,12 @@ def test_a_bare_forward_is_refused(model, tokenizer):
             model(ids, **given)
 
 
+def test_a_prompt_for_a_member_without_its_own_is_refused(model, tokenizer):
+    given = {name: [[1, 5]] for name in ("e.expert", "e.anti_expert", "base")}
+    with pytest.raises(PromptError, match=r"'base' has no prompt of its own.*e\.expert, e\.anti_expert"):
+        model.generate(**tokenizer(TEXTS[0], return_tensors="pt"), **QUIET, max_new_tokens=2, member_input_ids=given)
+
+
 def test_a_prompt_for_each_such_member_is_needed(model, tokenizer):
     ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
     with pytest.raises(PromptError, match=r"has no prompt for member 'e\.anti_expert'"):

@@ -38,6 +38,13 @@ def first_columns(
             "members have prompts of their own, so a forward needs `member_input_ids` and `prompt_length` to know "
             "where the shared continuation begins; use generate(), which makes both"
         )
+    having = [name for lane in lanes for seat in lane.seats if seat.prompt.kind != "raw" for name in seat.names]
+    for name in member_input_ids:
+        if name not in having:
+            raise PromptError(
+                f"member {name!r} has no prompt of its own, so `member_input_ids` cannot give one; these have one: "
+                f"{', '.join(having)}"
+            )
     if not 0 < prompt_length <= input_ids.shape[1]:
         raise PromptError(
             f"members have prompts of their own, so their first forward reads the whole prompt, {prompt_length} "

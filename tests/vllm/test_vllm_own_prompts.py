@@ -64,8 +64,12 @@ def test_families(shelf, base):
     other = families[(families.index(base) + 1) % len(families)]
     recipe = of_prompts(shelf, f"prompts-{base}", base, other, base_prompt=CHAT, expert=SHORT, anti_expert=LONG)
     with engine(recipe, block_size=32, max_num_batched_tokens=16, max_model_len=256) as llm:
-        tokens = tokens_of(submit(llm, TEXTS, STRENGTHS))
-    assert_all_same(tokens, expected(Reference(recipe), TEXTS, STRENGTHS))
+        outputs = submit(llm, TEXTS, STRENGTHS)
+    reference = Reference(recipe)
+    assert_all_same(tokens_of(outputs), expected(reference, TEXTS, STRENGTHS))
+    prompter = reference.model.prompter
+    shown = [prompter.from_prompt(text, prompter.tokenizer(text)["input_ids"])["base"] for text in TEXTS]
+    assert [output.prompt_token_ids for output in outputs] == shown, "what the base reads is counted"
 
 
 def test_windows_of_two_widths(shelf):
@@ -154,6 +158,8 @@ def test_guidance_by_negative_prompts_of_requests(shelf, base):
         tokens = tokens_of(submit(llm, TEXTS, extra))
         refused(llm, {"negative_prompt": 3}, "must be a text or its ids")
         refused(llm, {"negative_prompt": ""}, "the negative prompt is empty")
+        refused(llm, {"negative_prompt": "\ud800"}, "half of a surrogate pair")
+        refused(llm, {"member_input_ids.base": [5]}, "are one model here; give member_input_ids.base and")
         refused(llm, {"negative_prompt": [5, 9999]}, "token id 9999")
         refused(llm, {"negative_prompt": "a " * 300}, "tokens for member 'guidance.anti_expert', which reads 256")
         refused(llm, {"proxytune.ids.base": [5]}, "cannot be set by a request")
@@ -202,11 +208,13 @@ def test_compiled_members_on_one_set_of_weights(shelf, tmp_path, monkeypatch):
     assert_all_same(tokens, expected(Reference(recipe), TEXTS, STRENGTHS))
 
 
-def test_n_gram_drafts_never_see_what_fills_a_prompt(mixed):
+@pytest.mark.parametrize("base_prompt", [None, CHAT], ids=["raw", "chat"])
+def test_n_gram_drafts_see_what_the_base_reads_and_no_more(shelf, base_prompt):
+    recipe = of_prompts(shelf, f"drafted-{base_prompt is None}", base_prompt=base_prompt, anti_expert=LONG)
     few = [5, 6, 7]  # where few ids may be chosen, n-grams come again
     options = {"block_size": 32, "max_model_len": 256, "disable_log_stats": False}
     seen = []
-    with engine(mixed, **options, speculative_config=NGRAM) as llm:
+    with engine(recipe, **options, speculative_config=NGRAM) as llm:
         drafter = llm.llm_engine.model_executor.driver_worker.model_runner.drafter
         plain = drafter.batch_propose
 
@@ -217,13 +225,14 @@ def test_n_gram_drafts_never_see_what_fills_a_prompt(mixed):
         drafter.batch_propose = watched
         outputs = submit(llm, TEXTS, STRENGTHS, 40, allowed_token_ids=few)
         assert counted(llm, "vllm:spec_decode_num_accepted_tokens") > 0
-    reference = Reference(mixed)
-    tokenizer = reference.model.tokenizer
-    rows = [tokenizer(text)["input_ids"] for text in TEXTS]
+    reference = Reference(recipe)
+    prompter = reference.model.prompter
+    rows = [prompter.tokenizer(text)["input_ids"] for text in TEXTS]
     alphas = [[one.get("alpha", 1.0)] for one in STRENGTHS]
     wanted = [reference.greedy([row], 40, [alpha], few)[0] for row, alpha in zip(rows, alphas)]
     assert_all_same(tokens_of(outputs), wanted)
-    texts = [row + tokens for row, (tokens, _) in zip(rows, wanted)]
+    shown = [prompter.from_prompt(text, row).get("base", row) for text, row in zip(TEXTS, rows)]
+    texts = [list(row) + tokens for row, (tokens, _) in zip(shown, wanted)]
     assert seen
     # Drafts may go beyond the end of an answer.
     same = (any(text[: len(told)] == told[: len(text)] for text in texts) for told in seen)

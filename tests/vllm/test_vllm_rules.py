@@ -350,6 +350,31 @@ def test_engines_that_do_not_know_the_text_of_answers(shelf, monkeypatch, option
         frontend.served_by(served.model_config).check({"gate": "between=a...b"}, served)
 
 
+def test_a_conversation_is_not_rendered_for_later_beside_own_prompts(shelf):
+    from vllm.entrypoints.scale_out.render.serving import ServingRender
+    from vllm.exceptions import VLLMValidationError
+
+    one = expert("e", "qwen2-small", "qwen2-anti")
+    one["expert"]["prompt"] = "chat"
+    served = configured(shelf.recipe("rendered-chatty", experts=[one]))
+    with pytest.raises(VLLMValidationError, match="a conversation cannot be rendered for later"):
+        ServingRender.render_chat_request(SimpleNamespace(model_config=served.model_config), None)
+    served = configured(shelf.recipe("rendered-plain"))
+    ServingRender.render_chat_request(SimpleNamespace(model_config=served.model_config), None).close()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"runner": "pooling"}, "a recipe only generates, so --runner pooling"),
+        ({"weight_transfer_config": {"backend": "ipc"}}, "--weight-transfer-config does not fit a recipe"),
+    ],
+    ids=["pooling", "weights"],
+)
+def test_what_a_recipe_is_not_for(shelf, options, said):
+    refused(shelf, f"not-for-{next(iter(options))}", said, options=options)
+
+
 def test_recipes_in_one_process(shelf):
     """Each engine's requests are checked by its own recipe, until the engine is gone."""
     strong = [expert("expert", "qwen2-small", "qwen2-anti", alpha=3.0)]

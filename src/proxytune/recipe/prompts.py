@@ -113,7 +113,7 @@ class Prompter:
                 at = n_common(kept, again)
                 raise PromptError(
                     f"the prompt of row {row} changes if it is decoded and encoded again (from token {at} on), so the "
-                    "members' own prompts cannot be made from it; pass `member_input_ids`"
+                    "members' own prompts cannot be made from it; give them as ids, by `member_input_ids`"
                 )
             texts.append(text)
         return texts

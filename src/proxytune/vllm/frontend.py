@@ -2,8 +2,9 @@
 
 Bad requests are answered with 400. These methods of vLLM are wrapped: ``InputProcessor.process_inputs``, through which
 every request goes; ``BaseRenderer.validate_token_ids``, the only place where a prompt's ids are checked;
-``BaseRenderer.render_chat`` and its asynchronous twin, which know the conversation that a prompt was made from; and the
-three ways to beam search. Models that are not recipes are left alone.
+``BaseRenderer.render_chat`` and its asynchronous twin, which know the conversation that a prompt was made from; and
+what may have to be refused: the three ways to beam search, and conversations rendered for later. Models that are not
+recipes are left alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.scale_out.render.serving import ServingRender
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.base import BaseRenderer
 from vllm.v1.engine.input_processor import InputProcessor
@@ -102,6 +104,8 @@ class Served:
             raise PromptError("members of this recipe have prompts of their own, which are made from a whole prompt")
         extra = dict(params.extra_args or {})
         own = self._own(prompt, list(base), extra)
+        # So `usage`, penalties and drafts are of what the base reads, also if it has a prompt of its own.
+        request.prompt_token_ids = base = list(own["base"])
         carried = as_extra_args(base, own)
         asked = (params.prompt_logprobs, params.prompt_logprob_token_ids)
         if carried and any(each is not None for each in asked):
@@ -143,8 +147,11 @@ class Served:
                 raise PromptError(f"there is no member {name[len(GIVEN) :]!r} to give a prompt; there are {members}")
             if not are_ids(ids) or not ids:
                 raise PromptError(f"{name} must be ids, not {ids!r}")
-            if given.setdefault(part.name, list(ids)) != list(ids):
-                raise PromptError(f"{' and '.join(part.names)} are one model here, and read one prompt")
+            others = [extra_args.get(GIVEN + other) for other in part.names] if extra_args else []
+            if any(other is None or list(other) != list(ids) for other in others):
+                names = " and ".join(GIVEN + other for other in part.names)
+                raise PromptError(f"{' and '.join(part.names)} are one model here; give {names} the same ids")
+            given[part.name] = list(ids)
         return given
 
     def _own(self, prompt: Any, base: list[int], extra: Mapping[str, Any]) -> dict[str, Sequence[int]]:
@@ -183,7 +190,10 @@ def negative_of(extra_args: Mapping[str, Any] | None, prompter: Prompter | None)
     if negative is None:
         return None
     refuse_unread(negative, [] if prompter is None else [prompt for prompt, _ in prompter.own.values()])
-    if not isinstance(negative, str) and not are_ids(negative):
+    if isinstance(negative, str):
+        if negative.encode("utf-8", "ignore").decode() != negative:
+            raise PromptError("negative_prompt has half of a surrogate pair, which no text has; leave it out")
+    elif not are_ids(negative):
         raise PromptError(f"negative_prompt must be a text or its ids, not {negative!r}")
     return negative if isinstance(negative, str) else list(negative)
 
@@ -266,6 +276,15 @@ def _refuse_beams(served: Iterable[Served | None], extra_args: Mapping[str, Any]
             raise ProxyTuneError(f"vLLM's beam search does not pass on {names}; leave one of the two out")
 
 
+def _refuse_rendering(served: Iterable[Served | None], _: object) -> None:
+    """Refuse to render a conversation for later: its ids are not enough for members' own prompts."""
+    if any(each.prompter is not None for each in served if each is not None):
+        raise PromptError(
+            "a conversation cannot be rendered for later, because members of this recipe have prompts of their own, "
+            "which are made from it; use /v1/chat/completions"
+        )
+
+
 def _wrap() -> None:
     """Wrap vLLM's methods, once."""
     if getattr(BaseRenderer.validate_token_ids, "asks_members", False):
@@ -328,16 +347,21 @@ def _wrap() -> None:
     BaseRenderer.validate_token_ids, InputProcessor.process_inputs = validate_token_ids, process_inputs
     BaseRenderer.render_chat, BaseRenderer.render_chat_async = render_chat, render_chat_async
 
-    def refusing(plain: Any, served: Callable[[Any], Iterable[Served | None]]) -> Any:
+    def refusing(
+        plain: Any, served: Callable[[Any], Iterable[Served | None]], refuse: Callable[..., None] = _refuse_beams
+    ) -> Any:
         @functools.wraps(plain)
         def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
             with answered():
-                _refuse_beams(served(self), getattr(self, "vllm_xargs", None))
+                refuse(served(self), getattr(self, "vllm_xargs", None))
             return plain(self, *args, **kwargs)
 
         return checked
 
     for request in (CompletionRequest, ChatCompletionRequest):  # it does not know its engine; a server has only one
         request.to_beam_search_params = refusing(request.to_beam_search_params, lambda _: _served.values())
-    offline = BeamSearchOfflineMixin
+    offline, render_only = BeamSearchOfflineMixin, ServingRender
     offline.beam_search = refusing(offline.beam_search, lambda llm: [served_by(llm.model_config)])
+    render_only.render_chat_request = refusing(
+        render_only.render_chat_request, lambda server: [served_by(server.model_config)], _refuse_rendering
+    )

@@ -143,6 +143,8 @@ class RecipeRules(VerifyAndUpdateConfig):  # type: ignore[misc]
         """Check the members, and set the context to the shortest one among them."""
         recipe = model_config.hf_config
         refuse(recipe)
+        if model_config.runner_type != "generate":
+            raise ProxyTuneError(f"a recipe only generates, so --runner {model_config.runner_type} does not fit it")
         if model_config.enable_prompt_embeds:
             raise ProxyTuneError("--enable-prompt-embeds does not fit a recipe: each member has embeddings of its own")
         fitted = fit(model_config)
@@ -160,6 +162,8 @@ class RecipeRules(VerifyAndUpdateConfig):  # type: ignore[misc]
         _check_gate(vllm_config)
         if vllm_config.parallel_config.enable_dbo:
             raise ProxyTuneError("--enable-dbo halves the batch, which a recipe's alphas do not follow; leave it out")
+        if vllm_config.weight_transfer_config is not None:
+            raise ProxyTuneError("--weight-transfer-config does not fit a recipe: each member has weights of its own")
         if vllm_config.lora_config is not None:
             raise ProxyTuneError("--enable-lora does not fit a recipe; name the adapter in the recipe instead")
         speculative = vllm_config.speculative_config
