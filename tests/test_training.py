@@ -481,10 +481,8 @@ def test_inside_the_mixture_all_members_read_one_text(shelf, tmp_path):
 
 
 # -- kills and resumption -------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "options",
-    [pytest.param((), id="plain"), pytest.param(("--consistent",), id="consistent", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [pytest.param((), id="plain"), pytest.param(("--consistent",), id="consistent")])
 def test_a_killed_run_resumes_to_the_weights_of_the_unbroken_one(shelf, text, tmp_path, options):
     options = (*options, "--max-steps", 20, "--save-every", 1, "--seed", 7)
     members = ("--base", shelf / "base", "--anti-expert", shelf / "anti")
