@@ -65,7 +65,7 @@ test-slow: install  ## the others: real models, servers, kills, the pages, the n
 	$(PYTEST) -m slow
 
 # Warnings are errors, but for what vLLM warns of.
-test-vllm: install-vllm  ## the tests with the real vLLM engine, about ten minutes; a skip fails
+test-vllm: install-vllm  ## the tests with the real vLLM engine, three minutes of them under load; a skip fails
 	PROXYTUNE_NO_SKIPS=1 $(VLLM_BIN)/python -m pytest -W default tests/vllm
 
 lint: install  ## ruff: style and format; import-linter: who imports whom; hadolint: the Dockerfile; codespell, plain words
