@@ -58,7 +58,7 @@ bench-api: install-vllm  ## what steering costs over an API, on the demo, and wi
 	mkdir -p runs
 	$(VLLM_BIN)/python scripts/bench_api.py --task word-problems --pack --delay 200 --json runs/bench-api.json | tee runs/bench-api.md
 
-test: install  ## the core tests, under five minutes
+test: install  ## the core tests, on all cores, a few minutes
 	$(PYTEST) -m "not slow"
 
 test-slow: install  ## the others: real models, servers, kills, the pages, the notebook and the wheel

@@ -720,8 +720,8 @@ def test_an_end_token_without_probabilities(oracle, served, steered, monkeypatch
 # -- faults -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("fault", PASSING)
 def test_a_fault_that_passes_changes_nothing(oracle, served, steered, fault):
+    expected = answers(steered(20, way="ask"), ROWS[:1], max_new_tokens=6)
     model = steered(20, way="ask")
-    expected = answers(model, ROWS[:1], max_new_tokens=6)
     began = len(served.requests)
     served.faults = lambda number, made: PASSING[fault](made) if number - began in (1, 2, 6) else made
     tokens, asked = answers(model, ROWS[:1], max_new_tokens=6)
@@ -772,8 +772,8 @@ def test_a_reply_that_says_less_is_never_too_certain(oracle, served, steered, ch
 
 @pytest.mark.parametrize(("short", "passing"), [(padded, (0, 1, 2, 3, 4, 8)), (first_two, (0, 3))])
 def test_a_short_reply_is_asked_for_again(served, steered, short, passing):
+    expected = answers(steered(20, way="ask"), ROWS[:1], max_new_tokens=6)
     model = steered(20, way="ask")
-    expected = answers(model, ROWS[:1], max_new_tokens=6)
     began = len(served.requests)
     served.faults = lambda number, made: short(made) if number - began in passing else made
     tokens, asked = answers(model, ROWS[:1], max_new_tokens=6)
