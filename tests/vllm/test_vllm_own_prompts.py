@@ -172,29 +172,6 @@ def test_guidance_by_negative_prompts_of_requests(shelf, base):
     assert tokens[1] != expected(reference, TEXTS[1:2], [{"alpha": 0.5}])[0][0], "the negative prompt shows"
 
 
-def test_prompts_that_a_request_gives(mixed):
-    """Of any member, in place of the one that would be made for it; with weights, a member alone on any prompt."""
-    reference, row = Reference(mixed), [1, 70, 71, 116, 104, 101]  # these are not a text's ids
-    own = {"e.expert": [1, 88, 15], "e.anti_expert": [1, 5, 5, 9, 200, 17, 18, 19]}
-    with engine(mixed, block_size=32, max_model_len=256) as llm:
-        given = {f"member_input_ids.{name}": ids for name, ids in own.items()}
-        extra = [given, given | {"weight.e.expert": 1.0}, given | {"weight.base": 1.0}]
-        tokens = tokens_of(submit(llm, [{"prompt_token_ids": row}] * 3, extra))
-        refused(llm, {"member_input_ids.e": [5]}, "there is no member 'e' to give a prompt")
-        refused(llm, {"member_input_ids.e.expert": "dog"}, "must be ids")
-        refused(llm, {"member_input_ids.e.expert": []}, "must be ids")
-        refused(llm, {"negative_prompt": "dog"}, "no member that reads a negative prompt")
-    shown = {name: [ids] for name, ids in own.items()}
-    assert_all_same(tokens[:1], reference.greedy([row], member_input_ids=shown))
-    assert_all_same(tokens[2:], reference.greedy([row], alpha=[[0.0]], member_input_ids=shown))
-    from transformers import AutoModelForCausalLM
-
-    expert_ = AutoModelForCausalLM.from_pretrained(mixed.parent / "qwen2-small").eval()
-    with torch.no_grad():
-        seen = expert_(torch.tensor([own["e.expert"] + tokens[1]])).logits[0, 2:-1]
-    assert_all_same(tokens[1:2], [(seen.argmax(dim=-1).tolist(), list(seen))])
-
-
 def refused(llm, extra, said, negative=None, **params):
     with pytest.raises(VLLMValidationError, match=said):
         submit(llm, TEXTS[:1], [extra | ({} if negative is None else {"negative_prompt": negative})], **params)
@@ -239,31 +216,6 @@ def test_n_gram_drafts_see_what_the_base_reads_and_no_more(shelf, base_prompt):
     assert all(same), "the base's text, and nothing else"
 
 
-def test_penalties_see_the_bases_prompt(shelf, mixed):
-    """What fills a prompt changes no penalty: the set of ids in it is the base's."""
-    from vllm import SamplingParams
-
-    tokenizer = tiny.tokenizer()
-    with engine(mixed, block_size=32, max_model_len=256) as llm:
-        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, repetition_penalty=1.7)
-        outputs = llm.generate(TEXTS, params, use_tqdm=False)
-    reference = Reference(mixed)
-    for text, output in zip(TEXTS, outputs):
-        out = reference.model.generate(
-            torch.tensor([tokenizer(text)["input_ids"]]),
-            do_sample=False,
-            max_new_tokens=8,
-            eos_token_id=None,
-            pad_token_id=tiny.PAD,
-            repetition_penalty=1.7,
-            output_scores=True,
-            return_dict_in_generate=True,
-        )
-        assert_all_same(
-            [list(output.outputs[0].token_ids)], [(out.sequences[0, -8:].tolist(), [s[0] for s in out.scores])]
-        )
-
-
 def test_several_answers_of_one_prompt(mixed):
     """Sampled answers are the same whether blocks are shared or not, and each is its own."""
     found = {}
@@ -300,33 +252,6 @@ def test_contexts_are_each_members_own(shelf):
             submit(llm, ["dog"], [{}], 200, min_tokens=100)
 
 
-def test_a_cuda_graph_of_a_whole_step_is_refused(mixed):
-    """vLLM captures at start, so that is where it would be seen."""
-    from vllm.config import CUDAGraphMode
-    from vllm.forward_context import set_forward_context
-
-    with engine(mixed, block_size=32, max_model_len=256) as llm:
-        runner = llm.llm_engine.model_executor.driver_worker.model_runner
-        kinds = [group.get_metadata_builder() for groups in runner.attn_groups for group in groups]
-        assert {type(kind).get_cudagraph_support(None, None).name for kind in kinds} == {"NEVER"}
-        ids = torch.ones(4, dtype=torch.long)
-        full = {"num_tokens": 4, "cudagraph_runtime_mode": CUDAGraphMode.FULL}
-        said = pytest.raises(ProxyTuneError, match="a CUDA graph cannot hold a whole step")
-        with set_forward_context(None, llm.llm_engine.vllm_config, **full), said:
-            runner.model(ids, ids)
-
-
-def test_ids_that_are_not_their_text(mixed):
-    """A prompt of ids is shown to members as its text, if it is one."""
-    reference = Reference(mixed)
-    row = reference.model.tokenizer("the quick brown fox")["input_ids"]
-    with engine(mixed, block_size=32, max_model_len=256) as llm:
-        outputs = submit(llm, [{"prompt_token_ids": row}], [{}])
-        with pytest.raises(VLLMValidationError, match="changes if it is decoded and encoded again"):
-            submit(llm, [{"prompt_token_ids": [1, 70, 71, 116, 104, 101]}], [{}])
-    assert_all_same(tokens_of(outputs), reference.greedy([row], N_NEW))
-
-
 @pytest.mark.parametrize("template", ["the lazy dog", "the lazy {prompt}", None])
 def test_a_chat_with_the_recipes_own_negative_prompt(shelf, template):
     from vllm import SamplingParams
@@ -347,7 +272,88 @@ def test_a_chat_with_the_recipes_own_negative_prompt(shelf, template):
     assert_all_same(tokens_of(outputs), wanted)
 
 
-def test_offline_chat(mixed):
+# -- one engine -----------------------------------------------------------------------------------------------
+# These tests stand together: an engine does not survive the start of another one in its process.
+
+
+@pytest.fixture(scope="module")
+def mixed_engine(mixed):
+    with engine(mixed, block_size=32, max_model_len=256) as llm:
+        yield llm
+
+
+def test_prompts_that_a_request_gives(mixed, mixed_engine):
+    """Of any member, in place of the one that would be made for it; with weights, a member alone on any prompt."""
+    reference, row = Reference(mixed), [1, 70, 71, 116, 104, 101]  # these are not a text's ids
+    own = {"e.expert": [1, 88, 15], "e.anti_expert": [1, 5, 5, 9, 200, 17, 18, 19]}
+    given = {f"member_input_ids.{name}": ids for name, ids in own.items()}
+    extra = [given, given | {"weight.e.expert": 1.0}, given | {"weight.base": 1.0}]
+    tokens = tokens_of(submit(mixed_engine, [{"prompt_token_ids": row}] * 3, extra))
+    refused(mixed_engine, {"member_input_ids.e": [5]}, "there is no member 'e' to give a prompt")
+    refused(mixed_engine, {"member_input_ids.e.expert": "dog"}, "must be ids")
+    refused(mixed_engine, {"member_input_ids.e.expert": []}, "must be ids")
+    refused(mixed_engine, {"negative_prompt": "dog"}, "no member that reads a negative prompt")
+    shown = {name: [ids] for name, ids in own.items()}
+    assert_all_same(tokens[:1], reference.greedy([row], member_input_ids=shown))
+    assert_all_same(tokens[2:], reference.greedy([row], alpha=[[0.0]], member_input_ids=shown))
+    from transformers import AutoModelForCausalLM
+
+    expert_ = AutoModelForCausalLM.from_pretrained(mixed.parent / "qwen2-small").eval()
+    with torch.no_grad():
+        seen = expert_(torch.tensor([own["e.expert"] + tokens[1]])).logits[0, 2:-1]
+    assert_all_same(tokens[1:2], [(seen.argmax(dim=-1).tolist(), list(seen))])
+
+
+def test_penalties_see_the_bases_prompt(mixed, mixed_engine):
+    """What fills a prompt changes no penalty: the set of ids in it is the base's."""
+    from vllm import SamplingParams
+
+    tokenizer = tiny.tokenizer()
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, repetition_penalty=1.7)
+    outputs = mixed_engine.generate(TEXTS, params, use_tqdm=False)
+    reference = Reference(mixed)
+    for text, output in zip(TEXTS, outputs):
+        out = reference.model.generate(
+            torch.tensor([tokenizer(text)["input_ids"]]),
+            do_sample=False,
+            max_new_tokens=8,
+            eos_token_id=None,
+            pad_token_id=tiny.PAD,
+            repetition_penalty=1.7,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        assert_all_same(
+            [list(output.outputs[0].token_ids)], [(out.sequences[0, -8:].tolist(), [s[0] for s in out.scores])]
+        )
+
+
+def test_a_cuda_graph_of_a_whole_step_is_refused(mixed_engine):
+    """vLLM captures at start, so that is where it would be seen."""
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import set_forward_context
+
+    runner = mixed_engine.llm_engine.model_executor.driver_worker.model_runner
+    kinds = [group.get_metadata_builder() for groups in runner.attn_groups for group in groups]
+    assert {type(kind).get_cudagraph_support(None, None).name for kind in kinds} == {"NEVER"}
+    ids = torch.ones(4, dtype=torch.long)
+    full = {"num_tokens": 4, "cudagraph_runtime_mode": CUDAGraphMode.FULL}
+    said = pytest.raises(ProxyTuneError, match="a CUDA graph cannot hold a whole step")
+    with set_forward_context(None, mixed_engine.llm_engine.vllm_config, **full), said:
+        runner.model(ids, ids)
+
+
+def test_ids_that_are_not_their_text(mixed, mixed_engine):
+    """A prompt of ids is shown to members as its text, if it is one."""
+    reference = Reference(mixed)
+    row = reference.model.tokenizer("the quick brown fox")["input_ids"]
+    outputs = submit(mixed_engine, [{"prompt_token_ids": row}], [{}])
+    with pytest.raises(VLLMValidationError, match="changes if it is decoded and encoded again"):
+        submit(mixed_engine, [{"prompt_token_ids": [1, 70, 71, 116, 104, 101]}], [{}])
+    assert_all_same(tokens_of(outputs), reference.greedy([row], N_NEW))
+
+
+def test_offline_chat(mixed, mixed_engine):
     from vllm import SamplingParams
 
     tokenizer = tiny.tokenizer()
@@ -356,11 +362,10 @@ def test_offline_chat(mixed):
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     own = reference.model.prompter.from_messages(messages, ids, tokenizer)
     wanted = reference.greedy([ids], N_NEW, member_input_ids={name: [each] for name, each in own.items()})
-    with engine(mixed, block_size=32, max_model_len=256) as llm:
-        params = SamplingParams(temperature=0, max_tokens=N_NEW, ignore_eos=True)
-        outputs = llm.chat(messages, params, use_tqdm=False)
-        with pytest.raises(VLLMValidationError, match="the last message must be the user's"):
-            llm.chat([*messages, {"role": "assistant", "content": "dog"}], params, use_tqdm=False)
-        with pytest.raises(VLLMValidationError, match="beam search cannot be had"):
-            llm.beam_search([{"prompt": "dog"}], None)
+    params = SamplingParams(temperature=0, max_tokens=N_NEW, ignore_eos=True)
+    outputs = mixed_engine.chat(messages, params, use_tqdm=False)
+    with pytest.raises(VLLMValidationError, match="the last message must be the user's"):
+        mixed_engine.chat([*messages, {"role": "assistant", "content": "dog"}], params, use_tqdm=False)
+    with pytest.raises(VLLMValidationError, match="beam search cannot be had"):
+        mixed_engine.beam_search([{"prompt": "dog"}], None)
     assert_all_same(tokens_of(outputs), wanted)

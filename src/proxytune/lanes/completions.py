@@ -26,7 +26,19 @@ from proxytune.errors import MemberError, ProxyTuneError, Unfinished, need
 from proxytune.lanes.spelling import Spelling
 from proxytune.recipe.parts import ApiBase
 
-__all__ = ["TOO_FAR", "BadReply", "Budget", "Endpoint", "Known", "NoGoodReply", "Offer", "Refused", "Reply", "known_of"]
+__all__ = [
+    "TOO_FAR",
+    "BadReply",
+    "Budget",
+    "Drawn",
+    "Endpoint",
+    "Known",
+    "NoGoodReply",
+    "Offer",
+    "Refused",
+    "Reply",
+    "known_of",
+]
 
 RETRIES = 6  # of a request that failed, and of one whose reply is wrong
 TIMEOUT = 60.0  # seconds
@@ -34,6 +46,7 @@ PAUSE = 0.2  # seconds before a wrong reply is asked for again; it doubles
 AT_ONCE = 8  # requests under way
 MOST_BIAS = 100.0  # of one token
 FEW_BIASES = 2_000  # tokens that are pushed first: 1 MB less to send than for a vocabulary of 50,000
+FEW_TIMES = 2  # so often; the second time with the token that won though it was not among them
 MOST_IDS = 128  # that vLLM scores by name in one request
 MOST_SCORED = 10_000  # log-probabilities in one reply up to which a text is scored as a whole
 NEUTRAL = {"presence_penalty": 0.0, "frequency_penalty": 0.0}  # a server may have others as its defaults
@@ -44,6 +57,7 @@ TOO_FAR = 1e-2  # log-probabilities of one token and one prompt, asked for in tw
 MOVES = 0.5  # how far half precision in other batches may move the log-probability of a token
 
 Entry = tuple[tuple[int, ...], float]  # the ids that it can mean, and its log-probability
+Drawn = tuple[int | None, bool]  # see `Endpoint.drawn`
 T = TypeVar("T")
 
 
@@ -275,27 +289,31 @@ class Endpoint:
 
     @property
     def pushes(self) -> Sequence[int]:
-        """How many tokens the requests of a push hold; each one is for what the one before it left open."""
-        return sorted({min(FEW_BIASES, self.offer.biased), self.offer.biased})
+        """How many tokens the requests of a push hold; each one is for what the ones before it left open."""
+        most = self.offer.biased
+        return [FEW_BIASES] * FEW_TIMES + [most] if most > FEW_BIASES else [most]
 
-    def drawn(self, text: Sequence[int], offsets: Tensor, likely: Tensor, n: int) -> int | None:
-        """The token that the server chooses after a text if steering is added to its logits; None if that is not sure.
+    def drawn(self, text: Sequence[int], offsets: Tensor, likely: Tensor, n: int) -> Drawn:
+        """The token that the server chooses after a text if what steering adds is added to its logits.
 
         Args:
             offsets, likely, n: the request holds ``n`` tokens, see :func:`proxytune.decoding.certificate.biases`.
+
+        Returns:
+            The token, None if the reply does not say which; and whether it is surely the mixture's.
 
         Raises:
             ProxyTuneError: if the server rejects the request.
         """
         if not bool(offsets.amax() > -math.inf):
-            return None  # steering excludes all
+            return None, False  # steering excludes all
         ids, added = (tensor.tolist() for tensor in biases(offsets, likely, n, MOST_BIAS))
         exact = {index for index, value in zip(ids, added) if value >= -MOST_BIAS}
         try:
             index = self.chosen(text, {str(index): max(value, -MOST_BIAS) for index, value in zip(ids, added)})
         except Refused as error:
             raise ProxyTuneError(f"the server of the base {self.name} refuses: {error}") from error
-        return index if index in exact else None
+        return index, index in exact
 
     def chosen(self, text: Sequence[int], bias: dict[str, float]) -> int | None:
         """The token that the server chooses under a bias; None if its reply does not say which."""
@@ -314,9 +332,9 @@ class Endpoint:
         """
         self._refuse_unlike(alike(known, self.top([text], known.asked)[0]))
 
-    def confirm_drawn(self, choose: Callable[[], int | None], token: int) -> None:
+    def confirm_drawn(self, choose: Callable[[], Drawn], token: int) -> None:
         """Like :meth:`confirm`, if the server chose ``token`` before, and is asked by ``choose``."""
-        self._refuse_unlike(choose() == token)
+        self._refuse_unlike(choose()[0] == token)
 
     def _refuse_unlike(self, same: bool) -> None:
         if not same:

@@ -13,7 +13,7 @@ from proxytune.decoding.certificate import known_ids
 from proxytune.decoding.cost import Cost
 from proxytune.decoding.lane import Scores
 from proxytune.errors import MemberError, ProxyTuneError
-from proxytune.lanes.completions import Endpoint, Known
+from proxytune.lanes.completions import Drawn, Endpoint, Known
 from proxytune.lanes.texts import TextState
 from proxytune.recipe.layout import Seat
 from proxytune.recipe.options import WAYS, Way
@@ -107,7 +107,7 @@ class RemoteState(TextState):
         self.known: dict[tuple[int, int], Known] = {}  # row, and how many pending columns stand before the position
         self.calls = [Count() for _ in range(n_batch)]
         self.awaited: Awaited | None = None  # what was asked last, if nobody has looked at it yet
-        self.drawn: tuple[Callable[[], int | None], int] | None = None  # the first row's last request and token
+        self.drawn: tuple[Callable[[], Drawn], int] | None = None  # the first row's last request and token
 
     def read(
         self, ids: Tensor, mask: Tensor | None = None, *, positions: int = 0, want: Tensor | None = None
@@ -191,16 +191,18 @@ class RemoteState(TextState):
         endpoint = self.lane.endpoint
 
         def drawn(row: int) -> int | None:
-            text, token = self.text(row, start), None
+            text, named = self.text(row, start), likely[row]
             for n in endpoint.pushes:
                 self.calls[row].n += 1
-                choose = partial(endpoint.drawn, text, offsets[row], likely[row], n)
-                token = choose()
-                if token is not None:
+                choose = partial(endpoint.drawn, text, offsets[row], named, n)
+                token, sure = choose()
+                if sure:
                     break
+                if token is not None:
+                    named = named.index_fill(0, torch.tensor([token]), torch.inf)
             if row == 0:
-                self.drawn = None if token is None else (choose, token)
-            return token
+                self.drawn = (choose, token) if sure and token is not None else None
+            return token if sure else None
 
         return endpoint.begin(drawn, range(self.n_batch))
 

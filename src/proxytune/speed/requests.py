@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from proxytune.errors import ProxyTuneError
-from proxytune.lanes.completions import FEW_BIASES, MOST_SCORED
+from proxytune.lanes.completions import FEW_BIASES, FEW_TIMES, MOST_SCORED
 from proxytune.recipe.check import MemberReport, cache_bytes, count_recipe
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.members import Loading, load_config
@@ -154,14 +154,14 @@ def usage_of(
     """What a way of asking uses, if no choice is open, and if all are.
 
     An open choice is asked about again: once by the names of the tokens that could win, or for four times as many
-    tokens until the server names all. A push that does not decide is followed by one of all tokens.
+    tokens until the server names all. A push that does not decide is followed by another, and by one of all tokens.
     """
     n, length, new = options.prompts, options.prompt_tokens, options.new_tokens
     if way == "plain":
         plain = Usage(n, n * length, n * new)
         return plain, plain
     if way == "push":
-        again = int(n_vocab > FEW_BIASES)
+        again = FEW_TIMES if n_vocab > FEW_BIASES else 0
     else:
         again = 0 if way == "pull" or top_logprobs >= n_vocab else math.ceil(math.log(n_vocab / top_logprobs, 4))
     # After each number of written tokens: what is asked until the answer ends, at least and at most.
