@@ -213,7 +213,7 @@ def measure(asked: argparse.Namespace, url: str, place: Path, config: Any, base:
     def read_alone(ids: list[int]) -> None:
         """What the experts compute for an answer: its prompt, then each token but the last."""
         state = pair.open(1)
-        for columns in [ids, *[[token] for token in ids[: n_new - 1]]]:
+        for columns in [ids, *[ids[:1]] * (n_new - 1)]:
             state.read(torch.tensor([columns]), positions=1)
             state.keep()
 
