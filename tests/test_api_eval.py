@@ -80,6 +80,7 @@ def expected(oracle, line):
     return tokenizer.decode(tokens, skip_special_tokens=True).split("\n\n")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["ask", "verify", "push"])
 def test_every_arm_that_is_possible_answers_as_the_plain_loop(recipe, place, served, oracle, tmp_path, way):
     notes = []
@@ -247,6 +248,7 @@ def test_a_server_that_names_all_tokens_scores_continuations(recipe, place, orac
                 assert token["base_logprob"] == pytest.approx(same["base_logprob"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_sweep_asks_for_each_alpha(recipe, place, oracle, tmp_path):
     found = sweep(
         load_recipe(recipe()), options(place), [0.0, 1.0], tmp_path / "out", loading=LoadingOptions(way="ask")

@@ -305,6 +305,7 @@ def test_a_main_case_beyond_the_budget_is_not_done_before_it_ends(monkeypatch):
     assert share.done(8, 0.1, main=False) == pytest.approx(57 / 60)
 
 
+@pytest.mark.slow
 def test_without_time_only_the_main_case_is_measured(measured):
     found, made = measured("--batch-size", "1,2", "--lengths", "64/128,6/5", "--arms", "base", "--minutes", "0.0001")
     assert {(row["batch"], row["prompt"], row["repeats"]) for row in found["rows"]} == {(1, 64, 5)}

@@ -361,6 +361,7 @@ def test_help(command):
     assert "Usage: " in run(*command, "--help").stdout
 
 
+@pytest.mark.slow
 def test_the_entry_point(recipe):
     from proxytune import __version__
 

@@ -298,6 +298,7 @@ def test_line_ends_are_dim_and_lines_are_not():
     assert not joined.style
 
 
+@pytest.mark.slow
 def test_the_demo_is_the_evaluation_of_its_task():
     pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'proxytune[eval]'")
     from proxytune.evaluation.options import EvaluationOptions

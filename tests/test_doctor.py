@@ -378,6 +378,7 @@ def write(path, rows=GOLD):
     return path
 
 
+@pytest.mark.slow
 def test_the_command(shelf, tmp_path):
     data, out = write(tmp_path / "sample.jsonl"), tmp_path / "out"
     words = ("doctor", shelf / "recipe", "--data", data, "--output", out, "--shots", "1")
@@ -400,6 +401,7 @@ def test_the_command(shelf, tmp_path):
     run(*words, "--gate", "examples>=3")
 
 
+@pytest.mark.slow
 def test_a_run_continues(shelf, tmp_path, monkeypatch):
     data, out = write(tmp_path / "sample.jsonl", [(f"the fox {n}", " jumps") for n in range(6)]), tmp_path / "out"
     words = ("doctor", shelf / "recipe", "-d", data, "-o", out, "--json")

@@ -329,6 +329,7 @@ def test_a_steered_chat_expert_answers_as_the_plain_loop(shelf, local, models, t
             assert_same_tokens(tokenizer(line["mc_output"], add_special_tokens=False)["input_ids"], (tokens, logits))
 
 
+@pytest.mark.slow
 def test_samples_depend_on_neither_batch_nor_resumption(shelf, local, tmp_path):
     plan = plan_of("humaneval", local, samples=3)
     options = plan.jobs["raw"][0].options
@@ -426,6 +427,7 @@ def test_likelihoods_with_own_prompts_and_of_single_arms_are_the_plain_loops(she
 
 
 # -- a whole run ---------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_run_scores_compares_and_draws(shelf, local, tmp_path):
     settings = EvaluationOptions(("triviaqa", "mbpp_likelihood"), tuned=str(shelf / "expert"), data=str(local), limit=4)
     notes: list[str] = []
@@ -701,6 +703,7 @@ def test_a_difference_is_reported_once_without_what_follows_from_it(tmp_path):
         assert str(caught.value) == f"{tmp_path} was started with t: {told}; use that again, or choose another --output"
 
 
+@pytest.mark.slow
 def test_a_tuned_model_without_a_prediction_may_be_another(shelf, local, tmp_path, monkeypatch):
     config = load_recipe(shelf / "recipe")
     settings = EvaluationOptions(("triviaqa",), arms=("base",), data=str(local), limit=1, tuned=str(shelf / "anti"))

@@ -94,6 +94,7 @@ def test_each_arm_has_traces_of_its_own_mixture(shelf, local, tokenizer, tmp_pat
     assert found["answers"] == 4, "those of the means"
 
 
+@pytest.mark.slow
 def test_tracing_decides_no_prediction(shelf, local, tmp_path):
     """Not of a sampling task either, whose samples have traces of their own."""
     settings = {"tasks": ("humaneval",), "samples": 2}
@@ -121,6 +122,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_a_killed_run_has_each_trace_once(shelf, local, tmp_path, monkeypatch):
     """It ends between the traces of a batch and its predictions; what goes on is the same as what was never killed."""
     config, options = load_recipe(shelf / "recipe"), options_of(local, limit=6, batch_size=2)

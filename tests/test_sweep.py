@@ -39,6 +39,7 @@ def lines(path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", ["raw", "chat"])
 def test_a_sweep_equals_runs_of_their_own(prompt, shelf, local, tmp_path):
     """Writing and likelihoods; with a prompt of its own, a member reads it once an alpha."""
