@@ -128,15 +128,8 @@ def main() -> None:
     place = Path(str(config.name_or_path))
     base = (place / str(config.base_member.model)).resolve()
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--dtype", "float32"]
-    words += [
-        "--max-logprobs",
-        "-1",
-        "--max-model-len",
-        "512",
-        "--enforce-eager",
-        "--kv-cache-memory-bytes",
-        str(2**30),
-    ]
+    words += ["--max-logprobs", "-1", "--max-model-len", "512", "--enforce-eager"]
+    words += ["--kv-cache-memory-bytes", str(2**30)]
     with Server("base", words, memory=0) as server:
         url = f"{server.address}/v1"
         rows = measure(asked, url, place, config, base)

@@ -126,6 +126,7 @@ def test_sequences_that_are_returned_together_have_one_negative_prompt(base, tok
         (["a"], "negative_prompt has 1 entries for 3 rows"),
         (3.5, "negative_prompt must be a text, its ids, or a list of these"),
         ("{prompt} and {prompt}", r"a negative prompt may contain \{prompt\} once"),
+        ("no \ud800", "half of a surrogate pair"),
         ("the fox " * 200, "member 'guidance.anti_expert' can read only 256"),
     ],
 )

@@ -119,7 +119,7 @@ def is_unwritable(error: BaseException) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """The same, without what pydantic puts around the message of an error in a validator."""
+    """The first line of an error's message, without what pydantic puts around one of a validator."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and "validation error" in lines[0]:
         return lines[1].removeprefix("Value error, ").partition(" [type=")[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -49,7 +49,7 @@ from proxytune.recipe.alpha import NAMED, take_alpha
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import FIELDS, OURS, refuse_fields
 from proxytune.recipe.prompts import Prompter
-from proxytune.recipe.rules import Steering
+from proxytune.recipe.rules import Rule, Steering
 
 __all__ = [
     "NO_TRACE",
@@ -275,15 +275,29 @@ class SteeredGenerationMixin(GenerationMixin):
 
         steering: Steering
 
-        alpha_rows: Callable[..., Tensor]
-        mix_lanes: Callable[..., Tensor]
-        member_logits: Callable[..., Tensor]
-        whole_logits: Callable[..., list[Tensor]]
-        all_logits: Callable[..., dict[str, Tensor]]
-        paired: Callable[..., Members]
-        new_cache: Callable[..., ProxyTunedCache]
-        context_of: Callable[[str], int | None]
-        forward: Callable[..., Any]
+        def alpha_rows(self, alpha: Any, n_batch: int, rule: Rule | None = None) -> Tensor: ...
+
+        def mix_lanes(
+            self,
+            lane_logits: Sequence[Tensor | None],
+            alpha: Tensor,
+            steering: Steering | None = None,
+            opened: Tensor | None = None,
+        ) -> Tensor: ...
+
+        def member_logits(self, name: str, lane_logits: Sequence[Tensor | None]) -> Tensor: ...
+
+        def whole_logits(self, read: Sequence[Scores], *, refuse: bool) -> list[Tensor]: ...
+
+        def all_logits(self, lane_logits: Sequence[Tensor]) -> dict[str, Tensor]: ...
+
+        def paired(self, logits: Mapping[str, Tensor]) -> Members: ...
+
+        def new_cache(self, capacity: int | None = None) -> ProxyTunedCache: ...
+
+        def context_of(self, name: str) -> int | None: ...
+
+        def forward(self, input_ids: Tensor) -> Any: ...
 
     @overload  # type: ignore[override]
     def generate(

@@ -160,6 +160,8 @@ def test_guidance_by_negative_prompts_of_requests(shelf, base):
         refused(llm, {"negative_prompt": ""}, "the negative prompt is empty")
         refused(llm, {"negative_prompt": "\ud800"}, "half of a surrogate pair")
         refused(llm, {"member_input_ids.base": [5]}, "are one model here; give member_input_ids.base and")
+        other = {"member_input_ids.base": [5], "member_input_ids.guidance.expert": 7}
+        refused(llm, other, "are one model here; give member_input_ids.base and")
         refused(llm, {"negative_prompt": [5, 9999]}, "token id 9999")
         refused(llm, {"negative_prompt": "a " * 300}, "tokens for member 'guidance.anti_expert', which reads 256")
         refused(llm, {"proxytune.ids.base": [5]}, "cannot be set by a request")

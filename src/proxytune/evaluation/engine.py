@@ -153,9 +153,8 @@ class EngineArms(Arms):
     def __init__(self, *args: Any, options: Mapping[str, Any], **more: Any) -> None:
         super().__init__(*args, **more)
         self.options, self.engine = dict(options), None
-        self.failed: dict[
-            str, ProxyTuneError
-        ] = {}  # why an engine did not start, which takes minutes to find out again
+        # Why an engine of a model did not start, which takes minutes to find out again.
+        self.failed: dict[str, ProxyTuneError] = {}
         self.own = [name for name, member in self.members.items() if member.prompt.kind != "raw"]
 
     def make(self, name: str) -> Any:

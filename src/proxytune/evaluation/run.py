@@ -288,9 +288,8 @@ def answer_all(
     """
     left_out = unreadable(arms, asked, tally, note)
     missing = {name: [plan for plan in plans if tally.missing(name, plan)] for name, plans in asked.items()}
-    arms.names = [
-        name for name, plans in missing.items() if plans
-    ]  # the whole recipe is loaded only if an arm needs it
+    # The whole recipe is loaded only if an arm needs it.
+    arms.names = [name for name, plans in missing.items() if plans]
     for name, plans in missing.items():
         arm: Arm | None = None
         for plan in plans:

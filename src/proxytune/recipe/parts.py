@@ -47,6 +47,8 @@ def refuse_negative(text: Any) -> None:
         raise RecipeError(f"a negative prompt must be a text, not {text!r}")
     if not text.strip():
         raise RecipeError("the negative prompt is empty; give a text, or leave it out")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise RecipeError("the negative prompt has half of a surrogate pair, which no text has; leave it out")
     if text.count("{prompt}") > 1:
         raise RecipeError("a negative prompt may contain {prompt} once")
 

@@ -212,9 +212,6 @@ class PlanOptions:
             raise ProxyTuneError(f"--device is cpu or cuda, not {self.device!r}")
 
 
-OF_REQUESTS = "Base behind an API"
-
-
 @dataclass(frozen=True)
 class RequestOptions:
     """Options of a plan for a base behind an API: what is asked, and what it is paid."""

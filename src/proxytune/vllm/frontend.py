@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -138,7 +138,8 @@ class Served:
             PromptError: for an unknown member, what are not ids, and two prompts of members that are one model.
         """
         given: dict[str, list[int]] = {}
-        for name, ids in (extra_args or {}).items():
+        asked = extra_args or {}
+        for name, ids in asked.items():
             if not name.startswith(GIVEN):
                 continue
             part = next((part for part in self.parts if name[len(GIVEN) :] in part.names), None)
@@ -147,8 +148,8 @@ class Served:
                 raise PromptError(f"there is no member {name[len(GIVEN) :]!r} to give a prompt; there are {members}")
             if not are_ids(ids) or not ids:
                 raise PromptError(f"{name} must be ids, not {ids!r}")
-            others = [extra_args.get(GIVEN + other) for other in part.names] if extra_args else []
-            if any(other is None or list(other) != list(ids) for other in others):
+            others = [asked.get(GIVEN + other) for other in part.names]
+            if any(not are_ids(other) or list(other or ()) != list(ids) for other in others):
                 names = " and ".join(GIVEN + other for other in part.names)
                 raise PromptError(f"{' and '.join(part.names)} are one model here; give {names} the same ids")
             given[part.name] = list(ids)
@@ -190,10 +191,7 @@ def negative_of(extra_args: Mapping[str, Any] | None, prompter: Prompter | None)
     if negative is None:
         return None
     refuse_unread(negative, [] if prompter is None else [prompt for prompt, _ in prompter.own.values()])
-    if isinstance(negative, str):
-        if negative.encode("utf-8", "ignore").decode() != negative:
-            raise PromptError("negative_prompt has half of a surrogate pair, which no text has; leave it out")
-    elif not are_ids(negative):
+    if not isinstance(negative, str) and not are_ids(negative):
         raise PromptError(f"negative_prompt must be a text or its ids, not {negative!r}")
     return negative if isinstance(negative, str) else list(negative)
 
@@ -266,19 +264,24 @@ def serve(
     _wrap()
 
 
-def _refuse_beams(served: Iterable[Served | None], extra_args: Mapping[str, Any] | None) -> None:
+def _refuse_beams(served: Served | None, extra_args: Mapping[str, Any] | None = None) -> None:
     """Refuse what vLLM's beam search would lose: it starts a new request for each token, without its ``extra_args``."""
-    for each in filter(None, served):
-        if each.prompter is not None:
-            raise PromptError("beam search cannot be had, because members of this recipe have prompts of their own")
-        if extra_args:
-            names = ", ".join(extra_args)
-            raise ProxyTuneError(f"vLLM's beam search does not pass on {names}; leave one of the two out")
+    if served is not None and served.prompter is not None:
+        raise PromptError("beam search cannot be had, because members of this recipe have prompts of their own")
+    if served is not None and extra_args:
+        names = ", ".join(extra_args)
+        raise ProxyTuneError(f"vLLM's beam search does not pass on {names}; leave one of the two out")
 
 
-def _refuse_rendering(served: Iterable[Served | None], _: object) -> None:
+def _refuse_beams_of(request: Any) -> None:
+    """The same for a request to a server. It does not know its engine, but a server has only one."""
+    for served in _served.values():
+        _refuse_beams(served, request.vllm_xargs)
+
+
+def _refuse_rendering(served: Served | None) -> None:
     """Refuse to render a conversation for later: its ids are not enough for members' own prompts."""
-    if any(each.prompter is not None for each in served if each is not None):
+    if served is not None and served.prompter is not None:
         raise PromptError(
             "a conversation cannot be rendered for later, because members of this recipe have prompts of their own, "
             "which are made from it; use /v1/chat/completions"
@@ -347,21 +350,20 @@ def _wrap() -> None:
     BaseRenderer.validate_token_ids, InputProcessor.process_inputs = validate_token_ids, process_inputs
     BaseRenderer.render_chat, BaseRenderer.render_chat_async = render_chat, render_chat_async
 
-    def refusing(
-        plain: Any, served: Callable[[Any], Iterable[Served | None]], refuse: Callable[..., None] = _refuse_beams
-    ) -> Any:
+    def refusing(plain: Any, refuse: Callable[[Any], None]) -> Any:
         @functools.wraps(plain)
         def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
             with answered():
-                refuse(served(self), getattr(self, "vllm_xargs", None))
+                refuse(self)
             return plain(self, *args, **kwargs)
 
         return checked
 
-    for request in (CompletionRequest, ChatCompletionRequest):  # it does not know its engine; a server has only one
-        request.to_beam_search_params = refusing(request.to_beam_search_params, lambda _: _served.values())
-    offline, render_only = BeamSearchOfflineMixin, ServingRender
-    offline.beam_search = refusing(offline.beam_search, lambda llm: [served_by(llm.model_config)])
-    render_only.render_chat_request = refusing(
-        render_only.render_chat_request, lambda server: [served_by(server.model_config)], _refuse_rendering
+    for kind in (CompletionRequest, ChatCompletionRequest):
+        kind.to_beam_search_params = refusing(kind.to_beam_search_params, _refuse_beams_of)
+    BeamSearchOfflineMixin.beam_search = refusing(
+        BeamSearchOfflineMixin.beam_search, lambda llm: _refuse_beams(served_by(llm.model_config))
+    )
+    ServingRender.render_chat_request = refusing(
+        ServingRender.render_chat_request, lambda server: _refuse_rendering(served_by(server.model_config))
     )

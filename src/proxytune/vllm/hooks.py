@@ -31,9 +31,9 @@ def wrap_core() -> None:
     from vllm.v1.request import Request as CoreRequest
 
     make, keys = CoreRequest.from_engine_core_request.__func__, kv_cache_utils.generate_block_hash_extra_keys
-    numbers = itertools.count()
     if getattr(keys, "asks_members", False):
         return
+    numbers = itertools.count()
 
     @functools.wraps(make)
     def from_engine_core_request(cls: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -48,8 +48,8 @@ def wrap_core() -> None:
         if own := prompts_of(request):
             if not hasattr(request, "proxytune_number"):
                 request.proxytune_number = next(numbers)  # its id may be that of an earlier request
-            number = request.proxytune_number
-            added = block_keys(own, request.num_prompt_tokens, number, start_token_idx, end_token_idx)
+            n_outer, number = request.num_prompt_tokens, request.proxytune_number
+            added = block_keys(own, n_outer, number, start_token_idx, end_token_idx)
             found = (*(found or ()), *added)
         return found, *more
 

@@ -180,7 +180,8 @@ class RecipeRules(VerifyAndUpdateConfig):  # type: ignore[misc]
 
 
 def _check_gate(vllm_config: Any) -> None:
-    """Check that the recipe's own gate can be served. Asynchronous scheduling, which vLLM would choose, is settled."""
+    """Check that the recipe's own gate can be served. One that reads answers turns asynchronous scheduling off, which
+    vLLM would choose only after this."""
     recipe, scheduler = Recipe(vllm_config.model_config.hf_config), vllm_config.scheduler_config
     if recipe.default.steering.by_text and scheduler.async_scheduling is None:
         scheduler.async_scheduling = False
