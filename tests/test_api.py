@@ -1050,17 +1050,16 @@ def test_new_refuses_half_a_base(tmp_path):
 def test_experts_read_while_the_base_is_asked(served, steered, monkeypatch, way):
     """The server answers only when an expert has read what it was asked about."""
     model = steered(tiny.VOCAB, way=way)
-    began, late = threading.Event(), []
+    began, late = threading.Semaphore(0), []
     read = TransformersState.read
 
     def seen(self, *args, **kwargs):
-        began.set()
+        began.release()
         return read(self, *args, **kwargs)
 
     def answered(number, made):
-        if not began.wait(2):
+        if not all(began.acquire(timeout=2) for _ in ("expert", "anti-expert")):
             late.append(number)
-        began.clear()
         return made
 
     monkeypatch.setattr(TransformersState, "read", seen)
@@ -1084,7 +1083,7 @@ def test_experts_read_a_guess_while_the_server_chooses(served, steered, monkeypa
 
     def answered(number, made):
         arrived.set()
-        if not over.wait(1):
+        if not over.wait(2):
             late.append(number)
         arrived.clear()
         over.clear()
