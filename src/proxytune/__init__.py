@@ -96,11 +96,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'proxytune' has no attribute {name!r}")
 
 
-def register_model() -> None:
-    """Import the model, which registers itself with ``AutoModelForCausalLM``. It takes seconds."""
-    importlib.import_module("proxytune.model")
-
-
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 

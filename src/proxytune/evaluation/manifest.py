@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from proxytune import __version__
 from proxytune.answers.journal import Journal, write_whole
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.answering import TaskPlan
@@ -84,9 +83,9 @@ def _vector_hash(options: EvaluationOptions) -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "lm_eval", "datasets", "peft", "numpy")
+    packages = ("proxytune", "torch", "transformers", "lm_eval", "datasets", "peft", "numpy")
     found = {package: importlib.metadata.version(package) for package in packages}
-    return {"python": platform.python_version(), "proxytune": __version__, **found}
+    return {"python": platform.python_version(), **found}
 
 
 def write_manifest(out: Path, manifest: dict[str, Any]) -> None:

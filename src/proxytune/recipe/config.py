@@ -16,6 +16,7 @@ here loads a weight.
 from __future__ import annotations
 
 import copy
+import importlib
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
@@ -23,7 +24,6 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-import proxytune
 from proxytune.errors import RecipeError
 from proxytune.recipe.alpha import resolve_alpha
 from proxytune.recipe.gates import gate_of
@@ -124,7 +124,7 @@ class ProxyTuneConfig(PreTrainedConfig):
         self.architectures = self.architectures or ["AutoModelForCausalLM", "ProxyTunedForCausalLM"]
         super().__post_init__(**kwargs)
         # A recipe may be passed to AutoModelForCausalLM. Its model class registers itself; importing it takes seconds.
-        proxytune.register_model()
+        importlib.import_module("proxytune.model")
 
     # -- the parsed view ------------------------------------------------------------------------------------
     @property

@@ -47,7 +47,7 @@ def register() -> None:
     """
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-    import proxytune  # noqa: F401 - registers the config class, which vLLM reads the recipe with
+    import proxytune.recipe.config  # noqa: F401 - registers the config class, which vLLM reads the recipe with
     from vllm import ModelRegistry
 
     try:
