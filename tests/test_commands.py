@@ -117,7 +117,8 @@ def test_old_names_are_taken_with_a_notice(recipe, tmp_path, monkeypatch):
     assert made.stderr == "note: --batch is now --batch-size\n"
     assert made.stdout == run("plan", recipe, "--device", "cpu", "--batch-size", "1").stdout
     params = parsed("eval", [str(recipe), "-t", "gsm8k", "--out=there", "--json", "x.json"], tmp_path, monkeypatch)
-    assert (str(params["output"]), str(params["json_file"]), params["results_json"]) == ("there", "x.json", False)
+    taken = [str(params[f"results_{name}"]) for name in ("directory", "output", "json")]
+    assert taken == ["there", "x.json", "False"]
     assert parsed("generate", [str(recipe), "--", "--out"], tmp_path, monkeypatch)["prompts"] == ["--out"]
 
 

@@ -20,8 +20,9 @@ pytest.importorskip("lm_eval", reason="needs lm_eval: pip install 'proxytune[eva
 
 from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.errors import AlphaError
-from proxytune.evaluation.options import EvaluationOptions, alpha_range
+from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.run import evaluate, sweep
+from proxytune.recipe.alpha import alpha_range
 from proxytune.recipe.options import LoadingOptions
 
 ALPHAS = [0.0, 0.5, 1.5]

@@ -21,10 +21,10 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> A
         default: leave it out if the option is required; a function is called for each default.
         help: what the option does, in a sentence.
         **more: flag (``--name``, or ``--name -n``; the field's name by default; ``--no-…`` switches off what is on),
-            metavar, panel (its heading in the help), min, envvar, many (may be given several times), and parse, which
-            turns the given text or texts into the field's value.
+            metavar, panel (its heading in the help), min, envvar, hidden, many (may be given several times), and
+            parse, which turns the given text or texts into the field's value.
     """
-    unknown = more.keys() - {"flag", "metavar", "panel", "min", "envvar", "many", "parse"}
+    unknown = more.keys() - {"flag", "metavar", "panel", "min", "envvar", "hidden", "many", "parse"}
     if unknown:
         raise TypeError(f"option() takes no {', '.join(unknown)}")
     kind = "default_factory" if callable(default) else "default"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from proxytune.cli.flags import only
 from proxytune.cli.shared import (
     FAILED,
     Recipe,
-    ResultOptions,
+    RunOptions,
     complain,
     progress_bar,
     read_gold,
@@ -36,19 +37,9 @@ def doctor(
     recipe: Recipe,
     *,
     options: DoctorOptions,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Directory for the measured examples and the result. An interrupted run there is continued. By "
-            "default doctor-RECIPE.",
-        ),
-    ] = None,
     answers: Annotated[AnswerOptions, only("alpha", "chat", "system")],
     loading: LoadingOptions,
-    results: Annotated[ResultOptions, only("json")],
+    results: Annotated[RunOptions, only("json", "directory")],
 ) -> None:
     """Examine on a sample whether steering with this pair pays off, and why.
 
@@ -81,7 +72,7 @@ def doctor(
             "API; eval compares the answers of the arms"
         )
     names, alphas = config.expert_names, config.alphas_of(answers.alpha)
-    place = output or Path(f"doctor-{Path(recipe).name}")
+    place = results.place("doctor", recipe)
     place.mkdir(parents=True, exist_ok=True)
     settings = {
         "recipe": recipe,
@@ -134,7 +125,7 @@ def doctor(
             failed.append(f"{name} is {value:.4g}, which is below {least:g}")
     tables = doctor_tables(found)
     write_whole(place / "doctor.md", "\n".join(t + "\n" if isinstance(t, str) else markdown([t]) for t in tables))
-    ResultOptions(json=results.json, output=place / "doctor.json").give(found, *tables)
+    replace(results, output=place / "doctor.json").give(found, *tables)
     _draw(found, place)
     for why in failed:
         complain(f"--gate: {why}")

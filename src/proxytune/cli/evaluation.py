@@ -16,6 +16,7 @@ from proxytune.cli.shared import (
     UNFINISHED,
     Recipe,
     ResultOptions,
+    RunOptions,
     complain,
     counted_bar,
     progress_bar,
@@ -24,7 +25,8 @@ from proxytune.cli.shared import (
 )
 from proxytune.errors import need
 from proxytune.evaluation import EVAL_TASKS, TASK_DIR, TASKS, check_tasks
-from proxytune.evaluation.options import CodeOptions, EvaluationOptions, JudgeOptions, alpha_range
+from proxytune.evaluation.options import CodeOptions, EvaluationOptions, JudgeOptions, SweepOptions
+from proxytune.recipe.alpha import alpha_range
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.place import check_alpha
 
@@ -34,18 +36,6 @@ if TYPE_CHECKING:
     from proxytune.tables import Table
 
 __all__ = ["evaluate", "score", "sweep", "tasks"]
-
-JsonFile = Annotated[Path | None, typer.Option("--json-file", metavar="FILE", hidden=True)]  # what --json FILE was
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="DIR",
-        help="Directory for predictions and results. An interrupted run there is continued. By default eval-RECIPE or "
-        "sweep-RECIPE.",
-    ),
-]
 
 
 def _tasks_dir(wanted: bool) -> None:
@@ -79,9 +69,7 @@ def evaluate(
     recipe: Recipe,
     *,
     options: EvaluationOptions,
-    output: Output = None,
-    results: Annotated[ResultOptions, only("json")],
-    json_file: JsonFile = None,
+    results: RunOptions,
     judges: JudgeOptions,
     code: Annotated[CodeOptions, only("unguarded")],
     loading: Annotated[
@@ -115,11 +103,10 @@ def evaluate(
         proxytune eval mine --tasks gsm8k --engine vllm --engine-option tensor_parallel_size=4
     """
     check_alpha(recipe, options.alpha)
-    results = replace(results, output=json_file)
-    run = _harness()
+    place, run = results.place("eval", recipe), _harness()
     from proxytune.evaluation.results import results_tables
 
-    with _run("eval", recipe, output, options, code, judges, settings) as (config, place, how):
+    with _run(recipe, place, options, code, judges, settings) as (config, how):
         found = run.evaluate(config, options, place, loading=loading, **how)
     _end(found, place, results, results_tables(found))
 
@@ -130,26 +117,8 @@ def sweep(
     options: Annotated[
         EvaluationOptions, only("tasks", "data", "limit", "samples", "seed", "batch_size", "engine", "engine_options")
     ],
-    alpha: Annotated[
-        str,
-        typer.Option(
-            "--alpha",
-            "-a",
-            metavar="[NAME=]START:STOP:STEP",
-            help="The alphas to try: a range or A,B,..., for one expert or for all.",
-        ),
-    ] = "0:2:0.25",
-    fit: Annotated[
-        bool,
-        typer.Option(
-            "--fit",
-            help="Also find the alpha under which the gold answers are most probable, with an interval. It takes one "
-            "pass over them; with several experts there is one alpha for all, and one for each.",
-        ),
-    ] = False,
-    output: Output = None,
-    results: Annotated[ResultOptions, only("json")],
-    json_file: JsonFile = None,
+    alphas: SweepOptions,
+    results: RunOptions,
     judges: JudgeOptions,
     code: Annotated[CodeOptions, only("unguarded")],
     loading: Annotated[
@@ -168,14 +137,13 @@ def sweep(
         proxytune sweep mine --tasks gsm8k --alpha code=0,0.5,1 --output runs/curve
         proxytune sweep mine --tasks gsm8k --fit
     """
-    results = replace(results, output=json_file)
-    expert, values = alpha_range(alpha)
+    expert, values = alpha_range(alphas.alpha)
     check_alpha(recipe, None if expert is None else {expert: values[0]})
-    run = _harness()
+    place, run = results.place("sweep", recipe), _harness()
     from proxytune.evaluation.results import sweep_tables
 
-    with _run("sweep", recipe, output, options, code, judges, settings) as (config, place, how):
-        found = run.sweep(config, options, values, place, expert=expert, fit=fit, loading=loading, **how)
+    with _run(recipe, place, options, code, judges, settings) as (config, how):
+        found = run.sweep(config, options, values, place, expert=expert, fit=alphas.fit, loading=loading, **how)
     _end(found, place, results, sweep_tables(found))
 
 
@@ -190,15 +158,14 @@ def _harness() -> Any:
 
 @contextlib.contextmanager
 def _run(
-    command: str,
     recipe: str,
-    output: Path | None,
+    place: Path,
     options: EvaluationOptions,
     code: CodeOptions,
     judges: JudgeOptions,
     settings: Settings,
-) -> Iterator[tuple[ProxyTuneConfig, Path, dict[str, Any]]]:
-    """A run's recipe, its directory, and its functions for scoring tasks and for progress."""
+) -> Iterator[tuple[ProxyTuneConfig, dict[str, Any]]]:
+    """A run's recipe, and its functions for scoring tasks and for progress."""
     from proxytune.evaluation.scoring import CODE, JUDGED, scorer_options
     from proxytune.evaluation.tasks.utils import problems_file
     from proxytune.recipe.parts import ApiBase
@@ -209,7 +176,6 @@ def _run(
         from proxytune.vllm.plan import refuse
 
         refuse(config)
-    place = output or Path(f"{command}-{Path(recipe.rstrip('/')).name or 'recipe'}")
     code = replace(code, ks=(10, 1))  # pass@10 first, the paper's
 
     def scoring(task: str) -> dict[str, Any]:
@@ -219,7 +185,7 @@ def _run(
 
     kept = f"everything so far is kept in {place}"
     with resumable(kept), counted_bar() as progress:
-        yield config, place, {"settings": settings, "scoring": scoring, "progress": progress, "note": say}
+        yield config, {"settings": settings, "scoring": scoring, "progress": progress, "note": say}
 
 
 def _end(found: dict[str, Any], place: Path, results: ResultOptions, tables: list[Table]) -> None:

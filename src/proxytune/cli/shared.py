@@ -35,6 +35,7 @@ __all__ = [
     "UNFINISHED",
     "Recipe",
     "ResultOptions",
+    "RunOptions",
     "asked_of",
     "check_seed",
     "complain",
@@ -105,6 +106,24 @@ class ResultOptions:
             write_out(text)
         else:
             show(*parts)
+
+
+@dataclass(frozen=True)
+class RunOptions(ResultOptions):
+    """Where the results of a run go that can be continued: into a directory."""
+
+    output: Path | None = option(None, flag="--json-file", metavar="FILE", hidden=True)  # what --json FILE was
+    directory: Path | None = option(
+        None,
+        "Directory for all that the run writes. An interrupted run there is continued. By default the names of the "
+        "command and the recipe, such as eval-demo.",
+        flag="--output -o",
+        metavar="DIR",
+    )
+
+    def place(self, command: str, recipe: str) -> Path:
+        """The directory."""
+        return self.directory or Path(f"{command}-{Path(recipe.rstrip('/')).name or 'recipe'}")
 
 
 # -- what is printed, and how much of it ----------------------------------------------------------------------

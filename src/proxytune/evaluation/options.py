@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from proxytune.answers.options import ALPHA, COMBINE, GATE
-from proxytune.errors import AlphaError, ProxyTuneError
+from proxytune.errors import ProxyTuneError
 from proxytune.evaluation import EVAL_TASKS, KINDS, check_tasks, data_place
 from proxytune.options import numbers, option, words
 from proxytune.recipe.rules import Rule
 from proxytune.recipe.source import resolve
 
-__all__ = ["CodeOptions", "Engine", "EvaluationOptions", "JudgeOptions", "alpha_range", "engine_options"]
+__all__ = ["CodeOptions", "Engine", "EvaluationOptions", "JudgeOptions", "SweepOptions", "engine_options"]
 
 # The headings of the options in the help.
 _data, _speed, _traces, _code, _judges = (
@@ -144,6 +144,23 @@ class EvaluationOptions:
 
 
 @dataclass(frozen=True)
+class SweepOptions:
+    """The alphas of a sweep."""
+
+    alpha: str = option(
+        "0:2:0.25",
+        "The alphas to try: a range or A,B,..., for one expert or for all.",
+        flag="--alpha -a",
+        metavar="[NAME=]START:STOP:STEP",
+    )
+    fit: bool = option(
+        False,
+        "Also find the alpha under which the gold answers are most probable, with an interval. It takes one pass over "
+        "them; with several experts there is one alpha for all, and one for each.",
+    )
+
+
+@dataclass(frozen=True)
 class CodeOptions:
     """Options for running and counting generated programs."""
 
@@ -209,29 +226,3 @@ class JudgeOptions:
         flag="--judge-key",
         metavar="VARIABLE",
     )
-
-
-def alpha_range(text: str) -> tuple[str | None, list[float]]:
-    """Read ``[NAME=]START:STOP:STEP`` (both ends belong to it) or ``[NAME=]A,B,…``: the expert's name, the alphas.
-
-    Raises:
-        AlphaError: if it is neither, or has no alphas, or more than two hundred.
-    """
-    name, equals, numbers = text.rpartition("=")
-    wrong = AlphaError(f"--alpha is START:STOP:STEP, such as 0:2:0.25, or numbers, such as 0,0.5,1, not {text!r}")
-    try:
-        if ":" in numbers:
-            start, stop, step = (float(part) for part in numbers.split(":"))
-            count = (stop - start) / step
-            if count < 0:
-                wrong = AlphaError(f"--alpha {text!r} has no alphas: STOP lies before START, in the direction of STEP")
-            if not 0 <= count < 200:
-                raise wrong
-            values = [round(start + step * at, 10) for at in range(int(count + 1e-6) + 1)]
-        else:
-            values = [float(part) for part in numbers.split(",")]
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise wrong from None
-    if not all(abs(value) < 1e6 for value in values):
-        raise wrong
-    return (name.strip() if equals else None), sorted(dict.fromkeys(values))

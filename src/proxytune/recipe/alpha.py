@@ -7,7 +7,16 @@ from typing import Any
 
 from proxytune.errors import AlphaError
 
-__all__ = ["MAX_ALPHA", "NAMED", "alpha_of_text", "alpha_rows", "finite_alpha", "resolve_alpha", "take_alpha"]
+__all__ = [
+    "MAX_ALPHA",
+    "NAMED",
+    "alpha_of_text",
+    "alpha_range",
+    "alpha_rows",
+    "finite_alpha",
+    "resolve_alpha",
+    "take_alpha",
+]
 
 LARGEST_ALPHA = 3.4e38
 MAX_ALPHA = 3.0  # of traces: the flips of a choice are searched up to this alpha
@@ -79,17 +88,49 @@ def alpha_of_text(given: Sequence[str] | None) -> float | Mapping[str, float] | 
         return None
     named: dict[str, float] = {}
     for text in given:
-        name, equals, number = text.rpartition("=")
+        name, number = _split(text)
         try:
             value = float(number)
         except ValueError as error:
             raise AlphaError(f"alpha must be a number or NAME=NUMBER, not {text!r}") from error
-        if not equals and len(given) > 1:
+        if name is None and len(given) > 1:
             raise AlphaError("give one alpha for all experts, or NAME=NUMBER for each")
-        if not equals:
+        if name is None:
             return value
-        named[name.strip()] = value
+        named[name] = value
     return named
+
+
+def alpha_range(text: str) -> tuple[str | None, list[float]]:
+    """Read ``[NAME=]START:STOP:STEP`` (both ends belong to it) or ``[NAME=]A,B,…``: the expert's name, the alphas.
+
+    Raises:
+        AlphaError: if it is neither, or has no alphas, or more than two hundred.
+    """
+    name, numbers = _split(text)
+    wrong = AlphaError(f"--alpha is START:STOP:STEP, such as 0:2:0.25, or numbers, such as 0,0.5,1, not {text!r}")
+    try:
+        if ":" in numbers:
+            start, stop, step = (float(part) for part in numbers.split(":"))
+            count = (stop - start) / step
+            if count < 0:
+                wrong = AlphaError(f"--alpha {text!r} has no alphas: STOP lies before START, in the direction of STEP")
+            if not 0 <= count < 200:
+                raise wrong
+            values = [round(start + step * at, 10) for at in range(int(count + 1e-6) + 1)]
+        else:
+            values = [float(part) for part in numbers.split(",")]
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise wrong from None
+    if not all(abs(value) < 1e6 for value in values):
+        raise wrong
+    return name, sorted(dict.fromkeys(values))
+
+
+def _split(text: str) -> tuple[str | None, str]:
+    """``NAME=NUMBERS``: the name, None where there is none, and the text of the numbers."""
+    name, equals, numbers = text.rpartition("=")
+    return (name.strip() if equals else None), numbers
 
 
 def take_alpha(arguments: dict[str, Any], names: Sequence[str], alpha: Any = None) -> Any:

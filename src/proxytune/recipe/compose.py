@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-from proxytune.errors import MemberError, RecipeError, first_line
+from proxytune.errors import AlphaError, MemberError, RecipeError, first_line
+from proxytune.recipe.alpha import alpha_of_text, resolve_alpha
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import adapted, ends_of, read_generation_config
 from proxytune.recipe.members import Loading, adapter_source, load_config, load_tokenizer, member_source
@@ -50,9 +51,9 @@ def parse_expert(text: str) -> Expert:
             raise RecipeError(f"--add-expert {text!r} gives {key.strip()} twice")
         fields[key.strip()] = value.strip()
     try:
-        alpha = float(fields.get("alpha", "1"))
-    except ValueError as error:
-        raise RecipeError(f"--add-expert {text!r}: alpha must be a number, not {fields['alpha']!r}") from error
+        (alpha,) = resolve_alpha(alpha_of_text([fields["alpha"]] if "alpha" in fields else ()), [name.strip()], [1.0])
+    except AlphaError as error:
+        raise RecipeError(f"--add-expert {text!r}: {error}") from error
     anti, own = (
         MemberChoice(model, *(fields.get(side + field) for field in ("revision", "prompt", "dtype")))
         for model, side in ((fields.get("anti"), "anti-"), (model.strip() or None, ""))
