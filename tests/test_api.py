@@ -583,6 +583,9 @@ def test_what_needs_all_probabilities_is_refused_or_exact(oracle, steered):
         with pytest.raises(ProxyTuneError, match="of all tokens"):
             new_tokens(model, ROWS[:1], **{**GREEDY, **options})
     with pytest.raises(ProxyTuneError, match="can be read only by generate"):
+        model.requires_grad_(True)(torch.tensor(ROWS[:1]), use_cache=False)
+    model.requires_grad_(False)
+    with torch.no_grad(), pytest.raises(ProxyTuneError, match="of all tokens"):
         model(torch.tensor(ROWS[:1]), use_cache=False)
     with pytest.raises(MemberError, match="runs behind an API"):
         model.member("base")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from proxytune import ProxyTunedForCausalLM
+from proxytune.lanes.transformers import TransformersState
 from support import tiny
 from support.decoding import QUIET
 from support.oracle import Oracle, assert_same_tokens
@@ -138,6 +139,44 @@ def test_rows_of_two_seats_and_their_prompts_move_together(tokenizer):
     for index, (row, token) in enumerate(((1, 50), (0, 60))):
         expected = oracle.logits({name: rows[row] for name, rows in prompts.items()}, [token])[-1]
         torch.testing.assert_close(out.logits[index, -1], expected, rtol=1e-4, atol=1e-3)
+
+
+# -- no cache -------------------------------------------------------------------------------------------------
+def test_without_a_cache_lanes_are_read_through_states_that_keep_nothing(oracle, model, monkeypatch):
+    read, capacities = TransformersState.read, []
+
+    def counted(state, *args, **kwargs):
+        capacities.append(state.capacity)
+        return read(state, *args, **kwargs)
+
+    monkeypatch.setattr(TransformersState, "read", counted)
+    batch = tiny.padded([PROMPT, PROMPT[:9]])
+    with torch.no_grad():
+        out = model(**batch, use_cache=False)
+        kept = model(**batch)
+        last = model(**batch, use_cache=False, logits_to_keep=2)
+    assert capacities == [0] * len(model.lanes) + [None] * len(model.lanes) + [0] * len(model.lanes)
+    assert out.past_key_values is None
+    assert last.logits.shape[1] == 2
+    shown = batch["attention_mask"].bool()
+    torch.testing.assert_close(out.logits[shown], kept.logits[shown], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(last.logits, kept.logits[:, -2:], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(out.logits[0, -1], oracle.logits(PROMPT, [])[-1], rtol=1e-4, atol=1e-3)
+
+
+def test_training_and_other_positions_call_lanes_without_a_state(model, monkeypatch):
+    monkeypatch.setattr(TransformersState, "read", None)
+    ids = torch.tensor([PROMPT[:6]])
+    model.requires_grad_(True)
+    try:
+        assert model(ids, use_cache=False).logits.requires_grad
+    finally:
+        model.requires_grad_(False)
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2]])  # two texts in one row
+    with torch.no_grad():
+        together = model(ids, position_ids=packed, use_cache=False).logits
+        alone = model(ids[:, 3:], position_ids=packed[:, 3:], use_cache=False).logits
+    torch.testing.assert_close(together[:, 3:], alone, rtol=1e-4, atol=1e-3)
 
 
 # -- the cache alone ------------------------------------------------------------------------------------------

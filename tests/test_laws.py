@@ -189,6 +189,20 @@ def test_positions_are_the_last(runtime):
     assert_near(lane, lane.open(2, capacity).read(ids, positions=2).values, whole[:, -2:])
 
 
+@pytest.mark.parametrize("name", RUNTIMES)
+@torch.no_grad()
+def test_a_state_for_one_read_gives_the_same_and_keeps_nothing(name):
+    lane = RUNTIMES[name]()
+    ids, mask = ids_of(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    state = lane.open(2, 0)
+    values = state.read(ids, mask, positions=1).values
+    for row, text in enumerate(texts_of(ids, mask)):
+        expected = fresh(lane, text)
+        assert_near(lane, torch.stack([values[seat * 2 + row, 0] for seat in range(len(expected))]), expected)
+    assert not getattr(state, "layers", [])
+
+
 @torch.no_grad()
 def test_left_padding_changes_nothing(runtime):
     lane, capacity = runtime

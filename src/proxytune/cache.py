@@ -46,7 +46,8 @@ class ProxyTunedCache(Cache):
     def __init__(self, lanes: Sequence[Lane], capacity: int | None = None) -> None:
         """
         Args:
-            capacity: columns that each state has room for, see :mod:`proxytune.lanes.buffers`; None: states that grow.
+            capacity: columns that each state has room for, see :mod:`proxytune.lanes.buffers`; None: states that grow;
+                0: states for one call, which keep nothing.
         """
         super().__init__(layers=[])
         self.lanes, self.capacity = list(lanes), capacity

@@ -335,10 +335,10 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         rows = self.alpha_rows(alpha, n_batch, steering.rule)  # first, so that a bad alpha does not change the cache
         if use_cache is None:
             use_cache = not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache()
         cache = past_key_values
-        n_cached = cache.n_columns if cache is not None else 0
+        if cache is None:
+            cache = ProxyTunedCache(self.lanes, None if use_cache else 0)
+        n_cached = cache.n_columns
         schedule, answer_at, opened = steering.schedule, prompt_length, None
         if schedule is not None and answer_at is None:
             raise PromptError(f"the gate {schedule} counts the answer's tokens; say `prompt_length`")
@@ -361,7 +361,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             opened = scheduled(schedule, following[:, _kept(logits_to_keep)])
 
         logits: list[Tensor] = []  # one per lane, (n_seats * n_batch, n_positions, n_vocab)
-        if cache is None:
+        if cache.capacity == 0 and (position_ids is not None or self._wants_gradients()):
             for lane, (ids, mask) in zip(self.lanes, columns):
                 inputs = self._inputs(lane, ids, mask, position_ids, n_batch)
                 logits.append(lane(**inputs, logits_to_keep=logits_to_keep, use_cache=False))
@@ -387,7 +387,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         output = ProxyTunedOutput(
             loss=loss,
             logits=cast(Any, mixed),
-            past_key_values=cache,
+            past_key_values=None if cache.capacity == 0 else cache,
             member_logits=cast(Any, asked),
         )
         return output if return_dict is not False else output.to_tuple()
@@ -395,10 +395,13 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
     if TYPE_CHECKING:
         __call__ = forward
 
+    def _wants_gradients(self) -> bool:
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+
     def _inputs(
         self, lane: TransformersLane, ids: Tensor, mask: Tensor | None, positions: Tensor | None, n_batch: int
     ) -> dict[str, Tensor | None]:
-        """The inputs of a lane in a call without a cache."""
+        """The inputs of a lane that is called without a state."""
         if mask is not None and reads_its_own(lane):
             positions = (mask.cumsum(dim=1) - 1).clamp_(min=0)
         elif positions is not None:
@@ -487,7 +490,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
 
     def _columns(
         self,
-        cache: ProxyTunedCache | None,
+        cache: ProxyTunedCache,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         member_input_ids: Mapping[str, Tensor] | None,
@@ -498,14 +501,12 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
         if not any(self.own_prompts):
             if member_input_ids:
                 raise PromptError("`member_input_ids` were given, but every member of the recipe reads the raw prompt")
-        elif cache is None or cache.n_columns == 0:
+        elif cache.n_columns == 0:
             columns = first_columns(
                 self.lanes, input_ids, attention_mask, member_input_ids, member_attention_mask, prompt_length
             )
-            length = cast(int, prompt_length)
-            if cache is not None:
-                cache.prompt_length = length
-            return columns, length
+            cache.prompt_length = cast(int, prompt_length)
+            return columns, cache.prompt_length
         elif member_input_ids is not None and cache.n_columns == cache.prompt_length - 1:
             return last_columns(self.lanes, input_ids, member_input_ids), cache.prompt_length
         elif prompt_length not in (None, cache.prompt_length):
@@ -514,7 +515,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
                 "`past_key_values`"
             )
         mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-        return [(input_ids, mask)] * len(self.lanes), 0 if cache is None else cache.prompt_length
+        return [(input_ids, mask)] * len(self.lanes), cache.prompt_length
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         """Refuse options that would have no effect."""

@@ -3,6 +3,9 @@
 A lane is one set of weights and the members that are computed with it. Its *state* is what it has read for the rows of
 one call. Rows are stacked by seat: a lane of ``n_seats`` seats holds ``n_seats * n_batch`` rows, seat by seat. Every
 runtime keeps the laws in ``tests/test_laws.py``; :mod:`proxytune.lanes.fake` is the smallest one.
+
+Whatever needs no gradients is read through a state: the loop, and a forward with a cache or without. Training, and
+position ids that do not count a row's tokens, call a transformers lane itself.
 """
 
 from __future__ import annotations
@@ -143,7 +146,7 @@ class Lane(Protocol):
         """A state that has read nothing, for ``n_batch`` rows of each seat.
 
         ``capacity``: the state has room for that many columns from the start, and its shape never changes. None: it
-        grows.
+        grows. 0: it reads once and keeps nothing, which costs no memory beyond the pass itself.
         """
         ...
 

@@ -24,7 +24,6 @@ from proxytune.answers.generation import Encoded
 from proxytune.decoding.mixing import Members, mix
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.statistics import bootstrap_of
-from proxytune.recipe.parts import ApiBase
 from proxytune.recipe.rules import Steering
 
 if TYPE_CHECKING:
@@ -81,9 +80,8 @@ def read_gold(model: ProxyTunedForCausalLM, encoded: Encoded, ids: Sequence[int]
     read = torch.tensor([[*encoded.ids, *ids[:-1]]], device=model.device)
     own = {name: torch.tensor([row], device=model.device) for name, row in encoded.own.items()}
     more: dict[str, Any] = {"member_input_ids": own, "prompt_length": len(encoded.ids)} if own else {}
-    behind_api = isinstance(model.config.base_member, ApiBase)  # such a base can be read only into a cache
     return model(
-        read, output_member_logits=True, gate="none", use_cache=behind_api, logits_to_keep=len(ids), **more
+        read, output_member_logits=True, gate="none", use_cache=False, logits_to_keep=len(ids), **more
     ).member_logits
 
 

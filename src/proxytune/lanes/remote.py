@@ -90,7 +90,7 @@ class RemoteLane(nn.Module):
 
     def forward(self, **inputs: Any) -> Tensor:
         raise ProxyTuneError(
-            "a base behind an API can be read only by generate(), and not without a cache or in training"
+            "a base behind an API can be read only by generate() and without gradients, so not in training"
         )
 
 

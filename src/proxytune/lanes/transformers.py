@@ -217,7 +217,7 @@ class TransformersState:
     """The state of a :class:`TransformersLane`; see :mod:`proxytune.decoding.lane`.
 
     Attributes:
-        view: the lane's cache, with transformers' own layers.
+        view: the lane's cache, with transformers' own layers; None: nothing is kept.
         mask: (n_rows, n_columns or more), 0 at padding; None while there is no padding.
         position: the position of the next token, (n_rows, 1).
     """
@@ -225,9 +225,10 @@ class TransformersState:
     def __init__(self, lane: TransformersLane, n_batch: int, capacity: int | None = None) -> None:
         self.lane, self.n_batch, self.capacity = lane, n_batch, capacity
         self.n_seats = len(lane.seats)
-        self.view: Cache = DynamicCache(config=lane.config)
-        if capacity is not None:
-            self.view = buffer_cache(self.view, capacity)
+        self.view: Any = None
+        if capacity != 0:
+            view = DynamicCache(config=lane.config)
+            self.view = view if capacity is None else buffer_cache(view, capacity)
         self.n_columns = self.pending = 0
         self.mask: Tensor | None = None
         self.position = torch.zeros(self.n_seats * n_batch, 1, dtype=torch.long, device=lane.device)
@@ -238,7 +239,7 @@ class TransformersState:
     @property
     def layers(self) -> list[Any]:
         """The cache's layers, for transformers' own tools."""
-        return self.view.layers
+        return [] if self.view is None else self.view.layers
 
     @property
     def forgets(self) -> bool:
@@ -290,6 +291,8 @@ class TransformersState:
         if mask is None:
             position_ids = start + torch.arange(k, device=self.lane.device)
             self.ahead = self.ahead + k
+            if self.view is None:  # without a cache transformers looks for packed texts in them, and makes a mask
+                position_ids = None
         else:
             shown = stacked(mask, n_rows).to(self.lane.device)
             cast(Tensor, self.mask)[:, before : before + k] = shown
@@ -302,7 +305,7 @@ class TransformersState:
             "attention_mask": None if self.mask is None else self.mask[:, :width],
             "position_ids": position_ids,
             "past_key_values": self.view,
-            "use_cache": True,
+            "use_cache": self.view is not None,
         }
 
     def keep(self, counts: Sequence[int] | None = None) -> None:
