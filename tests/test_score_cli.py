@@ -86,7 +86,7 @@ def test_the_interval_of_multiple_choice_leaves_invalid_answers_out(tmp_path):
         (["triviaqa", "{file}"], "line 1 cannot be scored as triviaqa: it has no field 'answers' (it fits gsm8k)"),
         (["gsm8k", "{file}", "--k", "x"], "--k is numbers"),
         (["humaneval", "{code}", "--k", "0"], "--k is numbers from 1 on"),
-        (["humaneval", "{code}", "--data", "{file}.no"], "there is no file"),
+        (["humaneval", "{code}", "--data", "{file}.no"], "there is no data at"),
         (["humaneval", "{code}", "--data", "{file}"], "has no field 'task_id'"),
         (["gsm8k", "{file}", "--judge", "x"], "gsm8k takes no judge"),
         (["toxigen", "{toxigen}"], "toxigen needs a judge: --judge-url with --judge-model, or --judge DIR_OR_ID"),

@@ -20,7 +20,17 @@ from typing import Any
 
 from proxytune.errors import ProxyTuneError, first_line
 
-__all__ = ["SUFFIXES", "Row", "half_surrogate", "json_rows", "read_json", "read_rows", "read_text_lines", "read_yaml"]
+__all__ = [
+    "Row",
+    "data_file",
+    "half_surrogate",
+    "json_rows",
+    "read_dataset",
+    "read_json",
+    "read_rows",
+    "read_text_lines",
+    "read_yaml",
+]
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _LARGE_FIELDS = threading.Lock()  # csv has one limit for the whole process
@@ -42,6 +52,43 @@ class Row:
     where: str
     value: Any = None
     broken: str | None = None
+
+
+# -- data sets ------------------------------------------------------------------------------------------------
+def data_file(source: str) -> Path | None:
+    """The file that ``source`` names; None for the name or the folder of a data set.
+
+    Raises:
+        ProxyTuneError: if it is clearly a path but does not exist.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    named = path.name.lower().removesuffix(".gz").endswith(SUFFIXES)
+    if named or (source.startswith((".", "/", "~")) and not path.is_dir()):
+        raise ProxyTuneError(f"there is no data at {source!r}")
+    return None
+
+
+def read_dataset(
+    name: str, config: str | None = None, *, split: str, said: str | None = None, hint: str = "", **options: Any
+) -> Iterator[Row]:
+    """The rows of one split (or ``all``) of a data set on the hub or in a folder.
+
+    Args:
+        said: its name in messages. hint: what to do if it cannot be loaded. options: of ``datasets.load_dataset``.
+    """
+    from datasets import load_dataset
+
+    try:
+        rows = list(load_dataset(name, config, split=split, **options))
+    except Exception as error:  # unreachable, removed, gated or changed data sets each raise an error of their own
+        where = "" if Path(name).exists() else " from the hub"
+        raise ProxyTuneError(
+            f"the data set {said or name} cannot be loaded{where} ({first_line(error)}){hint}"
+        ) from error
+    for number, row in enumerate(rows, start=1):
+        yield Row(number, f"row {number}", row)
 
 
 # -- whole files ----------------------------------------------------------------------------------------------

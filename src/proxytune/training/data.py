@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
-from proxytune.answers.files import SUFFIXES, read_rows
-from proxytune.errors import ProxyTuneError, first_line
+from proxytune.answers.files import Row, data_file, read_dataset, read_rows
+from proxytune.errors import ProxyTuneError
 
-__all__ = ["Rows", "data_file"]
+__all__ = ["Rows"]
 
 ROLES = ("system", "user", "assistant")
 
@@ -60,20 +59,21 @@ class Rows:
         if (prompt is None) != (completion is None):
             raise ProxyTuneError("--prompt and --completion go together: give both templates, or neither")
         if (path := data_file(source)) is not None:
-            raw = ((f"{row.where} of {path}", row.value) for row in read_rows(path))
+            raw: Iterable[Row] = read_rows(path)
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
-            found = _dataset_rows(source, split)
-            text = "".join(json.dumps(row, sort_keys=True, default=str) + "\n" for row in found)
-            raw = ((f"row {n} of {source}", row) for n, row in enumerate(found, start=1))
+            name, _, config = source.partition(":")
+            raw = list(read_dataset(name, config or None, split=split, said=repr(source)))
+            text = "".join(json.dumps(row.value, sort_keys=True, default=str) + "\n" for row in raw)
             sha256 = hashlib.sha256(text.encode()).hexdigest()
 
         rows: list[dict[str, Any]] = []
         places: list[str] = []
         first = None
-        for place, row in raw:
+        for row in raw:
+            place = f"{row.where} of {path or source}"
             try:
-                form, made = _row(row, prompt, completion)
+                form, made = _row(row.value, prompt, completion)
                 first = first or form
                 if form != first:
                     raise ProxyTuneError(f"it has {form}, but the first row has {first}")
@@ -102,21 +102,6 @@ class Rows:
             f"the validation data in {self.source} are {KINDS[self.kind]}, but the training data are "
             f"{KINDS[training.kind]}; give both in one form"
         )
-
-
-def data_file(source: str) -> Path | None:
-    """The file that ``source`` names; None for the name or the folder of a data set.
-
-    Raises:
-        ProxyTuneError: if it is clearly a path but does not exist.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    named = path.name.lower().removesuffix(".gz").endswith(SUFFIXES)
-    if named or (source.startswith((".", "/", "~")) and not path.is_dir()):
-        raise ProxyTuneError(f"there is no data at {source!r}")
-    return None
 
 
 def _kind(rows: list[dict[str, Any]]) -> tuple[Kind, list[dict[str, Any]]]:
@@ -209,14 +194,3 @@ def _filled(template: str, row: Mapping[str, Any]) -> str:
             raise ProxyTuneError(f"its column {name!r} is neither text nor a number")
         made += str(row[name])
     return made
-
-
-# -- where rows come from -------------------------------------------------------------------------------------
-def _dataset_rows(source: str, split: str) -> list[Any]:
-    from datasets import load_dataset
-
-    name, _, config = source.partition(":")
-    try:
-        return list(load_dataset(name, config or None, split=split))
-    except Exception as error:  # an unknown or unreachable data set, or a missing split, raises an error of its own
-        raise ProxyTuneError(f"the data set {source!r} cannot be loaded: {first_line(error)}") from error

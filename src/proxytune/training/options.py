@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from proxytune.answers.files import data_file
 from proxytune.errors import ProxyTuneError
 from proxytune.options import option, words
 from proxytune.processes import check_launch, n_processes
 from proxytune.recipe.options import TRUST
 from proxytune.recipe.place import check_place
 from proxytune.recipe.source import resolve
-from proxytune.training.data import data_file
 
 __all__ = ["TrainingOptions", "has_begun"]
 

@@ -16,10 +16,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
-from proxytune.answers.files import read_rows, read_text_lines
-from proxytune.errors import ProxyTuneError, first_line
+from proxytune.answers.files import read_dataset, read_rows, read_text_lines
+from proxytune.errors import ProxyTuneError
 from proxytune.evaluation import data_place
 from proxytune.evaluation.code import human_eval_file
 
@@ -84,15 +84,8 @@ def lines(path: Path) -> Iterator[Line]:
 
 def hub(repository: str, *arguments: str, said: str | None = None, **options: Any) -> Iterator[Line]:
     """The rows of one split of a data set on the hub; ``said`` is its name in messages."""
-    said = said or repository
-    try:
-        rows: Any = load_dataset(repository, *arguments, **options)
-    except Exception as error:  # unreachable, removed, gated or changed data sets each raise an error of their own
-        raise ProxyTuneError(
-            f"the data set {said} cannot be loaded from the hub ({first_line(error)}); give its file with --data"
-        ) from error
-    for number, row in enumerate(rows):
-        yield Line(f"row {number} of {said}", dict(row))
+    for row in read_dataset(repository, *arguments, said=said, hint="; give its file with --data", **options):
+        yield Line(f"{row.where} of {said or repository}", row.value)
 
 
 def rows_of(path: Path | None, repository: str, *arguments: str, **options: Any) -> Iterator[Line]:
