@@ -18,7 +18,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from proxytune.evaluation.facts import Fact, facts
 from proxytune.evaluation.plots import LINES, STYLE
 from proxytune.evaluation.problems import make_problems
 from proxytune.evaluation.statistics import mcnemar, wilson
-from proxytune.evaluation.vectors import mean_difference, with_vector, write_vector
+from proxytune.evaluation.vectors import with_vector
 from proxytune.recipe.options import LoadingOptions
 from proxytune.tables import Table, markdown
 
@@ -79,6 +79,46 @@ def read(logits: Tensor, wanted: Tensor, n_tokens: list[int]) -> tuple[list[bool
     log_p = logits.log_softmax(dim=-1)
     hits = [bool(hit.all()) for hit in (logits.argmax(dim=-1) == wanted).split(n_tokens)]
     return hits, log_p.gather(-1, wanted[:, None])[:, 0].tolist()
+
+
+@torch.no_grad()
+def mean_difference(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str, str]]) -> dict[int, Tensor]:
+    """The vector of every layer but the last one, whose output the model gives only after its norm.
+
+    As contrastive activation addition (2312.06681), with the mean over an answer's tokens instead of its one token:
+    v_l = mean over pairs (mean of h_l over the wanted answer - mean of h_l over the other), h_l the hidden states
+    after layer l.
+
+    Args:
+        pairs: a prompt, the wanted answer, and the other one. Prompt and answer are encoded apart.
+
+    Returns:
+        float32 (n_hidden,) by layer.
+    """
+    sums: Any = 0.0
+    for prompt, *answers in pairs:
+        begun = list(tokenizer(prompt)["input_ids"])
+        for sign, answer in zip((1, -1), answers):
+            ids = torch.tensor([begun + list(tokenizer(answer, add_special_tokens=False)["input_ids"])])
+            # The first hidden states are the embeddings.
+            layers = model(ids.to(model.device), output_hidden_states=True, use_cache=False).hidden_states[1:-1]
+            sums = sums + sign * torch.stack([layer[0, len(begun) :].float().mean(dim=0).cpu() for layer in layers])
+    return dict(enumerate(sums / len(pairs)))
+
+
+def write_vector(path: Path, vector: Mapping[int, Tensor], model_type: str) -> None:
+    """Write a vector as GGUF, as repeng does; ``model_type`` is that of the model's config."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, "controlvector")
+    writer.add_string("controlvector.model_hint", model_type)
+    writer.add_uint32("controlvector.layer_count", len(vector))
+    for layer, direction in vector.items():
+        writer.add_tensor(f"direction.{layer}", direction.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def vector_of(form: str, base: Any, tokenizer: Any, work: Path) -> dict[int, Tensor]:

@@ -61,12 +61,13 @@ def test_splits_share_no_template_and_no_question(one, other):
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_generated_problems_of_two_splits_share_no_masked_question(one, other):
-    from proxytune.evaluation.problems import _NAMES, _THINGS
+    from proxytune.evaluation.problems import _SPLITS
 
-    names, things = ({split: set(words.split()) for split, words in each.items()} for each in (_NAMES, _THINGS))
     masked = []
+    for part in ("names", "things"):
+        assert not set(_SPLITS[one][part]) & set(_SPLITS[other][part])
     for split in (one, other):
-        words = {**dict.fromkeys(names[split], "NAME"), **dict.fromkeys(things[split], "THING")}
+        words = dict.fromkeys(_SPLITS[split]["names"], "NAME") | dict.fromkeys(_SPLITS[split]["things"], "THING")
         pattern = re.compile(r"\b(" + "|".join(words) + r")\b")
         masked.append(
             {
@@ -74,8 +75,6 @@ def test_generated_problems_of_two_splits_share_no_masked_question(one, other):
                 for problem in make_problems(split, 300, seed=7)
             }
         )
-        assert not names[one] & names[other]
-        assert not things[one] & things[other]
     assert not masked[0] & masked[1]
 
 

@@ -15,8 +15,9 @@ from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.arms import Arms
 from proxytune.evaluation.options import EvaluationOptions
 from proxytune.evaluation.run import evaluate
-from proxytune.evaluation.vectors import mean_difference, read_vector, with_vector, write_vector
+from proxytune.evaluation.vectors import read_vector, with_vector
 from proxytune.recipe.store import load_recipe
+from steering_vector import mean_difference, write_vector
 from support.commands import fails
 from support.oracle import Oracle
 

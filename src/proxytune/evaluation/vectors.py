@@ -4,19 +4,15 @@ At every position, after each layer l that the vector has:
 
     h_l  <-  h_l + strength * v_l
 
-The vectors are made from pairs of answers to the same prompts, one wanted and one not (contrastive activation
-addition, 2312.06681, with the mean over an answer's tokens instead of its one token):
-
-    v_l  =  mean over pairs (mean of h_l over the wanted answer - mean of h_l over the other)
-
-Files are GGUF with a tensor ``direction.l`` for each layer, counted from 0, as repeng writes them. Neither repeng nor
+Files are GGUF with a tensor ``direction.l`` for each layer, counted from 0, as repeng writes them and
+scripts/steering_vector.py does, which makes vectors from pairs of answers. Neither repeng nor
 steering-vectors can be used by this package: repeng 0.4 needs NumPy below 2, steering-vectors 0.12 transformers below
 5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,51 +22,10 @@ from torch import Tensor, nn
 from proxytune.errors import ProxyTuneError, need
 from proxytune.lanes.rows import same_weights
 
-__all__ = ["mean_difference", "read_vector", "with_vector", "write_vector"]
+__all__ = ["read_vector", "with_vector"]
 
 Vector = Mapping[int, Tensor]  # layer -> what is added after it, (n_hidden,)
-TENSOR, KIND = "direction.", "controlvector"
-
-
-@torch.no_grad()
-def mean_difference(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str, str]]) -> dict[int, Tensor]:
-    """The vector of every layer but the last one, whose output the model gives only after its norm.
-
-    Args:
-        pairs: a prompt, the wanted answer, and the other one. Prompt and answer are encoded apart.
-
-    Returns:
-        float32 (n_hidden,) by layer.
-    """
-    sums: Any = 0.0
-    for prompt, *answers in pairs:
-        begun = list(tokenizer(prompt)["input_ids"])
-        for sign, answer in zip((1, -1), answers):
-            ids = torch.tensor([begun + list(tokenizer(answer, add_special_tokens=False)["input_ids"])])
-            # The first hidden states are the embeddings.
-            layers = model(ids.to(model.device), output_hidden_states=True, use_cache=False).hidden_states[1:-1]
-            sums = sums + sign * torch.stack([layer[0, len(begun) :].float().mean(dim=0).cpu() for layer in layers])
-    return dict(enumerate(sums / len(pairs)))
-
-
-def write_vector(path: Path, vector: Vector, model_type: str) -> None:
-    """Write a vector as GGUF.
-
-    Args:
-        model_type: that of the model's config.
-    """
-    need("a steering vector", "gguf", "gguf")
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(path, KIND)
-    writer.add_string(f"{KIND}.model_hint", model_type)
-    writer.add_uint32(f"{KIND}.layer_count", len(vector))
-    for layer, direction in vector.items():
-        writer.add_tensor(f"{TENSOR}{layer}", direction.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+TENSOR = "direction."
 
 
 def read_vector(path: Path) -> dict[int, Tensor]:
