@@ -141,6 +141,10 @@ class Output(Journal):
         """The items that had no result yet, in order."""
         return [item for item in self.items if item.line not in self.done]
 
+    def record(self, answers: Sequence[tuple[Answer, Item]]) -> None:
+        """Append the results of answers."""
+        self.append([result(item, one, self.names, self.run) for one, item in answers])
+
     def check(self) -> None:
         """Compare what was read with the job."""
         self.done = set()

@@ -124,6 +124,17 @@ class TraceFile(Journal):
                 )
             self.traced.add(line)
 
+    def record(self, answers: Sequence[tuple[Answer, Item]], text_of: Callable[[int], str]) -> None:
+        """Append the traces of answers, except those that it has already."""
+        new = [(one, item) for one, item in answers if item.line not in self.traced]
+        keys = [{"line": item.line} if item.where or self.run else {} for _, item in new]
+        self.append(
+            [
+                trace_line(*self.asked[item.line], one, text_of, key=key, run=self.run)
+                for (one, item), key in zip(new, keys)
+            ]
+        )
+
     def refuse_missing(self, done: set[int], output: Path) -> None:
         """Refuse a job whose output has answers without a trace, because the lines in ``done`` are not answered
         again."""

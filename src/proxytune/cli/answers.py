@@ -6,7 +6,8 @@ import contextlib
 import os
 import sys
 import time
-from typing import Annotated, Literal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +31,11 @@ from proxytune.cli.shared import (
 from proxytune.errors import ProxyTuneError, need
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.place import check_alpha
+
+if TYPE_CHECKING:
+    from proxytune.answers.batch import Item, Output
+    from proxytune.answers.generation import Answer
+    from proxytune.answers.traces import TraceFile
 
 __all__ = ["demo", "generate", "serve"]
 
@@ -64,61 +70,38 @@ def generate(
         proxytune generate mine --chat --alpha 0.5 < prompt.txt
         proxytune generate mine --input prompts.jsonl --output answers.jsonl --batch-size 16
     """
-    if not prompts and job.input is None and not sys.stdin.isatty():
-        prompts = [sys.stdin.read().rstrip("\n")]
-        if not prompts[0].strip():
-            raise ProxyTuneError("there is no prompt: give one as an argument, on stdin, or many with --input FILE")
-    if bool(prompts) == (job.input is not None):
-        raise ProxyTuneError("give either prompts or --input FILE")
-    if any(not prompt.strip() for prompt in prompts or []):
-        raise ProxyTuneError("the prompt is empty")
+    prompts = _prompts(prompts, job)
     check_alpha(recipe, options.alpha)
     check_seed(sampling, given)
     lines = [] if job.input is None else read_lines(job.input)  # before the seconds that the imports take
-    from proxytune.analysis.explain import explain_answer
-    from proxytune.answers.batch import Item, Output, fingerprint, read_items, result
+    from proxytune.answers.batch import Item, fingerprint, read_items
     from proxytune.answers.generation import Printer, answer_batches, encode
-    from proxytune.answers.journal import json_line
-    from proxytune.answers.traces import TraceFile, token_texts, trace_line
+    from proxytune.answers.traces import token_texts
     from proxytune.decoding.trace import TOP_K
 
+    # What is asked: the recipe with the call's options, and its prompts. A broken line does not end a job.
     config, alphas = asked_of(recipe, options)
-    names = config.expert_names
-    n_broken = n_asked = n_certain = n_written = 0
-    bounds: list[float] = []
+    names, n_broken = config.expert_names, 0
+
+    def broken(where: str, why: object) -> None:
+        nonlocal n_broken
+        n_broken += 1
+        say(f"{job.input}, {where}: {why}")
+
     if job.input is None:
-        negative = options.negative_prompt
-        items = [Item(line, prompt, alphas, negative) for line, prompt in enumerate(prompts or [], start=1)]
+        items = [Item(line, prompt, alphas, options.negative_prompt) for line, prompt in enumerate(prompts, start=1)]
     else:
-        items, broken = read_items(lines, names, alphas, options.negative_prompt)
-        for row in broken:
-            say(f"{job.input}, {row.where}: {row.broken}")
-        n_broken = len(broken)
-        if not items and not broken:
+        items, rows = read_items(lines, names, alphas, options.negative_prompt)
+        for row in rows:
+            broken(row.where, row.broken)
+        if not items and not rows:
             raise ProxyTuneError(f"{job.input} holds no prompts")
+    top_k = job.trace_top_k or TOP_K if job.trace is not None or job.explain else None
     asked = {name: value for name, value in vars(options).items() if name not in ("alpha", "combine", "gate")}
     said = {"sampling": vars(sampling), **asked, "dtype": loading.dtype}
-    run = fingerprint(config, said)
-    top_k = job.trace_top_k or TOP_K if job.trace is not None or job.explain else None
-    traced_run = None if job.output is None else fingerprint(config, {**said, "trace_top_k": top_k})
+    runs = fingerprint(config, said), fingerprint(config, {**said, "trace_top_k": top_k})
 
-    with contextlib.ExitStack() as stack:
-        remaining, sink, traces = items, None, None
-        if job.output is not None:
-            sink = Output(job.output, items, run, names).read()  # a finished output is not opened
-        if job.trace is not None:
-            traces = TraceFile(job.trace, items, traced_run, names).read()
-            if sink is not None:
-                traces.refuse_missing(sink.done, sink.path)
-        if sink is not None:
-            stack.enter_context(resumable(f"the answers so far are kept in {sink.path}"))
-            if sink.remaining or not sink.path.exists():
-                stack.enter_context(sink)
-            remaining = sink.remaining
-        if traces is not None and remaining:
-            stack.enter_context(traces)
-        if len(remaining) < len(items):
-            say(f"{len(items) - len(remaining)} of {len(items)} prompts are already done in {job.output}")
+    with _files(job, items, runs, names) as (sink, traces, remaining):
         if not remaining:
             if n_broken:
                 raise typer.Exit(FAILED)
@@ -132,11 +115,9 @@ def generate(
             except ProxyTuneError as error:
                 if job.input is None:
                     raise
-                say(f"{job.input}, {item.where}: {error}")
-                n_broken += 1
+                broken(item.where, error)
         streamed = sink is None and not job.json and len(items) == 1 and sys.stdout.isatty()
-        advance = stack.enter_context(progress_bar(len(encoded), sink is not None or not sys.stdout.isatty()))
-        answered = answer_batches(
+        batches = answer_batches(
             model,
             tokenizer,
             [prompt for _, prompt in encoded],
@@ -148,48 +129,104 @@ def generate(
             streamer=Printer(tokenizer, write_out) if streamed else None,
             trace_top_k=top_k,
         )
-        text_of = token_texts(tokenizer)
-        answered_items = (item for item, _ in encoded)
-        for made in answered:
-            n_asked += sum(one.calls or 0 for one in made)
-            n_certain += sum(sum(one.certified or ()) for one in made)
-            n_written += sum(len(one.tokens) for one in made)
-            bounds += [bound for one in made for bound in one.tv_bound or ()]
-            for_run = None if sink is None else run
-            pairs = list(zip(made, answered_items))
-            results = [result(item, one, names, for_run) for one, item in pairs]
-            if traces is not None:  # before the results, so that every finished answer has its trace
-                new = [(one, item) for one, item in pairs if item.line not in traces.traced]
-                traces.append(
-                    [
-                        trace_line(
-                            item.prompt,
-                            dict(zip(names, item.alphas)),
-                            one,
-                            text_of,
-                            key={"line": item.line} if item.where or traced_run else None,
-                            run=traced_run,
-                        )
-                        for one, item in new
-                    ]
-                )
-            if sink is not None:
-                sink.append(results)
-            elif job.json or job.input is not None:
-                write_out("".join(map(json_line, results)))
-            elif len(items) > 1:
-                for (answer, item), one in zip(pairs, results):
-                    write_out("> {prompt}\n{text}\n\n".format(**one))
-                    if job.explain:
-                        show_explanation(explain_answer(item.prompt, answer, names, item.alphas, tokenizer))
-            else:
-                write_out("\n" if streamed else f"{made[0].text}\n")
-                if job.explain:
-                    write_out("\n")
-                    show_explanation(explain_answer(items[0].prompt, made[0], names, items[0].alphas, tokenizer))
-            advance(len(made))
+        answered_items, text_of, remote = (item for item, _ in encoded), token_texts(tokenizer), []
+        with progress_bar(len(encoded), sink is not None or not sys.stdout.isatty()) as advance:
+            for made in batches:
+                pairs = list(zip(made, answered_items))
+                if traces is not None:  # before the results, so that every finished answer has its trace
+                    traces.record(pairs, text_of)
+                if sink is not None:
+                    sink.record(pairs)
+                else:
+                    _show(pairs, names, tokenizer, job, several=len(items) > 1, streamed=streamed)
+                remote += [one for one in made if one.way is not None]
+                advance(len(made))
         if streamed and made[0].finish == "length" and len(made[0].tokens) < options.max_new_tokens:
             say("the shortest member's context is full")
+    _say_asked(remote)
+    if sink is not None:
+        say(f"wrote {len(encoded)} answers to {job.output}")
+    if n_broken:
+        say(f"{n_broken} lines could not be answered")
+        raise typer.Exit(FAILED)
+
+
+def _prompts(prompts: list[str] | None, job: JobOptions) -> list[str]:
+    """The prompts on the command line or, where neither they nor a file are given, the one on stdin."""
+    if not prompts and job.input is None and not sys.stdin.isatty():
+        prompts = [sys.stdin.read().rstrip("\n")]
+        if not prompts[0].strip():
+            raise ProxyTuneError("there is no prompt: give one as an argument, on stdin, or many with --input FILE")
+    if bool(prompts) == (job.input is not None):
+        raise ProxyTuneError("give either prompts or --input FILE")
+    if any(not prompt.strip() for prompt in prompts or []):
+        raise ProxyTuneError("the prompt is empty")
+    return prompts or []
+
+
+@contextlib.contextmanager
+def _files(
+    job: JobOptions, items: list[Item], runs: tuple[str, str], names: Sequence[str]
+) -> Iterator[tuple[Output | None, TraceFile | None, list[Item]]]:
+    """The files of the answers and of their traces, and the items that have no answer yet. A finished file is not
+    opened.
+
+    Args:
+        runs: the fingerprints of the job and of its traces.
+    """
+    from proxytune.answers.batch import Output
+    from proxytune.answers.traces import TraceFile
+
+    sink = None if job.output is None else Output(job.output, items, runs[0], names).read()
+    traces, remaining = None, items
+    if job.trace is not None:
+        traces = TraceFile(job.trace, items, None if sink is None else runs[1], names).read()
+        if sink is not None:
+            traces.refuse_missing(sink.done, sink.path)
+    with contextlib.ExitStack() as stack:
+        if sink is not None:
+            stack.enter_context(resumable(f"the answers so far are kept in {sink.path}"))
+            if sink.remaining or not sink.path.exists():
+                stack.enter_context(sink)
+            remaining = sink.remaining
+        if traces is not None and remaining:
+            stack.enter_context(traces)
+        if len(remaining) < len(items):
+            say(f"{len(items) - len(remaining)} of {len(items)} prompts are already done in {job.output}")
+        yield sink, traces, remaining
+
+
+def _show(
+    pairs: Sequence[tuple[Answer, Item]],
+    names: Sequence[str],
+    tokenizer: Any,
+    job: JobOptions,
+    *,
+    several: bool,
+    streamed: bool,
+) -> None:
+    """Print answers: as JSON lines, or as text; ``several`` have their prompts above them."""
+    from proxytune.analysis.explain import explain_answer
+    from proxytune.answers.batch import result
+    from proxytune.answers.journal import json_line
+
+    if job.json or job.input is not None:
+        write_out("".join(json_line(result(item, one, names)) for one, item in pairs))
+        return
+    for one, item in pairs:
+        if several:
+            write_out(f"> {item.prompt}\n{one.text}\n\n")
+        else:
+            write_out("\n" if streamed else f"{one.text}\n")
+        if job.explain:
+            write_out("" if several else "\n")
+            show_explanation(explain_answer(item.prompt, one, names, item.alphas, tokenizer))
+
+
+def _say_asked(answers: Sequence[Answer]) -> None:
+    """Say what a base behind an API was asked for its answers, and what is known of them."""
+    n_asked = sum(one.calls or 0 for one in answers)
+    bounds = [bound for one in answers for bound in one.tv_bound or ()]
     if bounds:
         say(
             "tokens were drawn from those that the base's server names: their distribution is at most "
@@ -197,15 +234,11 @@ def generate(
             f"server was asked {n_asked} times"
         )
     elif n_asked:
+        n_certain, n_written = sum(sum(one.certified or ()) for one in answers), sum(len(one.tokens) for one in answers)
         say(
             f"{n_certain} of {n_written} tokens are certain to be those of the whole mixture; the base's server was "
             f"asked {n_asked} times"
         )
-    if sink is not None:
-        say(f"wrote {len(encoded)} answers to {job.output}")
-    if n_broken:
-        say(f"{n_broken} lines could not be answered")
-        raise typer.Exit(FAILED)
 
 
 def serve(
