@@ -7,6 +7,7 @@ import torch
 from transformers import MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
+from proxytune import generation_mixin
 from proxytune.decoding.cost import Cost, Costs
 from proxytune.decoding.drafting import Drafter, choose_drafting
 from proxytune.decoding.loop import decode
@@ -61,7 +62,7 @@ def run(rows, alphas, speculate, lanes=None):
     criteria = StoppingCriteriaList(
         [MaxLengthCriteria(prompt.shape[1] + N_NEW), EosTokenCriteria(eos_token_id=END)],
     )
-    text = Text(prompt, criteria, pad=0, has_eos=True, aligned=len(rows) == 1 or not speculate)
+    text = Text(prompt, criteria, pad=0, has_eos=True, aligned=len(rows) == 1 or not speculate, pure=True)
     sampler = Sampler(text, [], sample=False, noise=None, context_free=True, remember=False, show_scores=False)
     costs = Costs(Cost(100, 1), Cost(5, 0.1), 2)
     drafting = choose_drafting([100, 5], seats, ["e"])
@@ -119,3 +120,33 @@ def test_a_plain_token_waits_for_the_device_once(rows, sample):
             model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_new, speculate=False, **options)
         counts[n_new] = len(seen)
     assert 0 < counts[25] - counts[5] <= 20
+
+
+@pytest.mark.parametrize("speculate", [3, "auto"])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"do_sample": True, "seed": 1}], ids=str)
+def test_a_step_with_drafts_waits_twice(monkeypatch, speculate, options):
+    """For how many drafts are accepted, and for the tokens with whether they end the text. ``"auto"`` also looks at
+    how sure each draft is, before it decides on another one."""
+    model = tiny.compose(Oracle(tiny.llama("base", 1), [("e", tiny.llama("small", 2), tiny.llama("small", 3), 1.0)]))
+    steps, decode = [], generation_mixin.decode
+    monkeypatch.setattr(generation_mixin, "decode", lambda *args, **kwargs: map(kept, decode(*args, **kwargs)))
+    monkeypatch.setattr(Costs, "drafts_pay", lambda *args: True)
+
+    def kept(step):
+        steps.append(step)
+        return step
+
+    ids = torch.tensor([[1, 20, 30, 40]])
+    waits = []
+    for n_new in (5, 30):
+        steps.clear()
+        with counted_syncs() as seen:
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_new, speculate=speculate, pad_token_id=0,
+                suppress_tokens=[2], eos_token_id=2, **options,
+            )  # fmt: skip
+        drafted = [step for step in steps if step.n_drafts > 0]
+        looks = 0 if speculate != "auto" else sum(step.n_drafts + 1 for step in steps if not step.of_prompt)
+        waits.append((len(seen), len(steps) + len(drafted), len(steps) + len(drafted) + looks))
+    found, least, most = (long - short for short, long in zip(*waits))
+    assert 0 < least <= found <= most

@@ -623,6 +623,7 @@ class SteeredGenerationMixin(GenerationMixin):
             pad=0 if pad is None else int(pad),
             has_eos=_has_eos(criteria),
             aligned=n_batch == 1 or speculate is False,
+            pure=not any(map(_whole_batch, criteria)),
         )
         returned = ("scores", "logits") if config.return_dict_in_generate else ()
         wanted = [name for name in returned if getattr(config, f"output_{name}")]

@@ -126,17 +126,16 @@ def decode(
                 [s and s.part(0, n_drafts) for s in scores], None if opened is None else opened[:, :n_drafts]
             )
             accepted, tokens = sampler.accept(draft.tokens, draft.q, judged)
-            complete = accepted == n_drafts
+            counts = accepted.tolist()
             if drafted_by is not None and closed:
                 cast(Later, states[drafted_by]).skip(draft.tokens[:, -1:])
-            if bool(complete.any()):
+            if max(counts) == n_drafts:
                 # The position after the last draft is of use only here: the drafting lane has not read it yet.
                 if drafted_by is not None and not closed:
                     scores[drafted_by] = states[drafted_by].read(draft.tokens[:, -1:])
                     draft.n_read += 1
                 behind = mixture([s and s.part(-1, None) for s in scores], None if opened is None else opened[:, -1:])
-                tokens = torch.where(complete, sampler.choose(behind, offset=n_drafts), tokens)
-            counts = accepted.tolist()
+                tokens = torch.where(accepted == n_drafts, sampler.choose(behind, offset=n_drafts), tokens)
             chosen = torch.cat([draft.tokens, tokens[:, None]], dim=1).scatter(1, accepted[:, None], tokens[:, None])
         n_accepted = [counts[row] for row in growing]
         step = write(chosen, counts, draft, n_accepted)

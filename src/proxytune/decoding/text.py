@@ -56,15 +56,16 @@ class Text:
     """
 
     def __init__(
-        self, prompt: Tensor, criteria: StoppingCriteriaList, *, pad: int, has_eos: bool, aligned: bool
+        self, prompt: Tensor, criteria: StoppingCriteriaList, *, pad: int, has_eos: bool, aligned: bool, pure: bool
     ) -> None:
         """
         Args:
             prompt: shape = (n_batch, n_prompt), left-padded.
             criteria: transformers' stopping criteria, which say when a row has ended.
             pad: the token that fills rows that have ended; has_eos: whether they are filled.
+            pure: whether the criteria may be asked about texts that are then discarded.
         """
-        self.criteria, self.pad, self.has_eos, self.aligned = criteria, pad, has_eos, aligned
+        self.criteria, self.pad, self.has_eos, self.aligned, self.pure = criteria, pad, has_eos, aligned, pure
         self.n_batch, self.n_prompt = prompt.shape
         self.rows = list(range(self.n_batch))
         self.length = [self.n_prompt] * self.n_batch
@@ -114,7 +115,8 @@ class Text:
         return [(group, length) for length, group in groups.items()]
 
     def append(self, tokens: Tensor, counts: Sequence[int], scores_so_far: ScoresSoFar) -> tuple[list[list[int]], int]:
-        """Append tokens to each row until one of them ends it. This waits for the device once per token and length.
+        """Append tokens to each row until one of them ends it. This waits for the device once, or for criteria that are
+        not ``pure`` once per token.
 
         Args:
             tokens: shape = (n_batch, k), of which each row takes its first ``counts``.
@@ -123,24 +125,29 @@ class Text:
         Returns:
             The tokens that each row took, and how many tokens were written to rows that had not ended.
         """
-        taken: list[list[int]] = [[] for _ in counts]
-        n_written = 0
+        asked: list[int] = []  # the rows of all tokens, and below each token and whether it stops its row, (2, n_rows)
+        told: list[Tensor] = []
         for j in range(max(counts)):
             for rows, length in self.by_length([row for row in self.growing if j < counts[row]]):
                 column = tokens[rows, j]
                 if self.aligned and self.has_eos and any(self.done):
                     column = column.masked_fill(torch.tensor(self.done, device=column.device), self.pad)
-                self.ids[rows, length] = column
-                stops = self.criteria(self.ids[rows, : length + 1], scores_so_far(j + 1))
-                told = torch.stack([column, stops.to(column)]).tolist()
-                for row, token, stop in zip(range(self.n_batch) if isinstance(rows, slice) else rows, *told):
-                    taken[row].append(token)
-                    self.lookups[row].tokens.append(token)
-                    self.length[row] += 1
-                    n_written += not self.done[row]
-                    self.done[row] = self.done[row] or bool(stop)
-            if self.finished:
+                self.ids[rows, length + j] = column
+                stops = self.criteria(self.ids[rows, : length + j + 1], scores_so_far(j + 1))
+                asked += range(self.n_batch) if isinstance(rows, slice) else rows
+                told.append(torch.stack([column, stops.to(column)]))
+            if not self.pure and j + 1 < max(counts) and bool(stops.all()):
                 break
+        taken: list[list[int]] = [[] for _ in counts]
+        before, n_written = list(self.done), 0
+        for row, token, stop in zip(asked, *torch.cat(told, dim=1).tolist()):
+            if self.done[row] and not before[row]:
+                continue  # after the end
+            taken[row].append(token)
+            self.lookups[row].tokens.append(token)
+            self.length[row] += 1
+            n_written += not before[row]
+            self.done[row] = before[row] or bool(stop)
         return taken, n_written
 
     def let_go(self) -> Tensor | None:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from transformers.masking_utils import create_masks_for_generate
 
 from proxytune.decoding.cost import QUICK_HEAD, Cost, cost_of_weights
@@ -291,8 +291,6 @@ class TransformersState:
         if mask is None:
             position_ids = start + torch.arange(k, device=self.lane.device)
             self.ahead = self.ahead + k
-            if self.view is None:  # without a cache transformers looks for packed texts in them, and makes a mask
-                position_ids = None
         else:
             shown = stacked(mask, n_rows).to(self.lane.device)
             cast(Tensor, self.mask)[:, before : before + k] = shown
@@ -303,7 +301,8 @@ class TransformersState:
         self.pending += k
         return rows, {
             "attention_mask": None if self.mask is None else self.mask[:, :width],
-            "position_ids": position_ids,
+            # Without a cache and a mask transformers would look for packed texts in the positions, and make a mask.
+            "position_ids": None if self.view is None and self.mask is None else position_ids,
             "past_key_values": self.view,
             "use_cache": self.view is not None,
         }
@@ -337,7 +336,7 @@ class TransformersState:
     def select(self, rows: Tensor) -> None:
         rows = rows.to(self.lane.device)
         at = torch.cat([rows + seat * self.n_batch for seat in range(self.n_seats)])
-        self.view.reorder_cache(cast(Any, at))  # every kind of layer supports this, for any number of rows
+        self.view.reorder_cache(at)  # every kind of layer supports this, for any number of rows
         self.position = self.position[at]
         self.last = None if self.last is None else self.last[at]
         self.n_batch = len(rows)
@@ -349,7 +348,7 @@ class TransformersState:
     def _shift(self, by: Tensor) -> None:
         """Move each row ``by`` columns to the right. The dropped columns on the right were rejected; the new ones on
         the left are padding."""
-        for layer in cast(Sequence[Any], self.view.layers):
+        for layer in self.view.layers:
             n_heads, width, n_values = layer.keys.shape[1:]
             source = (torch.arange(width, device=by.device) - by[:, None]).clamp_(min=0)[:, None, :, None]
             source = source.to(layer.keys.device)  # a lane may be spread over devices
@@ -373,7 +372,7 @@ class TransformersState:
             return
         self.mask = self.mask[:, surplus:]
         self.n_columns -= surplus
-        for layer in cast(Sequence[Any], self.view.layers):
+        for layer in self.view.layers:
             if isinstance(layer, BufferLayer):
                 layer.drop_left(surplus)
                 continue
