@@ -329,7 +329,8 @@ def test_bad_input_is_one_sentence_before_any_work(tmp_path):
     with pytest.raises(ProxyTuneError, match="at least one problem"):
         run_demo(0, cache_dir=tmp_path)
     assert "--task" in run("demo", "--task", "sums", status=2).stderr
-    for given in ("0", "-1", "x", "1.5", ""):
+    assert "the demo needs at least one problem, not 0" in run("demo", "--problems", "0", status=2).stderr
+    for given in ("-1", "x", "1.5", ""):
         assert "--problems takes a number from 1 on, or all" in run("demo", "--problems", given, status=2).stderr
     assert not list(tmp_path.iterdir())
 

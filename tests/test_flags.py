@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from proxytune.cli import app as proxytune
 from proxytune.cli.flags import flat, only
 from proxytune.errors import ProxyTuneError
+from proxytune.options import Options as Limited
 from proxytune.options import numbers, option, words
 
 COUNTER = iter(range(100))
@@ -24,7 +25,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Limited):
     needed: str = option(help="Must be given.")
     sizes: tuple[int, ...] = option((1, 2), "Sizes.", flag="--size -s", parse=numbers("--size", "1,2"))
     names: tuple[str, ...] = option((), "Several times.", flag="--name", many=True, parse=tuple)
@@ -80,7 +81,8 @@ def test_only_some_fields_have_flags():
 
 def test_what_cannot_be_read_is_reported():
     assert "Missing option" in given("it").output
-    assert "--limit" in given("it", "--needed", "x", "--limit", "0").output
+    with pytest.raises(ProxyTuneError, match=r"^limit must be at least 1, not 0$"):
+        given("it", "--needed", "x", "--limit", "0")
     with pytest.raises(ProxyTuneError, match="--size is numbers, such as 1,2, not '1,x'"):
         given("it", "--needed", "x", "--size", "1,x")
     with pytest.raises(TypeError, match="takes no pannel"):

@@ -11,7 +11,23 @@ from typing import Any
 
 from proxytune.errors import ProxyTuneError
 
-__all__ = ["numbers", "option", "words"]
+__all__ = ["Options", "numbers", "option", "words"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The base of options classes: no number lies below the ``min`` of its field.
+
+    Raises:
+        ProxyTuneError: if one does.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            least, value = field.metadata.get("min"), getattr(self, field.name)
+            if least is not None and value is not None and value < least:
+                name = field.metadata.get("flag", field.name).split()[0].removeprefix("--").replace("-", "_")
+                raise ProxyTuneError(f"{name} must be at least {least}, not {value!r}")
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> Any:
@@ -21,8 +37,8 @@ def option(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> A
         default: leave it out if the option is required; a function is called for each default.
         help: what the option does, in a sentence.
         **more: flag (``--name``, or ``--name -n``; the field's name by default; ``--no-…`` switches off what is on),
-            metavar, panel (its heading in the help), min, envvar, hidden, many (may be given several times), and
-            parse, which turns the given text or texts into the field's value.
+            metavar, panel (its heading in the help), min (see :class:`Options`), envvar, hidden, many (may be given
+            several times), and parse, which turns the given text or texts into the field's value.
     """
     unknown = more.keys() - {"flag", "metavar", "panel", "min", "envvar", "hidden", "many", "parse"}
     if unknown:

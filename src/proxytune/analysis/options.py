@@ -9,7 +9,7 @@ from pathlib import Path
 
 from proxytune.answers.options import ALPHA
 from proxytune.errors import ProxyTuneError
-from proxytune.options import option
+from proxytune.options import Options, option
 
 __all__ = ["AnalyzeOptions", "Branch", "DoctorOptions", "ExplainOptions", "LimitOptions"]
 
@@ -47,7 +47,7 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class ExplainOptions:
+class ExplainOptions(Options):
     """Options of an explanation."""
 
     moves: int = option(10, "How many of the tokens that steering moved furthest to list.", metavar="K", min=1)
@@ -76,6 +76,7 @@ class ExplainOptions:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.branch_alpha is not None and not self.branch:
             raise ProxyTuneError("--branch-alpha needs --branch N:TOKEN")
         if self.html is not None and not self.html.parent.is_dir():
@@ -85,7 +86,7 @@ class ExplainOptions:
 
 
 @dataclass(frozen=True)
-class AnalyzeOptions:
+class AnalyzeOptions(Options):
     """Options of an analysis of traces."""
 
     classes: Path | None = option(
@@ -100,12 +101,13 @@ class AnalyzeOptions:
     seed: int = option(0, "Seed for the bootstrap.", metavar="N")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.plot is not None and self.plot.exists() and not self.plot.is_dir():
             raise ProxyTuneError(f"{self.plot} is a file; --plot names a directory")
 
 
 @dataclass(frozen=True)
-class LimitOptions:
+class LimitOptions(Options):
     """Options of ``limit``: the gold answers, and samples of the base."""
 
     input: str = option(
@@ -125,6 +127,7 @@ class LimitOptions:
     seed: int = option(0, "Seed of these samples.", metavar="N")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.input:
             raise ProxyTuneError("give the gold answers with --input FILE")
         if not self.temperature > 0:
@@ -132,7 +135,7 @@ class LimitOptions:
 
 
 @dataclass(frozen=True)
-class DoctorOptions:
+class DoctorOptions(Options):
     """The sample that a recipe is examined on, for how long, and what must hold."""
 
     data: str = option(
@@ -168,6 +171,7 @@ class DoctorOptions:
     seed: int = option(0, "Seed for the bootstrap.", metavar="N")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.data:
             raise ProxyTuneError("give a sample with gold answers with --data FILE")
         for text in self.gates:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from proxytune.errors import ProxyTuneError
-from proxytune.options import option
+from proxytune.options import Options, option
 from proxytune.recipe.alpha import alpha_of_text
 from proxytune.recipe.gates import FORMS, gate_text
 from proxytune.recipe.parts import refuse_negative
@@ -50,7 +50,7 @@ MOST: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class AnswerOptions:
+class AnswerOptions(Options):
     """Options of an answer, besides the prompt."""
 
     alpha: float | Mapping[str, float] | None = option(None, **ALPHA)
@@ -70,8 +70,7 @@ class AnswerOptions:
     )
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ProxyTuneError(f"max_new_tokens must be at least 1, not {self.max_new_tokens!r}")
+        super().__post_init__()
         if self.system is not None and not self.chat:
             raise ProxyTuneError("a system prompt needs chat (--chat): a raw prompt has no place for it")
         if self.negative_prompt is not None:
@@ -159,7 +158,7 @@ class ChatSampling(Sampling):
 
 
 @dataclass(frozen=True)
-class JobOptions:
+class JobOptions(Options):
     """Where prompts come from and answers go."""
 
     input: str | None = _jobs(
@@ -189,6 +188,7 @@ class JobOptions:
     explain: bool = _traces(False, "Show what steering did to the tokens below each answer.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.trace is None and not self.explain and self.trace_top_k is not None:
             raise ProxyTuneError("--trace-top-k needs --trace FILE or --explain")
         if self.explain and (self.json or self.input is not None or self.output is not None):

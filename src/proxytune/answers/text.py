@@ -139,8 +139,7 @@ def generate(
     """
     options = AnswerOptions(max_new_tokens=max_new_tokens, chat=chat, system=system, negative_prompt=negative_prompt)
     sampling = Sampling.of_call(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
-    if batch_size < 1:
-        raise ProxyTuneError(f"batch_size must be at least 1, not {batch_size!r}")
+    job = JobOptions(batch_size=batch_size)
     texts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise PromptError("prompts must be a text or a list of texts")
@@ -159,7 +158,7 @@ def generate(
         encoded,
         alphas,
         rows=range(1, len(texts) + 1),
-        batch_size=batch_size,
+        batch_size=job.batch_size,
         max_new_tokens=options.max_new_tokens,
         sampling=sampling,
     )

@@ -362,6 +362,6 @@ def _how_many(text: str | None) -> int | Literal["all"] | None:
         return None
     if text == "all":
         return "all"
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal():
         raise ProxyTuneError(f"--problems takes a number from 1 on, or all, not {text!r}")
     return int(text)

@@ -459,9 +459,7 @@ def _value(name: str, text: str) -> Any:
         value = SETTINGS[name](text)
     except ValueError as error:
         raise ProxyTuneError(f"{name} must be a number, not {text!r}") from error
-    if name == "max-new-tokens" and value < 1:
-        raise ProxyTuneError(f"{name} must be at least 1, not {value}")
-    return value
+    return ChatOptions(max_new_tokens=value).max_new_tokens if name == "max-new-tokens" else value
 
 
 def _file(rest: str, command: str) -> Path:

@@ -174,6 +174,7 @@ def _parameter(name: str, field: Field[Any], kind: Any, outer: Field[Any] | None
         member = outer.name.replace("_", "-")
         flags = [f"--{member}-{flag.removeprefix('--')}" for flag in flags] or [f"--{member}"]
         said["help"] = said["help"].replace("MEMBER", member) or outer.metadata["help"]
+    said.pop("min", None)  # the class itself looks at it
     parsed, many = said.pop("parse", None), said.pop("many", False)
     default: Any = None if field.default is MISSING else field.default
     if parsed is not None and default is not None:

@@ -153,7 +153,7 @@ def check(
     from proxytune.recipe.store import load_recipe
 
     config = load_recipe(recipe)
-    console, server = Console(), None
+    console, server = Console(highlight=False), None
     report = check_recipe(config, Loading.of(loading), asked=True)
     if isinstance(config.base_member, ApiBase) and not report.problems:
         from proxytune.assembling import ask_server
@@ -165,7 +165,7 @@ def check(
     if not results.json:
         show_report(report, recipe, console)
         for what, value in (server or {}).items():
-            console.print(f"the base's server: {escape(what)}: {escape(str(value))}", highlight=False)
+            console.print(f"the base's server: {escape(what)}: {escape(str(value))}")
     trials = []
     if run and not report.problems:
         from proxytune.answers.selftest import run_trials
@@ -175,7 +175,7 @@ def check(
             trials.append(trial)
             if not results.json:
                 word = {True: "[green]ok[/green]", False: "[red]failed[/red]", None: "[yellow]left out[/yellow]"}
-                console.print(f"{word[trial.passed]} {trial.name}: {escape(trial.detail)}", highlight=False)
+                console.print(f"{word[trial.passed]} {trial.name}: {escape(trial.detail)}")
     results.give(
         report.to_json()
         | ({} if server is None else {"server": server})
@@ -191,7 +191,7 @@ def show_report(report: Report, recipe: str, console: Console) -> None:
     from rich.table import Table
 
     if report.description:
-        console.print(escape(report.description), highlight=False)
+        console.print(escape(report.description))
     for example in report.examples:
         command = ["proxytune", "generate", recipe, *(["--"] if example.startswith("-") else []), example]
         write_out(f"try: {shlex.join(command)}\n")  # not wrapped, tabs kept, so that it can be copied
@@ -219,27 +219,27 @@ def show_report(report: Report, recipe: str, console: Console) -> None:
         write_out(f"{one.name}: {model}{prompt}\n")  # not wrapped: a path can be copied
     for one in report.members:
         if one.shares_with:
-            console.print(f"{one.name} shares its weights with {one.shares_with}", highlight=False)
+            console.print(f"{one.name} shares its weights with {one.shares_with}")
         if one.sliding_window:
-            console.print(f"{one.name} has layers that keep only {one.sliding_window:,} tokens", highlight=False)
+            console.print(f"{one.name} has layers that keep only {one.sliding_window:,} tokens")
     if not report.problems:
         memory = f"weights {size(report.weight_bytes)}"
         if report.kv_bytes_per_token is not None:
             memory += f", cache {size(report.kv_bytes_per_token)} per token"
             if report.context is not None:
                 memory += f" ({size(report.kv_bytes_per_token * report.context)} for the whole context)"
-        console.print(f"memory: {memory}", highlight=False)
+        console.print(f"memory: {memory}")
         if report.context is not None:
             shortest = next(one.name for one in report.members if one.context == report.context)
-            console.print(f"context: {report.context:,} tokens, set by {shortest}", highlight=False)
+            console.print(f"context: {report.context:,} tokens, set by {shortest}")
         alpha = ", ".join(f"{name} {value:g}" for name, value in report.alpha.items())
-        console.print(f"alpha: {alpha}", highlight=False)
+        console.print(f"alpha: {alpha}")
     for note in report.notes:
-        console.print(f"[yellow]note[/yellow] {note}", highlight=False)
+        console.print(f"[yellow]note[/yellow] {note}")
     for what in report.unchecked:
-        console.print(f"[yellow]not checked[/yellow] {what}", highlight=False)
+        console.print(f"[yellow]not checked[/yellow] {what}")
     for problem in report.problems:
-        console.print(f"[red]wrong[/red] {problem}", highlight=False)
+        console.print(f"[red]wrong[/red] {problem}")
     if report.problems:
         console.print("[red]the recipe does not work[/red]")
     elif report.unchecked:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from proxytune.answers.options import ALPHA, COMBINE, GATE
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation import EVAL_TASKS, KINDS, check_tasks, data_place
-from proxytune.options import numbers, option, words
+from proxytune.options import Options, numbers, option, words
 from proxytune.recipe.rules import Rule
 from proxytune.recipe.source import resolve
 
@@ -52,7 +52,7 @@ def engine_options(texts: Sequence[str]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class EvaluationOptions:
+class EvaluationOptions(Options):
     """Options of an evaluation."""
 
     tasks: tuple[str, ...] = option(
@@ -110,6 +110,7 @@ class EvaluationOptions:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "tasks", check_tasks(self.tasks, EVAL_TASKS))
         if self.engine == "transformers" and self.engine_options:
             raise ProxyTuneError("--engine-option is for vLLM; give --engine vllm too")
@@ -161,7 +162,7 @@ class SweepOptions:
 
 
 @dataclass(frozen=True)
-class CodeOptions:
+class CodeOptions(Options):
     """Options for running and counting generated programs."""
 
     ks: tuple[int, ...] = _code(
@@ -186,6 +187,7 @@ class CodeOptions:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if min(self.ks) < 1:
             raise ProxyTuneError(f"--k is numbers from 1 on, not {','.join(map(str, self.ks))!r}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from proxytune.errors import ProxyTuneError, RecipeError
-from proxytune.options import option
+from proxytune.options import Options, option
 from proxytune.recipe.gates import FORMS, gate_text
 from proxytune.recipe.presets import PRESETS
 from proxytune.recipe.rules import RULES, rule_of
@@ -42,7 +42,7 @@ def _drafts(text: str) -> str | bool | int:
 
 
 @dataclass(frozen=True)
-class LoadingOptions:
+class LoadingOptions(Options):
     """How a recipe's members are loaded, and whether they draft."""
 
     dtype: str | None = _loading(
@@ -84,6 +84,7 @@ class LoadingOptions:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ProxyTuneError(f"--dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.way not in (None, "auto", *WAYS):
@@ -114,7 +115,7 @@ class MemberChoice:
 
 
 @dataclass(frozen=True)
-class ComposeOptions:
+class ComposeOptions(Options):
     """What a recipe is made of."""
 
     preset: str | None = _members(
@@ -228,6 +229,7 @@ class ComposeOptions:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.preset is not None and self.preset not in PRESETS:
             raise RecipeError(f"there is no preset {self.preset!r}; there are {', '.join(PRESETS)}")
         self._check_api()

@@ -9,7 +9,7 @@ from typing import Any
 
 from proxytune.decoding.pace import Speculate, parse_speculate
 from proxytune.errors import ProxyTuneError
-from proxytune.options import numbers, option, words
+from proxytune.options import Options, numbers, option, words
 from proxytune.recipe.options import DTYPES
 
 __all__ = ["ARMS", "MAIN", "BenchOptions", "Case", "MemberOptions", "PlanOptions", "RequestOptions"]
@@ -81,7 +81,7 @@ def _speculate(text: str) -> Speculate:
 
 
 @dataclass(frozen=True)
-class BenchOptions:
+class BenchOptions(Options):
     """Options of a bench. Every batch size with every pair of lengths is a case, and all arms run it."""
 
     batches: tuple[int, ...] = option((1, 4, 16), **BATCHES)
@@ -120,6 +120,7 @@ class BenchOptions:
     seed: int = option(0, "Seed for the prompts and for the order within a round.", metavar="N")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for arm in self.arms:
             if arm not in ARMS:
                 raise ProxyTuneError(f"no arm is called {arm!r}; known are {', '.join(ARMS)}")
@@ -129,8 +130,6 @@ class BenchOptions:
                 raise ProxyTuneError(f"the {name} must be named, each once, not {', '.join(map(str, given)) or 'none'}")
         if any(batch < 1 for batch in self.batches):
             raise ProxyTuneError(f"a batch has at least 1 row, not {min(self.batches)}")
-        if self.repeats < 1:
-            raise ProxyTuneError(f"at least 1 repeat is needed, not {self.repeats}")
         if self.temperature is not None and not self.temperature > 0:
             raise ProxyTuneError(f"a temperature is greater than 0, not {self.temperature}; leave it out for greedy")
         if self.prompts is not None:
@@ -213,7 +212,7 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
-class RequestOptions:
+class RequestOptions(Options):
     """Options of a plan for a base behind an API: what is asked, and what it is paid."""
 
     prompts: int = _api(1, "Number of prompts.", metavar="N", min=1)
@@ -237,13 +236,12 @@ class RequestOptions:
     price_out: float | None = _api(None, "Price of a million tokens in answers.", metavar="PRICE", min=0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.price_in is None) != (self.price_out is None):
             raise ProxyTuneError("a cost needs both prices, --price-in and --price-out")
         if not self.drafts or min(self.drafts) < 1 or len(set(self.drafts)) < len(self.drafts):
             given = ",".join(map(str, self.drafts))
             raise ProxyTuneError(f"--drafts is numbers of drafts, at least 1 and each once, not {given!r}")
-        if min(self.prompts, self.prompt_tokens, self.new_tokens) < 1:
-            raise ProxyTuneError("a plan needs at least one prompt, of at least one token, and one new token")
 
     @property
     def prices(self) -> tuple[float, float] | None:

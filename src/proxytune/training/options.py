@@ -9,7 +9,7 @@ from pathlib import Path
 
 from proxytune.answers.files import data_file
 from proxytune.errors import ProxyTuneError
-from proxytune.options import option, words
+from proxytune.options import Options, option, words
 from proxytune.processes import check_launch, n_processes
 from proxytune.recipe.options import TRUST
 from proxytune.recipe.place import check_place
@@ -25,7 +25,7 @@ PRECISIONS = ("auto", "bf16", "fp16", "float32")
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
+class TrainingOptions(Options):
     """What is trained, on what, and how."""
 
     data: str = _data(
@@ -63,10 +63,11 @@ class TrainingOptions:
         "Maximum number of tokens per row; by default 2048, or what the members can read. Longer rows are cut and"
         " counted.",
         metavar="N",
+        min=1,
     )
     full: bool = _trained(False, "Train all weights of M-, not a LoRA adapter.")
-    rank: int = _trained(16, "Rank of the adapter.", metavar="N")
-    lora_alpha: int | None = _trained(None, "LoRA's own alpha; by default twice the rank.", metavar="N")
+    rank: int = _trained(16, "Rank of the adapter.", metavar="N", min=1)
+    lora_alpha: int | None = _trained(None, "LoRA's own alpha; by default twice the rank.", metavar="N", min=1)
     targets: str = _trained(
         "all-linear", "Modules that get an adapter: all-linear, or q_proj,v_proj …", metavar="NAME,…"
     )
@@ -80,16 +81,16 @@ class TrainingOptions:
         metavar="auto|off|DIR",
     )
     epochs: float = _how(2.0, "Passes over the data.", metavar="N")
-    max_steps: int | None = _how(None, "Number of steps, instead of epochs.", metavar="N")
+    max_steps: int | None = _how(None, "Number of steps, instead of epochs.", metavar="N", min=1)
     lr: float | None = _how(
         None, "Peak learning rate; by default 2e-4 for an adapter, 2e-5 with --full.", metavar="RATE"
     )
     warmup: float = _how(
         0.03, "Share of the steps in which the learning rate rises. Then it falls to 0.", metavar="SHARE"
     )
-    batch_size: int = _how(128, "Rows per step.", metavar="N")
+    batch_size: int = _how(128, "Rows per step.", metavar="N", min=1)
     micro_batch: int | None = _how(
-        None, "Rows in memory at the same time; must divide the batch. By default at most 8.", metavar="N"
+        None, "Rows in memory at the same time; must divide the batch. By default at most 8.", metavar="N", min=1
     )
     precision: str = _how(
         "auto", "Mixed precision; auto is bf16 if the hardware has it.", metavar="auto|bf16|fp16|float32"
@@ -98,14 +99,15 @@ class TrainingOptions:
         True, "Do not recompute activations: faster, with more memory.", flag="--no-gradient-checkpointing"
     )
     seed: int = _how(0, "Seed for the adapter and the order of rows.", metavar="N")
-    save_every: int | None = _run(None, "Steps between checkpoints; by default a tenth of the run.", metavar="N")
+    save_every: int | None = _run(None, "Steps between checkpoints; by default a tenth of the run.", metavar="N", min=1)
     eval_every: int | None = _run(
         None,
         "Steps between measurements of the validation loss, each with a checkpoint; by default a tenth of the run.",
         metavar="N",
+        min=1,
     )
     early_stopping: int | None = _run(
-        None, "Stop if the validation loss has not fallen in this many measurements.", metavar="N"
+        None, "Stop if the validation loss has not fallen in this many measurements.", metavar="N", min=1
     )
     report_to: tuple[str, ...] | None = _run(
         None,
@@ -118,23 +120,11 @@ class TrainingOptions:
     trust_remote_code: bool = _run(False, TRUST)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.recipe is None and (self.base is None or self.anti_expert is None):
             raise ProxyTuneError("name the members with --base and --anti-expert, or take them with --recipe")
         if self.recipe is not None and (self.base is not None or self.anti_expert is not None):
             raise ProxyTuneError("--recipe names the members; leave out --base and --anti-expert")
-        for name in (
-            "rank",
-            "lora_alpha",
-            "max_steps",
-            "micro_batch",
-            "max_length",
-            "save_every",
-            "eval_every",
-            "early_stopping",
-            "batch_size",
-        ):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ProxyTuneError(f"{name} must be at least 1, not {value}")
         for name in ("epochs", "lr"):
             if (value := getattr(self, name)) is not None and not (0 < value < math.inf):
                 raise ProxyTuneError(f"{name} must be a positive number, not {value}")
