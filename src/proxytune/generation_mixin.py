@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
@@ -254,6 +255,57 @@ def _drafting(cache: ProxyTunedCache, room: int | None) -> Iterator[None]:
             state.end_drafts()
 
 
+class _Asking:
+    """A base behind an API in one call of ``generate``: what is certain of its tokens, and how it was asked."""
+
+    def __init__(
+        self,
+        lane: int,
+        remote: RemoteLane,
+        cache: ProxyTunedCache,
+        processors: LogitsProcessorList,
+        config: GenerationConfig,
+        *,
+        needs_best: bool,
+    ) -> None:
+        """``lane``: its number. ``cache``: it has read the prompt. ``needs_best``: see :class:`Certifier`."""
+        self.remote, self.cache, self.state = remote, cache, cast(RemoteState, cache.states[lane])
+        self.calls = list(self.state.calls)
+        self.certifier = Certifier(
+            lane,
+            self.state,
+            remote.n_vocab,
+            cache.n_batch,
+            asks=remote.way != "pull" and not config.do_sample,
+            draws=remote.way == "push",
+            exact=not processors and not config.do_sample,
+            whole=remote.complete,
+            needs_best=needs_best,
+            temperature=(config.temperature or 1.0) if remote.sample_named else None,
+        )
+
+    def prompt(self, mix: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
+        """The mixture after the prompt, (n_batch, 1, n_vocab)."""
+        read = [each.part(-1, None) for each in cast("list[Scores]", self.cache.prompt_scores)]
+        mixed = self.certifier.mix(read, mix)
+        self.again, self.cache.prompt_scores = self.state.again(), None
+        return mixed
+
+    def certified(self, traces: list[list[TokenTrace]]) -> list[list[TokenTrace]]:
+        """The traces of all rows, which also say what is certain."""
+        return [
+            [replace(each, certified=mark) for each, mark in zip(row, marks)]
+            for row, marks in zip(traces, self.certifier.marks)
+        ]
+
+    def asked(self) -> Asked:
+        """How it was asked; at the end of the call, which asks once more whether it still answers the same."""
+        self.again()
+        self.state.calls = [Count() for _ in self.state.calls]
+        apart = self.certifier.apart if self.remote.sample_named else None
+        return Asked(self.remote.way, self.certifier.marks, [count.n for count in self.calls], apart)
+
+
 class SteeredGenerationMixin(GenerationMixin):
     """The hooks of ``generate``: its arguments, its cache, and our loop in place of transformers' own."""
 
@@ -299,22 +351,14 @@ class SteeredGenerationMixin(GenerationMixin):
 
         def forward(self, input_ids: Tensor) -> Any: ...
 
+    # The first two say what decides the type of the result; they take all other arguments too.
     @overload  # type: ignore[override]
     def generate(
         self,
         inputs: Tensor | None = ...,
         generation_config: GenerationConfig | None = ...,
         *,
-        alpha: Any = ...,
-        combine: str | None = ...,
-        gate: Any = ...,
-        member_input_ids: Mapping[str, Any] | None = ...,
-        member_attention_mask: Mapping[str, Tensor] | None = ...,
-        negative_prompt: Any = ...,
-        speculate: Any = ...,
-        seed: int | Sequence[int] | None = ...,
         return_trace: Literal[True],
-        trace_top_k: int | None = ...,
         **kwargs: Any,
     ) -> TracedOutput: ...
 
@@ -324,14 +368,6 @@ class SteeredGenerationMixin(GenerationMixin):
         inputs: Tensor | None = ...,
         generation_config: GenerationConfig | None = ...,
         *,
-        alpha: Any = ...,
-        combine: str | None = ...,
-        gate: Any = ...,
-        member_input_ids: Mapping[str, Any] | None = ...,
-        member_attention_mask: Mapping[str, Tensor] | None = ...,
-        negative_prompt: Any = ...,
-        speculate: Any = ...,
-        seed: int | Sequence[int] | None = ...,
         return_trace: Literal[False] = ...,
         return_dict_in_generate: Literal[True],
         **kwargs: Any,
@@ -568,116 +604,75 @@ class SteeredGenerationMixin(GenerationMixin):
         if remote is not None:
             model_kwargs["past_key_values"].prompt_scores = []
             speculate = speculate if remote.way == "verify" else False
-        if trace_top_k is not None:
-            model_kwargs["output_member_logits"] = True
-        outputs = cast(Any, self)._prefill(input_ids, config, model_kwargs)
-        cache: ProxyTunedCache = outputs.past_key_values
-        prompt = outputs.logits[:, -1:]
-        tracer = None
-        if trace_top_k is not None:
-            tracer = Tracer(
-                self.paired({name: logits[:, -1:] for name, logits in outputs.member_logits.items()}),
-                prompt,
-                lambda scores: self.paired(self.all_logits(self.whole_logits(scores, refuse=False))),
-                self.expert_names,
-                top_k=trace_top_k,
-                steering=steering,
-                plausibility=self.config.plausibility,
-                n_shared=self.shared_vocab,
-            )
-        del outputs  # the prompt's logits are large
         n_batch, n_prompt = input_ids.shape
-        certifier, calls = None, []
-        if remote is not None:
-            lane = self.seats["base"][0]
-            state = cast(RemoteState, cache.states[lane])
-            certifier = Certifier(
-                lane,
-                state,
-                remote.n_vocab,
-                n_batch,
-                asks=remote.way != "pull" and not config.do_sample,
-                draws=remote.way == "push",
-                exact=not processors and not config.do_sample,
-                whole=remote.complete,
-                needs_best=self.config.plausibility is not None,
-                temperature=(config.temperature or 1.0) if remote.sample_named else None,
-            )
-            rows, calls = self.alpha_rows(model_kwargs.get("alpha"), n_batch, steering.rule), list(state.calls)
-            read = [each.part(-1, None) for each in cast("list[Scores]", cache.prompt_scores)]
-            prompt = certifier.mix(read, lambda values: self.mix_lanes(values, rows, steering))
-            again = state.again()
-            cache.prompt_scores = None
-        limit = cast(int, criteria.max_length)  # without a cache transformers' own loop runs
+        base = self.seats["base"][0]
 
+        # All members read the prompt.
+        cache, prompt, tracer = self._read_prompt(input_ids, config, model_kwargs, steering, trace_top_k)
+        # On the device of the logits: copying it there at each step would wait for all pending work of the device.
+        alpha = self.alpha_rows(model_kwargs.get("alpha"), n_batch, steering.rule).to(prompt.device)
+        asking = None
+        if remote is not None:
+            asking = _Asking(base, remote, cache, processors, config, needs_best=self.config.plausibility is not None)
+            prompt = asking.prompt(partial(self.mix_lanes, alpha=alpha, steering=steering))
+
+        # The text to be written, and who chooses its tokens. Without drafts the rows stay side by side.
         together = together_because(cache, criteria, config, streamer)
-        obstacle = obstacle_of(self, cache, processors, together, speculate)
-        if obstacle is not None and speculate not in ("auto", False):
-            raise ProxyTuneError(f"speculate={speculate} is not possible here, because {obstacle}; leave it out")
-        if obstacle is not None or (speculate == "auto" and not self.costs.drafts_pay(HOPED_FOR, n_batch)):
-            speculate = False  # and the rows stay side by side
-        pad = config._pad_token_tensor
+        speculate = self._possible_drafts(speculate, cache, processors, together)
         text = Text(
             input_ids,
             criteria,
-            pad=0 if pad is None else int(pad),
+            pad=0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
             has_eos=_has_eos(criteria),
             aligned=n_batch == 1 or speculate is False,
             pure=not any(map(_whole_batch, criteria)),
         )
         returned = ("scores", "logits") if config.return_dict_in_generate else ()
-        wanted = [name for name in returned if getattr(config, f"output_{name}")]
+        kept: dict[str, list[Tensor]] = {name: [] for name in returned if getattr(config, f"output_{name}")}
         sampler = Sampler(
             text,
             processors,
             sample=bool(config.do_sample),
             noise=noise,
             context_free=all(type(each) in CONTEXT_FREE for each in processors),
-            remember=bool(wanted),
-            show_scores="scores" in wanted,
+            remember=bool(kept),
+            show_scores="scores" in kept,
         )
-        base = self.seats["base"][0]
+
+        # Experts read later where the gate is closed, and ahead while a server chooses.
         states: list[Any] = list(cache.states)
         gating = None
         if steering.gate is not None:
             # Traces show the experts' scores of every token. Static caches read one column at a time.
-            waits = tracer is None and certifier is None and cache.capacity is None and self.unlike_in_pieces is None
+            waits = tracer is None and asking is None and cache.capacity is None and self.unlike_in_pieces is None
             gating = Gating(steering.gate, text, self.tokenizer, self._base_logits, waits=waits)
             if gating.waits:
                 states = [state if lane == base else Later(state) for lane, state in enumerate(states)]
-        # While the server chooses, the experts read what it will probably choose. Only for one row: of several guesses
-        # one is usually wrong.
         ahead: list[Ahead] = []
-        draws = certifier is not None and certifier.draws and self.drafting is not None
-        if draws and n_batch == 1 and all(each.forgets for each in states):
-            states = [each if lane == base else Ahead(each) for lane, each in enumerate(states)]
-            ahead = [each for lane, each in enumerate(states) if lane != base]
-        drafter = Drafter(
-            self.drafting if obstacle is None or ahead else None,
-            self.lanes,
-            states,
-            text,
-            sampler,
-            Pace(speculate, self.costs, n_batch),
-            n_vocab=prompt.shape[-1],
-            n_shared=self.shared_vocab,
-        )
+        # Only for one row: of several guesses one is usually wrong.
+        guesses = remote is not None and remote.way == "push" and self.drafting is not None and n_batch == 1
+        if guesses and all(state.forgets for state in states):
+            states = [state if lane == base else Ahead(state) for lane, state in enumerate(states)]
+            ahead = [state for lane, state in enumerate(states) if lane != base]
+        pace = Pace(speculate, self.costs, n_batch)
+        n_vocab, n_shared = prompt.shape[-1], self.shared_vocab
+        drafter = Drafter(self.drafting, self.lanes, states, text, sampler, pace, n_vocab=n_vocab, n_shared=n_shared)
 
         def mixture(scores: Sequence[Scores | None], alpha: Tensor, opened: Tensor | None) -> Tensor:
-            if certifier is not None:
-                read = cast("Sequence[Scores]", scores)
+            if asking is None:
+                return self.mix_lanes([None if s is None else s.values for s in scores], alpha, steering, opened)
+            read = cast("Sequence[Scores]", scores)
 
-                def read_ahead() -> None:
-                    if ahead and text.room > 0:
-                        ids = drafter.likeliest(read[drafter.lane], alpha)
-                        for each in ahead:
-                            each.guess(ids)
+            def read_ahead() -> None:
+                if ahead and text.room > 0:
+                    ids = drafter.likeliest(read[drafter.lane], alpha)
+                    for each in ahead:
+                        each.guess(ids)
 
-                return certifier.mix(read, lambda values: self.mix_lanes(values, alpha, steering, opened), read_ahead)
-            return self.mix_lanes([None if s is None else s.values for s in scores], alpha, steering, opened)
+            return asking.certifier.mix(
+                read, lambda values: self.mix_lanes(values, alpha, steering, opened), read_ahead
+            )
 
-        # On the device of the logits: copying it there at each step would wait for all pending work of the device.
-        alpha = self.alpha_rows(model_kwargs.get("alpha"), n_batch, steering.rule).to(prompt.device)
         # Rows that have ended leave, if nothing may look at the whole batch. In static caches no shape may change, and
         # torch's generator draws for all rows at once.
         free = together is None and not any(map(_whole_batch, processors)) and not sampler.rejecting
@@ -685,13 +680,14 @@ class SteeredGenerationMixin(GenerationMixin):
         steps = decode(
             prompt, states, base, mixture, alpha, text, sampler, drafter, leave=leave, gating=gating, tracer=tracer
         )
+        del prompt  # it is large
         traces: list[list[TokenTrace]] = [[] for _ in range(n_batch)]
-        kept: dict[str, list[Tensor]] = {name: [] for name in wanted}
-        with _drafting(cache, None if speculate is False and not ahead else limit - n_prompt - 1):
+        room = cast(int, criteria.max_length) - n_prompt - 1  # without a length transformers' own loop runs
+        with _drafting(cache, None if speculate is False and not ahead else room):
             for step in steps:
                 stats.count(step)
-                if certifier is not None:
-                    certifier.settle(step)
+                if asking is not None:
+                    asking.certifier.settle(step)
                 for row, trace in zip(step.rows, step.trace or ()):
                     traces[row] += trace
                 if streamer is not None:
@@ -701,16 +697,10 @@ class SteeredGenerationMixin(GenerationMixin):
                     kept[name] += getattr(step, name).unbind(dim=1)
             for each in ahead:
                 each.settle()
-        if certifier is not None and remote is not None:
-            again()
-            traces = [
-                [replace(each, certified=mark) for each, mark in zip(row, marks)]
-                for row, marks in zip(traces, certifier.marks)
-            ]
-            asked = Asked(remote.way, certifier.marks, [n.n for n in calls])
-            asked = replace(asked, tv_bound=certifier.apart) if remote.sample_named else asked
-            _THREAD.asked = weakref.WeakKeyDictionary({self: asked})
-            state.calls = [Count() for _ in state.calls]
+
+        if asking is not None:
+            traces = asking.certified(traces)
+            _THREAD.asked = weakref.WeakKeyDictionary({self: asking.asked()})
         if streamer is not None:
             streamer.end()
         if config.return_dict_in_generate or cache._is_user_defined:  # the cache outlives the call
@@ -718,13 +708,54 @@ class SteeredGenerationMixin(GenerationMixin):
                 if isinstance(state, Later):
                     state.catch_up()
         cache.n_columns += text.length[0] - n_prompt - 1  # the newest token is read by the next call
-        sequences = text.sequences()
-        if not config.return_dict_in_generate:
-            return sequences if tracer is None else TracedOutput(sequences=cast(Any, sequences), traces=traces)
-        seen = {name: cast(Any, tuple(parts)) for name, parts in kept.items()}
+        result: dict[str, Any] = {"sequences": text.sequences()}
+        if config.return_dict_in_generate:
+            result |= {name: tuple(parts) for name, parts in kept.items()}
+            result["past_key_values"] = cache
         if tracer is not None:
-            return TracedOutput(sequences=cast(Any, sequences), past_key_values=cache, traces=traces, **seen)
-        return GenerateDecoderOnlyOutput(sequences=cast(Any, sequences), past_key_values=cache, **seen)
+            return TracedOutput(**result, traces=traces)
+        return GenerateDecoderOnlyOutput(**result) if config.return_dict_in_generate else result["sequences"]
+
+    def _read_prompt(
+        self,
+        input_ids: Tensor,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        steering: Steering,
+        trace_top_k: int | None,
+    ) -> tuple[ProxyTunedCache, Tensor, Tracer | None]:
+        """Let all members read the prompt: the cache, the mixture after it, (n_batch, 1, n_vocab), and the tracer of a
+        traced call."""
+        model_kwargs["output_member_logits"] = trace_top_k is not None
+        outputs = cast(Any, self)._prefill(input_ids, config, model_kwargs)
+        prompt = outputs.logits[:, -1:]
+        if trace_top_k is None:
+            return outputs.past_key_values, prompt, None
+        tracer = Tracer(
+            self.paired({name: logits[:, -1:] for name, logits in outputs.member_logits.items()}),
+            prompt,
+            lambda scores: self.paired(self.all_logits(self.whole_logits(scores, refuse=False))),
+            self.expert_names,
+            top_k=trace_top_k,
+            steering=steering,
+            plausibility=self.config.plausibility,
+            n_shared=self.shared_vocab,
+        )
+        return outputs.past_key_values, prompt, tracer
+
+    def _possible_drafts(
+        self, speculate: Speculate, cache: ProxyTunedCache, processors: LogitsProcessorList, together: str | None
+    ) -> Speculate:
+        """``speculate``, or False where nothing can be drafted, or where ``"auto"`` expects no gain from it.
+
+        Raises:
+            ProxyTuneError: for a number of drafts, if they are not possible.
+        """
+        obstacle = obstacle_of(self, cache, processors, together, speculate)
+        if obstacle is not None and speculate not in ("auto", False):
+            raise ProxyTuneError(f"speculate={speculate} is not possible here, because {obstacle}; leave it out")
+        pays = speculate != "auto" or self.costs.drafts_pay(HOPED_FOR, cache.n_batch)
+        return speculate if obstacle is None and pays else False
 
     def _base_logits(self, scores: Scores) -> Tensor:
         """The base's logits of the ids that all members have, float32, in its lane's scores."""
