@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,6 +33,11 @@ class Table:
     bold: Iterable[int] = ()
     legend: Mapping[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, items: Iterable[Any], cells: Mapping[str, Callable[[Any], str]], title: str = "", **more: Any) -> Table:
+        """A table with one row per item. ``cells``: head -> the item's cell; ``more``: other attributes."""
+        return cls(list(cells), [[cell(item) for cell in cells.values()] for item in items], title, **more)
 
     def columns(self) -> list[int]:
         """Which columns have text."""

@@ -122,18 +122,7 @@ class Conversation:
         """
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise ProxyTuneError("there is no answer yet, so there is nothing to compare")
-        encoded = self.encode(self.messages[:-1])
-        made = answer(
-            self.model,
-            self.tokenizer,
-            [encoded] * len(alphas),
-            alphas,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-            rows=[self.n_turns] * len(alphas),  # the same random numbers, so all differences come from alpha
-            stopped=stopped,
-            stop_strings=self._stops(),
-        )
+        made = self._answer(self.encode(self.messages[:-1]), alphas, stopped)
         return [replace(each, text=self._own(each.text)) for each in made]
 
     def say(self, text: str, write: Callable[[str], Any], stopped: Callable[[], bool] | None = None) -> Answer:
@@ -147,20 +136,14 @@ class Conversation:
         self.n_turns += 1
         try:
             self._cut_back(encoded)
-            made = answer(
-                self.model,
-                self.tokenizer,
-                [encoded],
+            (made,) = self._answer(
+                encoded,
                 [self.alphas],
-                max_new_tokens=self.max_new_tokens,
-                sampling=self.sampling,
-                rows=[self.n_turns],  # each turn draws numbers of its own
+                stopped,
                 streamer=Printer(self.tokenizer, write),
-                stopped=stopped,
                 past_key_values=self.cache,
-                stop_strings=self._stops(),
                 trace_top_k=TOP_K if self.model.complete else None,
-            )[0]
+            )
         except BaseException:  # some members may have read a token that others have not
             self._forget()
             raise
@@ -171,6 +154,27 @@ class Conversation:
         said = self._own(made.text)
         self.messages = [*messages, {"role": "assistant", "content": said.strip()}]
         return replace(made, text=said, trace=None)
+
+    def _answer(
+        self,
+        encoded: Encoded,
+        alphas: Sequence[Sequence[float]],
+        stopped: Callable[[], bool] | None,
+        **options: Any,
+    ) -> list[Answer]:
+        """Answer one prompt at each of the ``alphas``; ``options`` are those of :func:`answer`."""
+        return answer(
+            self.model,
+            self.tokenizer,
+            [encoded] * len(alphas),
+            alphas,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+            rows=[self.n_turns] * len(alphas),  # each turn draws its own numbers; in one turn only alpha differs
+            stopped=stopped,
+            stop_strings=self._stops(),
+            **options,
+        )
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """The transcript as each member reads it. A negative prompt is the only question of its own conversation."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from proxytune.answers.generation import answer_batches, encode
 from proxytune.answers.options import AnswerOptions, JobOptions, Sampling
@@ -14,6 +14,25 @@ from proxytune.recipe.alpha import alpha_rows
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.store import load_recipe
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    class _Call(TypedDict, total=False):
+        """The options of :func:`generate`."""
+
+        alpha: Any
+        max_new_tokens: int
+        chat: bool
+        system: str | None
+        negative_prompt: str | None
+        temperature: float | None
+        top_p: float | None
+        top_k: int | None
+        min_p: float | None
+        seed: int | None
+        batch_size: int
+
 
 __all__ = ["alone", "generate", "load", "loaded"]
 
@@ -49,40 +68,12 @@ def alone(model: Any, tokenizer: Any) -> ProxyTunedForCausalLM:
 
 
 @overload
-def generate(
-    recipe: str | Path | ProxyTunedForCausalLM,
-    prompts: str,
-    *,
-    alpha: Any = ...,
-    max_new_tokens: int = ...,
-    chat: bool = ...,
-    system: str | None = ...,
-    negative_prompt: str | None = ...,
-    temperature: float | None = ...,
-    top_p: float | None = ...,
-    top_k: int | None = ...,
-    min_p: float | None = ...,
-    seed: int | None = ...,
-    batch_size: int = ...,
-) -> str: ...
+def generate(recipe: str | Path | ProxyTunedForCausalLM, prompts: str, **options: Unpack[_Call]) -> str: ...
 
 
 @overload
 def generate(
-    recipe: str | Path | ProxyTunedForCausalLM,
-    prompts: list[str] | tuple[str, ...],
-    *,
-    alpha: Any = ...,
-    max_new_tokens: int = ...,
-    chat: bool = ...,
-    system: str | None = ...,
-    negative_prompt: str | None = ...,
-    temperature: float | None = ...,
-    top_p: float | None = ...,
-    top_k: int | None = ...,
-    min_p: float | None = ...,
-    seed: int | None = ...,
-    batch_size: int = ...,
+    recipe: str | Path | ProxyTunedForCausalLM, prompts: list[str] | tuple[str, ...], **options: Unpack[_Call]
 ) -> list[str]: ...
 
 

@@ -88,26 +88,22 @@ def bench_tables(result: BenchResult) -> list[Table | str]:
     for case in dict.fromkeys(map(_case, result.rows)):
         rows = [row for row in result.rows if _case(row) == case]
         parts.append(
-            Table(
-                (
-                    *("arm", "options", "tokens/s", "min – max", "to base", "to plain loop"),
-                    *("acceptance", "first token", "memory", "rounds"),
-                ),
-                [
-                    (
-                        row["arm"],
-                        row["options"],
-                        f"{row['tokens_per_second']:.1f}",
-                        f"{row['tokens_per_second_low']:.1f} – {row['tokens_per_second_high']:.1f}",
-                        number_text(row["ratio_to_base"]),
-                        number_text(row["ratio_to_plain_loop"]),
-                        number_text(row["acceptance"]),
-                        f"{1000 * row['time_to_first_token_s']:.0f} ms",
-                        size(row["peak_memory_bytes"]),
-                        str(row["repeats"]),
-                    )
-                    for row in rows
-                ],
+            Table.of(
+                rows,
+                {
+                    "arm": lambda row: row["arm"],
+                    "options": lambda row: row["options"],
+                    "tokens/s": lambda row: f"{row['tokens_per_second']:.1f}",
+                    "min – max": lambda row: (
+                        f"{row['tokens_per_second_low']:.1f} – {row['tokens_per_second_high']:.1f}"
+                    ),
+                    "to base": lambda row: number_text(row["ratio_to_base"]),
+                    "to plain loop": lambda row: number_text(row["ratio_to_plain_loop"]),
+                    "acceptance": lambda row: number_text(row["acceptance"]),
+                    "first token": lambda row: f"{1000 * row['time_to_first_token_s']:.0f} ms",
+                    "memory": lambda row: size(row["peak_memory_bytes"]),
+                    "rounds": lambda row: str(row["repeats"]),
+                },
                 case,
                 legend=BENCH_LEGEND,
                 notes=[
@@ -118,19 +114,16 @@ def bench_tables(result: BenchResult) -> list[Table | str]:
         )
     if result.overheads:
         parts.append(
-            Table(
-                ("arm", "options", "batch", "step", "its forwards", "overhead"),
-                [
-                    (
-                        one["arm"],
-                        one["options"],
-                        str(one["batch"]),
-                        f"{1000 * one['step_seconds']:.2f} ms",
-                        f"{1000 * one['forwards_seconds']:.2f} ms",
-                        f"{100 * one['overhead']:+.1f} %",
-                    )
-                    for one in result.overheads
-                ],
+            Table.of(
+                result.overheads,
+                {
+                    "arm": lambda one: one["arm"],
+                    "options": lambda one: one["options"],
+                    "batch": lambda one: str(one["batch"]),
+                    "step": lambda one: f"{1000 * one['step_seconds']:.2f} ms",
+                    "its forwards": lambda one: f"{1000 * one['forwards_seconds']:.2f} ms",
+                    "overhead": lambda one: f"{100 * one['overhead']:+.1f} %",
+                },
                 "a step of `generate` beyond the forwards in it",
             )
         )
@@ -239,20 +232,16 @@ def request_tables(plan: RequestPlan) -> list[Table | str]:
 
     names = ", ".join(one.name for one in plan.members)
     grown = "" if plan.kv_bytes_per_token is None else f" + {size(plan.kv_bytes_per_token)}/token"
-    rows = [
-        [
-            one.way,
-            "" if one.drafts is None else str(one.drafts),
-            "" if one.acceptance is None else f"{one.acceptance:g}",
-            cell(one.low.calls, one.high.calls),
-            cell(one.low.tokens_in, one.high.tokens_in),
-            cell(one.low.tokens_out, one.high.tokens_out),
-            "" if one.cost is None else cell(*one.cost, digits=4),
-        ]
-        for one in plan.ways
-    ]
     about = f", {plan.prompts:,} prompts of {plan.prompt_tokens:,} tokens, {plan.new_tokens:,} new tokens each"
-    heads = ["way", "drafts", "acceptance", "requests", "tokens in", "tokens out", "cost"]
+    cells = {
+        "way": lambda one: one.way,
+        "drafts": lambda one: "" if one.drafts is None else str(one.drafts),
+        "acceptance": lambda one: "" if one.acceptance is None else f"{one.acceptance:g}",
+        "requests": lambda one: cell(one.low.calls, one.high.calls),
+        "tokens in": lambda one: cell(one.low.tokens_in, one.high.tokens_in),
+        "tokens out": lambda one: cell(one.low.tokens_out, one.high.tokens_out),
+        "cost": lambda one: "" if one.cost is None else cell(one.cost[0], one.cost[1], digits=4),
+    }
     notes = [
         f"Each request asks for the {plan.top_logprobs} most probable of {plan.n_vocab:,} tokens. At the end of each "
         f"batch of {plan.batch} one prompt is asked about once more. What loading asks (what the server offers) is not "
@@ -261,7 +250,7 @@ def request_tables(plan: RequestPlan) -> list[Table | str]:
     ]
     return [
         f"Memory on this machine: {names} {size(plan.weight_bytes)}{grown}.",
-        Table(heads, rows, "requests", about, legend=REQUEST_LEGEND, notes=notes),
+        Table.of(plan.ways, cells, "requests", about=about, legend=REQUEST_LEGEND, notes=notes),
     ]
 
 
@@ -291,19 +280,16 @@ def plan_tables(plan: Plan) -> list[Table | str]:
     bench."""
     from proxytune.tables import Table
 
-    lanes = Table(
-        ("weights of", "dtype", "seats", "size", "read a step", "KV/token"),
-        [
-            (
-                ", ".join(lane.members),
-                lane.dtype,
-                str(lane.n_seats),
-                size(lane.weight_bytes),
-                size(lane.read_bytes),
-                "unknown" if lane.kv_bytes_per_token is None else size(lane.kv_bytes_per_token),
-            )
-            for lane in plan.lanes
-        ],
+    lanes = Table.of(
+        plan.lanes,
+        {
+            "weights of": lambda lane: ", ".join(lane.members),
+            "dtype": lambda lane: lane.dtype,
+            "seats": lambda lane: str(lane.n_seats),
+            "size": lambda lane: size(lane.weight_bytes),
+            "read a step": lambda lane: size(lane.read_bytes),
+            "KV/token": lambda lane: "unknown" if lane.kv_bytes_per_token is None else size(lane.kv_bytes_per_token),
+        },
         legend=PLAN_LEGEND,
     )
     kinds = {"base": "base alone", "naive": "every member apart", "shared": "the recipe"}
@@ -312,41 +298,34 @@ def plan_tables(plan: Plan) -> list[Table | str]:
     }
     memory = ", ".join(f"{text} {size(plan.weight_bytes[kind])}{cache[kind]}" for kind, text in kinds.items())
     about = f"Costs are of a token after the prompt; the base alone costs 1. From {plan.basis}."
-    predictions = Table(
-        (
-            *("batch", "acceptance", "naive", "shared", "speculative"),
-            *("drafts", "tokens/s to base", "to naive", "tokens/s"),
-        ),
-        [
-            (
-                str(one.batch),
-                f"{one.acceptance:g}",
-                f"{one.naive:.2f}",
-                f"{one.shared:.2f}",
-                f"{one.speculative:.2f}",
-                str(one.n_drafts),
-                f"{one.ratio_to_base:.2f}",
-                f"{one.ratio_to_naive:.2f}",
-                "" if one.base_seconds is None else f"{one.batch / (one.speculative * one.base_seconds):.1f}",
-            )
-            for one in plan.predictions
-        ],
+    predictions = Table.of(
+        plan.predictions,
+        {
+            "batch": lambda one: str(one.batch),
+            "acceptance": lambda one: f"{one.acceptance:g}",
+            "naive": lambda one: f"{one.naive:.2f}",
+            "shared": lambda one: f"{one.shared:.2f}",
+            "speculative": lambda one: f"{one.speculative:.2f}",
+            "drafts": lambda one: str(one.n_drafts),
+            "tokens/s to base": lambda one: f"{one.ratio_to_base:.2f}",
+            "to naive": lambda one: f"{one.ratio_to_naive:.2f}",
+            "tokens/s": lambda one: (
+                "" if one.base_seconds is None else f"{one.batch / (one.speculative * one.base_seconds):.1f}"
+            ),
+        },
         legend=PLAN_LEGEND,
         notes=[about, *(f"Note: {note}." for note in plan.notes)],
     )
-    compared = Table(
-        ("arm", "prompt/output", "batch", "predicted", "measured", "error"),
-        [
-            (
-                one["arm"],
-                f"{one['prompt']}/{one['output']}",
-                str(one["batch"]),
-                f"{1000 * one['predicted']:.1f} ms",
-                f"{1000 * one['measured']:.1f} ms",
-                f"{100 * one['error']:+.0f} %",
-            )
-            for one in plan.compared
-        ],
+    compared = Table.of(
+        plan.compared,
+        {
+            "arm": lambda one: one["arm"],
+            "prompt/output": lambda one: f"{one['prompt']}/{one['output']}",
+            "batch": lambda one: str(one["batch"]),
+            "predicted": lambda one: f"{1000 * one['predicted']:.1f} ms",
+            "measured": lambda one: f"{1000 * one['measured']:.1f} ms",
+            "error": lambda one: f"{100 * one['error']:+.0f} %",
+        },
         "beside the bench: a step after the prompt",
     )
     return [lanes, f"Memory: {memory}.", predictions, *([compared] if plan.compared else [])]
