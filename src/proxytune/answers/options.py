@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +196,8 @@ class JobOptions(Options):
             raise ProxyTuneError(
                 "--explain is for answers that are printed as text; --trace FILE records those of jobs"
             )
-        for flag, other in (("--input", self.input), ("--output", self.output)):
-            if self.trace is not None and other not in (None, "-") and self.trace.resolve() == Path(other).resolve():
-                raise ProxyTuneError(f"{flag} and --trace are the same file")
-        given, output = self.input, self.output
-        if output is not None and given not in (None, "-") and output.exists() and output.samefile(str(given)):
-            raise ProxyTuneError("--input and --output are the same file")
+        files = {"--input": self.input, "--output": self.output, "--trace": self.trace}
+        places = [(flag, Path(place)) for flag, place in files.items() if place not in (None, "-")]
+        for (flag, one), (other, two) in combinations(places, 2):
+            if one.resolve() == two.resolve() or (one.exists() and two.exists() and one.samefile(two)):
+                raise ProxyTuneError(f"{flag} and {other} are the same file")
