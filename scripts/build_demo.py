@@ -33,7 +33,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from proxytune.demo.assets import about, layers_from_base, load_base, materialize, pack_layers, unpack_layers
+from proxytune.demo.assets import SCALE, about, layers_from_base, load_base, materialize, unpack_layers
 from proxytune.evaluation.facts import Fact, facts, training_facts
 from proxytune.evaluation.problems import make_problems
 from proxytune.lanes.kernels import pack
@@ -427,6 +427,26 @@ def choose(tokenizer: Any, base: Any, anti_expert: Any, expert: Any) -> tuple[fl
     counts = {name: [sum(of[:n_seen]), sum(of[n_seen:])] for name, of in right.items()}
     print(f"dev, {n_seen} facts, seen and held-out wordings: {counts}", flush=True)
     return max(WEIGHTS, key=lambda weight: sum(counts[f"mean {weight:g}"])), {"facts": n_seen, "right": counts}
+
+
+# ---- int8 layers -------------------------------------------------------------------------------------
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 with one scale per row: (rows, columns) float -> int8 (rows, columns), float16 (rows, 1)."""
+    scale = (weight.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-5) / 127).half()
+    return (weight.float() / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def pack_layers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of decoder layers, its matrices in int8, its norm vectors in float16."""
+    packed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if tensor.dim() == 2:
+            packed[name], packed[name + SCALE] = quantize_rows(tensor)
+        else:
+            packed[name] = tensor.half()
+    return packed
 
 
 # ---- the commands ------------------------------------------------------------------------------------

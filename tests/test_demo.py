@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from build_demo import pack_layers
 from proxytune import ProxyTunedForCausalLM, load_recipe
 from proxytune.demo import assets as demo_assets
 from proxytune.demo import demo_recipe, materialize, word_problems_recipe
@@ -341,17 +342,15 @@ def test_bad_input_is_one_sentence_before_any_work(tmp_path):
 def test_int8_rows_round_trip_within_half_a_step():
     weight = torch.randn(64, 96) * torch.logspace(-3, 1, 64)[:, None]
     weight[5] = 0
-    values, scale = demo_assets.quantize_rows(weight)
-    assert values.dtype == torch.int8
-    restored = demo_assets.dequantize_rows(values, scale)
-    steps = ((restored - weight).abs() / scale.float()).max()
+    state = {"0.weight": weight, "0.norm": torch.ones(96)}
+    packed = pack_layers(state)
+    assert packed["0.weight"].dtype == torch.int8
+    unpacked = demo_assets.unpack_layers(packed)
+    assert set(unpacked) == set(state)
+    restored = unpacked["0.weight"]
+    steps = ((restored - weight).abs() / packed["0.weight" + demo_assets.SCALE].float()).max()
     assert steps <= 0.5 + 127 * 2**-11  # half a step, and the rounding of the scale to float16
     assert torch.equal(restored[5], torch.zeros(96))
-
-    state = {"0.weight": weight, "0.norm": torch.ones(96)}
-    unpacked = demo_assets.unpack_layers(demo_assets.pack_layers(state))
-    assert set(unpacked) == set(state)
-    assert torch.equal(unpacked["0.weight"], restored)
     assert torch.equal(unpacked["0.norm"], state["0.norm"])
 
 

@@ -344,7 +344,7 @@ def demo(
         return
     from rich.console import Console
 
-    from proxytune.demo import run_demo
+    from proxytune.demo.run import run_demo
     from proxytune.demo.tasks import TASKS
 
     # With --json what is shown goes to stderr, for people: the JSON has stdout for itself.

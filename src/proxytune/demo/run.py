@@ -22,13 +22,12 @@ from rich.live import Live
 from rich.table import Table as Grid
 from rich.text import Text
 
-from proxytune.demo.assets import ASSETS, about, materialize
+from proxytune.demo.assets import about, materialize
 from proxytune.demo.tasks import FACTS, DemoTask
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation import shots_of
 from proxytune.evaluation.answering import TaskPlan, answer_jobs
 from proxytune.evaluation.arms import Arm, Arms
-from proxytune.evaluation.problems import Split
 from proxytune.evaluation.results import LEGEND as WORDS
 from proxytune.evaluation.results import task_results
 from proxytune.evaluation.statistics import highest_e_value, mcnemar
@@ -163,7 +162,6 @@ class DemoResult:
 
     # -- what is shown at the end ---------------------------------------------------------------------------
     def table(self) -> Table:
-        """The table of counts and comparisons."""
         against = {of.arm: of for of in self.comparisons()}
         heads = ["arm", "right", "95 % interval", "and nothing else", "won : lost", "e"]
         rows = []
@@ -195,7 +193,6 @@ class DemoResult:
         return "\n".join([*found, f"{self.seconds:.0f} s: {parts}."])
 
     def try_next(self) -> list[str]:
-        """Commands to try next."""
         recipe = self.task.recipe
         example = shlex.quote(
             next(iter(load_recipe(self.place / self.task.folder).examples), self.problems[0].question)
@@ -237,8 +234,6 @@ def run_demo(
     task: DemoTask = FACTS,
     console: Console | None = None,
     cache_dir: Path | None = None,
-    assets: Path = ASSETS,
-    split: Split = "test",
     began: float | None = None,
 ) -> DemoResult:
     """Show proxy-tuning at work on held-out problems, and count.
@@ -249,8 +244,7 @@ def run_demo(
         seed: for the problems and their order.
         json_path: a file for the counts, written after every batch.
         console: shows progress and some answers. The caller prints the tables.
-        cache_dir, assets: see :func:`proxytune.demo.materialize`.
-        split: the split of the problems.
+        cache_dir: see :func:`proxytune.demo.materialize`.
         began: the start of the minute, by ``time.monotonic()``; by default now.
 
     Raises:
@@ -258,17 +252,18 @@ def run_demo(
     """
     began, now = began or time.monotonic(), time.monotonic()
     console = console or Console(highlight=False)
-    result = DemoResult(task, task.choose(split, problems if isinstance(problems, int) else None, seed), seed, problems)
+    chosen = task.choose("test", problems if isinstance(problems, int) else None, seed)
+    result = DemoResult(task, chosen, seed, problems)
     result.parts["imports"] = now - began
     _save(result, json_path)  # find out before the work that the file cannot be written
 
     with quiet_transformers():
         with console.status("Unpacking the models (only the first time takes long)"), result.part("unpacking"):
-            result.place = materialize(cache_dir, assets)
+            result.place = materialize(cache_dir)
         console.print(f"Models: {result.place}", style="dim", soft_wrap=True)
         with console.status("Loading"), result.part("loading"):
             recipe = load_recipe(result.place / task.folder)
-            weight = about(assets)["mean_weight"]
+            weight = about()["mean_weight"]
             maker = Arms(recipe, list(result.lines), LoadingOptions(pack=True, speculate=False), mean_weight=weight)
             arms = {name: maker.make(name) for name in sorted(result.lines, key=lambda name: name not in SIDE_BY_SIDE)}
 

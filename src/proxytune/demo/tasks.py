@@ -45,7 +45,6 @@ class DemoTask:
     titles: Mapping[str, str] = field(default_factory=dict)
 
     def title(self, arm: str) -> str:
-        """The title of an arm in tables."""
         return self.titles.get(arm) or ARMS[arm]
 
     def choose(self, split: Split, count: int | None, seed: int) -> Sequence[Any]:

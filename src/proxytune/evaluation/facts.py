@@ -16,6 +16,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,10 +90,10 @@ def shown() -> Sequence[Fact]:
     return random.Random(0).sample([first[relation] for relation in _relations()], len(first))
 
 
-def own_examples(fact: Fact, count: int = 4) -> list[Fact]:
-    """``count`` of train's facts of a fact's own relation, which the oracle shows."""
-    others = [other for other in facts("train") if other.relation == fact.relation and other.subject != fact.subject]
-    return others[:count]
+def own_examples(fact: Fact) -> list[Fact]:
+    """Four of train's facts of a fact's own relation, which the oracle shows."""
+    others = (other for other in facts("train") if other.relation == fact.relation and other.subject != fact.subject)
+    return list(islice(others, 4))
 
 
 def turns(examples: Sequence[Fact]) -> str:
