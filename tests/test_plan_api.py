@@ -142,6 +142,8 @@ def test_the_command(served, place, tmp_path):
     assert "cost" not in run("plan", tmp_path / "r").stdout.partition("verify")[0]
     for more, said in (
         (["--price-in", 1], "a cost needs both prices"),
+        (["--prompts", 0], "a plan needs at least one prompt, of at least one token, and one new token"),
+        (["--max-new-tokens", 0], "a plan needs at least one prompt, of at least one token, and one new token"),
         (["--probe"], "is behind an API, so --probe would change nothing"),
         (["--device", "cpu"], "so --device would change nothing"),
         (["-b", "1,2"], "takes one --batch-size"),

@@ -1,15 +1,7 @@
 """``proxytune bench``: what steering costs, measured in one run against the base alone and the plain loop.
 
-The arms, all greedy (or all sampling), all with the same prompts and the same number of new tokens:
-
-    base          transformers' own ``generate`` of the base alone
-    base_lookup   the same with prompt-lookup drafts (batch 1: transformers has no more), so that text which repeats
-                  itself does not count as a gain of ours
-    plain_loop    the reference implementation's loop: three models, three forwards per token
-    composite     the recipe without sharing and without speculation
-    shared        the recipe with members of one set of weights in one forward, without speculation
-    speculative   the recipe as it is loaded by default, ``speculate="auto"`` unless a number of drafts is asked for
-    traced        the same with ``return_trace=True``
+The arms (``proxytune bench --help`` describes them) are all greedy or all sample. They have the same prompts and the
+same number of new tokens. ``base_lookup`` takes part so that text which repeats itself does not count as our gain.
 
 A *case* is a batch size, a prompt length and an output length. Its arms warm up and then take turns, in a new random
 order in each round. Every round has prompts of its own, the same for all arms. Options of the members (dtype, packed
@@ -129,7 +121,6 @@ class BenchResult:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
         return {
             "machine": self.machine,
             "settings": self.settings.to_json(),
@@ -216,7 +207,6 @@ class Subject:
         return {**ASKED.get(arm, {}), **({"cache_implementation": "static"} if arm == "base" and self.compiled else {})}
 
     def model(self, arm: str) -> Any:
-        """The model of an arm."""
         if arm in ("base", "base_lookup"):
             return self.separate.base
         return self.default if arm in ("shared", "speculative", "traced") else self.separate

@@ -106,7 +106,7 @@ class BenchOptions(Options):
         parse=_speculate,
     )
     temperature: float | None = option(None, "Sample in all arms, with seeds; greedy by default.", metavar="T")
-    repeats: int = option(5, "Number of rounds. The table shows their median.", metavar="N", min=1)
+    repeats: int = option(5, "Number of rounds. The table shows their median.", metavar="N")
     minutes: float = option(
         18,
         "Time limit. Cases that do not fit get fewer rounds or none, and a note says so; 64/128 at batch 1 always "
@@ -203,8 +203,6 @@ class PlanOptions:
         if not all(0 <= value <= 1 for value in self.acceptances):
             given = ",".join(f"{value:g}" for value in self.acceptances)
             raise ProxyTuneError(f"an acceptance lies between 0 and 1, not at {given}")
-        if self.against is not None and not self.probe:
-            raise ProxyTuneError("--against and --device-map need --probe: without it nothing is loaded")
         if self.probe and self.device is not None:
             raise ProxyTuneError("--device is for a prediction without --probe; --device-map says where to probe")
         if self.device not in (None, "cpu", "cuda"):
@@ -215,14 +213,13 @@ class PlanOptions:
 class RequestOptions(Options):
     """Options of a plan for a base behind an API: what is asked, and what it is paid."""
 
-    prompts: int = _api(1, "Number of prompts.", metavar="N", min=1)
-    prompt_tokens: int = _api(256, "Tokens of each prompt.", metavar="N", min=1)
+    prompts: int = _api(1, "Number of prompts.", metavar="N")
+    prompt_tokens: int = _api(256, "Tokens of each prompt.", metavar="N")
     new_tokens: int = _api(
         256,
         "New tokens of each answer; those that end earlier cost less.",
         flag="--max-new-tokens -n",
         metavar="N",
-        min=1,
     )
     drafts: tuple[int, ...] = _api(
         (4,),

@@ -174,7 +174,7 @@ def plan_recipe(config: ProxyTuneConfig, options: PlanOptions, loading: LoadingO
     loading = loading or LoadingOptions()
     if isinstance(config.base_member, ApiBase):
         raise MemberError("the base runs behind an API, so what it needs is not known here; see plan_requests")
-    if loading.device_map is not None and not options.probe:
+    if not options.probe and not (options.against is None and loading.device_map is None):
         raise ProxyTuneError("--against and --device-map need --probe: without it nothing is loaded")
     bench = None if options.against is None else read_bench(options.against)
     own = Loading(options.members.dtype, pack=options.members.pack, trust_remote_code=loading.trust_remote_code)
