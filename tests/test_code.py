@@ -11,10 +11,11 @@ from fractions import Fraction
 import pytest
 
 from proxytune import ProxyTuneError
-from proxytune.evaluation import code, score
+from proxytune.evaluation import code
 from proxytune.evaluation.code import clean_code, load_problems, pass_at_k, program
 from proxytune.evaluation.jail import landlock_version
 from proxytune.evaluation.records import parse
+from proxytune.evaluation.scoring import score
 
 HUMANEVAL = [
     {

@@ -15,10 +15,11 @@ from transformers import LlamaForSequenceClassification
 
 from proxytune import ProxyTuneError
 from proxytune.answers.journal import Journal
-from proxytune.evaluation import judges, score
+from proxytune.evaluation import judges
 from proxytune.evaluation.judges import Endpoint, JudgeDown, LocalModel
 from proxytune.evaluation.options import JudgeOptions
 from proxytune.evaluation.records import parse
+from proxytune.evaluation.scoring import score
 from support import tiny
 
 OPEN = [

@@ -12,13 +12,14 @@ import pytest
 
 from proxytune import ProxyTuneError
 from proxytune.answers.journal import Journal
-from proxytune.evaluation import TASKS, check_tasks, score
+from proxytune.evaluation import TASKS, check_tasks
 from proxytune.evaluation.records import FIELDS, parse, read
 from proxytune.evaluation.scoring import (
     choice_letter,
     exact_match,
     gsm8k_answer,
     gsm8k_reference,
+    score,
     trim_gsm8k,
     triviaqa_match,
 )
@@ -306,7 +307,8 @@ with Journal({str(path)!r}) as journal:
 
 def test_scoring_text_imports_nothing_heavy():
     program = (
-        "import sys; from proxytune.evaluation import score; score('triviaqa', [{'answers': ['a'], 'output': 'a'}]); "
+        "import sys; from proxytune.evaluation.scoring import score; "
+        "score('triviaqa', [{'answers': ['a'], 'output': 'a'}]); "
         "print(*sorted({'torch', 'transformers', 'lm_eval', 'datasets', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "\n"

@@ -249,7 +249,7 @@ def score(
     check_tasks([task])
     predictions.open("rb").close()
     from proxytune.evaluation import records
-    from proxytune.evaluation import score as scored
+    from proxytune.evaluation.scoring import score as scored
     from proxytune.evaluation.scoring import scorer_options
 
     lines = records.read(predictions)

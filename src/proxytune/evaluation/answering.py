@@ -79,7 +79,6 @@ class TaskPlan:
 
     @property
     def examples(self) -> int:
-        """How many examples are asked."""
         return len({job.id for job in self.jobs["raw"]})
 
     def chat_prompt(self, prompt: Prompt, tokenizer: Any) -> Prompt:
@@ -398,7 +397,7 @@ def choice_scores(arm: Arm, pairs: Sequence[Pair], mixes: Sequence[Mix]) -> list
     logits = {name: each[of_prompt.to(each.device)] for name, each in first.member_logits.items()}
     if behind is not None:
         logits = {name: torch.cat([each, behind.member_logits[name]], dim=1) for name, each in logits.items()}
-    return [_scores(_mixed(arm, logits, mixed_by), flat) for mixed_by in mixes]
+    return [_scores(arm.model.mixture(logits, torch.tensor([list(mix)], dtype=torch.float32)), flat) for mix in mixes]
 
 
 def _scores(logits: Tensor, rows: Sequence[Sequence[int]]) -> list[Score]:
@@ -410,11 +409,6 @@ def _scores(logits: Tensor, rows: Sequence[Sequence[int]]) -> list[Score]:
         chosen = log_p.gather(1, tokens[:, None]).double().sum()
         found.append((float(chosen), bool((log_p.argmax(dim=-1) == tokens).all())))
     return found
-
-
-def _mixed(arm: Arm, logits: Mapping[str, Tensor], alphas: Mix) -> Tensor:
-    """The arm's logits, (n_rows, n_positions, n_vocab), from its members' logits."""
-    return arm.model.mixture(logits, torch.tensor([list(alphas)], dtype=torch.float32))
 
 
 def _scored(asked: Asked, scores: Sequence[Score]) -> dict[str, Any]:
@@ -449,7 +443,6 @@ class Log(Journal):
         return super().__enter__()
 
     def check(self) -> None:
-        """Check that the lines are those of this command."""
         self.made = {}
         for number, line in enumerate(self.lines, start=1):
             if "id" not in line or "seconds" not in line:
@@ -489,7 +482,6 @@ class TraceLog(Journal):
         return super().__enter__()
 
     def check(self) -> None:
-        """Check that the lines are those of this command."""
         self.traced = set()
         for number, line in enumerate(self.lines, start=1):
             if not is_trace(line, id=str, sample=int):

@@ -135,7 +135,6 @@ class Arm:
 
     @property
     def reader(self) -> Reader:
-        """How its members read a prompt."""
         own = {} if self.prompt.kind == "raw" else {"": (self.prompt, self.tokenizer)}
         return Reader(self.name, self.tokenizer, self.model.prompter.own | own, self.model.contexts)
 
@@ -417,10 +416,9 @@ def impossible(arm: str, config: ProxyTuneConfig) -> str | None:
     side = KINDS[arm].side if arm in KINDS else None
     if side is not None and not any(name.endswith(f".{side}") for name, _ in config.members()):
         return f"the recipe has no {ARMS[side]}"
-    if arm in MEANS and isinstance(config.base_member, ApiBase):
-        return "a mean of base and expert needs the base's weights on this machine, and they are behind an API"
-    if arm == "steering_vector" and isinstance(config.base_member, ApiBase):
-        return "a steering vector needs the base's weights on this machine, and they are behind an API"
+    if isinstance(config.base_member, ApiBase) and (arm in MEANS or arm == "steering_vector"):
+        what = "a mean of base and expert" if arm in MEANS else "a steering vector"
+        return f"{what} needs the base's weights on this machine, and they are behind an API"
     return None
 
 

@@ -33,7 +33,6 @@ from proxytune.recipe.generation_config import (
     read_generation_config,
 )
 from proxytune.recipe.members import load_config
-from proxytune.recipe.options import LoadingOptions
 from proxytune.recipe.parts import ApiBase, Member
 from proxytune.recipe.source import resolve
 
@@ -190,7 +189,6 @@ class EngineArms(Arms):
         return replace(read, contexts=reads, reads_all=True)
 
     def close(self) -> None:
-        """End the engine."""
         if self.engine is not None:
             self.engine.llm_engine.engine_core.shutdown()
             self.engine = None
@@ -262,13 +260,20 @@ def refuse_of_engine(arms: EngineArms, plans: Sequence[Any], names: Sequence[str
         ProxyTuneError: names the option, the arm or the task.
     """
     config, loading = arms.config, arms.loading
-    refuse_options(loading)
+    if loading.dtype not in DTYPES:
+        raise ProxyTuneError(f"--dtype {loading.dtype} is not one of vLLM's; use float32, bfloat16, float16 or auto")
     if isinstance(config.base_member, ApiBase):
         raise ProxyTuneError("--engine vllm needs the base's weights, and they are behind an API; leave it out")
-    if wanted := next((what for what, given in asked.items() if given), None):
+    others = {
+        "--device-map": loading.device_map is not None,
+        "--trust-remote-code": loading.trust_remote_code,
+        "--speculate": loading.speculate not in ("auto", False),
+        "--pack": loading.pack,
+        **asked,
+        "the arm steering_vector": "steering_vector" in names,
+    }
+    if wanted := next((what for what, given in others.items() if given), None):
         raise ProxyTuneError(f"{wanted} needs --engine transformers; leave one of the two out")
-    if "steering_vector" in names:
-        raise ProxyTuneError("the arm steering_vector needs --engine transformers; leave one of the two out")
     if scored := next((plan.name for plan in plans if plan.likelihood), None):
         why = f"{scored} scores given continuations, which needs --engine transformers"
         gate = gate_of(config.gate)
@@ -280,17 +285,3 @@ def refuse_of_engine(arms: EngineArms, plans: Sequence[Any], names: Sequence[str
     found = find_spec("vllm")
     if found is None or found.origin is None:  # a directory of that name has no origin
         raise ProxyTuneError("--engine vllm needs vllm: pip install 'proxytune[vllm]' (Python 3.11 or newer)")
-
-
-def refuse_options(loading: LoadingOptions) -> None:
-    """Refuse options of loading that are not vLLM's."""
-    if loading.dtype not in DTYPES:
-        raise ProxyTuneError(f"--dtype {loading.dtype} is not one of vLLM's; use float32, bfloat16, float16 or auto")
-    needs = {
-        "--device-map": loading.device_map is not None,
-        "--trust-remote-code": loading.trust_remote_code,
-        "--speculate": loading.speculate not in ("auto", False),
-        "--pack": loading.pack,
-    }
-    if wanted := next((what for what, given in needs.items() if given), None):
-        raise ProxyTuneError(f"{wanted} needs --engine transformers; leave one of the two out")

@@ -12,7 +12,7 @@ point and its neighbours.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,10 +50,6 @@ class Fit:
     high: float | None
     at_end: bool
     gain: float
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON."""
-        return dict(vars(self))
 
 
 def gold_ids(tokenizer: Any, encoded: Encoded, text: str) -> list[int]:
@@ -141,7 +137,7 @@ def fit(of_answers: Sequence[Sequence[float]], n_tokens: int, seed: int = 0) -> 
 
 def fits(of_answers: Sequence[Mapping[str, Sequence[float]]], n_tokens: int, seed: int = 0) -> dict[str, Any]:
     """The :func:`fit` of one alpha that all experts share, as JSON, and under ``by_expert`` that of each of several."""
-    found = {name: fit([each[name] for each in of_answers], n_tokens, seed).to_json() for name in of_answers[0]}
+    found = {name: asdict(fit([each[name] for each in of_answers], n_tokens, seed)) for name in of_answers[0]}
     return {**found.pop(ALL), "by_expert": found}
 
 

@@ -181,7 +181,6 @@ class LocalModel:
 
     @cached_property
     def model(self) -> Any:
-        """The model, on its device."""
         import torch
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 

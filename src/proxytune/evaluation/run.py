@@ -19,7 +19,8 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -71,7 +72,6 @@ from proxytune.tables import Table, markdown
 __all__ = ["evaluate", "load_plans", "sweep"]
 
 Scoring = Callable[[str], Mapping[str, Any]]
-TaskFiles = Mapping[str, Sequence[Path]]  # task -> the files of an arm's predictions, one for each mix
 Progress = Callable[[str, int, int], None]  # what is being done, how many are done, of how many
 
 
@@ -106,26 +106,28 @@ def evaluate(
     plans = load_plans(options)
     judging = {plan.name: scoring(plan.name) for plan in plans}  # find out before the answers that a judge is missing
     names = arms_of(config, options, plans, note)
-    more: dict[str, Any] = {"tuned": options.tuned, "mean_weight": options.mean_weight, "vector": options.vector}
-    arms = _arms(config, options, loading, alphas=config.alphas_of(options.alpha), **more)
+    arms = _arms(config, options, loading, config.alphas_of(options.alpha))
     refuse_unknown(arms, plans, names, {"--trace": options.trace})
     if options.trace:
         refuse_untraceable(plans, names, out)
     write_manifest(out, manifest_of(config, options, loading, plans, {"arms": names}, settings))
-    asked = {name: [plan for plan in plans if shots_of(name) in plan.jobs] for name in names}
-    files = {name: {plan.name: [out / plan.name / f"{name}.jsonl"] for plan in asked[name]} for name in names}
-    left_out = answer_all(arms, asked, files, options, Tally(progress, asked, files), note)
+    parts = [
+        Part(name, plan, [out / plan.name / f"{name}.jsonl"])
+        for name in names
+        for plan in plans
+        if shots_of(name) in plan.jobs
+    ]
+    left_out = answer_all(arms, parts, options, Tally(progress, parts), note)
     arms.close()
-
-    def results_of(plan: TaskPlan) -> dict[str, Any] | None:
-        lines = {name: read_lines(plan, name, of[plan.name][0]) for name, of in files.items() if plan.name in of}
-        if not (whole := {name: of for name, of in lines.items() if of is not None}):
-            return None
-        return task_results(plan.name, whole, samples=plan.repeats, options=judging[plan.name], note=note)
-
-    tasks = _results(plans, results_of, left_out)
-    if options.engine == "vllm":  # every arm costs as much as the mixture
-        tasks = {name: {**task, "steered_to_base": None} for name, task in tasks.items()}
+    tasks = {}
+    for plan in plans:
+        lines = {part.arm: part.lines()[0] for part in parts if part.plan is plan}
+        with _left_out(left_out, plan.name):
+            if whole := {name: of for name, of in lines.items() if of is not None}:
+                how: dict[str, Any] = {"samples": plan.repeats, "options": judging[plan.name], "note": note}
+                tasks[plan.name] = task_results(plan.name, whole, **how)
+                if options.engine == "vllm":  # every arm costs as much as the mixture
+                    tasks[plan.name]["steered_to_base"] = None
     results = _write_results(out, tasks, left_out, started, results_tables)
     if drawn := {name: task for name, task in tasks.items() if task["arms"]}:
         from proxytune.evaluation.plots import plot_arms
@@ -134,11 +136,17 @@ def evaluate(
     return results
 
 
-def _arms(config: ProxyTuneConfig, options: EvaluationOptions, loading: LoadingOptions, **more: Any) -> Arms:
+def _arms(
+    config: ProxyTuneConfig,
+    options: EvaluationOptions,
+    loading: LoadingOptions,
+    alphas: Sequence[float] | None = None,
+) -> Arms:
     """What makes the arms of a run; nothing is loaded yet."""
+    more: dict[str, Any] = {"tuned": options.tuned, "mean_weight": options.mean_weight, "vector": options.vector}
     if options.engine == "vllm":
-        return EngineArms(config, (), loading, options=options.engine_options, **more)
-    return Arms(config, (), loading, **more)
+        return EngineArms(config, (), loading, alphas=alphas, options=options.engine_options, **more)
+    return Arms(config, (), loading, alphas=alphas, **more)
 
 
 def refuse_unknown(arms: Arms, plans: Sequence[TaskPlan], names: Sequence[str], asked: Mapping[str, bool]) -> None:
@@ -168,11 +176,10 @@ def refuse_unknown(arms: Arms, plans: Sequence[TaskPlan], names: Sequence[str], 
         needs[f"{plan.name}, which is sampled,"] = any(
             job.options.get("do_sample") for jobs in plan.jobs.values() for job in jobs
         )
-    wanted = next((what for what, needed in needs.items() if needed), None)
-    if wanted is None and loading.way == "push":
-        needs = {f"{plan.name}, which bans words,": bool(plan.metadata.get("banned")) for plan in plans}
+    if loading.way == "push":
+        needs |= {f"{plan.name}, which bans words,": bool(plan.metadata.get("banned")) for plan in plans}
         needs["plausibility"] = config.plausibility is not None and "proxy_tuned" in names
-        wanted = next((what for what, needed in needs.items() if needed), None)
+    wanted = next((what for what, needed in needs.items() if needed), None)
     if wanted is None:
         return
     if loading.way == "push":
@@ -201,64 +208,54 @@ def refuse_untraceable(plans: Sequence[TaskPlan], arms: Sequence[str], out: Path
 
 
 def _traces_of(file: Path) -> Path:
-    """The file with the traces of a prediction file."""
     return file.with_suffix(".trace.jsonl")
 
 
-def unreadable(
-    arms: Arms, asked: Mapping[str, Sequence[TaskPlan]], tally: Tally, note: Callable[[str], None]
-) -> list[LeftOut]:
-    """The tasks that an arm cannot read. This is found out before any weights are loaded.
+@dataclass
+class Part:
+    """One arm's part of a task.
 
-    Every open prompt is encoded and compared with the contexts.
+    Attributes:
+        files: its predictions, a file for each mix.
+        asked: how many predictions they hold in the end. missing: how many they lacked when the run began.
     """
-    left_out: list[LeftOut] = []
-    for name, plans in asked.items():
-        reader: Reader | None = None
-        for plan in (plan for plan in plans if tally.missing(name, plan)):
-            tally.progress(f"prompts of {plan.name}, {name}", tally.done, tally.total)
-            with _left_out(left_out, plan.name, name):
-                reader = reader or arms.reader(name)
-                encode_jobs(reader, plan, plan.jobs[shots_of(name)])
-    for part in left_out:
-        tally.leave_out(str(part["arm"]), part["task"])
-        note(f"{part['arm']} will be left out of {part['task']}: {part['reason']}")
-    return left_out
+
+    arm: str
+    plan: TaskPlan
+    files: Sequence[Path]
+
+    def __post_init__(self) -> None:
+        keys = {job.key for job in self.jobs}
+        self.asked = len(keys) * len(self.files)
+        self.missing = self.asked - sum(len(keys & set(Log(file).read().made)) for file in self.files)
+
+    @property
+    def jobs(self) -> Sequence[Job]:
+        return self.plan.jobs[shots_of(self.arm)]
+
+    def lines(self) -> list[list[dict[str, Any]] | None]:
+        """The predictions of each file, in the order of the examples; None if some are missing."""
+        found: list[list[dict[str, Any]] | None] = []
+        for made in (Log(file).read().made for file in self.files):
+            found.append([made[job.key] for job in self.jobs] if all(job.key in made for job in self.jobs) else None)
+        return found
 
 
 class Tally:
-    """The progress of a run.
+    """The progress of a run: counts its predictions, and calls ``progress``."""
 
-    Args:
-        progress: the function to call. asked: arm -> its tasks. files: arm -> task -> the files of its predictions.
-    """
+    def __init__(self, progress: Progress, parts: Sequence[Part]) -> None:
+        self.progress, self.said, self.begun = progress, "", 0
+        self.n_parts = sum(part.missing > 0 for part in parts)
+        self.total = sum(part.asked for part in parts)
+        self.done = self.total - sum(part.missing for part in parts)
 
-    def __init__(
-        self, progress: Progress, asked: Mapping[str, Sequence[TaskPlan]], files: Mapping[str, TaskFiles]
-    ) -> None:
-        self.progress, self.said, self.n_parts, self.begun = progress, "", 0, 0
-        self.total, self.done = 0, 0
-        self.left: dict[tuple[str, str], int] = {}
-        for arm, plan in ((arm, plan) for arm, plans in asked.items() for plan in plans):
-            keys, own = {job.key for job in plan.jobs[shots_of(arm)]}, files[arm][plan.name]
-            made = sum(len(keys & set(Log(file).read().made)) for file in own)
-            self.total += len(keys) * len(own)
-            self.done += made
-            self.left[arm, plan.name] = missing = len(keys) * len(own) - made
-            self.n_parts += missing > 0
-
-    def missing(self, arm: str, plan: TaskPlan) -> int:
-        """How many predictions were missing when the run began."""
-        return self.left[arm, plan.name]
-
-    def leave_out(self, arm: str, task: str) -> None:
-        """Leave out an arm's part of a task."""
-        self.total -= self.left[arm, task]
-        self.left[arm, task] = 0
+    def leave_out(self, part: Part) -> None:
+        self.total -= part.missing
+        part.missing = 0
         self.n_parts -= 1
 
     def begin(self, said: str) -> None:
-        """A part begins."""
         self.begun += 1
         self.said = f"{said} ({self.begun} of {self.n_parts})"
         self.add(0)
@@ -269,10 +266,29 @@ class Tally:
         self.progress(self.said, self.done, self.total)
 
 
+def unreadable(arms: Arms, parts: Sequence[Part], tally: Tally, note: Callable[[str], None]) -> list[LeftOut]:
+    """What an arm cannot read. This is found out before any weights are loaded.
+
+    Every open prompt is encoded and compared with the contexts.
+    """
+    left_out: list[LeftOut] = []
+    readers: dict[str, Reader] = {}
+    for part in (part for part in parts if part.missing):
+        arm, task = part.arm, part.plan.name
+        tally.progress(f"prompts of {task}, {arm}", tally.done, tally.total)
+        n_before = len(left_out)
+        with _left_out(left_out, task, arm):
+            readers[arm] = readers.get(arm) or arms.reader(arm)
+            encode_jobs(readers[arm], part.plan, part.jobs)
+        if len(left_out) > n_before:
+            tally.leave_out(part)
+            note(f"{arm} will be left out of {task}: {left_out[-1]['reason']}")
+    return left_out
+
+
 def answer_all(
     arms: Arms,
-    asked: Mapping[str, Sequence[TaskPlan]],
-    files: Mapping[str, TaskFiles],
+    parts: Sequence[Part],
     options: EvaluationOptions,
     tally: Tally,
     note: Callable[[str], None],
@@ -281,29 +297,28 @@ def answer_all(
     """Make the missing predictions of a run, arm by arm. An arm is loaded only if there are any.
 
     Args:
-        asked: arm -> its tasks. files: arm -> task -> one file for each of the ``mixes`` (by default the arm's own).
+        mixes: the alphas to answer with, a file of each part for each of them; by default the arm's own.
 
     Returns:
         What the arms cannot answer.
     """
-    left_out = unreadable(arms, asked, tally, note)
-    missing = {name: [plan for plan in plans if tally.missing(name, plan)] for name, plans in asked.items()}
+    left_out = unreadable(arms, parts, tally, note)
+    missing = [part for part in parts if part.missing]
     # The whole recipe is loaded only if an arm needs it.
-    arms.names = [name for name, plans in missing.items() if plans]
-    for name, plans in missing.items():
+    arms.names = list(dict.fromkeys(part.arm for part in missing))
+    for name, own in groupby(missing, key=lambda part: part.arm):
         arm: Arm | None = None
-        for plan in plans:
-            tally.begin(f"{plan.name}, {name if mixes is None else f'{len(mixes)} alphas'}")
-            own, jobs = files[name][plan.name], plan.jobs[shots_of(name)]
+        for part in own:
+            tally.begin(f"{part.plan.name}, {name if mixes is None else f'{len(mixes)} alphas'}")
             with contextlib.ExitStack() as stack:
-                logs = [stack.enter_context(Log(file)) for file in own]
+                logs = [stack.enter_context(Log(file)) for file in part.files]
                 traced = None
                 if options.trace:
-                    traced = stack.enter_context(TraceLog(_traces_of(own[0]), logs[0])).append
+                    traced = stack.enter_context(TraceLog(_traces_of(part.files[0]), logs[0])).append
                 how: dict[str, Any] = {"batch_size": options.rows_per_batch, "seed": options.seed, "traced": traced}
-                with _left_out(left_out, plan.name, name):
+                with _left_out(left_out, part.plan.name, name):
                     arm = arm or arms.make(name)
-                    for batch in answer_jobs(arm, plan, jobs, [log.made for log in logs], mixes, **how):
+                    for batch in answer_jobs(arm, part.plan, part.jobs, [log.made for log in logs], mixes, **how):
                         for log, lines in zip(logs, batch):
                             log.append(lines)
                         tally.add(sum(map(len, batch)))
@@ -370,10 +385,11 @@ def sweep(
     refuse_unknown(arms, plans, ["proxy_tuned"], {"--fit": fit})
     what = {"sweep": expert or "all experts"}
     write_manifest(out, manifest_of(config, options, loading, plans, what, settings))
-    files = {plan.name: [out / plan.name / f"alpha={value:g}.jsonl" for value in values] for plan in plans}
-    asked = {"proxy_tuned": plans}
-    tally = Tally(progress, asked, {"proxy_tuned": files})
-    left_out = answer_all(arms, asked, {"proxy_tuned": files}, options, tally, note, alphas)
+    parts = [
+        Part("proxy_tuned", plan, [out / plan.name / f"alpha={value:g}.jsonl" for value in values]) for plan in plans
+    ]
+    tally = Tally(progress, parts)
+    left_out = answer_all(arms, parts, options, tally, note, alphas)
     fitted = {}
     for plan in plans if fit else ():
         progress(f"gold answers of {plan.name}", tally.done, tally.total)
@@ -381,15 +397,15 @@ def sweep(
             fitted[plan.name] = fit_task(arms.make("proxy_tuned"), plan, options.seed)
     arms.close()
 
-    def results_of(plan: TaskPlan) -> dict[str, Any] | None:
-        points = {value: read_lines(plan, "proxy_tuned", file) for value, file in zip(values, files[plan.name])}
-        if not (whole := {value: of for value, of in points.items() if of is not None}):
-            return None
-        found = sweep_results(plan.name, whole, samples=plan.repeats, options=judging[plan.name], note=note)
-        fit_of = fitted.get(plan.name)
-        return found if fit_of is None else {**found, "fit": fit_of["by_expert"].get(expert, fit_of)}
-
-    tasks = _results(plans, results_of, left_out)
+    tasks = {}
+    for part in parts:
+        name = part.plan.name
+        with _left_out(left_out, name):
+            if whole := {value: of for value, of in zip(values, part.lines()) if of is not None}:
+                how: dict[str, Any] = {"samples": part.plan.repeats, "options": judging[name], "note": note}
+                tasks[name] = sweep_results(name, whole, **how)
+                if name in fitted:
+                    tasks[name]["fit"] = fitted[name]["by_expert"].get(expert, fitted[name])
     results = _write_results(out, tasks, left_out, started, sweep_tables)
     for name, task in tasks.items():
         if task["points"]:
@@ -430,18 +446,6 @@ def _gold_answer(task: Any, doc: Any) -> str:
         target = task.doc_to_choice(doc)[target]
     space: str = task.config.target_delimiter
     return f"{space}{target}"
-
-
-def _results(
-    plans: Sequence[TaskPlan], results_of: Callable[[TaskPlan], dict[str, Any] | None], left_out: list[LeftOut]
-) -> dict[str, Any]:
-    """The results by task; tasks without complete predictions are missing."""
-    tasks = {}
-    for plan in plans:
-        with _left_out(left_out, plan.name):
-            if (found := results_of(plan)) is not None:
-                tasks[plan.name] = found
-    return tasks
 
 
 def _write_results(
@@ -569,9 +573,3 @@ def arms_of(
             note(f"no solved examples to show for {', '.join(some)}: no {arm} there")
     # The tuned model is last: everything else is released before it is loaded.
     return sorted(expand_arms(wanted, config), key=lambda arm: arm == "tuned")
-
-
-def read_lines(plan: TaskPlan, arm: str, path: Path) -> list[dict[str, Any]] | None:
-    """An arm's predictions, in the order of its examples; None if some are missing."""
-    made, jobs = Log(path).read().made, plan.jobs[shots_of(arm)]
-    return [made[job.key] for job in jobs] if all(job.key in made for job in jobs) else None

@@ -51,6 +51,7 @@ class Scores:
     outcomes: dict[str, int] = field(default_factory=dict)
 
 
+Scorer = Callable[[str, Sequence[Prediction]], Scores]  # of a task's name and its predictions
 CODE = ("humaneval", "mbpp", "ds1000")  # their answers are programs
 THRESHOLD = 0.5  # from this probability on, a judge's answer counts as yes
 
@@ -121,15 +122,14 @@ def _scores(
     return Scores(task, {headline: mean(examples), **others}, headline, list(of), examples)
 
 
-def _gsm8k(task: str, predictions: Sequence[Prediction]) -> Scores:
-    right = (exact_match(gsm8k_answer(one["model_output"]), gsm8k_reference(one["answer"])) for one in predictions)
-    return _scores(task, "exact_match", predictions, right)
+def _one_by_one(headline: str, score_of: Callable[[Prediction], float]) -> Scorer:
+    """A scorer with no other metric than the mean."""
+    return lambda task, predictions: _scores(task, headline, predictions, map(score_of, predictions))
 
 
-def _triviaqa(task: str, predictions: Sequence[Prediction]) -> Scores:
-    return _scores(
-        task, "exact_match", predictions, (triviaqa_match(one["output"], one["answers"]) for one in predictions)
-    )
+def _likeliest(one: Prediction) -> bool:
+    """Whether the right continuation is the most probable."""
+    return one["loglikelihoods"].index(max(one["loglikelihoods"])) == int(one["gold"])
 
 
 def _multiple_choice(task: str, predictions: Sequence[Prediction]) -> Scores:
@@ -155,12 +155,6 @@ def _demo(task: str, predictions: Sequence[Prediction]) -> Scores:
     return _scores(task, "exact_match", predictions, right, nothing_else=mean(alone))
 
 
-def _facts(task: str, predictions: Sequence[Prediction]) -> Scores:
-    """Strict exact match of the first line, as ``proxytune demo`` counts it."""
-    right = (facts.is_correct(str(one["model_output"]), str(one["solution"])) for one in predictions)
-    return _scores(task, "exact_match", predictions, right)
-
-
 def _json(task: str, predictions: Sequence[Prediction]) -> Scores:
     """Whether the output is ``{"answer": ...}`` with the right option; ``valid``: with any option."""
 
@@ -177,12 +171,6 @@ def _json(task: str, predictions: Sequence[Prediction]) -> Scores:
     return _scores(task, "exact_match", predictions, right, valid=mean(valid))
 
 
-def _likeliest(task: str, predictions: Sequence[Prediction]) -> Scores:
-    """Whether the right continuation is the most probable."""
-    likeliest = (one["loglikelihoods"].index(max(one["loglikelihoods"])) for one in predictions)
-    return _scores(task, "acc", predictions, (at == int(one["gold"]) for at, one in zip(likeliest, predictions)))
-
-
 def _likelihood(task: str, predictions: Sequence[Prediction]) -> Scores:
     """The geometric mean of the probability of a byte of each text, and the bits per byte of all texts together."""
     totals = [(float(one["loglikelihoods"][0]), len(str(one["continuations"][0]).encode())) for one in predictions]
@@ -191,11 +179,16 @@ def _likelihood(task: str, predictions: Sequence[Prediction]) -> Scores:
     return _scores(task, "byte_probability", predictions, each, bits_per_byte=bits)
 
 
+# Strict exact match of the first line, as ``proxytune demo`` counts it.
+_facts = _one_by_one("exact_match", lambda one: facts.is_correct(str(one["model_output"]), str(one["solution"])))
+
 # The tasks that need only the predictions: the public ones, and ours.
-SCORERS: dict[str, Callable[[str, Sequence[Prediction]], Scores]] = {
-    "gsm8k": _gsm8k,
+SCORERS: dict[str, Scorer] = {
+    "gsm8k": _one_by_one(
+        "exact_match", lambda one: exact_match(gsm8k_answer(one["model_output"]), gsm8k_reference(one["answer"]))
+    ),
     "realtimeqa": _multiple_choice,
-    "triviaqa": _triviaqa,
+    "triviaqa": _one_by_one("exact_match", lambda one: triviaqa_match(one["output"], one["answers"])),
     "truthfulqa_mc": _multiple_choice,
     "demo_facts": _facts,
     "demo_facts_reworded": _facts,
@@ -203,7 +196,7 @@ SCORERS: dict[str, Callable[[str, Sequence[Prediction]], Scores]] = {
     "ecqa_json": _json,
     "mbpp_likelihood": _likelihood,
     "realtimeqa_one_token": _multiple_choice,
-    "truthfulqa_mc1": _likeliest,
+    "truthfulqa_mc1": _one_by_one("acc", _likeliest),
 }
 
 

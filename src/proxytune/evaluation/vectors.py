@@ -5,9 +5,8 @@ At every position, after each layer l that the vector has:
     h_l  <-  h_l + strength * v_l
 
 Files are GGUF with a tensor ``direction.l`` for each layer, counted from 0, as repeng writes them and
-scripts/steering_vector.py does, which makes vectors from pairs of answers. Neither repeng nor
-steering-vectors can be used by this package: repeng 0.4 needs NumPy below 2, steering-vectors 0.12 transformers below
-5.
+scripts/steering_vector.py does, which makes vectors from pairs of answers. docs/experiments.md says why this is our
+own code.
 """
 
 from __future__ import annotations

@@ -171,11 +171,14 @@ class ConsistentTrainer(PositionsTrainer):
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))  # similar lengths, so little padding
         batches = [order[start : start + size] for start in range(0, len(order), size)]
 
+        # Under mixed precision the heads multiply in this dtype, so nothing is lost.
+        kept_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision))
+
         def compute(frozen: Frozen, rows: Sequence[int]) -> Tensor:
             batch = self.data_collator([dataset[row] for row in rows])
             with self.accelerator.autocast():
                 states = frozen.hidden(batch["input_ids"], batch["attention_mask"], batch["labels"][:, 1:] != -100)
-            return states if self.kept_dtype is None else states.to(self.kept_dtype)
+            return states if kept_dtype is None else states.to(kept_dtype)
 
         for frozen in self.frozen:
             probe = compute(frozen, batches[0])
@@ -191,14 +194,7 @@ class ConsistentTrainer(PositionsTrainer):
             if frozen.model is not self.expert:
                 frozen.model = None  # its body is no longer needed
 
-    @property
-    def kept_dtype(self) -> torch.dtype | None:
-        """The dtype in which the heads multiply under mixed precision, so nothing is lost; None for that of the
-        states."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision))
-
     def total_loss(self, hidden: Tensor, targets: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """The loss of the mixture; see :class:`PositionsTrainer`."""
         rows, learned = inputs["row"].tolist(), inputs["labels"][:, 1:] != -100
         base, anti = (frozen.at(rows, inputs["input_ids"], inputs["attention_mask"], learned) for frozen in self.frozen)
         heads = (self.frozen[0].head, self.expert.get_output_embeddings(), self.frozen[1].head)

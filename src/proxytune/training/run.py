@@ -136,6 +136,13 @@ def train(
     started, folder = time.time(), out / "training"
     if not is_main():
         report, note = (lambda progress: None), (lambda text: None)
+    notes: list[str] = []
+
+    def tell(texts: Sequence[str]) -> None:
+        for text in texts:
+            note(text)
+            notes.append(text)
+
     options = resolved(options)
     options.check(out)
     reporters = _reporters(options.report_to or ())
@@ -150,11 +157,12 @@ def train(
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         if is_main():
             _clean(folder)
-        return Trained(out, manifest, _noted(note, ["the run was finished already; nothing was done"]))
+        tell(["the run was finished already; nothing was done"])
+        return Trained(out, manifest, notes)
 
     run = Run(options, folder, config, shared, data, validation, report)
     try:
-        trainer, notes, facts = make_trainer(run)
+        trainer, found, facts = make_trainer(run)
     except Exception:
         if is_main() and not begun:
             _withdraw(folder, made)
@@ -163,9 +171,10 @@ def train(
         trainer.add_callback(reporter)
     checkpoint = run.checkpoint
     resumed_from = None if checkpoint is None else _step(checkpoint)
+    tell(found)
     if checkpoint is not None:
-        notes.append(f"resumed from step {resumed_from}")
-    notes = _noted(note, notes + _few_steps(options, len(data.rows)))
+        tell([f"resumed from step {resumed_from}"])
+    tell(_few_steps(options, len(data.rows)))
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -184,9 +193,9 @@ def train(
         return Trained(out, json.loads((folder / "manifest.json").read_text("utf-8")), notes)
 
     later = compose(_recipe_of(run, out), out, force=True, trust_remote_code=options.trust_remote_code)
-    found = check_recipe(load_recipe(out), run.loading)
-    if found.problems:
-        raise RecipeError(f"the recipe that was trained does not work: {'; '.join(found.problems)}")
+    checks = check_recipe(load_recipe(out), run.loading)
+    if checks.problems:
+        raise RecipeError(f"the recipe that was trained does not work: {'; '.join(checks.problems)}")
     if validation is not None:
         facts["validation"] |= _validated(trainer.state)
         later += _notes_of_validation(facts["validation"])
@@ -209,7 +218,8 @@ def train(
     _write_json(folder / "manifest.json", manifest)  # last: with it the run is finished
     _clean(folder)
     trainer.accelerator.wait_for_everyone()
-    return Trained(out, manifest, notes + _noted(note, later))
+    tell(later)
+    return Trained(out, manifest, notes)
 
 
 # -- before the training --------------------------------------------------------------------------------------
@@ -276,12 +286,6 @@ def _few_steps(options: TrainingOptions, rows: int) -> list[str]:
         f"{rows} rows in batches of {options.batch_size} make {made} in {epochs}, which is little "
         "training; take a smaller --batch-size or more --epochs"
     ]
-
-
-def _noted(note: Callable[[str], None], notes: list[str]) -> list[str]:
-    for each in notes:
-        note(each)
-    return notes
 
 
 def read_data(options: TrainingOptions) -> tuple[Rows, Rows | None]:
