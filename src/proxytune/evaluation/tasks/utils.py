@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -73,24 +73,19 @@ def local(data: str | None, *names: str, optional: bool = False) -> Path | None:
     return found
 
 
-def lines(path: Path) -> Iterator[Line]:
-    """The rows of a file, each a JSON object or a row of a table."""
-    for row in read_rows(path):
-        where = f"{row.where} of {path}"
+def rows_of(path: Path | None, repository: str = "", *config: str, said: str = "", **options: Any) -> Iterator[Line]:
+    """The rows of a local file or, if there is none, of a split of a data set on the hub.
+
+    Args:
+        said: the data set's name in messages. options: see :func:`proxytune.answers.files.read_dataset`.
+    """
+    said = str(path or said or repository)
+    hint = "; give its file with --data"
+    rows = read_rows(path) if path else read_dataset(repository, *config, said=said, hint=hint, **options)
+    for row in rows:
         if not isinstance(row.value, dict):
-            raise ProxyTuneError(f"{where} is not a JSON object")
-        yield Line(where, row.value)
-
-
-def hub(repository: str, *arguments: str, said: str | None = None, **options: Any) -> Iterator[Line]:
-    """The rows of one split of a data set on the hub; ``said`` is its name in messages."""
-    for row in read_dataset(repository, *arguments, said=said, hint="; give its file with --data", **options):
-        yield Line(f"{row.where} of {said or repository}", row.value)
-
-
-def rows_of(path: Path | None, repository: str, *arguments: str, **options: Any) -> Iterator[Line]:
-    """The rows of the local file or, if there is none, of the data set on the hub."""
-    return lines(path) if path else hub(repository, *arguments, **options)
+            raise ProxyTuneError(f"{row.where} of {said} is not a JSON object")
+        yield Line(f"{row.where} of {said}", row.value)
 
 
 def splits(test: Iterable[Row], train: Iterable[Row] = ()) -> Splits:
@@ -113,7 +108,7 @@ def gsm8k(data: str | None = None, **_: Any) -> Splits:
     path = local(data, "gsm8k/test.jsonl", "gsm/test.jsonl", "test.jsonl")
     found = rows_of(path, "openai/gsm8k", "main", split="test")
     train_path = local(data, "gsm8k/train.jsonl", "gsm/train.jsonl", "train.jsonl", optional=True)
-    shown = lines(train_path) if train_path else (() if path else hub("openai/gsm8k", "main", split="train[:8]"))
+    shown = () if path and not train_path else rows_of(train_path, "openai/gsm8k", "main", split="train[:8]")
     return splits(map(_gsm8k, found), map(_gsm8k, islice(shown, 8)))
 
 
@@ -216,7 +211,7 @@ def _toxigen_group(data: str | None, group: str) -> list[tuple[int, str]]:
     if path is not None:
         found = [row.value for row in read_text_lines(path)]
     else:
-        rows = hub("toxigen/toxigen-data", "prompts", split=f"hate_{group}_1k")
+        rows = rows_of(None, "toxigen/toxigen-data", "prompts", split=f"hate_{group}_1k")
         found = [str(line.values.get("text") or line.values.get("prompt") or "") for line in rows]
     return [(number, text.strip()) for number, text in enumerate(found, start=1) if text.strip()]
 
@@ -228,7 +223,7 @@ def _toxigen_file(path: Path) -> Iterator[tuple[int, str, tuple[str, ...]]]:
             if row.value.strip():
                 yield row.number, row.value.strip(), ()
         return
-    for number, line in enumerate(lines(path), start=1):
+    for number, line in enumerate(rows_of(path), start=1):
         groups: Sequence[str] = [line.text("group")] if line.values.get("group") else []
         if line.values.get("target_groups"):
             groups = line.texts("target_groups")
@@ -239,7 +234,7 @@ def triviaqa(data: str | None = None, **_: Any) -> Splits:
     """TriviaQA's questions with all aliases of the answer."""
     path = local(data, "triviaqa/dev.jsonl", "triviaqa/TriviaQA.csv", "dev.jsonl", "TriviaQA.csv")
     there = ("mandarjoshi/trivia_qa", "unfiltered.nocontext")
-    found, shown = rows_of(path, *there, split="validation"), () if path else hub(*there, split="train[:8]")
+    found, shown = rows_of(path, *there, split="validation"), () if path else rows_of(None, *there, split="train[:8]")
     return splits(map(_trivia, found), map(_trivia, shown))
 
 
@@ -268,7 +263,7 @@ def realtimeqa(data: str | None = None, **_: Any) -> Splits:
             "RealTimeQA is not on the hub; give its questions with --data, from github.com/realtimeqa/realtimeqa_public"
         )
     rows, seen = [], dict[str, set[str]]()
-    for line in lines(path):
+    for line in rows_of(path):
         choices, gold = line.texts("choices"), line.values.get("answer")
         gold = gold[0] if isinstance(gold, list) and gold else gold
         if gold == [] or len(choices) > len(LETTERS):
@@ -315,9 +310,8 @@ def humaneval(data: str | None = None, **_: Any) -> Splits:
 
 def mbpp(data: str | None = None, **_: Any) -> Splits:
     """MBPP's test problems (11 to 510), the first ten to be shown as examples, and of a file those to learn from."""
-    path = problems_file("mbpp", data)
-    parts = (hub("google-research-datasets/mbpp", "full", split=split) for split in ("prompt", "test"))
-    rows = [_mbpp(line) for line in (lines(path) if path else chain.from_iterable(parts))]
+    found = rows_of(problems_file("mbpp", data), "google-research-datasets/mbpp", "full", split="prompt+test")
+    rows = list(map(_mbpp, found))
     test = [row for row in rows if 10 < row["task_id"] <= 510]
     return splits(test, [row for row in rows if row["task_id"] <= 10 or row["task_id"] > 600])
 
