@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table as Grid
 from rich.text import Text
@@ -194,9 +194,7 @@ class DemoResult:
 
     def try_next(self) -> list[str]:
         recipe = self.task.recipe
-        example = shlex.quote(
-            next(iter(load_recipe(self.place / self.task.folder).examples), self.problems[0].question)
-        )
+        example = shlex.quote(load_recipe(self.place / self.task.folder).examples[0])
         return [f"proxytune chat {recipe}", f"proxytune generate {recipe} --chat {example}", self.with_all()]
 
     def with_all(self) -> str:
@@ -272,7 +270,7 @@ def run_demo(
             for batch in _batches(result, began):
                 lines: dict[str, list[dict[str, Any]]] = {}
                 read: dict[str, Any] = {}
-                counts = _counts(result, console.width)
+                counts = [rendered(replace(result.table(), legend={}), console.width)] if result.n_answered else []
                 asked = result.asked_next()
                 for name in (each for each in arms if each in asked):
                     doing = f"{_short(task.title(name))}: problems {batch.start + 1} to {batch.stop} …"
@@ -306,11 +304,6 @@ def _batches(result: DemoResult, began: float) -> Iterator[slice]:
 
 
 # ---- what is shown -----------------------------------------------------------------------------------
-
-
-def _counts(result: DemoResult, width: int) -> list[RenderableType]:
-    """The counts so far; none before the first."""
-    return [rendered(replace(result.table(), legend={}), width)] if result.n_answered else []
 
 
 @torch.inference_mode()

@@ -9,6 +9,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from proxytune.evaluation import ARMS
+
 __all__ = ["ACCENT", "PLAIN", "STYLE", "plot_arms", "plot_sweep", "save"]
 
 ACCENT, PLAIN, LINES = "#1b6ca8", "#b8c4ce", ("#1b6ca8", "#c8553d", "#5b8c5a", "#8d6a9f", "#7f7f7f")
@@ -20,12 +22,11 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def plot_arms(tasks: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str], path: Path) -> list[Path]:
+def plot_arms(tasks: Mapping[str, Mapping[str, Any]], path: Path) -> list[Path]:
     """One panel a task: each arm's share with its 95 % interval, the proxy-tuned base in colour.
 
     Args:
         tasks: the tasks with a score, as in results.json.
-        titles: arm -> its title.
         path: path without a suffix; .png and .svg are written.
     """
     n_arms = sum(len(task["arms"]) for task in tasks.values())
@@ -45,7 +46,7 @@ def plot_arms(tasks: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str],
                 panel.annotate(
                     f"{value:.1f}", (max(high, value), place), (6, 0), textcoords="offset points", va="center"
                 )
-            panel.set_yticks(range(len(arms)), [titles.get(arm, arm) for arm in reversed(arms)])
+            panel.set_yticks(range(len(arms)), [ARMS.get(arm, arm) for arm in reversed(arms)])
             panel.set_xlim(0, min(112.0, 8 + 1.12 * max(100 * of["high"] for of in task["arms"].values())))
             panel.set_xticks([tick for tick in panel.get_xticks() if tick <= 100])
             panel.set_xlabel(f"{_said(task['headline'])}, %, with 95 % intervals")

@@ -132,7 +132,7 @@ def evaluate(
     if drawn := {name: task for name, task in tasks.items() if task["arms"]}:
         from proxytune.evaluation.plots import plot_arms
 
-        plot_arms(drawn, ARMS, out / "results")
+        plot_arms(drawn, out / "results")
     return results
 
 

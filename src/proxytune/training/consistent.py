@@ -22,6 +22,7 @@ import torch
 from datasets import concatenate_datasets
 from torch import Tensor, nn
 
+from proxytune.answers.journal import write_whole
 from proxytune.decoding.mixing import mix
 from proxytune.errors import MemberError, ProxyTuneError
 from proxytune.training.positions import PositionsTrainer, has_plain_head, last_hidden, summed
@@ -86,9 +87,7 @@ class HiddenStates:
                 count = self.offsets[row + 1] - self.offsets[row]
                 self.states[self.offsets[row] : self.offsets[row + 1]] = states[start : start + count].cpu()
                 start += count
-            part = done.with_suffix(".part")
-            part.write_text(str(number))
-            part.replace(done)
+            write_whole(done, str(number))
             yield number
 
 

@@ -173,14 +173,12 @@ class TrainingOptions(Options):
         self._check_processes()
         data_file(self.data)
         if self.validates:
-            source, split = self.validation_source
+            source, _ = self.validation_source
             if data_file(source) is not None and self.validation_split is not None:
                 raise ProxyTuneError(
                     f"--validation-split is the name of a data set's split, but {source!r} is a file; give the "
                     "validation data as a file of their own with --validation FILE"
                 )
-            if source == self.data and (data_file(source) is not None or split == self.split):
-                raise ProxyTuneError("the validation data are the training data; give rows that are not trained on")
         for model in (self.base, self.anti_expert):
             if model is not None:
                 resolve(model, None)

@@ -69,7 +69,6 @@ PLATFORMS = {"azure_ml", "flyte", "kubeflow"}
 class Trained:
     """What came of it. ``manifest`` is what ``training/manifest.json`` holds; ``notes`` are for people."""
 
-    directory: Path
     manifest: dict[str, Any]
     notes: list[str]
 
@@ -158,7 +157,7 @@ def train(
         if is_main():
             _clean(folder)
         tell(["the run was finished already; nothing was done"])
-        return Trained(out, manifest, notes)
+        return Trained(manifest, notes)
 
     run = Run(options, folder, config, shared, data, validation, report)
     try:
@@ -190,7 +189,7 @@ def train(
 
     if not is_main():
         trainer.accelerator.wait_for_everyone()
-        return Trained(out, json.loads((folder / "manifest.json").read_text("utf-8")), notes)
+        return Trained(json.loads((folder / "manifest.json").read_text("utf-8")), notes)
 
     later = compose(_recipe_of(run, out), out, force=True, trust_remote_code=options.trust_remote_code)
     checks = check_recipe(load_recipe(out), run.loading)
@@ -219,7 +218,7 @@ def train(
     _clean(folder)
     trainer.accelerator.wait_for_everyone()
     tell(later)
-    return Trained(out, manifest, notes)
+    return Trained(manifest, notes)
 
 
 # -- before the training --------------------------------------------------------------------------------------
