@@ -106,7 +106,7 @@ class BenchOptions(Options):
         parse=_speculate,
     )
     temperature: float | None = option(None, "Sample in all arms, with seeds; greedy by default.", metavar="T")
-    repeats: int = option(5, "Number of rounds. The table shows their median.", metavar="N")
+    repeats: int = option(5, "Number of rounds. The table shows their median.", metavar="N", min=1)
     minutes: float = option(
         18,
         "Time limit. Cases that do not fit get fewer rounds or none, and a note says so; 64/128 at batch 1 always "
@@ -213,13 +213,14 @@ class PlanOptions:
 class RequestOptions(Options):
     """Options of a plan for a base behind an API: what is asked, and what it is paid."""
 
-    prompts: int = _api(1, "Number of prompts.", metavar="N")
-    prompt_tokens: int = _api(256, "Tokens of each prompt.", metavar="N")
+    prompts: int = _api(1, "Number of prompts.", metavar="N", min=1)
+    prompt_tokens: int = _api(256, "Tokens of each prompt.", metavar="N", min=1)
     new_tokens: int = _api(
         256,
         "New tokens of each answer; those that end earlier cost less.",
         flag="--max-new-tokens -n",
         metavar="N",
+        min=1,
     )
     drafts: tuple[int, ...] = _api(
         (4,),
