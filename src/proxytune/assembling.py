@@ -148,22 +148,14 @@ def loading_of_call(called: Callable[..., Any], config: ProxyTuneConfig, kwargs:
     """Sort the arguments of ``called``, from_pretrained or from_members. An option that nothing reads is an error."""
     not_ours = ("_from_auto", "_from_pipeline", "_commit_hash", "trust_remote_code", "adapter_kwargs", "code_revision")
     kwargs = {key: value for key, value in kwargs.items() if value is not None and key not in (*not_ours, *PLACE)}
-    loading = Loading(
-        dtype=kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None),
-        device_map=kwargs.pop("device_map", None),
-        quantization_config=kwargs.pop("quantization_config", None),
-        attn_implementation=kwargs.pop("attn_implementation", config._attn_implementation),  # AutoConfig puts it there
-        tqdm_class=kwargs.pop("tqdm_class", None),
-        trust_remote_code=bool(kwargs.pop("member_trust_remote_code", False)),
-        share=bool(kwargs.pop("share", True)),
-        pack=bool(kwargs.pop("pack", False)),
-        way=kwargs.pop("way", None),
-        max_calls=kwargs.pop("max_calls", None),
-        max_tokens=kwargs.pop("max_tokens", None),
-        sample_named=kwargs.pop("sample_named", None),
-        hub={key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs},
-    )
+    if "torch_dtype" in kwargs:
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+    kwargs["trust_remote_code"] = bool(kwargs.pop("member_trust_remote_code", False))  # the other is the recipe's
+    kwargs.setdefault("attn_implementation", config._attn_implementation)  # AutoConfig puts it there
+    ours = {field.name for field in fields(Loading)} - {"hub"}
+    asked = {name: kwargs.pop(name) for name in ours & kwargs.keys()}
+    hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
     if kwargs:
-        known = ("speculate", "compile", "member_trust_remote_code", *(f.name for f in fields(Loading)), *HUB_ARGUMENTS)
-        raise unknown_arguments(called, kwargs, set(known) - {"hub"})
-    return loading
+        known = {"speculate", "compile", "member_trust_remote_code", *ours, *HUB_ARGUMENTS}
+        raise unknown_arguments(called, kwargs, known)
+    return Loading(**asked, hub=hub)
