@@ -64,9 +64,10 @@ test: install  ## the core tests, on all cores, a few minutes
 test-slow: install  ## the others: real models, servers, kills, the pages, the notebook and the wheel
 	$(PYTEST) -m slow
 
-# Warnings are errors, but for what vLLM warns of.
+# Warnings are errors, but for what vLLM warns of. Two processes: each waits for servers half of the time.
 test-vllm: install-vllm  ## the tests with the real vLLM engine, three minutes of them under load; a skip fails
-	PROXYTUNE_NO_SKIPS=1 $(VLLM_BIN)/python -m pytest -W default tests/vllm
+	PROXYTUNE_NO_SKIPS=1 OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -W default tests/vllm \
+		--numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: install  ## ruff: style and format; import-linter: who imports whom; hadolint: the Dockerfile; codespell, plain words
 	$(BIN)/ruff check .

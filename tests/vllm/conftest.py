@@ -31,6 +31,15 @@ def pytest_sessionfinish(session: Any, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_are_wrapped_once() -> None:
+    """vLLM wraps its kernels when an engine starts, and trips over those of an earlier one and over numba's modules."""
+    from vllm.platforms import current_platform
+
+    current_platform.register_triton_kernel_overrides()
+    current_platform.register_triton_kernel_overrides = lambda: None
+
+
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory: Any) -> SimpleNamespace:
     """Members and recipes on disk; ``recipe(name, **values)`` writes one more."""
