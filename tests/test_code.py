@@ -11,6 +11,7 @@ from fractions import Fraction
 import pytest
 
 from proxytune import ProxyTuneError
+from proxytune.answers.files import read_dataset
 from proxytune.evaluation import code
 from proxytune.evaluation.code import clean_code, load_problems, pass_at_k, program
 from proxytune.evaluation.jail import landlock_version
@@ -254,3 +255,15 @@ def test_all_reference_solutions_of_mbpp_pass(data):
         if not verdict.passed
     ]
     assert len(failed) <= 3, failed
+
+
+def test_a_folder_is_read_as_a_data_set_by_its_splits(tmp_path):
+    (tmp_path / "d").mkdir()
+    write(tmp_path / "d" / "train.jsonl", [{"a": 1}])
+    write(tmp_path / "d" / "test.jsonl", [{"a": 2}])
+    own = {"cache_dir": str(tmp_path / "cache")}
+    rows = list(read_dataset(str(tmp_path / "d"), split="all", **own))
+    assert [(row.where, row.value) for row in rows] == [("row 1", {"a": 1}), ("row 2", {"a": 2})]
+    assert [row.value for row in read_dataset(str(tmp_path / "d"), split="test", **own)] == [{"a": 2}]
+    with pytest.raises(ProxyTuneError, match=r"the data set mine cannot be loaded \(.*nowhere.*\); give it"):
+        list(read_dataset(str(tmp_path / "d"), split="nowhere", said="mine", hint="; give it", **own))

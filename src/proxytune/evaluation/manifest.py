@@ -138,14 +138,13 @@ FOLLOWS = {"limit": ("examples", "data_sha256"), "examples": ("data_sha256",), "
 
 
 def _refuse_others(out: Path, said: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    differing = []
     changed = {key for key in now if before.get(key) != now[key]}
     changed -= {result for cause in changed for result in FOLLOWS.get(cause, ())}
-    for key in now:
-        if key in changed:
-            texts = (json.dumps(value) for value in (before.get(key), now[key]))
-            was, is_now = (text if len(text) <= 80 else f"{text[:77]}…" for text in texts)
-            differing.append(f"{said}{key.replace('_', ' ')} {was}, now {is_now}")
+    differing = []
+    for key in (key for key in now if key in changed):
+        texts = (json.dumps(value) for value in (before.get(key), now[key]))
+        was, is_now = (text if len(text) <= 80 else f"{text[:77]}…" for text in texts)
+        differing.append(f"{said}{key.replace('_', ' ')} {was}, now {is_now}")
     if differing:
         raise ProxyTuneError(
             f"{out} was started with {'; '.join(differing)}; use that again, or choose another --output"
