@@ -50,7 +50,7 @@ from proxytune.recipe.alpha import NAMED, take_alpha
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import FIELDS, OURS, refuse_fields
 from proxytune.recipe.prompts import Prompter
-from proxytune.recipe.rules import Rule, Steering
+from proxytune.recipe.rules import Steering
 
 __all__ = [
     "NO_TRACE",
@@ -326,30 +326,15 @@ class SteeredGenerationMixin(GenerationMixin):
         generation_config: Any
 
         steering: Steering
-
-        def alpha_rows(self, alpha: Any, n_batch: int, rule: Rule | None = None) -> Tensor: ...
-
-        def mix_lanes(
-            self,
-            lane_logits: Sequence[Tensor | None],
-            alpha: Tensor,
-            steering: Steering | None = None,
-            opened: Tensor | None = None,
-        ) -> Tensor: ...
-
-        def member_logits(self, name: str, lane_logits: Sequence[Tensor | None]) -> Tensor: ...
-
-        def whole_logits(self, read: Sequence[Scores], *, refuse: bool) -> list[Tensor]: ...
-
-        def all_logits(self, lane_logits: Sequence[Tensor]) -> dict[str, Tensor]: ...
-
-        def paired(self, logits: Mapping[str, Tensor]) -> Members: ...
-
-        def new_cache(self, capacity: int | None = None) -> ProxyTunedCache: ...
-
-        def context_of(self, name: str) -> int | None: ...
-
-        def forward(self, input_ids: Tensor) -> Any: ...
+        alpha_rows: Callable[..., Tensor]
+        mix_lanes: Callable[..., Tensor]
+        member_logits: Callable[..., Tensor]
+        whole_logits: Callable[..., list[Tensor]]
+        all_logits: Callable[..., dict[str, Tensor]]
+        paired: Callable[..., Members]
+        new_cache: Callable[..., ProxyTunedCache]
+        context_of: Callable[..., int | None]
+        forward: Callable[..., Any]
 
     # The first two say what decides the type of the result; they take all other arguments too.
     @overload  # type: ignore[override]
@@ -639,21 +624,14 @@ class SteeredGenerationMixin(GenerationMixin):
             show_scores="scores" in kept,
         )
 
-        # Experts read later where the gate is closed, and ahead while a server chooses.
-        states: list[Any] = list(cache.states)
+        # The lanes' states, and who drafts.
         gating = None
         if steering.gate is not None:
             # Traces show the experts' scores of every token. Static caches read one column at a time.
             waits = tracer is None and asking is None and cache.capacity is None and self.unlike_in_pieces is None
             gating = Gating(steering.gate, text, self.tokenizer, self._base_logits, waits=waits)
-            if gating.waits:
-                states = [state if lane == base else Later(state) for lane, state in enumerate(states)]
-        ahead: list[Ahead] = []
-        # Only for one row: of several guesses one is usually wrong.
-        guesses = remote is not None and remote.way == "push" and self.drafting is not None and n_batch == 1
-        if guesses and all(state.forgets for state in states):
-            states = [state if lane == base else Ahead(state) for lane, state in enumerate(states)]
-            ahead = [state for lane, state in enumerate(states) if lane != base]
+        states = self._lane_states(cache, gating, remote)
+        ahead = [state for state in states if isinstance(state, Ahead)]
         pace = Pace(speculate, self.costs, n_batch)
         n_vocab, n_shared = prompt.shape[-1], self.shared_vocab
         drafter = Drafter(self.drafting, self.lanes, states, text, sampler, pace, n_vocab=n_vocab, n_shared=n_shared)
@@ -756,6 +734,18 @@ class SteeredGenerationMixin(GenerationMixin):
             raise ProxyTuneError(f"speculate={speculate} is not possible here, because {obstacle}; leave it out")
         pays = speculate != "auto" or self.costs.drafts_pay(HOPED_FOR, cache.n_batch)
         return speculate if obstacle is None and pays else False
+
+    def _lane_states(self, cache: ProxyTunedCache, gating: Gating | None, remote: RemoteLane | None) -> list[Any]:
+        """One state per lane. Experts read later where a gate that waits is closed, or ahead while a server chooses."""
+        # Ahead only for one row: of several guesses one is usually wrong.
+        guesses = remote is not None and remote.way == "push" and self.drafting is not None and cache.n_batch == 1
+        kind: Any = None
+        if gating is not None and gating.waits:
+            kind = Later
+        elif guesses and all(state.forgets for state in cache.states):
+            kind = Ahead
+        base = self.seats["base"][0]
+        return [state if kind is None or at == base else kind(state) for at, state in enumerate(cache.states)]
 
     def _base_logits(self, scores: Scores) -> Tensor:
         """The base's logits of the ids that all members have, float32, in its lane's scores."""

@@ -42,7 +42,7 @@ from proxytune.generation_mixin import (
 )
 from proxytune.lanes.kernels import compile_model
 from proxytune.lanes.reading import refuse_unequal_lengths, unlike_in_pieces
-from proxytune.lanes.transformers import TransformersLane
+from proxytune.lanes.transformers import TransformersLane, kept_positions
 from proxytune.own_prompts import comparable, first_columns, last_columns, reads_its_own
 from proxytune.recipe.alpha import alpha_rows, take_alpha
 from proxytune.recipe.config import ProxyTuneConfig
@@ -358,7 +358,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, SteeredGenerationMixin):
             logits_to_keep = comparable(logits_to_keep, n_shared)
         if schedule is not None:
             following = torch.arange(n_columns)[None] + (n_cached + 1 - cast(int, answer_at))
-            opened = scheduled(schedule, following[:, _kept(logits_to_keep)])
+            opened = scheduled(schedule, following[:, kept_positions(logits_to_keep)])
 
         logits: list[Tensor] = []  # one per lane, (n_seats * n_batch, n_positions, n_vocab)
         if cache.capacity == 0 and (position_ids is not None or self._wants_gradients()):
@@ -712,11 +712,6 @@ def _same_weights(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> boo
         given[name].data_ptr() == weight.data_ptr() or torch.equal(given[name].to(weight), weight)
         for name, weight in own.items()
     )
-
-
-def _kept(logits_to_keep: int | Tensor) -> Any:
-    """The positions that ``logits_to_keep`` asks for, as an index."""
-    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.cpu()
 
 
 def _refuse_positions(position_ids: Tensor, attention_mask: Tensor | None, n_cached: int, n_columns: int) -> None:

@@ -29,6 +29,7 @@ from proxytune.vllm.plan import Part, refuse
 from proxytune.vllm.weights import Adapter, with_adapter
 from support import tiny
 from support.served import NGRAM, expert, quantized, wide
+from support.syncs import counted_syncs
 
 
 def configured(recipe, **options):
@@ -549,3 +550,34 @@ def test_the_core_takes_what_is_wrapped():
 def test_alphas_survive_the_dtype_of_hidden_states(dtype):
     alpha = torch.tensor([[0.1, -1.0 / 3.0], [3e5, 1e-7]])
     assert torch.equal(join(split(alpha, dtype)), alpha)
+
+
+def test_mixing_a_batch_never_waits_for_the_device():
+    """Whatever its requests ask for: the recipe's own, another rule, gates, a schedule, weights."""
+    from proxytune.vllm.alpha import PIECES
+    from proxytune.vllm.model import ProxyTunedForCausalLM as Model
+
+    hows = [Steering(), Steering("union"), (("base", 0.5), ("e.expert", 0.5))]
+    hows += [Steering(gate=Gate(kind, value)) for kind, value in (("unsure", 0.9), ("kl", 0.5), ("warmup", 4.0))]
+    hows.append(Steering(gate=Gate("between", ("a", "b"))))
+    parts = {"base": "base", "e.expert": "e", "e.anti_expert": "anti"}
+    head = SimpleNamespace(compute_logits=lambda state: torch.log_softmax(state, dim=-1))
+    part = SimpleNamespace(
+        parts=list(parts.values()),
+        widths=[20] * 3,
+        n_columns=PIECES * 3,
+        part=lambda name: head,
+        recipe=SimpleNamespace(names=["e"]),
+        hows=hows,
+        owner=parts,
+        gather=None,
+        shared_vocab=18,
+        config=SimpleNamespace(plausibility=0.01),
+    )
+    for name in ("_mixed", "_opened"):
+        setattr(part, name, getattr(Model, name).__get__(part))
+    columns = split(torch.tensor([[0.5, float(place), 2.0] for place in range(len(hows))]), torch.float32)
+    hidden = torch.cat([torch.randn(len(hows), 60), columns], dim=-1)
+    with counted_syncs() as syncs:
+        assert Model.compute_logits(part, hidden).shape == (len(hows), 18)
+    assert syncs == []

@@ -13,14 +13,13 @@ from transformers.generation.logits_process import LogitsProcessor
 
 from proxytune.analysis.explanation import Explanation
 from proxytune.analysis.options import Branch
-from proxytune.answers.generation import Answer, Encoded, answer, encode, with_room
+from proxytune.answers.generation import Answer, answer, encode, with_room
 from proxytune.answers.options import AnswerOptions, Sampling
 from proxytune.answers.text import alone, loaded
 from proxytune.answers.traces import token_texts, trace_line
 from proxytune.decoding.trace import TOP_K
 from proxytune.errors import PromptError, ProxyTuneError
 from proxytune.model import ProxyTunedForCausalLM
-from proxytune.recipe.alpha import resolve_alpha
 
 __all__ = ["explain", "explain_answer", "explain_branch", "explain_prompt", "own_answers"]
 
@@ -71,7 +70,7 @@ def explain(
     if not isinstance(prompt, str):
         raise PromptError("the prompt must be a text")
     model, tokenizer = loaded(recipe)
-    alphas = resolve_alpha(alpha, model.expert_names, [expert.alpha for expert in model.experts])
+    alphas = model.config.alphas_of(alpha)
     made = explain_prompt(model, tokenizer, prompt, alphas, options, sampling, trace_top_k)
     return replace(made, own=own_answers(model, tokenizer, prompt, options, sampling))
 
@@ -191,23 +190,12 @@ def own_answers(
     """The answers of the base and of each expert alone, each to its own prompt: name -> text."""
     encoded = encode(model, tokenizer, prompt, **options.shown)
     members = {"base": "base", **{name: f"{name}.expert" for name in model.expert_names}}
-    return {
-        title: _alone(model, tokenizer, member, encoded, options, sampling)
-        for title, member in members.items()
-        if member in model.seats
-    }
-
-
-def _alone(
-    model: ProxyTunedForCausalLM,
-    tokenizer: Any,
-    member: str,
-    encoded: Encoded,
-    options: AnswerOptions,
-    sampling: Sampling,
-) -> str:
-    one = alone(model.member(member), tokenizer)
-    shown = with_room(one.contexts, encoded.own.get(member, encoded.ids), {})
-    return answer(one, tokenizer, [shown], None, rows=[1], max_new_tokens=options.max_new_tokens, sampling=sampling)[
-        0
-    ].text
+    texts = {}
+    for title, member in members.items():
+        if member in model.seats:
+            one = alone(model.member(member), tokenizer)
+            shown = with_room(one.contexts, encoded.own.get(member, encoded.ids), {})
+            limit = options.max_new_tokens
+            made = answer(one, tokenizer, [shown], None, rows=[1], max_new_tokens=limit, sampling=sampling)
+            texts[title] = made[0].text
+    return texts

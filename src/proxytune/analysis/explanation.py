@@ -125,8 +125,10 @@ class Explanation:
 
         def far(at: int) -> float:
             token = self.tokens[at]
-            moved = token.get("kl") if self.steered else _negative(token.get("mixture_logprob"))
-            return -math.inf if moved is None else float(moved)
+            moved = token.get("kl" if self.steered else "mixture_logprob")
+            if moved is None:
+                return -math.inf
+            return float(moved if self.steered else -moved)
 
         chosen = [at for at in range(self.n_given, len(self.tokens)) if far(at) > -math.inf]
         return sorted(chosen, key=far, reverse=True)[:k]
@@ -224,10 +226,6 @@ def expert_choice(token: Mapping[str, Any], name: str) -> Mapping[str, Any] | No
 def _best(token: Mapping[str, Any], log_p: Any) -> Mapping[str, Any] | None:
     known = [each for each in token.get("candidates") or () if log_p(each) is not None]
     return max(known, key=lambda each: (log_p(each), -each["id"]), default=None)  # of equals the lowest id
-
-
-def _negative(value: float | None) -> float | None:
-    return None if value is None else -value
 
 
 # -- text -----------------------------------------------------------------------------------------------------

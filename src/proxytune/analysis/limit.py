@@ -21,7 +21,7 @@ from torch import Tensor
 from proxytune.analysis.references import Reference
 from proxytune.answers.generation import Encoded, Sampling, answer, encode
 from proxytune.decoding.mixing import Members, mix
-from proxytune.decoding.trace import json_number
+from proxytune.decoding.trace import as_json
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.fit import gold_ids, read_gold
 from proxytune.tables import Table, percent
@@ -63,11 +63,7 @@ class GoldToken:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON; an infinite number is None."""
-        return {
-            **vars(self),
-            **{name: json_number(getattr(self, name)) for name in ("base_logprob", "needed", "given", "best")},
-            "reachable": None if self.reachable is None else [json_number(end) for end in self.reachable],
-        }
+        return {name: as_json(value) for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,14 +29,6 @@ class Conflict:
     cosine: float | None
     distance: float
     disagree: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON."""
-        return {
-            "cosine": None if self.cosine is None else round(self.cosine, 6),
-            "distance": round(self.distance, 6),
-            "disagree": self.disagree,
-        }
 
 
 def lined_up(experts: Pairs) -> Pairs:

@@ -88,7 +88,16 @@ def decode(
         return mixed
 
     def write(chosen: Tensor, counts: Sequence[int], draft: Draft, n_accepted: Sequence[int] = ()) -> Step:
-        return _write(text, sampler, tracer, alpha, chosen, counts, draft, n_accepted)
+        """Append the chosen tokens, (n_batch, γ + 1): for each row ``counts`` drafts and one token, unless the row ends
+        before."""
+        rows, ended, n_drafts = list(text.rows), list(text.done), draft.tokens.shape[1]
+        tokens, n_written = text.append(chosen, [n + 1 for n in counts], sampler.scores_so_far)
+        logits, scores = sampler.settle(len(tokens[0])) or (None, None)
+        trace = None
+        if tracer is not None:
+            new = [[] if was_done else taken for taken, was_done in zip(tokens, ended)]  # behind an end is padding
+            trace = tracer.settle(new, counts, n_drafts, draft.source, alpha)
+        return Step(tokens, rows, n_written, n_drafts, draft.source, n_accepted, logits, scores, trace=trace)
 
     first = sampler.choose(prompt)[:, None]
     del prompt  # it is large
@@ -151,26 +160,3 @@ def decode(
             for state in states:
                 state.select(left)
             drafter.pace.resize(text.n_batch)
-
-
-def _write(
-    text: Text,
-    sampler: Sampler,
-    tracer: Tracer | None,
-    alpha: Tensor,
-    chosen: Tensor,
-    counts: Sequence[int],
-    draft: Draft,
-    n_accepted: Sequence[int],
-) -> Step:
-    """Append the chosen tokens, (n_batch, γ + 1): for each row ``counts`` drafts and one token, unless the row ends
-    before."""
-    rows, n_drafts = list(text.rows), draft.tokens.shape[1]
-    ended = list(text.done)
-    tokens, n_written = text.append(chosen, [n + 1 for n in counts], sampler.scores_so_far)
-    logits, scores = sampler.settle(len(tokens[0])) or (None, None)
-    trace = None
-    if tracer is not None:
-        new = [[] if was_done else taken for taken, was_done in zip(tokens, ended)]  # what follows an end is padding
-        trace = tracer.settle(new, counts, n_drafts, draft.source, alpha)
-    return Step(tokens, rows, n_written, n_drafts, draft.source, n_accepted, logits, scores, trace=trace)

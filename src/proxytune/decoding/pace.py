@@ -138,7 +138,5 @@ class Pace:
             self.overall.saw(n, min(n + 1, n_drafts))
         cost = draft.n_read * self.costs.draft_step(self.n_batch) + self.costs.verify(n_drafts, self.n_batch)
         cost += self.costs.moving(self.n_batch) if n_drafts else 0.0
-        self._account(cost + self.costs.overhead, sum(n_accepted) + len(n_accepted))
-
-    def _account(self, cost: float, tokens: int) -> None:
-        self.spent, self.earned = 0.97 * self.spent + cost, 0.97 * self.earned + tokens
+        self.spent = 0.97 * self.spent + cost + self.costs.overhead
+        self.earned = 0.97 * self.earned + sum(n_accepted) + len(n_accepted)

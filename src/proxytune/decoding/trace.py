@@ -6,7 +6,7 @@ All numbers cover the vocabulary that the members share, before logits processor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, cast
@@ -20,7 +20,7 @@ from proxytune.decoding.lane import Scores
 from proxytune.decoding.mixing import Members, as_sum, joined, mix, opening
 from proxytune.recipe.rules import LINEAR, Steering
 
-__all__ = ["TOP_K", "Candidate", "TokenTrace", "Tracer", "json_number"]
+__all__ = ["TOP_K", "Candidate", "TokenTrace", "Tracer", "as_json"]
 
 Origin = Literal["plain", "drafted", "copied", "corrected"]
 TOP_K = 5  # of each distribution, unless the caller says otherwise
@@ -47,17 +47,6 @@ class Candidate:
     expert_logprob: dict[str, float]
     delta: dict[str, float]
     masked: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """The candidate as JSON; an infinite or undefined number is None."""
-        return {
-            "id": self.id,
-            "base_logprob": json_number(self.base_logprob),
-            "mixture_logprob": json_number(self.mixture_logprob),
-            "expert_logprob": {name: json_number(value) for name, value in self.expert_logprob.items()},
-            "delta": {name: json_number(value) for name, value in self.delta.items()},
-            "masked": self.masked,
-        }
 
 
 @dataclass(frozen=True)
@@ -112,28 +101,18 @@ class TokenTrace:
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON, numbers with six digits after the point; an infinite or undefined one is None."""
-        return {
-            "id": self.id,
-            "base_logprob": json_number(self.base_logprob),
-            "mixture_logprob": json_number(self.mixture_logprob),
-            "base_rank": self.base_rank,
-            "base_entropy": json_number(self.base_entropy),
-            "entropy": json_number(self.entropy),
-            "kl": json_number(self.kl),
-            "changed": self.changed,
-            "origin": self.origin,
-            "offsets": {name: json_number(value) for name, value in self.offsets.items()},
-            "candidates": [each.to_json() for each in self.candidates],
-            "flips": {name: [[json_number(alpha), id_] for alpha, id_ in pairs] for name, pairs in self.flips.items()},
-            **({} if self.conflict is None else {"conflict": self.conflict.to_json()}),
-            **({} if self.opened is None else {"opened": round(self.opened, DIGITS)}),
-            **({} if self.certified is None else {"certified": self.certified}),
-        }
+        return {name: as_json(value) for name, value in vars(self).items() if value is not None}
 
 
-def json_number(value: float) -> float | None:
-    """A number as JSON has it, six digits after the point; None if it is infinite or undefined."""
-    return round(value, DIGITS) if math.isfinite(value) else None
+def as_json(value: Any) -> Any:
+    """A value of a trace as JSON: numbers have six digits after the point, and are None if infinite or undefined."""
+    if isinstance(value, float):
+        return round(value, DIGITS) if math.isfinite(value) else None
+    if isinstance(value, (list, tuple)):
+        return [as_json(each) for each in value]
+    if isinstance(value, (Candidate, Conflict)):
+        value = vars(value)
+    return {name: as_json(each) for name, each in value.items()} if isinstance(value, Mapping) else value
 
 
 class Tracer:

@@ -29,7 +29,7 @@ from proxytune.recipe.families import idle_embeddings
 from proxytune.recipe.layout import Seat
 from proxytune.recipe.parts import Member
 
-__all__ = ["CannotShare", "TransformersLane", "TransformersState"]
+__all__ = ["CannotShare", "TransformersLane", "TransformersState", "kept_positions"]
 
 GROWTH = 512  # columns by which masks grow: rarely enough to cost nothing
 
@@ -205,12 +205,12 @@ class TransformersLane(nn.Module):
         cache = inputs.get("past_key_values")
         if not self.reading.in_pieces and input_ids.shape[1] > 1 and has_read(cache):
             logits = one_by_one(lambda ids, **own: self(ids, logits_to_keep=0, **own), input_ids, inputs)
-            return _kept(logits, logits_to_keep)
+            return logits[:, kept_positions(logits_to_keep)]
         self._make_masks(input_ids, inputs)
         if self.model._supports_logits_to_keep():
             inputs["logits_to_keep"] = logits_to_keep
             return self.model(input_ids=input_ids, **inputs).logits
-        return _kept(self.model(input_ids=input_ids, **inputs).logits, logits_to_keep)
+        return self.model(input_ids=input_ids, **inputs).logits[:, kept_positions(logits_to_keep)]
 
 
 class TransformersState:
@@ -313,20 +313,18 @@ class TransformersState:
             self.pending = self.ahead = 0
             return
         longest = max(counts)
-        unequal = min(counts) < longest
-        kept = torch.tensor(counts, device=self.lane.device)
-        kept = kept.repeat(self.n_seats * self.n_batch // len(counts))  # of each row
-        if unequal:
-            self._shift(longest - kept)
+        kept: Tensor | int = longest
+        if unequal := min(counts) < longest:
+            kept = torch.tensor(counts, device=self.lane.device)
+            kept = kept.repeat(self.n_seats * self.n_batch // len(counts))[:, None]  # of each row
+            self._shift(longest - kept[:, 0])
         if self.rolls_back:
             self.view.crop(longest - self.pending)  # crop(0) still lets sliding windows drop columns outside them
         self.n_columns += longest
         self.pending = self.ahead = 0
+        self.position = self.position + kept
         if unequal:
-            self.position = self.position + kept[:, None]
             self._trim()
-        else:
-            self.position = self.position + longest
 
     def crop(self, n_columns: int) -> None:
         self.view.crop(-n_columns)
@@ -383,10 +381,10 @@ class TransformersState:
                 layer.cumulative_length = self.n_columns
 
 
-def _kept(logits: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """Some positions of logits, as in transformers' ``logits_to_keep``: the number of last ones, 0 for all, or
-    indices."""
-    return logits[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else logits[:, logits_to_keep]
+def kept_positions(logits_to_keep: int | Tensor) -> Any:
+    """An index of the positions that transformers' ``logits_to_keep`` asks for: the number of last ones, 0 for all, or
+    their indices."""
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep.cpu()
 
 
 class CannotShare(MemberError):

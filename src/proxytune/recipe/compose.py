@@ -16,7 +16,7 @@ from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.generation_config import adapted, ends_of, read_generation_config
 from proxytune.recipe.members import Loading, adapter_source, load_config, load_tokenizer, member_source
 from proxytune.recipe.options import ComposeOptions, MemberChoice
-from proxytune.recipe.parts import ApiBase, Expert, Member, Prompt
+from proxytune.recipe.parts import RECIPE_FIELDS, ApiBase, Expert, Member, Prompt
 from proxytune.recipe.place import check_target
 from proxytune.recipe.presets import PRESETS
 from proxytune.recipe.store import moved_member, write_recipe
@@ -268,17 +268,7 @@ def compose(
     if tokenizer is not None and not tokenizer.chat_template:
         notes.append("the base has no chat template; with `proxytune chat` it reads a plain transcript")
 
-    written = ProxyTuneConfig(
-        base=config.base,
-        experts=config.experts,
-        combine=config.combine,
-        gate=config.gate,
-        plausibility=config.plausibility,
-        renamed_tokens=config.renamed_tokens,
-        description=config.description,
-        examples=config.examples,
-        text_config=text_config,
-    )
+    written = ProxyTuneConfig(**{name: getattr(config, name) for name in RECIPE_FIELDS}, text_config=text_config)
     written = written.with_members(lambda _, one: moved_member(one, ".", directory))
     write_recipe(written, directory, tokenizer=tokenizer, generation_config=generation)
     return notes
