@@ -52,12 +52,10 @@ def chat(
         proxytune chat mine --trace talk.jsonl
     """
     check_alpha(recipe, options.alpha)
-    with contextlib.ExitStack() as stack:
-        traces = None
-        if options.trace is not None:
-            from proxytune.answers.traces import ChatTraceFile
+    from proxytune.answers.traces import ChatTraceFile
 
-            traces = stack.enter_context(ChatTraceFile(options.trace))  # before the seconds that loading takes
+    file = contextlib.nullcontext() if options.trace is None else ChatTraceFile(options.trace)
+    with file as traces:  # before the seconds that loading takes
         _chat(recipe, options, sampling, loading, traces)
 
 
