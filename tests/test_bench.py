@@ -395,7 +395,7 @@ def test_a_near_tie_is_no_mismatch(lora_recipe):
         (["--lengths", "200/100"], "200/100 needs 300 tokens, but member 'base' can read only 256"),
         (["--batch-size", "1,x"], "--batch-size is numbers, such as 1,16"),
         (["--batch-size", "0"], "a batch has at least 1 row"),
-        (["--repeats", "0"], "repeats must be at least 1, not 0"),
+        (["--repeats", "0"], "--repeats must be at least 1, not 0"),
         (["--options", "int3"], "no member option is called 'int3'"),
         (["--options", "float32+bfloat16"], "names two dtypes"),
         (["--options", "auto,auto"], "names one set twice"),

@@ -12,11 +12,10 @@ import pytest
 
 from proxytune import ProxyTuneError
 from proxytune.answers.files import read_dataset
-from proxytune.evaluation import code
+from proxytune.evaluation import code, score
 from proxytune.evaluation.code import clean_code, load_problems, pass_at_k, program
 from proxytune.evaluation.jail import landlock_version
 from proxytune.evaluation.records import parse
-from proxytune.evaluation.scoring import score
 
 HUMANEVAL = [
     {

@@ -221,7 +221,7 @@ def test_a_conversations_trace_is_that_of_the_answer(model, tokenizer):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("explain RECIPE --moves 0 hi", "moves must be at least 1, not 0"),
+        ("explain RECIPE --moves 0 hi", "--moves must be at least 1, not 0"),
         ("generate RECIPE hi --explain --json", "--explain is for answers that are printed as text"),
         ("generate RECIPE hi --explain --output FILE", "--explain is for answers that are printed as text"),
         ("generate RECIPE hi --trace-top-k 3", "--trace-top-k needs --trace FILE or --explain"),

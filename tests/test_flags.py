@@ -81,8 +81,10 @@ def test_only_some_fields_have_flags():
 
 def test_what_cannot_be_read_is_reported():
     assert "Missing option" in given("it").output
-    with pytest.raises(ProxyTuneError, match=r"^limit must be at least 1, not 0$"):
+    with pytest.raises(ProxyTuneError, match=r"^--limit must be at least 1, not 0$"):
         given("it", "--needed", "x", "--limit", "0")
+    with pytest.raises(ProxyTuneError, match=r"^limit must be at least 1, not 0$"):
+        Options("x", limit=0)
     with pytest.raises(ProxyTuneError, match="--size is numbers, such as 1,2, not '1,x'"):
         given("it", "--needed", "x", "--size", "1,x")
     with pytest.raises(TypeError, match="takes no pannel"):

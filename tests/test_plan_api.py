@@ -142,8 +142,8 @@ def test_the_command(served, place, tmp_path):
     assert "cost" not in run("plan", tmp_path / "r").stdout.partition("verify")[0]
     for more, said in (
         (["--price-in", 1], "a cost needs both prices"),
-        (["--prompts", 0], "prompts must be at least 1, not 0"),
-        (["--max-new-tokens", 0], "max_new_tokens must be at least 1, not 0"),
+        (["--prompts", 0], "--prompts must be at least 1, not 0"),
+        (["--max-new-tokens", 0], "--max-new-tokens must be at least 1, not 0"),
         (["--probe"], "is behind an API, so --probe would change nothing"),
         (["--device", "cpu"], "so --device would change nothing"),
         (["-b", "1,2"], "takes one --batch-size"),

@@ -25,8 +25,8 @@ from proxytune import Expert, Member, ProxyTuneConfig, ProxyTunedForCausalLM, Pr
 from proxytune.cli import app
 from proxytune.cli.training import _losses
 from proxytune.recipe.check import check_recipe
+from proxytune.training import TrainingOptions
 from proxytune.training.data import Rows
-from proxytune.training.options import TrainingOptions
 from proxytune.training.run import Run, checked, make_trainer, read_data, resolved
 from support import tiny
 

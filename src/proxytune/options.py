@@ -11,7 +11,7 @@ from typing import Any
 
 from proxytune.errors import ProxyTuneError
 
-__all__ = ["Options", "numbers", "option", "words"]
+__all__ = ["Options", "TooSmall", "numbers", "option", "words"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,15 +19,22 @@ class Options:
     """The base of options classes: no number lies below the ``min`` of its field.
 
     Raises:
-        ProxyTuneError: if one does.
+        TooSmall: if one does.
     """
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             least, value = field.metadata.get("min"), getattr(self, field.name)
             if least is not None and value is not None and value < least:
-                name = field.metadata.get("flag", field.name).split()[0].removeprefix("--").replace("-", "_")
-                raise ProxyTuneError(f"{name} must be at least {least}, not {value!r}")
+                raise TooSmall(field, value, field.name)
+
+
+class TooSmall(ProxyTuneError):
+    """The number in a field is below its ``min``. ``name`` is what the one who gave it calls the field."""
+
+    def __init__(self, field: dataclasses.Field[Any], value: Any, name: str) -> None:
+        super().__init__(f"{name} must be at least {field.metadata['min']}, not {value!r}")
+        self.field, self.value = field, value
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", **more: Any) -> Any:

@@ -19,6 +19,7 @@ import typer
 
 from proxytune.cli.command import flag_of, option_names
 from proxytune.cli.shared import talking
+from proxytune.options import TooSmall
 
 __all__ = ["Given", "Settings", "flat", "only"]
 
@@ -154,7 +155,16 @@ def _made(kind: Any, name: str, given: dict[str, Any]) -> Any:
         elif (value := given.pop(own, None)) not in (None, []):
             parse = field.metadata.get("parse", lambda value: value)
             values[field.name] = not value if _off(field) else parse(value)
-    return kind(**values)
+    try:
+        return kind(**values)
+    except TooSmall as error:
+        raise TooSmall(error.field, error.value, _flags(error.field)[0]) from None
+
+
+def _flags(field: Field[Any]) -> list[str]:
+    """The flags of a field, the long one first."""
+    flags: str = field.metadata.get("flag", "--" + field.name.replace("_", "-"))
+    return flags.split()
 
 
 def _nested(field: Field[Any], types: Mapping[str, Any]) -> bool:
@@ -168,8 +178,8 @@ def _off(field: Field[Any]) -> bool:
 
 def _parameter(name: str, field: Field[Any], kind: Any, outer: Field[Any] | None) -> inspect.Parameter:
     """The flag of a field, as a parameter for typer."""
-    said = dict(field.metadata)
-    flags = said.pop("flag", "--" + field.name.replace("_", "-")).split()
+    said, flags = dict(field.metadata), _flags(field)
+    said.pop("flag", None)
     if outer is not None:
         member = outer.name.replace("_", "-")
         flags = [f"--{member}-{flag.removeprefix('--')}" for flag in flags] or [f"--{member}"]

@@ -6,8 +6,9 @@ import difflib
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from proxytune.errors import ProxyTuneError
 
@@ -22,7 +23,10 @@ __all__ = [
     "ArmKind",
     "check_tasks",
     "data_place",
+    "evaluate",
+    "score",
     "shots_of",
+    "sweep",
 ]
 
 # Task -> its contents, and how it is scored.
@@ -87,6 +91,14 @@ ARMS = {name: kind.title for name, kind in KINDS.items()}
 DEFAULT_ARMS = tuple(name for name, kind in KINDS.items() if kind.default)
 MEANS = tuple(name for name, kind in KINDS.items() if kind.mean)
 TASK_DIR = Path(__file__).parent / "tasks"
+_HOME = {"evaluate": "run", "score": "scoring", "sweep": "run"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name in _HOME:
+        return getattr(import_module(f"proxytune.evaluation.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def shots_of(arm: str) -> str:
