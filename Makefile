@@ -56,7 +56,7 @@ bench-vllm: install-vllm  ## what steering costs in vLLM, on the demo: about fif
 
 bench-api: install-vllm  ## what steering costs over an API, on the demo, and with a slower base: half an hour on two idle cores
 	mkdir -p runs
-	$(VLLM_BIN)/python scripts/bench_api.py --task word-problems --pack --delay 200 --json runs/bench-api.json | tee runs/bench-api.md
+	OMP_WAIT_POLICY=passive $(VLLM_BIN)/python scripts/bench_api.py --task word-problems --pack --delay 200 --json runs/bench-api.json | tee runs/bench-api.md
 
 test: install  ## the core tests, on all cores, a few minutes
 	$(PYTEST) -m "not slow"

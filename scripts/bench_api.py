@@ -7,9 +7,10 @@ the server alone with one request per token, which is the least that ``pull`` an
 steered answers by `generate`, with what they send and receive counted between client and server. All rows are measured
 by turns in each round, and the table has the medians. Each client has its own thread and its own prompt.
 
-Server and experts share this machine. With ``--delay MS`` each arm is also measured through a proxy that holds every
-reply back by so long for each token that it may write: as if the base were slower, on a machine of its own, and read
-several prompts or places as fast as one. ``pair`` is what the experts need for one token.
+Server and experts share this machine: set ``OMP_WAIT_POLICY=passive``, so that threads that wait sleep. With ``--delay
+MS`` each arm is also measured through a proxy that holds every reply back by so long for each token that it may write:
+as if the base were slower, on a machine of its own, and read several prompts or places as fast as one. ``pair`` is what
+the experts need for one token.
 """
 
 from __future__ import annotations
