@@ -222,9 +222,10 @@ def test_a_model_that_is_swapped_ends_the_run(through, proxy):
 # -- the demo, as docs/api-base.md says ------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def told():
-    """The page's commands for the demo, without the first, which names its models."""
+    """The page's commands for the demo, without the first two: what threads that wait do, and where its models are."""
     (block,) = [each for each in blocks(ROOT / "docs" / "api-base.md") if "--models-dir)" in each.text]
-    assign, *rest = commands(block)
+    quiet, assign, *rest = commands(block)
+    assert quiet.text == "export OMP_WAIT_POLICY=passive"
     assert assign.text == "MODELS=$(proxytune demo --models-dir)"
     return rest
 
@@ -238,7 +239,8 @@ def starting(told, tmp_path_factory):
     program = [sys.executable, *words[:at], *words[at + 2 :]]
     log = tmp_path_factory.mktemp("demo") / "log"
     with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
-        yield pool.submit(stack.enter_context, running(program, log, VLLM_ENABLE_V1_MULTIPROCESSING="1"))
+        server = running(program, log, VLLM_ENABLE_V1_MULTIPROCESSING="1", OMP_WAIT_POLICY="passive")
+        yield pool.submit(stack.enter_context, server)
 
 
 @pytest.fixture(scope="module")
