@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from proxytune import AlphaError, Expert, Member, Prompt, ProxyTuneConfig, RecipeError
+from proxytune import (
+    AlphaError,
+    Expert,
+    Member,
+    Prompt,
+    ProxyTuneConfig,
+    ProxyTunedForCausalLM,
+    RecipeError,
+)
 from proxytune.recipe.source import Source, rebase, resolve
 from support import tiny
 
@@ -194,6 +202,12 @@ def test_a_dtype_at_the_top_is_refused_in_a_file_and_not_in_a_call(tmp_path, wor
     (tmp_path / "config.json").write_text(json.dumps({**values, word: "float32"}))
     with pytest.raises(RecipeError, match=f"unknown field '{word}'; it belongs to a member"):
         AutoConfig.from_pretrained(tmp_path)
+
+
+def test_two_dtypes_in_a_call_are_refused(tmp_path):
+    recipe().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="takes no argument 'torch_dtype'"):
+        ProxyTunedForCausalLM.from_pretrained(tmp_path, dtype="float32", torch_dtype="bfloat16")
 
 
 def test_what_other_tools_put_on_a_config_is_not_written(tmp_path):

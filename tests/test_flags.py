@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from importlib import import_module
 from typing import Annotated
 
 import pytest
@@ -13,7 +14,7 @@ from proxytune.cli import app as proxytune
 from proxytune.cli.flags import flat, only
 from proxytune.errors import ProxyTuneError
 from proxytune.options import Options as Limited
-from proxytune.options import numbers, option, words
+from proxytune.options import TooSmall, numbers, option, words
 
 COUNTER = iter(range(100))
 
@@ -89,6 +90,32 @@ def test_what_cannot_be_read_is_reported():
         given("it", "--needed", "x", "--size", "1,x")
     with pytest.raises(TypeError, match="takes no pannel"):
         option(None, pannel="Loading")
+
+
+def test_a_limit_that_nobody_looks_at_is_refused():
+    @dataclass(frozen=True)
+    class Unlimited:
+        most: int = option(1, "At most.", min=1)
+
+    with pytest.raises(TypeError, match=r"Unlimited\.most has a min, so the class must derive from Options"):
+        given("it", "--needed", "x", shown=Unlimited)
+
+
+def test_every_class_looks_at_its_limits():
+    """Before all else, so that the other options may be anything."""
+    for package in ("analysis", "answers", "evaluation", "recipe", "speed", "training"):
+        import_module(f"proxytune.{package}.options")
+    kinds = [kind for kind in Limited.__subclasses__() if kind.__module__.startswith("proxytune")]
+    kinds += [kind for each in kinds for kind in each.__subclasses__()]
+    found = set()
+    for kind in kinds:
+        needed = {one.name: None for one in fields(kind) if MISSING is one.default is one.default_factory}
+        for one in fields(kind):
+            if (least := one.metadata.get("min")) is not None:
+                with pytest.raises(TooSmall, match=f"^{one.name} must be at least {least}, not "):
+                    kind(**{**needed, one.name: least - 1})
+                found.add(kind.__name__)
+    assert {"TrainingOptions", "EvaluationOptions", "BenchOptions", "AnswerOptions", "DoctorOptions"} <= found
 
 
 def test_every_flag_says_what_it_does():

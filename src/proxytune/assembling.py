@@ -148,8 +148,8 @@ def loading_of_call(called: Callable[..., Any], config: ProxyTuneConfig, kwargs:
     """Sort the arguments of ``called``, from_pretrained or from_members. An option that nothing reads is an error."""
     not_ours = ("_from_auto", "_from_pipeline", "_commit_hash", "trust_remote_code", "adapter_kwargs", "code_revision")
     kwargs = {key: value for key, value in kwargs.items() if value is not None and key not in (*not_ours, *PLACE)}
-    if "torch_dtype" in kwargs:
-        kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+    if kwargs.get("dtype") is None and "torch_dtype" in kwargs:  # beside another dtype it is refused below
+        kwargs["dtype"] = kwargs.pop("torch_dtype")
     kwargs["trust_remote_code"] = bool(kwargs.pop("member_trust_remote_code", False))  # the other is the recipe's
     kwargs.setdefault("attn_implementation", config._attn_implementation)  # AutoConfig puts it there
     ours = {field.name for field in fields(Loading)} - {"hub"}

@@ -30,7 +30,7 @@ class Options:
 
 
 class TooSmall(ProxyTuneError):
-    """The number in a field is below its ``min``. ``name`` is what the one who gave it calls the field."""
+    """The number in a field is below its ``min``. ``name`` is the field's name, or its flag on the command line."""
 
     def __init__(self, field: dataclasses.Field[Any], value: Any, name: str) -> None:
         super().__init__(f"{name} must be at least {field.metadata['min']}, not {value!r}")

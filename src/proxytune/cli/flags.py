@@ -19,7 +19,7 @@ import typer
 
 from proxytune.cli.command import flag_of, option_names
 from proxytune.cli.shared import talking
-from proxytune.options import TooSmall
+from proxytune.options import Options, TooSmall
 
 __all__ = ["Given", "Settings", "flat", "only"]
 
@@ -139,6 +139,8 @@ def _parameters(
     class."""
     types = get_type_hints(kind)
     for field in fields(kind):
+        if "min" in field.metadata and not issubclass(kind, Options):
+            raise TypeError(f"{kind.__name__}.{field.name} has a min, so the class must derive from Options")
         if _nested(field, types):
             yield from _parameters(types[field.name], f"{name}_{field.name}", outer=field)
         elif shown is None or field.name in shown:
