@@ -1,4 +1,4 @@
-"""The real engine (vLLM's CPU build). Plain ``make test`` never collects this directory; ``make test-vllm`` does."""
+"""The real engine (vLLM's CPU build, or its own on a GPU). Plain ``make test`` never collects this directory; ``make test-vllm`` does."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def _kernels_are_wrapped_once() -> None:
     """vLLM wraps its kernels when an engine starts, and trips over those of an earlier one and over numba's modules."""
     from vllm.platforms import current_platform
 
-    current_platform.register_triton_kernel_overrides()
-    current_platform.register_triton_kernel_overrides = lambda: None
+    if current_platform.is_cpu():
+        current_platform.register_triton_kernel_overrides()
+        current_platform.register_triton_kernel_overrides = lambda: None
 
 
 @pytest.fixture(scope="session")
