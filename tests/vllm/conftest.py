@@ -1,4 +1,4 @@
-"""The real engine (vLLM's CPU build, or its own on a GPU). Plain ``make test`` never collects this directory; ``make test-vllm`` does."""
+"""The real engine: vLLM's CPU build, or its own on a GPU. ``make test-vllm`` alone collects this directory."""
 
 from __future__ import annotations
 
