@@ -24,7 +24,7 @@ from proxytune.recipe.rules import Steering
 from proxytune.recipe.source import Source
 from proxytune.vllm import check_version, frontend, hooks
 from proxytune.vllm.alpha import Request, Row, join, requested, split, unread
-from proxytune.vllm.members import Fitted, _refuse_part
+from proxytune.vllm.members import Fitted, _refuse_part, fit, part_config
 from proxytune.vllm.plan import Part, refuse
 from proxytune.vllm.weights import Adapter, with_adapter
 from support import tiny
@@ -258,6 +258,29 @@ def test_what_works_is_not_refused(shelf):
     config = configured(shelf.recipe("fine"))
     assert config.model_config.architecture == "ProxyTunedForCausalLM"
     assert config.model_config.max_model_len == tiny.CONTEXT
+
+
+def test_what_is_kept_of_compiled_members_is_for_recipes_alike(shelf):
+    """vLLM finds it by a key. Where members read prompts of their own, attention itself writes keys and values."""
+    one = expert("expert", "qwen2-small", "qwen2-anti")
+    one["expert"]["prompt"] = "chat"
+    keys = []
+    for recipe in (shelf.recipe("kept-plain"), shelf.recipe("kept-chatty", experts=[one])):
+        config = configured(recipe)
+        keys += [part_config(config, fitted).compute_hash() for fitted in fit(config.model_config)]
+    assert len(keys) == len(set(keys)) == 6
+
+
+def test_room_for_the_widest_heads(shelf):
+    """Triton's attention makes room for intermediate results by the recipe's shape; members use it by their own."""
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    experts = [expert("e", "gemma3-small", "llama-small")]
+    config = configured(shelf.recipe("wide-heads", "llama", experts=experts))
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.float32)
+    builder = TritonAttentionMetadataBuilder(spec, [], config, torch.device("cpu"))
+    assert builder.softmax_segm_output.shape[-1] == 64
 
 
 def test_the_command_and_its_draft(shelf):
@@ -526,6 +549,35 @@ def test_the_common_metadata_have_what_is_replaced():
     assert set(re.findall(r"^        (\w+)=", inspect.getsource(own_metadata), flags=re.MULTILINE)) <= names
 
 
+def test_metadata_of_a_part_never_wait_for_the_device():
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from proxytune.vllm.attention import own_metadata
+    from proxytune.vllm.own_prompts import reading
+
+    request = Request((1.0,), Steering(), prompts={"expert": np.array([5, 6, 7])})
+    rows = [Row(request, 8, 1, 8, None), Row(request, 0, 8, 8, None)]
+    starts, lengths = torch.tensor([0, 1, 9], dtype=torch.int32), torch.tensor([9, 8], dtype=torch.int32)
+    whole = CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=lengths,
+        num_reqs=2,
+        num_actual_tokens=9,
+        max_query_len=8,
+        max_seq_len=9,
+        block_table_tensor=torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.int32),
+        slot_mapping=torch.arange(9),
+    )
+    with counted_syncs() as syncs:
+        own = own_metadata(reading("expert", rows, 4), 4, whole)
+    assert syncs == []
+    assert own.seq_lens.tolist() == own.seq_lens_cpu_upper_bound.tolist() == [4, 3]
+    assert own.query_start_loc.tolist() == own.query_start_loc_cpu.tolist() == [0, 1, 4]
+    # The prompt begins at the second block: its beginning is at positions 4 and 5, its last id at 7.
+    assert own.slot_mapping.tolist() == [11, 20, 21, 22, -1, -1, -1, -1, -1]
+
+
 def test_the_core_takes_what_is_wrapped():
     from vllm.renderers.base import BaseRenderer
     from vllm.v1.core import block_pool, kv_cache_utils
@@ -544,6 +596,38 @@ def test_the_core_takes_what_is_wrapped():
     for name in ("render_chat", "render_chat_async"):
         names = list(inspect.signature(getattr(BaseRenderer, name)).parameters)
         assert names[:4] == ["self", "conversations", "chat_params", "tok_params"]
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["last stage", "first stage"])
+def test_parts_may_write_to_one_place(monkeypatch, last):
+    """As replayed CUDA graphs of pieces do: they share memory, and a model's output stands in it."""
+    from vllm.sequence import IntermediateTensors
+
+    from proxytune.vllm import model
+    from proxytune.vllm.alpha import PIECES
+
+    place = torch.empty(4, 8)
+
+    def part(name):
+        def run(*_):
+            place.fill_({"base": 1.0, "expert": 2.0}[name])
+            return place if last else IntermediateTensors({"hidden_states": place})
+
+        return run
+
+    monkeypatch.setattr(model, "get_pp_group", lambda: SimpleNamespace(is_last_rank=last))
+    fake = SimpleNamespace(
+        now={},
+        parts=["base", "expert"],
+        widths=[8, 8],
+        part=part,
+        _read_by=lambda *_: (None, None),
+        alphas=torch.zeros(4, 3 * PIECES),
+        dtype=torch.float32,
+    )
+    found = model.ProxyTunedForCausalLM.forward(fake, torch.ones(4), torch.arange(4))
+    found = found if last else found["hidden_states"]
+    assert found[0, :16].tolist() == [1.0] * 8 + [2.0] * 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,6 +7,7 @@ values are written where these metadata say: the forward context has the places 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport, subclass_attention_backend_with_overrides
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, replace_as
 
@@ -45,16 +47,16 @@ def read_own_prompts(owner: str, part: nn.Module, now: Now) -> None:
     for layer in part.modules():
         if not isinstance(layer, Attention):
             continue
-        plain = layer.attn_backend
+        plain, window = layer.attn_backend, layer.sliding_window
         if plain.get_name() not in BACKENDS or plain.forward_includes_kv_cache_update:
             raise MemberError(
                 f"{owner} has the attention backend {plain.get_name()}, with which prompts of members' own were not "
                 f"tried; choose {' or '.join(BACKENDS)} by --attention-backend"
             )
-        if plain not in made:
-            made[plain] = own_backend(plain, now)
-        layer.attn_backend = made[plain]
-        layer.impl.__class__ = made[plain].get_impl_cls()
+        if (plain, window) not in made:
+            made[plain, window] = own_backend(plain, now, window)
+        layer.attn_backend = made[plain, window]
+        layer.impl.__class__ = layer.attn_backend.get_impl_cls()
         layer.get_kv_cache_spec = keeping_all_blocks(owner, layer, now)
 
 
@@ -78,8 +80,9 @@ def keeping_all_blocks(owner: str, layer: Any, now: Now) -> Any:
     return get_kv_cache_spec
 
 
-def own_backend(plain: Any, now: Now) -> Any:
-    """A backend of one part. vLLM tells parts' layers apart by its name."""
+def own_backend(plain: Any, now: Now, window: int | None) -> Any:
+    """A backend of one part's layers of one window. vLLM tells them from others by its name, so that they have a
+    builder of their own: FlashInfer's plans one window."""
     plain_builder: Any = plain.get_builder_cls()
     plain_impl: Any = plain.get_impl_cls()
 
@@ -119,7 +122,7 @@ def own_backend(plain: Any, now: Now) -> Any:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
 
     return subclass_attention_backend_with_overrides(
-        name_prefix=f"OwnPrompts_{now.part}_",
+        name_prefix=f"OwnPrompts_{now.part}_{window}_",
         attention_backend_cls=plain,
         overrides={
             "get_builder_cls": staticmethod(lambda: OwnBuilder),
@@ -132,25 +135,23 @@ def own_backend(plain: Any, now: Now) -> Any:
 def own_metadata(reading: Reading, block: int, whole: Any) -> Any:
     """``CommonAttentionMetadata`` of the rows that a part reads."""
     device = whole.seq_lens.device
-
-    def there(array: Any, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype)
-
-    requests = there(reading.requests, torch.int64)
-    table = whole.block_table_tensor[requests]
+    there = functools.partial(async_tensor_h2d, device=device)
+    table = whole.block_table_tensor[there(reading.requests)]
     if reading.begins.any():
-        columns = torch.arange(table.shape[1], device=device) + there(reading.begins // block, torch.int64)[:, None]
+        columns = torch.arange(table.shape[1], device=device) + there(reading.begins // block)[:, None]
         table = table.gather(1, columns.clamp(max=table.shape[1] - 1))
-    positions, of_row = there(reading.positions, torch.int64), there(reading.of_row, torch.int64)
+    positions, of_row = there(reading.positions), there(reading.of_row)
     slots = torch.full_like(whole.slot_mapping, -1)  # as many as the rows of keys
     slots[: len(positions)] = table[of_row, positions // block].to(slots.dtype) * block + positions % block
-    lengths, starts = there(reading.lengths, whole.seq_lens.dtype), there(reading.starts, whole.query_start_loc.dtype)
+    # What the host is to know is not copied back from the device, which would wait for it.
+    lengths = torch.from_numpy(reading.lengths).to(whole.seq_lens.dtype)
+    starts = torch.from_numpy(reading.starts).to(whole.query_start_loc.dtype)
     kept = torch.from_numpy(reading.requests)
     return whole.replace(
-        query_start_loc=starts,
-        query_start_loc_cpu=starts.cpu(),
-        seq_lens=lengths,
-        seq_lens_cpu_upper_bound=lengths.cpu(),
+        query_start_loc=there(starts),
+        query_start_loc_cpu=starts,
+        seq_lens=there(lengths),
+        seq_lens_cpu_upper_bound=lengths,
         num_reqs=len(reading.requests),
         num_actual_tokens=len(reading.positions),
         max_query_len=int(np.diff(reading.starts).max()),

@@ -86,7 +86,8 @@ def part_config(vllm_config: Any, fitted: Fitted) -> Any:
     """The ``VllmConfig`` that a part is built under.
 
     vLLM reads much about a model from the parent's configs: the sliding window from the cache config, the quantization
-    from the quant config, and the key of the compile cache from ``additional_config``.
+    from the quant config, and the key of the compile cache from ``additional_config``. (What is compiled differs where
+    members read prompts of their own: attention itself writes the keys and values.)
     """
     config = fitted.config
     config.is_submodel_config = True  # the parent's checks have run already, and do not run again for this view
@@ -101,12 +102,16 @@ def part_config(vllm_config: Any, fitted: Fitted) -> Any:
         model_config=config,
         cache_config=cache_config,
         quant_config=VllmConfig.get_quantization_config(config, vllm_config.load_config),
-        additional_config={**(vllm_config.additional_config or {}), "proxytune_part": fitted.part.name},
+        additional_config={
+            **(vllm_config.additional_config or {}),
+            "proxytune_part": fitted.part.name,
+            "proxytune_own_prompts": reads_own_prompts(vllm_config.model_config.hf_config),
+        },
     )
 
 
 class RecipeArchitecture(ModelArchConfigConvertorBase):  # type: ignore[misc]
-    """A recipe's shape for vLLM: the base's, except for the vocabulary, which all members must share."""
+    """A recipe's shape for vLLM: the base's, except for what must fit all members."""
 
     def __new__(cls, hf_config: Any, hf_text_config: Any, *args: Any, **kwargs: Any) -> Any:
         # Some families have a rule of their own for their shape, registered under the base's model type.
@@ -119,20 +124,25 @@ class RecipeArchitecture(ModelArchConfigConvertorBase):  # type: ignore[misc]
 
     def get_vocab_size(self) -> int:
         """Ids below it are in every member; the mixture has no logits for others."""
-        refuse(self.hf_config)  # vLLM asks for the shape before it asks for the rules
-        return min(shared_widths(self.hf_config))
+        return min(shape.get_vocab_size() for shape in shapes_of(self.hf_config))
+
+    def get_head_size(self) -> int:
+        """The largest: Triton's attention makes room for its intermediate results by it, for all members."""
+        return max(shape.get_head_size() for shape in shapes_of(self.hf_config))
 
 
-def shared_widths(config: ProxyTuneConfig) -> list[int]:
-    """The members' vocabulary widths, as their configs say."""
+def shapes_of(config: ProxyTuneConfig) -> list[Any]:
+    """The parts' shapes, as vLLM reads them from their configs."""
     from vllm.transformers_utils.config import get_config
 
-    widths = []
+    refuse(config)  # vLLM asks for the shape before it asks for the rules
+    shapes = []
     for part in parts_of(config):
         with naming(part):
             own = get_config(part.source.path, trust_remote_code=False, revision=part.source.revision)
-        widths.append(own.get_text_config().vocab_size)
-    return widths
+        kind = MODEL_ARCH_CONFIG_CONVERTORS.get(own.model_type, ModelArchConfigConvertorBase)
+        shapes.append(kind(own, own.get_text_config()))
+    return shapes
 
 
 class RecipeRules(VerifyAndUpdateConfig):  # type: ignore[misc]
@@ -262,7 +272,7 @@ def _set_context(model_config: Any, fitted: list[Fitted]) -> dict[str, int]:
 
 def _check_vocabularies(recipe: ProxyTuneConfig) -> tuple[dict[str, int], dict[str, Any]]:
     """Check that all tokens are the same; return the width of each part's vocabulary, and each member's tokenizer."""
-    parts, widths = parts_of(recipe), shared_widths(recipe)
+    parts, widths = parts_of(recipe), [shape.get_vocab_size() for shape in shapes_of(recipe)]
     tokenizers = {name: load_tokenizer(recipe, name, member, Loading()) for name, member in recipe.members()}
     report = compare(
         {part.owner: tokenizers[part.owner] for part in parts},

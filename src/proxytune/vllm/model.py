@@ -15,9 +15,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
-from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -27,6 +26,7 @@ from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
 from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from proxytune.decoding.gating import between
 from proxytune.decoding.mixing import mix, scheduled
@@ -113,7 +113,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         if all(row.request == default for row in rows) and default.steering.schedule is None:
             self.hows = [default.how]
             if not self.default_alphas:
-                alphas.copy_(split(torch.tensor([[*default.alphas, 0.0, 0.0]]), self.dtype))
+                async_tensor_h2d(split(torch.tensor([[*default.alphas, 0.0, 0.0]]), self.dtype), out=alphas)
                 self.default_alphas = True
             return
         self.hows = list(dict.fromkeys(row.request.how for row in rows))
@@ -126,7 +126,7 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
                 following = torch.arange(row.n_read + 1, row.n_read + row.n + 1)
                 columns[at : at + row.n, -1] = following - self._inside(row)
             at += row.n
-        alphas[: len(columns)].copy_(split(columns, self.dtype))
+        async_tensor_h2d(split(columns, self.dtype), out=alphas[: len(columns)])
         self.default_alphas = False
 
     def _inside(self, row: Row) -> Tensor:
@@ -160,7 +160,8 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         if self.now and captures_a_whole_step():
             raise ProxyTuneError(
                 "members of this recipe read prompts of their own, so a CUDA graph cannot hold a whole step; start the "
-                """server with --compilation-config '{"cudagraph_mode": "PIECEWISE"}'"""
+                """server with --compilation-config '{"cudagraph_mode": "PIECEWISE"}' """
+                "and VLLM_USE_BREAKABLE_CUDAGRAPH=0"
             )
         outputs: dict[str, Any] = {}
         received = None if intermediate_tensors is None else self._taken_apart(intermediate_tensors)
@@ -173,9 +174,10 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
             output = self.part(name)(*self._read_by(name, shown, input_ids, positions), passed, None)
             # Between stages the rows stay the part's own.
             if shown is not None and not shown.as_it_is and get_pp_group().is_last_rank:
-                back = torch.from_numpy(shown.back).to(positions.device)
-                output = torch.cat([output[back], output[len(back) :]])
-            outputs[name] = output
+                back = async_tensor_h2d(shown.back, positions.device)
+                outputs[name] = torch.cat([output[back], output[len(back) :]])
+            else:
+                outputs[name] = copied(output)
         if not get_pp_group().is_last_rank:
             return side_by_side(outputs)
         columns = join(cast(Tensor, self.alphas)[: outputs["base"].shape[0]])
@@ -200,11 +202,11 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
             return ids, positions
         n, device = len(shown.positions), positions.device
         own = torch.zeros_like(positions)
-        own[:n] = torch.from_numpy(shown.positions)
+        own[:n] = async_tensor_h2d(shown.positions, device)
         if input_ids is not None:
             ids = torch.zeros_like(input_ids)
-            ids[:n] = input_ids[:n] if shown.as_it_is else input_ids[torch.from_numpy(shown.rows).to(device)]
-            where, told = (torch.from_numpy(array).to(device) for array in shown.told)
+            ids[:n] = input_ids[:n] if shown.as_it_is else input_ids[async_tensor_h2d(shown.rows, device)]
+            where, told = (async_tensor_h2d(array, device) for array in shown.told)
             ids[where] = told.to(ids.dtype)
             ids = self._kept(f"{name} ids", ids.clamp(max=self.vocabs[at] - 1))
         return ids, self._kept(f"{name} positions", own)
@@ -329,10 +331,19 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
 
 
 def captures_a_whole_step() -> bool:
-    """Whether a CUDA graph of a whole step is captured or replayed."""
-    if not is_forward_context_available():
-        return False
-    return bool(get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.FULL)
+    """Whether a CUDA graph is captured around the composite. (Those of pieces are captured within a member.)"""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def copied(output: Any) -> Any:
+    """A part's output where the next part does not write.
+
+    CUDA graphs of all parts share memory, and vLLM's graphs count on it that nobody reads the output of a model after
+    another graph has run.
+    """
+    if isinstance(output, IntermediateTensors):
+        return IntermediateTensors({key: tensor.clone() for key, tensor in output.items()})
+    return output.clone()
 
 
 def use_weights_of(owner: nn.Module, model: nn.Module) -> None:
