@@ -114,6 +114,9 @@ def test_shared_blocks_hold_what_their_readers_expect(shelf):
     with engine(recipe, block_size=32, enable_prefix_caching=True, disable_log_stats=False) as llm:
         tokens = staggered(llm, [text] * len(extra), extra)
         hits = counted(llm, "vllm:prefix_cache_hits")
+        (output,) = submit(llm, ["dog"], [{"negative_prompt": "a dog " * 20}])
+        (again,) = submit(llm, ["dog"], [{"negative_prompt": "a dog " * 20}])
+    assert again.num_cached_tokens == len(again.prompt_token_ids) > output.num_cached_tokens, "of the base's prompt"
     assert hits >= 32 * 12, "next to nothing was shared, so nothing was tested"
     assert_all_same(tokens, expected(Reference(recipe), [text] * len(extra), extra))
 

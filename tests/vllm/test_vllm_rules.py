@@ -387,6 +387,18 @@ def test_a_conversation_is_not_rendered_for_later_beside_own_prompts(shelf):
     ServingRender.render_chat_request(SimpleNamespace(model_config=served.model_config), None).close()
 
 
+def test_a_budget_of_thinking_does_not_count_what_fills_a_prompt(shelf):
+    from vllm import SamplingParams
+
+    one = expert("e", "qwen2-small", "qwen2-anti")
+    one["expert"]["prompt"] = "chat"
+    served = frontend.served_by(configured(shelf.recipe("thinking", experts=[one])).model_config)
+    params = SamplingParams(thinking_token_budget=5)
+    request = SimpleNamespace(sampling_params=params, prompt_token_ids=tiny.tokenizer()("dog")["input_ids"])
+    with pytest.raises(ProxyTuneError, match="thinking_token_budget cannot be had"):
+        served.give_prompts(request, "dog", False, 256)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -501,8 +513,9 @@ def test_the_v2_hook_fits(monkeypatch):
         ({"data_parallel_size": 2}, "data parallelism does not fit"),
         ({"enable_expert_parallel": True}, "expert parallelism does not fit"),
         ({"kv_offloading_size": 1.0}, "KV offloading does not fit"),
+        ({"watermark_config": {"key": 1}, "v2": "1"}, "a watermark does not fit"),
     ],
-    ids=["draft", "n-grams on V2", "data", "experts", "offloading"],
+    ids=["draft", "n-grams on V2", "data", "experts", "offloading", "watermark"],
 )
 def test_what_own_prompts_exclude(shelf, monkeypatch, options, said):
     one = expert("e", "qwen2-small", "qwen2-anti")

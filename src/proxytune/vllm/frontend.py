@@ -2,9 +2,9 @@
 
 Bad requests are answered with 400. These methods of vLLM are wrapped: ``InputProcessor.process_inputs``, through which
 every request goes; ``BaseRenderer.validate_token_ids``, the only place where a prompt's ids are checked;
-``BaseRenderer.render_chat`` and its asynchronous twin, which know the conversation that a prompt was made from; and
-what may have to be refused: the three ways to beam search, and conversations rendered for later. Models that are not
-recipes are left alone.
+``BaseRenderer.render_chat`` and its asynchronous twin, which know the conversation that a prompt was made from;
+``RequestState._new_request_output``, which tells how much of a prompt was cached; and what may have to be refused: the
+three ways to beam search, and conversations rendered for later. Models that are not recipes are left alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from vllm.entrypoints.scale_out.render.serving import ServingRender
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.base import BaseRenderer
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import RequestState
 
 from proxytune.errors import PromptError, ProxyTuneError
 from proxytune.recipe.config import ProxyTuneConfig
@@ -112,6 +113,11 @@ class Served:
             raise PromptError(
                 "log-probabilities of the prompt cannot be had, because members read prompts of their own; leave out "
                 "prompt_logprobs, prompt_logprob_token_ids, and logprobs beside echo"
+            )
+        if carried and params.thinking_token_budget is not None:
+            raise PromptError(
+                "thinking_token_budget cannot be had, because members read prompts of their own: vLLM would count what "
+                "fills up the shorter ones; leave it out"
             )
         rooms = {}
         for part in self.parts:
@@ -294,6 +300,7 @@ def _wrap() -> None:
         return
     validate, process = BaseRenderer.validate_token_ids, InputProcessor.process_inputs
     render, render_async = BaseRenderer.render_chat, BaseRenderer.render_chat_async
+    new_output = RequestState._new_request_output
 
     @functools.wraps(validate)
     def validate_token_ids(self: Any, token_ids: Sequence[int], *, parameter: str | None = None) -> None:
@@ -346,9 +353,17 @@ def _wrap() -> None:
         remember(self, conversations, found[1], chat_params, tok_params)
         return found
 
+    @functools.wraps(new_output)
+    def _new_request_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = new_output(self, *args, **kwargs)
+        if (output.num_cached_tokens or 0) > len(output.prompt_token_ids):  # counted in the longest of members' prompts
+            output.num_cached_tokens = len(output.prompt_token_ids)
+        return output
+
     validate_token_ids.asks_members = True  # type: ignore[attr-defined]
     BaseRenderer.validate_token_ids, InputProcessor.process_inputs = validate_token_ids, process_inputs
     BaseRenderer.render_chat, BaseRenderer.render_chat_async = render_chat, render_chat_async
+    RequestState._new_request_output = _new_request_output
 
     def refusing(plain: Any, refuse: Callable[[Any], None]) -> Any:
         @functools.wraps(plain)

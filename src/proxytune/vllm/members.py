@@ -209,6 +209,7 @@ def _refuse_beside_own_prompts(vllm_config: Any) -> None:
         "expert parallelism": parallel.enable_expert_parallel,
         "a KV connector": vllm_config.kv_transfer_config is not None,
         "KV offloading": vllm_config.cache_config.kv_offloading_size is not None,
+        "a watermark": vllm_config.watermark_config is not None,  # it reads what fills a prompt
     }
     if what := next((what for what, present in refused.items() if present), None):
         hint = "use ngram with the V1 runner, or none" if drafts else "leave it out"
