@@ -109,7 +109,7 @@ def unread(vllm_config: Any) -> str | None:
 def requested(
     extra_args: Mapping[str, Any] | None,
     experts: Sequence[Expert],
-    own: Steering,
+    usual: Steering,
     *,
     split: bool = False,
     unread: str | None = None,
@@ -117,7 +117,7 @@ def requested(
     """What a request asks for. Other keys of ``extra_args`` are ignored.
 
     Args:
-        experts, own: the recipe's experts, and how they steer. split: whether vocabularies are split over processes,
+        experts, usual: the recipe's experts, and how they steer. split: whether vocabularies are split over processes,
             so that a request cannot ask for what needs them whole. unread: why the text of answers is not known.
 
     Raises:
@@ -127,8 +127,8 @@ def requested(
     """
     names, others = [expert.name for expert in experts], dict(extra_args or {})
     if weights := weights_of(others, experts):
-        return Request(tuple(expert.alpha for expert in experts), own, weights)
-    steering = own.but(others.pop("combine", None), others.pop("gate", None))
+        return Request(tuple(expert.alpha for expert in experts), usual, weights)
+    steering = usual.but(others.pop("combine", None), others.pop("gate", None))
     alpha = take_alpha(others, names, others.pop("alpha", None))
     row = resolve_alpha(alpha, names, [expert.alpha for expert in experts])
     check_rule(steering.rule, experts, [row])
@@ -180,10 +180,10 @@ class Recipe:
             engine: its ``VllmConfig``; None where requests have been checked. Vocabularies are split over processes
                 with tensor parallelism, unless the recipe itself needs them whole.
         """
-        own = self.default.steering
-        split = engine is not None and engine.parallel_config.tensor_parallel_size > 1 and own.local
+        usual = self.default.steering
+        split = engine is not None and engine.parallel_config.tensor_parallel_size > 1 and usual.local
         why = None if engine is None else unread(engine)
-        return requested(extra_args, self.experts, own, split=split, unread=why)
+        return requested(extra_args, self.experts, usual, split=split, unread=why)
 
     def asked_by(self, sampling_params: Any) -> Request:
         """What a request asks for that the frontend accepted.

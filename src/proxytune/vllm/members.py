@@ -115,10 +115,10 @@ class RecipeArchitecture(ModelArchConfigConvertorBase):  # type: ignore[misc]
 
     def __new__(cls, hf_config: Any, hf_text_config: Any, *args: Any, **kwargs: Any) -> Any:
         # Some families have a rule of their own for their shape, registered under the base's model type.
-        own = MODEL_ARCH_CONFIG_CONVERTORS.get(getattr(hf_text_config, "model_type", None), None)
-        if own is None or own is cls:
+        family = MODEL_ARCH_CONFIG_CONVERTORS.get(getattr(hf_text_config, "model_type", None), None)
+        if family is None or family is cls:
             return super().__new__(cls)
-        return type("RecipeArchitecture", (cls, own), {"__new__": object.__new__})(
+        return type("RecipeArchitecture", (cls, family), {"__new__": object.__new__})(
             hf_config, hf_text_config, *args, **kwargs
         )
 
@@ -139,9 +139,9 @@ def shapes_of(config: ProxyTuneConfig) -> list[Any]:
     shapes = []
     for part in parts_of(config):
         with naming(part):
-            own = get_config(part.source.path, trust_remote_code=False, revision=part.source.revision)
-        kind = MODEL_ARCH_CONFIG_CONVERTORS.get(own.model_type, ModelArchConfigConvertorBase)
-        shapes.append(kind(own, own.get_text_config()))
+            found = get_config(part.source.path, trust_remote_code=False, revision=part.source.revision)
+        kind = MODEL_ARCH_CONFIG_CONVERTORS.get(found.model_type, ModelArchConfigConvertorBase)
+        shapes.append(kind(found, found.get_text_config()))
     return shapes
 
 
@@ -219,9 +219,9 @@ def _refuse_beside_own_prompts(vllm_config: Any) -> None:
 def _refuse_part(fitted: Fitted, dtype: torch.dtype) -> None:
     part, config = fitted.part, fitted.config
     who = f"{part.owner} ({part.member.model})"
-    own = config.architecture
-    if own in MODELS_CONFIG_MAP:
-        raise MemberError(f"{who} is a {own}, which vLLM sets up by rules for the whole engine; it cannot be a member")
+    kind = config.architecture
+    if kind in MODELS_CONFIG_MAP:
+        raise MemberError(f"{who} is a {kind}, which vLLM sets up by rules for the whole engine; it cannot be a member")
     if config.is_encoder_decoder:
         raise MemberError(f"{who} is an encoder-decoder; members must be decoder-only")
     if config.is_multimodal_model:

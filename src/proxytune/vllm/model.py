@@ -61,9 +61,9 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
         self.contexts = [one.config.max_model_len for one in self.fitted]
         self.now: dict[str, Now] = {}  # what each part reads, in recipes with prompts of members' own
         for one in self.fitted:
-            own = part_config(vllm_config, one)
+            config = part_config(vllm_config, one)
             with nullcontext() if one.part.of is None else torch.device("meta"):
-                model = initialize_model(own, prefix=maybe_prefix(prefix, one.part.name))
+                model = initialize_model(config, prefix=maybe_prefix(prefix, one.part.name))
             if one.part.of is not None:
                 use_weights_of(self.part(one.part.of), model)
             if reads_own_prompts(self.config):
@@ -201,15 +201,15 @@ class ProxyTunedForCausalLM(nn.Module, SupportsPP):  # type: ignore[misc]
                 positions = self._kept(f"{name} positions", positions.clamp(max=self.contexts[at] - 1))
             return ids, positions
         n, device = len(shown.positions), positions.device
-        own = torch.zeros_like(positions)
-        own[:n] = async_tensor_h2d(shown.positions, device)
+        places = torch.zeros_like(positions)
+        places[:n] = async_tensor_h2d(shown.positions, device)
         if input_ids is not None:
             ids = torch.zeros_like(input_ids)
             ids[:n] = input_ids[:n] if shown.as_it_is else input_ids[async_tensor_h2d(shown.rows, device)]
             where, told = (async_tensor_h2d(array, device) for array in shown.told)
             ids[where] = told.to(ids.dtype)
             ids = self._kept(f"{name} ids", ids.clamp(max=self.vocabs[at] - 1))
-        return ids, self._kept(f"{name} positions", own)
+        return ids, self._kept(f"{name} positions", places)
 
     def _kept(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor at an address that never changes, where a CUDA graph of the part reads it."""
@@ -358,8 +358,8 @@ def use_weights_of(owner: nn.Module, model: nn.Module) -> None:
         if isinstance(module, Attention):
             module.impl = copy.copy(theirs.impl)  # it may hold tensors
         for child in list(module._modules):
-            own = module._modules[child]
-            if own is not None and not any(isinstance(each, Attention) for each in own.modules()):
+            held = module._modules[child]
+            if held is not None and not any(isinstance(each, Attention) for each in held.modules()):
                 module._modules[child] = theirs._modules[child]
 
 

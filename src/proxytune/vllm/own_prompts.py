@@ -129,11 +129,11 @@ def reading(part: str, rows: Sequence[Row], block: int, longest_decode: int = 1)
     read, batch = np.array([row.n_read for row in rows]), np.array([row.n for row in rows])
     gap, begin = n_outer - n, begin_of(n, n_outer, block)
 
-    def own(p: Array) -> Array:
+    def n_own(p: Array) -> Array:
         """How many of its own tokens come before an outer position."""
         return np.maximum(np.maximum(np.minimum(p - begin, n - 1), p - gap), 0)
 
-    first, last = own(read), own(read + batch)
+    first, last = n_own(read), n_own(read + batch)
     count = last - first
     requests = np.flatnonzero(count)
     requests = requests[np.argsort(count[requests] > longest_decode, kind="stable")]
