@@ -93,9 +93,22 @@ EAGLE = {"method": "eagle", "model": "../llama-small", "num_speculative_tokens":
         ({"enable_lora": True}, "name the adapter in the recipe instead"),
         ({"enable_dbo": True}, "halves the batch"),
         ({"enable_prompt_embeds": True}, "each member has embeddings of its own"),
+        ({"offload_group_size": 2}, "vLLM offloads the layers of one model"),
+        ({"hf_overrides": {"rope_theta": 10.0}}, "members have configs of their own"),
+        ({"quantization": "fp8", "dtype": "bfloat16"}, "members are quantized as their checkpoints say"),
         ({"speculative_config": EAGLE}, "speculation by eagle reads the hidden states of one model"),
     ],
-    ids=["context", "load format", "lora", "two batches", "embeddings", "eagle"],
+    ids=[
+        "context",
+        "load format",
+        "lora",
+        "two batches",
+        "embeddings",
+        "offloading",
+        "overrides",
+        "quantized",
+        "eagle",
+    ],
 )
 def test_engine_options(shelf, options, said):
     if "speculative_config" in options:
@@ -513,9 +526,10 @@ def test_the_v2_hook_fits(monkeypatch):
         ({"data_parallel_size": 2}, "data parallelism does not fit"),
         ({"enable_expert_parallel": True}, "expert parallelism does not fit"),
         ({"kv_offloading_size": 1.0}, "KV offloading does not fit"),
+        ({"cpu_offload_gb": 1}, "--cpu-offload-gb does not fit"),
         ({"watermark_config": {"key": 1}, "v2": "1"}, "a watermark does not fit"),
     ],
-    ids=["draft", "n-grams on V2", "data", "experts", "offloading", "watermark"],
+    ids=["draft", "n-grams on V2", "data", "experts", "offloading", "weights", "watermark"],
 )
 def test_what_own_prompts_exclude(shelf, monkeypatch, options, said):
     one = expert("e", "qwen2-small", "qwen2-anti")

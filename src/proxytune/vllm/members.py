@@ -157,6 +157,14 @@ class RecipeRules(VerifyAndUpdateConfig):  # type: ignore[misc]
             raise ProxyTuneError(f"a recipe only generates, so --runner {model_config.runner_type} does not fit it")
         if model_config.enable_prompt_embeds:
             raise ProxyTuneError("--enable-prompt-embeds does not fit a recipe: each member has embeddings of its own")
+        if model_config.quantization is not None or model_config.quantization_config is not None:
+            raise ProxyTuneError(
+                "--quantization does not fit a recipe: its members are quantized as their checkpoints say; leave it out"
+            )
+        if model_config.hf_overrides:
+            raise ProxyTuneError(
+                "--hf-overrides does not fit a recipe: each member has a config of its own; leave it out"
+            )
         fitted = fit(model_config)
         for one in fitted:
             _refuse_part(one, model_config.dtype)
@@ -174,6 +182,11 @@ class RecipeRules(VerifyAndUpdateConfig):  # type: ignore[misc]
             raise ProxyTuneError("--enable-dbo halves the batch, which a recipe's alphas do not follow; leave it out")
         if vllm_config.weight_transfer_config is not None:
             raise ProxyTuneError("--weight-transfer-config does not fit a recipe: each member has weights of its own")
+        if vllm_config.offload_config.prefetch.offload_group_size:
+            raise ProxyTuneError(
+                "--offload-group-size does not fit a recipe, because vLLM offloads the layers of one model; leave "
+                "it out"
+            )
         if vllm_config.lora_config is not None:
             raise ProxyTuneError("--enable-lora does not fit a recipe; name the adapter in the recipe instead")
         speculative = vllm_config.speculative_config
@@ -209,6 +222,7 @@ def _refuse_beside_own_prompts(vllm_config: Any) -> None:
         "expert parallelism": parallel.enable_expert_parallel,
         "a KV connector": vllm_config.kv_transfer_config is not None,
         "KV offloading": vllm_config.cache_config.kv_offloading_size is not None,
+        "--cpu-offload-gb": vllm_config.offload_config.uva.cpu_offload_gb > 0,  # models on one set of weights
         "a watermark": vllm_config.watermark_config is not None,  # it reads what fills a prompt
     }
     if what := next((what for what, present in refused.items() if present), None):
