@@ -163,7 +163,7 @@ class RecipeRules(VerifyAndUpdateConfig):  # type: ignore[misc]
             )
         if model_config.hf_overrides:
             raise ProxyTuneError(
-                "--hf-overrides does not fit a recipe: each member has a config of its own; leave it out"
+                "--hf-overrides does not fit a recipe: members have configs of their own; leave it out"
             )
         fitted = fit(model_config)
         for one in fitted:
