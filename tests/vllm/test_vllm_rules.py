@@ -400,15 +400,23 @@ def test_a_conversation_is_not_rendered_for_later_beside_own_prompts(shelf):
     ServingRender.render_chat_request(SimpleNamespace(model_config=served.model_config), None).close()
 
 
-def test_a_budget_of_thinking_does_not_count_what_fills_a_prompt(shelf):
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"thinking_token_budget": 5}, "thinking_token_budget cannot be had"),
+        ({"prompt_logprob_token_ids": [5]}, "log-probabilities of the prompt cannot be had"),
+        ({"prompt_logprobs": 1}, "log-probabilities of the prompt cannot be had"),
+    ],
+)
+def test_what_cannot_be_told_of_a_prompt_that_is_filled_up(shelf, asked, said):
     from vllm import SamplingParams
 
     one = expert("e", "qwen2-small", "qwen2-anti")
     one["expert"]["prompt"] = "chat"
-    served = frontend.served_by(configured(shelf.recipe("thinking", experts=[one])).model_config)
-    params = SamplingParams(thinking_token_budget=5)
+    served = frontend.served_by(configured(shelf.recipe("filled-up", experts=[one])).model_config)
+    params = SamplingParams(**asked)
     request = SimpleNamespace(sampling_params=params, prompt_token_ids=tiny.tokenizer()("dog")["input_ids"])
-    with pytest.raises(ProxyTuneError, match="thinking_token_budget cannot be had"):
+    with pytest.raises(ProxyTuneError, match=said):
         served.give_prompts(request, "dog", False, 256)
 
 

@@ -10,8 +10,8 @@ position::
     nothing        elsewhere
 
 Its keys and values stand at its own positions, from the block on in which position ``begin`` lies. ``begin`` is 0, or
-for short prompts a whole number of blocks (:func:`begin_of`). So every member computes the same batch, less the rows
-that it does not read: :class:`Reading`.
+for short prompts a whole number of blocks (:func:`begin_of`). So every member reads the same batch, less the rows
+that it does not need: :class:`Reading`.
 """
 
 from __future__ import annotations
