@@ -534,10 +534,11 @@ def test_the_v2_hook_fits(monkeypatch):
         ({"data_parallel_size": 2}, "data parallelism does not fit"),
         ({"enable_expert_parallel": True}, "expert parallelism does not fit"),
         ({"kv_offloading_size": 1.0}, "KV offloading does not fit"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill does not fit"),
         ({"cpu_offload_gb": 1}, "--cpu-offload-gb does not fit"),
         ({"watermark_config": {"key": 1}, "v2": "1"}, "a watermark does not fit"),
     ],
-    ids=["draft", "n-grams on V2", "data", "experts", "offloading", "weights", "watermark"],
+    ids=["draft", "n-grams on V2", "data", "experts", "offloading", "sharing", "weights", "watermark"],
 )
 def test_what_own_prompts_exclude(shelf, monkeypatch, options, said):
     one = expert("e", "qwen2-small", "qwen2-anti")

@@ -222,6 +222,7 @@ def _refuse_beside_own_prompts(vllm_config: Any) -> None:
         "expert parallelism": parallel.enable_expert_parallel,
         "a KV connector": vllm_config.kv_transfer_config is not None,
         "KV offloading": vllm_config.cache_config.kv_offloading_size is not None,
+        "--kv-sharing-fast-prefill": vllm_config.cache_config.kv_sharing_fast_prefill,  # it picks rows of the batch
         "--cpu-offload-gb": vllm_config.offload_config.uva.cpu_offload_gb > 0,  # models on one set of weights
         "a watermark": vllm_config.watermark_config is not None,  # it reads what fills a prompt
     }
