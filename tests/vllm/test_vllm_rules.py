@@ -309,7 +309,11 @@ def test_the_command_and_its_draft(shelf):
     with pytest.raises(RecipeError, match="is not an expert of the recipe"):
         serve_command(config, draft="none")
     demo = load_recipe("demo")
-    assert str(demo.name_or_path) in serve_command(demo), "the word is told as the directory that vLLM can read"
+    words = serve_command(demo, name="demo")
+    assert str(demo.name_or_path) in words, "the word is told as the directory that vLLM can read"
+    assert words[words.index("--served-model-name") + 1] == "demo", "and requests name it as the user does"
+    assert "demo" not in serve_command(demo, ["--served-model-name=mine"], name="demo")
+    assert "--served-model-name" not in serve_command(config, name=str(config.name_or_path))
     tiny.write_adapter(shelf.root / "lora-draft", shelf.root / "qwen2-anti", 3)
     adapted = [expert("e", "qwen2-anti", "qwen2-anti", adapter="../lora-draft")]
     with pytest.raises(MemberError, match="is an adapter"):

@@ -18,12 +18,19 @@ __all__ = ["serve_command", "server_of"]
 
 
 def serve_command(
-    config: ProxyTuneConfig, options: Sequence[str] = (), *, draft: str | None = None, draft_tokens: int = 4
+    config: ProxyTuneConfig,
+    options: Sequence[str] = (),
+    *,
+    name: str | None = None,
+    draft: str | None = None,
+    draft_tokens: int = 4,
 ) -> list[str]:
     """The words of the command that serves the recipe.
 
     Args:
         options: vLLM's own options, passed on unchanged.
+        name: what the user calls the recipe, and requests too, unless an option gives another name. By default that is
+            the recipe's path, which nobody knows of an embedded one.
         draft: the expert that drafts for the mixture; vLLM loads and runs it a second time.
         draft_tokens: number of tokens per draft.
 
@@ -36,7 +43,10 @@ def serve_command(
     drafting = [] if draft is None else ["--speculative-config", json.dumps(_draft(config, draft, draft_tokens))]
     refuse(config)
     check_version(installed_version())
-    return [*server_of(str(config.name_or_path)), *drafting, *options]
+    path = str(config.name_or_path)
+    named = any(option.startswith("--served-model-name") for option in options)
+    called = ["--served-model-name", name] if name not in (None, path) and not named else []
+    return [*server_of(path), *called, *drafting, *options]
 
 
 def server_of(model: str) -> list[str]:
