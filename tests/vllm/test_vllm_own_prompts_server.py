@@ -79,6 +79,15 @@ def test_texts_in_parts_are_read_as_text(server):
     assert_all_same([answer.choices[0].token_ids], [of_chat(server.reference, whole)[1]])
 
 
+def test_a_developer_speaks_as_the_system(server):
+    """For templates without that role, as vLLM has it for the base; also before a negative prompt."""
+    messages = [{**MESSAGES[0], "role": "developer"}, *MESSAGES[1:]]
+    for negative in (None, "the lazy dog"):
+        said = {} if negative is None else {"negative_prompt": negative}
+        answer = server.client.chat.completions.create(messages=messages, **options(**said))
+        assert_all_same([answer.choices[0].token_ids], [of_chat(server.reference, MESSAGES, negative)[1]])
+
+
 @pytest.mark.parametrize("asked", [{}, {"negative_prompt": "the lazy {prompt}", "alpha": 2.0}], ids=repr)
 def test_completions_of_texts_and_of_ids(server, asked):
     tokenizer = server.reference.model.tokenizer
@@ -106,6 +115,8 @@ def test_echo_is_the_bases_prompt(server):
 
 ASSISTANT = [*MESSAGES, {"role": "assistant", "content": "dog"}]
 CONTINUED = {"continue_final_message": True, "add_generation_prompt": False}
+KWARGS = r"do not follow chat_template_kwargs\.enable_thinking; leave it out"
+LONG = r"prompt has \d+ tokens for member 'e\.anti_expert', which reads 256 with the answer; shorten it"
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 
 
@@ -114,23 +125,41 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
     [
         ("completions", {"vllm_xargs": {"negative_prompt": 3}}, "must be a text or its ids"),
         ("completions", {"vllm_xargs": {"negative_prompt": " "}}, "the negative prompt is empty"),
-        ("completions", {"vllm_xargs": {"negative_prompt": [7, 4000]}}, "token id 4000"),
-        ("completions", {"vllm_xargs": {"negative_prompt": "a dog " * 200}}, "which reads 256 with the answer"),
+        ("completions", {"vllm_xargs": {"negative_prompt": [7, 4000]}}, "the negative prompt has token id 4000"),
+        ("completions", {"vllm_xargs": {"negative_prompt": "a dog " * 200}}, f"the negative {LONG}"),
+        ("chat", {"vllm_xargs": {"negative_prompt": "a dog " * 2000}}, f"the negative {LONG}"),
+        ("completions", {"vllm_xargs": {"member_input_ids.e.anti_expert": [7] * 256}}, f"the {LONG}"),
+        ("completions", {"vllm_xargs": {"member_input_ids": [7]}}, r"write 'member_input_ids\.NAME'"),
+        ("completions", {"vllm_xargs": {"weight": 1}}, r"write 'weight\.NAME'"),
+        ("completions", {"vllm_xargs": {"negative_prompts": "dog"}}, "write 'negative_prompt'"),
+        (
+            "completions",
+            {"vllm_xargs": {"member_input_ids.e.anti_expert": [7], "negative_prompt": "dog"}},
+            r"'e\.anti_expert' by member_input_ids\.e\.anti_expert or by negative_prompt",
+        ),
         ("completions", {"vllm_xargs": {"proxytune.ids.base": [7]}}, "cannot be set by a request"),
         ("completions", {"echo": True, "logprobs": 1}, "log-probabilities of the prompt cannot be had"),
         ("completions", {"prompt_logprobs": 1}, "log-probabilities of the prompt cannot be had"),
         ("completions", {"use_beam_search": True}, "beam search cannot be had"),
-        ("completions", {"prompt": [1, 70, 71, 116, 104, 101]}, "changes if it is decoded"),
+        (
+            "completions",
+            {"prompt": [1, 70, 71, 116, 104, 101]},
+            r"the prompt changes if it is decoded.*by `member_input_ids\.NAME`",
+        ),
+        ("chat", {"echo": True}, "logprobs beside echo, and in a chat echo"),
         ("chat", {"messages": ASSISTANT}, "the last message must be the user's"),
         (
             "chat",
             {"messages": ASSISTANT, **CONTINUED},
-            "do not follow",
+            "do not follow add_generation_prompt, continue_final_message; leave them out",
         ),
-        ("chat", {"tools": [TOOL], "tool_choice": "none"}, "do not follow tools"),
-        ("chat", {"chat_template_kwargs": {"enable_thinking": True}}, "do not follow enable_thinking"),
-        ("chat", {"chat_template_kwargs": {"enable_thinking": False}}, "do not follow enable_thinking"),
-        ("chat", {"reasoning_effort": "low"}, "do not follow reasoning_effort, enable_thinking"),
+        ("chat", {"messages": [{"role": "developer", "content": "a", "tools": [TOOL]}, *MESSAGES]}, "made from texts"),
+        ("chat", {"tools": [TOOL], "tool_choice": "none"}, "do not follow tools; leave it out"),
+        ("chat", {"chat_template_kwargs": {"enable_thinking": True}}, KWARGS),
+        ("chat", {"chat_template_kwargs": {"enable_thinking": False}}, KWARGS),
+        ("chat", {"reasoning_effort": "low"}, "do not follow reasoning_effort; leave it out"),
+        ("chat", {"truncate_prompt_tokens": 9}, "do not follow truncate_prompt_tokens; leave it out"),
+        ("chat", {"add_generation_prompt": False}, "do not follow add_generation_prompt; leave it out"),
         ("chat", {"use_beam_search": True}, "beam search cannot be had"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,

@@ -70,7 +70,7 @@ class Prompter:
         ]
         negative = [None] * len(kept) if negative is None else negative
         by_text = any(self.needs_text(each) for each in negative)
-        texts = self._texts(kept) if by_text else [""] * len(kept)
+        texts = [self._text(ids, f"the prompt of row {row}") if by_text else "" for row, ids in enumerate(kept)]
         shown = [
             self.from_messages([{"role": "user", "content": text}], ids, self._encode, each)
             for text, ids, each in zip(texts, kept, negative)
@@ -84,12 +84,11 @@ class Prompter:
         said = isinstance(negative, str) and "{prompt}" in negative
         return said or any(prompt.needs_text for prompt, _ in self.own.values() if prompt.kind != "negative")
 
-    def from_prompt(self, text: str | None, ids: Sequence[int], negative: Negative = None) -> dict[str, Sequence[int]]:
-        """The members' own prompts for one prompt: from ``text`` if it encodes to ``ids``, otherwise from the ids."""
-        if text is not None and self.tokenizer is not None and self._encode(text) == list(ids):
-            messages = [{"role": "user", "content": text}]
-            return dict(self.from_messages(messages, ids, self._encode, negative))
-        return {name: rows[0] for name, rows in self.from_ids(torch.tensor([ids]), None, [negative]).items()}
+    def from_prompt(self, text: str | None, ids: Sequence[int], negative: Negative = None) -> dict[str, list[int]]:
+        """The members' own prompts for a request's prompt: from ``text`` if it encodes to ``ids``, or from the ids."""
+        if text is None or self.tokenizer is None or self._encode(text) != list(ids):
+            text = self._text(list(ids), "the prompt", "member_input_ids.NAME") if self.needs_text(negative) else ""
+        return self.from_messages([{"role": "user", "content": text}], ids, self._encode, negative)
 
     def _encode(self, text: str) -> list[int]:
         if self.tokenizer is None:
@@ -98,25 +97,21 @@ class Prompter:
             )
         return list(self.tokenizer(text)["input_ids"])
 
-    def _texts(self, rows: Sequence[list[int]]) -> list[str]:
-        """The texts that rows of ids are the tokens of."""
+    def _text(self, ids: list[int], what: str, key: str = "member_input_ids") -> str:
+        """The text that ids are the tokens of. Errors speak of ``what``, and of the ``key`` that gives members' ids."""
         if self.tokenizer is None:
             raise PromptError(
-                "members have prompts of their own, which need a tokenizer; pass `member_input_ids`, or give "
-                "`tokenizer` to from_members"
+                f"members have prompts of their own, which need a tokenizer; pass `{key}`, or give `tokenizer` to "
+                "from_members"
             )
-        texts = []
-        for row, kept in enumerate(rows):
-            text = self.tokenizer.decode(kept, skip_special_tokens=True)
-            again = self.tokenizer(text)["input_ids"]
-            if again != kept:
-                at = n_common(kept, again)
-                raise PromptError(
-                    f"the prompt of row {row} changes if it is decoded and encoded again (from token {at} on), so the "
-                    "members' own prompts cannot be made from it; give them as ids, by `member_input_ids`"
-                )
-            texts.append(text)
-        return texts
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        again = self.tokenizer(text)["input_ids"]
+        if again != ids:
+            raise PromptError(
+                f"{what} changes if it is decoded and encoded again (from token {n_common(ids, again)} on), so the "
+                f"members' own prompts cannot be made from it; give them as ids, by `{key}`"
+            )
+        return text
 
     def from_messages(
         self, messages: Sequence[Message], ids: Sequence[int], encode: Encode, negative: Negative = None
@@ -219,8 +214,9 @@ def transcript(messages: Sequence[Message]) -> str:
 
 
 def last_turn(messages: Sequence[Message], text: str) -> list[Message]:
-    """``text`` as the only question of a conversation, after its system prompt."""
-    return [*(message for message in messages if message["role"] == "system"), {"role": "user", "content": text}]
+    """``text`` as the only question of a conversation, after its system prompt (OpenAI's newer name: developer)."""
+    system = [message for message in messages if message["role"] in ("system", "developer")]
+    return [*system, {"role": "user", "content": text}]
 
 
 def _as_text(messages: Sequence[Message]) -> str:

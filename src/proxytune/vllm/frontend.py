@@ -13,7 +13,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
@@ -28,16 +28,19 @@ from vllm.v1.engine.output_processor import RequestState
 from proxytune.errors import PromptError, ProxyTuneError
 from proxytune.recipe.config import ProxyTuneConfig
 from proxytune.recipe.prompts import Message, Negative, Prompter, last_turn, refuse_unread
-from proxytune.vllm.alpha import Recipe
+from proxytune.vllm.alpha import WEIGHT, Recipe
 from proxytune.vllm.own_prompts import KEY, as_extra_args, ids_in
 from proxytune.vllm.plan import Part, reads_own_prompts
 
 __all__ = ["Served", "serve", "served_by"]
 
 GIVEN = "member_input_ids."  # and the name of a member: its prompt in a request
+# Keys that say nothing, and what was meant.
+MEANT = {"member_input_ids": f"{GIVEN}NAME", "weight": f"{WEIGHT}NAME", "negative_prompts": "negative_prompt"}
 # What vLLM passes to chat templates if a request asks for nothing. (It always passes two more.)
 USUAL = {"add_generation_prompt": True, "continue_final_message": False}
 ALWAYS = ("tokenize", "cohere_format")
+OPTIONS = (*USUAL, "documents", "reasoning_effort", "tools")  # of a request itself; others are in chat_template_kwargs
 CONVERSATION = "proxytune_conversation"  # a field of a rendered prompt, which stays in the process
 
 
@@ -79,17 +82,19 @@ class Served:
         if reserved := ids_in(extra_args):
             name = KEY + next(iter(reserved))
             raise PromptError(f"{name!r} cannot be set by a request; for a negative prompt use negative_prompt")
+        if wrong := [name for name in MEANT if name in (extra_args or {})]:
+            raise PromptError(f"a request has no key {wrong[0]!r}; write {MEANT[wrong[0]]!r} (NAME: a member's name)")
         self.recipe.requested(extra_args, engine)
         negative_of(extra_args, self.prompter)
         if self._given(extra_args) and self.prompter is None:
             raise PromptError(f"members of this recipe read one prompt; leave {GIVEN}… out")
 
-    def check_ids(self, ids: Sequence[int], parts: Sequence[Part], parameter: str | None) -> None:
-        """Raise an error for an id that some of these parts lack."""
+    def check_ids(self, ids: Sequence[int], parts: Sequence[Part], parameter: str | None, what: str = "prompt") -> None:
+        """Raise an error for an id that some of these parts lack. ``what`` is said to have it."""
         part = min(parts, key=lambda part: self.widths[part.name])
         width = self.widths[part.name]
         if (highest := max(ids)) >= width:
-            reason = f"the prompt has token id {highest}, but member {part.owner!r} has only {width} tokens"
+            reason = f"the {what} has token id {highest}, but member {part.owner!r} has only {width} tokens"
             raise VLLMValidationError(reason, parameter=parameter)
 
     def give_prompts(self, request: Any, prompt: Any, resumable: bool, context: int) -> None:
@@ -112,7 +117,7 @@ class Served:
         if carried and any(each is not None for each in asked):
             raise PromptError(
                 "log-probabilities of the prompt cannot be had, because members read prompts of their own; leave out "
-                "prompt_logprobs, prompt_logprob_token_ids, and logprobs beside echo"
+                "prompt_logprobs, prompt_logprob_token_ids, logprobs beside echo, and in a chat echo"
             )
         if carried and params.thinking_token_budget is not None:
             raise PromptError(
@@ -122,14 +127,16 @@ class Served:
         rooms = {}
         for part in self.parts:
             ids, limit = own[part.name], min(self.contexts[part.name], context)
+            negative = part.member.prompt.kind == "negative" and extra.get("negative_prompt") is not None
+            what = "negative prompt" if negative else "prompt"
             if not ids:
                 raise PromptError(f"the prompt of member {part.owner!r} is empty; give at least one token")
-            self.check_ids(ids, [part], "prompt")
+            self.check_ids(ids, [part], what.replace(" ", "_"), what)
             rooms[part.owner] = limit - len(ids)
             if len(ids) >= limit:
                 raise PromptError(
-                    f"the prompt has {len(ids)} tokens for member {part.owner!r}, which reads {limit} with the answer; "
-                    "shorten the prompt"
+                    f"the {what} has {len(ids)} tokens for member {part.owner!r}, which reads {limit} with the answer; "
+                    "shorten it"
                 )
         owner, room = min(rooms.items(), key=lambda item: item[1])
         if params.min_tokens > room:
@@ -165,10 +172,10 @@ class Served:
         """Part -> what it reads as its prompt."""
         assert self.prompter is not None
         given, negative = self._given(extra), negative_of(extra, self.prompter)
-        kinds = {part.name: part.member.prompt.kind for part in self.parts}
-        if negative is not None and (both := [name for name in given if kinds[name] == "negative"]):
+        twice = [p.owner for p in self.parts if p.name in given and p.member.prompt.kind == "negative"]
+        if negative is not None and twice:
             raise PromptError(
-                f"a request gives the prompt of {both[0]} by member_input_ids or by negative_prompt, not both"
+                f"a request gives the prompt of {twice[0]!r} by {GIVEN}{twice[0]} or by negative_prompt, not both"
             )
         shown: Mapping[str, Sequence[int]] = {}
         if any(part.name not in given for part in self.parts if part.names[0] in self.prompter.own):
@@ -213,10 +220,10 @@ def messages_of(conversation: Conversation) -> list[Message]:
     Raises:
         PromptError: for what members' chat templates were not tried with.
     """
-    if conversation.not_followed:
+    if options := conversation.not_followed:
         raise PromptError(
-            "members of this recipe have prompts of their own, which do not follow "
-            f"{', '.join(conversation.not_followed)}; leave it out"
+            f"members of this recipe have prompts of their own, which do not follow {', '.join(options)}; "
+            f"leave {'it' if len(options) == 1 else 'them'} out"
         )
     messages: list[Message] = []
     for message in conversation.messages:
@@ -224,12 +231,13 @@ def messages_of(conversation: Conversation) -> list[Message]:
         if isinstance(content, Sequence) and not isinstance(content, str):
             texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
             content = "\n".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else None
-        if message.get("role") not in ("system", "user", "assistant") or not isinstance(content, str):
+        role = "system" if message.get("role") == "developer" else message.get("role")  # its newer name
+        if role not in ("system", "user", "assistant") or not isinstance(content, str) or message.get("tools"):
             raise PromptError(
                 "members of this recipe have prompts of their own, which are made from texts of system, user and "
                 "assistant; leave other messages out"
             )
-        messages.append({"role": str(message["role"]), "content": content})
+        messages.append({"role": role, "content": content})
     if not messages or messages[-1]["role"] != "user":
         raise PromptError("members of this recipe have prompts of their own, so the last message must be the user's")
     return messages
@@ -328,11 +336,16 @@ def _wrap() -> None:
         for messages, prompt in zip(conversations, prompts):
 
             def encode(text: str, messages: Any = messages) -> Sequence[int]:
-                (_,), (encoded,) = render(self, [last_turn(messages, text)], params, tok_params)
+                # Without vLLM's limit, whose message would speak of the prompt.
+                endless = replace(tok_params or self.default_chat_tok_params, max_total_tokens=None)
+                (_,), (encoded,) = render(self, [last_turn(messages, text)], params, endless)
                 return list(encoded["prompt_token_ids"])
 
             said = {name: value for name, value in params.chat_template_kwargs.items() if name not in ALWAYS}
-            not_followed = [name for name, value in said.items() if value is not None and value is not USUAL.get(name)]
+            if said.get("reasoning_effort") is not None:
+                said.pop("enable_thinking", None)  # vLLM adds it
+            asked = [name for name, value in said.items() if value is not None and value is not USUAL.get(name)]
+            not_followed = [name if name in OPTIONS else f"chat_template_kwargs.{name}" for name in asked]
             if getattr(tok_params, "truncate_prompt_tokens", None) is not None:
                 not_followed.append("truncate_prompt_tokens")
             prompt[CONVERSATION] = Conversation(messages, encode, not_followed)
