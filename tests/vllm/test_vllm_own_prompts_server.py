@@ -118,6 +118,8 @@ CONTINUED = {"continue_final_message": True, "add_generation_prompt": False}
 KWARGS = r"do not follow chat_template_kwargs\.enable_thinking; leave it out"
 LONG = r"prompt has \d+ tokens for member 'e\.anti_expert', which reads 256 with the answer; shorten it"
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+CALLED = {"role": "assistant", "content": "a", "tool_calls": [CALL]}
 
 
 @pytest.mark.parametrize(
@@ -154,6 +156,8 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": 
             "do not follow add_generation_prompt, continue_final_message; leave them out",
         ),
         ("chat", {"messages": [{"role": "developer", "content": "a", "tools": [TOOL]}, *MESSAGES]}, "made from texts"),
+        ("chat", {"messages": [{"role": "user", "content": "a", "name": "Ann"}]}, "made from texts"),
+        ("chat", {"messages": [MESSAGES[0], CALLED, *MESSAGES]}, "made from texts"),
         ("chat", {"tools": [TOOL], "tool_choice": "none"}, "do not follow tools; leave it out"),
         ("chat", {"chat_template_kwargs": {"enable_thinking": True}}, KWARGS),
         ("chat", {"chat_template_kwargs": {"enable_thinking": False}}, KWARGS),

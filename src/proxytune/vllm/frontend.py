@@ -232,7 +232,8 @@ def messages_of(conversation: Conversation) -> list[Message]:
             texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
             content = "\n".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else None
         role = "system" if message.get("role") == "developer" else message.get("role")  # its newer name
-        if role not in ("system", "user", "assistant") or not isinstance(content, str) or message.get("tools"):
+        more = any(value for name, value in message.items() if name not in ("role", "content"))  # tool_calls, name, …
+        if role not in ("system", "user", "assistant") or not isinstance(content, str) or more:
             raise PromptError(
                 "members of this recipe have prompts of their own, which are made from texts of system, user and "
                 "assistant; leave other messages out"
