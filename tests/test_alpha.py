@@ -157,7 +157,7 @@ def test_alpha_at_load(shelf, load, alpha, expected):
         (math.nan, "alpha must be a finite number, not nan"),
         ("0.5", "alpha must be a finite number, not '0.5'"),
         (True, "must be a finite number, not True"),
-        ([1.0, 2.0], r"2 alphas for 1 experts \(expert\)"),
+        ([1.0, 2.0], r"2 alphas for 1 expert \(expert\)"),
         ({"chat": 1.0}, "no expert is called 'chat'; the recipe has expert"),
     ],
     ids=repr,

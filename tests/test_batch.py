@@ -54,7 +54,7 @@ def test_lines_are_numbered_and_other_fields_kept():
         ('{"prompt": "a", "alpha": 1e39}', "finite"),
         ('{"prompt": "a", "alpha": "x"}', "finite"),
         ('{"prompt": "a", "alpha": {"nobody": 1}}', "no expert is called 'nobody'"),
-        ('{"prompt": "a", "alpha": [1, 2]}', "2 alphas for 1 experts"),
+        ('{"prompt": "a", "alpha": [1, 2]}', "2 alphas for 1 expert"),
         ('{"prompt": "a", "n": ' + "9" * 5000 + "}", "cannot be read"),
         ("[" * 100_000, "cannot be read|not JSON"),
         (b"\xff\xfe", "it is not UTF-8"),

@@ -247,9 +247,14 @@ PAIR = {"name": "a", "expert": "./e", "anti_expert": "./a", "alpha": 0.5}
         (None, [PAIR], RecipeError, "there is no rule None"),
         ("convex", [PAIR, {**PAIR, "name": "b", "alpha": 0.6}], AlphaError, "at most 1, unlike 0.5, 0.6"),
         ("convex", [{**PAIR, "alpha": -0.5}], AlphaError, "0 or more"),
-        ("convex", [{"name": "a", "anti_expert": "./a", "alpha": 0.5}], RecipeError, "needs an expert, and 'a'"),
-        ("union", [{"name": "a", "expert": "./e"}], RecipeError, "needs an anti-expert, and 'a'"),
-        ("dynamic", [{"name": "a", "anti_expert": "./e"}], RecipeError, "needs an expert, and 'a'"),
+        (
+            "convex",
+            [{"name": "a", "anti_expert": "./a", "alpha": 0.5}],
+            RecipeError,
+            "an `expert`, and 'a' has only",
+        ),
+        ("union", [{"name": "a", "expert": "./e"}], RecipeError, "an `anti_expert`, and 'a' has only an expert"),
+        ("dynamic", [{"name": "a", "anti_expert": "./e"}], RecipeError, "each entry needs an `expert`, and 'a'"),
     ],
 )
 def test_what_does_not_fit_is_refused(combine, experts, error, said):

@@ -19,7 +19,7 @@ from proxytune import load_recipe
 from proxytune.errors import ProxyTuneError
 from proxytune.evaluation.engine import EngineArms
 from proxytune.evaluation.manifest import manifest_of, write_manifest
-from proxytune.evaluation.run import load_plans
+from proxytune.evaluation.run import Part, Tally, load_plans, unreadable
 from proxytune.recipe.options import LoadingOptions
 
 
@@ -42,7 +42,8 @@ def local(tmp_path_factory):
         (["--engine-option", "tensor_parallel_size"], "--engine-option is NAME=VALUE"),
         (["--engine-option", "dtype=float32"], "--engine-option cannot give dtype; use --dtype"),
         (["--engine-option", "quantization=fp8"], "--engine-option cannot give quantization; leave it out"),
-        (["--tasks", "mbpp_likelihood", "--gate", "warmup=3"], "scores given continuations, which needs --engine tran"),
+        (["--engine-option", "max_model_len=abc"], "max_model_len must be a whole number of tokens, not 'abc'"),
+        (["--engine-option", "max_model_len=-1"], "max_model_len must be a whole number of tokens, not -1"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
@@ -147,3 +148,26 @@ def test_a_generation_config_that_was_not_tried_leaves_the_arm_out(shelf, local,
     with pytest.raises(ProxyTuneError, match="asks for no_repeat_ngram_size=3, which was not tried with vLLM"):
         arms.reader("proxy_tuned")
     arms.reader("expert")
+
+
+def test_a_task_that_vllm_cannot_score_is_left_out_of_the_arms_that_it_concerns(shelf, local, tmp_path):
+    """Members with prompts of their own, or a gate that is a schedule; the other task keeps all its arms."""
+    long = str(tiny.write_model(tmp_path / "long", "llama", "base", 1, max_position_embeddings=1024))
+    chat = {"expert": {"model": long, "prompt": "chat"}}
+    recipe = tiny.write_recipe_alone(tmp_path / "recipe", {"base": {"model": long}, "experts": [chat]})
+    plans = load_plans(EvaluationOptions(("triviaqa", "truthfulqa_mc1"), data=str(local), limit=1))
+    names = ("base", "expert", "mean_logits", "proxy_tuned")
+    parts = [Part(name, plan, [tmp_path / plan.name / f"{name}.jsonl"]) for name in names for plan in plans]
+
+    def left_out(config):
+        arms, told = EngineArms(config, (), LoadingOptions(), options={}), []
+        found = unreadable(arms, [replace(part) for part in parts], Tally(lambda *_: None, parts), told.append)
+        assert [f"{one['arm']} will be left out of {one['task']}: {one['reason']}" for one in found] == told
+        return {(one["arm"], one["task"]): one["reason"] for one in found}
+
+    why = "truthfulqa_mc1 scores given continuations, which needs --engine transformers"
+    assert left_out(load_recipe(recipe)) == {
+        (arm, "truthfulqa_mc1"): f"{why} where members of {arm} read prompts of their own" for arm in names[2:]
+    }
+    gated = load_recipe(shelf / "recipe").with_mixing(None, "warmup=3")
+    assert left_out(gated) == {("proxy_tuned", "truthfulqa_mc1"): f"{why} with the gate warmup"}

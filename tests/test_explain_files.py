@@ -264,7 +264,13 @@ def test_traces_that_cannot_be_read(tmp_path, traces, change, message):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"choices": [{"logprobs": None}]}, "it has no logprobs; ask the server for them"),
+        (
+            {"choices": [{"message": {}, "logprobs": None}]},
+            'it has no logprobs; ask the server for them ("logprobs": true, "top_logprobs": 5)',
+        ),
+        ({"choices": [{"text": "a"}]}, 'it has no logprobs; ask the server for them ("logprobs": 5)'),
+        ({"error": {"message": "no such model"}}, "object 1 is a server's error: no such model"),
+        ({"error": "Not Found"}, "object 1 is a server's error: Not Found"),
         ({"choices": [{"logprobs": {}}]}, "neither content (chat completions) nor tokens (completions)"),
         (
             {"choices": [{"logprobs": {"content": [{"logprob": 1}]}}]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -259,6 +260,7 @@ def test_chat_changes_the_negative_prompt(recipe, tmp_path):
         (["--guidance", "2", "--base-prompt", "chat"], "leave --base-prompt out"),
         (["--small", "SMALL"], "add --expert-system, --expert-prompt or --expert-examples"),
         (["--small", "SMALL", "--expert", "SMALL"], "leave --expert out"),
+        (["--expert", "SMALL", "--expert-system", "x", "--system", "y"], "and has no system prompt yet"),
         (["--expert-system", "x"], "no expert is given"),
         (["--anti-expert", "SMALL", "--expert-system", "x"], "need an expert; add --expert or --small"),
         (["--small", "SMALL", "--expert-system", "x", "--expert-prompt", "Say {prompt}"], "leave --expert-prompt out"),
@@ -318,6 +320,22 @@ def test_only_the_expert_reads_the_examples(shelf, tmp_path, tokenizer, chat):
     file.write_text('{"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}\n')
     run("new", tmp_path / "s", "--base", shelf / "base", "--small", shelf / "anti", "--expert-examples", file, *more)
     assert prompts_of(tmp_path / "s")["expert.expert"].examples == (("a?", "b"),)
+
+
+def test_both_sides_get_the_texts_that_are_not_the_experts_own(shelf, tmp_path):
+    file = tmp_path / "solved.jsonl"
+    file.write_text('{"prompt": "a?", "completion": " b"}\n')
+    words = ("--base", shelf / "base", "--small", shelf / "anti", "--system", "be brief", "--response-prefix", "A:")
+    run("new", tmp_path / "r", *words, "--expert-prompt", "chat", "--expert-examples", file)
+    both = Prompt("chat", system="be brief", response_prefix="A:")
+    pairs = (("a?", " b"),)
+    assert prompts_of(tmp_path / "r") == {
+        "base": Prompt(), "expert.expert": replace(both, examples=pairs), "expert.anti_expert": both,
+    }  # fmt: skip
+    run("new", tmp_path / "s", *words, "--expert-system", "the rules")
+    assert prompts_of(tmp_path / "s") == {
+        "base": Prompt(), "expert.expert": replace(both, system="the rules"), "expert.anti_expert": both,
+    }  # fmt: skip
 
 
 def test_a_negative_prompt_beside_an_expert(shelf, tmp_path):

@@ -68,7 +68,7 @@ def test_every_form_of_alpha(alpha, expected):
     ("alpha", "message"),
     [
         ({"c": 1.0}, "no expert is called 'c'; the recipe has a, b"),
-        ([1.0], "1 alphas for 2 experts (a, b)"),
+        ([1.0], "1 alpha for 2 experts (a, b)"),
         ((1.0, 2.0, 3.0), "3 alphas for 2 experts (a, b)"),
         ([1.0, "x"], "alpha of expert 'b' must be a finite number, not 'x'"),
         ({"a": None}, "alpha of expert 'a' must be a finite number, not None"),
@@ -124,7 +124,7 @@ def test_names_make_a_mapping_and_leave_the_callers_alone():
         ({"alpha.c": 1.0}, None, "no expert is called 'c'; the recipe has a, b"),
         ({"alpha.": 1.0}, None, "no expert is called ''; the recipe has a, b"),
         ({"alpha.alpha.a": 1.0}, None, "no expert is called 'alpha.a'; the recipe has a, b"),
-        ({"alpha.a": 1.0}, [1.0], "1 alphas for 2 experts (a, b)"),
+        ({"alpha.a": 1.0}, [1.0], "1 alpha for 2 experts (a, b)"),
         (
             {"alpha.b": 1.0, "alpha.a": 1.0},
             torch.ones(1, 2),
@@ -186,7 +186,7 @@ def test_every_form_of_alpha_of_rows(alpha, of, expected):
         ({"a": [1.0, 2.0]}, THREE, "alpha of 'a' must be a number or 3 values, one per row"),
         ({"a": [[1.0, 2.0, 3.0]]}, THREE, "alpha of expert 'a' must be a finite number, not"),
         ([1.0, 2.0, 3.0], THREE, r"^3 alphas for 2 experts \(a, b\) or 3 rows$"),
-        ([1.0, 2.0], ONLY, r"^2 alphas for 1 experts \(a\) or 3 rows$"),
+        ([1.0, 2.0], ONLY, r"^2 alphas for 1 expert \(a\) or 3 rows$"),
         (torch.ones(2, 2), THREE, "alpha must have 3 rows of one value for each of 2 experts"),
         (torch.ones(3, 2, 1), THREE, "must be a finite number, not "),
         ([], THREE, "^0 alphas for 2 experts"),

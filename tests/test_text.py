@@ -78,7 +78,7 @@ def test_members_in_memory_need_a_tokenizer(trio, tokenizer):
         (PromptError, {"prompts": 5}, "prompts must be a text or a list of texts"),
         (PromptError, {"prompts": [5]}, "prompts must be a text or a list of texts"),
         (AlphaError, {"alpha": {"nosuch": 1}}, "no expert is called 'nosuch'"),
-        (AlphaError, {"prompts": ["a", "b"], "alpha": [1, 2, 3]}, "3 alphas for 1 experts"),
+        (AlphaError, {"prompts": ["a", "b"], "alpha": [1, 2, 3]}, "3 alphas for 1 expert"),
         (ProxyTuneError, {"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
         (ProxyTuneError, {"batch_size": 0}, "batch_size must be at least 1, not 0"),
         (ProxyTuneError, {"system": "x"}, "a system prompt needs chat"),

@@ -90,7 +90,7 @@ def test_many_clients_stream_each_at_its_own_alpha(server):
     ("xargs", "said"),
     [
         ({"alpha": "high"}, "finite number"),
-        ({"alpha": [1.0, 2.0]}, "2 alphas for 1 experts"),
+        ({"alpha": [1.0, 2.0]}, "2 alphas for 1 expert"),
         ({"alpha.other": 1.0}, "no expert is called 'other'"),
     ],
     ids=["text", "length", "name"],

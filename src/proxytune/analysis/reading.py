@@ -47,6 +47,10 @@ def read_explanations(path: Path) -> list[Callable[[], Explanation]]:
             raise ProxyTuneError(f"{path}: its traces are {schema}, and this version of proxytune reads {SCHEMA}")
         elif isinstance(choices, list) and all(isinstance(choice, Mapping) for choice in choices):
             answers += [(_of_choice, choice) for choice in choices]
+        elif isinstance(value, Mapping) and value.get("error"):
+            error = value["error"]
+            said = (error.get("message") or error) if isinstance(error, Mapping) else error
+            raise ProxyTuneError(f"{path}: object {number} is a server's error: {said}")
         else:
             raise ProxyTuneError(
                 f"{path}: object {number} is neither a trace of `generate --trace` nor an OpenAI response with choices"
@@ -175,7 +179,8 @@ def _flips(value: Mapping[str, Any], names: Sequence[str], where: str) -> dict[s
 def _of_choice(choice: Mapping[str, Any]) -> Explanation:
     logprobs = choice.get("logprobs")
     if not isinstance(logprobs, Mapping):
-        raise Wrong("it has no logprobs; ask the server for them (logprobs=true, top_logprobs=5)")
+        asked = '"logprobs": 5' if "text" in choice else '"logprobs": true, "top_logprobs": 5'
+        raise Wrong(f"it has no logprobs; ask the server for them ({asked})")
     ids = _Ids()
     message = choice.get("message")
     if isinstance(logprobs.get("content"), list):

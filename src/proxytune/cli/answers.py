@@ -258,8 +258,11 @@ def serve(
         typer.Option("--draft", metavar="EXPERT", help="With vLLM: the expert that drafts for the mixture."),
     ] = None,
     draft_tokens: Annotated[
-        int, typer.Option("--draft-tokens", metavar="N", min=1, help="With --draft: number of tokens per draft.")
-    ] = 4,
+        int | None,
+        typer.Option(
+            "--draft-tokens", metavar="N", min=1, help="With --draft: number of tokens per draft, 4 by default."
+        ),
+    ] = None,
     only_print: Annotated[bool, typer.Option("--print", help="Print the command and exit.")] = False,
 ) -> None:
     """Serve a recipe with an OpenAI-compatible server: print the exact command and run it.
@@ -275,6 +278,8 @@ def serve(
     """
     if engine not in ("transformers", "vllm"):
         raise ProxyTuneError("give --engine transformers or --engine vllm")
+    if draft is None and draft_tokens is not None:
+        raise ProxyTuneError("--draft-tokens needs --draft")
     if engine == "transformers":
         if draft is not None:
             raise ProxyTuneError("--draft is for vLLM; with transformers, experts draft by themselves where that pays")
@@ -290,7 +295,7 @@ def serve(
         program = "import proxytune; from transformers.cli.transformers import main; main()"
         words = [sys.executable, "-c", program, "serve", str(config.name_or_path), *context.args]
     else:
-        words = serve_command(config, context.args, name=recipe, draft=draft, draft_tokens=draft_tokens)
+        words = serve_command(config, context.args, name=recipe, draft=draft, draft_tokens=draft_tokens or 4)
     if only_print:
         typer.echo(shlex.join(words))
         return

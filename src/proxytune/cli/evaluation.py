@@ -128,8 +128,8 @@ def sweep(
 ) -> None:
     """Evaluate a recipe at several alphas: a table and a plot of the curve, with intervals.
 
-    Each prompt is read once for all alphas. Predictions go to DIR/TASK/alpha=A.jsonl. A killed run continues where it
-    stopped, and you can add alphas.
+    With transformers each prompt is read once for all alphas; vLLM gets one request per alpha. Predictions go to
+    DIR/TASK/alpha=A.jsonl. A killed run continues where it stopped, and you can add alphas.
 
     Examples:
 

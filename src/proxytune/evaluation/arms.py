@@ -260,6 +260,13 @@ class Arms:
             tokenizer, prompt, limit = self._tokenizer(member), self.members[member].prompt, self._context(member)
         return Reader(name, tokenizer, {} if prompt.kind == "raw" else {"": (prompt, tokenizer)}, {"base": limit})
 
+    def refuse(self, reader: Reader, plan: TaskPlan) -> None:
+        """Refuse a task that an arm cannot answer, however short its prompts are. transformers can answer all.
+
+        Raises:
+            ProxyTuneError: says why.
+        """
+
     def close(self) -> None:
         """Release every model."""
         self.steered, self.mean, self.remote, self.alone = None, None, None, {}

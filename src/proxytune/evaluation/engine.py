@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
 
@@ -35,6 +35,9 @@ from proxytune.recipe.generation_config import (
 from proxytune.recipe.members import load_config
 from proxytune.recipe.parts import ApiBase, Member
 from proxytune.recipe.source import resolve
+
+if TYPE_CHECKING:
+    from proxytune.evaluation.answering import TaskPlan
 
 __all__ = ["EngineArm", "EngineArms", "refuse_of_engine"]
 
@@ -188,6 +191,17 @@ class EngineArms(Arms):
         reads = {member: None if limit is None else limit - 1 for member, limit in contexts.items()}
         return replace(read, contexts=reads, reads_all=True)
 
+    def refuse(self, reader: Reader, plan: TaskPlan) -> None:
+        """Refuse to score continuations where members read several prompts, or the gate is a schedule."""
+        if not plan.likelihood:
+            return
+        why = f"{plan.name} scores given continuations, which needs --engine transformers"
+        gate = gate_of(self.config.gate)
+        if reader.name == "proxy_tuned" and gate is not None and gate.scheduled:
+            raise ProxyTuneError(f"{why} with the gate {gate.kind}")
+        if any(reader.own):  # a model alone, whose name is empty there, reads one prompt
+            raise ProxyTuneError(f"{why} where members of {reader.name} read prompts of their own")
+
     def close(self) -> None:
         if self.engine is not None:
             self.engine.llm_engine.engine_core.shutdown()
@@ -249,15 +263,15 @@ class EngineArms(Arms):
             raise self.failed[model] from error
 
 
-def refuse_of_engine(arms: EngineArms, plans: Sequence[Any], names: Sequence[str], asked: Mapping[str, bool]) -> None:
-    """Refuse what vLLM cannot do, before anything is loaded.
+def refuse_of_engine(arms: EngineArms, names: Sequence[str], asked: Mapping[str, bool]) -> None:
+    """Refuse what vLLM cannot do, before anything is loaded. For a task that one arm cannot answer see
+    :meth:`EngineArms.refuse`.
 
     Args:
-        plans: the run's :class:`proxytune.evaluation.answering.TaskPlan`. names: its arms. asked: options of the
-            command that need the other engine -> whether they were given.
+        names: the run's arms. asked: options of the command that need the other engine -> whether they were given.
 
     Raises:
-        ProxyTuneError: names the option, the arm or the task.
+        ProxyTuneError: names the option or the arm.
     """
     config, loading = arms.config, arms.loading
     if loading.dtype not in DTYPES:
@@ -274,14 +288,6 @@ def refuse_of_engine(arms: EngineArms, plans: Sequence[Any], names: Sequence[str
     }
     if wanted := next((what for what, given in others.items() if given), None):
         raise ProxyTuneError(f"{wanted} needs --engine transformers; leave one of the two out")
-    if scored := next((plan.name for plan in plans if plan.likelihood), None):
-        why = f"{scored} scores given continuations, which needs --engine transformers"
-        gate = gate_of(config.gate)
-        if "proxy_tuned" in names and gate is not None and gate.scheduled:
-            raise ProxyTuneError(f"{why} with the gate {gate.kind}")
-        for name in names:
-            if [each for each in arms.reader(name).own if each]:
-                raise ProxyTuneError(f"{why} where members of {name} read prompts of their own")
     found = find_spec("vllm")
     if found is None or found.origin is None:  # a directory of that name has no origin
         raise ProxyTuneError("--engine vllm needs vllm: pip install 'proxytune[vllm]' (Python 3.11 or newer)")

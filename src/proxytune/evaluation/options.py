@@ -114,6 +114,9 @@ class EvaluationOptions(Options):
         object.__setattr__(self, "tasks", check_tasks(self.tasks, EVAL_TASKS))
         if self.engine == "transformers" and self.engine_options:
             raise ProxyTuneError("--engine-option is for vLLM; give --engine vllm too")
+        length = self.engine_options.get("max_model_len")
+        if length is not None and (type(length) is not int or length < 1):
+            raise ProxyTuneError(f"--engine-option max_model_len must be a whole number of tokens, not {length!r}")
         place = data_place(self.data)
         if place is not None and place.is_file() and len(self.tasks) > 1:
             raise ProxyTuneError("--data is one file, but there are several tasks; give a folder")

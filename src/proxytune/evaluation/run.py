@@ -163,7 +163,7 @@ def refuse_unknown(arms: Arms, plans: Sequence[TaskPlan], names: Sequence[str], 
     base = config.base_member
     refuse_of_api(base, loading)
     if isinstance(arms, EngineArms):
-        refuse_of_engine(arms, plans, names, asked)
+        refuse_of_engine(arms, names, asked)
     if not isinstance(base, ApiBase) or not any(map(asks_base, names)):
         return
     needs = dict(asked)
@@ -267,7 +267,7 @@ class Tally:
 
 
 def unreadable(arms: Arms, parts: Sequence[Part], tally: Tally, note: Callable[[str], None]) -> list[LeftOut]:
-    """What an arm cannot read. This is found out before any weights are loaded.
+    """What an arm cannot answer. This is found out before any weights are loaded.
 
     Every open prompt is encoded and compared with the contexts.
     """
@@ -279,6 +279,7 @@ def unreadable(arms: Arms, parts: Sequence[Part], tally: Tally, note: Callable[[
         n_before = len(left_out)
         with _left_out(left_out, task, arm):
             readers[arm] = readers.get(arm) or arms.reader(arm)
+            arms.refuse(readers[arm], part.plan)
             encode_jobs(readers[arm], part.plan, part.jobs)
         if len(left_out) > n_before:
             tally.leave_out(part)
@@ -364,7 +365,8 @@ def sweep(
     """Evaluate the recipe at each alpha; return the contents of results.json.
 
     Every member reads each prompt once, whatever the number of alphas. Its cache is repeated for them or, for scored
-    continuations, its logits are mixed again. Members with prompts of their own read them once per alpha.
+    continuations, its logits are mixed again. Members with prompts of their own read them once per alpha. vLLM gets one
+    request per alpha.
 
     Args:
         values: the alphas. expert: the expert that they are for; the other experts keep theirs. None for all.

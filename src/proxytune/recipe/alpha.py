@@ -184,4 +184,6 @@ def _refuse_unknown(given: Mapping[Any, Any], names: Sequence[str]) -> None:
 
 def _wrong_length(given: Sequence[Any], names: Sequence[str], n_rows: int = 1) -> AlphaError:
     rows = f" or {n_rows} rows" if n_rows > 1 else ""
-    return AlphaError(f"{len(given)} alphas for {len(names)} experts ({', '.join(names)}){rows}")
+    alphas = "1 alpha" if len(given) == 1 else f"{len(given)} alphas"
+    experts = "1 expert" if len(names) == 1 else f"{len(names)} experts"
+    return AlphaError(f"{alphas} for {experts} ({', '.join(names)}){rows}")

@@ -150,12 +150,12 @@ def configure(options: ComposeOptions, examples: Sequence[tuple[str, str]] = ())
         description=options.description,
         examples=options.examples or None,
     )
-    config = _with_texts(config, options.system, options.response_prefix)
-    if options.expert_system is None and not examples:
-        return config
-    if towards is None:
-        raise RecipeError("--expert-system and --expert-examples need an expert; add --expert or --small")
-    return _with_expert_texts(config, options, examples)
+    if options.expert_system is not None or examples:
+        if towards is None:
+            raise RecipeError("--expert-system and --expert-examples need an expert; add --expert or --small")
+        config = _with_expert_texts(config, options, examples)
+    # Last, because the expert's texts may give members the prompt kind chat.
+    return _with_texts(config, options.system, options.response_prefix)
 
 
 def _api_base(options: ComposeOptions) -> ApiBase | None:
@@ -199,22 +199,30 @@ def _with_expert_texts(
 
 
 def _with_texts(config: ProxyTuneConfig, system: str | None, response_prefix: str | None) -> ProxyTuneConfig:
-    """Give every member that has a prompt of its own a system prompt (chat alone) and a response prefix."""
-    kinds = [one.prompt.kind for _, one in config.members()]
-    if system is not None and "chat" not in kinds:
-        raise RecipeError("a system prompt needs a member whose prompt is `chat`; add --expert-prompt chat")
-    if response_prefix and set(kinds) == {"raw"}:
+    """Give every member that has a prompt of its own a response prefix and, if it is chat, a system prompt. A member
+    that has a system prompt keeps it."""
+    prompts = [one.prompt for _, one in config.members()]
+    if system is not None and not any(_lacks_system(prompt) for prompt in prompts):
+        raise RecipeError(
+            "a system prompt needs a member whose prompt is `chat` and has no system prompt yet; add --expert-prompt "
+            "chat, or leave --system out"
+        )
+    if response_prefix and all(prompt.kind == "raw" for prompt in prompts):
         raise RecipeError("a response prefix needs a member with a prompt of its own; add --expert-prompt chat")
 
     def changed(_: str, one: Member) -> Member:
         prompt = one.prompt
-        if system is not None and prompt.kind == "chat":
+        if system is not None and _lacks_system(prompt):
             prompt = replace(prompt, system=system)
         if response_prefix and prompt.kind != "raw":
             prompt = replace(prompt, response_prefix=response_prefix)
         return replace(one, prompt=prompt)
 
     return config.with_members(changed)
+
+
+def _lacks_system(prompt: Prompt) -> bool:
+    return prompt.kind == "chat" and prompt.system is None
 
 
 # -- writing it -----------------------------------------------------------------------------------------------

@@ -194,7 +194,9 @@ class ComposeOptions(Options):
     expert_adapter: str | None = _members(
         None, "LoRA adapter on the expert or, without one, on the anti-expert.", metavar="PATH"
     )
-    system: str | None = _prompts(None, "System prompt for the members whose prompt is chat.", metavar="TEXT")
+    system: str | None = _prompts(
+        None, "System prompt for the members whose prompt is chat; --expert-system replaces it.", metavar="TEXT"
+    )
     response_prefix: str | None = _prompts(
         None,
         "First words of every answer, such as 'Answer:'; they are moved to after the members' own prompts.",

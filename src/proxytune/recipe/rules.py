@@ -73,8 +73,11 @@ def check_rule(rule: Rule, experts: Sequence[Expert], rows: Sequence[Sequence[fl
         return
     for expert in experts:
         if expert.expert is None or (rule != "convex" and expert.anti_expert is None):
-            side = "an expert" if expert.expert is None else "an anti-expert"
-            raise RecipeError(f"the rule {rule} needs {side}, and {expert.name!r} has none; use the rule sum")
+            needed, only = ("expert", "an anti-expert") if expert.expert is None else ("anti_expert", "an expert")
+            raise RecipeError(
+                f"under the rule {rule} each entry needs an `{needed}`, and {expert.name!r} has only {only}; use the "
+                "rule sum"
+            )
     if rule == "convex":
         for row in rows:
             if min(row, default=0.0) < 0 or sum(row) > 1 + ROUNDING:
