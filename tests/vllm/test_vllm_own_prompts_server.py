@@ -148,7 +148,7 @@ CALLED = {"role": "assistant", "content": "a", "tool_calls": [CALL]}
             {"prompt": [1, 70, 71, 116, 104, 101]},
             r"the prompt changes if it is decoded.*by `member_input_ids\.NAME`",
         ),
-        ("chat", {"echo": True}, "logprobs beside echo, and in a chat echo"),
+        ("chat", {"echo": True}, "logprobs beside echo, and echo in a chat"),
         ("chat", {"messages": ASSISTANT}, "the last message must be the user's"),
         (
             "chat",

@@ -295,7 +295,7 @@ def serve(
         program = "import proxytune; from transformers.cli.transformers import main; main()"
         words = [sys.executable, "-c", program, "serve", str(config.name_or_path), *context.args]
     else:
-        words = serve_command(config, context.args, name=recipe, draft=draft, draft_tokens=draft_tokens or 4)
+        words = serve_command(config, context.args, name=recipe, draft=draft, draft_tokens=draft_tokens)
     if only_print:
         typer.echo(shlex.join(words))
         return

@@ -23,7 +23,7 @@ def serve_command(
     *,
     name: str | None = None,
     draft: str | None = None,
-    draft_tokens: int = 4,
+    draft_tokens: int | None = None,
 ) -> list[str]:
     """The words of the command that serves the recipe.
 
@@ -32,7 +32,7 @@ def serve_command(
         name: what the user calls the recipe, and requests too, unless an option gives another name. By default that is
             the recipe's path, which nobody knows of an embedded one.
         draft: the expert that drafts for the mixture; vLLM loads and runs it a second time.
-        draft_tokens: number of tokens per draft.
+        draft_tokens: number of tokens per draft, by default 4.
 
     Raises:
         ProxyTuneError: if vLLM is missing or not supported.
@@ -58,7 +58,7 @@ def server_of(model: str) -> list[str]:
     return [shutil.which("vllm", path=str(Path(sys.executable).parent)) or "vllm", "serve", model]
 
 
-def _draft(config: ProxyTuneConfig, draft: str, n_tokens: int) -> dict[str, str | int]:
+def _draft(config: ProxyTuneConfig, draft: str, n_tokens: int | None) -> dict[str, str | int]:
     experts = [expert.name for expert in config.expert_list if expert.expert is not None]
     if draft not in experts:
         raise RecipeError(f"--draft {draft!r} is not an expert of the recipe; it has {', '.join(experts) or 'none'}")
@@ -68,6 +68,6 @@ def _draft(config: ProxyTuneConfig, draft: str, n_tokens: int) -> dict[str, str 
     found: dict[str, str | int] = {
         "method": "draft_model",
         "model": part.source.path,
-        "num_speculative_tokens": n_tokens,
+        "num_speculative_tokens": 4 if n_tokens is None else n_tokens,
     }
     return found | ({"revision": part.source.revision} if part.source.revision else {})

@@ -35,7 +35,7 @@ from proxytune.vllm.plan import Part, reads_own_prompts
 __all__ = ["Served", "serve", "served_by"]
 
 GIVEN = "member_input_ids."  # and the name of a member: its prompt in a request
-# Keys that say nothing, and what was meant.
+# Keys that are likely slips, and what was meant. NAME is a member's.
 MEANT = {"member_input_ids": f"{GIVEN}NAME", "weight": f"{WEIGHT}NAME", "negative_prompts": "negative_prompt"}
 # What vLLM passes to chat templates if a request asks for nothing. (It always passes two more.)
 USUAL = {"add_generation_prompt": True, "continue_final_message": False}
@@ -83,7 +83,7 @@ class Served:
             name = KEY + next(iter(reserved))
             raise PromptError(f"{name!r} cannot be set by a request; for a negative prompt use negative_prompt")
         if wrong := [name for name in MEANT if name in (extra_args or {})]:
-            raise PromptError(f"a request has no key {wrong[0]!r}; write {MEANT[wrong[0]]!r} (NAME: a member's name)")
+            raise PromptError(f"a request has no key {wrong[0]!r}; write {MEANT[wrong[0]]!r}")
         self.recipe.requested(extra_args, engine)
         negative_of(extra_args, self.prompter)
         if self._given(extra_args) and self.prompter is None:
@@ -117,7 +117,7 @@ class Served:
         if carried and any(each is not None for each in asked):
             raise PromptError(
                 "log-probabilities of the prompt cannot be had, because members read prompts of their own; leave out "
-                "prompt_logprobs, prompt_logprob_token_ids, logprobs beside echo, and in a chat echo"
+                "prompt_logprobs, prompt_logprob_token_ids, logprobs beside echo, and echo in a chat"
             )
         if carried and params.thinking_token_budget is not None:
             raise PromptError(
@@ -370,8 +370,8 @@ def _wrap() -> None:
     @functools.wraps(new_output)
     def _new_request_output(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = new_output(self, *args, **kwargs)
-        if (output.num_cached_tokens or 0) > len(output.prompt_token_ids):  # counted in the longest of members' prompts
-            output.num_cached_tokens = len(output.prompt_token_ids)
+        if output.num_cached_tokens and output.prompt_token_ids is not None:  # it counts in the longest of the prompts
+            output.num_cached_tokens = min(output.num_cached_tokens, len(output.prompt_token_ids))
         return output
 
     validate_token_ids.asks_members = True  # type: ignore[attr-defined]

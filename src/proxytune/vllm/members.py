@@ -7,6 +7,7 @@ quantization and sliding window, and nothing from the base.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,11 +125,16 @@ class RecipeArchitecture(ModelArchConfigConvertorBase):  # type: ignore[misc]
 
     def get_vocab_size(self) -> int:
         """Ids below it are in every member; the mixture has no logits for others."""
-        return min(shape.get_vocab_size() for shape in shapes_of(self.hf_config))
+        return min(shape.get_vocab_size() for shape in self.shapes)
 
     def get_head_size(self) -> int:
         """The largest: Triton's attention makes room for its intermediate results by it, for all members."""
-        return max(shape.get_head_size() for shape in shapes_of(self.hf_config))
+        return max(shape.get_head_size() for shape in self.shapes)
+
+    @functools.cached_property
+    def shapes(self) -> list[Any]:
+        """The members' shapes."""
+        return shapes_of(self.hf_config)
 
 
 def shapes_of(config: ProxyTuneConfig) -> list[Any]:
